@@ -1,0 +1,7 @@
+"""`python -m nbdmirror`."""
+
+import sys
+
+from nbdmirror.cli import main
+
+sys.exit(main())

@@ -1,0 +1,120 @@
+"""DirtyBitmap: a set of granules. No locks, no I/O, no clock.
+
+A granule is `granularity` bytes (a power of two) of the disk, the last one possibly short. Callers speak
+bytes; granule numbers never leave this module.
+
+Threads: `mark` and the clears are one C call on the bit array each, which is atomic under the GIL. That is
+what lets guest threads mark without a lock while the copier clears: each bit is set or cleared,
+never torn, and neighbours in the same byte are not disturbed.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from bitarray import bitarray
+
+from nbdmirror.errors import ConfigError
+
+GRANULARITY_MIN = 512
+GRANULARITY_MAX = 64 << 20
+"""The limits of QEMU's blockdev-mirror."""
+
+GRANULARITY_DEFAULT = 64 << 10
+"""QEMU's default where the target does not tell a cluster size (bdrv_get_default_bitmap_granularity)."""
+
+
+def check_granularity(granularity: int) -> None:
+    """Raise ConfigError unless it is a power of two within QEMU's limits."""
+    if not GRANULARITY_MIN <= granularity <= GRANULARITY_MAX:
+        raise ConfigError("Parameter 'granularity' expects a value in range [512B, 64MB]")
+    if granularity & (granularity - 1):
+        raise ConfigError("Parameter 'granularity' expects a power of 2")
+
+
+class DirtyBitmap:
+    """The dirty granules of a disk of `size` bytes, all clean at first.
+
+    Memory: one bit a granule in anonymous pages, which exist only once they are written to: 32 MiB at
+    most for 16 TiB at 64 KiB, next to nothing while clean.
+    """
+
+    __slots__ = ("_bits", "_count", "_shift", "granularity", "size")
+
+    def __init__(self, size: int, granularity: int) -> None:
+        check_granularity(granularity)
+        self.size = size
+        self.granularity = granularity
+        self._shift = granularity.bit_length() - 1
+        self._count = -(-size // granularity)
+        pages = mmap.mmap(-1, max(1, -(-self._count // 8)))
+        # Bits past `_count` in the last byte stay zero: every call is bounded by `_count`.
+        self._bits = bitarray(buffer=pages, endian="little")
+
+    def mark(self, offset: int, length: int) -> None:
+        """Make every granule that the range touches dirty."""
+        if not length:
+            return
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        if first == last:
+            self._bits[first] = 1
+        else:
+            self._bits[first : last + 1] = 1
+
+    def mark_all(self) -> None:
+        self._bits[: self._count] = 1
+
+    def clear(self, offset: int, length: int) -> None:
+        """Make every granule that lies wholly in the range clean; the disk's short last one counts
+        as whole when the range reaches the disk's end."""
+        first = -(-offset >> self._shift)
+        end = offset + length
+        last = self._count if end >= self.size else end >> self._shift
+        if first < last:
+            self._bits[first:last] = 0
+
+    def clear_all(self) -> None:
+        self._bits[: self._count] = 0
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Make dirty what is dirty in `other`, which may have another granularity."""
+        if (other.size, other.granularity) == (self.size, self.granularity):
+            self._bits |= other._bits
+            return
+        offset = 0
+        while run := other.next_run(offset, other.size):
+            offset = run[0] + run[1]
+            self.mark(*run)
+
+    def next_run(self, offset: int, length_max: int) -> tuple[int, int] | None:
+        """The first dirty run of whole granules at or after `offset`: its offset and length in bytes,
+        cut at the disk's end and at `length_max` (at least one granule). None if there is none."""
+        first = self._bits.find(1, -(-offset >> self._shift), self._count)
+        if first < 0:
+            return None
+        stop = min(self._count, first + max(1, length_max >> self._shift))
+        last = self._bits.find(0, first, stop)
+        start = first << self._shift
+        end = min((stop if last < 0 else last) << self._shift, self.size)
+        return start, end - start
+
+    def is_dirty(self, offset: int, length: int) -> bool:
+        """Whether any granule that the range touches is dirty."""
+        if not length:
+            return False
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        return self._bits.find(1, first, last + 1) >= 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self._bits.find(1, 0, self._count) < 0
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes in dirty granules; the short last granule counts with its real length."""
+        dirty = self._bits.count(1, 0, self._count) << self._shift
+        if dirty and self.size & (self.granularity - 1) and self._bits[self._count - 1]:
+            dirty -= self.granularity - (self.size & (self.granularity - 1))
+        return dirty

@@ -1,0 +1,210 @@
+"""The program people type: arguments, exit statuses and one-line errors.
+
+Parsing imports nothing but argparse; what a command needs (qemu.qmp takes 95 ms) is imported when
+the command runs: `cli_serve` for the server, `cli_control` for everything that speaks QMP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from typing import NoReturn
+
+DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+_EPILOG = """\
+exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
+3 no server there; 4 time ran out; 130 interrupted (jobs go on).
+The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
+_POLICIES = ("report", "ignore", "enospc", "stop", "auto")
+_SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
+
+
+class CliError(Exception):
+    """One line for stderr that says what to do, and the exit status."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"nbdmirror: {message} (see: {self.prog} --help)", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes. `text` is a number with an optional K, M, G or T, a power of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:iB|B)?", text, re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size (examples: 65536, 64K, 1.5G)")
+    number, unit = match.groups()
+    scale: int = 1024 ** " KMGT".index(unit.upper() or " ")
+    if "." in number:
+        return int(float(number) * scale)
+    return int(number) * scale
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def default_qmp_paths() -> list[str]:
+    """Where a server's control socket is by default. A server takes the first; a client the first
+    that exists: root's login session has XDG_RUNTIME_DIR, the service that it controls has not."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    paths = [os.path.join(runtime, "nbdmirror.qmp")] if runtime else []
+    if os.geteuid() == 0:
+        paths.append("/run/nbdmirror.qmp")
+    if not paths:
+        text = "there is no default control socket without XDG_RUNTIME_DIR: name one with --qmp"
+        raise CliError(text, USAGE)
+    return paths
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="nbdmirror",
+        description="An NBD server with built-in live mirroring.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, *, qmp: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if qmp:
+            command.add_argument("--qmp", metavar="PATH", help="the server's control socket")
+        return command
+
+    _add_serve(add("serve", "serve disks over NBD (runs nbdkit)"))
+    _add_mirror(add("mirror", "start to mirror a disk to an NBD target"))
+    status = add("status", "show disks and jobs")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--watch", action="store_true", help="go on until interrupted")
+    wait = add("wait", "wait for a job")
+    until = wait.add_mutually_exclusive_group(required=True)
+    until.add_argument("--ready", action="store_true", help="until source and target are in sync")
+    until.add_argument("--concluded", action="store_true", help="until the job has ended")
+    complete = add("complete", "end a ready job: serve the guest from the target from now on")
+    cancel = add("cancel", "end a job: go on serving the source (after READY: target consistent)")
+    cancel.add_argument("--force", action="store_true", help="at once, with a useless target")
+    for command in (wait, complete, cancel):
+        _add_timeout(command)
+    speed = add("set-speed", "limit the copying of a job")
+    speed.add_argument(
+        "rate", type=parse_size, metavar="RATE", help="bytes per second; 0: no limit"
+    )
+    pause, resume = add("pause", "pause a job"), add("resume", "resume a paused job")
+    for command in (wait, complete, cancel, pause, resume, speed):
+        which = command.add_mutually_exclusive_group()
+        which.add_argument("--device", metavar="NAME", help="the disk whose job is meant")
+        which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
+    add("events", "print events as they come").add_argument(
+        "--json", action="store_true", help="print JSON lines"
+    )
+    add("plugin-path", "print the path of the nbdkit plugin", qmp=False)
+    return parser
+
+
+def _add_timeout(command: argparse.ArgumentParser) -> None:
+    text = "give up after S seconds (the job goes on); default: never"
+    command.add_argument("--timeout", type=_seconds, metavar="S", help=text)
+
+
+def _add_mirror(mirror: argparse.ArgumentParser) -> None:
+    add = mirror.add_argument
+    add("target", metavar="TARGET_URI", help="NBD URI of the target, at least as large as the disk")
+    add("--device", metavar="NAME", help="the disk to mirror (default: the only one)")
+    add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
+    add("--copy-mode", choices=("background", "write-blocking"))
+    add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
+    add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
+    add("--speed", type=parse_size, metavar="RATE", help="bytes per second; 0: no limit")
+    add("--on-source-error", choices=_POLICIES)
+    add("--on-target-error", choices=_POLICIES)
+    add("--bitmap", metavar="NAME", help="for --sync bitmap or incremental")
+    add("--target-cluster-size", type=parse_size, metavar="SIZE")
+    add("--no-unmap", action="store_true", help="write zeroes rather than trim the target")
+    add("--target-is-zero", action="store_true", help="the target reads as zeroes: trust me")
+    add("--allow-larger-target", action="store_true")
+    add("--job", metavar="ID", help="a name for the job (default: the disk's)")
+    add("--wait", choices=("ready", "completed"), help="completed: complete it when it is ready")
+    _add_timeout(mirror)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.usage = "nbdmirror serve [NAME=]DISK [[NAME=]DISK ...] [options] [-- NBDKIT ARGS]"
+    add = serve.add_argument
+    disk = "raw file, block device or NBD URI; a file whose name has a '=' is written ./a=b.img"
+    add("disks", metavar="[NAME=]DISK", nargs="+", help=disk)
+    where = serve.add_mutually_exclusive_group()
+    where.add_argument("--socket", metavar="PATH", help="serve on a Unix socket")
+    where.add_argument("--address", metavar="HOST", help="listen there (default: 127.0.0.1)")
+    add("--port", type=int, metavar="N", help="TCP port (default: 10809)")
+    add("--tls", choices=("off", "on", "require"), help="default: require if given keys, else off")
+    add("--tls-certificates", metavar="DIR")
+    add("--tls-psk", metavar="FILE")
+    add("--read-only", action="store_true")
+    add("--threads", type=int, metavar="N", help="requests at once of one connection")
+    add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
+    add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
+    add("--daemonize", action="store_true", help="go into the background")
+    add("--pidfile", metavar="PATH")
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command in ("serve", "plugin-path"):
+        from nbdmirror import cli_serve
+
+        if args.command == "serve":
+            return cli_serve.serve(args)
+        print(cli_serve.plugin_path())
+        return DONE
+    from nbdmirror import cli_control
+
+    return cli_control.run(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    extra: list[str] = []
+    if argv[:1] == ["serve"] and "--" in argv:
+        cut = argv.index("--")
+        argv, extra = argv[:cut], argv[cut + 1 :]
+    args = build_parser().parse_args(argv)
+    args.nbdkit_args = extra
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+        return status
+    except CliError as error:
+        print(f"nbdmirror: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        if args.command == "events" or getattr(args, "watch", False):
+            return DONE  # the way these are meant to end
+        print("nbdmirror: interrupted; jobs on the server go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        print(f"nbdmirror: {error}", file=sys.stderr)
+        return FAILED

@@ -1,0 +1,211 @@
+"""`nbdmirror serve`: checks what can be checked, then becomes nbdkit with the plugin.
+
+`serve_command` is pure but for the environment that it is given; `serve` does the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from nbdmirror.cli import USAGE, CliError, default_qmp_paths
+from nbdmirror.errors import ConfigError
+from nbdmirror.qmp import remove_stale_socket
+
+NBD_PORT = 10809
+LOOPBACK = "127.0.0.1"
+"""Not "localhost": where that names ::1 too and IPv6 is off, nbdkit refuses to start."""
+DUMP_PLUGIN_S_MAX = 30
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_URI = re.compile(r"nbds?(\+(unix|vsock))?:")
+_PLUGIN_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=")
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Does not return where all is well: the process is nbdkit then."""
+    argv, env = serve_command(args)
+    try:
+        _check_nbdkit(env)
+        _check_places(args)
+    except ConfigError as error:
+        raise CliError(str(error)) from error
+    sys.stdout.flush()
+    os.execvpe(argv[0], argv, env)
+
+
+def plugin_path() -> str:
+    """The nbdkit script: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "plugin", package / "_plugin"):
+        if (folder / "nbdmirror-plugin.py").exists():
+            return str(folder / "nbdmirror-plugin.py")
+    raise CliError("the plugin nbdmirror-plugin.py is missing: install nbdmirror again")
+
+
+def serve_command(
+    args: argparse.Namespace, environ: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """nbdkit's arguments and environment. Raises CliError; looks at no file but the plugin.
+
+    Of what the user has after `--`, KEY=VALUE goes behind the plugin (filters' parameters) and the
+    rest before it.
+    """
+    argv = ["nbdkit", *_listen_options(args), *_tls_options(args)]
+    if not args.daemonize:
+        argv.append("-f")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise CliError("--threads must be at least 1", USAGE)
+        argv += ["-t", str(args.threads)]
+    if args.pidfile:
+        argv += ["-P", os.path.abspath(args.pidfile)]
+    if args.read_only:
+        argv.append("-r")
+    parameters = [extra for extra in args.nbdkit_args if _PLUGIN_PARAMETER.match(extra)]
+    argv += [extra for extra in args.nbdkit_args if extra not in parameters]
+    files = [f"file={name}={disk}" if name else f"file={disk}" for name, disk in _disks(args)]
+    argv += ["python", plugin_path(), *files]
+    argv.append(f"qmp={_qmp_path(args)}")
+    if args.cache != "writeback":
+        argv.append(f"cache={args.cache}")
+    if args.mirror_to:
+        argv.append(f"mirror-to={args.mirror_to}")
+    environ = os.environ if environ is None else environ
+    return argv + parameters, {**environ, "PYTHONPATH": _python_path(environ)}
+
+
+def _listen_options(args: argparse.Namespace) -> list[str]:
+    if args.socket:
+        if args.port is not None:
+            raise CliError("--port: not allowed with --socket", USAGE)
+        return ["-U", os.path.abspath(args.socket)]
+    port = NBD_PORT if args.port is None else args.port
+    if not 0 < port < 65536:
+        raise CliError("--port must be between 1 and 65535", USAGE)
+    return ["-i", args.address or LOOPBACK, "-p", str(port)]
+
+
+def _tls_options(args: argparse.Namespace) -> list[str]:
+    """Whoever names keys wants them used: nbdkit alone would go on in plain text."""
+    options: list[str] = []
+    if mode := args.tls or ("require" if args.tls_certificates or args.tls_psk else None):
+        options.append(f"--tls={mode}")
+    if args.tls_certificates:
+        options.append(f"--tls-certificates={os.path.abspath(args.tls_certificates)}")
+    if args.tls_psk:
+        options.append(f"--tls-psk={os.path.abspath(args.tls_psk)}")
+    return options
+
+
+def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(name or "", absolute path or URI) of each disk; names are unique, defaults counted in."""
+    found: list[tuple[str, str]] = []
+    names: set[str] = set()
+    for index, text in enumerate(args.disks):
+        before, equals, rest = text.partition("=")
+        name, disk = (before, rest) if equals and _NAME.fullmatch(before) else ("", text)
+        if not disk:
+            raise CliError(f"{text}: names no disk after the '='", USAGE)
+        full_name = name or f"disk{index}"
+        if full_name in names:
+            raise CliError(f"{text}: the name {full_name} is taken; give each disk its own NAME=")
+        names.add(full_name)
+        found.append((name, disk if _URI.match(disk) else os.path.abspath(disk)))
+    return found
+
+
+def _qmp_path(args: argparse.Namespace) -> str:
+    path = args.qmp or os.environ.get("NBDMIRROR_QMP") or default_qmp_paths()[0]
+    return os.path.abspath(path)
+
+
+def _python_path(environ: Mapping[str, str]) -> str:
+    """nbdkit's interpreter knows no virtual environment: it is told where we and ours are."""
+    package = str(Path(__file__).resolve().parent.parent)
+    ours = [package, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    users = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.pathsep.join(dict.fromkeys([*ours, *users]))
+
+
+def _check_nbdkit(env: Mapping[str, str]) -> None:
+    nbdkit = shutil.which("nbdkit", path=env.get("PATH"))
+    if not nbdkit:
+        raise ConfigError(
+            "nbdkit is not installed (packages: nbdkit and nbdkit-plugin-python, on Fedora"
+            " nbdkit and nbdkit-python-plugin)"
+        )
+    try:
+        dump = subprocess.run(
+            [nbdkit, "python", "--dump-plugin"],
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            timeout=DUMP_PLUGIN_S_MAX,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"nbdkit python --dump-plugin did not end: {error}") from error
+    if dump.returncode:
+        raise ConfigError(
+            "nbdkit's Python plugin is missing or broken (package nbdkit-plugin-python, on Fedora"
+            " nbdkit-python-plugin); see: nbdkit python --dump-plugin"
+        )
+    match = re.search(r"^python_version=(\d+\.\d+)", dump.stdout, re.MULTILINE)
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if match and match.group(1) != running:
+        raise ConfigError(
+            f"nbdkit's Python is {match.group(1)}, this one is {running}: install nbdmirror for"
+            f" Python {match.group(1)} (/usr/bin/python3 -m venv --system-site-packages DIR)"
+        )
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    for _, disk in _disks(args):
+        if not _URI.match(disk) and not os.path.exists(disk):
+            raise ConfigError(f"{disk}: no such disk; create it first (truncate -s SIZE FILE)")
+        if os.path.isdir(disk):
+            raise ConfigError(f"{disk}: is a directory, not a disk")
+    for path in filter(None, (args.tls_certificates, args.tls_psk)):
+        if not os.path.exists(path):
+            raise ConfigError(f"{path}: no such file or directory")
+    qmp = _qmp_path(args)
+    places = {"--qmp": qmp}
+    if args.socket:
+        places["--socket"] = os.path.abspath(args.socket)
+        if places["--socket"] == qmp:
+            raise ConfigError(f"--socket and --qmp are the same path: {qmp}")
+    for parameter, path in places.items():
+        if not os.path.isdir(os.path.dirname(path)):
+            raise ConfigError(f"{parameter}: {path}: its directory does not exist")
+        if len(os.fsencode(path)) > 107:
+            raise ConfigError(f"{parameter}: {path}: is longer than a Unix socket's 107 bytes")
+        remove_stale_socket(path, parameter)
+    if not args.socket:
+        _check_port(args.address or LOOPBACK, args.port or NBD_PORT)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"--address: {host}: {error.strerror}") from error
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise ConfigError(
+                f"--port: cannot listen on {host} port {port}: {error.strerror}"
+            ) from error

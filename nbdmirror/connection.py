@@ -1,0 +1,323 @@
+"""Connection: one libnbd handle, shared by guest threads (blocking) and the event loop (asynchronous).
+
+Any thread may start a request; libnbd serialises that. What must not be shared is waiting: a thread
+inside libnbd's own poll holds the handle's lock and keeps all others out. So the handle is polled from here, outside of libnbd, by one *driver* at a time:
+
+ - the event loop while the connection is attached to one;
+ - otherwise whichever guest thread is waiting and finds nobody leading (leader and followers). One thread alone drives
+   its own request without any hand-over; many threads pipeline their requests on one connection.
+
+Whoever drives wakes the others as their replies come. A connection that breaks fails each request in flight with DeviceLost:
+the outcome of those is unknown.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+import select
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import nbd
+
+from nbdmirror.device import Done
+from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
+from nbdmirror.loop import Loop
+
+_READ, _WRITE = nbd.AIO_DIRECTION_READ, nbd.AIO_DIRECTION_WRITE
+_TROUBLE = select.POLLHUP | select.POLLERR | select.POLLNVAL
+_MASKS = {
+    0: 0,
+    _READ: select.POLLIN,
+    _WRITE: select.POLLOUT,
+    _READ | _WRITE: select.POLLIN | select.POLLOUT,
+}
+
+
+class Request:
+    """A command in flight: libnbd's completion callback, and what is told then.
+
+    It keeps the command's arguments, and with them the buffer, alive until the end.
+    """
+
+    __slots__ = ("_arguments", "_connection", "_sleep", "done", "error", "is_finished")
+
+    def __init__(
+        self, connection: Connection, arguments: tuple[Any, ...], done: Done | None
+    ) -> None:
+        self._connection = connection
+        self._arguments = arguments
+        self.done = done
+        self.error: BaseException | None = None
+        self.is_finished = False
+        self._sleep = _thread.allocate_lock()
+        self._sleep.acquire()
+
+    def __call__(self, code: Any) -> int:
+        """libnbd's callback, with the handle locked: only takes note. 1 retires the command."""
+        if code.value:
+            self.error = self._connection.error(code.value)
+        self.finish()
+        return 1
+
+    def finish(self) -> None:
+        self.is_finished = True
+        self._arguments = ()
+        self._connection.finished(self)
+        if self.done is None:
+            self.wake()
+
+    def wake(self) -> None:
+        """End the `sleep` under way, or else the next one."""
+        try:
+            self._sleep.release()
+        except RuntimeError:
+            pass  # awake already
+
+    def sleep(self) -> None:
+        self._sleep.acquire()
+
+
+class Connection:
+    """An NBD connection that is ready for commands. `handle` is libnbd's, for its `aio_...` methods."""
+
+    def __init__(self, handle: nbd.NBD, description: str) -> None:
+        self.handle = handle
+        self.description = description
+        self.is_lost = False
+        self.on_lost: Callable[[], None] | None = None
+        """Called on the loop's thread when the connection broke while attached."""
+        self._fd: int = handle.aio_get_fd()
+        self._requests: set[Request] = set()
+        self._reaped: list[Request] = []
+        self._loop: Loop | None = None
+        self._lead = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._wake_fd, select.POLLIN)
+        self._poll.register(self._fd, 0)
+
+    @classmethod
+    def open(cls, uri: str, timeout_s: float) -> Connection:
+        """Connect within `timeout_s`, the handshake included. Raises ConfigError with one clear line."""
+        handle = nbd.NBD()
+        handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        handle.set_uri_allow_local_file(True)
+        handle.set_pread_initialize(False)  # a failed read's buffer is never looked at
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            handle.aio_connect_uri(uri)
+            while not handle.aio_is_ready():
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or handle.aio_is_dead() or handle.aio_is_closed():
+                    raise ConfigError(
+                        f"{uri}: no answer from the NBD server within {timeout_s:g} s"
+                    )
+                handle.poll(int(left_s * 1000) + 1)
+        except nbd.Error as error:
+            raise ConfigError(f"Failed to connect to '{uri}': {_reason(error)}") from error
+        return cls(handle, uri)
+
+    @property
+    def is_busy(self) -> bool:
+        """Requests are in flight."""
+        return bool(self._requests)
+
+    def peer_is_this_process(self) -> bool:
+        """Whether one of this process's sockets is the other end: for TCP the pair of addresses in
+        reverse, for Unix sockets the name that a listener of ours is bound to."""
+        with socket.socket(fileno=os.dup(self._fd)) as own:
+            here, there = own.getsockname(), own.getpeername()
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                    continue
+                with socket.socket(fileno=os.dup(int(name))) as other:
+                    is_pair = other.family != socket.AF_UNIX and other.getpeername() == here
+                    if other.getsockname() == there and (other.family == socket.AF_UNIX or is_pair):
+                        return bool(there)
+            except OSError:
+                continue  # closed meanwhile, or a listener, which has no peer
+        return False
+
+    # Requests, from any thread.
+
+    def start(
+        self,
+        method: Callable[..., int],
+        *arguments: Any,
+        flags: int = 0,
+        done: Done | None = None,
+    ) -> Request:
+        """Start `method`, one of the handle's `aio_...`, with `arguments` and a completion callback.
+
+        `done` is called on the loop's thread at the end; without it, `wait` for the request.
+        """
+        request = Request(self, arguments, done)
+        self._requests.add(request)
+        try:
+            method(*arguments, request, flags)
+        except nbd.Error as error:
+            if not request.is_finished:
+                request.error = self.error(error.errnum or errno.EIO, _reason(error))
+                request.finish()
+            if done is not None and self._loop is not None:
+                self._loop.call_soon(self._after_ready)
+        if done is None and self.handle.aio_get_direction() & _WRITE:
+            self._wake_driver()  # it may be waiting to read only
+        return request
+
+    def call(self, method: Callable[..., int], *arguments: Any, flags: int = 0) -> None:
+        """Start a request and wait for its end; raises its error."""
+        request = self.start(method, *arguments, flags=flags)
+        while not request.is_finished:
+            if self._loop is None and self._lead.acquire(blocking=False):
+                try:
+                    self._drive_until(request)
+                finally:
+                    self._lead.release()
+            else:
+                request.sleep()
+        if self._requests:
+            self._appoint_leader()
+        if request.error is not None:
+            raise request.error
+
+    def finished(self, request: Request) -> None:
+        """A request tells its end; its `done` is called later, outside of libnbd."""
+        self._requests.discard(request)
+        if request.done is not None:
+            self._reaped.append(request)
+
+    def error(self, code: int, reason: str = "") -> DeviceError:
+        """The exception for a failed command of this connection."""
+        # libnbd's verdict on a command that was in flight on a dying handle is ENOTCONN.
+        if self.is_lost or code == errno.ENOTCONN or self.handle.aio_is_dead():
+            return DeviceLost(f"{self.description}: connection lost")
+        return DeviceError(f"{self.description}: {reason or os.strerror(code)}", code)
+
+    # The loop's side.
+
+    def attach(self, loop: Loop) -> None:
+        """Have `loop` drive from now on; on the loop's thread."""
+        assert self._loop is None
+        self._loop = loop
+        os.eventfd_write(self._wake_fd, 1)
+        if not self.is_lost:
+            loop.attach(self)
+
+    def detach(self) -> None:
+        """Leave driving to the threads that wait; on the loop's thread, nothing with `done` in flight."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.detach(self)
+        self._appoint_leader()
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def poll_mask(self) -> int:
+        direction: int = self.handle.aio_get_direction()
+        if not direction and self._loop is not None:  # dead, and another thread found out
+            self._loop.call_soon(self._after_ready)
+        return _MASKS[direction]
+
+    def on_ready(self, mask: int) -> None:
+        self._notify(mask)
+        self._after_ready()
+
+    def kill(self) -> None:
+        """Break the connection now, from any thread: what is in flight fails, hung or not."""
+        if not self.is_lost:
+            try:
+                with socket.socket(fileno=os.dup(self._fd)) as doomed:
+                    doomed.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # broken already
+        self._wake_driver()
+
+    def close(self) -> None:
+        """Say good-bye and let go of the handle; nothing may be in flight. Idempotent."""
+        self.detach()
+        if not self.is_lost:
+            self.is_lost = True
+            try:
+                self.handle.aio_disconnect(0)
+            except nbd.Error:
+                pass  # it is gone
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+
+    def _after_ready(self) -> None:
+        while self._reaped:
+            request = self._reaped.pop(0)
+            assert request.done is not None
+            request.done(request.error)
+        if not self.is_lost and self.handle.aio_is_dead():
+            self._lose()
+
+    def _lose(self) -> None:
+        self.is_lost = True
+        if self._loop is not None:
+            self._loop.detach(self)
+        if self.on_lost is not None:
+            self.on_lost()
+
+    # Driving.
+
+    def _drive_until(self, request: Request) -> None:
+        while not request.is_finished and self._loop is None:
+            self._drive()
+
+    def _drive(self) -> None:
+        """One wait and what came of it; by the leader."""
+        self._poll.modify(self._fd, _MASKS[self.handle.aio_get_direction()])
+        for fd, mask in self._poll.poll():
+            if fd == self._wake_fd:
+                try:
+                    os.eventfd_read(fd)
+                except BlockingIOError:
+                    pass  # the leader before has read it
+            else:
+                self._notify(mask)
+
+    def _notify(self, mask: int) -> None:
+        handle = self.handle
+        try:
+            direction = handle.aio_get_direction()
+            if direction & _READ and mask & (select.POLLIN | _TROUBLE):
+                handle.aio_notify_read()
+            elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):
+                handle.aio_notify_write()
+        except nbd.Error:
+            pass  # the handle is dead: libnbd has failed every request, and `error` tells why
+
+    def _wake_driver(self) -> None:
+        if self._loop is not None:
+            self._loop.wake()
+        elif self._wake_fd >= 0:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _appoint_leader(self) -> None:
+        """Wake one waiting thread, so that it may lead. Each thread does so when it leaves; so there is always
+        a driver while requests wait."""
+        while self._requests:
+            try:
+                request = next(iter(self._requests))
+            except (RuntimeError, StopIteration):
+                continue  # changed under the iterator: look again
+            request.wake()
+            return
+
+
+def _reason(error: nbd.Error) -> str:
+    """libnbd's message without its function's name."""
+    text = str(error.string)
+    return text.split(": ", 1)[1] if ": " in text else text

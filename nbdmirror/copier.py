@@ -1,0 +1,327 @@
+"""Copier: turns dirty granules into requests on the target. One per mirror, on the event loop's thread.
+
+The life of a claim (the ledger's `Claim`: its bits are already clear):
+
+    extents of the source  ->  zero: write-zeroes on the target
+                           ->  data: read, look for zeroes, write  (piece after piece, with one buffer)
+    -> settle: done, or dirty again
+
+Many claims run at once, each with one slot; a slot is a buffer of `request_bytes`. So requests and bytes are both
+bounded. What the source says of its extents is asked after the bits are cleared, and a "zero" is believed only for the claim that
+asked; "data" is believed for later claims as well, since treating zeroes as data is never wrong.
+
+The copier has no opinion about errors: it makes the claim dirty again and tells its observer, which may pause it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nbdmirror.device import AsyncSource, AsyncTarget, Extent, round_out
+from nbdmirror.ledger import Claim, Tracker
+
+REQUESTS_MAX = 16
+"""Claims in flight, QEMU's MAX_IN_FLIGHT."""
+
+REQUEST_BYTES_MAX = 1 << 20
+"""Largest read and write, QEMU's MAX_IO_BYTES: larger ones gain nothing on a local socket."""
+
+BUFFER_BYTES_DEFAULT = 16 << 20
+"""QEMU's default buf-size."""
+
+WINDOW_BYTES_MAX = (2 << 30) - (64 << 20)
+"""Longest claim where nothing is known of the source: a hole of this length is one request."""
+
+ZERO_UNIT_BYTES = 64 << 10
+"""Zeroes in data are looked for in units of this size: the usual cluster, so that a target can leave it out."""
+
+SLICE_S = 0.1
+"""With a speed limit no claim is larger than what is allowed in one slice (QEMU's BLOCK_JOB_SLICE_TIME)."""
+
+
+_ZEROES = bytes(ZERO_UNIT_BYTES)
+
+
+class Observer(Protocol):
+    """Who is told; called on the loop's thread."""
+
+    def copy_failed(self, operation: str, error: BaseException) -> None:
+        """A "read" of the source or a "write" on the target failed; its range is dirty again."""
+
+    def copy_settled(self) -> None:
+        """Nothing is in flight any more: all is clean, or the copier is not running."""
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """One claim on its way. `position` is where the next piece starts; `pending` counts the
+    requests of this piece on the target."""
+
+    claim: Claim
+    buffer: bytearray
+    position: int = 0
+    pending: int = 0
+    operation: str = "read"
+    error: BaseException | None = None
+    extents: list[Extent] = field(default_factory=list)
+    extents_offset: int = 0
+
+
+class Copier:
+    """Copies what `tracker` says from `source` to `target` while `running`.
+
+    `pump` starts what can be started; it is called when something may have changed (guest writes are
+    not announced: who wants them copied pumps now and then).
+    """
+
+    def __init__(
+        self,
+        *,
+        source: AsyncSource,
+        target: AsyncTarget,
+        tracker: Tracker,
+        observer: Observer,
+        clock: Callable[[], float],
+        call_later: Callable[[float, Callable[[], None]], object],
+        buffer_bytes: int = BUFFER_BYTES_DEFAULT,
+        request_bytes_max: int = REQUEST_BYTES_MAX,  # a power of two
+        unmap: bool = True,
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.tracker = tracker
+        self.observer = observer
+        self.unmap = unmap
+        self.is_running = False
+        self.copied_bytes = 0
+        """Bytes settled well since the start: QEMU's `offset`, which never goes back."""
+        self.written_bytes = 0
+        """Bytes of data sent to the target, zeroes not counted."""
+        self.has_written = False
+        """Whether the target was changed at all: before that there is nothing to flush."""
+        self.speed_bytes_per_s = 0
+        self.is_urgent = False
+        """Guests wait: the speed limit does not hold."""
+        self._clock = clock
+        self._call_later = call_later
+        # At least one granule, as in QEMU; one that is larger than a request goes in several pieces.
+        buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
+        self._request_bytes = min(buffer_bytes, request_bytes_max)
+        self._slots = max(1, min(REQUESTS_MAX, buffer_bytes // self._request_bytes))
+        self._buffers: list[bytearray] = []
+        self._copies: set[_Copy] = set()
+        self._cursor = 0
+        self._data_until = 0
+        self._window = self._request_bytes
+        self._next_start_s = 0.0
+        self._timer_is_set = False
+        self._is_pumping = False
+
+    @property
+    def in_flight(self) -> int:
+        """Claims in flight."""
+        return len(self._copies)
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Dirty, or in flight."""
+        return self.tracker.dirty.dirty_bytes + self.tracker.in_flight_bytes
+
+    def start(self) -> None:
+        self.is_running = True
+        self.pump()
+
+    def stop(self) -> None:
+        """Claim no more. What is in flight ends by itself; then `copy_settled` is called."""
+        self.is_running = False
+
+    def pump(self) -> None:
+        """Start claims until the slots are full, nothing is dirty, or the speed limit says wait."""
+        if self._is_pumping:
+            return  # a claim that was settled at once: the loop below goes on
+        was_busy = bool(self._copies)
+        self._is_pumping = True
+        try:
+            while self.is_running and len(self._copies) < self._slots and self._may_start():
+                claim = self._claim()
+                if claim is None:
+                    break
+                self._begin(claim)
+                was_busy = True
+        finally:
+            self._is_pumping = False
+        if was_busy and not self._copies:
+            self.observer.copy_settled()
+
+    def _claim(self) -> Claim | None:
+        """The next dirty run in bulk order: once around, then from the start (rule 35 of QEMU's: a
+        cursor that went back on each write would never reach the end under load)."""
+        granularity = self.tracker.granularity
+        length_max = self._request_bytes if self._cursor < self._data_until else self._window
+        if self.speed_bytes_per_s:
+            length_max = min(length_max, int(self.speed_bytes_per_s * SLICE_S))
+        length_max = max(granularity, length_max)
+        claim = self.tracker.claim(self._cursor, length_max)
+        if claim is None and self._cursor:
+            self._data_until = 0
+            claim = self.tracker.claim(0, length_max)
+        if claim is not None:
+            self._cursor = claim.end
+        return claim
+
+    def _begin(self, claim: Claim) -> None:
+        buffer = self._buffers.pop() if self._buffers else bytearray(self._request_bytes)
+        copy = _Copy(claim, buffer, position=claim.offset, extents_offset=claim.offset)
+        self._copies.add(copy)
+        if claim.end <= self._data_until:
+            copy.extents = [Extent(claim.length, zero=False, hole=False)]
+            self._limit(copy, claim.length)
+            self._next_piece(copy)
+            return
+
+        def then(extents: list[Extent] | None, error: BaseException | None) -> None:
+            # Rule 31: an error means "treat as data", it is no failure of the copy.
+            self._have_extents(copy, extents or [Extent(claim.length, zero=False, hole=False)])
+
+        self.source.start_extents(claim.offset, claim.length, then)
+
+    def _have_extents(self, copy: _Copy, extents: list[Extent]) -> None:
+        """Keep of the claim what is of one kind: a run of zero granules, or a piece of data."""
+        claim, granularity = copy.claim, self.tracker.granularity
+        zero = _leading(extents, zero=True)
+        if zero < claim.length:
+            zero -= zero % granularity
+        if zero:
+            self._window = min(WINDOW_BYTES_MAX, self._window * 8)
+            copy.extents = [Extent(zero, zero=True, hole=extents[0].hole)]
+            if zero < claim.length:
+                self._give_back(copy, zero)
+            self._limit(copy, 0 if self.unmap else zero)
+        else:
+            data = _leading(extents, zero=False)
+            self._data_until = max(claim.offset + data, claim.offset + granularity)
+            self._window = max(self._request_bytes, granularity)
+            if claim.length > self._window:
+                self._give_back(copy, self._window)
+            copy.extents = [Extent(claim.length, zero=False, hole=False)]
+            self._limit(copy, claim.length)
+        self._next_piece(copy)
+
+    def _give_back(self, copy: _Copy, length: int) -> None:
+        self.tracker.shrink(copy.claim, length)
+        self._cursor = min(self._cursor, copy.claim.end)
+
+    def _next_piece(self, copy: _Copy) -> None:
+        """Zero or copy what comes next of the claim; at its end, or after an error, settle it."""
+        claim = copy.claim
+        if copy.error is not None or copy.position >= claim.end:
+            self._settle(copy)
+        elif copy.extents[0].zero:
+            copy.position = claim.end
+            self._write(copy, [(claim.offset, claim.length, True)])
+        else:
+            offset = copy.position
+            length = min(self._request_bytes, claim.end - offset)
+            copy.position += length
+            copy.operation = "read"
+
+            def then(error: BaseException | None) -> None:
+                if error is not None:
+                    copy.error = error
+                    self._next_piece(copy)
+                else:
+                    self._write(copy, self._find_zeroes(copy.buffer, offset, length))
+
+            self.source.start_read(memoryview(copy.buffer)[:length], offset, then)
+
+    def _find_zeroes(
+        self, buffer: bytearray, offset: int, length: int
+    ) -> list[tuple[int, int, bool]]:
+        """Cut a piece into runs (offset, length, is zero) at multiples of ZERO_UNIT_BYTES of the disk.
+        `startswith` is a memcmp that ends at the first byte that differs, so data costs nothing here."""
+        runs: list[tuple[int, int, bool]] = []
+        start = 0
+        while start < length:
+            span = min(ZERO_UNIT_BYTES - (offset + start) % ZERO_UNIT_BYTES, length - start)
+            zeroes = _ZEROES if span == ZERO_UNIT_BYTES else bytes(span)
+            is_zero = buffer.startswith(zeroes, start)
+            if runs and runs[-1][2] == is_zero:
+                runs[-1] = (runs[-1][0], runs[-1][1] + span, is_zero)
+            else:
+                runs.append((offset + start, span, is_zero))
+            start += span
+        return runs
+
+    def _write(self, copy: _Copy, runs: list[tuple[int, int, bool]]) -> None:
+        copy.operation = "write"
+        self.has_written = True
+        copy.pending = len(runs)
+        base = runs[0][0]
+
+        def then(error: BaseException | None) -> None:
+            copy.error = copy.error or error
+            copy.pending -= 1
+            if not copy.pending:
+                self._next_piece(copy)
+
+        for offset, length, is_zero in runs:
+            if is_zero:
+                self.target.start_zero(offset, length, self.unmap, then)
+            else:
+                self.written_bytes += length
+                view = memoryview(copy.buffer)[offset - base : offset - base + length]
+                self.target.start_write(view, offset, then)
+
+    def _settle(self, copy: _Copy) -> None:
+        self.tracker.settle(copy.claim, failed=copy.error is not None)
+        self._copies.discard(copy)
+        self._buffers.append(copy.buffer)
+        if copy.error is None:
+            self.copied_bytes += copy.claim.length
+        else:
+            self.observer.copy_failed(copy.operation, copy.error)
+        if not self._is_pumping:
+            self.pump()
+            if not self._copies:
+                self.observer.copy_settled()
+
+    # The speed limit. Between claims, as QEMU's: what is in flight is not held back.
+
+    def set_speed(self, speed_bytes_per_s: int) -> None:
+        """0: no limit. Takes effect with the next claim."""
+        self.speed_bytes_per_s = speed_bytes_per_s
+        self._next_start_s = self._clock()
+        self.pump()
+
+    def _limit(self, copy: _Copy, length: int) -> None:
+        """Account for `length` bytes; zeroing is free where the target only drops blocks (rule 32)."""
+        if self.speed_bytes_per_s:
+            start_s = max(self._next_start_s, self._clock())
+            self._next_start_s = start_s + length / self.speed_bytes_per_s
+
+    def _may_start(self) -> bool:
+        if not self.speed_bytes_per_s or self.is_urgent:
+            return True
+        wait_s = self._next_start_s - self._clock()
+        if wait_s <= 0:
+            return True
+        if not self._timer_is_set:
+            self._timer_is_set = True
+            self._call_later(min(wait_s, SLICE_S), self._on_timer)
+        return False
+
+    def _on_timer(self) -> None:
+        self._timer_is_set = False
+        self.pump()
+
+
+def _leading(extents: list[Extent], *, zero: bool) -> int:
+    """The length of the extents at the front that are (not) zero."""
+    length = 0
+    for extent in extents:
+        if extent.zero != zero:
+            break
+        length += extent.length
+    return length

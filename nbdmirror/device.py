@@ -1,0 +1,239 @@
+"""What a disk is made of: the BlockDevice protocol, extents, and the reference device in memory.
+
+Vocabulary, used everywhere in this project: `offset` and `length` are bytes; a range is
+[offset, offset + length); an extent is a range of one kind, as NBD's base:allocation tells it.
+
+Every device passes tests/test_device_contract.py. `MemoryDevice` is the reference: where the others
+are in doubt, they do what it does.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from nbdmirror.errors import DeviceError
+
+Buffer = bytes | bytearray | memoryview
+
+REQUEST_BYTES_MAX = 64 << 20
+"""Largest read or write that nbdkit takes from a guest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`length` bytes of one kind. `zero`: reads as zeroes. `hole`: not allocated.
+
+    The bits are NBD's NBD_STATE_ZERO and NBD_STATE_HOLE; a hole that does not read as zero is legal.
+    """
+
+    length: int
+    zero: bool
+    hole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSize:
+    """NBD's block size constraints in bytes; every offset and length is a multiple of `minimum`."""
+
+    minimum: int = 1
+    preferred: int = 4096
+    maximum: int = REQUEST_BYTES_MAX
+
+
+class BlockDevice(Protocol):
+    """A disk with blocking calls, safe to call from any number of threads at once.
+
+    Calls raise OSError or DeviceError (`errors.IO_ERRORS`); after an error the range of a changing call is
+    undefined. Offsets and lengths lie within `size`; the caller has checked that. Two calls on
+    overlapping ranges at once are the caller's affair, as on any disk.
+
+    A device does everything named here: what its medium lacks it emulates (zeroes are written, FUA
+    is a flush, a trim that cannot be done does nothing), so that what a guest was promised when it
+    connected holds on any device that it is moved to later. Only `fast` zeroing may be refused,
+    with ENOTSUP, which the NBD protocol provides for.
+    """
+
+    description: str
+    """For messages: the path or the URI."""
+    size: int
+    """Bytes."""
+    read_only: bool
+    block_size: BlockSize
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        """Fill all of `buf` from `offset`."""
+
+    def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
+        """Write all of `buf` at `offset`; durable on return if `fua`. `buf` is not kept."""
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_trim: bool = False,
+        fua: bool = False,
+        fast: bool = False,
+    ) -> None:
+        """Make the range read as zeroes; unless `may_trim`, it stays allocated.
+
+        `fast`: fail with ENOTSUP, having changed nothing, rather than be as slow as a write.
+        """
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """The range's content is not needed any more; a hint."""
+
+    def flush(self) -> None:
+        """Every write that returned before this call is durable when it returns."""
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """What the range holds, in order. At least one extent; their sum may fall short of `length`
+        (ask again from there), never exceed it."""
+
+    def cache(self, offset: int, length: int) -> None:
+        """The range will be read soon; a hint."""
+
+    def close(self) -> None:
+        """Release everything. Idempotent. No other call may be under way or follow."""
+
+
+Done = Callable[[BaseException | None], None]
+"""Called once when a request ended: None, or the error."""
+
+ExtentsDone = Callable[[list[Extent] | None, BaseException | None], None]
+
+
+class AsyncSource(Protocol):
+    """A disk as the copier reads it: requests are started, and `done` tells their end.
+
+    Only for the event loop's thread; `done` is called on it, possibly before the call returns.
+    Buffers stay alive and unchanged until then. Errors come through `done`, never as exceptions.
+    """
+
+    size: int
+
+    def start_read(self, buf: memoryview, offset: int, done: Done) -> None: ...
+
+    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None: ...
+
+
+class AsyncTarget(Protocol):
+    """A disk as the copier writes it; the same rules."""
+
+    size: int
+
+    def start_write(self, buf: memoryview, offset: int, done: Done) -> None: ...
+
+    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None: ...
+
+    def start_flush(self, done: Done) -> None: ...
+
+
+def merge_extents(extents: list[Extent]) -> list[Extent]:
+    """The same extents with neighbours of one kind joined and empty ones left out."""
+    merged: list[Extent] = []
+    for extent in extents:
+        if not extent.length:
+            continue
+        if merged and (merged[-1].zero, merged[-1].hole) == (extent.zero, extent.hole):
+            extent = Extent(merged.pop().length + extent.length, extent.zero, extent.hole)
+        merged.append(extent)
+    return merged
+
+
+def round_out(offset: int, length: int, unit: int) -> tuple[int, int]:
+    """The smallest range of whole units that covers the range; it may pass a disk's odd end."""
+    start = offset // unit * unit
+    end = -(-(offset + length) // unit) * unit
+    return start, end - start
+
+
+class MemoryDevice:
+    """A disk in memory, holes included: the reference for every other device.
+
+    `allocated` has one byte a 4096-byte block, so that trim, zero and extents can be observed.
+    """
+
+    BLOCK_BYTES = 4096
+
+    def __init__(self, size: int, *, read_only: bool = False, description: str = "memory") -> None:
+        self.description = description
+        self.size = size
+        self.read_only = read_only
+        self.block_size = BlockSize()
+        self.data = bytearray(size)
+        self.allocated = bytearray(-(-size // self.BLOCK_BYTES))
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        self._check(offset, len(buf))
+        buf[:] = memoryview(self.data)[offset : offset + len(buf)]
+
+    def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
+        self._check(offset, len(buf), change=True)
+        self.data[offset : offset + len(buf)] = buf
+        self._allocate(offset, len(buf))
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_trim: bool = False,
+        fua: bool = False,
+        fast: bool = False,
+    ) -> None:
+        self._check(offset, length, change=True)
+        self.data[offset : offset + length] = bytes(length)
+        if may_trim:
+            self._deallocate(offset, length)
+        else:
+            self._allocate(offset, length)
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self.zero(offset, length, may_trim=True)
+
+    def flush(self) -> None:
+        pass
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        self._check(offset, length)
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end:
+            block = offset // self.BLOCK_BYTES
+            step = min(end, (block + 1) * self.BLOCK_BYTES) - offset
+            hole = not self.allocated[block]
+            found.append(Extent(step, zero=hole, hole=hole))
+            offset += step
+        return merge_extents(found)
+
+    def cache(self, offset: int, length: int) -> None:
+        self._check(offset, length)
+
+    def close(self) -> None:
+        pass
+
+    def _check(self, offset: int, length: int, *, change: bool = False) -> None:
+        if change and self.read_only:
+            raise DeviceError(f"{self.description}: is read-only", errno.EROFS)
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise DeviceError(
+                f"{self.description}: {length} bytes at {offset} lie outside of {self.size}",
+                errno.EINVAL,
+            )
+
+    def _allocate(self, offset: int, length: int) -> None:
+        start, span = round_out(offset, length, self.BLOCK_BYTES)
+        first, count = start // self.BLOCK_BYTES, span // self.BLOCK_BYTES
+        self.allocated[first : first + count] = b"\1" * count
+
+    def _deallocate(self, offset: int, length: int) -> None:
+        """Blocks covered whole become holes; the odd last block counts as whole at the disk's end."""
+        end = offset + length
+        first = -(-offset // self.BLOCK_BYTES)
+        last = len(self.allocated) if end == self.size else end // self.BLOCK_BYTES
+        if last > first:
+            self.allocated[first:last] = bytes(last - first)

@@ -1,0 +1,70 @@
+"""The exception tree of nbdmirror.
+
+    Error                       has an errno (for guests) and a QMP error class (for tools)
+    ├── ConfigError             a parameter is wrong: names it; nothing was started
+    ├── CommandError            a QMP command cannot be done: nothing was changed
+    │   ├── CommandNotFound     no such command (QMP class CommandNotFound)
+    │   ├── DeviceNotActive     no such block job (QMP class DeviceNotActive)
+    │   └── DeviceNotFound      no such device (QMP class DeviceNotFound)
+    └── DeviceError             an I/O request failed on one device; carries errno
+        └── DeviceLost          the device went away; what was in flight has an unknown outcome
+
+Errors of a raw file or block device stay what the operating system made them: `OSError`. `errno_of`
+maps either kind to the errno that a guest is given.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class Error(Exception):
+    """Root of the tree. `str(error)` is one line that says what failed and what to do."""
+
+    errno: int = _errno.EIO
+    qmp_class: str = "GenericError"
+
+
+class ConfigError(Error):
+    """A parameter is missing, misspelt or has a bad value. Nothing has been started."""
+
+    errno = _errno.EINVAL
+
+
+class CommandError(Error):
+    """A command was refused; the state of the server is what it was before."""
+
+    errno = _errno.EINVAL
+
+
+class CommandNotFound(CommandError):
+    qmp_class = "CommandNotFound"
+
+
+class DeviceNotActive(CommandError):
+    qmp_class = "DeviceNotActive"
+
+
+class DeviceNotFound(CommandError):
+    qmp_class = "DeviceNotFound"
+
+
+class DeviceError(Error):
+    """A request failed on a device. The range it named may have been changed in part."""
+
+    def __init__(self, message: str, errno: int = _errno.EIO) -> None:
+        super().__init__(message)
+        self.errno = errno or _errno.EIO
+
+
+class DeviceLost(DeviceError):
+    """The device's connection is dead. Each request in flight has an unknown outcome."""
+
+
+IO_ERRORS = (OSError, DeviceError)
+"""What a request on any device may raise. Anything else is a bug of ours."""
+
+
+def errno_of(error: BaseException) -> int:
+    """The errno that describes `error` to a guest; EIO where it has none."""
+    return getattr(error, "errno", None) or _errno.EIO

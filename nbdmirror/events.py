@@ -1,0 +1,77 @@
+"""A numbered ring of events between the jobs and the doors (QMP, HTTP, the log).
+
+Jobs append; each door keeps the number of the next event that it wants and pulls. A door is only
+told that there is something (`subscribe`), by a callback that must not block and holds no lock of
+ours: callbacks that do work under locks are how such servers deadlock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+EVENTS_KEPT_MAX = 4096
+"""How far a door may fall behind before it misses events (QMP then drops that client)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One QMP event. `number` counts from 0 without gaps; `timestamp_s` is wall-clock time."""
+
+    number: int
+    name: str
+    data: dict[str, Any]
+    timestamp_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a command returns, and the number that the next event had when it had been carried out:
+    earlier events belong before the reply on the wire, later ones after it."""
+
+    value: Any
+    next_event: int
+
+
+class EventRing:
+    """Thread-safe. The lock guards `_events` and `_next`; nothing is called under it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT_MAX)
+        self._next = 0
+        self._wakers: tuple[Callable[[], None], ...] = ()
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next event will get: where a new door starts."""
+        return self._next
+
+    def append(self, name: str, data: dict[str, Any]) -> None:
+        with self._lock:
+            self._events.append(Event(self._next, name, data, self._clock()))
+            self._next += 1
+        for wake in self._wakers:
+            wake()
+
+    def pull(self, number: int) -> list[Event]:
+        """Events from `number` on that are still kept. The first one's number is greater than
+        `number` if some were missed."""
+        with self._lock:
+            behind = self._next - number
+            return list(self._events)[-behind:] if behind > 0 else []
+
+    def subscribe(self, wake: Callable[[], None]) -> Callable[[], None]:
+        """Have `wake` called after each event, from any thread; returns the undo."""
+        with self._lock:
+            self._wakers = (*self._wakers, wake)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._wakers = tuple(w for w in self._wakers if w is not wake)
+
+        return unsubscribe

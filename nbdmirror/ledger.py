@@ -1,0 +1,244 @@
+"""The concurrency file of the data path: what guest threads and the copier share, and why it is right.
+
+THE INVARIANT, for every granule at every moment, while a mirror runs:
+
+    target equals source, or the granule is dirty, or it is claimed by a copy in flight,
+    or a guest write that covers it is under way.
+
+How it is kept:
+
+ 1. A guest write marks *after* the source has done it, failed or not (`leave`). Whoever clears the bit
+    later reads later, and so sees the write. If it were marked before only, a copy could clear the bit, read the old data, and the write
+    would land afterwards.
+ 2. Whether to mark is looked at on the way out, not on the way in. A write that began before the mirror
+    did is then either marked, or was over before the mirror marked everything.
+ 3. The copier clears the bits first and looks at the source afterwards (`claim`). A write that lands while
+    the copy runs marks again.
+ 4. No two copies of one granule are in flight at once (`claim` skips claimed granules): out of order they
+    would leave old data under a clean bit.
+ 5. A failed copy marks again before the claim goes (`settle`).
+ 6. A synchronous write (copy-mode write-blocking) owns its granules against copies and against other
+    synchronous writes, from before the source is written until the target has been. It clears what it covers whole *before*
+    it writes, for the reason of 3: a background write that is under way at the same time marks afterwards, and is not wiped out.
+
+Locks. Guest reads, and guest writes in background mode, take none: `mark` is one C call under the
+GIL, and the gate is two steps in a fixed order on each side (Dekker's): a guest announces itself,
+then looks at the gate; whoever closes the gate closes it, then looks for guests. The GIL makes these steps sequentially
+consistent, so one of the two always sees the other. `Tracker._lock` guards the claims and the synchronous writes; it is
+a leaf: nothing is called and no I/O is done under it. There is no other lock in the data path.
+"""
+
+from __future__ import annotations
+
+import threading
+from _thread import get_ident
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.device import round_out
+
+
+class Ledger:
+    """One disk's guest requests under way, the gate that holds them, and the bitmaps they mark."""
+
+    def __init__(self) -> None:
+        self._writing: set[int] = set()
+        self._reading: set[int] = set()
+        self._bitmaps: tuple[DirtyBitmap, ...] = ()
+        self._gate: _Gate | None = None
+
+    # Guest threads. One request a thread at a time, so the thread's number names the request.
+
+    def enter(self) -> int:
+        """A changing request begins; waits while the gate is closed. Returns its token."""
+        token = get_ident()
+        self._writing.add(token)
+        if self._gate is not None:
+            self._wait_at_gate(token)
+        return token
+
+    def leave(self, token: int, offset: int, length: int) -> None:
+        """A changing request ended, well or not: the range may differ from the target now."""
+        for bitmap in self._bitmaps:
+            bitmap.mark(offset, length)
+        self._writing.discard(token)
+        if self._gate is not None:
+            self._tell_gate()
+
+    def enter_read(self) -> int:
+        """A request that changes nothing begins. It never waits, not even at the gate."""
+        token = get_ident()
+        self._reading.add(token)
+        return token
+
+    def leave_read(self, token: int) -> None:
+        self._reading.discard(token)
+
+    def _wait_at_gate(self, token: int) -> None:
+        while (gate := self._gate) is not None:
+            self._writing.discard(token)
+            self._tell_gate()
+            gate.opened.wait()
+            self._writing.add(token)
+
+    def _tell_gate(self) -> None:
+        gate = self._gate
+        if gate is not None and not self._writing:
+            gate.on_idle()
+
+    # The owner of the disk's jobs (one thread).
+
+    def attach(self, bitmap: DirtyBitmap) -> None:
+        """From now on every changing request that *ends* marks `bitmap` (point 2 above)."""
+        self._bitmaps = (*self._bitmaps, bitmap)
+
+    def detach(self, bitmap: DirtyBitmap) -> None:
+        self._bitmaps = tuple(b for b in self._bitmaps if b is not bitmap)
+
+    def close_gate(self, on_idle: Callable[[], None]) -> None:
+        """Hold new changing requests back. `on_idle` is called, from any thread and perhaps more than
+        once, when none is under way any more; it must not block. Ask `is_idle` then."""
+        assert self._gate is None, "the gate is closed already"
+        self._gate = _Gate(on_idle)
+        self._tell_gate()
+
+    def open_gate(self) -> None:
+        """Let everybody go on. Whoever closes the gate opens it, within a bound."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.opened.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """No changing request is under way. Once true behind a closed gate, it stays true: a guest that
+        announces itself later sees the gate before it does any I/O."""
+        return not self._writing
+
+    def readers(self) -> frozenset[int]:
+        """The reads under way, for whoever waits until these have gone (`have_left`)."""
+        return frozenset(self._reading)
+
+    def have_left(self, readers: frozenset[int]) -> frozenset[int]:
+        """Those of `readers` that are still there. A thread that has begun another read meanwhile counts as
+        there; so it is a bound from above, and asked again until it is empty."""
+        return readers & frozenset(self._reading)
+
+
+@dataclass(slots=True)
+class _Gate:
+    on_idle: Callable[[], None]
+    opened: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """A range of whole granules (the disk's odd end included) that one copy or one synchronous
+    write owns. Bytes."""
+
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    def overlaps(self, other: Claim) -> bool:
+        return self.offset < other.end and other.offset < self.end
+
+
+class Tracker:
+    """One mirror's dirty granules, its copies in flight and its synchronous writes.
+
+    `claim`, `shrink` and `settle` are the copier's; `begin_write` and `end_write` are for guest threads.
+    """
+
+    def __init__(self, size: int, granularity: int) -> None:
+        self.size = size
+        self.granularity = granularity
+        self.dirty = DirtyBitmap(size, granularity)
+        self._lock = threading.Condition(threading.Lock())
+        self._copies: list[Claim] = []
+        self._writes: list[Claim] = []
+        self._waiting: list[Claim] = []
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes claimed by copies and synchronous writes."""
+        with self._lock:
+            return sum(c.length for c in self._copies) + sum(c.length for c in self._writes)
+
+    @property
+    def in_sync(self) -> bool:
+        """Nothing dirty and nothing in flight. In this order: a claim that fails marks its bits before
+        it goes, so what is missed in flight is found dirty only if in flight is looked at first."""
+        with self._lock:
+            if self._copies or self._writes:
+                return False
+        return self.dirty.is_empty
+
+    def claim(self, offset: int, length_max: int) -> Claim | None:
+        """Take the first dirty run at or after `offset` that nobody owns, at most `length_max` bytes (at least
+        one granule): its bits are clear and the copy owns it until `settle`."""
+        with self._lock:
+            while run := self.dirty.next_run(offset, length_max):
+                claim = Claim(*run)
+                others = (self._copies, self._writes, self._waiting)
+                taken = [c for owners in others for c in owners if c.overlaps(claim)]
+                if taken:
+                    start = min(c.offset for c in taken)
+                    if start <= claim.offset:
+                        offset = max(c.end for c in taken if c.offset <= claim.offset)
+                        continue
+                    claim.length = start - claim.offset
+                self.dirty.clear(claim.offset, claim.length)
+                self._copies.append(claim)
+                return claim
+        return None
+
+    def shrink(self, claim: Claim, length: int) -> None:
+        """Keep only the first `length` bytes (whole granules) of a copy; the rest is dirty again."""
+        with self._lock:
+            self.dirty.mark(claim.offset + length, claim.length - length)
+            claim.length = length
+            self._lock.notify_all()
+
+    def settle(self, claim: Claim, *, failed: bool) -> None:
+        """A copy ended. If it failed, its range is dirty again before it is anybody's."""
+        with self._lock:
+            if failed:
+                self.dirty.mark(claim.offset, claim.length)
+            self._copies.remove(claim)
+            self._lock.notify_all()
+
+    def begin_write(self, offset: int, length: int) -> Claim:
+        """A guest thread's synchronous write begins: waits until no copy and no such write overlaps its
+        granules, then owns them all at once, so that nobody holds a part while waiting for the rest
+        (no deadlock). First come, first served among writes, and copies keep off a range that a write waits
+        for (no starvation). Granules covered whole are clean from here on (point 6)."""
+        claim = Claim(*self._round_out(offset, length))
+        with self._lock:
+            self._waiting.append(claim)
+            self._lock.wait_for(lambda: self._is_free_for(claim))
+            self._waiting.remove(claim)
+            self._writes.append(claim)
+            self.dirty.clear(offset, length)
+        return claim
+
+    def end_write(self, claim: Claim, *, failed: bool) -> None:
+        """The synchronous write has reached the target or, if `failed`, its granules are dirty again."""
+        with self._lock:
+            if failed:
+                self.dirty.mark(claim.offset, claim.length)
+            self._writes.remove(claim)
+            self._lock.notify_all()
+
+    def _is_free_for(self, claim: Claim) -> bool:
+        if any(c.overlaps(claim) for owners in (self._copies, self._writes) for c in owners):
+            return False
+        earlier = self._waiting[: self._waiting.index(claim)]
+        return not any(c.overlaps(claim) for c in earlier)
+
+    def _round_out(self, offset: int, length: int) -> tuple[int, int]:
+        start, span = round_out(offset, length, self.granularity)
+        return start, min(span, self.size - start)

@@ -1,0 +1,85 @@
+"""The few system calls that file.py needs and Python has not, or has without letting go of the GIL.
+
+Each lets go of the GIL, takes a descriptor, and raises nothing: the answer says what came of it.
+For any thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import stat
+import struct
+from os import fstat
+
+# linux/falloc.h. KEEP_SIZE everywhere: no request may make a file longer.
+ALLOCATE = 0x01
+PUNCH_HOLE = 0x02 | ALLOCATE
+ZERO_RANGE = 0x10 | ALLOCATE
+DISCARD = 0x1277
+"""Block devices only: BLKDISCARD of linux/fs.h, beside the modes of fallocate."""
+
+UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY)
+"""The medium does not have it. ENODEV: block devices before Linux 4.9."""
+
+DIRECT_ALIGNMENT_DEFAULT = 4096
+"""For O_DIRECT where the kernel does not tell (before 6.1): a multiple of what usual disks want.
+Trying reads of 512 bytes would not tell either: a hole takes every alignment."""
+
+_BLKSSZGET = 0x1268  # linux/fs.h
+_AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
+_STATX_DIOALIGN = 0x2000  # linux/stat.h
+_STATX_DIO_OFFSET_ALIGN_AT = 0x9C  # of struct statx
+_IN_MEMORY = (0x01021994, 0x858458F6)  # linux/magic.h: TMPFS_MAGIC, RAMFS_MAGIC
+_ANSWER_BYTES = 256
+"""struct statx; struct statfs is smaller."""
+
+# fcntl.ioctl keeps the GIL (CPython 3.11, for arguments up to 1 KiB), and a discard may take seconds.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p)
+
+
+def change(fd: int, what: int, offset: int, length: int) -> int:
+    """Do `what` (one of the constants above) to a range; returns 0 or an errno."""
+    while True:
+        if what == DISCARD:
+            code = _libc.ioctl(fd, DISCARD, struct.pack("QQ", offset, length))
+        else:
+            code = _libc.fallocate(fd, what, offset, length)
+        if code == 0:
+            return 0
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            return code
+
+
+def is_in_memory(fd: int) -> bool:
+    """Whether the file is on tmpfs or ramfs."""
+    answer = ctypes.create_string_buffer(_ANSWER_BYTES)
+    if _libc.fstatfs(fd, answer) != 0:
+        return False
+    (kind,) = struct.unpack_from("l", answer)
+    return kind in _IN_MEMORY
+
+
+def sector_size(fd: int) -> int:
+    """The logical sector size of a block device."""
+    answer = ctypes.create_string_buffer(struct.calcsize("i"))
+    if _libc.ioctl(fd, _BLKSSZGET, answer) != 0:
+        return 4096
+    (size,) = struct.unpack_from("i", answer)
+    return int(size)
+
+
+def direct_alignment(fd: int) -> int:
+    """What O_DIRECT wants of offsets and lengths; 0 if it cannot be used on this file."""
+    if stat.S_ISBLK(fstat(fd).st_mode):
+        return sector_size(fd)
+    answer = ctypes.create_string_buffer(_ANSWER_BYTES)
+    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer) == 0:
+        (mask,) = struct.unpack_from("I", answer)
+        (alignment,) = struct.unpack_from("I", answer, _STATX_DIO_OFFSET_ALIGN_AT)
+        if mask & _STATX_DIOALIGN:
+            return max(int(alignment), 512) if alignment else 0
+    return DIRECT_ALIGNMENT_DEFAULT

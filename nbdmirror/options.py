@@ -1,0 +1,49 @@
+"""What a mirror job is asked to do: QEMU's blockdev-mirror arguments, and its error policies."""
+
+from __future__ import annotations
+
+import enum
+import errno
+from dataclasses import dataclass
+
+from nbdmirror.copier import BUFFER_BYTES_DEFAULT
+
+
+class Policy(enum.StrEnum):
+    """QEMU's BlockdevOnError. `auto` is `enospc` for the target and `report` for the source."""
+
+    REPORT = "report"
+    IGNORE = "ignore"
+    ENOSPC = "enospc"
+    STOP = "stop"
+    AUTO = "auto"
+
+    def action(self, operation: str, error_number: int) -> Policy:
+        """What is to be done: REPORT, IGNORE or STOP."""
+        if self is Policy.ENOSPC or (self is Policy.AUTO and operation == "write"):
+            return Policy.STOP if error_number == errno.ENOSPC else Policy.REPORT
+        return Policy.REPORT if self is Policy.AUTO else self
+
+
+class Ending(enum.Enum):
+    """What was asked for after READY."""
+
+    NONE = "none"
+    COMPLETE = "complete"  # swap to the target
+    CANCEL = "cancel"  # keep the source, leave the target consistent
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorOptions:
+    """QEMU's blockdev-mirror arguments; sizes in bytes, speed in bytes per second (0: no limit)."""
+
+    job_id: str
+    sync: str = "full"
+    granularity: int = 0
+    buffer_bytes: int = BUFFER_BYTES_DEFAULT
+    speed_bytes_per_s: int = 0
+    on_source_error: Policy = Policy.REPORT
+    on_target_error: Policy = Policy.REPORT
+    unmap: bool = True
+    auto_finalize: bool = True
+    auto_dismiss: bool = True

@@ -1,0 +1,93 @@
+"""The commands' arguments as data: one table, from which they are checked and documented.
+
+Names, types and defaults are QEMU's (qapi/block-core.json, job.json); what QEMU has no name for begins with
+`x-nbdmirror-`.
+"""
+
+from __future__ import annotations
+
+from nbdmirror.schema import BOOL, INT, STR, UINT32, Enum, Member, Struct, named, optional, struct
+
+ON_ERROR = Enum("BlockdevOnError", ("report", "ignore", "enospc", "stop", "auto"))
+SYNC = Enum("MirrorSyncMode", ("top", "full", "none", "incremental", "bitmap"))
+NEW_IMAGE_MODE = Enum("NewImageMode", ("existing", "absolute-paths"))
+
+ADDRESS = Struct(
+    "SocketAddress",
+    named(type=Enum("SocketAddressType", ("inet", "unix"))),
+    tag="type",
+    branches={
+        "inet": struct("InetSocketAddress", host=STR, port=STR),
+        "unix": struct("UnixSocketAddress", path=STR),
+    },
+)
+
+NODE = Struct(
+    "BlockdevOptions",
+    named(driver=Enum("BlockdevDriver", ("nbd",)), node_name=optional(STR)),
+    tag="driver",
+    branches={
+        "nbd": struct(
+            "BlockdevOptionsNbd",
+            server=ADDRESS,
+            export=optional(STR),
+            tls_creds=optional(STR),
+            open_timeout=optional(UINT32),
+        )
+    },
+)
+
+_MIRROR: dict[str, Member] = named(
+    job_id=optional(STR),
+    device=STR,
+    target=STR,
+    sync=SYNC,
+    speed=optional(INT),
+    granularity=optional(UINT32),
+    buf_size=optional(INT),
+    on_source_error=optional(ON_ERROR),
+    on_target_error=optional(ON_ERROR),
+    unmap=optional(BOOL),
+    auto_finalize=optional(BOOL),
+    auto_dismiss=optional(BOOL),
+    x_nbdmirror_allow_larger_target=optional(BOOL),
+)
+
+_DEVICE = struct("BlockJob", device=STR)
+_ID = struct("Job", id=STR)
+_NOTHING = struct("Nothing")
+
+COMMANDS: dict[str, Struct] = {
+    "blockdev-add": NODE,
+    "blockdev-del": struct("BlockdevDel", node_name=STR),
+    "query-named-block-nodes": struct("QueryNamedBlockNodes", flat=optional(BOOL)),
+    "query-block": _NOTHING,
+    "blockdev-mirror": Struct("BlockdevMirror", _MIRROR),
+    "drive-mirror": Struct(
+        "DriveMirror",
+        {
+            **_MIRROR,
+            **named(mode=optional(NEW_IMAGE_MODE), format=optional(STR), node_name=optional(STR)),
+        },
+    ),
+    "query-block-jobs": _NOTHING,
+    "block-job-complete": _DEVICE,
+    "block-job-cancel": struct("BlockJobCancel", device=STR, force=optional(BOOL)),
+    "block-job-pause": _DEVICE,
+    "block-job-resume": _DEVICE,
+    "block-job-set-speed": struct("BlockJobSetSpeed", device=STR, speed=INT),
+    "block-job-finalize": _ID,
+    "block-job-dismiss": _ID,
+    "query-jobs": _NOTHING,
+    "job-complete": _ID,
+    "job-cancel": _ID,
+    "job-pause": _ID,
+    "job-resume": _ID,
+    "job-finalize": _ID,
+    "job-dismiss": _ID,
+    "query-commands": _NOTHING,
+    "query-version": _NOTHING,
+    "query-status": _NOTHING,
+    "quit": _NOTHING,
+    "x-nbdmirror-query-status": _NOTHING,
+}

@@ -1,0 +1,341 @@
+"""RemoteDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones for the
+copier, on the same connections (see connection.py for how they share).
+
+With this, connection.py is the only place that knows libnbd.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import nbd
+
+from nbdmirror.connection import Connection
+from nbdmirror.device import (
+    AsyncSource,
+    AsyncTarget,
+    BlockDevice,
+    BlockSize,
+    Buffer,
+    Done,
+    Extent,
+    ExtentsDone,
+)
+from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.loop import Loop
+
+log = logging.getLogger(__name__)
+
+PAYLOAD_BYTES_MAX = 32 << 20
+"""What a server that announces no maximum takes in one request: the NBD specification's advice to clients."""
+
+ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
+"""Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
+of every granularity."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""For the whole handshake, unless told otherwise."""
+
+CONNECTIONS_MAX = 8
+"""For guest threads, where the server supports several: more than nbdkit's busy threads gains nothing."""
+
+
+class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
+    """An NBD export as a disk. Attributes are as the server announced them at the handshake.
+
+    `can_multi_conn`: several connections see one another's writes and flushes. Without it one connection
+    serves all threads.
+    """
+
+    def __init__(self, uri: str, first: Connection) -> None:
+        handle = first.handle
+        self.uri = uri
+        self.description = uri
+        self.size = int(handle.get_size())
+        self.read_only = bool(handle.is_read_only())
+        self.block_size = BlockSize(
+            minimum=handle.get_block_size(nbd.SIZE_MINIMUM) or 1,
+            preferred=handle.get_block_size(nbd.SIZE_PREFERRED) or 4096,
+            maximum=handle.get_block_size(nbd.SIZE_MAXIMUM) or PAYLOAD_BYTES_MAX,
+        )
+        self.preferred_is_announced = bool(handle.get_block_size(nbd.SIZE_PREFERRED))
+        self.can_multi_conn = bool(handle.can_multi_conn())
+        self.can_flush = bool(handle.can_flush())
+        self.can_fua = bool(handle.can_fua())
+        self.can_trim = bool(handle.can_trim())
+        self.can_zero = bool(handle.can_zero())
+        self.can_fast_zero = bool(handle.can_fast_zero())
+        self.can_cache = bool(handle.can_cache())
+        self.can_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
+        self._connections = [first]
+        self._loop: Loop | None = None
+        self._on_lost: Callable[[], None] | None = None
+        self._turns = itertools.count()
+        self._sticky = threading.local()
+
+    @classmethod
+    def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> RemoteDevice:
+        """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...). Raises ConfigError."""
+        device = cls(uri, Connection.open(uri, timeout_s))
+        if device.size % device.block_size.minimum:
+            device.close()
+            raise ConfigError(
+                f"{uri}: its size {device.size} is no multiple of its minimum block size "
+                f"{device.block_size.minimum}"
+            )
+        return device
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    @property
+    def is_lost(self) -> bool:
+        """Every connection is broken or closed."""
+        return all(connection.is_lost for connection in self._connections)
+
+    def is_own_export(self) -> bool:
+        """Whether the server at the other end is this very process (rule 44)."""
+        return self._connections[0].peer_is_this_process()
+
+    def open_another(self, *, timeout_s: float) -> Connection | None:
+        """One more connection, for `adopt`; blocking, from any thread. None where the server supports no
+        more: it may announce multi-conn and yet take only so many (qemu-nbd -e N leaves the next one waiting)."""
+        if not self.can_multi_conn or self.is_lost:
+            return None
+        try:
+            another = Connection.open(self.uri, timeout_s)
+        except ConfigError as error:
+            log.info("%s: goes on with %d connections: %s", self.uri, self.connections, error)
+            return None
+        if another.handle.get_size() != self.size:
+            log.error("%s: has another size on another connection", self.uri)
+            another.close()
+            return None
+        return another
+
+    def adopt(self, connection: Connection) -> None:
+        """Use `connection` as well; on the loop's thread."""
+        if self.is_lost:
+            connection.close()
+            return
+        if self._loop is not None:
+            connection.on_lost = self._on_lost
+            connection.attach(self._loop)
+        self._connections = [*self._connections, connection]
+
+    # Blocking, from any thread.
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        connection = self._pick()
+        for start, length in _pieces(0, len(buf), self.block_size.maximum):
+            part = buf[start : start + length]
+            connection.call(connection.handle.aio_pread, part, offset + start)
+
+    def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
+        self._refuse_if_read_only()
+        connection = self._pick()
+        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        if len(buf) <= self.block_size.maximum:
+            connection.call(connection.handle.aio_pwrite, buf, offset, flags=flags)
+        else:
+            view = memoryview(buf)
+            for start, length in _pieces(0, len(buf), self.block_size.maximum):
+                part = view[start : start + length]
+                connection.call(connection.handle.aio_pwrite, part, offset + start, flags=flags)
+        if fua and not flags:
+            self.flush()
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_trim: bool = False,
+        fua: bool = False,
+        fast: bool = False,
+    ) -> None:
+        self._refuse_if_read_only()
+        if fast and not (self.can_zero and self.can_fast_zero):
+            raise DeviceError(f"{self.uri}: has no fast zero", errno.ENOTSUP)
+        if not self.can_zero:
+            zeroes = bytes(min(length, self.block_size.maximum, 1 << 20))
+            for start, span in _pieces(offset, length, len(zeroes) or 1):
+                self.pwrite(memoryview(zeroes)[:span], start)
+            if fua:
+                self.flush()
+            return
+        connection = self._pick()
+        flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
+        flags |= nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
+            connection.call(connection.handle.aio_zero, span, start, flags=flags)
+        if fua and not self.can_fua:
+            self.flush()
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self._refuse_if_read_only()
+        connection = self._pick()
+        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        if self.can_trim:
+            for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
+                connection.call(connection.handle.aio_trim, span, start, flags=flags)
+        if fua and not (self.can_trim and self.can_fua):
+            self.flush()
+
+    def flush(self) -> None:
+        if self.can_flush:
+            connection = self._pick()
+            connection.call(connection.handle.aio_flush)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        if not self.can_extents or not length:
+            return [Extent(length, zero=False, hole=False)]
+        connection = self._pick()
+        found: list[Extent] = []
+        span = min(length, ZERO_BYTES_MAX)
+        collect = _collector(found, span)
+        connection.call(connection.handle.aio_block_status, span, offset, collect)
+        return found or [Extent(length, zero=False, hole=False)]
+
+    def cache(self, offset: int, length: int) -> None:
+        if self.can_cache:
+            connection = self._pick()
+            connection.call(connection.handle.aio_cache, length, offset)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    # Asynchronous, on the loop's thread, between `attach` and `detach`.
+
+    def attach(self, loop: Loop, on_lost: Callable[[], None]) -> None:
+        """Have `loop` drive the connections; `on_lost` is called when one breaks."""
+        self._loop, self._on_lost = loop, on_lost
+        for connection in self._connections:
+            connection.on_lost = on_lost
+            connection.attach(loop)
+
+    def detach(self) -> None:
+        """Give the connections back to the threads that wait."""
+        self._loop = self._on_lost = None
+        for connection in self._connections:
+            connection.on_lost = None
+            connection.detach()
+
+    def kill_if_busy(self) -> None:
+        """Break the connections that have requests in flight: nobody waits for those any more."""
+        for connection in self._connections:
+            if connection.is_busy:
+                connection.kill()
+
+    def kill(self) -> None:
+        """Break every connection: what is in flight fails at once. From any thread."""
+        for connection in self._connections:
+            connection.kill()
+
+    def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
+        connection = self._next()
+        connection.start(connection.handle.aio_pread, buf, offset, done=done)
+
+    def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
+        connection = self._next()
+        connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
+
+    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
+        """`length` is at most ZERO_BYTES_MAX. Without write-zeroes, zeroes are written, one piece after the other."""
+        connection = self._next()
+        if self.can_zero:
+            flags = self._zero_flags(may_trim)
+            connection.start(connection.handle.aio_zero, length, offset, flags=flags, done=done)
+            return
+        zeroes = memoryview(bytes(min(length, self.block_size.maximum, 1 << 20)))
+
+        def step(error: BaseException | None, start: int = offset) -> None:
+            if error is not None or start == offset + length:
+                done(error)
+                return
+            span = min(len(zeroes), offset + length - start)
+
+            def then(error: BaseException | None) -> None:
+                step(error, start + span)
+
+            connection.start(connection.handle.aio_pwrite, zeroes[:span], start, done=then)
+
+        step(None)
+
+    def start_flush(self, done: Done) -> None:
+        connection = self._next()
+        connection.start(connection.handle.aio_flush, done=done)
+
+    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        if not self.can_extents:
+            done([Extent(length, zero=False, hole=False)], None)
+            return
+        connection = self._next()
+        found: list[Extent] = []
+        span = min(length, ZERO_BYTES_MAX)
+
+        def finish(error: BaseException | None) -> None:
+            done(None if error else found, error)
+
+        collect = _collector(found, span)
+        connection.start(connection.handle.aio_block_status, span, offset, collect, done=finish)
+
+    def _zero_flags(self, may_trim: bool) -> int:
+        return 0 if may_trim else int(nbd.CMD_FLAG_NO_HOLE)
+
+    def _next(self) -> Connection:
+        """The next connection in turn that lives; a dead one, whose requests fail, if none does."""
+        connections = self._connections
+        for _ in connections:
+            connection = connections[next(self._turns) % len(connections)]
+            if not connection.is_lost:
+                break
+        return connection
+
+    def _pick(self) -> Connection:
+        """This thread's connection: with as many as threads, nobody waits for another one's reply."""
+        connections = self._connections
+        if len(connections) == 1:
+            return connections[0]
+        try:
+            number: int = self._sticky.number
+        except AttributeError:
+            number = self._sticky.number = next(self._turns)
+        return connections[number % len(connections)]
+
+    def _refuse_if_read_only(self) -> None:
+        if self.read_only:
+            raise DeviceError(f"{self.uri}: is read-only", errno.EROFS)
+
+
+def _pieces(offset: int, length: int, length_max: int) -> list[tuple[int, int]]:
+    """The range cut into pieces of at most `length_max`."""
+    end = offset + length
+    return [(start, min(length_max, end - start)) for start in range(offset, end, length_max)]
+
+
+def _collector(found: list[Extent], length: int) -> Callable[[str, int, list[int], Any], int]:
+    """libnbd's extent callback that fills `found` with base:allocation, cut at `length`.
+
+    Servers may tell more than was asked for, or less. Entries are pairs of a length and flags.
+    """
+
+    def collect(context: str, offset: int, entries: list[int], error: Any) -> int:
+        left = length - sum(extent.length for extent in found)
+        if context == nbd.CONTEXT_BASE_ALLOCATION:
+            for span, flags in zip(entries[::2], entries[1::2], strict=True):
+                kept = min(span, left)
+                if kept:
+                    zero, hole = bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)
+                    found.append(Extent(kept, zero, hole))
+                left -= kept
+        return 0
+
+    return collect

@@ -1,0 +1,177 @@
+"""Service: the life of one nbdmirror process, as nbdkit leads it: configure, check, open, start, stop.
+
+Everything that can be refused is refused before nbdkit goes into the background: disks are opened and the control socket is
+bound in `open`. Threads only start in `start`, after the fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+
+from nbdmirror.aligned import AlignedDevice
+from nbdmirror.commands import Commands, version_info
+from nbdmirror.device import BlockDevice
+from nbdmirror.disk import Disk
+from nbdmirror.errors import ConfigError, DeviceError, Error
+from nbdmirror.events import EventRing
+from nbdmirror.file import FileDevice
+from nbdmirror.loop import Loop
+from nbdmirror.qmp import QmpServer, bind_unix_socket
+from nbdmirror.remote import RemoteDevice
+from nbdmirror.server import Server
+from nbdmirror.uri import is_uri
+
+log = logging.getLogger("nbdmirror")
+
+_NAMED_DISK = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
+_BOOLEANS = {"true": True, "yes": True, "1": True, "on": True} | {
+    "false": False,
+    "no": False,
+    "0": False,
+    "off": False,
+}
+EXPORT_NAME_BYTES_MAX = 4096
+
+
+class Service:
+    def __init__(self) -> None:
+        self.disks: dict[str, Disk] = {}
+        self._paths: dict[str, str] = {}
+        self._qmp_path = ""
+        self._is_direct = False
+        self._is_read_only = False
+        self._mirror_to = ""
+        self._listener: socket.socket | None = None
+        self._server: Server | None = None
+        self._commands: Commands | None = None
+        self._qmp: QmpServer | None = None
+
+    def configure(self, key: str, value: str) -> None:
+        """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
+        if key == "file":
+            self._add_disk(value)
+        elif key == "qmp":
+            self._qmp_path = os.path.abspath(value)
+        elif key == "cache":
+            if value not in ("writeback", "none"):
+                raise ConfigError(f"cache={value}: expected writeback or none")
+            self._is_direct = value == "none"
+        elif key == "read-only":
+            if value not in _BOOLEANS:
+                raise ConfigError(f"read-only={value}: expected true or false")
+            self._is_read_only = _BOOLEANS[value]
+        elif key == "mirror-to":
+            if not is_uri(value):
+                raise ConfigError(
+                    f"mirror-to={value}: expected an NBD URI, such as nbd://host/export"
+                )
+            self._mirror_to = value
+        else:
+            raise ConfigError(
+                f"unknown parameter '{key}': expected file, qmp, cache, read-only or mirror-to"
+            )
+
+    def check(self) -> None:
+        """The parameters together. Raises ConfigError."""
+        if not self._paths:
+            raise ConfigError("parameter file=DISK is missing: which disk is to be served?")
+        if self._mirror_to and self._is_read_only:
+            raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
+
+    def open(self) -> None:
+        """Open the disks and bind the control socket. Raises ConfigError; then nothing is left behind."""
+        for name, path in self._paths.items():
+            self.disks[name] = Disk(name, self._open_disk(path))
+        if self._qmp_path:
+            self._listener = bind_unix_socket(self._qmp_path)
+
+    def abandon(self) -> None:
+        """Take back what `open` did; the process ends."""
+        if self._listener is not None:
+            os.unlink(self._qmp_path)
+
+    def start(self) -> None:
+        """After the fork: threads, jobs, the control endpoint."""
+        _log_to_stderr()
+        self._server = Server(self.disks, EventRing(time.time), Loop(time.monotonic))
+        self._server.start()
+        self._commands = Commands(self._server)
+        if self._listener is not None:
+            self._qmp = QmpServer(
+                self._listener,
+                dispatch=self._temp,
+                events=self._server.events,
+                version=version_info(),
+            )
+            self._qmp.start()
+        if self._mirror_to:
+            threading.Thread(target=self._start_mirror, daemon=True).start()
+
+    def stop(self) -> None:
+        """Jobs within a bound, while clients can still see their events; then the doors, then the disks,
+        flushed and closed."""
+        if self._server is not None:
+            self._server.end_jobs()
+        if self._qmp is not None:
+            self._qmp.stop()
+        if self._server is not None:
+            self._server.stop()
+
+    async def _temp(self, n, a):
+        return (await self._commands.dispatch(n, a)).value
+
+    def find(self, export: str) -> Disk:
+        """The disk of an export name; the first one is also the default export, ""."""
+        if not export:
+            return next(iter(self.disks.values()))
+        if export not in self.disks:
+            raise DeviceError(f"no export is called '{export}'", 2)
+        return self.disks[export]
+
+    def _add_disk(self, value: str) -> None:
+        match = _NAMED_DISK.fullmatch(value) if not is_uri(value) else None
+        name, path = match.groups() if match else (f"disk{len(self._paths)}", value)
+        if name in self._paths:
+            raise ConfigError(f"file={value}: there are two disks called '{name}'")
+        if len(name.encode()) > EXPORT_NAME_BYTES_MAX:
+            raise ConfigError(f"file={value[:40]}...: the name is longer than NBD allows")
+        self._paths[name] = path if is_uri(path) else os.path.abspath(path)
+
+    def _open_disk(self, path: str) -> BlockDevice:
+        if not is_uri(path):
+            return FileDevice.open(path, read_only=self._is_read_only, direct=self._is_direct)
+        device = RemoteDevice.open(path)
+        if device.read_only and not self._is_read_only:
+            raise ConfigError(f"file={path}: the export is read-only; use read-only=true")
+        device.read_only = self._is_read_only
+        return AlignedDevice(device) if device.block_size.minimum > 1 else device
+
+    def _start_mirror(self) -> None:
+        """As `drive-mirror` would; in daemon mode nobody sees an exception, so it is logged."""
+        assert self._commands is not None
+        arguments = {
+            "device": next(iter(self.disks)),
+            "target": self._mirror_to,
+            "mode": "existing",
+            "sync": "full",
+        }
+        try:
+            asyncio.run(self._commands.dispatch("drive-mirror", arguments))
+        except Error as error:
+            log.error("mirror-to: %s; the disk is served without a mirror", error)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("nbdmirror: %(levelname)s: %(message)s"))
+    root = logging.getLogger("nbdmirror")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False

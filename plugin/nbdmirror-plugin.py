@@ -1,0 +1,213 @@
+"""nbdmirror's nbdkit plugin: nbdkit python nbdmirror-plugin.py file=[NAME=]DISK ... [qmp=PATH] ...
+
+    file=[NAME=]DISK   a raw file, a block device or an NBD URI; may be repeated
+    qmp=PATH           control socket
+    cache=none         O_DIRECT instead of the page cache (default: writeback)
+    read-only=true     open the disks for reading only
+    mirror-to=URI      start mirroring the first disk at once
+
+Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order is its life cycle.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import nbdkit
+
+from nbdmirror.errors import IO_ERRORS, ConfigError, errno_of
+from nbdmirror.service import Service
+from nbdmirror.threadstate import KeptStates, local
+
+API_VERSION = 2
+service = Service()
+
+
+class Handle:
+    """One guest connection."""
+
+    def __init__(self, disk, read_only):
+        self.disk = disk
+        self.read_only = read_only or disk.read_only
+        self.kept = KeptStates()
+
+
+def refuse(error):
+    """Nothing is started yet: one line where the user looks, and exit status 1, as nbdkit has it."""
+    print(f"nbdmirror: {error}", file=sys.stderr, flush=True)
+    service.abandon()
+    os._exit(1)
+
+
+def passing_errno(call):
+    """The guest gets the errno as the disk gave it; and the thread's state is kept."""
+
+    def guarded(h, *arguments):
+        try:
+            local.is_kept
+        except AttributeError:
+            h.kept.keep()
+        try:
+            return call(h, *arguments)
+        except IO_ERRORS as error:
+            nbdkit.set_error(errno_of(error))
+            raise
+
+    return guarded
+
+
+def config(key, value):
+    try:
+        service.configure(key, value)
+    except ConfigError as error:
+        refuse(error)
+
+
+def config_complete():
+    try:
+        service.check()
+    except ConfigError as error:
+        refuse(error)
+
+
+def thread_model():
+    return nbdkit.THREAD_MODEL_PARALLEL
+
+
+def get_ready():
+    try:
+        service.open()
+    except ConfigError as error:
+        refuse(error)
+
+
+def after_fork():
+    service.start()
+
+
+def cleanup():
+    service.stop()
+
+
+def list_exports(readonly, is_tls):
+    return list(service.disks)
+
+
+def default_export(readonly, is_tls):
+    return next(iter(service.disks))
+
+
+def open(readonly):
+    return Handle(service.find(nbdkit.export_name()), readonly)
+
+
+def close(h):
+    h.kept.give_back()
+
+
+def get_size(h):
+    return h.disk.size
+
+
+def block_size(h):
+    size = h.disk.source.block_size
+    return 1, max(512, size.preferred), 0xFFFFFFFF
+
+
+def can_write(h):
+    return not h.read_only
+
+
+def can_multi_conn(h):
+    return True
+
+
+def can_flush(h):
+    return True
+
+
+def can_fua(h):
+    return nbdkit.FUA_NATIVE
+
+
+def can_trim(h):
+    return True
+
+
+def can_zero(h):
+    return True
+
+
+def can_fast_zero(h):
+    return True
+
+
+def can_extents(h):
+    return True
+
+
+def can_cache(h):
+    return nbdkit.CACHE_NATIVE
+
+
+def pread(h, buf, offset, flags):
+    try:
+        local.is_kept
+    except AttributeError:
+        h.kept.keep()
+    try:
+        h.disk.pread(buf, offset)
+    except IO_ERRORS as error:
+        nbdkit.set_error(errno_of(error))
+        raise
+
+
+def pwrite(h, buf, offset, flags):
+    try:
+        local.is_kept
+    except AttributeError:
+        h.kept.keep()
+    try:
+        h.disk.pwrite(buf, offset, flags != 0)  # FUA is the only flag that a write has
+    except IO_ERRORS as error:
+        nbdkit.set_error(errno_of(error))
+        raise
+
+
+@passing_errno
+def flush(h, flags):
+    h.disk.flush()
+
+
+@passing_errno
+def trim(h, count, offset, flags):
+    h.disk.trim(offset, count, fua=bool(flags & nbdkit.FLAG_FUA))
+
+
+@passing_errno
+def zero(h, count, offset, flags):
+    h.disk.zero(
+        offset,
+        count,
+        may_trim=bool(flags & nbdkit.FLAG_MAY_TRIM),
+        fua=bool(flags & nbdkit.FLAG_FUA),
+        fast=bool(flags & nbdkit.FLAG_FAST_ZERO),
+    )
+
+
+@passing_errno
+def cache(h, count, offset, flags):
+    h.disk.cache(offset, count)
+
+
+@passing_errno
+def extents(h, count, offset, flags):
+    found, position = [], offset
+    for extent in h.disk.extents(offset, count):
+        kind = (nbdkit.EXTENT_ZERO if extent.zero else 0) | (
+            nbdkit.EXTENT_HOLE if extent.hole else 0
+        )
+        found.append((position, extent.length, kind))
+        position += extent.length
+    return found
