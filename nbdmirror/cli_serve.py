@@ -18,7 +18,6 @@ from pathlib import Path
 
 from nbdmirror.cli import USAGE, CliError, default_qmp_paths
 from nbdmirror.errors import ConfigError
-from nbdmirror.qmp import remove_stale_socket
 
 NBD_PORT = 10809
 LOOPBACK = "127.0.0.1"
@@ -169,6 +168,8 @@ def _check_nbdkit(env: Mapping[str, str]) -> None:
 
 
 def _check_places(args: argparse.Namespace) -> None:
+    from nbdmirror.qmp import remove_stale_socket  # asyncio: 40 ms that plugin-path does not need
+
     for _, disk in _disks(args):
         if not _URI.match(disk) and not os.path.exists(disk):
             raise ConfigError(f"{disk}: no such disk; create it first (truncate -s SIZE FILE)")
