@@ -1,11 +1,11 @@
 """DirtyBitmap: a set of granules. No locks, no I/O, no clock.
 
-A granule is `granularity` bytes (a power of two) of the disk, the last one possibly short. Callers speak
-bytes; granule numbers never leave this module.
+A granule is `granularity` bytes (a power of two) of the disk, the last one possibly short. Callers
+speak bytes; granule numbers never leave this module.
 
-Threads: `mark` and the clears are one C call on the bit array each, which is atomic under the GIL. That is
-what lets guest threads mark without a lock while the copier clears: each bit is set or cleared,
-never torn, and neighbours in the same byte are not disturbed.
+Threads: `mark` and the clears are one C call on the bit array each, which is atomic under the GIL.
+That is what lets guest threads mark without a lock while the copier clears: each bit is set or
+cleared, never torn, and neighbours in the same byte are not disturbed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ GRANULARITY_MAX = 64 << 20
 """The limits of QEMU's blockdev-mirror."""
 
 GRANULARITY_DEFAULT = 64 << 10
-"""QEMU's default where the target does not tell a cluster size (bdrv_get_default_bitmap_granularity)."""
+"""QEMU's default where the target does not tell a cluster size
+(bdrv_get_default_bitmap_granularity)."""
 
 
 def check_granularity(granularity: int) -> None:
@@ -35,8 +36,8 @@ def check_granularity(granularity: int) -> None:
 class DirtyBitmap:
     """The dirty granules of a disk of `size` bytes, all clean at first.
 
-    Memory: one bit a granule in anonymous pages, which exist only once they are written to: 32 MiB at
-    most for 16 TiB at 64 KiB, next to nothing while clean.
+    Memory: one bit a granule in anonymous pages, which exist only once they are written to: 32 MiB
+    at most for 16 TiB at 64 KiB, next to nothing while clean.
     """
 
     __slots__ = ("_bits", "_count", "_shift", "granularity", "size")
@@ -88,8 +89,9 @@ class DirtyBitmap:
             self.mark(*run)
 
     def next_run(self, offset: int, length_max: int) -> tuple[int, int] | None:
-        """The first dirty run of whole granules at or after `offset`: its offset and length in bytes,
-        cut at the disk's end and at `length_max` (at least one granule). None if there is none."""
+        """The first dirty run of whole granules at or after `offset`: its offset and length in
+        bytes, cut at the disk's end and at `length_max` (at least one granule). None if there is
+        none."""
         first = self._bits.find(1, -(-offset >> self._shift), self._count)
         if first < 0:
             return None

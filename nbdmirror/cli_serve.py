@@ -168,7 +168,9 @@ def _check_nbdkit(env: Mapping[str, str]) -> None:
 
 
 def _check_places(args: argparse.Namespace) -> None:
-    from nbdmirror.qmp import remove_stale_socket  # asyncio: 40 ms that plugin-path does not need
+    from nbdmirror.sockets import (
+        remove_stale_socket,
+    )  # asyncio: 40 ms that plugin-path does not need
 
     for _, disk in _disks(args):
         if not _URI.match(disk) and not os.path.exists(disk):

@@ -1,6 +1,8 @@
-"""The table of QMP commands: names and arguments as in QEMU's QAPI schema, and what each does to jobs.
+"""The table of QMP commands: names and arguments as in QEMU's QAPI schema, and what each does to
+jobs.
 
-`Commands.dispatch` is for the QMP door's thread; the work happens on the loop's, one command after the other.
+`Commands.dispatch` is for the QMP door's thread; the work happens on the loop's, one command after
+the other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from nbdmirror import __version__
+from nbdmirror import __version__, queries
 from nbdmirror.bitmap import check_granularity
 from nbdmirror.copier import BUFFER_BYTES_DEFAULT
 from nbdmirror.errors import CommandError, CommandNotFound, ConfigError, DeviceNotActive
@@ -43,7 +45,8 @@ def version_info() -> dict[str, Any]:
 
 
 class Commands:
-    """Carries commands out on `server`. `quit` ends the process as SIGTERM does, unless told otherwise."""
+    """Carries commands out on `server`. `quit` ends the process as SIGTERM does, unless told
+    otherwise."""
 
     def __init__(self, server: Server, quit_: Callable[[], None] | None = None) -> None:
         self._server = server
@@ -77,10 +80,11 @@ class Commands:
         if name in _JOB_VERBS:
             job = self._job(name, arguments)
             return _JOB_VERBS[name](job, arguments)
-        return _QUERIES[name](self, arguments)
+        return _QUERIES[name](self._server, arguments)
 
     def _job(self, name: str, arguments: Arguments) -> MirrorJob:
-        """The job that the command names; block-job-... and job-... answer differently when there is none."""
+        """The job that the command names; block-job-... and job-... answer differently when there
+        is none."""
         job_id = arguments.get("device", arguments.get("id"))
         job = self._server.jobs.get(str(job_id))
         if job is None:
@@ -176,42 +180,6 @@ class Commands:
 
     # The rest.
 
-    def _query_named_block_nodes(self, arguments: Arguments) -> Any:
-        nodes = [
-            _node_info(n.name, n.device.uri, "nbd", n.device) for n in self._server.nodes.values()
-        ]
-        served = {id(n.device) for n in self._server.nodes.values() if n.disk is not None}
-        for disk in self._server.disks.values():
-            device = getattr(disk.source, "inner", disk.source)
-            if id(device) not in served:
-                driver = "nbd" if isinstance(device, RemoteDevice) else "raw"
-                nodes.append(_node_info(disk.name, disk.source.description, driver, disk))
-        return nodes[::-1]
-
-    def _query_block(self, arguments: Arguments) -> Any:
-        blocks = []
-        for disk in self._server.disks.values():
-            node = next((n for n in self._server.nodes.values() if n.disk is disk), None)
-            name = node.name if node else disk.name
-            device = getattr(disk.source, "inner", disk.source)
-            driver = "nbd" if isinstance(device, RemoteDevice) else "raw"
-            job = self._server.job_of(disk)
-            blocks.append(
-                {
-                    "device": disk.name,
-                    "qdev": "",
-                    "type": "unknown",
-                    "removable": False,
-                    "locked": False,
-                    "io-status": job.io_status if job else "ok",
-                    "inserted": _node_info(name, disk.source.description, driver, disk),
-                }
-            )
-        return blocks
-
-    def _query_status(self, arguments: Arguments) -> Any:
-        return {"status": "running", "running": True, "singlestep": False}
-
     async def _quit_in_order(self, arguments: Arguments) -> Reply:
         """The jobs' last events, then the answer, then the end."""
         await asyncio.to_thread(self._server.end_jobs)
@@ -237,16 +205,16 @@ _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
     "job-cancel": lambda job, a: job.cancel(force=True),
 }
 
-_QUERIES: dict[str, Callable[[Commands, Arguments], Any]] = {
-    "blockdev-del": lambda c, a: c._server.remove_node(a["node-name"]).device.close(),
-    "query-block": Commands._query_block,
-    "query-block-jobs": lambda c, a: [j.block_job_info() for j in [*c._server.jobs.values()][::-1]],
-    "query-jobs": lambda c, a: [j.job_info() for j in [*c._server.jobs.values()][::-1]],
-    "query-commands": lambda c, a: [{"name": n} for n in ("qmp_capabilities", *COMMANDS)],
-    "query-named-block-nodes": Commands._query_named_block_nodes,
-    "query-status": Commands._query_status,
-    "query-version": lambda c, a: version_info(),
-    "x-nbdmirror-query-status": lambda c, a: c._server.status(),
+_QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
+    "blockdev-del": lambda server, a: server.remove_node(a["node-name"]).device.close(),
+    "query-block": lambda server, a: queries.block(server),
+    "query-block-jobs": lambda server, a: queries.block_jobs(server),
+    "query-jobs": lambda server, a: queries.jobs(server),
+    "query-commands": lambda server, a: [{"name": n} for n in ("qmp_capabilities", *COMMANDS)],
+    "query-named-block-nodes": lambda server, a: queries.named_block_nodes(server),
+    "query-status": lambda server, a: {"status": "running", "running": True, "singlestep": False},
+    "query-version": lambda server, a: version_info(),
+    "x-nbdmirror-query-status": lambda server, a: queries.status(server),
 }
 
 
@@ -287,25 +255,3 @@ async def _open(uri: str, timeout_s: float) -> RemoteDevice:
         return await asyncio.to_thread(RemoteDevice.open, uri, timeout_s=timeout_s)
     except ConfigError as error:
         raise CommandError(str(error)) from error
-
-
-def _node_info(name: str, filename: str, driver: str, device: Any) -> dict[str, Any]:
-    """QEMU's BlockDeviceInfo, as far as it means anything here."""
-    return {
-        "node-name": name,
-        "drv": driver,
-        "file": filename,
-        "ro": device.read_only,
-        "encrypted": False,
-        "detect_zeroes": "off",
-        "backing_file_depth": 0,
-        "image": {"filename": filename, "format": driver, "virtual-size": device.size},
-        "cache": {"writeback": True, "direct": False, "no-flush": False},
-        "bps": 0,
-        "bps_rd": 0,
-        "bps_wr": 0,
-        "iops": 0,
-        "iops_rd": 0,
-        "iops_wr": 0,
-        "write_threshold": 0,
-    }

@@ -1,14 +1,16 @@
-"""Connection: one libnbd handle, shared by guest threads (blocking) and the event loop (asynchronous).
+"""Connection: one libnbd handle, shared by guest threads (blocking) and the event loop
+(asynchronous).
 
 Any thread may start a request; libnbd serialises that. What must not be shared is waiting: a thread
-inside libnbd's own poll holds the handle's lock and keeps all others out. So the handle is polled from here, outside of libnbd, by one *driver* at a time:
+inside libnbd's own poll holds the handle's lock and keeps all others out. So the handle is polled
+from here, outside of libnbd, by one *driver* at a time:
 
- - the event loop while the connection is attached to one;
- - otherwise whichever guest thread is waiting and finds nobody leading (leader and followers). One thread alone drives
+ - the event loop while the connection is attached to one; - otherwise whichever guest thread is
+ waiting and finds nobody leading (leader and followers). One thread alone drives
    its own request without any hand-over; many threads pipeline their requests on one connection.
 
-Whoever drives wakes the others as their replies come. A connection that breaks fails each request in flight with DeviceLost:
-the outcome of those is unknown.
+Whoever drives wakes the others as their replies come. A connection that breaks fails each request
+in flight with DeviceLost: the outcome of those is unknown.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ class Request:
 
 
 class Connection:
-    """An NBD connection that is ready for commands. `handle` is libnbd's, for its `aio_...` methods."""
+    """An NBD connection that is ready for commands. `handle` is libnbd's, for its `aio_...`
+    methods."""
 
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         self.handle = handle
@@ -105,7 +108,8 @@ class Connection:
 
     @classmethod
     def open(cls, uri: str, timeout_s: float) -> Connection:
-        """Connect within `timeout_s`, the handshake included. Raises ConfigError with one clear line."""
+        """Connect within `timeout_s`, the handshake included. Raises ConfigError with one clear
+        line."""
         handle = nbd.NBD()
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         handle.set_uri_allow_local_file(True)
@@ -155,7 +159,8 @@ class Connection:
         flags: int = 0,
         done: Done | None = None,
     ) -> Request:
-        """Start `method`, one of the handle's `aio_...`, with `arguments` and a completion callback.
+        """Start `method`, one of the handle's `aio_...`, with `arguments` and a completion
+        callback.
 
         `done` is called on the loop's thread at the end; without it, `wait` for the request.
         """
@@ -213,7 +218,8 @@ class Connection:
             loop.attach(self)
 
     def detach(self) -> None:
-        """Leave driving to the threads that wait; on the loop's thread, nothing with `done` in flight."""
+        """Leave driving to the threads that wait; on the loop's thread, nothing with `done` in
+        flight."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.detach(self)
@@ -306,8 +312,8 @@ class Connection:
             os.eventfd_write(self._wake_fd, 1)
 
     def _appoint_leader(self) -> None:
-        """Wake one waiting thread, so that it may lead. Each thread does so when it leaves; so there is always
-        a driver while requests wait."""
+        """Wake one waiting thread, so that it may lead. Each thread does so when it leaves; so
+        there is always a driver while requests wait."""
         while self._requests:
             try:
                 request = next(iter(self._requests))

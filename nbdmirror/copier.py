@@ -1,16 +1,18 @@
-"""Copier: turns dirty granules into requests on the target. One per mirror, on the event loop's thread.
+"""Copier: turns dirty granules into requests on the target. One per mirror, on the loop's thread.
 
 The life of a claim (the ledger's `Claim`: its bits are already clear):
 
     extents of the source  ->  zero: write-zeroes on the target
-                           ->  data: read, look for zeroes, write  (piece after piece, with one buffer)
+                           ->  data: read, look for zeroes, write; piece after piece, one buffer
     -> settle: done, or dirty again
 
-Many claims run at once, each with one slot; a slot is a buffer of `request_bytes`. So requests and bytes are both
-bounded. What the source says of its extents is asked after the bits are cleared, and a "zero" is believed only for the claim that
-asked; "data" is believed for later claims as well, since treating zeroes as data is never wrong.
+Many claims run at once, each with one slot; a slot is a buffer of `request_bytes`. So requests and
+bytes are both bounded. What the source says of its extents is asked after the bits are cleared, and
+a "zero" is believed only for the claim that asked; "data" is believed for later claims as well,
+since treating zeroes as data is never wrong.
 
-The copier has no opinion about errors: it makes the claim dirty again and tells its observer, which may pause it.
+The copier has no opinion about errors: it makes the claim dirty again and tells its observer, which
+may pause it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nbdmirror.device import AsyncSource, AsyncTarget, Extent, round_out
+from nbdmirror.device import AsyncSource, AsyncTarget, Done, Extent, round_out
 from nbdmirror.ledger import Claim, Tracker
 
 REQUESTS_MAX = 16
@@ -35,10 +37,12 @@ WINDOW_BYTES_MAX = (2 << 30) - (64 << 20)
 """Longest claim where nothing is known of the source: a hole of this length is one request."""
 
 ZERO_UNIT_BYTES = 64 << 10
-"""Zeroes in data are looked for in units of this size: the usual cluster, so that a target can leave it out."""
+"""Zeroes in data are looked for in units of this size: the usual cluster, so that a target can
+leave it out."""
 
 SLICE_S = 0.1
-"""With a speed limit no claim is larger than what is allowed in one slice (QEMU's BLOCK_JOB_SLICE_TIME)."""
+"""With a speed limit no claim is larger than what is allowed in one slice (QEMU's
+BLOCK_JOB_SLICE_TIME)."""
 
 
 _ZEROES = bytes(ZERO_UNIT_BYTES)
@@ -72,8 +76,8 @@ class _Copy:
 class Copier:
     """Copies what `tracker` says from `source` to `target` while `running`.
 
-    `pump` starts what can be started; it is called when something may have changed (guest writes are
-    not announced: who wants them copied pumps now and then).
+    `pump` starts what can be started; it is called when something may have changed (guest writes
+    are not announced: who wants them copied pumps now and then).
     """
 
     def __init__(
@@ -106,7 +110,8 @@ class Copier:
         """Guests wait: the speed limit does not hold."""
         self._clock = clock
         self._call_later = call_later
-        # At least one granule, as in QEMU; one that is larger than a request goes in several pieces.
+        # At least one granule, as in QEMU; one that is larger than a request goes in several
+        # pieces.
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max)
         self._slots = max(1, min(REQUESTS_MAX, buffer_bytes // self._request_bytes))
@@ -239,8 +244,9 @@ class Copier:
     def _find_zeroes(
         self, buffer: bytearray, offset: int, length: int
     ) -> list[tuple[int, int, bool]]:
-        """Cut a piece into runs (offset, length, is zero) at multiples of ZERO_UNIT_BYTES of the disk.
-        `startswith` is a memcmp that ends at the first byte that differs, so data costs nothing here."""
+        """Cut a piece into runs (offset, length, is zero) at multiples of ZERO_UNIT_BYTES of the
+        disk. `startswith` is a memcmp that ends at the first byte that differs, so data costs
+        nothing here."""
         runs: list[tuple[int, int, bool]] = []
         start = 0
         while start < length:
@@ -287,6 +293,13 @@ class Copier:
             if not self._copies:
                 self.observer.copy_settled()
 
+    def flush(self, done: Done) -> None:
+        """Make durable what was written to the target; nothing if it was never changed."""
+        if self.has_written:
+            self.target.start_flush(done)
+        else:
+            done(None)
+
     # The speed limit. Between claims, as QEMU's: what is in flight is not held back.
 
     def set_speed(self, speed_bytes_per_s: int) -> None:
@@ -296,7 +309,8 @@ class Copier:
         self.pump()
 
     def _limit(self, copy: _Copy, length: int) -> None:
-        """Account for `length` bytes; zeroing is free where the target only drops blocks (rule 32)."""
+        """Account for `length` bytes; zeroing is free where the target only drops blocks (rule
+        32)."""
         if self.speed_bytes_per_s:
             start_s = max(self._next_start_s, self._clock())
             self._next_start_s = start_s + length / self.speed_bytes_per_s

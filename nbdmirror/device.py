@@ -26,7 +26,8 @@ REQUEST_BYTES_MAX = 64 << 20
 class Extent:
     """`length` bytes of one kind. `zero`: reads as zeroes. `hole`: not allocated.
 
-    The bits are NBD's NBD_STATE_ZERO and NBD_STATE_HOLE; a hole that does not read as zero is legal.
+    The bits are NBD's NBD_STATE_ZERO and NBD_STATE_HOLE; a hole that does not read as zero is
+    legal.
     """
 
     length: int
@@ -46,9 +47,9 @@ class BlockSize:
 class BlockDevice(Protocol):
     """A disk with blocking calls, safe to call from any number of threads at once.
 
-    Calls raise OSError or DeviceError (`errors.IO_ERRORS`); after an error the range of a changing call is
-    undefined. Offsets and lengths lie within `size`; the caller has checked that. Two calls on
-    overlapping ranges at once are the caller's affair, as on any disk.
+    Calls raise OSError or DeviceError (`errors.IO_ERRORS`); after an error the range of a changing
+    call is undefined. Offsets and lengths lie within `size`; the caller has checked that. Two calls
+    on overlapping ranges at once are the caller's affair, as on any disk.
 
     A device does everything named here: what its medium lacks it emulates (zeroes are written, FUA
     is a flush, a trim that cannot be done does nothing), so that what a guest was promised when it
@@ -231,7 +232,8 @@ class MemoryDevice:
         self.allocated[first : first + count] = b"\1" * count
 
     def _deallocate(self, offset: int, length: int) -> None:
-        """Blocks covered whole become holes; the odd last block counts as whole at the disk's end."""
+        """Blocks covered whole become holes; the odd last block counts as whole at the disk's
+        end."""
         end = offset + length
         first = -(-offset // self.BLOCK_BYTES)
         last = len(self.allocated) if end == self.size else end // self.BLOCK_BYTES

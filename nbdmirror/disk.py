@@ -31,8 +31,8 @@ class Disk:
     def swap(self, target: BlockDevice) -> BlockDevice:
         """Serve guests from `target` from now on; returns the device served until now.
 
-        The gate is closed and no changing request is under way. Reads may still be on the old device:
-        see Ledger.readers before it is closed.
+        The gate is closed and no changing request is under way. Reads may still be on the old
+        device: see Ledger.readers before it is closed.
         """
         assert self.ledger.is_idle, "swap behind a closed gate only"
         assert target.size >= self.size, "the job has compared the sizes"

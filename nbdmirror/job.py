@@ -1,8 +1,8 @@
 """MirrorJob: starts, watches and ends one mirror. It has no loop over data: that is the copier's.
 
-Everything here happens on the event loop's thread. Commands change what is wanted and call `_advance`; so does every
-event (copies settled, a flush done, a timer). `_advance` looks at the state and does the next step: it may be called at any time,
-any number of times.
+Everything here happens on the event loop's thread. Commands change what is wanted and call
+`_advance`; so does every event (copies settled, a flush done, a timer). `_advance` looks at the
+state and does the next step: it may be called at any time, any number of times.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from nbdmirror.copier import Copier
 from nbdmirror.device import AsyncTarget
@@ -30,20 +30,13 @@ POLL_S = 0.05
 """How often new guest writes are looked for when all was in sync. Longer would save more writes to
 regions that are written again and again, and let the target lag more."""
 
-LEVEL_BYTES = 4 << 20
-"""Dirty bytes that may be left when guest writes are held for an ending: a few milliseconds of copying."""
-
-CONVERGE_S = 2.0
-"""How long an ending waits for the dirty bytes to fall below LEVEL_BYTES before it holds writes anyway."""
-
-QUIESCE_LIMIT_S = 1.0
-"""Longest time that guest writes are held in one attempt at an ending."""
-
 RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
-"""Back-off under the policy `ignore`: first and longest wait before the failed range is tried again."""
+"""Back-off under the policy `ignore`: first and longest wait before the failed range is tried
+again."""
 
 CANCEL_GRACE_S = 0.3
-"""How long a forced cancel lets requests on the target end by themselves before their connection is cut."""
+"""How long a forced cancel lets requests on the target end by themselves before their connection is
+cut."""
 
 
 class Target(AsyncTarget, Protocol):
@@ -61,7 +54,8 @@ class Owner(Protocol):
         """Guest writes are held and the target is level: serve the disk from the target."""
 
     def released(self, job: MirrorJob) -> None:
-        """The job uses source and target no more; after a pivot the old source is free to be closed."""
+        """The job uses source and target no more; after a pivot the old source is free to be
+        closed."""
 
     def dismissed(self, job: MirrorJob) -> None:
         """The job is to be forgotten."""
@@ -107,7 +101,6 @@ class MirrorJob:
         self._is_finalizing = False
         self._abort: BaseException | None = None
         self._quiesce: Quiesce | None = None
-        self._converge_until_s = 0.0
         self._retry_s = RETRY_S_MIN
         self._retry_timer: Timer | None = None
         self._poll_timer: Timer | None = None
@@ -140,7 +133,8 @@ class MirrorJob:
         self._end(Ending.COMPLETE)
 
     def cancel(self, *, force: bool) -> None:
-        """Soft after READY: the job ends with a consistent target. Otherwise the target is undefined."""
+        """Soft after READY: the job ends with a consistent target. Otherwise the target is
+        undefined."""
         check_verb(self.id, self.status, "cancel")
         if self._pause_wanted and not force:
             raise CommandError(f"The block job for device '{self.id}' is currently paused")
@@ -196,6 +190,11 @@ class MirrorJob:
     # What queries show.
 
     @property
+    def is_paused(self) -> bool:
+        """By the user or by an error; it may still be on its way there. Pending counts, in QEMU."""
+        return self._pause_wanted or self.status is JobStatus.PENDING
+
+    @property
     def is_ready(self) -> bool:
         return self.status in (JobStatus.READY, JobStatus.STANDBY)
 
@@ -212,44 +211,11 @@ class MirrorJob:
     @property
     def length(self) -> int:
         """QEMU's `len`: what was copied and what is left. It grows while the guest writes."""
-        return self.offset + (0 if self._is_over else self.copier.remaining_bytes)
+        return self.offset + (0 if self.is_over else self.copier.remaining_bytes)
 
     @property
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
         return self.status in (JobStatus.CONCLUDED, JobStatus.NULL)
-
-    def block_job_info(self) -> dict[str, Any]:
-        """QEMU's BlockJobInfo."""
-        info = {
-            "type": self.type,
-            "device": self.id,
-            "len": self.length,
-            "offset": self.offset,
-            "busy": self.is_busy,
-            "paused": self._pause_wanted or self.status is JobStatus.PENDING,
-            "speed": self.copier.speed_bytes_per_s,
-            "io-status": self.io_status,
-            "ready": self.is_ready,
-            "status": str(self.status),
-            "auto-finalize": self.options.auto_finalize,
-            "auto-dismiss": self.options.auto_dismiss,
-        }
-        if self.error is not None:
-            info["error"] = self.error
-        return info
-
-    def job_info(self) -> dict[str, Any]:
-        """QEMU's JobInfo."""
-        info = {
-            "id": self.id,
-            "type": self.type,
-            "status": str(self.status),
-            "current-progress": self.offset,
-            "total-progress": self.length,
-        }
-        if self.error is not None:
-            info["error"] = self.error
-        return info
 
     # The copier's observer.
 
@@ -283,13 +249,13 @@ class MirrorJob:
 
     def target_lost(self) -> None:
         """The target's connection broke. Requests in flight report that themselves."""
-        if not self.copier.in_flight and not self._is_over:
+        if not self.copier.in_flight and not self.is_over:
             self.copy_failed("write", ConnectionError(errno.ENOTCONN, "connection lost"))
 
     # Steps.
 
     def _advance(self) -> None:
-        if self._is_over or self.status is JobStatus.UNDEFINED:
+        if self.is_over or self.status is JobStatus.UNDEFINED:
             return
         if self._abort is not None:
             self._advance_abort()
@@ -304,7 +270,7 @@ class MirrorJob:
             if self.status is JobStatus.RUNNING and self.tracker.in_sync:
                 self._flush_for_ready()
             elif self._is_finalizing or (self.is_ready and self.ending is not Ending.NONE):
-                self._advance_ending()
+                self._begin_quiesce()
 
     def _advance_abort(self) -> None:
         if self.copier.in_flight or self._is_flushing:
@@ -344,36 +310,26 @@ class MirrorJob:
             self._advance()
 
         self._is_flushing = True
-        if self.copier.has_written:
-            self.target.start_flush(then)
-        else:
-            then(None)
+        self.copier.flush(then)
 
     def _end(self, ending: Ending) -> None:
         self.ending = ending
-        self._converge_until_s = self._loop.clock() + CONVERGE_S
         self._loop.call_soon(self._advance)
-
-    def _advance_ending(self) -> None:
-        """Let the copier get close before guest writes are held."""
-        is_close = self.copier.remaining_bytes <= LEVEL_BYTES
-        if is_close or self._loop.clock() >= self._converge_until_s:
-            self._begin_quiesce()
 
     def _begin_quiesce(self) -> None:
         self._quiesce = Quiesce(
             ledger=self.disk.ledger,
             copier=self.copier,
             loop=self._loop,
-            limit_s=QUIESCE_LIMIT_S,
             on_level=self._on_level,
             on_timeout=self._on_quiesce_timeout,
             on_flush_error=self._on_flush_error,
         )
+        self._quiesce.advance()
 
     def _on_quiesce_timeout(self) -> None:
+        """The guest writes faster than the rest could be copied: it goes on, and so do we."""
         self._quiesce = None
-        self._converge_until_s = self._loop.clock() + CONVERGE_S
         self._event("X_NBDMIRROR_QUIESCE_TIMEOUT")
         self._advance()
 
@@ -406,8 +362,8 @@ class MirrorJob:
 
     def _release_guest(self) -> None:
         quiesce, self._quiesce = self._quiesce, None
-        if quiesce is not None:
-            self.pause_s = quiesce.release()
+        if quiesce is not None and (held_s := quiesce.release()) is not None:
+            self.pause_s = held_s
 
     def _conclude(self, event: str, **extra: str) -> None:
         self.copier.stop()
@@ -438,7 +394,7 @@ class MirrorJob:
 
     def _cut(self) -> None:
         """The target hangs: break its connection, so that what is in flight comes back."""
-        if not self._is_over:
+        if not self.is_over:
             self.target.kill()
 
     def _pause(self) -> None:

@@ -1,4 +1,5 @@
-"""The concurrency file of the data path: what guest threads and the copier share, and why it is right.
+"""The concurrency file of the data path: what guest threads and the copier share, and why it is
+right.
 
 THE INVARIANT, for every granule at every moment, while a mirror runs:
 
@@ -7,25 +8,27 @@ THE INVARIANT, for every granule at every moment, while a mirror runs:
 
 How it is kept:
 
- 1. A guest write marks *after* the source has done it, failed or not (`leave`). Whoever clears the bit
-    later reads later, and so sees the write. If it were marked before only, a copy could clear the bit, read the old data, and the write
-    would land afterwards.
- 2. Whether to mark is looked at on the way out, not on the way in. A write that began before the mirror
-    did is then either marked, or was over before the mirror marked everything.
- 3. The copier clears the bits first and looks at the source afterwards (`claim`). A write that lands while
-    the copy runs marks again.
- 4. No two copies of one granule are in flight at once (`claim` skips claimed granules): out of order they
-    would leave old data under a clean bit.
+ 1. A guest write marks *after* the source has done it, failed or not (`leave`). Whoever clears
+    the bit later reads later, and so sees the write. If it were marked before only, a copy could
+    clear the bit, read the old data, and the write would land afterwards.
+ 2. Whether to mark is looked at on the way out, not on the way in. A write that began before the
+    mirror did is then either marked, or was over before the mirror marked everything.
+ 3. The copier clears the bits first and looks at the source afterwards (`claim`). A write that
+    lands while the copy runs marks again.
+ 4. No two copies of one granule are in flight at once (`claim` skips claimed granules): out of
+    order they would leave old data under a clean bit.
  5. A failed copy marks again before the claim goes (`settle`).
- 6. A synchronous write (copy-mode write-blocking) owns its granules against copies and against other
-    synchronous writes, from before the source is written until the target has been. It clears what it covers whole *before*
-    it writes, for the reason of 3: a background write that is under way at the same time marks afterwards, and is not wiped out.
+ 6. A synchronous write (copy-mode write-blocking) owns its granules against copies and against
+    other synchronous writes, from before the source is written until the target has been. It
+    clears what it covers whole *before* it writes, for the reason of 3: a background write that is
+    under way at the same time marks afterwards, and is not wiped out.
 
 Locks. Guest reads, and guest writes in background mode, take none: `mark` is one C call under the
 GIL, and the gate is two steps in a fixed order on each side (Dekker's): a guest announces itself,
-then looks at the gate; whoever closes the gate closes it, then looks for guests. The GIL makes these steps sequentially
-consistent, so one of the two always sees the other. `Tracker._lock` guards the claims and the synchronous writes; it is
-a leaf: nothing is called and no I/O is done under it. There is no other lock in the data path.
+then looks at the gate; whoever closes the gate closes it, then looks for guests. The GIL makes
+these steps sequentially consistent, so one of the two always sees the other. `Tracker._lock` guards
+the claims and the synchronous writes; it is a leaf: nothing is called and no I/O is done under it.
+There is no other lock in the data path.
 """
 
 from __future__ import annotations
@@ -97,8 +100,8 @@ class Ledger:
         self._bitmaps = tuple(b for b in self._bitmaps if b is not bitmap)
 
     def close_gate(self, on_idle: Callable[[], None]) -> None:
-        """Hold new changing requests back. `on_idle` is called, from any thread and perhaps more than
-        once, when none is under way any more; it must not block. Ask `is_idle` then."""
+        """Hold new changing requests back. `on_idle` is called, from any thread and perhaps more
+        than once, when none is under way any more; it must not block. Ask `is_idle` then."""
         assert self._gate is None, "the gate is closed already"
         self._gate = _Gate(on_idle)
         self._tell_gate()
@@ -111,8 +114,8 @@ class Ledger:
 
     @property
     def is_idle(self) -> bool:
-        """No changing request is under way. Once true behind a closed gate, it stays true: a guest that
-        announces itself later sees the gate before it does any I/O."""
+        """No changing request is under way. Once true behind a closed gate, it stays true: a guest
+        that announces itself later sees the gate before it does any I/O."""
         return not self._writing
 
     def readers(self) -> frozenset[int]:
@@ -120,8 +123,8 @@ class Ledger:
         return frozenset(self._reading)
 
     def have_left(self, readers: frozenset[int]) -> frozenset[int]:
-        """Those of `readers` that are still there. A thread that has begun another read meanwhile counts as
-        there; so it is a bound from above, and asked again until it is empty."""
+        """Those of `readers` that are still there. A thread that has begun another read meanwhile
+        counts as there; so it is a bound from above, and asked again until it is empty."""
         return readers & frozenset(self._reading)
 
 
@@ -150,7 +153,8 @@ class Claim:
 class Tracker:
     """One mirror's dirty granules, its copies in flight and its synchronous writes.
 
-    `claim`, `shrink` and `settle` are the copier's; `begin_write` and `end_write` are for guest threads.
+    `claim`, `shrink` and `settle` are the copier's; `begin_write` and `end_write` are for guest
+    threads.
     """
 
     def __init__(self, size: int, granularity: int) -> None:
@@ -170,16 +174,17 @@ class Tracker:
 
     @property
     def in_sync(self) -> bool:
-        """Nothing dirty and nothing in flight. In this order: a claim that fails marks its bits before
-        it goes, so what is missed in flight is found dirty only if in flight is looked at first."""
+        """Nothing dirty and nothing in flight. In this order: a claim that fails marks its bits
+        before it goes, so what is missed in flight is found dirty only if in flight is looked at
+        first."""
         with self._lock:
             if self._copies or self._writes:
                 return False
         return self.dirty.is_empty
 
     def claim(self, offset: int, length_max: int) -> Claim | None:
-        """Take the first dirty run at or after `offset` that nobody owns, at most `length_max` bytes (at least
-        one granule): its bits are clear and the copy owns it until `settle`."""
+        """Take the first dirty run at or after `offset` that nobody owns, at most `length_max`
+        bytes (at least one granule): its bits are clear and the copy owns it until `settle`."""
         with self._lock:
             while run := self.dirty.next_run(offset, length_max):
                 claim = Claim(*run)
@@ -197,7 +202,8 @@ class Tracker:
         return None
 
     def shrink(self, claim: Claim, length: int) -> None:
-        """Keep only the first `length` bytes (whole granules) of a copy; the rest is dirty again."""
+        """Keep only the first `length` bytes (whole granules) of a copy; the rest is dirty
+        again."""
         with self._lock:
             self.dirty.mark(claim.offset + length, claim.length - length)
             claim.length = length
@@ -212,10 +218,11 @@ class Tracker:
             self._lock.notify_all()
 
     def begin_write(self, offset: int, length: int) -> Claim:
-        """A guest thread's synchronous write begins: waits until no copy and no such write overlaps its
-        granules, then owns them all at once, so that nobody holds a part while waiting for the rest
-        (no deadlock). First come, first served among writes, and copies keep off a range that a write waits
-        for (no starvation). Granules covered whole are clean from here on (point 6)."""
+        """A guest thread's synchronous write begins: waits until no copy and no such write overlaps
+        its granules, then owns them all at once, so that nobody holds a part while waiting for the
+        rest (no deadlock). First come, first served among writes, and copies keep off a range that
+        a write waits for (no starvation). Granules covered whole are clean from here on (point
+        6)."""
         claim = Claim(*self._round_out(offset, length))
         with self._lock:
             self._waiting.append(claim)
@@ -226,7 +233,8 @@ class Tracker:
         return claim
 
     def end_write(self, claim: Claim, *, failed: bool) -> None:
-        """The synchronous write has reached the target or, if `failed`, its granules are dirty again."""
+        """The synchronous write has reached the target or, if `failed`, its granules are dirty
+        again."""
         with self._lock:
             if failed:
                 self.dirty.mark(claim.offset, claim.length)

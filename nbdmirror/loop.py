@@ -1,7 +1,8 @@
 """Loop: one thread that polls file descriptors, runs timers and posted calls.
 
-Everything that belongs to jobs and copiers happens on this thread, so none of it needs a lock. It is not asyncio because it lies on
-the copy path and shares the GIL with the guest's threads: an iteration here is a poll(2) and the callbacks.
+Everything that belongs to jobs and copiers happens on this thread, so none of it needs a lock. It
+is not asyncio because it lies on the copy path and shares the GIL with the guest's threads: an
+iteration here is a poll(2) and the callbacks.
 
 `call_soon` and `run` may be called from any thread; all else on the loop's own.
 """
@@ -93,7 +94,7 @@ class Loop:
         def step() -> None:
             try:
                 future.set_result(call())
-            except BaseException as error:  # the future's owner gets it, whatever it is
+            except BaseException as error:  # noqa: BLE001 - the future's owner gets it
                 future.set_exception(error)
 
         self.call_soon(step)

@@ -1,7 +1,7 @@
 """The commands' arguments as data: one table, from which they are checked and documented.
 
-Names, types and defaults are QEMU's (qapi/block-core.json, job.json); what QEMU has no name for begins with
-`x-nbdmirror-`.
+Names, types and defaults are QEMU's (qapi/block-core.json, job.json); what QEMU has no name for
+begins with `x-nbdmirror-`.
 """
 
 from __future__ import annotations

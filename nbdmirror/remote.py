@@ -1,5 +1,5 @@
-"""RemoteDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones for the
-copier, on the same connections (see connection.py for how they share).
+"""RemoteDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones
+for the copier, on the same connections (see connection.py for how they share).
 
 With this, connection.py is the only place that knows libnbd.
 """
@@ -32,7 +32,8 @@ from nbdmirror.loop import Loop
 log = logging.getLogger(__name__)
 
 PAYLOAD_BYTES_MAX = 32 << 20
-"""What a server that announces no maximum takes in one request: the NBD specification's advice to clients."""
+"""What a server that announces no maximum takes in one request: the NBD specification's advice to
+clients."""
 
 ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
 """Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
@@ -42,14 +43,15 @@ CONNECT_TIMEOUT_S = 10.0
 """For the whole handshake, unless told otherwise."""
 
 CONNECTIONS_MAX = 8
-"""For guest threads, where the server supports several: more than nbdkit's busy threads gains nothing."""
+"""For guest threads, where the server supports several: more than nbdkit's busy threads gains
+nothing."""
 
 
 class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     """An NBD export as a disk. Attributes are as the server announced them at the handshake.
 
-    `can_multi_conn`: several connections see one another's writes and flushes. Without it one connection
-    serves all threads.
+    `can_multi_conn`: several connections see one another's writes and flushes. Without it one
+    connection serves all threads.
     """
 
     def __init__(self, uri: str, first: Connection) -> None:
@@ -104,8 +106,9 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         return self._connections[0].peer_is_this_process()
 
     def open_another(self, *, timeout_s: float) -> Connection | None:
-        """One more connection, for `adopt`; blocking, from any thread. None where the server supports no
-        more: it may announce multi-conn and yet take only so many (qemu-nbd -e N leaves the next one waiting)."""
+        """One more connection, for `adopt`; blocking, from any thread. None where the server
+        supports no more: it may announce multi-conn and yet take only so many (qemu-nbd -e N leaves
+        the next one waiting)."""
         if not self.can_multi_conn or self.is_lost:
             return None
         try:
@@ -248,7 +251,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
 
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        """`length` is at most ZERO_BYTES_MAX. Without write-zeroes, zeroes are written, one piece after the other."""
+        """`length` is at most ZERO_BYTES_MAX. Without write-zeroes, zeroes are written, one piece
+        after the other."""
         connection = self._next()
         if self.can_zero:
             flags = self._zero_flags(may_trim)
@@ -300,7 +304,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         return connection
 
     def _pick(self) -> Connection:
-        """This thread's connection: with as many as threads, nobody waits for another one's reply."""
+        """This thread's connection: with as many as threads, nobody waits for another one's
+        reply."""
         connections = self._connections
         if len(connections) == 1:
             return connections[0]

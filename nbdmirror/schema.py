@@ -1,7 +1,7 @@
 """Arguments of QMP commands: named, typed, and checked with the texts that QEMU's own checks give.
 
-A small part of QAPI: what the commands here need. A checked value is a plain dict; an optional member
-that was not given is absent.
+A small part of QAPI: what the commands here need. A checked value is a plain dict; an optional
+member that was not given is absent.
 """
 
 from __future__ import annotations

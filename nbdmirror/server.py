@@ -1,6 +1,7 @@
 """Server: the disks, the target nodes and the jobs of one process, and the loop that they live on.
 
-The doors (commands, http) call it; it calls none of them. Methods are for the loop's thread unless they say otherwise.
+The doors (commands, http) call it; it calls none of them. Methods are for the loop's thread unless
+they say otherwise.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.bitmap import GRANULARITY_DEFAULT
@@ -87,7 +87,8 @@ class Server:
                 self._expand(device)
 
     def cancel_jobs(self, when_done: Callable[[], None]) -> None:
-        """Cancel every job by force; `when_done` is called, on the loop, when the last one has ended."""
+        """Cancel every job by force; `when_done` is called, on the loop, when the last one has
+        ended."""
         left = set(self._mirrors)
         if not left:
             when_done()
@@ -109,8 +110,8 @@ class Server:
             log.error("jobs did not end within %g s; going on without them", STOP_S_MAX)
 
     def stop(self) -> None:
-        """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have ended and
-        no guest request is under way."""
+        """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have
+        ended and no guest request is under way."""
         self.loop.stop(STOP_S_MAX)
         for disk in self.disks.values():
             try:
@@ -165,7 +166,8 @@ class Server:
     def start_mirror(
         self, disk: Disk, node: Node, options: MirrorOptions, rules: TargetRules
     ) -> None:
-        """Create and start a job. Raises CommandError; then there is no job and nothing was touched."""
+        """Create and start a job. Raises CommandError; then there is no job and nothing was
+        touched."""
         self._check_mirror(disk, node, options)
         source = self._copy_source(disk)
         target = node.device
@@ -238,7 +240,8 @@ class Server:
             )
 
     def _granularity(self, disk: Disk, target: RemoteDevice, options: MirrorOptions) -> int:
-        """QEMU's choice: the target's cluster size between 4 and 64 KiB where it is known, else 64 KiB."""
+        """QEMU's choice: the target's cluster size between 4 and 64 KiB where it is known, else 64
+        KiB."""
         least = max(target.block_size.minimum, disk.source.block_size.minimum)
         if options.granularity:
             if options.granularity < least:
@@ -312,7 +315,8 @@ class Server:
         look()
 
     def _expand(self, device: RemoteDevice) -> None:
-        """More connections for the guests' threads; it takes a while, and they go on with one meanwhile."""
+        """More connections for the guests' threads; it takes a while, and they go on with one
+        meanwhile."""
 
         def work() -> None:
             for _ in range(CONNECTIONS_MAX - device.connections):
@@ -322,33 +326,6 @@ class Server:
                 self.loop.call_soon(partial(device.adopt, connection))
 
         threading.Thread(target=work, name="nbdmirror-expand", daemon=True).start()
-
-    def status(self) -> dict[str, Any]:
-        """What `nbdmirror status --json` prints."""
-        return {"disks": [self._disk_status(disk) for disk in self.disks.values()]}
-
-    def _disk_status(self, disk: Disk) -> dict[str, Any]:
-        jobs = []
-        for job in self.jobs.values():
-            if job.disk is disk:
-                info = job.block_job_info()
-                info["target"] = job.target.description
-                info["dirty-bytes"] = (
-                    0 if job.status == "concluded" else job.tracker.dirty.dirty_bytes
-                )
-                info["in-flight-bytes"] = job.tracker.in_flight_bytes
-                info["copied-bytes"] = job.copier.copied_bytes
-                info["written-bytes"] = job.copier.written_bytes
-                if job.pause_s is not None:
-                    info["pause-ms"] = round(job.pause_s * 1000, 3)
-                jobs.append(info)
-        return {
-            "name": disk.name,
-            "source": disk.source.description,
-            "size": disk.size,
-            "read-only": disk.read_only,
-            "jobs": jobs,
-        }
 
 
 def _raw(device: BlockDevice) -> BlockDevice:

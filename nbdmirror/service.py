@@ -1,7 +1,8 @@
-"""Service: the life of one nbdmirror process, as nbdkit leads it: configure, check, open, start, stop.
+"""Service: the life of one nbdmirror process, as nbdkit leads it: configure, check, open, start,
+stop.
 
-Everything that can be refused is refused before nbdkit goes into the background: disks are opened and the control socket is
-bound in `open`. Threads only start in `start`, after the fork.
+Everything that can be refused is refused before nbdkit goes into the background: disks are opened
+and the control socket is bound in `open`. Threads only start in `start`, after the fork.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
 from nbdmirror.loop import Loop
-from nbdmirror.qmp import QmpServer, bind_unix_socket
+from nbdmirror.qmp import QmpServer
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.server import Server
+from nbdmirror.sockets import bind_unix_socket
 from nbdmirror.uri import is_uri
 
 log = logging.getLogger("nbdmirror")
@@ -86,7 +88,8 @@ class Service:
             raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
 
     def open(self) -> None:
-        """Open the disks and bind the control socket. Raises ConfigError; then nothing is left behind."""
+        """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
+        behind."""
         for name, path in self._paths.items():
             self.disks[name] = Disk(name, self._open_disk(path))
         if self._qmp_path:
@@ -106,7 +109,7 @@ class Service:
         if self._listener is not None:
             self._qmp = QmpServer(
                 self._listener,
-                dispatch=self._temp,
+                dispatch=self._commands.dispatch,
                 events=self._server.events,
                 version=version_info(),
             )
@@ -115,17 +118,14 @@ class Service:
             threading.Thread(target=self._start_mirror, daemon=True).start()
 
     def stop(self) -> None:
-        """Jobs within a bound, while clients can still see their events; then the doors, then the disks,
-        flushed and closed."""
+        """Jobs within a bound, while clients can still see their events; then the doors, then the
+        disks, flushed and closed."""
         if self._server is not None:
             self._server.end_jobs()
         if self._qmp is not None:
             self._qmp.stop()
         if self._server is not None:
             self._server.stop()
-
-    async def _temp(self, n, a):
-        return (await self._commands.dispatch(n, a)).value
 
     def find(self, export: str) -> Disk:
         """The disk of an export name; the first one is also the default export, ""."""

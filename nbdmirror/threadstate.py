@@ -1,9 +1,9 @@
 """Keeping CPython's thread states alive in nbdkit's threads: 5 to 7 times the requests a second.
 
-nbdkit wraps each callback in PyGILState_Ensure and PyGILState_Release. Its threads are not Python's, so
-that builds and destroys a thread state, with its frame stack, for every request. One more Ensure without a
-Release keeps the state. The price: it must be given back when the thread's connection ends, or each
-connection leaks some kilobytes.
+nbdkit wraps each callback in PyGILState_Ensure and PyGILState_Release. Its threads are not
+Python's, so that builds and destroys a thread state, with its frame stack, for every request. One
+more Ensure without a Release keeps the state. The price: it must be given back when the thread's
+connection ends, or each connection leaks some kilobytes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ local = threading.local()
 
 
 class KeptStates:
-    """The thread states kept for one connection. Its threads call `keep`; `give_back` is called once, when
-    nbdkit has joined all of them but the caller."""
+    """The thread states kept for one connection. Its threads call `keep`; `give_back` is called
+    once, when nbdkit has joined all of them but the caller."""
 
     def __init__(self) -> None:
         self._states: list[int] = []

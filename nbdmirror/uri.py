@@ -16,8 +16,8 @@ def is_uri(disk: str) -> bool:
 
 
 def nbd_uri(options: dict[str, Any]) -> str:
-    """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates, or a
-    file of pre-shared keys."""
+    """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
+    or a file of pre-shared keys."""
     query = {}
     scheme = "nbd"
     if creds := options.get("tls-creds"):

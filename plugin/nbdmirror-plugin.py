@@ -6,7 +6,8 @@
     read-only=true     open the disks for reading only
     mirror-to=URI      start mirroring the first disk at once
 
-Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order is its life cycle.
+Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order
+is its life cycle.
 """
 
 import os
@@ -34,7 +35,8 @@ class Handle:
 
 
 def refuse(error):
-    """Nothing is started yet: one line where the user looks, and exit status 1, as nbdkit has it."""
+    """Nothing is started yet: one line where the user looks, and exit status 1, as nbdkit has
+    it."""
     print(f"nbdmirror: {error}", file=sys.stderr, flush=True)
     service.abandon()
     os._exit(1)

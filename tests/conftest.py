@@ -32,9 +32,10 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def start(folder: Path) -> Iterator[Start]:
-    """start(server): it is running when this returns, and is stopped, and checked, after the test."""
+    """start(server): it is running when this returns, and is stopped, and checked, after the
+    test."""
     with contextlib.ExitStack() as stack:
-        yield lambda server: stack.enter_context(server)
+        yield stack.enter_context
 
 
 @pytest.fixture

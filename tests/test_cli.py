@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from nbdmirror import cli, cli_control, cli_progress, cli_serve, cli_status, qmp
+from nbdmirror import cli, cli_control, cli_progress, cli_serve, cli_status, qmp, sockets
 from nbdmirror.errors import CommandError, CommandNotFound, DeviceNotActive
-from nbdmirror.events import EventRing
+from nbdmirror.events import EventRing, Reply
 
 WAIT_S_MAX = 20.0
 VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}
@@ -42,7 +42,8 @@ class Fake:
         self.extension = True
         self.ring = EventRing(lambda: 1_700_000_000.5)
         self.server = qmp.QmpServer(
-            qmp.bind_unix_socket(path), dispatch=self.dispatch, events=self.ring, version=VERSION
+            sockets.bind_unix_socket(path), dispatch=self.dispatch, events=self.ring,
+            version=VERSION
         )
 
     async def dispatch(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -50,7 +51,7 @@ class Fake:
         method = getattr(self, f"do_{name.replace('-', '_')}", None)
         if not method:
             raise CommandNotFound(f"The command {name} has not been found")
-        return method(arguments)
+        return Reply(method(arguments), self.ring.next_number)
 
     def add_job(self, job: str, **fields: Any) -> None:
         self.jobs[job] = {
@@ -203,7 +204,7 @@ def test_nobody_there(run: Main, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_qmp(run: Main, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(cli_control, "CONNECT_S_MAX", 0.2)
-    with qmp.bind_unix_socket(str(tmp_path / "s")):
+    with sockets.bind_unix_socket(str(tmp_path / "s")):
         status, _, err = run("status", "--qmp", str(tmp_path / "s"))
         assert (status, "does not answer" in one_line(err)) == (cli.NO_SERVER, True)
 
@@ -630,7 +631,7 @@ def test_serve_becomes_nbdkit(disk: Path, run: Main, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "execvpe", execvpe)
     stale = disk.parent / "s"
-    qmp.bind_unix_socket(str(stale)).close()
+    sockets.bind_unix_socket(str(stale)).close()
     status, _, err = run("serve", str(disk), "--socket", str(stale), "--", "-v")
     assert (status, "Exec format error" in one_line(err)) == (cli.FAILED, True)
     assert become[0][1][:4] == ["nbdkit", "-U", str(stale), "-f"]
@@ -656,7 +657,7 @@ def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:
     assert "107 bytes" in refused("--socket", str(here / ("x" * 108)))
     assert "the same path" in refused("--socket", str(here / "q"), "--qmp", str(here / "q"))
     assert "no such file" in refused("--tls-psk", str(here / "none"))
-    with qmp.bind_unix_socket(str(here / "live")):
+    with sockets.bind_unix_socket(str(here / "live")):
         assert "in use" in refused("--socket", str(here / "live"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert "in use" in refused("--port", str(listener.getsockname()[1]))

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ANYTHING = "*"
 EVERYTHING_BELOW_THE_DOORS = (
-    "aligned bitmap connection copier device disk errors events file job ledger loop remote store"
+    "aligned bitmap connection copier device disk errors events file job jobstate ledger linux loop"
+    " options quiesce remote store threadstate uri"
 )
 
 # Module of nbdmirror -> the modules of nbdmirror that it may import, lazily or not, for types or
@@ -29,9 +30,12 @@ MAY_IMPORT = {
     "__init__": "",
     "errors": "",
     "events": "",
+    "linux": "",
+    "threadstate": "",
+    "uri": "errors",
     "bitmap": "errors",
     "device": "errors",
-    "file": "device errors",
+    "file": "aligned device errors linux",
     "aligned": "device errors",
     "loop": "errors",
     "connection": "device errors loop",
@@ -39,15 +43,27 @@ MAY_IMPORT = {
     "ledger": "bitmap device errors",
     "disk": "device errors ledger",
     "copier": "bitmap device errors ledger",
-    "job": "bitmap copier device disk errors events ledger",
+    # The job: what it was asked, its states, its ending, and what holds them together.
+    "options": "copier",
+    "jobstate": "errors",
+    "quiesce": "copier ledger loop",
+    "job": "bitmap copier device disk errors events jobstate ledger loop options quiesce",
     "store": "bitmap errors",
     "server": EVERYTHING_BELOW_THE_DOORS,
     # The doors. They know what is below them, never each other.
-    "commands": "bitmap device errors events job remote server store",
-    "qmp": "errors events",
+    "queries": "disk job remote server",
+    "sockets": "errors",
+    "schema": "errors",
+    "qmpschema": "schema",
+    "commands": "__init__ bitmap copier device errors events job options qmpschema queries remote"
+    " server store uri",
+    "qmp_json": "errors",
+    "qmp": "errors events qmp_json",
     "http": "errors events job server",
-    "cli*": "__init__ cli* errors",
+    "cli*": "__init__ cli* errors sockets",
     "__main__": "cli*",
+    # What nbdkit leads through a process's life: it opens the doors.
+    "service": EVERYTHING_BELOW_THE_DOORS + " commands qmp server sockets",
     "plugin/*": ANYTHING,
 }
 
@@ -55,8 +71,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "nbd": "remote connection",
     "nbdkit": "plugin/*",
-    "asyncio": "qmp http cli*",
-    "socket": "qmp http cli* remote connection",
+    "asyncio": "qmp http cli* commands service",
+    "socket": "qmp http cli* remote connection sockets service",
     "socketserver": "",
     "select": "qmp http cli* loop connection",
     "selectors": "qmp http cli* loop connection",

@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 
-from nbdmirror import qmp
+from nbdmirror import qmp, qmp_json, sockets
 from nbdmirror.errors import CommandError, CommandNotFound, ConfigError, DeviceNotActive
-from nbdmirror.events import EVENTS_KEPT_MAX, EventRing
+from nbdmirror.events import EVENTS_KEPT_MAX, EventRing, Reply
 
 WAIT_S_MAX = 10.0
 VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}
@@ -44,7 +44,7 @@ class Server:
         self.entered = threading.Event()
         self.running = 0
         self.qmp = qmp.QmpServer(
-            qmp.bind_unix_socket(path),
+            sockets.bind_unix_socket(path),
             dispatch=self.dispatch,
             events=self.ring,
             version=VERSION,
@@ -54,9 +54,9 @@ class Server:
         assert self.running == 0 or arguments.get("shared")
         self.running += 1
         try:
-            return await getattr(self, f"do_{name.replace('-', '_')}", self.missing)(
-                name, arguments
-            )
+            method = getattr(self, f"do_{name.replace('-', '_')}", self.missing)
+            value = await method(name, arguments)
+            return Reply(value, self.ring.next_number)
         finally:
             self.running -= 1
 
@@ -168,7 +168,7 @@ def wait_until(condition: Any) -> None:
 def test_socket_is_private_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        with qmp.bind_unix_socket(str(tmp_path / "s")):
+        with sockets.bind_unix_socket(str(tmp_path / "s")):
             assert stat.S_IMODE(os.stat(tmp_path / "s").st_mode) == 0o600
     finally:
         os.umask(before)
@@ -176,10 +176,10 @@ def test_socket_is_private_whatever_the_umask(tmp_path: Path) -> None:
 
 def test_stale_socket_is_taken_over_and_live_one_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
-    qmp.bind_unix_socket(path).close()
-    with qmp.bind_unix_socket(path):
+    sockets.bind_unix_socket(path).close()
+    with sockets.bind_unix_socket(path):
         with pytest.raises(ConfigError, match=f"^qmp: {path}: is in use by another process$"):
-            qmp.bind_unix_socket(path)
+            sockets.bind_unix_socket(path)
         assert os.path.exists(path)
 
 
@@ -193,22 +193,22 @@ def test_what_is_not_a_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
     else:
         path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"http: .*exists and is not a socket"):
-        qmp.bind_unix_socket(str(path), parameter="http")
+        sockets.bind_unix_socket(str(path), parameter="http")
     assert path.is_symlink() or path.exists()
 
 
 def test_bad_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="too long"):
-        qmp.bind_unix_socket(str(tmp_path / ("x" * 108)))
+        sockets.bind_unix_socket(str(tmp_path / ("x" * 108)))
     with pytest.raises(ConfigError, match="directory does not exist"):
-        qmp.bind_unix_socket(str(tmp_path / "no" / "s"))
+        sockets.bind_unix_socket(str(tmp_path / "no" / "s"))
 
 
 def test_stop_unlinks_only_its_own_socket_and_is_idempotent(tmp_path: Path) -> None:
     server = Server(str(tmp_path / "s"))
     server.qmp.start()
     os.unlink(server.path)
-    with qmp.bind_unix_socket(server.path):
+    with sockets.bind_unix_socket(server.path):
         server.qmp.stop()
         server.qmp.stop()
         assert os.path.exists(server.path)
@@ -487,7 +487,7 @@ def test_a_long_row_of_errors_ends_the_connection(connect: Any) -> None:
 
 def test_parsing_is_linear_and_bounded() -> None:
     """100 MB in small pieces: white space, garbage, and one value of almost a MiB byte by byte."""
-    stream = qmp.JsonStream()
+    stream = qmp_json.JsonStream()
     started_s = time.process_time()
     value = b'{"a":"' + b"x" * 1_000_000 + b'"}'
     results = [found for byte in value for found in stream.feed(bytes((byte,)))]
@@ -571,7 +571,7 @@ PIECES = st.lists(
 )
 
 
-def results(stream: qmp.JsonStream, chunks: list[bytes]) -> list[Any]:
+def results(stream: qmp_json.JsonStream, chunks: list[bytes]) -> list[Any]:
     found = [value for chunk in chunks for value in stream.feed(chunk)]
     return [str(value) if isinstance(value, CommandError) else [value] for value in found]
 
@@ -580,10 +580,10 @@ def results(stream: qmp.JsonStream, chunks: list[bytes]) -> list[Any]:
 def test_any_chunking_gives_the_same_values(pieces: list[bytes], cuts: list[int]) -> None:
     data = b"".join(pieces) + b"\n"
     bounds = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
-    whole = results(qmp.JsonStream(), [data])
+    whole = results(qmp_json.JsonStream(), [data])
     parts = [data[start:end] for start, end in itertools.pairwise(bounds)]
-    assert results(qmp.JsonStream(), parts) == whole
-    assert results(qmp.JsonStream(), [bytes((byte,)) for byte in data]) == whole
+    assert results(qmp_json.JsonStream(), parts) == whole
+    assert results(qmp_json.JsonStream(), [bytes((byte,)) for byte in data]) == whole
 
 
 @given(values=st.lists(JSON, max_size=5), spaces=st.sampled_from(["", " ", "\r\n\t"]))
@@ -592,7 +592,7 @@ def test_valid_json_is_read_as_the_json_module_does(values: list[Any], spaces: s
         text = json.dumps(
             [value], ensure_ascii=bool(spaces), separators=(f",{spaces}", f":{spaces}")
         )
-        assert list(qmp.JsonStream().feed(text.encode())) == [[value]]
+        assert list(qmp_json.JsonStream().feed(text.encode())) == [[value]]
 
 
 @settings(

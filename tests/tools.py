@@ -137,7 +137,8 @@ def assert_identical(source: Content, target: Content) -> None:
 
 @contextlib.contextmanager
 def connected(uri: str) -> Iterator[nbd.NBD]:
-    """A libnbd handle with base:allocation, in strict mode off: the server is to be asked anything."""
+    """A libnbd handle with base:allocation, in strict mode off: the server is to be asked
+    anything."""
     handle = nbd.NBD()
     handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     handle.set_strict_mode(0)
@@ -187,7 +188,10 @@ class Guest:
         zone = len(self.model) // connections
         self._threads = [
             threading.Thread(
-                target=self._run, args=(seed * 1000 + n, n * zone, zone), daemon=True, name=f"guest{n}"
+                target=self._run,
+                args=(seed * 1000 + n, n * zone, zone),
+                daemon=True,
+                name=f"guest{n}",
             )
             for n in range(connections)
         ]
@@ -423,6 +427,8 @@ class Qmp:
 
 # Servers
 
+Finished = subprocess.CompletedProcess[str]
+
 
 class Server:
     """A server process of ours. Unstarted until `start` or `with`, which returns when it serves."""
@@ -647,7 +653,8 @@ class QemuNbd(Server):
 
 
 class NbdkitTarget(Server):
-    """nbdkit with a plugin and filters: NbdkitTarget(folder, "memory", "1M", filters=("delay",))."""
+    """nbdkit with a plugin and filters: NbdkitTarget(folder, "memory", "1M",
+    filters=("delay",))."""
 
     name = "nbdkit"
 
@@ -701,14 +708,12 @@ def nbdmirror_environment() -> dict[str, str]:
     return {**environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))}
 
 
-def nbdmirror(*arguments: str | Path, timeout_s: float = WAIT_S_MAX) -> subprocess.CompletedProcess[str]:
+def nbdmirror(*arguments: str | Path, timeout_s: float = WAIT_S_MAX) -> Finished:
     """Run a command of the CLI to its end."""
     return run(sys.executable, "-m", "nbdmirror", *arguments, timeout_s=timeout_s, check=False)
 
 
-def run(
-    *command: str | Path, timeout_s: float = WAIT_S_MAX, check: bool = True
-) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, timeout_s: float = WAIT_S_MAX, check: bool = True) -> Finished:
     """Run a tool to its end; if `check`, it must succeed."""
     done = subprocess.run(
         [str(word) for word in command],

@@ -1,0 +1,151 @@
+"""What queries return: the server's state in QEMU's shapes. Dicts live here and at the doors only.
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbdmirror.disk import Disk
+from nbdmirror.job import MirrorJob
+from nbdmirror.remote import RemoteDevice
+from nbdmirror.server import Node, Server
+
+
+def block_job_info(job: MirrorJob) -> dict[str, Any]:
+    """QEMU's BlockJobInfo."""
+    info = {
+        "type": job.type,
+        "device": job.id,
+        "len": job.length,
+        "offset": job.offset,
+        "busy": job.is_busy,
+        "paused": job.is_paused,
+        "speed": job.copier.speed_bytes_per_s,
+        "io-status": job.io_status,
+        "ready": job.is_ready,
+        "status": str(job.status),
+        "auto-finalize": job.options.auto_finalize,
+        "auto-dismiss": job.options.auto_dismiss,
+    }
+    if job.error is not None:
+        info["error"] = job.error
+    return info
+
+
+def job_info(job: MirrorJob) -> dict[str, Any]:
+    """QEMU's JobInfo."""
+    info = {
+        "id": job.id,
+        "type": job.type,
+        "status": str(job.status),
+        "current-progress": job.offset,
+        "total-progress": job.length,
+    }
+    if job.error is not None:
+        info["error"] = job.error
+    return info
+
+
+def block_jobs(server: Server) -> list[dict[str, Any]]:
+    """query-block-jobs: newest first."""
+    return [block_job_info(job) for job in reversed(server.jobs.values())]
+
+
+def jobs(server: Server) -> list[dict[str, Any]]:
+    """query-jobs: newest first."""
+    return [job_info(job) for job in reversed(server.jobs.values())]
+
+
+def named_block_nodes(server: Server) -> list[dict[str, Any]]:
+    """query-named-block-nodes: newest first. A disk is a node of its name until it is pivoted."""
+    nodes = [
+        _node_info(disk.name, disk)
+        for disk in server.disks.values()
+        if _root_node(server, disk) is None
+    ]
+    return [*map(_target_info, reversed(server.nodes.values())), *reversed(nodes)]
+
+
+def block(server: Server) -> list[dict[str, Any]]:
+    """query-block: one entry a disk."""
+    blocks = []
+    for disk in server.disks.values():
+        node = _root_node(server, disk)
+        job = server.job_of(disk)
+        blocks.append(
+            {
+                "device": disk.name,
+                "type": "unknown",
+                "removable": False,
+                "locked": False,
+                "io-status": job.io_status if job else "ok",
+                "inserted": _node_info(node.name if node else disk.name, disk),
+            }
+        )
+    return blocks
+
+
+def status(server: Server) -> dict[str, Any]:
+    """x-nbdmirror-query-status, and `nbdmirror status --json`."""
+    return {"disks": [_disk_status(server, disk) for disk in server.disks.values()]}
+
+
+def _disk_status(server: Server, disk: Disk) -> dict[str, Any]:
+    jobs = [_job_status(job) for job in server.jobs.values() if job.disk is disk]
+    return {
+        "name": disk.name,
+        "source": disk.source.description,
+        "size": disk.size,
+        "read-only": disk.read_only,
+        "jobs": jobs,
+    }
+
+
+def _job_status(job: MirrorJob) -> dict[str, Any]:
+    info = block_job_info(job)
+    info["target"] = job.target.description
+    info["granularity"] = job.tracker.granularity
+    info["dirty-bytes"] = 0 if job.is_over else job.tracker.dirty.dirty_bytes
+    info["in-flight-bytes"] = job.tracker.in_flight_bytes
+    info["copied-bytes"] = job.copier.copied_bytes
+    info["written-bytes"] = job.copier.written_bytes
+    if job.pause_s is not None:
+        info["pause-ms"] = round(job.pause_s * 1000, 3)
+    return info
+
+
+def _root_node(server: Server, disk: Disk) -> Node | None:
+    """The node that the disk is served from since a pivot."""
+    return next((node for node in server.nodes.values() if node.disk is disk), None)
+
+
+def _target_info(node: Node) -> dict[str, Any]:
+    device = node.device
+    return _info(node.name, device.uri, "nbd", read_only=device.read_only, size=device.size)
+
+
+def _node_info(name: str, disk: Disk) -> dict[str, Any]:
+    device = getattr(disk.source, "inner", disk.source)  # below an AlignedDevice
+    driver = "nbd" if isinstance(device, RemoteDevice) else "raw"
+    filename = disk.source.description
+    return _info(name, filename, driver, read_only=disk.read_only, size=disk.size)
+
+
+def _info(name: str, filename: str, driver: str, *, read_only: bool, size: int) -> dict[str, Any]:
+    """QEMU's BlockDeviceInfo, as far as it means anything here."""
+    limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    return {
+        "node-name": name,
+        "drv": driver,
+        "file": filename,
+        "ro": read_only,
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "backing_file_depth": 0,
+        "image": {"filename": filename, "format": driver, "virtual-size": size},
+        "cache": {"writeback": True, "direct": False, "no-flush": False},
+        "write_threshold": 0,
+        **limits,
+    }

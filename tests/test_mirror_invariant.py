@@ -1,0 +1,494 @@
+"""The mirror's invariant, as a state machine over the real Ledger, Tracker and Copier.
+
+    target equals source, or the granule is dirty, or it is claimed by a copy in flight,
+    or a guest write that covers it is under way
+
+is checked after each step of any guest and any request (tests/model.py). At the end everything is
+let through, and source and target must be identical.
+
+The mutants below break one rule each; the same machine must catch each of them. A test that lets a
+mutant pass proves nothing about the real code.
+
+To replay a failure: Hypothesis prints the steps, and keeps them in .hypothesis/, so that the next
+run starts with them; elsewhere, put the printed @reproduce_failure(...) above `MirrorMachine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from model import EXTENT_UNIT_BYTES, Guest, World
+
+from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.copier import Copier, _Copy
+from nbdmirror.device import Extent
+from nbdmirror.ledger import Claim, Ledger, Tracker
+
+GUESTS_MAX = 4
+STEPS = 60
+EXAMPLES = 300
+MUTANT_EXAMPLES_MAX = 2000
+
+GRANULE = 512
+OUTCOMES = ("well", "well", "well", "unchanged", "torn")
+PARTS = (0.3, 1.0)
+
+slots = st.integers(0, 11)
+"""Which guest or request: modulo how many there are."""
+
+
+class MirrorMachine(RuleBasedStateMachine):
+    world_class: type[World] = World
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world: World | None = None
+        self.is_broken = False
+        self.writes = 0
+
+    @initialize(
+        granules=st.sampled_from((2, 3, 5, 12)),
+        tail=st.sampled_from((0, 1, 100, 511)),
+        granularity=st.sampled_from((GRANULE, GRANULE, 2 * GRANULE)),
+        buffer_bytes=st.sampled_from((GRANULE, 4 * GRANULE, 16 * GRANULE)),
+        request_bytes_max=st.sampled_from((GRANULE, 2 * GRANULE)),
+        data=st.integers(0, (1 << 13) - 1),
+        is_mirrored=st.booleans(),
+        stops_on_error=st.booleans(),
+    )
+    def make(
+        self,
+        granules: int,
+        tail: int,
+        granularity: int,
+        buffer_bytes: int,
+        request_bytes_max: int,
+        data: int,
+        is_mirrored: bool,
+        stops_on_error: bool,
+    ) -> None:
+        size = granules * GRANULE + tail
+        content = b"".join(bytes([0xD0 if data >> i & 1 else 0]) * GRANULE for i in range(13))
+        self.world = self.world_class(
+            content[:size],
+            granularity=granularity,
+            buffer_bytes=buffer_bytes,
+            request_bytes_max=request_bytes_max,
+            stops_on_error=stops_on_error,
+        )
+        if is_mirrored:
+            self.world.attach()
+            self.world.mark_all()
+            self.world.copier.start()
+
+    # Guests.
+
+    @precondition(lambda self: len(self.w.guests) < GUESTS_MAX)
+    @rule(
+        granule=slots,
+        delta=st.sampled_from((0, 0, 100, GRANULE - 1)),
+        length=st.sampled_from((1, 100, GRANULE, GRANULE, GRANULE + 100, 2 * GRANULE, 1 << 20)),
+        is_zero=st.sampled_from((False, False, True)),
+        cut=st.sampled_from((0.0, 0.5)),
+        is_synchronous=st.booleans(),
+        steps=st.integers(0, 4),
+    )
+    def guest_asks(
+        self,
+        granule: int,
+        delta: int,
+        length: int,
+        is_zero: bool,
+        cut: float,
+        is_synchronous: bool,
+        steps: int,
+    ) -> None:
+        """`steps`: how far it gets at once."""
+        offset = (granule * GRANULE + delta) % self.w.size
+        self.writes += 1
+        fill = 0 if is_zero else 1 + self.writes % 200
+        content = bytes([fill]) * min(length, self.w.size - offset)
+        self.w.add_guest(offset, content, cut=cut, is_synchronous=is_synchronous)
+        guest = self.w.guests[-1]
+        for _ in range(steps):
+            self._step(guest)
+
+    @precondition(lambda self: self.w.guests)
+    @rule(which=slots, steps=st.sampled_from((1, 1, 2, 9)))
+    def guest_goes_on(self, which: int, steps: int) -> None:
+        guest = self._guest(which)
+        for _ in range(steps):
+            self._step(guest)
+
+    @precondition(lambda self: self.w.guests)
+    @rule(which=slots, leaves=st.booleans())
+    def guest_fails(self, which: int, leaves: bool) -> None:
+        """Its write fails here, perhaps half done; no effect where it does no I/O."""
+        guest = self._guest(which)
+        self.w.step_guest(guest, fail=True)
+        for _ in range(9 if leaves else 0):
+            self._step(guest)
+
+    @precondition(lambda self: self.w.guests and not self.w.is_held)
+    @rule(which=slots)
+    def gate_closes_after_announcement(self, which: int) -> None:
+        """Between the two steps of `enter`, if the guest is there: the gate closes. (Dekker's.)"""
+        self.w.announced.on_add = self.w.hold
+        self._step(self._guest(which))
+        self.w.announced.on_add = None
+
+    # The copier and its requests.
+
+    @precondition(lambda self: not self.w.is_attached)
+    @rule()
+    def attach(self) -> None:
+        self.w.attach()
+
+    @precondition(lambda self: self.w.is_attached and not self.w.is_tracking)
+    @rule(is_running=st.booleans())
+    def mark_all(self, is_running: bool) -> None:
+        self.w.mark_all()
+        if is_running:
+            self.w.copier.start()
+
+    @precondition(lambda self: self.w.is_tracking)
+    @rule(at_once=st.lists(st.sampled_from((*OUTCOMES, "later")), max_size=6))
+    def start(self, at_once: list[str]) -> None:
+        self.w.devices.at_once = at_once
+        self.w.copier.start()
+        self.w.devices.at_once = []
+
+    @precondition(lambda self: self.w.is_tracking)
+    @rule()
+    def stop(self) -> None:
+        self.w.copier.stop()
+
+    @precondition(lambda self: self.w.is_tracking)
+    @rule()
+    def pump(self) -> None:
+        self.w.copier.pump()
+
+    @precondition(lambda self: self.w.devices.requests)
+    @rule(which=slots, part=st.sampled_from(PARTS))
+    def request_goes_on(self, which: int, part: float) -> None:
+        requests = self.w.devices.requests
+        requests[which % len(requests)].go_on(part)
+
+    @precondition(lambda self: self.w.devices.requests)
+    @rule(which=slots, outcome=st.sampled_from(OUTCOMES))
+    def request_ends(self, which: int, outcome: str) -> None:
+        requests = self.w.devices.requests
+        self.w.devices.end(requests[which % len(requests)], outcome)
+
+    @precondition(lambda self: self.w.devices.requests)
+    @rule(count=st.sampled_from((2, 5, 20)))
+    def requests_end(self, count: int) -> None:
+        """In order, and well."""
+        for _ in range(count):
+            if self.w.devices.requests:
+                self.w.devices.end(self.w.devices.requests[0], "well")
+                self.w.check()
+
+    @rule(
+        coarseness_bytes=st.sampled_from((EXTENT_UNIT_BYTES, GRANULE, 3 * GRANULE)),
+        extents_max=st.sampled_from((1, 2, 99)),
+    )
+    def source_answers_differently(self, coarseness_bytes: int, extents_max: int) -> None:
+        self.w.devices.coarseness_bytes = coarseness_bytes
+        self.w.devices.extents_max = extents_max
+
+    @precondition(lambda self: self.w.is_tracking)
+    @rule(speed=st.sampled_from((0, 1000, 100_000)))
+    def set_speed(self, speed: int) -> None:
+        self.w.copier.set_speed(speed)
+
+    @rule(elapsed_s=st.sampled_from((0.0, 0.1, 2.0)))
+    def loop_turns(self, elapsed_s: float) -> None:
+        self.w.loop.turn(elapsed_s)
+
+    # Questions, and the gate.
+
+    @precondition(lambda self: self.w.guests and self.w.is_tracking)
+    @rule(which=slots)
+    def ask_in_sync(self, which: int) -> None:
+        """A guest goes on in the middle of the question; the answer is true of some moment."""
+        guest = self._guest(which)
+        before = self._is_in_sync()
+        self.w.condition.on_release = lambda: self._step(guest)
+        answer = self.w.tracker.in_sync
+        self.w.condition.on_release = None
+        assert answer in (before, self._is_in_sync()), "in sync, they say, at no moment"
+
+    @precondition(lambda self: not self.w.is_held)
+    @rule()
+    def hold(self) -> None:
+        self.w.hold()
+
+    @precondition(lambda self: self.w.is_held)
+    @rule()
+    def release(self) -> None:
+        self.w.release()
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if self.world is not None:
+            self.is_broken = True
+            self.world.check()
+            self.is_broken = False
+
+    def teardown(self) -> None:
+        if self.world is not None:
+            try:
+                if not self.is_broken:
+                    self.world.drain()
+            finally:
+                self.world.close()
+
+    @property
+    def w(self) -> World:
+        assert self.world is not None
+        return self.world
+
+    def _guest(self, which: int) -> Guest:
+        return self.w.guests[which % len(self.w.guests)]
+
+    def _step(self, guest: Guest) -> None:
+        if guest in self.w.guests:
+            self.w.step_guest(guest)
+
+    def _is_in_sync(self) -> bool:
+        return not self.w.claims and self.w.tracker.dirty.is_empty
+
+
+def test_the_invariant_holds() -> None:
+    run_state_machine_as_test(
+        MirrorMachine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+# The mutants. Numbers of rules are those of a mirror job's semantics as QEMU has it (M), and the
+# numbered points are those at the top of nbdmirror/ledger.py (L).
+
+
+class MarksBeforeOnly(World):
+    """L1; M1 "set dirty after the source write has finished, not before". 893 of 2,000 schedules of
+    a seeded model ended with a corrupt target."""
+
+    def enter(self, guest: Guest) -> int:
+        token = super().enter(guest)
+        for bitmap in self.ledger._bitmaps:
+            bitmap.mark(guest.offset, guest.length)
+        return token
+
+    def leave(self, guest: Guest, *, failed: bool) -> None:
+        assert guest.token is not None
+        self.ledger.leave(guest.token, 0, 0)
+
+
+class MarksSuccessOnly(World):
+    """L1; M2 "failed guest writes dirty the range too". 180 of 2,000 schedules."""
+
+    def leave(self, guest: Guest, *, failed: bool) -> None:
+        assert guest.token is not None
+        self.ledger.leave(guest.token, guest.offset, 0 if failed else guest.length)
+
+
+class DecidesAtEntry(World):
+    """L2; M33 "writes during job start-up". A job that starts mid-write, and the write decided at
+    its entry whether to mark: 100 of 2,000 schedules."""
+
+    class ledger_class(Ledger):  # noqa: N801 - takes the place of the attribute
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: dict[int, tuple[DirtyBitmap, ...]] = {}
+
+        def enter(self) -> int:
+            token = super().enter()
+            self.seen[token] = self._bitmaps
+            return token
+
+        def leave(self, token: int, offset: int, length: int) -> None:
+            for bitmap in self.seen.pop(token):
+                bitmap.mark(offset, length)
+            super().leave(token, 0, 0)
+
+
+class WritesWithoutWaiting(World):
+    """L6; M7 "active writes wait for the whole range". 735 of 2,000 schedules."""
+
+    checks_overlap = False
+
+    class tracker_class(Tracker):  # noqa: N801
+        def _is_free_for(self, claim: Claim) -> bool:
+            return not any(other.overlaps(claim) for other in self._writes)
+
+
+class ClaimsTwice(World):
+    """L4; M5 "no two ops on one chunk". 5 of 2,000 schedules: what ordinary tests pass for months."""
+
+    checks_overlap = False
+
+    class tracker_class(Tracker):  # noqa: N801
+        def claim(self, offset: int, length_max: int) -> Claim | None:
+            copies, self._copies = self._copies, []
+            try:
+                return super().claim(offset, length_max)
+            finally:
+                self._copies = copies + self._copies
+
+
+class ClearsAtSettle(World):
+    """L3; M3 "clear the bit, then look at the source"."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def claim(self, offset: int, length_max: int) -> Claim | None:
+            claim = super().claim(offset, length_max)
+            if claim is not None:
+                self.dirty.mark(claim.offset, claim.length)
+            return claim
+
+        def settle(self, claim: Claim, *, failed: bool) -> None:
+            super().settle(claim, failed=failed)
+            if not failed:
+                self.dirty.clear(claim.offset, claim.length)
+
+
+class AsksExtentsFirst(World):
+    """L3; M3 "before block status is asked or data read, since both may yield"."""
+
+    class copier_class(Copier):  # noqa: N801
+        def _begin(self, claim: Claim) -> None:
+            self.tracker.dirty.mark(claim.offset, claim.length)
+            super()._begin(claim)
+
+        def _have_extents(self, copy: _Copy, extents: list[Extent]) -> None:
+            self.tracker.dirty.clear(copy.claim.offset, copy.claim.length)
+            super()._have_extents(copy, extents)
+
+
+class ForgetsFailedCopies(World):
+    """L5; M20 "'ignore' does not mean skip"."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def settle(self, claim: Claim, *, failed: bool) -> None:
+            super().settle(claim, failed=False)
+
+
+class ClearsPartlyCovered(World):
+    """L6; M9 "clearing on a partly written chunk loses the rest of it"."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def begin_write(self, offset: int, length: int) -> Claim:
+            claim = super().begin_write(offset, length)
+            self.dirty.clear(claim.offset, claim.length)
+            return claim
+
+
+class ClearsAfterWriting(World):
+    """L6, for the reason of L3; M3: a background write that marks meanwhile is wiped out."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def begin_write(self, offset: int, length: int) -> Claim:
+            before = DirtyBitmap(self.size, self.granularity)
+            before.merge(self.dirty)
+            claim = super().begin_write(offset, length)
+            self.dirty.merge(before)
+            return claim
+
+    def end_synchronous(self, guest: Guest, *, failed: bool) -> None:
+        if not failed:
+            self.tracker.dirty.clear(guest.offset, guest.length)
+        super().end_synchronous(guest, failed=failed)
+
+
+class ForgetsFailedWrites(World):
+    """L6; M10 "target failure ... the range, aligned outward, is set dirty again"."""
+
+    def end_synchronous(self, guest: Guest, *, failed: bool) -> None:
+        super().end_synchronous(guest, failed=False)
+
+
+class LeavesTheRestClean(World):
+    """L5: what a copy gives back of its claim is dirty again (`shrink`)."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def shrink(self, claim: Claim, length: int) -> None:
+            claim.length = length
+
+
+class WakesNobody(World):
+    """A wait without a bound needs a wake-up: STYLE, "every wait has a bound or is woken"."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def settle(self, claim: Claim, *, failed: bool) -> None:
+            if failed:
+                self.dirty.mark(claim.offset, claim.length)
+            self._copies.remove(claim)
+
+
+class LooksAtTheGateFirst(World):
+    """The gate is Dekker's: a guest that looks before it announces itself gets through."""
+
+    def enter(self, guest: Guest) -> int:
+        if self.ledger._gate is not None:
+            return super().enter(guest)
+        close, self.announced.on_add = self.announced.on_add, None
+        if close is not None:
+            close()
+        self.announced.add(guest.number)
+        return guest.number
+
+
+MUTANTS = (
+    MarksBeforeOnly,
+    MarksSuccessOnly,
+    DecidesAtEntry,
+    WritesWithoutWaiting,
+    ClaimsTwice,
+    ClearsAtSettle,
+    AsksExtentsFirst,
+    ForgetsFailedCopies,
+    ClearsPartlyCovered,
+    ClearsAfterWriting,
+    ForgetsFailedWrites,
+    LeavesTheRestClean,
+    WakesNobody,
+    LooksAtTheGateFirst,
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_broken_rule_is_caught(mutant: type[World]) -> None:
+    """The same steps each time (derandomize), so that this does not fail by bad luck."""
+    machine: Any = type(f"{mutant.__name__}Machine", (MirrorMachine,), {"world_class": mutant})
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=MUTANT_EXAMPLES_MAX,
+                stateful_step_count=STEPS,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
