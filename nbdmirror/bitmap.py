@@ -25,16 +25,17 @@ GRANULARITY_DEFAULT = 64 << 10
 (bdrv_get_default_bitmap_granularity)."""
 
 
-def check_granularity(granularity: int) -> None:
+def check_granularity(granularity: int, parameter: str = "granularity") -> None:
     """Raise ConfigError unless it is a power of two within QEMU's limits."""
     if not GRANULARITY_MIN <= granularity <= GRANULARITY_MAX:
-        raise ConfigError("Parameter 'granularity' expects a value in range [512B, 64MB]")
+        raise ConfigError(f"Parameter '{parameter}' expects a value in range [512B, 64MB]")
     if granularity & (granularity - 1):
-        raise ConfigError("Parameter 'granularity' expects a power of 2")
+        raise ConfigError(f"Parameter '{parameter}' expects a power of 2")
 
 
 class DirtyBitmap:
-    """The dirty granules of a disk of `size` bytes, all clean at first.
+    """The dirty granules of a disk of `size` bytes, all clean at first. `granularity` is a power of
+    two, at least 512.
 
     Memory: one bit a granule in anonymous pages, which exist only once they are written to: 32 MiB
     at most for 16 TiB at 64 KiB, next to nothing while clean.
@@ -43,7 +44,6 @@ class DirtyBitmap:
     __slots__ = ("_bits", "_count", "_shift", "granularity", "size")
 
     def __init__(self, size: int, granularity: int) -> None:
-        check_granularity(granularity)
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
@@ -77,6 +77,11 @@ class DirtyBitmap:
 
     def clear_all(self) -> None:
         self._bits[: self._count] = 0
+
+    def copy(self) -> DirtyBitmap:
+        other = DirtyBitmap(self.size, self.granularity)
+        other.merge(self)
+        return other
 
     def merge(self, other: DirtyBitmap) -> None:
         """Make dirty what is dirty in `other`, which may have another granularity."""

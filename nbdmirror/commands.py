@@ -13,24 +13,21 @@ import re
 import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from nbdmirror import __version__, queries
-from nbdmirror.bitmap import check_granularity
-from nbdmirror.copier import BUFFER_BYTES_DEFAULT
-from nbdmirror.errors import CommandError, CommandNotFound, ConfigError, DeviceNotActive
+from nbdmirror.actions import BITMAP_ACTIONS, create_mirror, find_job, transact
+from nbdmirror.errors import CommandError, CommandNotFound, ConfigError
 from nbdmirror.events import Reply
-from nbdmirror.job import MirrorJob
-from nbdmirror.options import MirrorOptions, Policy
+from nbdmirror.mirror import MirrorJob
+from nbdmirror.nodes import Node
+from nbdmirror.options import CopyMode
 from nbdmirror.qmpschema import COMMANDS
 from nbdmirror.remote import CONNECT_TIMEOUT_S, RemoteDevice
-from nbdmirror.server import Node, Server, TargetRules
+from nbdmirror.server import Server
 from nbdmirror.uri import nbd_uri
 
 Arguments = dict[str, Any]
-Result = TypeVar("Result")
-
-_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 NODE_NAME_LENGTH_MAX = 31
 
@@ -57,6 +54,7 @@ class Commands:
             "blockdev-mirror": self._blockdev_mirror,
             "block-job-finalize": partial(self._finalize, "block-job-finalize"),
             "job-finalize": partial(self._finalize, "job-finalize"),
+            "transaction": self._transaction,
             "quit": self._quit_in_order,
         }
 
@@ -78,20 +76,11 @@ class Commands:
 
     def _run(self, name: str, arguments: Arguments) -> Any:
         if name in _JOB_VERBS:
-            job = self._job(name, arguments)
-            return _JOB_VERBS[name](job, arguments)
+            return _JOB_VERBS[name](find_job(self._server, name, arguments), arguments)
+        if name in BITMAP_ACTIONS:
+            BITMAP_ACTIONS[name](self._server, arguments).commit()
+            return None
         return _QUERIES[name](self._server, arguments)
-
-    def _job(self, name: str, arguments: Arguments) -> MirrorJob:
-        """The job that the command names; block-job-... and job-... answer differently when there
-        is none."""
-        job_id = arguments.get("device", arguments.get("id"))
-        job = self._server.jobs.get(str(job_id))
-        if job is None:
-            if name.startswith("block-job-"):
-                raise DeviceNotActive(f"Block job '{job_id}' not found")
-            raise CommandError("Job not found")
-        return job
 
     # Targets.
 
@@ -103,63 +92,58 @@ class Commands:
             raise CommandError(f"Invalid node-name: '{name}'")
         if len(name) > NODE_NAME_LENGTH_MAX:
             raise CommandError("Node name too long")
-        await self._on_loop(lambda: self._server.check_node_name(name))
+        await self._on_loop(lambda: self._server.nodes.check_name(name))
         timeout_s = arguments.get("open-timeout") or CONNECT_TIMEOUT_S
         device = await _open(nbd_uri(arguments), timeout_s)
-        return await self._added(Node(name, device))
-
-    async def _added(self, node: Node) -> Reply:
+        node = Node(name, device, reconnect_delay_s=arguments.get("reconnect-delay", 0))
         try:
-            return await self._on_loop(lambda: self._server.add_node(node))
+            return await self._on_loop(lambda: self._server.nodes.add(node))
         except CommandError:
-            node.device.close()
+            device.close()
             raise
+
+    async def _bring_back(self, arguments: Arguments) -> None:
+        """A target that was the source before a pivot, or that a job before lost, is closed."""
+
+        def look() -> Node:
+            self._server.nodes.find_disk(arguments["device"])
+            return self._server.nodes.find(arguments["target"])
+
+        node: Node = (await self._on_loop(look)).value
+        if node.device.is_lost and node.job is None and node.disk is None:
+            node.device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
 
     # Mirrors.
 
     async def _blockdev_mirror(self, arguments: Arguments) -> Reply:
-        def look() -> Node:
-            disk = self._server.find_disk(arguments["device"])
-            node = self._server.find_node(arguments["target"])
-            if node.disk is disk:
-                raise CommandError("Can't mirror node into itself")
-            return node
+        await self._bring_back(arguments)
 
-        node: Node = (await self._on_loop(look)).value
-        if node.device.is_lost and node.job is None:
-            # It was the source before a pivot, or a job before this one lost it.
-            node.device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
-        return await self._on_loop(lambda: self._start(arguments, node))
+        def start() -> None:
+            self._server.mirrors.begin(create_mirror(self._server, arguments))
+
+        return await self._on_loop(start)
 
     async def _drive_mirror(self, arguments: Arguments) -> Reply:
         if arguments.get("mode", "absolute-paths") != "existing":
             raise CommandError("drive-mirror needs mode 'existing': the target is an NBD export")
-        await self._on_loop(lambda: self._server.find_disk(arguments["device"]))
+        await self._on_loop(lambda: self._server.nodes.find_disk(arguments["device"]))
         device = await _open(arguments["target"], CONNECT_TIMEOUT_S)
         node = Node(arguments.get("node-name", ""), device, is_owned=True)
 
         def start() -> None:
-            if not node.name:
-                numbers = (f"#block{n:03}" for n in range(len(self._server.nodes) + 1))
-                node.name = next(n for n in numbers if n not in self._server.nodes)
-            self._server.add_node(node)
+            self._server.nodes.add(node)
             try:
-                self._start(arguments, node)
+                job = create_mirror(self._server, {**arguments, "target": node.name})
             except CommandError:
-                del self._server.nodes[node.name]
+                self._server.nodes.forget(node)
                 raise
+            self._server.mirrors.begin(job)
 
         try:
             return await self._on_loop(start)
         except CommandError:
             device.close()
             raise
-
-    def _start(self, arguments: Arguments, node: Node) -> None:
-        disk = self._server.find_disk(arguments["device"])
-        options = _options(arguments, disk.name)
-        rules = TargetRules(allow_larger=arguments.get("x-nbdmirror-allow-larger-target", False))
-        self._server.start_mirror(disk, node, options, rules)
 
     async def _finalize(self, name: str, arguments: Arguments) -> Reply:
         """Its events come before its return, as in QEMU."""
@@ -170,13 +154,19 @@ class Commands:
             loop.call_soon_threadsafe(ended.set_result, None)
 
         def start() -> None:
-            job = self._job(name, arguments)
+            job = find_job(self._server, name, arguments)
             job.finalize()
             job.when_ended(tell)
 
         await self._on_loop(start)
         await ended
         return Reply({}, self._server.events.next_number)
+
+    async def _transaction(self, arguments: Arguments) -> Reply:
+        for action in arguments["actions"]:
+            if action["type"] == "blockdev-mirror":
+                await self._bring_back(action["data"])
+        return await self._on_loop(lambda: transact(self._server, arguments))
 
     # The rest.
 
@@ -197,6 +187,7 @@ _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
     "block-job-resume": _verb(MirrorJob.resume),
     "block-job-dismiss": _verb(MirrorJob.dismiss),
     "block-job-cancel": lambda job, a: job.cancel(force=a.get("force", False)),
+    "block-job-change": lambda job, a: job.change(CopyMode(a["copy-mode"])),
     "block-job-set-speed": lambda job, a: job.set_speed(a["speed"]),
     "job-complete": _verb(MirrorJob.complete),
     "job-pause": _verb(MirrorJob.pause),
@@ -206,7 +197,7 @@ _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
 }
 
 _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
-    "blockdev-del": lambda server, a: server.remove_node(a["node-name"]).device.close(),
+    "blockdev-del": lambda server, a: server.nodes.remove(a["node-name"]).device.close(),
     "query-block": lambda server, a: queries.block(server),
     "query-block-jobs": lambda server, a: queries.block_jobs(server),
     "query-jobs": lambda server, a: queries.jobs(server),
@@ -216,37 +207,6 @@ _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
     "query-version": lambda server, a: version_info(),
     "x-nbdmirror-query-status": lambda server, a: queries.status(server),
 }
-
-
-def _options(arguments: Arguments, disk_name: str) -> MirrorOptions:
-    """The job's options from checked arguments; raises CommandError with QEMU's text."""
-    granularity = arguments.get("granularity", 0)
-    if granularity:
-        try:
-            check_granularity(granularity)
-        except ConfigError as error:
-            raise CommandError(str(error)) from error
-    job_id = arguments.get("job-id", disk_name)
-    if not _JOB_ID.fullmatch(job_id):
-        raise CommandError(f"Invalid job ID '{job_id}'")
-    if arguments.get("buf-size", 0) < 0:
-        raise CommandError("Invalid parameter 'buf-size'")
-    if arguments.get("speed", 0) < 0:
-        raise CommandError("Parameter 'speed' expects a non-negative value")
-    if arguments["sync"] not in ("full", "none"):
-        raise CommandError(f"Sync mode '{arguments['sync']}' not supported")
-    return MirrorOptions(
-        job_id=job_id,
-        sync=arguments["sync"],
-        granularity=granularity,
-        buffer_bytes=arguments.get("buf-size", 0) or BUFFER_BYTES_DEFAULT,
-        speed_bytes_per_s=arguments.get("speed", 0),
-        on_source_error=Policy(arguments.get("on-source-error", "report")),
-        on_target_error=Policy(arguments.get("on-target-error", "report")),
-        unmap=arguments.get("unmap", True),
-        auto_finalize=arguments.get("auto-finalize", True),
-        auto_dismiss=arguments.get("auto-dismiss", True),
-    )
 
 
 async def _open(uri: str, timeout_s: float) -> RemoteDevice:

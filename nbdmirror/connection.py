@@ -112,6 +112,7 @@ class Connection:
         line."""
         handle = nbd.NBD()
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        handle.add_meta_context("qemu:allocation-depth")  # a server that has no such gives none
         handle.set_uri_allow_local_file(True)
         handle.set_pread_initialize(False)  # a failed read's buffer is never looked at
         deadline_s = time.monotonic() + timeout_s

@@ -295,10 +295,16 @@ class Copier:
 
     def flush(self, done: Done) -> None:
         """Make durable what was written to the target; nothing if it was never changed."""
-        if self.has_written:
-            self.target.start_flush(done)
-        else:
+        if not self.has_written:
             done(None)
+            return
+        covered = self.tracker.begin_flush()
+
+        def then(error: BaseException | None) -> None:
+            self.tracker.end_flush(covered, failed=error is not None)
+            done(error)
+
+        self.target.start_flush(then)
 
     # The speed limit. Between claims, as QEMU's: what is in flight is not held back.
 

@@ -2,15 +2,21 @@
 
 The source is one attribute. A request looks at it after it has announced itself to the ledger, so
 replacing it behind a closed gate (`swap`) means that no request is lost, none is served twice, and
-the guest's connections never know.
+the guest's connections never know. The same holds for the copy mode: a request looks once, on its
+way in, whether its writes are synchronous, and keeps to that (rule 11).
 
-Calls are for any thread, except `swap`, which is for the owner of the disk's jobs.
+Calls are for any thread, except `swap` and setting `synchronous`, which are for the owner of the
+disk's jobs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import BlockDevice, Buffer, Extent
-from nbdmirror.ledger import Ledger
+from nbdmirror.errors import IO_ERRORS
+from nbdmirror.ledger import Ledger, Tracker
 
 
 class Disk:
@@ -21,6 +27,8 @@ class Disk:
         self.size = source.size
         self.read_only = source.read_only
         self.ledger = Ledger()
+        self.synchronous: SynchronousWrites | None = None
+        """Set while a mirror's copy mode is write-blocking."""
         self._source = source
 
     @property
@@ -32,7 +40,7 @@ class Disk:
         """Serve guests from `target` from now on; returns the device served until now.
 
         The gate is closed and no changing request is under way. Reads may still be on the old
-        device: see Ledger.readers before it is closed.
+        device: see Ledger.reads before it is closed.
         """
         assert self.ledger.is_idle, "swap behind a closed gate only"
         assert target.size >= self.size, "the job has compared the sizes"
@@ -50,20 +58,30 @@ class Disk:
     def pwrite(self, buf: Buffer, offset: int, fua: bool) -> None:
         ledger = self.ledger
         token = ledger.enter()
+        synchronous, settled = self.synchronous, None
         try:
-            self._source.pwrite(buf, offset, fua)
+            if synchronous is None:
+                self._source.pwrite(buf, offset, fua)
+            else:
+                settled = synchronous.pwrite(self._source, buf, offset, fua)
         finally:
-            ledger.leave(token, offset, len(buf))
+            ledger.leave(token, offset, len(buf), settled)
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
         ledger = self.ledger
         token = ledger.enter()
+        synchronous, settled = self.synchronous, None
         try:
-            self._source.zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
+            if synchronous is None or fast:
+                self._source.zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
+            else:
+                settled = synchronous.zero(self._source, offset, length, may_trim, fua)
         finally:
-            ledger.leave(token, offset, length)
+            ledger.leave(token, offset, length, settled)
 
     def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        """What a trimmed range reads as is the device's affair; so the target gets the result, by
+        a copy, and not the trim."""
         ledger = self.ledger
         token = ledger.enter()
         try:
@@ -74,8 +92,11 @@ class Disk:
     def flush(self) -> None:
         ledger = self.ledger
         token = ledger.enter()
+        synchronous = self.synchronous
         try:
             self._source.flush()
+            if synchronous is not None:
+                synchronous.flush()
         finally:
             ledger.leave(token, 0, 0)
 
@@ -94,3 +115,92 @@ class Disk:
             self._source.cache(offset, length)
         finally:
             ledger.leave_read(token)
+
+
+class SynchronousWrites:
+    """Copy mode write-blocking: a guest's write is answered when the target has it as well.
+
+    The guest gets the source's result. Where the target fails, the range is dirty again and
+    `on_error` is told, from the guest's thread (rule 10); where the source fails, the target is not
+    written at all. Each method returns the bitmap that needs no mark any more, or raises.
+
+    `whole_granules`: the target may have a backing file that is not in place yet (sync top and
+    none), so that the first write to a cluster must carry all of it: parts of granules are left to
+    the copier, which copies whole ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracker: Tracker,
+        target: BlockDevice,
+        whole_granules: bool,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._tracker = tracker
+        self._target = target
+        self._whole_granules = whole_granules
+        self._on_error = on_error
+
+    def pwrite(self, source: BlockDevice, buf: Buffer, offset: int, fua: bool) -> DirtyBitmap:
+        view = memoryview(buf)
+
+        def to_target(start: int, length: int) -> None:
+            self._target.pwrite(view[start - offset : start - offset + length], start, fua)
+
+        return self._both(offset, len(buf), lambda: source.pwrite(buf, offset, fua), to_target)
+
+    def zero(
+        self, source: BlockDevice, offset: int, length: int, may_trim: bool, fua: bool
+    ) -> DirtyBitmap:
+        def to_source() -> None:
+            source.zero(offset, length, may_trim=may_trim, fua=fua)
+
+        def to_target(start: int, length: int) -> None:
+            self._target.zero(start, length, may_trim=may_trim, fua=fua)
+
+        return self._both(offset, length, to_source, to_target)
+
+    def flush(self) -> None:
+        """Rule 45: an acknowledged flush holds on both sides."""
+        try:
+            self._target.flush()
+        except IO_ERRORS as error:
+            self._on_error(error)
+
+    def _both(
+        self,
+        offset: int,
+        length: int,
+        to_source: Callable[[], None],
+        to_target: Callable[[int, int], None],
+    ) -> DirtyBitmap:
+        tracker = self._tracker
+        start, span = self._whole(offset, length) if self._whole_granules else (offset, length)
+        claim = tracker.begin_write(offset, length)
+        failed = True
+        try:
+            to_source()
+            if span > 0:
+                failed = self._fails(to_target, start, span)
+            if not failed and span < length:
+                tracker.dirty.mark(offset, start - offset)
+                tracker.dirty.mark(start + span, offset + length - start - span)
+        finally:
+            tracker.end_write(claim, failed=failed)
+        return tracker.dirty
+
+    def _fails(self, to_target: Callable[[int, int], None], start: int, span: int) -> bool:
+        try:
+            to_target(start, span)
+        except IO_ERRORS as error:
+            self._on_error(error)
+            return True
+        return False
+
+    def _whole(self, offset: int, length: int) -> tuple[int, int]:
+        """The range of granules covered whole; its length is not positive if there are none."""
+        granularity, end = self._tracker.granularity, offset + length
+        start = -(-offset // granularity) * granularity
+        stop = end if end == self._tracker.size else end // granularity * granularity
+        return start, stop - start

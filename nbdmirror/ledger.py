@@ -33,8 +33,8 @@ There is no other lock in the data path.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from _thread import get_ident
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,32 +46,37 @@ class Ledger:
     """One disk's guest requests under way, the gate that holds them, and the bitmaps they mark."""
 
     def __init__(self) -> None:
+        self._tokens = itertools.count()
         self._writing: set[int] = set()
         self._reading: set[int] = set()
         self._bitmaps: tuple[DirtyBitmap, ...] = ()
         self._gate: _Gate | None = None
 
-    # Guest threads. One request a thread at a time, so the thread's number names the request.
+    # Guest threads.
 
     def enter(self) -> int:
         """A changing request begins; waits while the gate is closed. Returns its token."""
-        token = get_ident()
+        token = next(self._tokens)
         self._writing.add(token)
         if self._gate is not None:
             self._wait_at_gate(token)
         return token
 
-    def leave(self, token: int, offset: int, length: int) -> None:
-        """A changing request ended, well or not: the range may differ from the target now."""
+    def leave(
+        self, token: int, offset: int, length: int, settled: DirtyBitmap | None = None
+    ) -> None:
+        """A changing request ended, well or not: the range may differ from the target now.
+        `settled` is the bitmap of a mirror that a synchronous write has dealt with itself."""
         for bitmap in self._bitmaps:
-            bitmap.mark(offset, length)
+            if bitmap is not settled:
+                bitmap.mark(offset, length)
         self._writing.discard(token)
         if self._gate is not None:
             self._tell_gate()
 
     def enter_read(self) -> int:
         """A request that changes nothing begins. It never waits, not even at the gate."""
-        token = get_ident()
+        token = next(self._tokens)
         self._reading.add(token)
         return token
 
@@ -118,14 +123,21 @@ class Ledger:
         that announces itself later sees the gate before it does any I/O."""
         return not self._writing
 
-    def readers(self) -> frozenset[int]:
-        """The reads under way, for whoever waits until these have gone (`have_left`)."""
+    def reads(self) -> frozenset[int]:
+        """The reads under way, for whoever waits until these have gone (`reads_left`)."""
         return frozenset(self._reading)
 
-    def have_left(self, readers: frozenset[int]) -> frozenset[int]:
-        """Those of `readers` that are still there. A thread that has begun another read meanwhile
-        counts as there; so it is a bound from above, and asked again until it is empty."""
-        return readers & frozenset(self._reading)
+    def reads_left(self, reads: frozenset[int]) -> frozenset[int]:
+        """Those of `reads` that are still under way. Tokens are never used again."""
+        return reads & frozenset(self._reading) if reads else reads
+
+    def writes(self) -> frozenset[int]:
+        """The changing requests under way, for `writes_left`."""
+        return frozenset(self._writing)
+
+    def writes_left(self, writes: frozenset[int]) -> frozenset[int]:
+        """Those of `writes` that are still under way."""
+        return writes & frozenset(self._writing) if writes else writes
 
 
 @dataclass(slots=True)
@@ -161,6 +173,11 @@ class Tracker:
         self.size = size
         self.granularity = granularity
         self.dirty = DirtyBitmap(size, granularity)
+        self.unflushed = DirtyBitmap(size, granularity)
+        """What the target acknowledged since the last flush that succeeded: a target that crashes
+        may lose it (rule 39)."""
+        self.written_bytes = 0
+        """Bytes that synchronous writes brought to the target."""
         self._lock = threading.Condition(threading.Lock())
         self._copies: list[Claim] = []
         self._writes: list[Claim] = []
@@ -174,13 +191,10 @@ class Tracker:
 
     @property
     def in_sync(self) -> bool:
-        """Nothing dirty and nothing in flight. In this order: a claim that fails marks its bits
-        before it goes, so what is missed in flight is found dirty only if in flight is looked at
-        first."""
+        """Nothing dirty and nothing in flight. Both under the lock, which a synchronous write takes
+        to turn dirty into in flight: between two looks it would be missed by both."""
         with self._lock:
-            if self._copies or self._writes:
-                return False
-        return self.dirty.is_empty
+            return not (self._copies or self._writes) and self.dirty.is_empty
 
     def claim(self, offset: int, length_max: int) -> Claim | None:
         """Take the first dirty run at or after `offset` that nobody owns, at most `length_max`
@@ -212,8 +226,7 @@ class Tracker:
     def settle(self, claim: Claim, *, failed: bool) -> None:
         """A copy ended. If it failed, its range is dirty again before it is anybody's."""
         with self._lock:
-            if failed:
-                self.dirty.mark(claim.offset, claim.length)
+            (self.dirty if failed else self.unflushed).mark(claim.offset, claim.length)
             self._copies.remove(claim)
             self._lock.notify_all()
 
@@ -236,10 +249,30 @@ class Tracker:
         """The synchronous write has reached the target or, if `failed`, its granules are dirty
         again."""
         with self._lock:
-            if failed:
-                self.dirty.mark(claim.offset, claim.length)
+            (self.dirty if failed else self.unflushed).mark(claim.offset, claim.length)
+            if not failed:
+                self.written_bytes += claim.length
             self._writes.remove(claim)
             self._lock.notify_all()
+
+    def begin_flush(self) -> DirtyBitmap:
+        """A flush is about to be sent: what it covers, for `end_flush`. Later acknowledgements are
+        not covered."""
+        with self._lock:
+            covered = self.unflushed
+            self.unflushed = DirtyBitmap(self.size, self.granularity)
+        return covered
+
+    def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
+        if failed:
+            with self._lock:
+                self.unflushed.merge(covered)
+
+    def target_came_back(self) -> None:
+        """After a lost connection: what was not flushed may be lost, so it is dirty (rule 39)."""
+        with self._lock:
+            self.dirty.merge(self.unflushed)
+            self.unflushed.clear_all()
 
     def _is_free_for(self, claim: Claim) -> bool:
         if any(c.overlaps(claim) for owners in (self._copies, self._writes) for c in owners):

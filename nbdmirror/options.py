@@ -25,6 +25,13 @@ class Policy(enum.StrEnum):
         return Policy.REPORT if self is Policy.AUTO else self
 
 
+class CopyMode(enum.StrEnum):
+    """QEMU's MirrorCopyMode."""
+
+    BACKGROUND = "background"
+    WRITE_BLOCKING = "write-blocking"
+
+
 class Ending(enum.Enum):
     """What was asked for after READY."""
 
@@ -39,11 +46,20 @@ class MirrorOptions:
 
     job_id: str
     sync: str = "full"
+    copy_mode: CopyMode = CopyMode.BACKGROUND
     granularity: int = 0
     buffer_bytes: int = BUFFER_BYTES_DEFAULT
     speed_bytes_per_s: int = 0
     on_source_error: Policy = Policy.REPORT
     on_target_error: Policy = Policy.REPORT
     unmap: bool = True
+    reconnect_delay_s: float = 0.0
+    target_is_zero: bool = False
+    clear_bitmap: bool = True
+    """bitmap-mode on-success: the bitmap is cleared when the job completes."""
+    cluster_bytes: int = 0
+    """The target's cluster size where the user told it."""
+    allow_larger: bool = False
+    """The target may be larger than the disk (rule 43)."""
     auto_finalize: bool = True
     auto_dismiss: bool = True

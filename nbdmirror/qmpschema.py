@@ -6,10 +6,25 @@ begins with `x-nbdmirror-`.
 
 from __future__ import annotations
 
-from nbdmirror.schema import BOOL, INT, STR, UINT32, Enum, Member, Struct, named, optional, struct
+from nbdmirror.schema import (
+    BOOL,
+    INT,
+    STR,
+    UINT32,
+    Array,
+    Enum,
+    Member,
+    StringOr,
+    Struct,
+    named,
+    optional,
+    struct,
+)
 
 ON_ERROR = Enum("BlockdevOnError", ("report", "ignore", "enospc", "stop", "auto"))
 SYNC = Enum("MirrorSyncMode", ("top", "full", "none", "incremental", "bitmap"))
+COPY_MODE = Enum("MirrorCopyMode", ("background", "write-blocking"))
+BITMAP_MODE = Enum("BitmapSyncMode", ("on-success", "never", "always"))
 NEW_IMAGE_MODE = Enum("NewImageMode", ("existing", "absolute-paths"))
 
 ADDRESS = Struct(
@@ -33,6 +48,7 @@ NODE = Struct(
             export=optional(STR),
             tls_creds=optional(STR),
             open_timeout=optional(UINT32),
+            reconnect_delay=optional(UINT32),
         )
     },
 )
@@ -48,21 +64,65 @@ _MIRROR: dict[str, Member] = named(
     on_source_error=optional(ON_ERROR),
     on_target_error=optional(ON_ERROR),
     unmap=optional(BOOL),
+    copy_mode=optional(COPY_MODE),
+    bitmap=optional(STR),
+    bitmap_mode=optional(BITMAP_MODE),
+    target_is_zero=optional(BOOL),
+    replaces=optional(STR),
+    filter_node_name=optional(STR),
     auto_finalize=optional(BOOL),
     auto_dismiss=optional(BOOL),
     x_nbdmirror_allow_larger_target=optional(BOOL),
+    x_nbdmirror_target_cluster_size=optional(UINT32),
 )
 
 _DEVICE = struct("BlockJob", device=STR)
 _ID = struct("Job", id=STR)
 _NOTHING = struct("Nothing")
 
+_BITMAP = struct("BlockDirtyBitmap", node=STR, name=STR)
+_BITMAP_ADD = struct(
+    "BlockDirtyBitmapAdd",
+    node=STR,
+    name=STR,
+    granularity=optional(UINT32),
+    persistent=optional(BOOL),
+    disabled=optional(BOOL),
+)
+_BITMAP_MERGE = struct(
+    "BlockDirtyBitmapMerge",
+    node=STR,
+    target=STR,
+    bitmaps=Array(StringOr(struct("BlockDirtyBitmap", node=STR, name=STR))),
+)
+_BLOCKDEV_MIRROR = Struct("BlockdevMirror", _MIRROR)
+
+_ACTIONS = {
+    "abort": _NOTHING,
+    "block-dirty-bitmap-add": _BITMAP_ADD,
+    "block-dirty-bitmap-remove": _BITMAP,
+    "block-dirty-bitmap-clear": _BITMAP,
+    "block-dirty-bitmap-enable": _BITMAP,
+    "block-dirty-bitmap-disable": _BITMAP,
+    "block-dirty-bitmap-merge": _BITMAP_MERGE,
+    "blockdev-mirror": _BLOCKDEV_MIRROR,
+    "block-job-complete": _DEVICE,
+    "block-job-cancel": struct("BlockJobCancel", device=STR, force=optional(BOOL)),
+}
+
+_ACTION = Struct(
+    "TransactionAction",
+    named(type=Enum("TransactionActionKind", tuple(_ACTIONS))),
+    tag="type",
+    branches={name: struct(name, data=members) for name, members in _ACTIONS.items()},
+)
+
 COMMANDS: dict[str, Struct] = {
     "blockdev-add": NODE,
     "blockdev-del": struct("BlockdevDel", node_name=STR),
     "query-named-block-nodes": struct("QueryNamedBlockNodes", flat=optional(BOOL)),
     "query-block": _NOTHING,
-    "blockdev-mirror": Struct("BlockdevMirror", _MIRROR),
+    "blockdev-mirror": _BLOCKDEV_MIRROR,
     "drive-mirror": Struct(
         "DriveMirror",
         {
@@ -76,6 +136,9 @@ COMMANDS: dict[str, Struct] = {
     "block-job-pause": _DEVICE,
     "block-job-resume": _DEVICE,
     "block-job-set-speed": struct("BlockJobSetSpeed", device=STR, speed=INT),
+    "block-job-change": struct(
+        "BlockJobChange", id=STR, type=Enum("JobType", ("mirror",)), copy_mode=COPY_MODE
+    ),
     "block-job-finalize": _ID,
     "block-job-dismiss": _ID,
     "query-jobs": _NOTHING,
@@ -85,6 +148,22 @@ COMMANDS: dict[str, Struct] = {
     "job-resume": _ID,
     "job-finalize": _ID,
     "job-dismiss": _ID,
+    "block-dirty-bitmap-add": _BITMAP_ADD,
+    "block-dirty-bitmap-remove": _BITMAP,
+    "block-dirty-bitmap-clear": _BITMAP,
+    "block-dirty-bitmap-enable": _BITMAP,
+    "block-dirty-bitmap-disable": _BITMAP,
+    "block-dirty-bitmap-merge": _BITMAP_MERGE,
+    "transaction": struct(
+        "Transaction",
+        actions=Array(_ACTION),
+        properties=optional(
+            struct(
+                "TransactionProperties",
+                completion_mode=optional(Enum("ActionCompletionMode", ("individual", "grouped"))),
+            )
+        ),
+    ),
     "query-commands": _NOTHING,
     "query-version": _NOTHING,
     "query-status": _NOTHING,

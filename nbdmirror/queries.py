@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from nbdmirror.disk import Disk
-from nbdmirror.job import MirrorJob
+from nbdmirror.mirror import MirrorJob
+from nbdmirror.nodes import Node
 from nbdmirror.remote import RemoteDevice
-from nbdmirror.server import Node, Server
+from nbdmirror.server import Server
 
 
 def block_job_info(job: MirrorJob) -> dict[str, Any]:
@@ -21,13 +22,14 @@ def block_job_info(job: MirrorJob) -> dict[str, Any]:
         "len": job.length,
         "offset": job.offset,
         "busy": job.is_busy,
-        "paused": job.is_paused,
+        "paused": job.pause_wanted or job.status == "pending",  # pending counts, in QEMU
         "speed": job.copier.speed_bytes_per_s,
         "io-status": job.io_status,
         "ready": job.is_ready,
         "status": str(job.status),
         "auto-finalize": job.options.auto_finalize,
         "auto-dismiss": job.options.auto_dismiss,
+        "actively-synced": job.is_actively_synced,
     }
     if job.error is not None:
         info["error"] = job.error
@@ -50,12 +52,12 @@ def job_info(job: MirrorJob) -> dict[str, Any]:
 
 def block_jobs(server: Server) -> list[dict[str, Any]]:
     """query-block-jobs: newest first."""
-    return [block_job_info(job) for job in reversed(server.jobs.values())]
+    return [block_job_info(job) for job in reversed(server.mirrors.jobs.values())]
 
 
 def jobs(server: Server) -> list[dict[str, Any]]:
     """query-jobs: newest first."""
-    return [job_info(job) for job in reversed(server.jobs.values())]
+    return [job_info(job) for job in reversed(server.mirrors.jobs.values())]
 
 
 def named_block_nodes(server: Server) -> list[dict[str, Any]]:
@@ -63,17 +65,17 @@ def named_block_nodes(server: Server) -> list[dict[str, Any]]:
     nodes = [
         _node_info(disk.name, disk)
         for disk in server.disks.values()
-        if _root_node(server, disk) is None
+        if server.nodes.root_of(disk) is None
     ]
-    return [*map(_target_info, reversed(server.nodes.values())), *reversed(nodes)]
+    return [*map(_target_info, reversed(list(server.nodes))), *reversed(nodes)]
 
 
 def block(server: Server) -> list[dict[str, Any]]:
     """query-block: one entry a disk."""
     blocks = []
     for disk in server.disks.values():
-        node = _root_node(server, disk)
-        job = server.job_of(disk)
+        node = server.nodes.root_of(disk)
+        job = server.mirrors.of(disk)
         blocks.append(
             {
                 "device": disk.name,
@@ -93,7 +95,7 @@ def status(server: Server) -> dict[str, Any]:
 
 
 def _disk_status(server: Server, disk: Disk) -> dict[str, Any]:
-    jobs = [_job_status(job) for job in server.jobs.values() if job.disk is disk]
+    jobs = [_job_status(job) for job in server.mirrors.jobs.values() if job.disk is disk]
     return {
         "name": disk.name,
         "source": disk.source.description,
@@ -114,11 +116,6 @@ def _job_status(job: MirrorJob) -> dict[str, Any]:
     if job.pause_s is not None:
         info["pause-ms"] = round(job.pause_s * 1000, 3)
     return info
-
-
-def _root_node(server: Server, disk: Disk) -> Node | None:
-    """The node that the disk is served from since a pivot."""
-    return next((node for node in server.nodes.values() if node.disk is disk), None)
 
 
 def _target_info(node: Node) -> dict[str, Any]:

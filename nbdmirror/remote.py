@@ -39,6 +39,9 @@ ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
 """Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
 of every granularity."""
 
+DEPTH_CONTEXT = "qemu:allocation-depth"
+"""qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more its backing files."""
+
 CONNECT_TIMEOUT_S = 10.0
 """For the whole handshake, unless told otherwise."""
 
@@ -74,6 +77,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.can_fast_zero = bool(handle.can_fast_zero())
         self.can_cache = bool(handle.can_cache())
         self.can_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
+        self.can_depth = bool(handle.can_meta_context(DEPTH_CONTEXT))
+        """Whether the server tells which of an image's layers a range comes from."""
         self._connections = [first]
         self._loop: Loop | None = None
         self._on_lost: Callable[[], None] | None = None
@@ -98,8 +103,36 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     @property
     def is_lost(self) -> bool:
-        """Every connection is broken or closed."""
-        return all(connection.is_lost for connection in self._connections)
+        """A connection is broken or closed."""
+        return any(connection.is_lost for connection in self._connections)
+
+    def reopen(self, *, timeout_s: float) -> Connection:
+        """A new connection, for `replace`, to the same disk as before; blocking, from any thread.
+        Raises ConfigError: a target that has changed is not written to (rule 40)."""
+        connection = Connection.open(self.uri, timeout_s)
+        handle = connection.handle
+        if handle.get_size() != self.size:
+            problem = f"came back with {handle.get_size()} bytes instead of {self.size}"
+        elif handle.is_read_only() and not self.read_only:
+            problem = "came back read-only"
+        elif bool(handle.can_flush()) < self.can_flush or bool(handle.can_zero()) < self.can_zero:
+            problem = "came back with fewer abilities"
+        elif (handle.get_block_size(nbd.SIZE_MINIMUM) or 1) > self.block_size.minimum:
+            problem = "came back with a larger minimum block size"
+        else:
+            return connection
+        connection.close()
+        raise ConfigError(f"{self.uri}: {problem}; it is not written to")
+
+    def replace(self, connection: Connection) -> None:
+        """Use `connection` instead of all that there were; on the loop's thread."""
+        loop, on_lost = self._loop, self._on_lost
+        self.detach()
+        for old in self._connections:
+            old.close()
+        self._connections = [connection]
+        if loop is not None and on_lost is not None:
+            self.attach(loop, on_lost)
 
     def is_own_export(self) -> bool:
         """Whether the server at the other end is this very process (rule 44)."""
@@ -291,6 +324,18 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         collect = _collector(found, span)
         connection.start(connection.handle.aio_block_status, span, offset, collect, done=finish)
 
+    def start_top_layer(self, offset: int, length: int, done: ExtentsDone) -> None:
+        """Like `start_extents`; a hole is what the top layer of the image does not hold."""
+        connection = self._next()
+        found: list[Extent] = []
+        span = min(length, ZERO_BYTES_MAX)
+
+        def finish(error: BaseException | None) -> None:
+            done(None if error else found, error)
+
+        collect = _collector(found, span, DEPTH_CONTEXT)
+        connection.start(connection.handle.aio_block_status, span, offset, collect, done=finish)
+
     def _zero_flags(self, may_trim: bool) -> int:
         return 0 if may_trim else int(nbd.CMD_FLAG_NO_HOLE)
 
@@ -326,18 +371,22 @@ def _pieces(offset: int, length: int, length_max: int) -> list[tuple[int, int]]:
     return [(start, min(length_max, end - start)) for start in range(offset, end, length_max)]
 
 
-def _collector(found: list[Extent], length: int) -> Callable[[str, int, list[int], Any], int]:
-    """libnbd's extent callback that fills `found` with base:allocation, cut at `length`.
+def _collector(
+    found: list[Extent], length: int, wanted: str = nbd.CONTEXT_BASE_ALLOCATION
+) -> Callable[[str, int, list[int], Any], int]:
+    """libnbd's extent callback that fills `found` with one meta context, cut at `length`.
 
     Servers may tell more than was asked for, or less. Entries are pairs of a length and flags.
     """
 
     def collect(context: str, offset: int, entries: list[int], error: Any) -> int:
         left = length - sum(extent.length for extent in found)
-        if context == nbd.CONTEXT_BASE_ALLOCATION:
+        if context == wanted:
             for span, flags in zip(entries[::2], entries[1::2], strict=True):
                 kept = min(span, left)
-                if kept:
+                if kept and wanted == DEPTH_CONTEXT:
+                    found.append(Extent(kept, zero=False, hole=flags != 1))
+                elif kept:
                     zero, hole = bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)
                     found.append(Extent(kept, zero, hole))
                 left -= kept

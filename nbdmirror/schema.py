@@ -85,6 +85,25 @@ class Array:
 
 
 @dataclass(frozen=True, slots=True)
+class StringOr:
+    """QAPI's alternate of a string and something else."""
+
+    other: Type
+
+    @property
+    def name(self) -> str:
+        return f"str or {self.other.name}"
+
+    def check(self, value: object, where: str) -> None:
+        if not isinstance(value, (str, dict)):
+            raise CommandError(
+                f"Invalid parameter type for '{where}', expected: {self.other.name}OrStr"
+            )
+        if not isinstance(value, str):
+            self.other.check(value, where)
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     type: Type
     optional: bool = False
@@ -130,8 +149,6 @@ STR = Plain("str", str, "string")
 INT = Plain("int", int, "integer")
 BOOL = Plain("bool", bool, "boolean")
 UINT32 = Unsigned(32)
-UINT64 = Unsigned(64)
-ANY_OBJECT = Plain("any", dict, "object")
 
 
 def struct(name: str, /, **members: Type | Member) -> Struct:

@@ -1,0 +1,225 @@
+"""Commands that may stand in a transaction: all of it happens, or none.
+
+On the event loop's thread, with arguments that the schema has checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from nbdmirror.bitmap import check_granularity
+from nbdmirror.bitmaps import Change, NamedBitmap
+from nbdmirror.copier import BUFFER_BYTES_DEFAULT
+from nbdmirror.disk import Disk
+from nbdmirror.errors import CommandError, ConfigError, DeviceNotActive
+from nbdmirror.jobstate import check_verb
+from nbdmirror.mirror import MirrorJob
+from nbdmirror.options import CopyMode, MirrorOptions, Policy
+from nbdmirror.server import Server
+
+Arguments = dict[str, Any]
+
+_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_BITMAP_SYNCS = ("incremental", "bitmap")
+
+
+def find_job(server: Server, command: str, arguments: Arguments) -> MirrorJob:
+    """The job that a command names; block-job-... and job-... answer differently when there is
+    none."""
+    job_id = arguments.get("device", arguments.get("id"))
+    job = server.mirrors.jobs.get(str(job_id))
+    if job is None and command.startswith("block-job-"):
+        raise DeviceNotActive(f"Block job '{job_id}' not found")
+    if job is None:
+        raise CommandError("Job not found")
+    return job
+
+
+def create_mirror(server: Server, arguments: Arguments) -> MirrorJob:
+    """The job of a blockdev-mirror, created and not yet begun. Raises CommandError; then there is
+    none."""
+    disk = server.nodes.find_disk(arguments["device"])
+    node = server.nodes.find(arguments["target"])
+    bitmap = _sync_bitmap(server, disk, arguments)
+    delay_s = node.reconnect_delay_s
+    options = _options(arguments, disk.name, reconnect_delay_s=delay_s)
+    return server.mirrors.create(disk, node, options, bitmap)
+
+
+def transact(server: Server, arguments: Arguments) -> None:
+    """Carry out a transaction's actions in order; if one cannot be done, those before it are taken
+    back and its error is raised."""
+    mode = arguments.get("properties", {}).get("completion-mode", "individual")
+    done: list[Change] = []
+    try:
+        for action in arguments["actions"]:
+            name, data = action["type"], action["data"]
+            if mode == "grouped":
+                raise CommandError(
+                    f"Action '{name}' does not support Transaction property "
+                    f"completion-mode = grouped"
+                )
+            done.append(_ACTIONS[name](server, data))
+    except CommandError:
+        for change in reversed(done):
+            change.undo()
+        raise
+    for change in done:
+        change.commit()
+
+
+def _abort(server: Server, data: Arguments) -> Change:
+    raise CommandError("Transaction aborted using Abort action")
+
+
+def _mirror(server: Server, data: Arguments) -> Change:
+    job = create_mirror(server, data)
+    return Change(job.discard, partial(server.mirrors.begin, job))
+
+
+def _complete(server: Server, data: Arguments) -> Change:
+    job = find_job(server, "block-job-complete", data)
+    check_verb(job.id, job.status, "complete")
+    return Change(_nothing, job.complete)
+
+
+def _cancel(server: Server, data: Arguments) -> Change:
+    job = find_job(server, "block-job-cancel", data)
+    check_verb(job.id, job.status, "cancel")
+    return Change(_nothing, partial(job.cancel, force=data.get("force", False)))
+
+
+def _nothing() -> None:
+    pass
+
+
+# Bitmaps.
+
+
+def _bitmap_disk(server: Server, name: str) -> Disk:
+    try:
+        return server.nodes.find_disk(name)
+    except CommandError as error:
+        raise CommandError(f"Node '{name}' not found") from error
+
+
+def _add(server: Server, data: Arguments) -> Change:
+    return server.bitmaps.add(
+        server.nodes.find_disk(data["node"]),
+        data["name"],
+        data.get("granularity"),
+        persistent=data.get("persistent", False),
+        disabled=data.get("disabled", False),
+    )
+
+
+def _remove(server: Server, data: Arguments) -> Change:
+    return server.bitmaps.remove(_bitmap_disk(server, data["node"]), data["name"])
+
+
+def _clear(server: Server, data: Arguments) -> Change:
+    return server.bitmaps.clear(_bitmap_disk(server, data["node"]), data["name"])
+
+
+def _record(recording: bool, server: Server, data: Arguments) -> Change:
+    return server.bitmaps.record(_bitmap_disk(server, data["node"]), data["name"], recording)
+
+
+def _merge(server: Server, data: Arguments) -> Change:
+    disk = _bitmap_disk(server, data["node"])
+    sources = [
+        (disk, source)
+        if isinstance(source, str)
+        else (_bitmap_disk(server, source["node"]), source["name"])
+        for source in data["bitmaps"]
+    ]
+    return server.bitmaps.merge(disk, data["target"], sources)
+
+
+BITMAP_ACTIONS: dict[str, Callable[[Server, Arguments], Change]] = {
+    "block-dirty-bitmap-add": _add,
+    "block-dirty-bitmap-remove": _remove,
+    "block-dirty-bitmap-clear": _clear,
+    "block-dirty-bitmap-enable": partial(_record, True),
+    "block-dirty-bitmap-disable": partial(_record, False),
+    "block-dirty-bitmap-merge": _merge,
+}
+
+_ACTIONS: dict[str, Callable[[Server, Arguments], Change]] = {
+    **BITMAP_ACTIONS,
+    "abort": _abort,
+    "blockdev-mirror": _mirror,
+    "block-job-complete": _complete,
+    "block-job-cancel": _cancel,
+}
+
+
+def _sync_bitmap(server: Server, disk: Disk, arguments: Arguments) -> NamedBitmap | None:
+    """The bitmap of sync=incremental and sync=bitmap, with the texts of QEMU's blockdev-backup."""
+    sync, name = arguments["sync"], arguments.get("bitmap")
+    mode = arguments.get("bitmap-mode", "on-success")
+    if sync not in _BITMAP_SYNCS:
+        if name is not None:
+            raise CommandError(f"sync mode '{sync}' is not compatible with bitmaps")
+        if "bitmap-mode" in arguments:
+            raise CommandError("Cannot specify bitmap sync mode without a bitmap")
+        return None
+    if name is None:
+        raise CommandError(f"must provide a valid bitmap name for '{sync}' sync mode")
+    if sync == "incremental" and mode != "on-success":
+        raise CommandError(
+            "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"
+        )
+    if mode == "always":
+        raise CommandError("Bitmap Sync Mode 'always' is not supported by Mirror")
+    try:
+        return server.bitmaps.find_idle(disk, name)
+    except CommandError as error:
+        if "not found" in str(error):
+            raise CommandError(f"Bitmap '{name}' could not be found") from error
+        raise
+
+
+def _options(arguments: Arguments, disk_name: str, *, reconnect_delay_s: float) -> MirrorOptions:
+    """The job's options; raises CommandError with QEMU's text."""
+    granularity = arguments.get("granularity", 0)
+    cluster = arguments.get("x-nbdmirror-target-cluster-size", 0)
+    if granularity:
+        _check_size("granularity", granularity)
+    if cluster:
+        _check_size("x-nbdmirror-target-cluster-size", cluster)
+    job_id = arguments.get("job-id", disk_name)
+    if not _JOB_ID.fullmatch(job_id):
+        raise CommandError(f"Invalid job ID '{job_id}'")
+    if arguments.get("buf-size", 0) < 0:
+        raise CommandError("Invalid parameter 'buf-size'")
+    if arguments.get("speed", 0) < 0:
+        raise CommandError("Parameter 'speed' expects a non-negative value")
+    return MirrorOptions(
+        job_id=job_id,
+        sync=arguments["sync"],
+        copy_mode=CopyMode(arguments.get("copy-mode", "background")),
+        granularity=granularity,
+        buffer_bytes=arguments.get("buf-size", 0) or BUFFER_BYTES_DEFAULT,
+        speed_bytes_per_s=arguments.get("speed", 0),
+        on_source_error=Policy(arguments.get("on-source-error", "report")),
+        on_target_error=Policy(arguments.get("on-target-error", "report")),
+        unmap=arguments.get("unmap", True),
+        reconnect_delay_s=reconnect_delay_s,
+        target_is_zero=arguments.get("target-is-zero", False),
+        clear_bitmap=arguments.get("bitmap-mode", "on-success") == "on-success",
+        cluster_bytes=cluster,
+        allow_larger=arguments.get("x-nbdmirror-allow-larger-target", False),
+        auto_finalize=arguments.get("auto-finalize", True),
+        auto_dismiss=arguments.get("auto-dismiss", True),
+    )
+
+
+def _check_size(parameter: str, value: int) -> None:
+    try:
+        check_granularity(value, parameter)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error

@@ -1,0 +1,144 @@
+"""Named dirty bitmaps of a disk: QEMU's block-dirty-bitmap commands.
+
+A bitmap that records is attached to the disk's ledger. While a job uses one it is busy: it goes on
+recording, and no command may touch it. On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nbdmirror.bitmap import GRANULARITY_DEFAULT, DirtyBitmap
+from nbdmirror.disk import Disk
+from nbdmirror.errors import CommandError
+
+NAME_BYTES_MAX = 1023
+"""QEMU's BDRV_BITMAP_MAX_NAME_SIZE."""
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was done: `undo` takes it back if a transaction fails later, `commit` ends that chance.
+    One of them is called."""
+
+    undo: Callable[[], None]
+    commit: Callable[[], None] = _nothing
+
+
+@dataclass(slots=True, eq=False)
+class NamedBitmap:
+    name: str
+    bitmap: DirtyBitmap
+    is_recording: bool
+    is_busy: bool = False
+
+
+class Bitmaps:
+    """The bitmaps of all disks. Each change raises CommandError with QEMU's text, and
+    changes nothing, if it cannot be done."""
+
+    def __init__(self) -> None:
+        self._of: dict[Disk, dict[str, NamedBitmap]] = {}
+
+    def of(self, disk: Disk) -> list[NamedBitmap]:
+        """Newest first."""
+        return list(reversed(self._of.get(disk, {}).values()))
+
+    def find(self, disk: Disk, name: str) -> NamedBitmap:
+        bitmap = self._of.get(disk, {}).get(name)
+        if bitmap is None:
+            raise CommandError(f"Dirty bitmap '{name}' not found")
+        return bitmap
+
+    def find_idle(self, disk: Disk, name: str) -> NamedBitmap:
+        bitmap = self.find(disk, name)
+        if bitmap.is_busy:
+            raise CommandError(
+                f"Bitmap '{name}' is currently in use by another operation and cannot be used"
+            )
+        return bitmap
+
+    def add(
+        self, disk: Disk, name: str, granularity: int | None, *, persistent: bool, disabled: bool
+    ) -> Change:
+        if not name:
+            raise CommandError("Bitmap name cannot be empty")
+        if len(name.encode()) > NAME_BYTES_MAX:
+            raise CommandError(f"Bitmap name too long: {name}")
+        granularity = GRANULARITY_DEFAULT if granularity is None else granularity
+        if granularity < 512 or granularity & (granularity - 1):
+            raise CommandError("Granularity must be power of 2 and at least 512")
+        if name in self._of.get(disk, {}):
+            raise CommandError(f"Bitmap already exists: {name}")
+        if persistent:
+            raise CommandError(
+                f"Can't store persistent bitmaps to {disk.name}: Operation not supported"
+            )
+        bitmap = NamedBitmap(name, DirtyBitmap(disk.size, granularity), is_recording=not disabled)
+        self._of.setdefault(disk, {})[name] = bitmap
+        if bitmap.is_recording:
+            disk.ledger.attach(bitmap.bitmap)
+        return Change(lambda: self._drop(disk, bitmap))
+
+    def remove(self, disk: Disk, name: str) -> Change:
+        bitmap = self.find_idle(disk, name)
+        self._drop(disk, bitmap)
+
+        def undo() -> None:
+            self._of.setdefault(disk, {})[name] = bitmap
+            if bitmap.is_recording:
+                disk.ledger.attach(bitmap.bitmap)
+
+        return Change(undo)
+
+    def clear(self, disk: Disk, name: str) -> Change:
+        bitmap = self.find_idle(disk, name).bitmap
+        before = bitmap.copy()
+        bitmap.clear_all()
+        return Change(lambda: bitmap.merge(before))  # what the guest wrote since stays
+
+    def record(self, disk: Disk, name: str, recording: bool) -> Change:
+        """block-dirty-bitmap-enable and -disable."""
+        bitmap = self.find_idle(disk, name)
+        before = bitmap.is_recording
+        self._set_recording(disk, bitmap, recording)
+        return Change(lambda: self._set_recording(disk, bitmap, before))
+
+    def merge(self, disk: Disk, target: str, sources: list[tuple[Disk, str]]) -> Change:
+        into = self.find_idle(disk, target).bitmap
+        found = [self.find_idle(*source).bitmap for source in sources]
+        for bitmap in found:
+            if bitmap.size != into.size:
+                raise CommandError(
+                    f"Bitmaps are of different sizes (destination size is {into.size}, source "
+                    f"size is {bitmap.size}) and can't be merged"
+                )
+        since = DirtyBitmap(into.size, into.granularity)
+        if self.find(disk, target).is_recording:
+            disk.ledger.attach(since)  # a guest's marks outlive an undo
+        before = into.copy()
+        for bitmap in found:
+            into.merge(bitmap)
+
+        def undo() -> None:
+            into.clear_all()
+            into.merge(before)
+            into.merge(since)
+            disk.ledger.detach(since)
+
+        return Change(undo, lambda: disk.ledger.detach(since))
+
+    def _drop(self, disk: Disk, bitmap: NamedBitmap) -> None:
+        del self._of[disk][bitmap.name]
+        disk.ledger.detach(bitmap.bitmap)
+
+    def _set_recording(self, disk: Disk, bitmap: NamedBitmap, recording: bool) -> None:
+        if recording != bitmap.is_recording:
+            bitmap.is_recording = recording
+            change = disk.ledger.attach if recording else disk.ledger.detach
+            change(bitmap.bitmap)

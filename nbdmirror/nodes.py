@@ -1,0 +1,82 @@
+"""Nodes: the targets that were added, by name; QEMU's block nodes. On the event loop's thread."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nbdmirror.disk import Disk
+from nbdmirror.errors import CommandError
+from nbdmirror.mirror import MirrorJob
+from nbdmirror.remote import RemoteDevice
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A target that was added: QEMU's block node."""
+
+    name: str
+    device: RemoteDevice
+    is_owned: bool = False
+    """Made by drive-mirror for one job: goes when the job goes."""
+    reconnect_delay_s: float = 0.0
+    job: MirrorJob | None = None
+    disk: Disk | None = None
+    """The disk that is served from this node since a pivot."""
+
+
+class Nodes:
+    """The nodes of a server. The disks' names count as names of nodes."""
+
+    def __init__(self, disks: dict[str, Disk]) -> None:
+        self._disks = disks
+        self._nodes: dict[str, Node] = {}
+
+    def __iter__(self) -> Iterator[Node]:
+        """Oldest first."""
+        return iter(list(self._nodes.values()))
+
+    def find(self, name: str) -> Node:
+        if name not in self._nodes:
+            raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
+        return self._nodes[name]
+
+    def find_disk(self, name: str) -> Disk:
+        """The disk called `name`, or that is served from the node `name`."""
+        node = self._nodes.get(name)
+        disk = self._disks.get(name) or (node.disk if node else None)
+        if disk is None:
+            raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
+        return disk
+
+    def root_of(self, disk: Disk) -> Node | None:
+        """The node that `disk` is served from since a pivot."""
+        return next((node for node in self if node.disk is disk), None)
+
+    def check_name(self, name: str) -> None:
+        if name in self._nodes or name in self._disks:
+            raise CommandError(f"Duplicate nodes with node-name='{name}'")
+
+    def add(self, node: Node) -> None:
+        """Without a name it gets one of QEMU's generated kind."""
+        if not node.name:
+            numbers = (f"#block{number:03}" for number in itertools.count())
+            node.name = next(name for name in numbers if name not in self._nodes)
+        self.check_name(node.name)
+        self._nodes[node.name] = node
+
+    def remove(self, name: str) -> Node:
+        """Take a node away; the caller closes its device."""
+        node = self._nodes.get(name)
+        if node is None:
+            if name in self._disks:
+                raise CommandError(f"Node {name} is in use")
+            raise CommandError(f"Failed to find node with node-name='{name}'")
+        if node.job is not None or node.disk is not None:
+            raise CommandError(f"Node {name} is in use")
+        return self._nodes.pop(name)
+
+    def forget(self, node: Node) -> None:
+        """Take away a node that was made for one job."""
+        self._nodes.pop(node.name, None)
