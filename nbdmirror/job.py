@@ -7,10 +7,11 @@ thread.
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from nbdmirror.errors import CommandError
+from nbdmirror.errors import CommandError, errno_of
 from nbdmirror.events import EventRing
 from nbdmirror.jobstate import JobStatus, check_transition, check_verb
 from nbdmirror.options import Ending
@@ -34,6 +35,17 @@ class Job(ABC):
         """By the user or by an error; the job may still be on its way to PAUSED or STANDBY."""
         self._events = events
         self._when_ended: list[Callable[[], None]] = []
+
+    def create(self) -> None:
+        self.to(JobStatus.CREATED)
+
+    def discard(self) -> None:
+        """Created, and not started: the transaction failed."""
+        self.to(JobStatus.ABORTING)
+        self.let_go()
+        self.error = "Operation canceled"
+        self.to(JobStatus.CONCLUDED)
+        self.dismiss()
 
     # Commands.
 
@@ -78,6 +90,12 @@ class Job(ABC):
         check_verb(self.id, self.status, "resume")
         self.unpause()
         self.advance_soon()
+
+    def set_speed(self, speed_bytes_per_s: int) -> None:
+        check_verb(self.id, self.status, "set-speed")
+        if speed_bytes_per_s < 0:
+            raise CommandError("Parameter 'speed' expects a non-negative value")
+        self.limit_speed(speed_bytes_per_s)
 
     def dismiss(self) -> None:
         check_verb(self.id, self.status, "dismiss")
@@ -140,6 +158,14 @@ class Job(ABC):
         """A forced cancel: give up, within a bound."""
 
     @abstractmethod
+    def limit_speed(self, speed_bytes_per_s: int) -> None:
+        """0 for no limit."""
+
+    @abstractmethod
+    def let_go(self) -> None:
+        """Use nothing any more."""
+
+    @abstractmethod
     def dismissed(self) -> None:
         """The job is to be forgotten."""
 
@@ -187,3 +213,12 @@ class Job(ABC):
             call()
         if dismiss:
             self.dismiss()
+
+
+class Cancelled(Exception):
+    """The reason of a job that was cancelled by force."""
+
+
+def error_text(error: BaseException) -> str:
+    """QEMU's job error is strerror's text alone."""
+    return str(error) if isinstance(error, CommandError) else os.strerror(errno_of(error))

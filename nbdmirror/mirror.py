@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.copier import Copier
-from nbdmirror.device import AsyncTarget, BlockDevice
-from nbdmirror.disk import Disk, SynchronousWrites
+from nbdmirror.copymode import CopyModeSwitch
+from nbdmirror.device import Done
+from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, DeviceLost, errno_of
 from nbdmirror.events import EventRing
-from nbdmirror.job import Job
+from nbdmirror.job import Cancelled, Job, error_text
 from nbdmirror.jobstate import JobStatus, check_verb
 from nbdmirror.ledger import Tracker
 from nbdmirror.loop import Loop, Timer
 from nbdmirror.options import CopyMode, Ending, MirrorOptions, Policy
+from nbdmirror.owner import Owner, Target
 from nbdmirror.quiesce import Quiesce
 
 log = logging.getLogger(__name__)
@@ -43,38 +43,6 @@ RECONNECT_PAUSE_S = 1.0
 CANCEL_GRACE_S = 0.3
 """How long a forced cancel lets requests on the target end by themselves before their connection is
 cut."""
-
-
-class Target(BlockDevice, AsyncTarget, Protocol):
-    """What the job asks of its target beside the copying."""
-
-    def kill(self) -> None: ...
-
-
-Step = Callable[["MirrorJob", Callable[[BaseException | None], None]], None]
-"""Something that takes a while, and what it calls on the loop's thread at the end."""
-
-
-class Owner(Protocol):
-    """Who made the job and takes it away again; called on the loop's thread."""
-
-    def pivot(self, job: MirrorJob) -> None:
-        """Guest writes are held and the target is level: serve the disk from the target."""
-
-    def released(self, job: MirrorJob) -> None:
-        """The job uses source and target no more; after a pivot the old source is free to be
-        closed."""
-
-    def dismissed(self, job: MirrorJob) -> None:
-        """The job is to be forgotten."""
-
-    def scan(self, job: MirrorJob, done: Callable[[BaseException | None], None]) -> None:
-        """Mark dirty what the source's top layer holds (sync=top), or what is not zero
-        (target-is-zero)."""
-
-    def reconnect(self, job: MirrorJob, done: Callable[[BaseException | None], None]) -> None:
-        """Bring a lost target back, trying for its reconnect-delay; if it is not lost, `done` is
-        called at once. What was not flushed is dirty then. An error is no DeviceLost."""
 
 
 class MirrorJob(Job):
@@ -108,27 +76,22 @@ class MirrorJob(Job):
         self.copier.speed_bytes_per_s = options.speed_bytes_per_s
         self._loop = loop
         self._owner = owner
-        self._flushes = False  # before READY; drains like a copy
-        self._waits: object | None = None  # for a scan or a reconnect; can be abandoned
+        self._waits: object | None = None  # for a scan, a reconnect, a flush; can be abandoned
+        self._flushes = 0  # abandoned ones too: they drain like copies
         self._is_finalizing = False
         self._abort: BaseException | None = None
         self._quiesce: Quiesce | None = None
         self._retry_s = RETRY_S_MIN
         self._reconnect_not_before_s = 0.0
         self._timers: dict[str, Timer] = {}
-        self._leaving: frozenset[int] = frozenset()
-        self._is_actively_synced = False
-
-    def create(self) -> None:
-        self.to(JobStatus.CREATED)
-
-    def discard(self) -> None:
-        """Created, and not started: a transaction failed."""
-        self.to(JobStatus.ABORTING)
-        self._owner.released(self)
-        self.error = "Operation canceled"
-        self.to(JobStatus.CONCLUDED)
-        self.dismiss()
+        self._is_scanned = options.sync == "none" or bitmap is not None
+        self._mode = CopyModeSwitch(
+            disk=disk,
+            tracker=tracker,
+            target=target,
+            whole_granules=options.sync != "full",
+            on_error=self._on_synchronous_error,
+        )
 
     def start(self) -> None:
         """Tracking is on before anything is marked or looked at (rule 33)."""
@@ -138,11 +101,8 @@ class MirrorJob(Job):
             self.tracker.dirty.merge(self.bitmap)
         elif self.options.sync == "full" and not self.options.target_is_zero:
             self.tracker.dirty.mark_all()
-        self._set_synchronous()
-        if self.options.sync in ("full", "top") and self.tracker.dirty.is_empty:
-            self._wait_for(self._owner.scan, "read", self.release)
-        else:
-            self.release()
+            self._is_scanned = True
+        self.release()
         self.advance()
         self._poll()
 
@@ -154,18 +114,12 @@ class MirrorJob(Job):
 
     # Commands beside those that every job has.
 
-    def set_speed(self, speed_bytes_per_s: int) -> None:
-        check_verb(self.id, self.status, "set-speed")
-        if speed_bytes_per_s < 0:
-            raise CommandError("Parameter 'speed' expects a non-negative value")
-        self.copier.set_speed(speed_bytes_per_s)
-
     def change(self, copy_mode: CopyMode) -> None:
         """block-job-change. Back to background, which QEMU refuses, is offered as well."""
         check_verb(self.id, self.status, "change")
         self.copy_mode = copy_mode
-        if not self.pause_wanted and self._abort is None:
-            self._set_synchronous()
+        if self.copier.is_running:
+            self._mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
 
     def finalize(self) -> None:
         """Ends the job that waits in PENDING; `when_ended` tells when that is done."""
@@ -184,7 +138,7 @@ class MirrorJob(Job):
     @property
     def is_actively_synced(self) -> bool:
         """Each write that the guest has had answered is on the target (write-blocking only)."""
-        return self._is_actively_synced and self.copy_mode is CopyMode.WRITE_BLOCKING
+        return self._mode.is_actively_synced
 
     @property
     def offset(self) -> int:
@@ -203,7 +157,7 @@ class MirrorJob(Job):
     def copy_failed(self, operation: str, error: BaseException) -> None:
         """Rules 20 and 21. The range is dirty again already; what follows an error that was decided
         on, from the requests in flight with it, is part of it."""
-        self._is_actively_synced = False
+        self._mode.note_error()
         if self._abort is not None or self.pause_wanted or "retry" in self._timers or self.is_over:
             return
         if isinstance(error, DeviceLost) and operation == "write" and self._may_reconnect():
@@ -256,11 +210,11 @@ class MirrorJob(Job):
             return
         if self._abort is not None:
             if self._nothing_in_flight():
-                self._end_aborted()
+                self._end_aborted(self._abort)
         elif self.pause_wanted:
             if self._nothing_in_flight():
                 self.paused()
-        elif self._flushes or self._waits or "retry" in self._timers:
+        elif self._waits is not None or "retry" in self._timers:
             pass
         elif self._quiesce is not None:
             self._quiesce.advance()
@@ -274,7 +228,7 @@ class MirrorJob(Job):
         """Start nothing new: no copies, no synchronous writes, no ending."""
         self._waits = None
         self.copier.stop()
-        self._set_synchronous(allowed=False)
+        self._mode.turn(synchronous=False)
         self._release_guest()
 
     def release(self) -> None:
@@ -282,84 +236,76 @@ class MirrorJob(Job):
         self._wait_for(self._owner.reconnect, "write", self._go_on)
 
     def abort(self) -> None:
-        self._fail(_Cancelled())
+        self._fail(Cancelled())
         # A hung target: break its connection, so that what is in flight comes back.
         self._after("cut", CANCEL_GRACE_S, self.target.kill)
+
+    def limit_speed(self, speed_bytes_per_s: int) -> None:
+        self.copier.set_speed(speed_bytes_per_s)
+
+    def let_go(self) -> None:
+        self._owner.released(self)
 
     def dismissed(self) -> None:
         self._owner.dismissed(self)
 
     def _go_on(self) -> None:
-        self.copier.is_running = True
-        self._set_synchronous()
+        if self._is_scanned:
+            self.copier.is_running = True
+            self._mode.turn(synchronous=self.copy_mode is CopyMode.WRITE_BLOCKING)
+        else:
+            self._wait_for(self._owner.scan, "read", self._scanned)
+
+    def _scanned(self) -> None:
+        self._is_scanned = True
+        self._go_on()
 
     def _advance_copying(self) -> None:
         self.copier.pump()
         in_sync = self.tracker.in_sync
         if in_sync:
             self._retry_s = RETRY_S_MIN
-            self._leaving = self.disk.ledger.writes_left(self._leaving)
-            self._is_actively_synced |= not self._leaving
+            self._mode.note_in_sync()
         if self.status is JobStatus.RUNNING and in_sync:
-            self._flush_for_ready()
+            self._wait_for(self._flush, "write", self._become_ready)
         elif self._is_finalizing or (self.is_ready and self.ending is not Ending.NONE):
             self._begin_quiesce()
 
-    def _flush_for_ready(self) -> None:
+    def _flush(self, _: MirrorJob, done: Done) -> None:
         """Rule 14: the target is flushed before READY, and READY comes once."""
+        self._flushes += 1
 
-        def done(error: BaseException | None) -> None:
-            self._flushes = False
-            if error is not None:
-                self.copy_failed("write", error)
-            elif self._abort is None and not self.pause_wanted:
-                self.to(JobStatus.READY)
-                self.tell("BLOCK_JOB_READY")
-            self.advance()
+        def then(error: BaseException | None) -> None:
+            self._flushes -= 1
+            done(error)
 
-        self._flushes = True
-        self.copier.flush(done)
+        self.copier.flush(then)
 
-    def _wait_for(self, step: Step, operation: str, then: Callable[[], None]) -> None:
+    def _become_ready(self) -> None:
+        self.to(JobStatus.READY)
+        self.tell("BLOCK_JOB_READY")
+
+    def _wait_for(
+        self, step: Callable[[MirrorJob, Done], None], operation: str, then: Callable[[], None]
+    ) -> None:
         """Do `step`, and `then` if it ended well and nothing came between; its error is an error of
         `operation`."""
         token = self._waits = object()
 
         def done(error: BaseException | None) -> None:
-            if self._waits is not token:
-                return
-            self._waits = None
-            if error is not None:
-                self.copy_failed(operation, error)
-            else:
-                then()
+            if self._waits is token:
+                self._waits = None
+                if error is not None:
+                    self.copy_failed(operation, error)
+                else:
+                    then()
             self.advance()
 
         step(self, done)
 
     def _nothing_in_flight(self) -> bool:
-        """Copies, flushes and synchronous writes; the latter until each write that may have been
-        decided as one has left."""
-        self._leaving = self.disk.ledger.writes_left(self._leaving)
-        return not (self.copier.in_flight or self._flushes or self._leaving)
-
-    def _set_synchronous(self, *, allowed: bool = True) -> None:
-        """Copy mode write-blocking takes effect for requests that begin from now on (rule 11)."""
-        wanted = allowed and self.copy_mode is CopyMode.WRITE_BLOCKING
-        if wanted == (self.disk.synchronous is not None):
-            return
-        self._is_actively_synced = False
-        self.disk.synchronous = (
-            SynchronousWrites(
-                tracker=self.tracker,
-                target=self.target,
-                whole_granules=self.options.sync != "full",
-                on_error=self._on_synchronous_error,
-            )
-            if wanted
-            else None
-        )
-        self._leaving = self.disk.ledger.writes()
+        """No copies, no flush, and no write that may have been decided as a synchronous one."""
+        return not (self.copier.in_flight or self._flushes) and self._mode.has_drained()
 
     def _on_synchronous_error(self, error: BaseException) -> None:
         """From a guest's thread."""
@@ -402,26 +348,26 @@ class MirrorJob(Job):
             pause_ms = round((self.pause_s or 0.0) * 1000, 3)
             data = {"device": self.disk.name, "id": self.id, "pause-ms": pause_ms}
             self._events.append("X_NBDMIRROR_PIVOTED", data)
-        self._owner.released(self)
+        self.let_go()
         self.concluded("BLOCK_JOB_COMPLETED", dismiss=self.options.auto_dismiss)
 
-    def _end_aborted(self) -> None:
+    def _end_aborted(self, reason: BaseException) -> None:
         if self.status is not JobStatus.ABORTING:
             self.to(JobStatus.ABORTING)
         self._let_go()
-        self._owner.released(self)
+        self.let_go()
         dismiss = self.options.auto_dismiss
-        if isinstance(self._abort, _Cancelled):
+        if isinstance(reason, Cancelled):
             self.error = "Operation canceled"
             self.concluded("BLOCK_JOB_CANCELLED", dismiss=dismiss)
         else:
-            self.error = _text(self._abort)
+            self.error = error_text(reason)
             self.concluded("BLOCK_JOB_COMPLETED", dismiss=dismiss, error=self.error)
 
     def _let_go(self) -> None:
         """Of the disk, and last of its guest."""
         self.copier.stop()
-        self.disk.synchronous = None
+        self._mode.turn(synchronous=False)
         self.disk.ledger.detach(self.tracker.dirty)
         for timer in self._timers.values():
             timer.cancel()
@@ -451,14 +397,3 @@ class MirrorJob(Job):
 
     def _after(self, name: str, delay_s: float, call: Callable[[], None]) -> None:
         self._timers[name] = self._loop.call_later(delay_s, call)
-
-
-class _Cancelled(Exception):
-    """The job was cancelled; no error to speak of."""
-
-
-def _text(error: BaseException | None) -> str:
-    """QEMU's job error is strerror's text alone."""
-    return (
-        str(error) if isinstance(error, CommandError) else os.strerror(errno_of(error or OSError()))
-    )

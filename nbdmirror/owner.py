@@ -1,0 +1,38 @@
+"""What a mirror job asks of its target, and of whoever made it. Called on the loop's thread."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from nbdmirror.device import AsyncTarget, BlockDevice, Done
+
+if TYPE_CHECKING:
+    from nbdmirror.mirror import MirrorJob
+
+
+class Target(BlockDevice, AsyncTarget, Protocol):
+    """What the job asks of its target beside the copying."""
+
+    def kill(self) -> None: ...
+
+
+class Owner(Protocol):
+    """Who made the job and takes it away again."""
+
+    def pivot(self, job: MirrorJob) -> None:
+        """Guest writes are held and the target is level: serve the disk from the target."""
+
+    def released(self, job: MirrorJob) -> None:
+        """The job uses source and target no more; after a pivot the old source is free to be
+        closed."""
+
+    def dismissed(self, job: MirrorJob) -> None:
+        """The job is to be forgotten."""
+
+    def scan(self, job: MirrorJob, done: Done) -> None:
+        """Mark dirty what the source's top layer holds (sync=top), or what is not zero
+        (target-is-zero)."""
+
+    def reconnect(self, job: MirrorJob, done: Done) -> None:
+        """Bring a lost target back, trying for its reconnect-delay; if it is not lost, `done` is
+        called at once. What was not flushed is dirty then. An error is no DeviceLost."""
