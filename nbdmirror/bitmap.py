@@ -25,6 +25,9 @@ GRANULARITY_DEFAULT = 64 << 10
 (bdrv_get_default_bitmap_granularity)."""
 
 
+_PAGE_BITS = mmap.PAGESIZE * 8
+
+
 def check_granularity(granularity: int, parameter: str = "granularity") -> None:
     """Raise ConfigError unless it is a power of two within QEMU's limits."""
     if not GRANULARITY_MIN <= granularity <= GRANULARITY_MAX:
@@ -41,16 +44,19 @@ class DirtyBitmap:
     at most for 16 TiB at 64 KiB, next to nothing while clean.
     """
 
-    __slots__ = ("_bits", "_count", "_shift", "granularity", "size")
+    __slots__ = ("_bits", "_count", "_pages", "_shift", "granularity", "size")
 
     def __init__(self, size: int, granularity: int) -> None:
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
         self._count = -(-size // granularity)
-        pages = mmap.mmap(-1, max(1, -(-self._count // 8)))
+        # Private: of shared pages, reading takes memory as well, and MADV_DONTNEED clears nothing.
+        self._pages = mmap.mmap(
+            -1, max(1, -(-self._count // 8)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         # Bits past `_count` in the last byte stay zero: every call is bounded by `_count`.
-        self._bits = bitarray(buffer=pages, endian="little")
+        self._bits = bitarray(buffer=self._pages, endian="little")
 
     def mark(self, offset: int, length: int) -> None:
         """Make every granule that the range touches dirty."""
@@ -72,11 +78,25 @@ class DirtyBitmap:
         first = -(-offset >> self._shift)
         end = offset + length
         last = self._count if end >= self.size else end >> self._shift
+        if last - first >= _PAGE_BITS:
+            first, last = self._clear_pages(first, last)
         if first < last:
             self._bits[first:last] = 0
 
+    def _clear_pages(self, first: int, last: int) -> tuple[int, int]:
+        """Clear whole pages by giving them back: a long hole takes no memory once it is copied. A
+        mark that comes meanwhile is before or after, as with any clear. Returns what is left, which
+        is the tail; the head is cleared here."""
+        start = -(-first // _PAGE_BITS) * _PAGE_BITS
+        stop = last // _PAGE_BITS * _PAGE_BITS
+        if start < stop:
+            self._bits[first:start] = 0
+            self._pages.madvise(mmap.MADV_DONTNEED, start // 8, (stop - start) // 8)
+            first = stop
+        return first, last
+
     def clear_all(self) -> None:
-        self._bits[: self._count] = 0
+        self.clear(0, self.size)
 
     def copy(self) -> DirtyBitmap:
         other = DirtyBitmap(self.size, self.granularity)

@@ -79,7 +79,9 @@ def serve_command(
     if args.mirror_to:
         argv.append(f"mirror-to={args.mirror_to}")
     environ = os.environ if environ is None else environ
-    return argv + parameters, {**environ, "PYTHONPATH": _python_path(environ)}
+    # nbdkit's interpreter takes the first python3 in PATH for its home: it must be this one.
+    path = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
+    return argv + parameters, {**environ, "PATH": path, "PYTHONPATH": _python_path(environ)}
 
 
 def _listen_options(args: argparse.Namespace) -> list[str]:

@@ -33,8 +33,9 @@ REQUEST_BYTES_MAX = 1 << 20
 BUFFER_BYTES_DEFAULT = 16 << 20
 """QEMU's default buf-size."""
 
-WINDOW_BYTES_MAX = (2 << 30) - (64 << 20)
-"""Longest claim where nothing is known of the source: a hole of this length is one request."""
+WINDOW_BYTES_MAX = 32 << 30
+"""Longest claim where nothing is known of the source: a hole of this length is one claim. Long
+enough that the bitmap can give back whole pages."""
 
 ZERO_UNIT_BYTES = 64 << 10
 """Zeroes in data are looked for in units of this size: the usual cluster, so that a target can

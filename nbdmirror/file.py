@@ -1,4 +1,4 @@
-"""FileDevice: raw files and block devices; FileSource: the same for the copier.
+"""FileDevice: raw files and block devices.
 
 FileDevice is on the guest's hot path, so a read or write is one system call and one comparison;
 whatever is rarer is in a helper. It does what BlockDevice promises from any thread without a lock:
@@ -6,7 +6,7 @@ requests name their offset, so the file position, which is all that SEEK_DATA an
 means nothing. What the medium cannot do is remembered and not tried again; two threads that
 find out at once remember the same.
 
-`FileDevice.open` is the way in. FileSource belongs to the event loop's thread.
+`FileDevice.open` is the way in.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from nbdmirror import linux
 from nbdmirror.aligned import AlignedDevice
-from nbdmirror.device import BlockDevice, BlockSize, Buffer, Done, Extent, ExtentsDone
-from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError
+from nbdmirror.device import BlockDevice, BlockSize, Buffer, Extent
+from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.imagelock import lock_image
 
 ZEROES_BYTES = 1 << 20
 """Zeroes are written in pieces of this size where nothing better works."""
@@ -29,10 +28,6 @@ ZEROES_BYTES = 1 << 20
 EXTENTS_MAX = 64
 """Extents a call, or one more: an lseek each, 0.35 ms for all on a fragmented ext4 file, for which
 the copier's loop stands still."""
-
-READERS = 4
-"""Threads that read what is not cached. 512 MiB from a local disk: 0.8 GB/s with 1 thread, 2.2 with
-2, 4.2 with 4, 4.7 with 8. The copier moves 1-2 GB/s, and each busy thread slows the guest's."""
 
 PREFERRED_BYTES_MAX = 32 << 20
 """nbdkit's limit of the preferred block size; network file systems may have more in st_blksize."""
@@ -79,6 +74,7 @@ class FileDevice:
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
         fd = _open(path, flags | (os.O_DIRECT if direct else 0))
         try:
+            lock_image(fd, path, read_only=read_only)
             alignment = linux.direct_alignment(fd) if direct else 1
             if not alignment:
                 raise OSError(errno.EINVAL, "no direct I/O (O_DIRECT) for this file")
@@ -86,11 +82,13 @@ class FileDevice:
             if not direct:
                 return device
             tail = None
-            if device.size % alignment:
-                # The same inode, whatever became of the path; dup() would share O_DIRECT.
+            if device.size % alignment:  # the same inode; dup() would share O_DIRECT
                 tail_fd = os.open(f"/proc/self/fd/{fd}", flags)
                 tail = cls(tail_fd, path, read_only=read_only)
             return AlignedDevice(device, bounce=True, tail=tail)
+        except ConfigError:
+            os.close(fd)
+            raise
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"{path}: cannot be opened: {error.strerror}") from error
@@ -313,68 +311,6 @@ class FileDevice:
             if error.errno != errno.ENXIO or os.fstat(self._fd).st_size < self.size:
                 raise
             return self.size
-
-
-class FileSource:
-    """The source side of AsyncDevice on any blocking device, for the event loop's thread.
-
-    What a file has in memory is read at once, on the loop's thread: that only copies memory, and
-    handing it to a thread would cost two context switches a request. The rest goes to READERS
-    threads; so does all of a device that is no plain file (an O_DIRECT file in its AlignedDevice).
-
-    `call_soon` posts a call to the loop's thread, from any thread. The device stays the caller's.
-    """
-
-    def __init__(
-        self, device: BlockDevice, call_soon: Callable[[Callable[[], None]], None]
-    ) -> None:
-        assert device.block_size.minimum == 1, "the copier's buffers and ranges are not aligned"
-        self.size = device.size
-        self._device = device
-        self._file = device if isinstance(device, FileDevice) else None
-        self._call_soon = call_soon
-        self._readers: ThreadPoolExecutor | None = None
-
-    def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
-        count = 0
-        if self._file is not None:
-            try:
-                count = self._file.read_now(buf, offset)
-            except OSError as error:
-                done(error)
-                return
-        if count == len(buf):
-            done(None)
-        else:
-            self._read_in_pool(buf[count:], offset + count, done)
-
-    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Asked at once: it is a look-up of metadata, bounded by EXTENTS_MAX."""
-        try:
-            found = self._device.extents(offset, length)
-        except IO_ERRORS as error:
-            done(None, error)
-            return
-        done(found, None)
-
-    def close(self) -> None:
-        """Wait for the reads under way; their `done` is posted by then."""
-        if self._readers is not None:
-            self._readers.shutdown()
-
-    def _read_in_pool(self, buf: memoryview, offset: int, done: Done) -> None:
-        def work() -> None:
-            error: BaseException | None = None
-            try:
-                self._device.pread(buf, offset)
-            except BaseException as caught:  # noqa: BLE001 - untold, the copy would never end
-                error = caught
-            self._call_soon(lambda: done(error))
-
-        if self._readers is None:
-            # Not before the first read that needs it: nbdkit forks after the start (FACTS 5).
-            self._readers = ThreadPoolExecutor(READERS, "nbdmirror-reader")
-        self._readers.submit(work)
 
 
 def _open(path: str, flags: int) -> int:

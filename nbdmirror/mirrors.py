@@ -22,7 +22,7 @@ from nbdmirror.device import BlockDevice, Done, Extent
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError, DeviceError
 from nbdmirror.events import EventRing
-from nbdmirror.file import FileSource
+from nbdmirror.filesource import FileSource
 from nbdmirror.ledger import Tracker
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob

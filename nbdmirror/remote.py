@@ -284,25 +284,27 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
 
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        """`length` is at most ZERO_BYTES_MAX. Without write-zeroes, zeroes are written, one piece
-        after the other."""
+        """Any length. Without write-zeroes, zeroes are written."""
         connection = self._next()
         if self.can_zero:
-            flags = self._zero_flags(may_trim)
-            connection.start(connection.handle.aio_zero, length, offset, flags=flags, done=done)
-            return
-        zeroes = memoryview(bytes(min(length, self.block_size.maximum, 1 << 20)))
+            length_max, flags = ZERO_BYTES_MAX, self._zero_flags(may_trim)
+        else:
+            length_max, flags = min(self.block_size.maximum, 1 << 20), 0
+            zeroes = memoryview(bytes(min(length, length_max)))
+        pieces = _pieces(offset, length, length_max)
+        first_error: BaseException | None = None
 
-        def step(error: BaseException | None, start: int = offset) -> None:
-            if error is not None or start == offset + length:
-                done(error)
+        def step(error: BaseException | None) -> None:
+            nonlocal first_error
+            first_error = first_error or error
+            if not pieces or first_error is not None:
+                done(first_error)
                 return
-            span = min(len(zeroes), offset + length - start)
-
-            def then(error: BaseException | None) -> None:
-                step(error, start + span)
-
-            connection.start(connection.handle.aio_pwrite, zeroes[:span], start, done=then)
+            start, span = pieces.pop()
+            if self.can_zero:
+                connection.start(connection.handle.aio_zero, span, start, flags=flags, done=step)
+            else:
+                connection.start(connection.handle.aio_pwrite, zeroes[:span], start, done=step)
 
         step(None)
 

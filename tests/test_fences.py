@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "uri": "errors",
     "bitmap": "errors",
     "device": "errors",
-    "file": "aligned device errors linux",
+    "imagelock": "errors",
+    "file": "aligned device errors imagelock linux",
+    "filesource": "device errors file",
     "aligned": "device errors",
     "loop": "errors",
     "connection": "device errors loop",
@@ -50,8 +52,8 @@ MAY_IMPORT = {
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk errors",
     "nodes": "disk errors mirror remote",
-    "mirrors": "aligned bitmap bitmaps connection copier device disk errors events file ledger loop"
-    " mirror nodes options remote",
+    "mirrors": "aligned bitmap bitmaps connection copier device disk errors events filesource ledger"
+    " loop mirror nodes options remote",
     "store": "bitmap errors",
     "server": "bitmaps disk errors events loop mirror mirrors nodes remote",
     # The doors. They know what is below them, never each other.

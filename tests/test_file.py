@@ -17,7 +17,8 @@ import pytest
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.device import BlockDevice, Extent, MemoryDevice
 from nbdmirror.errors import ConfigError, DeviceError
-from nbdmirror.file import EXTENTS_MAX, FileDevice, FileSource
+from nbdmirror.file import EXTENTS_MAX, FileDevice
+from nbdmirror.filesource import FileSource
 
 ON_DISK = Path("/var/tmp")
 """By custom never a tmpfs, so likely to have holes, ZERO_RANGE and O_DIRECT."""
