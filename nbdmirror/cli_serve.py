@@ -78,6 +78,8 @@ def serve_command(
         argv.append(f"cache={args.cache}")
     if args.mirror_to:
         argv.append(f"mirror-to={args.mirror_to}")
+    if args.read_only:  # nbdkit's -r is for guests; this is for how the disks are opened
+        argv.append("read-only=true")
     environ = os.environ if environ is None else environ
     # nbdkit's interpreter takes the first python3 in PATH for its home: it must be this one.
     path = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])

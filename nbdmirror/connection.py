@@ -193,6 +193,8 @@ class Connection:
         if self._requests:
             self._appoint_leader()
         if request.error is not None:
+            if self._loop is None and self.handle.aio_is_dead():
+                self.is_lost = True  # the loop would find out itself
             raise request.error
 
     def finished(self, request: Request) -> None:

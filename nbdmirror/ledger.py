@@ -121,7 +121,11 @@ class Ledger:
     def is_idle(self) -> bool:
         """No changing request is under way. Once true behind a closed gate, it stays true: a guest
         that announces itself later sees the gate before it does any I/O."""
-        return not self._writing
+        gate = self._gate
+        if gate is None:
+            return not self._writing
+        gate.was_idle = gate.was_idle or not self._writing
+        return gate.was_idle
 
     def reads(self) -> frozenset[int]:
         """The reads under way, for whoever waits until these have gone (`reads_left`)."""
@@ -143,6 +147,7 @@ class Ledger:
 @dataclass(slots=True)
 class _Gate:
     on_idle: Callable[[], None]
+    was_idle: bool = False
     opened: threading.Event = field(default_factory=threading.Event)
 
 
@@ -153,6 +158,8 @@ class Claim:
 
     offset: int
     length: int
+    is_stale: bool = False
+    """The target was lost since: what it acknowledged of this may be lost as well."""
 
     @property
     def end(self) -> int:
@@ -178,6 +185,7 @@ class Tracker:
         may lose it (rule 39)."""
         self.written_bytes = 0
         """Bytes that synchronous writes brought to the target."""
+        self._flushing: list[DirtyBitmap] = []
         self._lock = threading.Condition(threading.Lock())
         self._copies: list[Claim] = []
         self._writes: list[Claim] = []
@@ -226,7 +234,7 @@ class Tracker:
     def settle(self, claim: Claim, *, failed: bool) -> None:
         """A copy ended. If it failed, its range is dirty again before it is anybody's."""
         with self._lock:
-            (self.dirty if failed else self.unflushed).mark(claim.offset, claim.length)
+            self._note_end(claim, failed)
             self._copies.remove(claim)
             self._lock.notify_all()
 
@@ -249,7 +257,7 @@ class Tracker:
         """The synchronous write has reached the target or, if `failed`, its granules are dirty
         again."""
         with self._lock:
-            (self.dirty if failed else self.unflushed).mark(claim.offset, claim.length)
+            self._note_end(claim, failed)
             if not failed:
                 self.written_bytes += claim.length
             self._writes.remove(claim)
@@ -261,18 +269,28 @@ class Tracker:
         with self._lock:
             covered = self.unflushed
             self.unflushed = DirtyBitmap(self.size, self.granularity)
+            self._flushing.append(covered)
         return covered
 
     def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
-        if failed:
-            with self._lock:
+        with self._lock:
+            self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
+            if failed:
                 self.unflushed.merge(covered)
 
     def target_came_back(self) -> None:
-        """After a lost connection: what was not flushed may be lost, so it is dirty (rule 39)."""
+        """After a lost connection: what was not flushed may be lost, so it is dirty (rule 39); so
+        is what is in flight, however it ends."""
         with self._lock:
-            self.dirty.merge(self.unflushed)
+            for bitmap in (self.unflushed, *self._flushing):
+                self.dirty.merge(bitmap)
             self.unflushed.clear_all()
+            for claim in (*self._copies, *self._writes):
+                claim.is_stale = True
+
+    def _note_end(self, claim: Claim, failed: bool) -> None:
+        bitmap = self.dirty if failed or claim.is_stale else self.unflushed
+        bitmap.mark(claim.offset, claim.length)
 
     def _is_free_for(self, claim: Claim) -> bool:
         if any(c.overlaps(claim) for owners in (self._copies, self._writes) for c in owners):

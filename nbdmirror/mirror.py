@@ -146,7 +146,7 @@ class MirrorJob(Job):
 
     @property
     def length(self) -> int:
-        return self.offset + (0 if self.is_over else self.copier.remaining_bytes)
+        return self.offset + self.copier.remaining_bytes
 
     @property
     def speed_bytes_per_s(self) -> int:

@@ -28,7 +28,8 @@ from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node, Nodes
 from nbdmirror.options import MirrorOptions
-from nbdmirror.remote import CONNECTIONS_MAX, RemoteDevice
+from nbdmirror.pool import CONNECTIONS_MAX
+from nbdmirror.remote import RemoteDevice
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ RETIRE_POLL_S = 0.005
 
 RECONNECT_S_MIN, RECONNECT_S_MAX = 0.1, 5.0
 """Back-off between attempts to bring a lost target back."""
+
+DRAIN_POLL_S = 0.005
+"""How often broken connections are looked at until their requests have come back."""
 
 RECONNECT_TIMEOUT_S = 5.0
 """For one such attempt."""
@@ -118,8 +122,8 @@ class Mirrors:
         self.jobs[job.id] = job
         self._mirrors[job] = _Mirror(node, source, bitmap)
         if isinstance(source, RemoteDevice):
-            source.attach(self._loop, lambda: None)
-        target.attach(self._loop, job.target_lost)
+            source.pool.attach(self._loop, None)
+        target.pool.attach(self._loop, job.target_lost)
         job.create()
         return job
 
@@ -179,9 +183,9 @@ class Mirrors:
     def pivot(self, job: MirrorJob) -> None:
         mirror = self._mirrors[job]
         device = mirror.node.device
-        device.detach()
+        device.pool.detach()
         if isinstance(mirror.source, RemoteDevice):
-            mirror.source.detach()
+            mirror.source.pool.detach()
         guest_device: BlockDevice = device
         if device.block_size.minimum > 1:
             guest_device = AlignedDevice(device)
@@ -199,13 +203,13 @@ class Mirrors:
         if isinstance(mirror.source, FileSource):
             mirror.source.close()
         elif mirror.retired is None:
-            mirror.source.detach()
+            mirror.source.pool.detach()
         if mirror.retired is not None:
             self._retire(mirror.retired, job.disk)
             self.expand(node.device)
             return
-        node.device.kill_if_busy()
-        node.device.detach()
+        node.device.pool.kill_if_busy()
+        node.device.pool.detach()
         if node.is_owned:
             self._nodes.forget(node)
             node.device.close()
@@ -256,13 +260,14 @@ class Mirrors:
         if not device.is_lost:
             done(None)
             return
+        device.pool.kill()  # of several connections, the others too: all starts anew
         deadline_s = self._loop.clock() + job.options.reconnect_delay_s
 
         def work() -> None:
             pause_s = RECONNECT_S_MIN
             while True:
                 try:
-                    connection = device.reopen(timeout_s=RECONNECT_TIMEOUT_S)
+                    connection = device.pool.reopen(timeout_s=RECONNECT_TIMEOUT_S)
                     self._loop.call_soon(partial(adopt, connection))
                     return
                 except ConfigError as error:
@@ -277,7 +282,10 @@ class Mirrors:
             if job not in self._mirrors or not device.is_lost:
                 connection.close()
                 return
-            device.replace(connection)
+            if device.pool.is_busy:
+                self._loop.call_later(DRAIN_POLL_S, partial(adopt, connection))
+                return
+            device.pool.replace(connection)
             job.tracker.target_came_back()
             done(None)
 
@@ -310,11 +318,11 @@ class Mirrors:
         meanwhile."""
 
         def work() -> None:
-            for _ in range(CONNECTIONS_MAX - device.connections):
-                connection = device.open_another(timeout_s=EXPAND_TIMEOUT_S)
+            for _ in range(CONNECTIONS_MAX - device.pool.size):
+                connection = device.pool.open_another(timeout_s=EXPAND_TIMEOUT_S)
                 if connection is None:
                     return
-                self._loop.call_soon(partial(device.adopt, connection))
+                self._loop.call_soon(partial(device.pool.adopt, connection))
 
         threading.Thread(target=work, name="nbdmirror-expand", daemon=True).start()
 

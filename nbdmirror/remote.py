@@ -1,15 +1,12 @@
 """RemoteDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones
 for the copier, on the same connections (see connection.py for how they share).
 
-With this, connection.py is the only place that knows libnbd.
+With this, connection.py and pool.py are the only places that know libnbd.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
-import logging
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +24,7 @@ from nbdmirror.device import (
     ExtentsDone,
 )
 from nbdmirror.errors import ConfigError, DeviceError
-from nbdmirror.loop import Loop
-
-log = logging.getLogger(__name__)
+from nbdmirror.pool import ConnectionPool
 
 PAYLOAD_BYTES_MAX = 32 << 20
 """What a server that announces no maximum takes in one request: the NBD specification's advice to
@@ -44,10 +39,6 @@ DEPTH_CONTEXT = "qemu:allocation-depth"
 
 CONNECT_TIMEOUT_S = 10.0
 """For the whole handshake, unless told otherwise."""
-
-CONNECTIONS_MAX = 8
-"""For guest threads, where the server supports several: more than nbdkit's busy threads gains
-nothing."""
 
 
 class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
@@ -79,11 +70,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.can_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
         self.can_depth = bool(handle.can_meta_context(DEPTH_CONTEXT))
         """Whether the server tells which of an image's layers a range comes from."""
-        self._connections = [first]
-        self._loop: Loop | None = None
-        self._on_lost: Callable[[], None] | None = None
-        self._turns = itertools.count()
-        self._sticky = threading.local()
+        self.pool = ConnectionPool(uri, first)
 
     @classmethod
     def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> RemoteDevice:
@@ -97,87 +84,19 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             )
         return device
 
-    @property
-    def connections(self) -> int:
-        return len(self._connections)
-
-    @property
-    def is_lost(self) -> bool:
-        """A connection is broken or closed."""
-        return any(connection.is_lost for connection in self._connections)
-
-    def reopen(self, *, timeout_s: float) -> Connection:
-        """A new connection, for `replace`, to the same disk as before; blocking, from any thread.
-        Raises ConfigError: a target that has changed is not written to (rule 40)."""
-        connection = Connection.open(self.uri, timeout_s)
-        handle = connection.handle
-        if handle.get_size() != self.size:
-            problem = f"came back with {handle.get_size()} bytes instead of {self.size}"
-        elif handle.is_read_only() and not self.read_only:
-            problem = "came back read-only"
-        elif bool(handle.can_flush()) < self.can_flush or bool(handle.can_zero()) < self.can_zero:
-            problem = "came back with fewer abilities"
-        elif (handle.get_block_size(nbd.SIZE_MINIMUM) or 1) > self.block_size.minimum:
-            problem = "came back with a larger minimum block size"
-        else:
-            return connection
-        connection.close()
-        raise ConfigError(f"{self.uri}: {problem}; it is not written to")
-
-    def replace(self, connection: Connection) -> None:
-        """Use `connection` instead of all that there were; on the loop's thread."""
-        loop, on_lost = self._loop, self._on_lost
-        self.detach()
-        for old in self._connections:
-            old.close()
-        self._connections = [connection]
-        if loop is not None and on_lost is not None:
-            self.attach(loop, on_lost)
-
-    def is_own_export(self) -> bool:
-        """Whether the server at the other end is this very process (rule 44)."""
-        return self._connections[0].peer_is_this_process()
-
-    def open_another(self, *, timeout_s: float) -> Connection | None:
-        """One more connection, for `adopt`; blocking, from any thread. None where the server
-        supports no more: it may announce multi-conn and yet take only so many (qemu-nbd -e N leaves
-        the next one waiting)."""
-        if not self.can_multi_conn or self.is_lost:
-            return None
-        try:
-            another = Connection.open(self.uri, timeout_s)
-        except ConfigError as error:
-            log.info("%s: goes on with %d connections: %s", self.uri, self.connections, error)
-            return None
-        if another.handle.get_size() != self.size:
-            log.error("%s: has another size on another connection", self.uri)
-            another.close()
-            return None
-        return another
-
-    def adopt(self, connection: Connection) -> None:
-        """Use `connection` as well; on the loop's thread."""
-        if self.is_lost:
-            connection.close()
-            return
-        if self._loop is not None:
-            connection.on_lost = self._on_lost
-            connection.attach(self._loop)
-        self._connections = [*self._connections, connection]
-
     # Blocking, from any thread.
 
     def pread(self, buf: memoryview, offset: int) -> None:
-        connection = self._pick()
+        connection = self.pool.pick()
         for start, length in _pieces(0, len(buf), self.block_size.maximum):
             part = buf[start : start + length]
             connection.call(connection.handle.aio_pread, part, offset + start)
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
         self._refuse_if_read_only()
-        connection = self._pick()
+        connection = self.pool.pick()
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
-        if len(buf) <= self.block_size.maximum:
+        if 0 < len(buf) <= self.block_size.maximum:
             connection.call(connection.handle.aio_pwrite, buf, offset, flags=flags)
         else:
             view = memoryview(buf)
@@ -206,7 +125,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             if fua:
                 self.flush()
             return
-        connection = self._pick()
+        connection = self.pool.pick()
         flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
         flags |= nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
         for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
@@ -216,7 +135,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         self._refuse_if_read_only()
-        connection = self._pick()
+        connection = self.pool.pick()
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
         if self.can_trim:
             for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
@@ -226,13 +145,13 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def flush(self) -> None:
         if self.can_flush:
-            connection = self._pick()
+            connection = self.pool.pick()
             connection.call(connection.handle.aio_flush)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         if not self.can_extents or not length:
             return [Extent(length, zero=False, hole=False)]
-        connection = self._pick()
+        connection = self.pool.pick()
         found: list[Extent] = []
         span = min(length, ZERO_BYTES_MAX)
         collect = _collector(found, span)
@@ -241,51 +160,38 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def cache(self, offset: int, length: int) -> None:
         if self.can_cache:
-            connection = self._pick()
+            connection = self.pool.pick()
             connection.call(connection.handle.aio_cache, length, offset)
 
     def close(self) -> None:
-        for connection in self._connections:
-            connection.close()
-
-    # Asynchronous, on the loop's thread, between `attach` and `detach`.
-
-    def attach(self, loop: Loop, on_lost: Callable[[], None]) -> None:
-        """Have `loop` drive the connections; `on_lost` is called when one breaks."""
-        self._loop, self._on_lost = loop, on_lost
-        for connection in self._connections:
-            connection.on_lost = on_lost
-            connection.attach(loop)
-
-    def detach(self) -> None:
-        """Give the connections back to the threads that wait."""
-        self._loop = self._on_lost = None
-        for connection in self._connections:
-            connection.on_lost = None
-            connection.detach()
-
-    def kill_if_busy(self) -> None:
-        """Break the connections that have requests in flight: nobody waits for those any more."""
-        for connection in self._connections:
-            if connection.is_busy:
-                connection.kill()
+        self.pool.close()
 
     def kill(self) -> None:
         """Break every connection: what is in flight fails at once. From any thread."""
-        for connection in self._connections:
-            connection.kill()
+        self.pool.kill()
+
+    @property
+    def is_lost(self) -> bool:
+        """A connection is broken or closed."""
+        return self.pool.is_lost
+
+    def is_own_export(self) -> bool:
+        """Whether the server at the other end is this very process (rule 44)."""
+        return self.pool.next().peer_is_this_process()
+
+    # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 
     def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
-        connection = self._next()
+        connection = self.pool.next()
         connection.start(connection.handle.aio_pread, buf, offset, done=done)
 
     def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
-        connection = self._next()
+        connection = self.pool.next()
         connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
 
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
         """Any length. Without write-zeroes, zeroes are written."""
-        connection = self._next()
+        connection = self.pool.next()
         if self.can_zero:
             length_max, flags = ZERO_BYTES_MAX, self._zero_flags(may_trim)
         else:
@@ -309,14 +215,14 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         step(None)
 
     def start_flush(self, done: Done) -> None:
-        connection = self._next()
+        connection = self.pool.next()
         connection.start(connection.handle.aio_flush, done=done)
 
     def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         if not self.can_extents:
             done([Extent(length, zero=False, hole=False)], None)
             return
-        connection = self._next()
+        connection = self.pool.next()
         found: list[Extent] = []
         span = min(length, ZERO_BYTES_MAX)
 
@@ -328,7 +234,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def start_top_layer(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Like `start_extents`; a hole is what the top layer of the image does not hold."""
-        connection = self._next()
+        connection = self.pool.next()
         found: list[Extent] = []
         span = min(length, ZERO_BYTES_MAX)
 
@@ -340,27 +246,6 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def _zero_flags(self, may_trim: bool) -> int:
         return 0 if may_trim else int(nbd.CMD_FLAG_NO_HOLE)
-
-    def _next(self) -> Connection:
-        """The next connection in turn that lives; a dead one, whose requests fail, if none does."""
-        connections = self._connections
-        for _ in connections:
-            connection = connections[next(self._turns) % len(connections)]
-            if not connection.is_lost:
-                break
-        return connection
-
-    def _pick(self) -> Connection:
-        """This thread's connection: with as many as threads, nobody waits for another one's
-        reply."""
-        connections = self._connections
-        if len(connections) == 1:
-            return connections[0]
-        try:
-            number: int = self._sticky.number
-        except AttributeError:
-            number = self._sticky.number = next(self._turns)
-        return connections[number % len(connections)]
 
     def _refuse_if_read_only(self) -> None:
         if self.read_only:

@@ -590,7 +590,7 @@ def test_serve_command(plugin: str) -> None:
         *["nbdkit", "-U", f"{here}/s", "--tls=require", f"--tls-psk={here}/k", "-t", "4"],
         *["-P", f"{here}/p", "-r", "--filter", "delay", "-v", "python", plugin, "file=vm=/d/a"],
         *["file=b=nbd+unix:///x?socket=s", f"file={here}/c=d.img", "file=nbd://h/e=f"],
-        *[f"qmp={here}/q", "cache=none", "mirror-to=nbd://t", "rdelay=1"],
+        *[f"qmp={here}/q", "cache=none", "mirror-to=nbd://t", "read-only=true", "rdelay=1"],
     ]
 
 

@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "aligned": "device errors",
     "loop": "errors",
     "connection": "device errors loop",
-    "remote": "aligned connection device errors loop",
+    "pool": "connection errors loop",
+    "remote": "aligned connection device errors pool",
     "ledger": "bitmap device errors",
     "disk": "bitmap device errors ledger",
     "copier": "bitmap device errors ledger",
@@ -52,8 +53,8 @@ MAY_IMPORT = {
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk errors",
     "nodes": "disk errors mirror remote",
-    "mirrors": "aligned bitmap bitmaps connection copier device disk errors events filesource ledger"
-    " loop mirror nodes options remote",
+    "mirrors": "aligned bitmap bitmaps connection copier device disk errors events filesource"
+    " ledger loop mirror nodes options pool remote",
     "store": "bitmap errors",
     "server": "bitmaps disk errors events loop mirror mirrors nodes remote",
     # The doors. They know what is below them, never each other.
@@ -76,7 +77,7 @@ MAY_IMPORT = {
 
 # Module from outside -> the only places that may import it.
 ONLY_IN = {
-    "nbd": "remote connection",
+    "nbd": "remote pool connection",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
     "socket": "qmp http cli* remote connection sockets service",

@@ -1,0 +1,405 @@
+"""Copier: how many requests, how large, how fast. What order does to data is in
+test_mirror_invariant.py."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nbdmirror.copier import REQUESTS_MAX, SLICE_S, ZERO_UNIT_BYTES, Copier
+from nbdmirror.device import Done, Extent, ExtentsDone, MemoryDevice
+from nbdmirror.ledger import Tracker
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def frames() -> int:
+    """How deep the stack is."""
+    count, frame = 0, sys._getframe()
+    while back := frame.f_back:
+        count, frame = count + 1, back
+    return count
+
+
+class Devices:
+    """Source and target in memory. Requests are noted in `started`; each ends at once, or is kept
+    in `kept` where `keeps` names its kind. `errors`: what requests of a kind end with."""
+
+    def __init__(self, source: MemoryDevice, *, keeps: tuple[str, ...] = ()) -> None:
+        self.device = source
+        self.size = source.size
+        self.target = bytearray(b"\xee") * (source.size if source.size <= 64 * MIB else 0)
+        self.keeps = keeps
+        self.errors: dict[str, OSError] = {}
+        self.started: list[tuple[str, int, int]] = []
+        self.kept: list[Callable[[], None]] = []
+        self.may_trim: set[bool] = set()
+        self.frames_max = 0
+
+    def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
+        self._do("read", offset, len(buf), lambda: self.device.pread(buf, offset), done)
+
+    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        found: list[Extent] = []
+
+        def then(error: BaseException | None) -> None:
+            done(None if error else found, error)
+
+        self._do(
+            "extents",
+            offset,
+            length,
+            lambda: found.extend(self.device.extents(offset, length)),
+            then,
+        )
+
+    def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
+        def write() -> None:
+            self.target[offset : offset + len(buf)] = buf
+
+        self._do("write", offset, len(buf), write, done)
+
+    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
+        def write() -> None:
+            if self.target:
+                self.target[offset : offset + length] = bytes(length)
+
+        self.may_trim.add(may_trim)
+        self._do("zero", offset, length, write, done)
+
+    def start_flush(self, done: Done) -> None:
+        self._do("flush", 0, 0, lambda: None, done)
+
+    def _do(
+        self, kind: str, offset: int, length: int, work: Callable[[], None], done: Done
+    ) -> None:
+        self.started.append((kind, offset, length))
+        self.frames_max = max(self.frames_max, frames())
+
+        def end() -> None:
+            error = self.errors.get(kind)
+            if error is None:
+                work()
+            done(error)
+
+        if kind in self.keeps:
+            self.kept.append(end)
+        else:
+            end()
+
+    def of(self, *kinds: str) -> list[tuple[int, int]]:
+        return [(offset, length) for kind, offset, length in self.started if kind in kinds]
+
+
+class Watcher:
+    """The observer: notes, and stops the copier at an error."""
+
+    copier: Copier
+
+    def __init__(self) -> None:
+        self.failed: list[tuple[str, BaseException]] = []
+        self.settled = 0
+
+    def copy_failed(self, operation: str, error: BaseException) -> None:
+        self.failed.append((operation, error))
+        self.copier.stop()
+
+    def copy_settled(self) -> None:
+        assert self.copier.in_flight == 0
+        self.settled += 1
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        self.timers.append((self.now_s + delay_s, call))
+
+    def advance(self, elapsed_s: float) -> None:
+        self.now_s += elapsed_s
+        due = [call for at_s, call in self.timers if at_s <= self.now_s]
+        self.timers = [(at_s, call) for at_s, call in self.timers if at_s > self.now_s]
+        for call in due:
+            call()
+
+
+def a_copier(
+    devices: Devices, *, granularity: int = 64 * KIB, clock: Clock | None = None, **options: Any
+) -> tuple[Copier, Tracker, Watcher]:
+    """All dirty, not started."""
+    clock = clock or Clock()
+    tracker = Tracker(devices.size, granularity)
+    tracker.dirty.mark_all()
+    watcher = Watcher()
+    watcher.copier = Copier(
+        source=devices,
+        target=devices,
+        tracker=tracker,
+        observer=watcher,
+        clock=clock,
+        call_later=clock.call_later,
+        **options,
+    )
+    return watcher.copier, tracker, watcher
+
+
+def data(size: int) -> MemoryDevice:
+    """No zeroes anywhere."""
+    device = MemoryDevice(size)
+    device.pwrite((bytes(range(1, 252)) * (size // 251 + 1))[:size], 0)
+    return device
+
+
+@pytest.mark.parametrize(
+    ("buffer_bytes", "slots"),
+    [(16 * MIB, REQUESTS_MAX), (4 * MIB, 4), (1 * MIB, 1), (64 * KIB, 1), (1 * KIB, 1)],
+)
+def test_requests_and_bytes_are_bounded(buffer_bytes: int, slots: int) -> None:
+    devices = Devices(data(24 * MIB), keeps=("read", "write"))
+    copier, tracker, _ = a_copier(devices, buffer_bytes=buffer_bytes)
+    copier.start()
+    bound = max(buffer_bytes, 64 * KIB)
+    while devices.kept:
+        assert copier.in_flight == len(devices.kept) <= slots
+        assert tracker.in_flight_bytes <= bound
+        assert max(length for _, length in devices.of("read", "write")) <= min(MIB, bound)
+        if not tracker.dirty.is_empty:
+            assert copier.in_flight == slots, "a slot stands empty"
+        devices.kept.pop(0)()
+    assert tracker.in_sync
+    assert devices.target == devices.device.data
+
+
+def test_a_huge_hole_is_few_requests() -> None:
+    size = 1 << 40
+
+    class Hole(MemoryDevice):
+        def extents(self, offset: int, length: int) -> list[Extent]:
+            return [Extent(length, zero=True, hole=True)]
+
+    device = Hole(0)
+    device.size = size
+    devices = Devices(device)
+    devices.target = bytearray()
+    copier, tracker, watcher = a_copier(devices)
+    copier.start()
+    assert tracker.in_sync
+    assert watcher.settled
+    assert sum(length for _, length in devices.of("zero")) == size
+    assert len(devices.started) < 2 * (size // (1 << 30) + 10)
+    assert not devices.of("read", "write")
+    assert copier.copied_bytes == size
+    assert copier.written_bytes == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 65535, 65536, 65537, MIB + 1, 3 * MIB + 513])
+@pytest.mark.parametrize("is_data", [False, True])
+def test_odd_sizes(size: int, is_data: bool) -> None:
+    devices = Devices(data(size) if is_data else MemoryDevice(size))
+    copier, tracker, watcher = a_copier(devices)
+    copier.start()
+    assert devices.target == devices.device.data
+    assert tracker.in_sync
+    assert copier.copied_bytes == size
+    assert copier.remaining_bytes == 0
+    assert bool(watcher.settled) == bool(size)
+
+
+def test_zeroes_in_data_are_zeroed_in_units() -> None:
+    """Two units of zeroes, and zeroes at the end of the disk; half a unit is data."""
+    unit = ZERO_UNIT_BYTES
+    device = data(16 * unit + 100)
+    device.pwrite(bytes(2 * unit), 3 * unit)
+    device.pwrite(bytes(unit), 8 * unit + unit // 2)
+    device.pwrite(bytes(100), 16 * unit)
+    devices = Devices(device)
+    copier, _, _ = a_copier(devices)
+    copier.start()
+    assert devices.target == device.data
+    assert devices.of("zero") == [(3 * unit, 2 * unit), (16 * unit, 100)]
+    assert copier.written_bytes == 14 * unit
+    assert copier.copied_bytes == device.size
+
+
+@pytest.mark.parametrize("unmap", [False, True])
+def test_the_target_may_unmap_only_if_told(unmap: bool) -> None:
+    devices = Devices(MemoryDevice(4 * MIB))
+    copier, _, _ = a_copier(devices, unmap=unmap)
+    copier.start()
+    assert devices.may_trim == {unmap}
+
+
+def test_an_extents_error_means_data() -> None:
+    """Rule 31: no failure of the copy."""
+    devices = Devices(MemoryDevice(2 * MIB))
+    devices.errors["extents"] = OSError(errno.EIO, "no idea")
+    copier, tracker, watcher = a_copier(devices)
+    copier.start()
+    assert not watcher.failed
+    assert tracker.in_sync
+    assert sum(length for _, length in devices.of("read")) == 2 * MIB
+    assert devices.target == devices.device.data
+
+
+def test_a_granule_larger_than_a_request_goes_in_pieces() -> None:
+    devices = Devices(data(10 * MIB + 5), keeps=("write",))
+    copier, tracker, _ = a_copier(devices, granularity=4 * MIB, buffer_bytes=1 * MIB)
+    copier.start()
+    while devices.kept:
+        devices.kept.pop(0)()
+    assert devices.target == devices.device.data
+    assert tracker.in_sync
+    assert {length for _, length in devices.of("read")} == {MIB, 5}
+
+
+def test_what_ends_at_once_does_not_recurse() -> None:
+    """64 pieces of one granule, and 1024 claims, with devices that never wait."""
+    before = frames()
+    small = Devices(data(64 * MIB))
+    a_copier(small, granularity=64 * KIB, request_bytes_max=64 * KIB)[0].start()
+    assert small.target == small.device.data
+    assert small.frames_max - before < 20
+    large = Devices(data(64 * MIB))
+    a_copier(large, granularity=64 * MIB)[0].start()
+    assert large.target == large.device.data
+    # Grows with the pieces of a granule, of which there are 64 at most; half of it is this test's.
+    assert large.frames_max - before < 11 * 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation", "is_data"),
+    [("read", "read", True), ("write", "write", True), ("zero", "write", False)],
+)
+def test_a_failed_copy_is_dirty_again_and_told(kind: str, operation: str, is_data: bool) -> None:
+    devices = Devices(data(4 * MIB) if is_data else MemoryDevice(4 * MIB))
+    error = devices.errors[kind] = OSError(errno.ENOSPC, "full")
+    copier, tracker, watcher = a_copier(devices)
+    copier.start()
+    assert watcher.failed == [(operation, error)]
+    assert watcher.settled
+    assert tracker.dirty.dirty_bytes == 4 * MIB
+    assert copier.copied_bytes == 0
+    del devices.errors[kind]
+    copier.start()
+    assert devices.target == devices.device.data
+    assert tracker.in_sync
+
+
+def test_after_stop_what_is_in_flight_ends_and_nothing_begins() -> None:
+    devices = Devices(data(24 * MIB), keeps=("read",))
+    copier, tracker, watcher = a_copier(devices)
+    copier.start()
+    copier.stop()
+    for end in list(devices.kept):
+        end()
+    assert len(devices.kept) == REQUESTS_MAX
+    assert watcher.settled == 1
+    assert copier.in_flight == 0
+    assert tracker.dirty.dirty_bytes == 8 * MIB
+
+
+def test_new_writes_do_not_send_the_copier_back() -> None:
+    """Rule 35: once around, then from the start."""
+    devices = Devices(data(8 * MIB), keeps=("write",))
+    copier, tracker, _ = a_copier(devices, buffer_bytes=1 * MIB)
+    copier.start()
+    while devices.kept:
+        if len(devices.of("write")) < 6:
+            tracker.dirty.mark(0, 1)
+        devices.kept.pop(0)()
+    offsets = [offset for offset, _ in devices.of("write")]
+    assert offsets == [*range(0, 8 * MIB, MIB), 0]
+
+
+def test_a_flush_of_an_untouched_target_is_none() -> None:
+    devices = Devices(data(MIB))
+    copier, _, _ = a_copier(devices)
+    ended: list[BaseException | None] = []
+    copier.flush(ended.append)
+    assert not devices.started
+    copier.start()
+    copier.flush(ended.append)
+    assert devices.started[-1] == ("flush", 0, 0)
+    assert ended == [None, None]
+
+
+# The speed limit. A claim is accounted for when the source has told its extents.
+
+
+@pytest.mark.parametrize("speed", [100_000, MIB, 20 * MIB])
+def test_speed_limit(speed: int) -> None:
+    """Bytes started within t never exceed speed * t and one claim; and the limit is reached."""
+    clock = Clock()
+    devices = Devices(data(16 * MIB))
+    copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
+    copier.set_speed(speed)
+    copier.start()
+    claim = max(4 * KIB, min(MIB, int(speed * SLICE_S)))
+    for _ in range(100):
+        clock.advance(0.007)
+        copier.pump()
+        started = sum(length for _, length in devices.of("read"))
+        assert started <= speed * clock.now_s + claim
+        # What is not used while nobody pumps is not made up for.
+        assert started >= 0.85 * min(16 * MIB, speed * clock.now_s) - claim
+
+
+def test_speed_limit_wakes_itself() -> None:
+    clock = Clock()
+    devices = Devices(data(MIB))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier.set_speed(MIB)
+    copier.start()
+    for _ in range(30):
+        clock.advance(SLICE_S)
+        assert len(clock.timers) <= 1
+    assert tracker.in_sync
+
+
+def test_speed_limit_with_slow_extents() -> None:
+    """Several claims may begin before the first is accounted for: one for each slot, as in QEMU
+    (rule 32); what was too much is waited for afterwards."""
+    clock = Clock()
+    devices = Devices(data(32 * MIB), keeps=("extents",))
+    speed = MIB
+    copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
+    copier.set_speed(speed)
+    copier.start()
+    claim = int(speed * SLICE_S)
+    for _ in range(200):
+        for end in list(devices.kept):
+            devices.kept.remove(end)
+            end()
+        clock.advance(0.05)
+        copier.pump()
+        started = sum(length for _, length in devices.of("read"))
+        assert started <= speed * clock.now_s + REQUESTS_MAX * claim
+    assert started >= speed * clock.now_s - REQUESTS_MAX * claim
+
+
+def test_no_speed_limit_where_guests_wait() -> None:
+    devices = Devices(data(4 * MIB))
+    copier, tracker, _ = a_copier(devices)
+    copier.set_speed(1)
+    copier.is_urgent = True
+    copier.start()
+    assert tracker.in_sync
+
+
+@pytest.mark.parametrize("unmap", [False, True])
+def test_zeroes_are_free_where_the_target_unmaps(unmap: bool) -> None:
+    """Rule 32."""
+    devices = Devices(MemoryDevice(4 * MIB))
+    copier, tracker, _ = a_copier(devices, unmap=unmap)
+    copier.set_speed(MIB)
+    copier.start()
+    assert tracker.in_sync == unmap
