@@ -175,7 +175,7 @@ class Connection:
                 request.finish()
             if done is not None and self._loop is not None:
                 self._loop.call_soon(self._after_ready)
-        if done is None and self.handle.aio_get_direction() & _WRITE:
+        if done is None and not self.is_lost and self.handle.aio_get_direction() & _WRITE:
             self._wake_driver()  # it may be waiting to read only
         return request
 
@@ -193,7 +193,7 @@ class Connection:
         if self._requests:
             self._appoint_leader()
         if request.error is not None:
-            if self._loop is None and self.handle.aio_is_dead():
+            if self._loop is None and not self.is_lost and self.handle.aio_is_dead():
                 self.is_lost = True  # the loop would find out itself
             raise request.error
 
@@ -260,6 +260,9 @@ class Connection:
                 self.handle.aio_disconnect(0)
             except nbd.Error:
                 pass  # it is gone
+            # libnbd's binding closes a handle when the last reference goes. In its place is one that
+            # was never connected: its methods fail in order.
+            self.handle = nbd.NBD()
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
             self._wake_fd = -1

@@ -8,6 +8,7 @@ and the control socket is bound in `open`. Threads only start in `start`, after 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.commands import Commands, version_info
@@ -23,6 +25,7 @@ from nbdmirror.disk import Disk
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
+from nbdmirror.hangup import end_on_signal
 from nbdmirror.loop import Loop
 from nbdmirror.qmp import QmpServer
 from nbdmirror.remote import RemoteDevice
@@ -100,9 +103,10 @@ class Service:
         if self._listener is not None:
             os.unlink(self._qmp_path)
 
-    def start(self) -> None:
-        """After the fork: threads, jobs, the control endpoint."""
+    def start(self, shut_down: Callable[[], None]) -> None:
+        """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
         _log_to_stderr()
+        self._end_on_signal(shut_down)
         self._server = Server(self.disks, EventRing(time.time), Loop(time.monotonic))
         self._server.start()
         self._commands = Commands(self._server)
@@ -116,6 +120,14 @@ class Service:
             self._qmp.start()
         if self._mirror_to:
             threading.Thread(target=self._start_mirror, daemon=True).start()
+
+    def _end_on_signal(self, shut_down: Callable[[], None]) -> None:
+        def end() -> None:
+            if self._server is not None:
+                self._server.end_jobs()  # a guest's write may hang on a target
+            shut_down()
+
+        end_on_signal(end, spare=self._listener)
 
     def stop(self) -> None:
         """Jobs within a bound, while clients can still see their events; then the doors, then the
@@ -132,7 +144,7 @@ class Service:
         if not export:
             return next(iter(self.disks.values()))
         if export not in self.disks:
-            raise DeviceError(f"no export is called '{export}'", 2)
+            raise DeviceError(f"no export is called '{export}'", errno.ENOENT)
         return self.disks[export]
 
     def _add_disk(self, value: str) -> None:

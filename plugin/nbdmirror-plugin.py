@@ -12,6 +12,7 @@ is its life cycle.
 
 import os
 import sys
+import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -32,6 +33,18 @@ class Handle:
         self.disk = disk
         self.read_only = read_only or disk.read_only
         self.kept = KeptStates()
+
+
+format_exception = traceback.format_exception
+
+
+def format_briefly(kind, error, trace):
+    """nbdkit logs a callback's exception with this. What a disk or a guest did is no bug of ours:
+    one line, without a traceback."""
+    return [str(error)] if isinstance(error, IO_ERRORS) else format_exception(kind, error, trace)
+
+
+traceback.format_exception = format_briefly
 
 
 def refuse(error):
@@ -85,7 +98,7 @@ def get_ready():
 
 
 def after_fork():
-    service.start()
+    service.start(nbdkit.shutdown)
 
 
 def cleanup():

@@ -6,18 +6,19 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from tools import Content, Guest, Server, assert_identical
+from tools import Content, Guest, Nbdmirror, Server, assert_identical
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 Start = Callable[[AnyServer], AnyServer]
 Identical = Callable[[Content | Guest, Content | Guest], None]
 
 MEMORY = Path("/dev/shm")
+HAS_PASSED = pytest.StashKey[bool]()
 
 
 @pytest.fixture
@@ -30,20 +31,42 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture
-def start(folder: Path) -> Iterator[Start]:
-    """start(server): it is running when this returns, and is stopped, and checked, after the
-    test."""
-    with contextlib.ExitStack() as stack:
-        yield stack.enter_context
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember whether the test itself has passed, for the fixtures' ends."""
+    report = yield
+    if report.when == "call":
+        item.stash[HAS_PASSED] = report.passed
+    return report
 
 
 @pytest.fixture
-def identical(start: Start) -> Iterator[Identical]:
+def start(folder: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """start(server): it is running when this returns, and is stopped, and checked, after the test:
+    first the servers under test, then what they were connected to."""
+    started: list[Server] = []
+
+    def begin(server: AnyServer) -> AnyServer:
+        started.append(server.start())
+        return server
+
+    yield begin
+    has_passed = request.node.stash.get(HAS_PASSED, False)
+    with contextlib.ExitStack() as stack:  # the last one that it is told of goes first
+        for server in sorted(started, key=lambda server: isinstance(server, Nbdmirror)):
+            stack.callback(server.stop if has_passed else server.abandon)
+
+
+@pytest.fixture
+def identical(start: Start, request: pytest.FixtureRequest) -> Iterator[Identical]:
     """identical(source, target): compared after the test, while its servers still run. A test that
     uses this fixture and names no pair has forgotten the point of it, and fails."""
     pairs: list[tuple[Content | Guest, Content | Guest]] = []
     yield lambda source, target: pairs.append((source, target))
+    if not request.node.stash.get(HAS_PASSED, False):
+        return
     assert pairs, "a mirror test tells what must be identical at its end"
     for source, target in pairs:
         assert_identical(_content(source), _content(target))

@@ -20,11 +20,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tools import NbdkitTarget
 
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.device import BlockDevice, BlockSize, Buffer, Extent, MemoryDevice
 from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError, errno_of
 from nbdmirror.file import FileDevice
+from nbdmirror.remote import RemoteDevice
 
 SIZES = (0, 1, 511, 512, 4096, 1 << 20, 1025 << 10, (1 << 20) + 1)
 ON_DISK = Path("/var/tmp")
@@ -122,6 +124,31 @@ def on_loop_device(*, direct: bool) -> Factory:
     return open_device
 
 
+def on_nbdkit(*options: str, filters: tuple[str, ...] = ()) -> Factory:
+    """A RemoteDevice on a real server of a file, wrapped as `serve` does it."""
+
+    @contextmanager
+    def open_device(size: int, initial: bytes, read_only: bool) -> Iterator[BlockDevice]:
+        with tempfile.TemporaryDirectory(prefix="nbdmirror-") as folder:
+            path = Path(folder) / "disk.img"
+            path.write_bytes(initial)
+            flags = ("-r",) if read_only else ()
+            target = NbdkitTarget(
+                Path(folder), "file", f"file={path}", *options, filters=filters, options=flags
+            )
+            with target:
+                device = RemoteDevice.open(target.uri())
+                is_strict = device.block_size.minimum > 1
+                outer = AlignedDevice(device) if is_strict else device
+                try:
+                    yield outer
+                finally:
+                    outer.close()
+            assert path.stat().st_size == size, "no request makes a disk longer or shorter"
+
+    return open_device
+
+
 @dataclass(frozen=True)
 class Entry:
     open: Factory
@@ -137,6 +164,18 @@ DEVICES: dict[str, Entry] = {
     "file-direct": Entry(on_file(ON_DISK, direct=True)),
     "aligned-512": Entry(strict(512)),
     "aligned-4096": Entry(strict(4096)),
+    "remote": Entry(on_nbdkit(), examples_max=25),
+    "remote-plain": Entry(
+        on_nbdkit("fuamode=emulate", filters=("nozero", "noextents", "nocache", "fua")),
+        examples_max=25,
+    ),
+    "remote-4096": Entry(
+        on_nbdkit(
+            "blocksize-minimum=4096", "blocksize-error-policy=error", filters=("blocksize-policy",)
+        ),
+        size_unit=4096,
+        examples_max=25,
+    ),
     "block": Entry(on_loop_device(direct=False), size_unit=512, examples_max=15),
     "block-direct": Entry(on_loop_device(direct=True), size_unit=512, examples_max=15),
 }

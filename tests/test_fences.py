@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "events": "",
     "linux": "",
     "threadstate": "",
+    "hangup": "",
     "uri": "errors",
     "bitmap": "errors",
     "device": "errors",
@@ -71,7 +72,8 @@ MAY_IMPORT = {
     "cli*": "__init__ cli* errors sockets",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
-    "service": "aligned commands device disk errors events file loop qmp remote server sockets uri",
+    "service": "aligned commands device disk errors events file hangup loop qmp remote server"
+    " sockets uri",
     "plugin/*": ANYTHING,
 }
 
@@ -80,7 +82,7 @@ ONLY_IN = {
     "nbd": "remote pool connection",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
-    "socket": "qmp http cli* remote connection sockets service",
+    "socket": "qmp http cli* remote connection sockets service hangup",
     "socketserver": "",
     "select": "qmp http cli* loop connection",
     "selectors": "qmp http cli* loop connection",

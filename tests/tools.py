@@ -115,8 +115,12 @@ def chunks(content: Content) -> Iterator[bytes]:
     else:
         with connected(content) as guest:
             size = guest.get_size()
+            most = guest.get_block_size(nbd.SIZE_MAXIMUM) or CHUNK_BYTES
             for start in range(0, size, CHUNK_BYTES):
-                yield bytes(guest.pread(min(CHUNK_BYTES, size - start), start))
+                chunk = bytearray()
+                for at in range(start, min(start + CHUNK_BYTES, size), min(most, CHUNK_BYTES)):
+                    chunk += guest.pread(min(most, CHUNK_BYTES, size - at), at)
+                yield bytes(chunk)
 
 
 def assert_identical(source: Content, target: Content) -> None:
@@ -527,6 +531,12 @@ class Server:
             self.process.wait(STOP_S_MAX)
             self.process = None
 
+    def abandon(self) -> None:
+        """The test has failed: kill it, and show what it said."""
+        self.kill()
+        if self._stderr_path.exists():
+            sys.stderr.write(f"--- {self.name}{self.number}\n{self.stderr[-5000:]}")
+
     def __enter__(self) -> Self:
         return self.start()
 
@@ -539,8 +549,7 @@ class Server:
         if error is None:
             self.stop()
         else:
-            self.kill()
-            sys.stderr.write(f"--- {self.name}{self.number}\n{self.stderr[-5000:]}")
+            self.abandon()
 
 
 class Nbdmirror(Server):

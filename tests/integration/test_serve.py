@@ -564,10 +564,10 @@ def test_in_the_background(daemon_folder: Path) -> None:
             assert done.returncode == 0, done.stderr
             guest.wait_for_requests(100)
         assert_identical(guest.model, behind.uri())
-        with connected(server.uri()):
+        with connected(server.uri()) as idle:
+            idle.pread(1, 0)
             os.kill(pid, signal.SIGTERM)
-            status = wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0] and "ended", "it ends")
-            assert status == "ended"
+            assert wait_until(lambda: _exit_code(pid), "it ends", END_S_MAX) == "exit 0"
         pidfile.unlink(missing_ok=True)
         assert not server.qmp_path.exists()
 
