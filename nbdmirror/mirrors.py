@@ -71,6 +71,8 @@ class Mirrors:
         self._events = events
         self._loop = loop
         self._mirrors: dict[MirrorJob, _Mirror] = {}
+        self._expanding: list[threading.Thread] = []
+        self._is_stopping = False
 
     @property
     def running(self) -> list[MirrorJob]:
@@ -319,12 +321,23 @@ class Mirrors:
 
         def work() -> None:
             for _ in range(CONNECTIONS_MAX - device.pool.size):
+                if self._is_stopping:
+                    return
                 connection = device.pool.open_another(timeout_s=EXPAND_TIMEOUT_S)
                 if connection is None:
                     return
                 self._loop.call_soon(partial(device.pool.adopt, connection))
 
-        threading.Thread(target=work, name="nbdmirror-expand", daemon=True).start()
+        self._expanding = [thread for thread in self._expanding if thread.is_alive()]
+        self._expanding.append(threading.Thread(target=work, name="nbdmirror-expand", daemon=True))
+        self._expanding[-1].start()
+
+    def stop(self) -> None:
+        """Let handshakes under way end: a server that is left in the middle of one complains. From
+        any thread but the loop's."""
+        self._is_stopping = True
+        for thread in self._expanding:
+            thread.join(EXPAND_TIMEOUT_S)
 
 
 def raw_device(device: BlockDevice) -> BlockDevice:

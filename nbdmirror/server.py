@@ -70,6 +70,7 @@ class Server:
     def stop(self) -> None:
         """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have
         ended and no guest request is under way."""
+        self.mirrors.stop()
         self.loop.stop(STOP_S_MAX)
         for disk in self.disks.values():
             try:
