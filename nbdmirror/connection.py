@@ -193,7 +193,7 @@ class Connection:
         if self._requests:
             self._appoint_leader()
         if request.error is not None:
-            if self._loop is None and not self.is_lost and self.handle.aio_is_dead():
+            if self._loop is None and not self.is_lost and self._is_gone():
                 self.is_lost = True  # the loop would find out itself
             raise request.error
 
@@ -206,7 +206,7 @@ class Connection:
     def error(self, code: int, reason: str = "") -> DeviceError:
         """The exception for a failed command of this connection."""
         # libnbd's verdict on a command that was in flight on a dying handle is ENOTCONN.
-        if self.is_lost or code == errno.ENOTCONN or self.handle.aio_is_dead():
+        if self.is_lost or code == errno.ENOTCONN or self._is_gone():
             return DeviceLost(f"{self.description}: connection lost")
         return DeviceError(f"{self.description}: {reason or os.strerror(code)}", code)
 
@@ -260,8 +260,8 @@ class Connection:
                 self.handle.aio_disconnect(0)
             except nbd.Error:
                 pass  # it is gone
-            # libnbd's binding closes a handle when the last reference goes. In its place is one that
-            # was never connected: its methods fail in order.
+            # libnbd's binding closes a handle when the last reference goes. In its place is one
+            # that was never connected: its methods fail in order.
             self.handle = nbd.NBD()
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
@@ -272,8 +272,12 @@ class Connection:
             request = self._reaped.pop(0)
             assert request.done is not None
             request.done(request.error)
-        if not self.is_lost and self.handle.aio_is_dead():
+        if not self.is_lost and self._is_gone():
             self._lose()
+
+    def _is_gone(self) -> bool:
+        """Dead, or closed by the server in order, as one does that ends."""
+        return bool(self.handle.aio_is_dead() or self.handle.aio_is_closed())
 
     def _lose(self) -> None:
         self.is_lost = True

@@ -158,6 +158,8 @@ class Claim:
 
     offset: int
     length: int
+    progress: int = 0
+    """Bytes of a synchronous write that count as done at its end: those that were written."""
     is_stale: bool = False
     """The target was lost since: what it acknowledged of this may be lost as well."""
 
@@ -244,7 +246,7 @@ class Tracker:
         rest (no deadlock). First come, first served among writes, and copies keep off a range that
         a write waits for (no starvation). Granules covered whole are clean from here on (point
         6)."""
-        claim = Claim(*self._round_out(offset, length))
+        claim = Claim(*self._round_out(offset, length), progress=length)
         with self._lock:
             self._waiting.append(claim)
             self._lock.wait_for(lambda: self._is_free_for(claim))
@@ -259,7 +261,7 @@ class Tracker:
         with self._lock:
             self._note_end(claim, failed)
             if not failed:
-                self.written_bytes += claim.length
+                self.written_bytes += claim.progress
             self._writes.remove(claim)
             self._lock.notify_all()
 

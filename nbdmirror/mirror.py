@@ -164,7 +164,7 @@ class MirrorJob(Job):
             return
         options = self.options
         policy = options.on_source_error if operation == "read" else options.on_target_error
-        action = policy.action(operation, errno_of(error))
+        action = policy.action(errno_of(error))
         if action is Policy.STOP and self.status is JobStatus.PENDING:
             action = Policy.REPORT  # a pending job can be neither paused nor resumed
         log.warning("job %s: %s error (%s): %s", self.id, operation, action, error)

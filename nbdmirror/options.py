@@ -10,7 +10,7 @@ from nbdmirror.copier import BUFFER_BYTES_DEFAULT
 
 
 class Policy(enum.StrEnum):
-    """QEMU's BlockdevOnError. `auto` is `enospc` for the target and `report` for the source."""
+    """QEMU's BlockdevOnError. `auto` is `enospc`, as qemu-storage-daemon has it."""
 
     REPORT = "report"
     IGNORE = "ignore"
@@ -18,11 +18,11 @@ class Policy(enum.StrEnum):
     STOP = "stop"
     AUTO = "auto"
 
-    def action(self, operation: str, error_number: int) -> Policy:
+    def action(self, error_number: int) -> Policy:
         """What is to be done: REPORT, IGNORE or STOP."""
-        if self is Policy.ENOSPC or (self is Policy.AUTO and operation == "write"):
+        if self in (Policy.ENOSPC, Policy.AUTO):
             return Policy.STOP if error_number == errno.ENOSPC else Policy.REPORT
-        return Policy.REPORT if self is Policy.AUTO else self
+        return self
 
 
 class CopyMode(enum.StrEnum):

@@ -45,20 +45,25 @@ class Server:
                 self.mirrors.expand(device)
 
     def cancel_jobs(self, when_done: Callable[[], None]) -> None:
-        """Cancel every job by force; `when_done` is called, on the loop, when the last one has
-        ended."""
+        """Cancel every job by force, and dismiss all; `when_done` is called, on the loop, when the
+        last one has ended."""
         left = set(self.mirrors.running)
         if not left:
             when_done()
 
         def ended(job: MirrorJob) -> None:
+            if not job.options.auto_dismiss:
+                job.dismiss()
             left.discard(job)
             if not left:
                 when_done()
 
-        for job in list(left):
-            job.when_ended(partial(ended, job))
-            job.cancel(force=True)
+        for job in list(self.mirrors.jobs.values()):
+            if job in left:
+                job.when_ended(partial(ended, job))
+                job.cancel(force=True)
+            else:
+                job.dismiss()
 
     def end_jobs(self) -> None:
         """`cancel_jobs`, waited for within a bound. From any thread but the loop's."""
