@@ -139,9 +139,13 @@ class DirtyBitmap:
         return self._bits.find(1, 0, self._count) < 0
 
     @property
+    def dirty_granules(self) -> int:
+        return self._bits.count(1, 0, self._count)
+
+    @property
     def dirty_bytes(self) -> int:
         """Bytes in dirty granules; the short last granule counts with its real length."""
-        dirty = self._bits.count(1, 0, self._count) << self._shift
+        dirty = self.dirty_granules << self._shift
         if dirty and self.size & (self.granularity - 1) and self._bits[self._count - 1]:
             dirty -= self.granularity - (self.size & (self.granularity - 1))
         return dirty

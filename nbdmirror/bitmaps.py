@@ -86,15 +86,14 @@ class Bitmaps:
         return Change(lambda: self._drop(disk, bitmap))
 
     def remove(self, disk: Disk, name: str) -> Change:
+        """Carried out at the commit; until then the name is taken, as in QEMU."""
         bitmap = self.find_idle(disk, name)
-        self._drop(disk, bitmap)
+        bitmap.is_busy = True
 
         def undo() -> None:
-            self._of.setdefault(disk, {})[name] = bitmap
-            if bitmap.is_recording:
-                disk.ledger.attach(bitmap.bitmap)
+            bitmap.is_busy = False
 
-        return Change(undo)
+        return Change(undo, lambda: self._drop(disk, bitmap))
 
     def clear(self, disk: Disk, name: str) -> Change:
         bitmap = self.find_idle(disk, name).bitmap

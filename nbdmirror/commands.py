@@ -95,6 +95,10 @@ class Commands:
         await self._on_loop(lambda: self._server.nodes.check_name(name))
         timeout_s = arguments.get("open-timeout") or CONNECT_TIMEOUT_S
         device = await _open(nbd_uri(arguments), timeout_s)
+        wants_writes = not (arguments.get("read-only") or arguments.get("auto-read-only"))
+        if device.read_only and wants_writes:
+            device.close()
+            raise CommandError("Could not open image: Permission denied")
         node = Node(name, device, reconnect_delay_s=arguments.get("reconnect-delay", 0))
         try:
             return await self._on_loop(lambda: self._server.nodes.add(node))
@@ -106,8 +110,11 @@ class Commands:
         """A target that was the source before a pivot, or that a job before lost, is closed."""
 
         def look() -> Node:
-            self._server.nodes.find_disk(arguments["device"])
-            return self._server.nodes.find(arguments["target"])
+            nodes = self._server.nodes
+            disk = nodes.find_disk(arguments["device"])
+            if arguments["target"] == disk.name:
+                raise CommandError("Can't mirror node into itself")
+            return nodes.find(arguments["target"])
 
         node: Node = (await self._on_loop(look)).value
         if node.device.is_lost and node.job is None and node.disk is None:

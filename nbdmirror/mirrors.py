@@ -141,8 +141,6 @@ class Mirrors:
         target = node.device
         if len(self.jobs) >= JOBS_MAX:
             raise CommandError(f"There are {JOBS_MAX} jobs already; dismiss concluded ones")
-        if options.job_id in self.jobs:
-            raise CommandError(f"Job ID '{options.job_id}' already in use")
         if node.disk is disk:
             raise CommandError("Can't mirror node into itself")
         if disk.read_only:
@@ -153,6 +151,8 @@ class Mirrors:
             )
         if node.job is not None or node.disk is not None:
             raise CommandError(f"Node '{node.name}' is in use")
+        if options.job_id in self.jobs:
+            raise CommandError(f"Job ID '{options.job_id}' already in use")
         if target.is_lost:
             raise CommandError(f"Node '{node.name}' has lost its connection to '{target.uri}'")
         if target.is_own_export():

@@ -39,7 +39,20 @@ ADDRESS = Struct(
 
 NODE = Struct(
     "BlockdevOptions",
-    named(driver=Enum("BlockdevDriver", ("nbd",)), node_name=optional(STR)),
+    # What every node has in QEMU. A target is written to and zeroed as the job's own arguments say,
+    # so that of these only read-only means something.
+    named(
+        driver=Enum("BlockdevDriver", ("nbd",)),
+        node_name=optional(STR),
+        discard=optional(Enum("BlockdevDiscardOptions", ("ignore", "unmap"))),
+        cache=optional(
+            struct("BlockdevCacheOptions", direct=optional(BOOL), no_flush=optional(BOOL))
+        ),
+        read_only=optional(BOOL),
+        auto_read_only=optional(BOOL),
+        force_share=optional(BOOL),
+        detect_zeroes=optional(Enum("BlockdevDetectZeroesOptions", ("off", "on", "unmap"))),
+    ),
     tag="driver",
     branches={
         "nbd": struct(

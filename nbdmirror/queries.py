@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.disk import Disk
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node
@@ -63,11 +64,15 @@ def jobs(server: Server) -> list[dict[str, Any]]:
 def named_block_nodes(server: Server) -> list[dict[str, Any]]:
     """query-named-block-nodes: newest first. A disk is a node of its name until it is pivoted."""
     nodes = [
-        _node_info(disk.name, disk)
+        _node_info(server, disk.name, disk)
         for disk in server.disks.values()
         if server.nodes.root_of(disk) is None
     ]
-    return [*map(_target_info, reversed(list(server.nodes))), *reversed(nodes)]
+    targets = [
+        _node_info(server, node.name, node.disk) if node.disk else _target_info(node)
+        for node in reversed(list(server.nodes))
+    ]
+    return [*targets, *reversed(nodes)]
 
 
 def block(server: Server) -> list[dict[str, Any]]:
@@ -83,7 +88,7 @@ def block(server: Server) -> list[dict[str, Any]]:
                 "removable": False,
                 "locked": False,
                 "io-status": job.io_status if job else "ok",
-                "inserted": _node_info(node.name if node else disk.name, disk),
+                "inserted": _node_info(server, node.name if node else disk.name, disk),
             }
         )
     return blocks
@@ -123,11 +128,31 @@ def _target_info(node: Node) -> dict[str, Any]:
     return _info(node.name, device.uri, "nbd", read_only=device.read_only, size=device.size)
 
 
-def _node_info(name: str, disk: Disk) -> dict[str, Any]:
+def _node_info(server: Server, name: str, disk: Disk) -> dict[str, Any]:
     device = getattr(disk.source, "inner", disk.source)  # below an AlignedDevice
     driver = "nbd" if isinstance(device, RemoteDevice) else "raw"
     filename = disk.source.description
-    return _info(name, filename, driver, read_only=disk.read_only, size=disk.size)
+    info = _info(name, filename, driver, read_only=disk.read_only, size=disk.size)
+    bitmaps = [
+        _bitmap_info(b.bitmap, recording=b.is_recording, busy=b.is_busy, name=b.name)
+        for b in server.bitmaps.of(disk)
+    ]
+    if (job := server.mirrors.of(disk)) is not None:
+        bitmaps.insert(0, _bitmap_info(job.tracker.dirty, recording=True, busy=False))
+    return {**info, "dirty-bitmaps": bitmaps} if bitmaps else info
+
+
+def _bitmap_info(
+    bitmap: DirtyBitmap, *, recording: bool, busy: bool, name: str = ""
+) -> dict[str, Any]:
+    """QEMU's BlockDirtyInfo; `count` is bytes. A mirror's own bitmap has no name."""
+    info: dict[str, Any] = {"name": name} if name else {}
+    info["recording"] = recording
+    info["persistent"] = False
+    info["busy"] = busy
+    info["granularity"] = bitmap.granularity
+    info["count"] = bitmap.dirty_granules * bitmap.granularity
+    return info
 
 
 def _info(name: str, filename: str, driver: str, *, read_only: bool, size: int) -> dict[str, Any]:

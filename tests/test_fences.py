@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "store": "bitmap errors",
     "server": "bitmaps disk errors events loop mirror mirrors nodes remote",
     # The doors. They know what is below them, never each other.
-    "queries": "disk mirror nodes remote server",
+    "queries": "bitmap disk mirror nodes remote server",
     "sockets": "errors",
     "schema": "errors",
     "qmpschema": "schema",
