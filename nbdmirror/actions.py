@@ -191,11 +191,11 @@ def _options(arguments: Arguments, disk_name: str, *, reconnect_delay_s: float) 
         _check_size("granularity", granularity)
     if cluster:
         _check_size("x-nbdmirror-target-cluster-size", cluster)
+    if arguments.get("buf-size", 0) < 0:
+        raise CommandError("Invalid parameter 'buf-size'")
     job_id = arguments.get("job-id", disk_name)
     if not _JOB_ID.fullmatch(job_id):
         raise CommandError(f"Invalid job ID '{job_id}'")
-    if arguments.get("buf-size", 0) < 0:
-        raise CommandError("Invalid parameter 'buf-size'")
     if arguments.get("speed", 0) < 0:
         raise CommandError("Parameter 'speed' expects a non-negative value")
     return MirrorOptions(

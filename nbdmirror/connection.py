@@ -99,6 +99,7 @@ class Connection:
         self._fd: int = handle.aio_get_fd()
         self._requests: set[Request] = set()
         self._reaped: list[Request] = []
+        self._is_killed = False  # whoever drives finds out; at the latest who detaches
         self._loop: Loop | None = None
         self._lead = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -226,6 +227,7 @@ class Connection:
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.detach(self)
+        self.is_lost = self.is_lost or self._is_killed
         self._appoint_leader()
 
     def fileno(self) -> int:
@@ -243,6 +245,7 @@ class Connection:
 
     def kill(self) -> None:
         """Break the connection now, from any thread: what is in flight fails, hung or not."""
+        self._is_killed = True
         if not self.is_lost:
             try:
                 with socket.socket(fileno=os.dup(self._fd)) as doomed:

@@ -118,6 +118,7 @@ class Copier:
         self._slots = max(1, min(REQUESTS_MAX, buffer_bytes // self._request_bytes))
         self._buffers: list[bytearray] = []
         self._copies: set[_Copy] = set()
+        self._flushes = 0
         self._cursor = 0
         self._data_until = 0
         self._window = self._request_bytes
@@ -129,6 +130,11 @@ class Copier:
     def in_flight(self) -> int:
         """Claims in flight."""
         return len(self._copies)
+
+    @property
+    def is_idle(self) -> bool:
+        """No request of ours is in flight, flushes included."""
+        return not self._copies and not self._flushes
 
     @property
     def remaining_bytes(self) -> int:
@@ -300,10 +306,14 @@ class Copier:
             done(None)
             return
         covered = self.tracker.begin_flush()
+        self._flushes += 1
 
         def then(error: BaseException | None) -> None:
+            self._flushes -= 1
             self.tracker.end_flush(covered, failed=error is not None)
             done(error)
+            if self.is_idle:
+                self.observer.copy_settled()  # who waited for it may have given up waiting
 
         self.target.start_flush(then)
 

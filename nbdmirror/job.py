@@ -89,6 +89,7 @@ class Job(ABC):
             raise CommandError("Can't resume a job that was not paused")
         check_verb(self.id, self.status, "resume")
         self.unpause()
+        self.release()
         self.advance_soon()
 
     def set_speed(self, speed_bytes_per_s: int) -> None:
@@ -172,13 +173,13 @@ class Job(ABC):
     # For the subclass.
 
     def unpause(self) -> None:
+        """Back to where a pause found it; nothing is started yet (`release`)."""
         self.pause_wanted = False
         self.io_status = "ok"
         if self.status is JobStatus.PAUSED:
             self.to(JobStatus.RUNNING)
         elif self.status is JobStatus.STANDBY:
             self.to(JobStatus.READY)
-        self.release()
 
     def paused(self) -> None:
         """Nothing is in flight any more."""

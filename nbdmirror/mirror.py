@@ -77,7 +77,6 @@ class MirrorJob(Job):
         self._loop = loop
         self._owner = owner
         self._waits: object | None = None  # for a scan, a reconnect, a flush; can be abandoned
-        self._flushes = 0  # abandoned ones too: they drain like copies
         self._is_finalizing = False
         self._abort: BaseException | None = None
         self._quiesce: Quiesce | None = None
@@ -273,13 +272,7 @@ class MirrorJob(Job):
 
     def _flush(self, _: MirrorJob, done: Done) -> None:
         """Rule 14: the target is flushed before READY, and READY comes once."""
-        self._flushes += 1
-
-        def then(error: BaseException | None) -> None:
-            self._flushes -= 1
-            done(error)
-
-        self.copier.flush(then)
+        self.copier.flush(done)
 
     def _become_ready(self) -> None:
         self.to(JobStatus.READY)
@@ -305,7 +298,7 @@ class MirrorJob(Job):
 
     def _nothing_in_flight(self) -> bool:
         """No copies, no flush, and no write that may have been decided as a synchronous one."""
-        return not (self.copier.in_flight or self._flushes) and self._mode.has_drained()
+        return self.copier.is_idle and self._mode.has_drained()
 
     def _on_synchronous_error(self, error: BaseException) -> None:
         """From a guest's thread."""

@@ -70,6 +70,10 @@ class Nodes:
         """Take a node away; the caller closes its device."""
         node = self._nodes.get(name)
         if node is None:
+            if any(n.job is not None and n.job.disk.name == name for n in self):
+                raise CommandError(
+                    f"Node '{name}' is busy: block device is in use by block job: mirror"
+                )
             if name in self._disks:
                 raise CommandError(f"Node {name} is in use")
             raise CommandError(f"Failed to find node with node-name='{name}'")

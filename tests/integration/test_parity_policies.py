@@ -1,0 +1,426 @@
+"""The error policies, compared with qemu-storage-daemon: policy x side x phase x fault.
+
+Each script knows from QEMU's rules what comes (`action_of`), and goes on until the fault is gone
+and the images are equal, or the job has failed and the source is served as before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parity import (
+    BACK_OFF,
+    ONE_ERROR_A_STOP,
+    PROGRESS,
+    Difference,
+    Script,
+    Setting,
+    Side,
+    add,
+    assert_alike,
+    call,
+    dismiss,
+    do,
+    error_event,
+    event,
+    fault,
+    heal,
+    images,
+    in_sync,
+    mirror,
+    query,
+    ready,
+    start,
+    status,
+    substituted,
+    swapped,
+    until,
+    untold,
+    write,
+)
+from tools import KiB, MiB, wait_until
+
+POLICIES = [
+    ("report", "EIO"),
+    ("ignore", "EIO"),
+    ("stop", "EIO"),
+    ("stop", "ENOSPC"),
+    ("enospc", "EIO"),
+    ("enospc", "ENOSPC"),
+    ("auto", "EIO"),
+    ("auto", "ENOSPC"),
+]
+OPERATIONS = {"source": "read", "target": "write"}
+
+SOME_POLICIES = [("report", "EIO"), ("ignore", "EIO"), ("stop", "EIO"), ("auto", "ENOSPC")]
+by_policy = pytest.mark.parametrize(("policy", "errno_name"), POLICIES)
+by_side = pytest.mark.parametrize("side", OPERATIONS)
+
+RESUME = do("block-job-resume", device="j")
+COMPLETE = do("block-job-complete", device="j")
+SOFT_CANCEL = do("block-job-cancel", device="j")
+FORCE_CANCEL = do("block-job-cancel", device="j", force=True)
+ENDINGS = {"complete": COMPLETE, "soft cancel": SOFT_CANCEL}
+IN_SYNC = in_sync()
+
+
+def action_of(policy: str, errno_name: str) -> str:
+    """What QEMU does; `auto` is `enospc`, on either side."""
+    if policy in ("enospc", "auto"):
+        return "stop" if errno_name == "ENOSPC" else "report"
+    return policy
+
+
+def faulty(side: str, **more: Any) -> Setting:
+    options: dict[str, Any] = {side: "faulty", **more}
+    return Setting(**options)
+
+
+def failed(side: str, operation: str) -> Script:
+    """After `report`: concluded with the error, and the source is served."""
+    after = [heal(side, operation), images(target=False)]
+    return [status("concluded"), query(), dismiss(), after]
+
+
+def completed() -> Script:
+    return [COMPLETE, status("concluded"), query(), images(), swapped(), dismiss()]
+
+
+@by_side
+@by_policy
+def test_for_ever_in_the_first_copy(folder: Path, policy: str, errno_name: str, side: str) -> None:
+    operation, action = OPERATIONS[side], action_of(policy, errno_name)
+    script: list[Script] = [
+        [fault(side, operation, errno_name)],
+        start(**{f"on_{side}_error": policy}),
+        [error_event(operation, action)],
+    ]
+    if action == "report":
+        script += [failed(side, operation)]
+    elif action == "stop":
+        script += [
+            [status("paused"), query()],
+            [do("block-job-pause", device="j"), COMPLETE, SOFT_CANCEL],
+            [do("job-resume", id="j"), error_event(operation, "stop"), status("paused"), query()],
+            [heal(side, operation), RESUME, ready(), query()],
+            completed(),
+        ]
+    else:
+        script += [
+            [error_event(operation, "ignore"), query(), COMPLETE],
+            [heal(side, operation), ready(), IN_SYNC, query()],
+            completed(),
+        ]
+    assert_alike(folder, faulty(side), script, BACK_OFF)
+
+
+@by_side
+@pytest.mark.parametrize("policy", ["ignore", "stop"])
+def test_once_in_the_first_copy(folder: Path, policy: str, side: str) -> None:
+    operation, action = OPERATIONS[side], action_of(policy, "ENOSPC")
+    script: list[Script] = [
+        [fault(side, operation, "ENOSPC", 1)],
+        start(**{f"on_{side}_error": policy}),
+        [error_event(operation, action)],
+    ]
+    if action == "stop":
+        script += [[status("paused"), query(), RESUME]]
+    script += [[ready(), query()], completed()]
+    assert_alike(folder, faulty(side), script, BACK_OFF)
+
+
+@by_side
+@pytest.mark.parametrize(("policy", "errno_name"), [*SOME_POLICIES, ("enospc", "ENOSPC")])
+def test_after_ready(folder: Path, policy: str, errno_name: str, side: str) -> None:
+    operation, action = OPERATIONS[side], action_of(policy, errno_name)
+    script: list[Script] = [
+        start(**{f"on_{side}_error": policy}),
+        [ready(), fault(side, operation, errno_name), write(), error_event(operation, action)],
+    ]
+    if action == "report":
+        script += [failed(side, operation)]
+    elif action == "stop":
+        script += [
+            [status("standby"), query()],
+            [do("job-pause", id="j"), SOFT_CANCEL, COMPLETE],  # the last is remembered
+            [RESUME, error_event(operation, "stop"), status("standby"), query()],
+            [heal(side, operation), RESUME, status("concluded"), query(), images(), swapped()],
+        ]
+    else:
+        script += [
+            [error_event(operation, "ignore"), query()],
+            [heal(side, operation), IN_SYNC, query()],
+            completed(),
+        ]
+    assert_alike(folder, faulty(side), script, BACK_OFF)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@by_side
+@pytest.mark.parametrize(
+    ("policy", "errno_name"),
+    [("report", "EIO"), ("ignore", "EIO"), ("stop", "EIO")],
+)
+def test_while_it_ends(folder: Path, policy: str, errno_name: str, side: str, ending: str) -> None:
+    """A copy hangs, the end is asked for, the copy fails (iotest mirror-ready-cancel-error)."""
+    operation, action = OPERATIONS[side], action_of(policy, errno_name)
+    script: list[Script] = [
+        start(**{f"on_{side}_error": policy}),
+        [ready(), fault(side, operation, "hold"), write()],
+        [until(lambda job: job["busy"], "the copy is in flight"), ENDINGS[ending], query()],
+        [fault(side, operation, errno_name), error_event(operation, action)],
+    ]
+    if action == "report":
+        script += [failed(side, operation)]
+    elif action == "stop":
+        script += [
+            [status("standby"), query()],
+            [SOFT_CANCEL, COMPLETE],
+            [RESUME, error_event(operation, "stop"), status("standby"), query()],
+            [heal(side, operation), RESUME, status("concluded"), query(), images()],
+        ]
+    else:
+        script += [
+            [error_event(operation, "ignore"), query()],
+            [heal(side, operation), status("concluded"), query(), images()],
+        ]
+    if action != "report":
+        script += [[swapped()] if ending == "complete" else []]
+    assert_alike(folder, faulty(side), script, BACK_OFF)
+
+
+@by_side
+@pytest.mark.parametrize("policy", ["ignore", "stop"])
+@pytest.mark.parametrize("phase", ["first copy", "ready", "completing", "soft cancelling"])
+def test_force_cancel_of_a_job_with_errors(
+    folder: Path, policy: str, side: str, phase: str
+) -> None:
+    operation = OPERATIONS[side]
+    ending = {"completing": COMPLETE, "soft cancelling": SOFT_CANCEL}.get(phase)
+    script: list[Script] = []
+    if phase == "first copy":
+        script += [[fault(side, operation, "EIO")], start(**{f"on_{side}_error": policy})]
+    else:
+        script += [start(**{f"on_{side}_error": policy}), [ready(), fault(side, operation, "hold")]]
+        script += [[write(), until(lambda job: job["busy"], "the copy is in flight")]]
+        script += [[ending] if ending else [], [fault(side, operation, "EIO")]]
+    script += [[error_event(operation, policy)]]
+    if policy == "stop":
+        script += [[status("paused" if phase == "first copy" else "standby")]]
+    script += [[FORCE_CANCEL, status("concluded"), query(), dismiss()]]
+    script += [[heal(side, operation), images(target=False), mirror(), ready(), IN_SYNC]]
+    assert_alike(folder, faulty(side), [script, completed()], BACK_OFF)
+
+
+# The target's flush
+
+
+@pytest.mark.parametrize(("policy", "errno_name"), SOME_POLICIES)
+def test_flush_before_ready(folder: Path, policy: str, errno_name: str) -> None:
+    action = action_of(policy, errno_name)
+    script: list[Script] = [
+        [fault("target", "flush", errno_name)],
+        start(on_target_error=policy),
+        [error_event("write", action)],
+    ]
+    if action == "report":
+        script += [failed("target", "flush")]
+    elif action == "stop":
+        script += [
+            [status("paused"), query(), RESUME, error_event("write", "stop"), status("paused")],
+            [heal("target", "flush"), RESUME, ready(), query()],
+            completed(),
+        ]
+    else:
+        script += [[query(), heal("target", "flush"), ready(), query()], completed()]
+    assert_alike(folder, faulty("target"), script, BACK_OFF)
+
+
+DRAINED = Difference(
+    "guests held while the last flush is tried again",
+    "QEMU keeps its guest's requests back as long as the flush fails, and shows `paused`; "
+    "nbdmirror gives the guest its I/O back between attempts (rule 41)",
+    substituted(r'paused=\w+ ready=true (.*) status="ready"', r'ready=true \1 status="ready"'),
+)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("policy", "errno_name"),
+    SOME_POLICIES,
+)
+def test_flush_at_the_end(folder: Path, policy: str, errno_name: str, ending: str) -> None:
+    action = action_of(policy, errno_name)
+    script: list[Script] = [
+        start(on_target_error=policy),
+        [ready(), fault("target", "flush", errno_name), ENDINGS[ending]],
+        [error_event("write", action)],
+    ]
+    if action == "report":
+        script += [failed("target", "flush")]
+    elif action == "stop":
+        script += [
+            [status("standby"), query(), SOFT_CANCEL, COMPLETE],
+            [RESUME, error_event("write", "stop"), status("standby"), query()],
+            [write(), heal("target", "flush"), RESUME, status("concluded")],
+            [query(), images()],
+        ]
+    else:
+        script += [[query(), heal("target", "flush"), status("concluded")]]
+        script += [[query(), images()]]
+    if action != "report":
+        script += [[swapped()] if ending == "complete" else []]
+    assert_alike(folder, faulty("target"), script, BACK_OFF, DRAINED)
+
+
+# Several in flight; the guest; lost connections
+
+
+@by_side
+@pytest.mark.parametrize("policy", ["report", "stop"])
+def test_sixteen_in_flight(folder: Path, policy: str, side: str) -> None:
+    operation = OPERATIONS[side]
+    script: list[Script] = [
+        [fault(side, operation, "EIO")],
+        start(**{f"on_{side}_error": policy}),
+        [status("paused" if policy == "stop" else "concluded"), query()],
+    ]
+    if policy == "stop":
+        script += [[RESUME, status("paused"), query(), heal(side, operation), RESUME, ready()]]
+        script += [completed()]
+    assert_alike(folder, faulty(side, size=4 * MiB), script, ONE_ERROR_A_STOP)
+
+
+def _errors_while_stopped(lines: list[str]) -> list[str]:
+    kept: list[str] = []
+    is_stopped = False
+    for line in lines:
+        if "JOB_STATUS_CHANGE" in line:
+            is_stopped = 'status="standby"' in line
+        if not (is_stopped and "BLOCK_JOB_ERROR" in line):
+            kept.append(line)
+    for number, line in enumerate(
+        kept[:-1]
+    ):  # and the answer to resume comes before the event, then
+        if line == "<- return" and "ready" in kept[number + 1] and "resume" in kept[number - 1]:
+            kept[number : number + 2] = reversed(kept[number : number + 2])
+    return kept
+
+
+STOPPED_IS_BACKGROUND = Difference(
+    "a stopped write-blocking job leaves the target alone",
+    "QEMU goes on writing each guest write to the target while the job is stopped, with a further "
+    "event for each; in nbdmirror a paused job lets nothing fly (rule 22), and it is copied later",
+    _errors_while_stopped,
+)
+
+
+@pytest.mark.parametrize("policy", ["report", "ignore", "stop"])
+def test_write_blocking_hides_the_targets_errors_from_the_guest(folder: Path, policy: str) -> None:
+    script: list[Script] = [
+        start(on_target_error=policy, copy_mode="write-blocking"),
+        [ready(), write(65536), fault("target", "write", "EIO"), write(131072)],
+        [error_event("write", policy)],
+    ]
+    if policy == "report":
+        script += [failed("target", "write")]
+    else:
+        stopped = [status("standby"), query(), write(4096, 8192)]
+        script += [stopped if policy == "stop" else []]
+        script += [[heal("target", "write"), RESUME, IN_SYNC, query(), write(262144)]]
+        script += [[IN_SYNC], completed()]
+    assert_alike(folder, faulty("target"), script, BACK_OFF, STOPPED_IS_BACKGROUND)
+
+
+def restart(side: Side) -> None:
+    server = side.targets["tgt"][0]
+    server.socket.unlink(missing_ok=True)
+    server.start()
+
+
+KILL_TARGET = call("the target's server dies", lambda side: side.targets["tgt"][0].kill())
+RESTART_TARGET = call("the target's server is back", restart)
+
+RECONNECT = Difference(
+    "resumes after a lost connection",
+    "QEMU 7.2 reconnects only when asked for I/O, so its first resume fails once more; nbdmirror "
+    "reconnects before it goes on, and needs one. So the step tells nothing of its own",
+    lambda lines: lines,
+)
+
+
+@pytest.mark.parametrize("phase", ["first copy", "ready"])
+def test_a_target_that_is_lost_and_comes_back(folder: Path, phase: str) -> None:
+    """With policy stop: what was acknowledged and not flushed is copied again (rule 39), on what
+    is the same file here."""
+    is_first = phase == "first copy"
+    if is_first:
+        script: list[Script] = [
+            [fault("target", "write", "hold")],
+            start(on_target_error="stop"),
+            [until(lambda job: job["busy"], "the copy is in flight"), KILL_TARGET],
+            [heal("target", "write"), error_event("write", "stop"), status("paused"), query()],
+        ]
+    else:
+        script = [
+            start(on_target_error="stop"),
+            [ready(), KILL_TARGET, write()],
+            [error_event("write", "stop"), status("standby"), query()],
+        ]
+
+    def goes_on(side: Side) -> bool:
+        job = side.qmp.job()
+        if job["paused"]:
+            side.qmp.execute("job-resume", id="j")
+        return bool(job["ready"] and not job["paused"] and job["len"] == job["offset"])
+
+    def resume(side: Side) -> None:
+        with untold(side, events=True):
+            wait_until(lambda: goes_on(side), "the job goes on", 6)
+
+    script += [[RESTART_TARGET, call("resume, as often as it takes", resume), IN_SYNC], completed()]
+    assert_alike(folder, faulty("target"), script, RECONNECT)
+
+
+def test_a_target_that_is_lost_within_the_reconnect_delay(folder: Path) -> None:
+    """No event at all, and the guest notices nothing."""
+    script: list[Script] = [
+        [add(reconnect_delay=5), mirror(), ready(), KILL_TARGET, write(), query(progress=False)],
+        [RESTART_TARGET, IN_SYNC, write(65536 * 3, 4096), IN_SYNC],
+        completed(),
+    ]
+    assert_alike(folder, faulty("target"), script)
+
+
+NOTICED_AT_ONCE = Difference(
+    "a lost connection is noticed at once",
+    "QEMU learns of it from its next request; nbdmirror's job fails when the connection does, "
+    "before the guest's write counts",
+    PROGRESS.rewrite,
+)
+
+
+def test_a_target_that_is_lost_for_good(folder: Path) -> None:
+    script: list[Script] = [
+        start(),
+        [ready(), KILL_TARGET, write(), event("BLOCK_JOB_ERROR", action="report")],
+        [status("concluded"), query(), images(target=False), dismiss()],
+        [do("blockdev-del", node_name="tgt"), RESTART_TARGET, add(), mirror(), ready()],
+        completed(),
+    ]
+    assert_alike(folder, faulty("target"), script, NOTICED_AT_ONCE)
+
+
+def test_what_fits_again_after_enospc_is_copied(folder: Path) -> None:
+    """Iotest 248: a full target that has room again."""
+    script: list[Script] = [
+        start(on_target_error="enospc", buf_size=64 * KiB),
+        [ready(), fault("target", "write", "ENOSPC")],
+        [write(offset) for offset in range(0, MiB, 256 * KiB)],
+        [error_event("write", "stop"), status("standby")],
+        [heal("target", "write"), RESUME, IN_SYNC],
+        completed(),
+    ]
+    assert_alike(folder, faulty("target"), script, ONE_ERROR_A_STOP)
