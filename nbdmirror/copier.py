@@ -17,6 +17,7 @@ may pause it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -59,19 +60,39 @@ class Observer(Protocol):
         """Nothing is in flight any more: all is clean, or the copier is not running."""
 
 
+BUFFER_ALIGNMENT = 4096
+"""malloc gives large blocks at 16 bytes after a page's start. There `read` copies 3 times slower
+than at a multiple of 32 (an AMD EPYC's `rep movsb`: 2.0 GB/s instead of 6.3)."""
+
+
+class _Buffer:
+    """A page-aligned part of a bytearray, which unlike mmap can be searched at memory speed."""
+
+    __slots__ = ("_base", "_bytes", "view")
+
+    def __init__(self, length: int) -> None:
+        self._bytes = bytearray(length + BUFFER_ALIGNMENT)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
+        self._base = -address % BUFFER_ALIGNMENT
+        self.view = memoryview(self._bytes)[self._base : self._base + length]
+
+    def has(self, content: bytes, start: int) -> bool:
+        """`startswith` is a memcmp that ends at the first byte that differs."""
+        return self._bytes.startswith(content, self._base + start)
+
+
 @dataclass(slots=True, eq=False)
 class _Copy:
     """One claim on its way. `position` is where the next piece starts; `pending` counts the
     requests of this piece on the target."""
 
     claim: Claim
-    buffer: bytearray
+    buffer: _Buffer
     position: int = 0
     pending: int = 0
     operation: str = "read"
     error: BaseException | None = None
     extents: list[Extent] = field(default_factory=list)
-    extents_offset: int = 0
 
 
 class Copier:
@@ -116,7 +137,7 @@ class Copier:
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max)
         self._slots = max(1, min(REQUESTS_MAX, buffer_bytes // self._request_bytes))
-        self._buffers: list[bytearray] = []
+        self._buffers: list[_Buffer] = []
         self._copies: set[_Copy] = set()
         self._flushes = 0
         self._cursor = 0
@@ -184,8 +205,8 @@ class Copier:
         return claim
 
     def _begin(self, claim: Claim) -> None:
-        buffer = self._buffers.pop() if self._buffers else bytearray(self._request_bytes)
-        copy = _Copy(claim, buffer, position=claim.offset, extents_offset=claim.offset)
+        buffer = self._buffers.pop() if self._buffers else _Buffer(self._request_bytes)
+        copy = _Copy(claim, buffer, position=claim.offset)
         self._copies.add(copy)
         if claim.end <= self._data_until:
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
@@ -246,20 +267,19 @@ class Copier:
                 else:
                     self._write(copy, self._find_zeroes(copy.buffer, offset, length))
 
-            self.source.start_read(memoryview(copy.buffer)[:length], offset, then)
+            self.source.start_read(copy.buffer.view[:length], offset, then)
 
     def _find_zeroes(
-        self, buffer: bytearray, offset: int, length: int
+        self, buffer: _Buffer, offset: int, length: int
     ) -> list[tuple[int, int, bool]]:
         """Cut a piece into runs (offset, length, is zero) at multiples of ZERO_UNIT_BYTES of the
-        disk. `startswith` is a memcmp that ends at the first byte that differs, so data costs
-        nothing here."""
+        disk. Data costs nothing here: `has` ends at the first byte that differs."""
         runs: list[tuple[int, int, bool]] = []
         start = 0
         while start < length:
             span = min(ZERO_UNIT_BYTES - (offset + start) % ZERO_UNIT_BYTES, length - start)
             zeroes = _ZEROES if span == ZERO_UNIT_BYTES else bytes(span)
-            is_zero = buffer.startswith(zeroes, start)
+            is_zero = buffer.has(zeroes, start)
             if runs and runs[-1][2] == is_zero:
                 runs[-1] = (runs[-1][0], runs[-1][1] + span, is_zero)
             else:
@@ -284,7 +304,7 @@ class Copier:
                 self.target.start_zero(offset, length, self.unmap, then)
             else:
                 self.written_bytes += length
-                view = memoryview(copy.buffer)[offset - base : offset - base + length]
+                view = copy.buffer.view[offset - base : offset - base + length]
                 self.target.start_write(view, offset, then)
 
     def _settle(self, copy: _Copy) -> None:
