@@ -15,7 +15,6 @@ from nbdmirror.bitmaps import Change, NamedBitmap
 from nbdmirror.copier import BUFFER_BYTES_DEFAULT
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError, DeviceNotActive
-from nbdmirror.jobstate import check_verb
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.server import Server
@@ -82,14 +81,15 @@ def _mirror(server: Server, data: Arguments) -> Change:
 
 def _complete(server: Server, data: Arguments) -> Change:
     job = find_job(server, "block-job-complete", data)
-    check_verb(job.id, job.status, "complete")
+    job.check_complete()
     return Change(_nothing, job.complete)
 
 
 def _cancel(server: Server, data: Arguments) -> Change:
     job = find_job(server, "block-job-cancel", data)
-    check_verb(job.id, job.status, "cancel")
-    return Change(_nothing, partial(job.cancel, force=data.get("force", False)))
+    force = data.get("force", False)
+    job.check_cancel(force=force)
+    return Change(_nothing, partial(job.cancel, force=force))
 
 
 def _nothing() -> None:

@@ -135,6 +135,11 @@ class Connection:
         """Requests are in flight."""
         return bool(self._requests)
 
+    def identity(self) -> tuple[object, str]:
+        """The server's address and the export's name: the same disk has the same (rule 44)."""
+        with socket.socket(fileno=os.dup(self._fd)) as own:
+            return own.getpeername(), str(self.handle.get_export_name())
+
     def peer_is_this_process(self) -> bool:
         """Whether one of this process's sockets is the other end: for TCP the pair of addresses in
         reverse, for Unix sockets the name that a listener of ours is bound to."""

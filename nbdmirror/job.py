@@ -51,18 +51,14 @@ class Job(ABC):
 
     def complete(self) -> None:
         """After READY: end with a pivot. On a paused job it is remembered until it is resumed."""
-        check_verb(self.id, self.status, "complete")
-        if self.ending is Ending.CANCEL:
-            raise CommandError(f"The active block job '{self.id}' cannot be completed")
+        self.check_complete()
         self.ending = Ending.COMPLETE
         self.advance_soon()
 
     def cancel(self, *, force: bool) -> None:
         """Soft after READY: the job ends with a consistent target, unless `complete` came first.
         Otherwise the target is left undefined."""
-        check_verb(self.id, self.status, "cancel")
-        if self.pause_wanted and not force:
-            raise CommandError(f"The block job for device '{self.id}' is currently paused")
+        self.check_cancel(force=force)
         if self.status is JobStatus.READY and not force:
             if self.ending is Ending.NONE:
                 self.ending = Ending.CANCEL
@@ -75,6 +71,18 @@ class Job(ABC):
             self.advance()
         else:
             self.advance_soon()  # the command's answer goes first, then the events of the end
+
+    def check_complete(self) -> None:
+        """Raise what `complete` would."""
+        check_verb(self.id, self.status, "complete")
+        if self.ending is Ending.CANCEL:
+            raise CommandError(f"The active block job '{self.id}' cannot be completed")
+
+    def check_cancel(self, *, force: bool) -> None:
+        """Raise what `cancel` would."""
+        check_verb(self.id, self.status, "cancel")
+        if self.pause_wanted and not force:
+            raise CommandError(f"The block job for device '{self.id}' is currently paused")
 
     def pause(self) -> None:
         check_verb(self.id, self.status, "pause")

@@ -157,6 +157,13 @@ class Mirrors:
             raise CommandError(f"Node '{node.name}' has lost its connection to '{target.uri}'")
         if target.is_own_export():
             raise CommandError(f"Target '{target.uri}' is an export of this server itself")
+        source = raw_device(disk.source)
+        if (
+            isinstance(source, RemoteDevice)
+            and not source.is_lost
+            and source.is_same_export(target)
+        ):
+            raise CommandError(f"Target '{target.uri}' is the disk itself")
         if target.read_only:
             raise CommandError(f"Block node is read-only: '{target.uri}'")
         if not target.can_flush and disk.size:

@@ -175,6 +175,10 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         """A connection is broken or closed."""
         return self.pool.is_lost
 
+    def is_same_export(self, other: RemoteDevice) -> bool:
+        """Whether both are the same export of the same server (rule 44)."""
+        return self.pool.next().identity() == other.pool.next().identity()
+
     def is_own_export(self) -> bool:
         """Whether the server at the other end is this very process (rule 44)."""
         return self.pool.next().peer_is_this_process()

@@ -42,8 +42,10 @@ class Fake:
         self.extension = True
         self.ring = EventRing(lambda: 1_700_000_000.5)
         self.server = qmp.QmpServer(
-            sockets.bind_unix_socket(path), dispatch=self.dispatch, events=self.ring,
-            version=VERSION
+            sockets.bind_unix_socket(path),
+            dispatch=self.dispatch,
+            events=self.ring,
+            version=VERSION,
         )
 
     async def dispatch(self, name: str, arguments: dict[str, Any]) -> Any:

@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "sockets": "errors",
     "schema": "errors",
     "qmpschema": "schema",
-    "actions": "bitmap bitmaps copier disk errors jobstate mirror options server",
+    "actions": "bitmap bitmaps copier disk errors mirror options server",
     "commands": "__init__ actions errors events mirror nodes options qmpschema queries remote"
     " server uri",
     "qmp_json": "errors",

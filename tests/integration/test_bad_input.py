@@ -664,3 +664,34 @@ def test_many_control_clients(server: Nbdmirror) -> None:
         return False
 
     wait_until(is_answering, "it answers again")
+
+
+def test_the_export_that_the_disk_is_served_from(start: Start, disk: Path) -> None:
+    behind = start(QemuNbd(disk.parent, disk, shared=20))
+    server = start(Nbdmirror(disk.parent, behind.uri()))
+    with untouched(disk):
+        text = server.qmp.refusal(
+            "drive-mirror", device="disk0", target=behind.uri(), sync="full", mode="existing"
+        )
+        assert "is the disk itself" in text
+
+
+def test_a_transaction_that_a_job_refuses_changes_nothing(start: Start, folder: Path) -> None:
+    disk, image = make_noise(folder / "a.img", SIZE), make_noise(folder / "b.img", SIZE)
+    target = start(QemuNbd(folder, image))
+    server = start(Nbdmirror(folder, disk))
+    qmp = server.qmp
+    qmp.execute(
+        "drive-mirror", job_id="j", device="disk0", target=target.uri(), sync="full",
+        mode="existing",
+    )  # fmt: skip
+    qmp.execute("job-pause", id="j")
+    text = qmp.refusal(
+        "transaction",
+        actions=[
+            {"type": "block-dirty-bitmap-add", "data": {"node": "disk0", "name": "c"}},
+            {"type": "block-job-cancel", "data": {"device": "j"}},
+        ],
+    )
+    assert "currently paused" in text
+    assert "not found" in qmp.refusal("block-dirty-bitmap-remove", node="disk0", name="c")

@@ -1,0 +1,1 @@
+"""The benchmarks: nbdmirror side by side with its peers. `./run bench --help`."""

@@ -1,0 +1,125 @@
+"""`python -m bench`: nbdmirror and its peers on the same work, alternating, as a table of ratios.
+
+Only ratios mean something, and only between figures of one run. The subjects of a row take turns
+within each round, and the first of a round is another one each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from bench.lab import Lab
+from bench.processes import BenchError
+from bench.rows import ROWS, Row
+
+STORED = Path(__file__).resolve().parent.parent / "docs" / "bench.json"
+
+ROW_S_MAX = 180.0
+"""No further round of a row is begun after this time."""
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    if args.list:
+        for row in ROWS:
+            print(f"{row.name:18} {row.title}{' (not in --quick)' if row.is_slow else ''}")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab is cleared away
+    stored = results.load(STORED) if args.check else []
+    rounds = args.rounds or (3 if args.quick else 5)
+    found: list[results.Line] = []
+    failed: list[str] = []
+    with Lab(is_quick=args.quick) as lab:
+        images = "memory" if lab.is_in_memory else f"{lab.folder} (no room in /dev/shm)"
+        about = results.about(rounds, images, is_quick=args.quick)
+        print(f"{about['machine']}; {about['versions']}; images in {images}", flush=True)
+        try:
+            for row in _chosen(args):
+                _measure(lab, row, rounds, found, failed)
+        finally:  # interrupted: what there is
+            _write(args, found, about)
+    return _verdict(found, stored, failed)
+
+
+def _measure(lab: Lab, row: Row, rounds: int, found: list[results.Line], failed: list[str]) -> None:
+    """Add the row's lines to `found`, or its name to `failed`."""
+    try:
+        if row.is_slow:
+            lab.clear()
+        lines = list(results.lines(row, _rounds(lab, row, rounds)))
+    except (BenchError, OSError, subprocess.SubprocessError) as error:
+        failed.append(row.name)
+        print(f"{row.name:18} NOT MEASURED: {error}", flush=True)
+        return
+    finally:
+        if row.is_slow:
+            lab.clear()
+    found += lines
+    for line in lines:
+        print(results.as_text(line), flush=True)
+
+
+def _write(args: argparse.Namespace, found: list[results.Line], about: dict[str, Any]) -> None:
+    if args.json:
+        results.save(args.json, found, about)
+    if args.markdown:
+        args.markdown.write_text(results.as_markdown(found, about))
+    if args.plot and not results.plot(args.plot, found):
+        print("no plot: matplotlib is not installed (.venv/bin/pip install matplotlib)")
+
+
+def _chosen(args: argparse.Namespace) -> list[Row]:
+    if not args.row:
+        return [row for row in ROWS if not (args.quick and row.is_slow)]
+    return [row for row in ROWS if row.name in args.row]
+
+
+def _rounds(lab: Lab, row: Row, number: int) -> results.Rounds:
+    subjects = [results.OURS, *row.peers]
+    began_s = time.monotonic()
+    rounds = []
+    for index in range(number):
+        turn = index % len(subjects)
+        order = subjects[turn:] + subjects[:turn]
+        rounds.append({subject: row.measure(lab, subject) for subject in order})
+        if time.monotonic() - began_s > ROW_S_MAX:
+            break
+    return rounds
+
+
+def _verdict(found: list[results.Line], stored: list[results.Line], failed: list[str]) -> int:
+    for line in found:
+        if line.verdict == "BEHIND":
+            print(
+                f"behind: {line.row} {line.figure} / {line.peer}: {line.ratio:.2f} < {line.must:g}"
+            )
+    for now, then in results.fallen(found, stored):
+        print(f"FELL: {now.row} {now.figure} / {now.peer}: {then.ratio:.2f} -> {now.ratio:.2f}")
+        failed.append(now.row)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="./run bench", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="smaller disks, shorter loads, fewer rounds")
+    names = [row.name for row in ROWS]
+    add("--row", action="append", metavar="NAME", choices=names, help="only this row; repeatable")
+    add("--rounds", type=int, metavar="N", help="rounds of each row (5; with --quick 3)")
+    add("--check", action="store_true", help="exit 1 if a ratio fell below docs/bench.json's")
+    add("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    add("--plot", type=Path, metavar="FILE", help="write a plot (needs matplotlib)")
+    add("--list", action="store_true", help="list the rows")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

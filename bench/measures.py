@@ -1,0 +1,308 @@
+"""What is measured, once each: a function gets the Lab and the subject's name, and returns figures
+by name. Every load is bounded, and every server ends with the function."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.lab import SUBJECTS, GiB, Lab, MiB, TiB
+from bench.load import Load, Result, longest_s
+from bench.processes import BenchError
+from bench.servers import GuestServer, NbdkitMemory, QemuNbd, Target
+
+Figures = dict[str, float]
+
+READY = "BLOCK_JOB_READY"
+COMPLETED = "BLOCK_JOB_COMPLETED"
+NBDCOPY = "nbdcopy"
+COPY_S_MAX = 120.0
+SPARSE_BYTES = 16 * TiB
+SPARSE_DATA_BYTES = 64 * MiB
+
+
+def guest(
+    lab: Lab,
+    subject: str,
+    *,
+    rw: str,
+    block_bytes: int = 4096,
+    depth: int = 16,
+    is_direct: bool = False,
+) -> Figures:
+    """A load on a disk that nothing else is done with."""
+    image = lab.image_on_disk() if is_direct else lab.image("source")
+    with SUBJECTS[subject](lab.folder, [image], is_direct=is_direct) as server:
+        return _figures(_load(lab, server, rw, block_bytes=block_bytes, depth=depth))
+
+
+def while_mirroring(lab: Lab, subject: str, *, rate: int = 0) -> Figures:
+    """Random writes while full mirrors run one after the other, and the speed of those.
+
+    At full rate the guest soils the disk as fast as it is copied, so that one mirror lasts for the
+    whole measurement; at a fixed rate a mirror that became ready is cancelled, and the next begins.
+    """
+    options = (f"--rate_iops={rate}",) if rate else ()
+    depth = 4 if rate else 16
+    with _mirrorable(lab, subject) as (server, _), _mirrors(server) as copied:
+        began_s, before = time.monotonic(), copied()
+        result = _load(lab, server, "randwrite", depth=depth, options=options)
+        speed = (copied() - before) / (time.monotonic() - began_s)
+    return {**_figures(result), "speed": speed / MiB}
+
+
+def write_blocking(lab: Lab, subject: str) -> Figures:
+    """Random writes to a mirror that is ready, each answered when the target has it too."""
+    with _mirrorable(lab, subject) as (server, _):
+        job = server.start_mirror(copy_mode="write-blocking")
+        server.qmp.wait_for(READY, job)
+        return _figures(_load(lab, server, "randwrite"))
+
+
+def after_pivot(lab: Lab, subject: str) -> Figures:
+    """The guest is served from the target."""
+    with _mirrorable(lab, subject) as (server, _):
+        job = server.start_mirror()
+        server.qmp.wait_for(READY, job)
+        server.qmp.execute("block-job-complete", {"device": job})
+        server.qmp.wait_for(COMPLETED, job)
+        writes = _load(lab, server, "randwrite").iops
+        return {"writes": writes, "reads": _load(lab, server, "randread").iops}
+
+
+def pivot(lab: Lab, subject: str) -> Figures:
+    """The longest request from `complete` to its end, and 50 ms more on both sides, at 2,000
+    writes a second."""
+    log = lab.folder / "pivot"
+    options = ("--rate_iops=2000", f"--write_lat_log={log}", "--log_unix_epoch=1")
+    try:
+        with _mirrorable(lab, subject) as (server, _):
+            load = Load(
+                lab.folder, server.uri(), "randwrite", seconds=3.5, depth=4, options=options
+            )
+            with load:
+                job = server.start_mirror()
+                time.sleep(1.5)  # fio's start takes up to 0.5 s, and is none of the pivot's
+                server.qmp.wait_for(READY, job)
+                began_s = time.time()
+                server.qmp.execute("block-job-complete", {"device": job})
+                server.qmp.wait_for(COMPLETED, job)
+                ended_s = time.time()
+                if not load.is_running():
+                    raise BenchError("the pivot took longer than the load")
+                load.result()
+        longest = longest_s(Path(f"{log}_clat.1.log"), began_s - 0.05, ended_s + 0.05)
+        if not longest:
+            raise BenchError("no request during the pivot")
+        return {"longest": longest * 1000, "took": (ended_s - began_s) * 1000}
+    finally:
+        for path in lab.folder.glob("pivot_*.log"):
+            path.unlink()
+
+
+def copy(
+    lab: Lab, subject: str, *, size: int = 0, kind: str = "qemu-nbd", is_tcp: bool = False
+) -> Figures:
+    """The time of a full copy of a disk without holes: to READY, which is flushed; nbdcopy with
+    --flush."""
+    size = size or lab.disk_bytes
+    source = lab.image("source", size)
+    target: Target
+    if kind == "memory":
+        lab.need(size)
+        target = NbdkitMemory(lab.folder, size, is_tcp=is_tcp)
+    else:
+        target = QemuNbd(lab.folder, lab.image("target", size), is_tcp=is_tcp)
+    return _copy(lab, subject, source, target)
+
+
+def delayed_copy(lab: Lab, subject: str) -> Figures:
+    """The same over a link of 20 ms round trip: nbdkit's delay filter before the target. Requests
+    wait side by side in it, so -t gives it more threads than anyone has requests."""
+    filters = ("-t", "64", "--filter=delay")
+    parameters = ("rdelay=20ms", "wdelay=20ms")
+    size = lab.disk_bytes
+    lab.need(size)
+    target = NbdkitMemory(lab.folder, size, filters=filters, parameters=parameters)
+    return _copy(lab, subject, lab.image("source"), target)
+
+
+def sparse(lab: Lab, subject: str) -> Figures:
+    """A disk of 16 TiB with 64 MiB of data: the time to READY and the peak memory by then."""
+    number = SPARSE_DATA_BYTES // MiB
+    pieces = [index * (SPARSE_BYTES // number) for index in range(number)]
+    source = lab.sparse("source", SPARSE_BYTES, pieces)
+    image = lab.sparse("target", SPARSE_BYTES)
+    with QemuNbd(lab.folder, image) as target, _served(lab, subject, [source]) as server:
+        server.add_target(target)
+        began_s = time.monotonic()
+        job = server.start_mirror(granularity=64 << 10)
+        took_s = server.qmp.wait_for(READY, job) - began_s
+        return {"seconds": took_s, "memory": server.peak_rss_bytes() / MiB}
+
+
+def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
+    """Bytes that reach the target while a guest writes 4,000 times a second, always mostly to the
+    same places, until the mirror is in sync again and completed. nbdkit's stats filter counts."""
+    size, seconds = lab.disk_bytes, 4.0 if lab.is_quick else 8.0
+    lab.need(size)
+    statistics = lab.folder / "target.stats"
+    target = NbdkitMemory(
+        lab.folder, size, filters=("--filter=stats",), parameters=(f"statsfile={statistics}",)
+    )
+    options = ("--rate_iops=4000", f"--random_distribution={distribution}")
+    with target, _served(lab, subject, [lab.image("source")]) as server:
+        server.add_target(target)
+        load = Load(lab.folder, server.uri(), "randwrite", seconds=seconds, options=options)
+        with load:
+            job = server.start_mirror()
+            load.result()
+            server.qmp.wait_for(READY, job)
+        server.qmp.execute("block-job-complete", {"device": job})
+        server.qmp.wait_for(COMPLETED, job)
+    text = statistics.read_text()
+    statistics.unlink()
+    return {"written": written_bytes(text) / MiB}
+
+
+def several_disks(lab: Lab, subject: str, *, servers: int) -> Figures:
+    """Four disks, mirrored at once by one server or by one each: the time until all are ready."""
+    disks, size = 4, lab.disk_bytes // 4
+    names = range(disks)
+    images = [lab.image(f"source{name}", size) for name in names]
+    with contextlib.ExitStack() as stack:
+        targets = [
+            stack.enter_context(QemuNbd(lab.folder, lab.image(f"target{name}", size)))
+            for name in names
+        ]
+        groups = [images] if servers == 1 else [[image] for image in images]
+        running = [stack.enter_context(_served(lab, subject, group)) for group in groups]
+        places = [(server, number) for server in running for number in range(len(server.disks))]
+        for (server, number), target in zip(places, targets, strict=True):
+            server.add_target(target, number)
+        began_s = time.monotonic()
+        jobs = [(server, server.start_mirror(number)) for server, number in places]
+        return {"seconds": max(server.qmp.wait_for(READY, job) for server, job in jobs) - began_s}
+
+
+def written_bytes(statistics: str) -> float:
+    """Of nbdkit's stats filter: `write: 10 ops, 0.1 s, 1.25 GiB, ...`."""
+    units = {"bytes": 1, "KiB": 1 << 10, "MiB": MiB, "GiB": GiB}
+    for line in statistics.splitlines():
+        if line.startswith("write:"):
+            number, unit = line.split(", ")[2].split()[:2]
+            return float(number) * units[unit]
+    raise BenchError(f"no writes in: {statistics}")
+
+
+def _copy(lab: Lab, subject: str, source: Path, target: Target) -> Figures:
+    with target:
+        if subject == NBDCOPY:
+            began_s = time.monotonic()
+            command = ["nbdcopy", "--flush", str(source), target.uri()]
+            subprocess.run(command, check=True, timeout=COPY_S_MAX, capture_output=True)
+            return {"seconds": time.monotonic() - began_s}
+        with _served(lab, subject, [source]) as server:
+            server.add_target(target)
+            began_s = time.monotonic()
+            job = server.start_mirror()
+            return {"seconds": server.qmp.wait_for(READY, job) - began_s}
+
+
+def _load(
+    lab: Lab,
+    server: GuestServer,
+    rw: str,
+    *,
+    block_bytes: int = 4096,
+    depth: int = 16,
+    options: tuple[str, ...] = (),
+) -> Result:
+    load = Load(
+        lab.folder,
+        server.uri(),
+        rw,
+        seconds=lab.seconds,
+        block_bytes=block_bytes,
+        depth=depth,
+        options=options,
+    )
+    with load:
+        return load.result()
+
+
+def _figures(result: Result) -> Figures:
+    return {
+        "iops": result.iops,
+        "mib_per_s": result.bytes_per_s / MiB,
+        "mean": result.mean_s * 1e6,
+        "p99": result.p99_s * 1e6,
+    }
+
+
+def _served(lab: Lab, subject: str, disks: Sequence[Path]) -> GuestServer:
+    return SUBJECTS[subject](lab.folder, disks)
+
+
+@contextlib.contextmanager
+def _mirrorable(lab: Lab, subject: str) -> Iterator[tuple[GuestServer, Target]]:
+    """A server whose disk0 has a target0."""
+    target = QemuNbd(lab.folder, lab.image("target"))
+    with target, _served(lab, subject, [lab.image("source")]) as server:
+        server.add_target(target)
+        yield server, target
+
+
+class _Mirrors:
+    """Full mirrors, one after the other, on a thread; called, it tells the bytes copied so far."""
+
+    def __init__(self, server: GuestServer) -> None:
+        self.error: BaseException | None = None
+        self._server = server
+        self._before = 0
+        self._now = 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __call__(self) -> int:
+        return self._before + self._now
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(COPY_S_MAX)
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._mirror()
+        except BaseException as error:  # noqa: BLE001 - raised again by `stop`
+            self.error = error
+
+    def _mirror(self) -> None:
+        server = self._server
+        job = server.start_mirror()
+        while not self._stopping.wait(0.02):
+            self._now = server.copied_bytes(job)
+            if server.qmp.has(READY, job):
+                break
+        # By force: without, QEMU would first wait until nothing is dirty.
+        server.qmp.execute("block-job-cancel", {"device": job, "force": True})
+        server.qmp.wait_for("BLOCK_JOB_CANCELLED", job)
+        server.qmp.forget()
+        self._before, self._now = self._before + self._now, 0
+
+
+@contextlib.contextmanager
+def _mirrors(server: GuestServer) -> Iterator[_Mirrors]:
+    mirrors = _Mirrors(server)
+    try:
+        yield mirrors
+    finally:
+        mirrors.stop()

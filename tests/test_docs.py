@@ -1,0 +1,202 @@
+"""The documentation says what there is: commands, arguments, options, events, modules, tests; and
+the README's tour works as it is written."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tools import ROOT, nbdmirror_environment
+
+from nbdmirror.cli import build_parser
+from nbdmirror.qmpschema import COMMANDS
+from nbdmirror.schema import Array, Enum, StringOr, Struct
+
+DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def sections(text: str, heading: str) -> dict[str, str]:
+    """Words in backticks of headings like `heading` -> the text up to the next heading of this
+    level or above."""
+    found: dict[str, str] = {}
+    level = len(heading)
+    parts = re.split(rf"^(#{{1,{level}}} .*)$", text, flags=re.MULTILINE)
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        if title.startswith(f"{heading} "):
+            found |= dict.fromkeys(re.findall(r"`([^`]+)`", title), body)
+    return found
+
+
+def test_links_lead_somewhere() -> None:
+    for path in DOCS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+# QMP
+
+
+def words_of(type_: Any) -> Iterator[str]:
+    """Names of members and values, all the way down."""
+    if isinstance(type_, Struct):
+        for name, member in type_.members.items():
+            yield name
+            yield from words_of(member.type)
+        for name, branch in type_.branches.items():
+            yield name
+            yield from words_of(branch)
+    elif isinstance(type_, Enum):
+        yield from type_.values
+    elif isinstance(type_, Array):
+        yield from words_of(type_.of)
+    elif isinstance(type_, StringOr):
+        yield from words_of(type_.other)
+
+
+def test_every_qmp_command_has_its_section() -> None:
+    assert set(sections(text_of("qmp.md"), "###")) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_qmp_argument_is_described(command: str) -> None:
+    text = sections(text_of("qmp.md"), "###")[command]
+    words = set(re.findall(r"[a-z0-9][a-z0-9-]*", text))
+    if command == "transaction":  # the actions' arguments are the commands'
+        wanted = {"actions", "properties", *COMMANDS["transaction"].members}
+        actions = COMMANDS["transaction"].members["actions"].type
+        assert isinstance(actions, Array) and isinstance(actions.of, Struct)
+        wanted |= set(actions.of.branches)
+    else:
+        wanted = set(words_of(COMMANDS[command]))
+    assert wanted <= words, f"{command}: {sorted(wanted - words)}"
+
+
+def test_every_event_is_described() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "nbdmirror").glob("*.py"))
+    pattern = r'"((?:BLOCK_JOB|JOB|X_NBDMIRROR)_[A-Z_]+)"'
+    rows = re.findall(r"^\| `([A-Z_]+)` \|", text_of("qmp.md"), flags=re.MULTILINE)
+    assert sorted(set(re.findall(pattern, source))) == sorted(rows)
+
+
+# The command line
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    raise AssertionError("no commands")
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_every_command_has_its_section() -> None:
+    found = sections(text_of("cli.md"), "##")
+    assert set(found) == {f"nbdmirror {name}" for name in subparsers()}
+
+
+@pytest.mark.parametrize("command", subparsers())
+def test_every_option_is_described_and_no_other(command: str) -> None:
+    parser = subparsers()[command]
+    text = sections(text_of("cli.md"), "##")[f"nbdmirror {command}"]
+    there = options_of(parser) - {"-h", "--help"}
+    first_cells = re.findall(r"^\| (`--.*?) \|", text, flags=re.MULTILINE)
+    listed = " ".join(first_cells + re.findall(r"^Options: (.*)$", text, flags=re.MULTILINE))
+    assert set(re.findall(r"`(--[a-z-]+)", listed)) == there
+    for action in parser._actions:
+        for choice in action.choices or ():
+            assert f"`{choice}`" in text, f"{action.option_strings}: {choice}"
+
+
+def test_commands_that_the_docs_show_can_be_parsed() -> None:
+    parsers = subparsers()
+    for path in DOCS:
+        for command, rest in re.findall(r"\bnbdmirror ([a-z-]+)\b([^`\n]*)", path.read_text()):
+            if command in parsers:
+                told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split(" -- ")[0]))
+                assert told <= options_of(parsers[command]), f"{path.name}: {command}{rest}"
+
+
+# Design and guarantees
+
+
+def test_every_module_has_its_room() -> None:
+    text = text_of("design.md").partition("## Rooms")[2].partition("\n## ")[0]
+    told = {
+        word
+        for row in re.findall(r"^\| (`.*?) \| ", text, flags=re.MULTILINE)
+        for word in re.findall(r"`(\w+)`", row)
+    }
+    there = {path.stem for path in (ROOT / "nbdmirror").glob("*.py")} - {"__init__", "__main__"}
+    assert told == there
+
+
+def test_every_test_that_is_named_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of("guarantees.md"))
+    assert named
+    for file, test in named:
+        tree = ast.parse((ROOT / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test in functions, f"{file}::{test}"
+
+
+# The tour
+
+
+def test_the_tour_of_the_readme(folder: Path) -> None:
+    match = re.search(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
+    assert match
+    environ = nbdmirror_environment()
+    environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environ["PATH"]])
+    output = folder / "output"  # no pipe: what goes into the background would hold it
+    try:
+        with output.open("w") as file:
+            done = subprocess.run(
+                ["sh", "-eu", "-c", match[1]],
+                cwd=folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                timeout=40,
+                check=False,
+            )
+        text = output.read_text()
+        assert done.returncode == 0, text
+        served = re.findall(r"^disk0 .*  (\S+)$", text, flags=re.MULTILINE)
+        uri = f"nbd+unix:///?socket={folder}/target.sock"
+        assert served == [f"{folder}/disk.img", uri]
+        assert "the pivot held the guest for" in text
+    finally:
+        end_all(folder)
+    with (folder / "disk.img").open("rb") as disk, (folder / "target.img").open("rb") as target:
+        while block := disk.read(1 << 20):
+            assert block == target.read(1 << 20)
+
+
+def end_all(folder: Path) -> None:
+    """What the tour left running, if it failed."""
+    for pidfile in folder.glob("*.pid"):
+        pid = int(pidfile.read_text() or 0)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.kill(pid, number)
+            except (ProcessLookupError, PermissionError):
+                break
+            time.sleep(0.3)
