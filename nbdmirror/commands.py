@@ -19,6 +19,7 @@ from nbdmirror import __version__, queries
 from nbdmirror.actions import BITMAP_ACTIONS, create_mirror, find_job, transact
 from nbdmirror.errors import CommandError, CommandNotFound, ConfigError
 from nbdmirror.events import Reply
+from nbdmirror.jobstate import JobStatus
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node
 from nbdmirror.options import CopyMode
@@ -52,8 +53,10 @@ class Commands:
             "blockdev-add": self._blockdev_add,
             "drive-mirror": self._drive_mirror,
             "blockdev-mirror": self._blockdev_mirror,
-            "block-job-finalize": partial(self._finalize, "block-job-finalize"),
-            "job-finalize": partial(self._finalize, "job-finalize"),
+            "block-job-cancel": partial(self._end_pending, "block-job-cancel"),
+            "block-job-finalize": partial(self._end_pending, "block-job-finalize"),
+            "job-cancel": partial(self._end_pending, "job-cancel"),
+            "job-finalize": partial(self._end_pending, "job-finalize"),
             "transaction": self._transaction,
             "quit": self._quit_in_order,
         }
@@ -152,20 +155,29 @@ class Commands:
             device.close()
             raise
 
-    async def _finalize(self, name: str, arguments: Arguments) -> Reply:
-        """Its events come before its return, as in QEMU."""
+    async def _end_pending(self, name: str, arguments: Arguments) -> Reply:
+        """Finalize and cancel: where they end a pending job, its last events come before their
+        return, as in QEMU."""
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
 
         def tell() -> None:
             loop.call_soon_threadsafe(ended.set_result, None)
 
-        def start() -> None:
+        def start() -> dict[str, Any]:
             job = find_job(self._server, name, arguments)
-            job.finalize()
-            job.when_ended(tell)
+            was_pending = job.status is JobStatus.PENDING
+            if name.endswith("finalize"):
+                job.finalize()
+            else:
+                job.cancel(force=name == "job-cancel" or arguments.get("force", False))
+            if was_pending:
+                job.when_ended(tell)
+            return {"waits": was_pending}
 
-        await self._on_loop(start)
+        reply = await self._on_loop(start)
+        if not reply.value["waits"]:
+            return Reply({}, reply.next_event)
         await ended
         return Reply({}, self._server.events.next_number)
 
@@ -193,14 +205,12 @@ _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
     "block-job-pause": _verb(MirrorJob.pause),
     "block-job-resume": _verb(MirrorJob.resume),
     "block-job-dismiss": _verb(MirrorJob.dismiss),
-    "block-job-cancel": lambda job, a: job.cancel(force=a.get("force", False)),
     "block-job-change": lambda job, a: job.change(CopyMode(a["copy-mode"])),
     "block-job-set-speed": lambda job, a: job.set_speed(a["speed"]),
     "job-complete": _verb(MirrorJob.complete),
     "job-pause": _verb(MirrorJob.pause),
     "job-resume": _verb(MirrorJob.resume),
     "job-dismiss": _verb(MirrorJob.dismiss),
-    "job-cancel": lambda job, a: job.cancel(force=True),
 }
 
 _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {

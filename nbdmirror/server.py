@@ -48,8 +48,7 @@ class Server:
         """Cancel every job by force, and dismiss all; `when_done` is called, on the loop, when the
         last one has ended."""
         left = set(self.mirrors.running)
-        if not left:
-            when_done()
+        was_running = bool(left)
 
         def ended(job: MirrorJob) -> None:
             if not job.options.auto_dismiss:
@@ -64,6 +63,8 @@ class Server:
                 job.cancel(force=True)
             else:
                 job.dismiss()
+        if not was_running:
+            when_done()
 
     def end_jobs(self) -> None:
         """`cancel_jobs`, waited for within a bound. From any thread but the loop's."""

@@ -64,8 +64,8 @@ MAY_IMPORT = {
     "schema": "errors",
     "qmpschema": "schema",
     "actions": "bitmap bitmaps copier disk errors mirror options server",
-    "commands": "__init__ actions errors events mirror nodes options qmpschema queries remote"
-    " server uri",
+    "commands": "__init__ actions errors events jobstate mirror nodes options qmpschema queries"
+    " remote server uri",
     "qmp_json": "errors",
     "qmp": "errors events qmp_json",
     "http": "errors events job server",

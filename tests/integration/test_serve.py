@@ -554,6 +554,8 @@ def test_in_the_background(daemon_folder: Path) -> None:
         pidfile = folder / "pid"
         server.options = ("--daemonize", "--pidfile", str(pidfile))
         run(*server.argv())
+        # nbdkit writes it after the parent has ended.
+        wait_until(lambda: pidfile.exists() and pidfile.read_text(), "the pid file is written")
         pid = int(pidfile.read_text())
         wait_until(server.is_ready, "the daemon serves")
         with Guest(server.uri(), disk, pause_s=0) as guest:
@@ -579,11 +581,13 @@ def test_the_daemon_ends_with_status_0(daemon_folder: Path) -> None:
         server = Nbdmirror(folder, disk, bare=True)
         argv = [word for word in server.argv() if word != "-f"]
         run(argv[0], "-P", folder / "pid", *argv[1:])
-        pid = int((folder / "pid").read_text())
+        pidfile = folder / "pid"
+        wait_until(lambda: pidfile.exists() and pidfile.read_text(), "the pid file is written")
+        pid = int(pidfile.read_text())
         assert_identical(disk, server.uri())
         os.kill(pid, signal.SIGTERM)
         assert wait_until(lambda: _exit_code(pid), "it ends") == "exit 0"
-        (folder / "pid").unlink(missing_ok=True)
+        pidfile.unlink(missing_ok=True)
 
 
 def _exit_code(pid: int) -> str:
