@@ -170,6 +170,12 @@ class Copier:
         """Claim no more. What is in flight ends by itself; then `copy_settled` is called."""
         self.is_running = False
 
+    def close(self) -> None:
+        """Stop for good; nothing is in flight. The buffers go now, not when the garbage collector
+        finds the job."""
+        self.stop()
+        self._buffers.clear()
+
     def pump(self) -> None:
         """Start claims until the slots are full, nothing is dirty, or the speed limit says wait."""
         if self._is_pumping:

@@ -359,7 +359,7 @@ class MirrorJob(Job):
 
     def _let_go(self) -> None:
         """Of the disk, and last of its guest."""
-        self.copier.stop()
+        self.copier.close()
         self._mode.turn(synchronous=False)
         self.disk.ledger.detach(self.tracker.dirty)
         for timer in self._timers.values():
