@@ -4,6 +4,7 @@ by name. Every load is bounded, and every server ends with the function."""
 from __future__ import annotations
 
 import contextlib
+import statistics
 import subprocess
 import threading
 import time
@@ -21,6 +22,7 @@ READY = "BLOCK_JOB_READY"
 COMPLETED = "BLOCK_JOB_COMPLETED"
 NBDCOPY = "nbdcopy"
 COPY_S_MAX = 120.0
+PIVOTS = 3
 SPARSE_BYTES = 16 * TiB
 SPARSE_DATA_BYTES = 64 * MiB
 
@@ -76,13 +78,19 @@ def after_pivot(lab: Lab, subject: str) -> Figures:
 
 def pivot(lab: Lab, subject: str) -> Figures:
     """The longest request from `complete` to its end, and 50 ms more on both sides, at 2,000
-    writes a second."""
+    writes a second: the median of PIVOTS pivots, since a single maximum may be the machine's."""
+    longest = [_pivot(lab, subject) * 1000 for _ in range(PIVOTS)]
+    return {"longest": statistics.median(longest)}
+
+
+def _pivot(lab: Lab, subject: str) -> float:
     log = lab.folder / "pivot"
     options = ("--rate_iops=2000", f"--write_lat_log={log}", "--log_unix_epoch=1")
+    seconds = 3.5
     try:
         with _mirrorable(lab, subject) as (server, _):
             load = Load(
-                lab.folder, server.uri(), "randwrite", seconds=3.5, depth=4, options=options
+                lab.folder, server.uri(), "randwrite", seconds=seconds, depth=4, options=options
             )
             with load:
                 job = server.start_mirror()
@@ -96,12 +104,12 @@ def pivot(lab: Lab, subject: str) -> Figures:
                     raise BenchError("the pivot took longer than the load")
                 load.result()
         longest = longest_s(Path(f"{log}_clat.1.log"), began_s - 0.05, ended_s + 0.05)
-        if not longest:
-            raise BenchError("no request during the pivot")
-        return {"longest": longest * 1000, "took": (ended_s - began_s) * 1000}
     finally:
         for path in lab.folder.glob("pivot_*.log"):
             path.unlink()
+    if not longest:
+        raise BenchError("no request during the pivot")
+    return longest
 
 
 def copy(
@@ -150,9 +158,9 @@ def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
     same places, until the mirror is in sync again and completed. nbdkit's stats filter counts."""
     size, seconds = lab.disk_bytes, 4.0 if lab.is_quick else 8.0
     lab.need(size)
-    statistics = lab.folder / "target.stats"
+    counted = lab.folder / "target.stats"
     target = NbdkitMemory(
-        lab.folder, size, filters=("--filter=stats",), parameters=(f"statsfile={statistics}",)
+        lab.folder, size, filters=("--filter=stats",), parameters=(f"statsfile={counted}",)
     )
     options = ("--rate_iops=4000", f"--random_distribution={distribution}")
     with target, _served(lab, subject, [lab.image("source")]) as server:
@@ -164,8 +172,8 @@ def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
             server.qmp.wait_for(READY, job)
         server.qmp.execute("block-job-complete", {"device": job})
         server.qmp.wait_for(COMPLETED, job)
-    text = statistics.read_text()
-    statistics.unlink()
+    text = counted.read_text()
+    counted.unlink()
     return {"written": written_bytes(text) / MiB}
 
 
@@ -189,14 +197,14 @@ def several_disks(lab: Lab, subject: str, *, servers: int) -> Figures:
         return {"seconds": max(server.qmp.wait_for(READY, job) for server, job in jobs) - began_s}
 
 
-def written_bytes(statistics: str) -> float:
+def written_bytes(text: str) -> float:
     """Of nbdkit's stats filter: `write: 10 ops, 0.1 s, 1.25 GiB, ...`."""
     units = {"bytes": 1, "KiB": 1 << 10, "MiB": MiB, "GiB": GiB}
-    for line in statistics.splitlines():
+    for line in text.splitlines():
         if line.startswith("write:"):
             number, unit = line.split(", ")[2].split()[:2]
             return float(number) * units[unit]
-    raise BenchError(f"no writes in: {statistics}")
+    raise BenchError(f"no writes in: {text}")
 
 
 def _copy(lab: Lab, subject: str, source: Path, target: Target) -> Figures:
