@@ -49,15 +49,19 @@ class Disk:
 
     def pread(self, buf: memoryview, offset: int) -> None:
         ledger = self.ledger
-        token = ledger.enter_read()
+        token = next(ledger.tokens)  # as enter_read
+        ledger.reading.add(token)
         try:
             self._source.pread(buf, offset)
         finally:
-            ledger.leave_read(token)
+            ledger.reading.discard(token)  # as leave_read
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool) -> None:
         ledger = self.ledger
-        token = ledger.enter()
+        token = next(ledger.tokens)  # as enter
+        ledger.writing.add(token)
+        if ledger.gate is not None:
+            ledger.wait_at_gate(token)
         synchronous, settled = self.synchronous, None
         try:
             if synchronous is None:
@@ -65,7 +69,12 @@ class Disk:
             else:
                 settled = synchronous.pwrite(self._source, buf, offset, fua)
         finally:
-            ledger.leave(token, offset, len(buf), settled)
+            if ledger.bitmaps:
+                ledger.leave(token, offset, len(buf), settled)
+            else:  # as leave
+                ledger.writing.discard(token)
+                if ledger.gate is not None:
+                    ledger.tell_gate()
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
         ledger = self.ledger

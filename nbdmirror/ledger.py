@@ -43,23 +43,27 @@ from nbdmirror.device import round_out
 
 
 class Ledger:
-    """One disk's guest requests under way, the gate that holds them, and the bitmaps they mark."""
+    """One disk's guest requests under way, the gate that holds them, and the bitmaps they mark.
+
+    The attributes are for Disk's `pread` and `pwrite`, which do what `enter`, `leave` and their
+    like do without calling them: every request pays for that, see docs/performance.md.
+    """
 
     def __init__(self) -> None:
-        self._tokens = itertools.count()
-        self._writing: set[int] = set()
-        self._reading: set[int] = set()
-        self._bitmaps: tuple[DirtyBitmap, ...] = ()
-        self._gate: _Gate | None = None
+        self.tokens = itertools.count()
+        self.writing: set[int] = set()
+        self.reading: set[int] = set()
+        self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        self.gate: _Gate | None = None
 
     # Guest threads.
 
     def enter(self) -> int:
         """A changing request begins; waits while the gate is closed. Returns its token."""
-        token = next(self._tokens)
-        self._writing.add(token)
-        if self._gate is not None:
-            self._wait_at_gate(token)
+        token = next(self.tokens)
+        self.writing.add(token)
+        if self.gate is not None:
+            self.wait_at_gate(token)
         return token
 
     def leave(
@@ -67,53 +71,55 @@ class Ledger:
     ) -> None:
         """A changing request ended, well or not: the range may differ from the target now.
         `settled` is the bitmap of a mirror that a synchronous write has dealt with itself."""
-        for bitmap in self._bitmaps:
+        for bitmap in self.bitmaps:
             if bitmap is not settled:
                 bitmap.mark(offset, length)
-        self._writing.discard(token)
-        if self._gate is not None:
-            self._tell_gate()
+        self.writing.discard(token)
+        if self.gate is not None:
+            self.tell_gate()
 
     def enter_read(self) -> int:
         """A request that changes nothing begins. It never waits, not even at the gate."""
-        token = next(self._tokens)
-        self._reading.add(token)
+        token = next(self.tokens)
+        self.reading.add(token)
         return token
 
     def leave_read(self, token: int) -> None:
-        self._reading.discard(token)
+        self.reading.discard(token)
 
-    def _wait_at_gate(self, token: int) -> None:
-        while (gate := self._gate) is not None:
-            self._writing.discard(token)
-            self._tell_gate()
+    def wait_at_gate(self, token: int) -> None:
+        """Of a changing request that has announced itself and then seen the gate."""
+        while (gate := self.gate) is not None:
+            self.writing.discard(token)
+            self.tell_gate()
             gate.opened.wait()
-            self._writing.add(token)
+            self.writing.add(token)
 
-    def _tell_gate(self) -> None:
-        gate = self._gate
-        if gate is not None and not self._writing:
+    def tell_gate(self) -> None:
+        """A request left, or stands at the gate."""
+        gate = self.gate
+        if gate is not None and not self.writing:
             gate.on_idle()
 
     # The owner of the disk's jobs (one thread).
 
     def attach(self, bitmap: DirtyBitmap) -> None:
         """From now on every changing request that *ends* marks `bitmap` (point 2 above)."""
-        self._bitmaps = (*self._bitmaps, bitmap)
+        self.bitmaps = (*self.bitmaps, bitmap)
 
     def detach(self, bitmap: DirtyBitmap) -> None:
-        self._bitmaps = tuple(b for b in self._bitmaps if b is not bitmap)
+        self.bitmaps = tuple(b for b in self.bitmaps if b is not bitmap)
 
     def close_gate(self, on_idle: Callable[[], None]) -> None:
         """Hold new changing requests back. `on_idle` is called, from any thread and perhaps more
         than once, when none is under way any more; it must not block. Ask `is_idle` then."""
-        assert self._gate is None, "the gate is closed already"
-        self._gate = _Gate(on_idle)
-        self._tell_gate()
+        assert self.gate is None, "the gate is closed already"
+        self.gate = _Gate(on_idle)
+        self.tell_gate()
 
     def open_gate(self) -> None:
         """Let everybody go on. Whoever closes the gate opens it, within a bound."""
-        gate, self._gate = self._gate, None
+        gate, self.gate = self.gate, None
         if gate is not None:
             gate.opened.set()
 
@@ -121,27 +127,27 @@ class Ledger:
     def is_idle(self) -> bool:
         """No changing request is under way. Once true behind a closed gate, it stays true: a guest
         that announces itself later sees the gate before it does any I/O."""
-        gate = self._gate
+        gate = self.gate
         if gate is None:
-            return not self._writing
-        gate.was_idle = gate.was_idle or not self._writing
+            return not self.writing
+        gate.was_idle = gate.was_idle or not self.writing
         return gate.was_idle
 
     def reads(self) -> frozenset[int]:
         """The reads under way, for whoever waits until these have gone (`reads_left`)."""
-        return frozenset(self._reading)
+        return frozenset(self.reading)
 
     def reads_left(self, reads: frozenset[int]) -> frozenset[int]:
         """Those of `reads` that are still under way. Tokens are never used again."""
-        return reads & frozenset(self._reading) if reads else reads
+        return reads & frozenset(self.reading) if reads else reads
 
     def writes(self) -> frozenset[int]:
         """The changing requests under way, for `writes_left`."""
-        return frozenset(self._writing)
+        return frozenset(self.writing)
 
     def writes_left(self, writes: frozenset[int]) -> frozenset[int]:
         """Those of `writes` that are still under way."""
-        return writes & frozenset(self._writing) if writes else writes
+        return writes & frozenset(self.writing) if writes else writes
 
 
 @dataclass(slots=True)

@@ -308,7 +308,7 @@ class World:
 
         self.ledger = self.ledger_class()
         self.announced = AnnouncedGuests()
-        self.ledger._writing = self.announced
+        self.ledger.writing = self.announced
         self.tracker = self.tracker_class(self.size, granularity)
         self.condition = StepCondition()
         self.queue = StepQueue()
@@ -358,7 +358,7 @@ class World:
         self.is_held = True
         self.is_told_idle = False
         self.ledger.close_gate(self._on_idle)
-        gate: Any = self.ledger._gate
+        gate: Any = self.ledger.gate
         gate.opened = StepEvent()
 
     def hold_meanwhile(self) -> None:
@@ -502,7 +502,7 @@ class World:
 
     def _check_gate(self) -> None:
         """Once idle behind a closed gate, no guest touches the source until it is opened."""
-        if self.ledger._gate is None:
+        if self.ledger.gate is None:
             self._frozen = None
         elif self._frozen is not None:
             assert self.ledger.is_idle, "idle behind a closed gate, and not any more"

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from nbdmirror.copier import REQUESTS_MAX, SLICE_S, ZERO_UNIT_BYTES, Copier
+from nbdmirror.copier import (
+    QUICK_WRITE_S,
+    REQUEST_BYTES_MAX,
+    REQUESTS_QUICK_MAX,
+    SLICE_S,
+    ZERO_UNIT_BYTES,
+    Copier,
+)
 from nbdmirror.device import Done, Extent, ExtentsDone, MemoryDevice
 from nbdmirror.ledger import Tracker
 
@@ -161,7 +168,7 @@ def data(size: int) -> MemoryDevice:
 
 @pytest.mark.parametrize(
     ("buffer_bytes", "slots"),
-    [(16 * MIB, REQUESTS_MAX), (4 * MIB, 4), (1 * MIB, 1), (64 * KIB, 1), (1 * KIB, 1)],
+    [(16 * MIB, REQUESTS_QUICK_MAX), (2 * MIB, 4), (1 * MIB, 2), (64 * KIB, 1), (1 * KIB, 1)],
 )
 def test_requests_and_bytes_are_bounded(buffer_bytes: int, slots: int) -> None:
     devices = Devices(data(24 * MIB), keeps=("read", "write"))
@@ -171,7 +178,9 @@ def test_requests_and_bytes_are_bounded(buffer_bytes: int, slots: int) -> None:
     while devices.kept:
         assert copier.in_flight == len(devices.kept) <= slots
         assert tracker.in_flight_bytes <= bound
-        assert max(length for _, length in devices.of("read", "write")) <= min(MIB, bound)
+        assert max(length for _, length in devices.of("read", "write")) <= min(
+            REQUEST_BYTES_MAX, bound
+        )
         if not tracker.dirty.is_empty:
             assert copier.in_flight == slots, "a slot stands empty"
         devices.kept.pop(0)()
@@ -258,20 +267,21 @@ def test_a_granule_larger_than_a_request_goes_in_pieces() -> None:
         devices.kept.pop(0)()
     assert devices.target == devices.device.data
     assert tracker.in_sync
-    assert {length for _, length in devices.of("read")} == {MIB, 5}
+    assert {length for _, length in devices.of("read")} == {REQUEST_BYTES_MAX, 5}
 
 
 def test_what_ends_at_once_does_not_recurse() -> None:
-    """64 pieces of one granule, and 1024 claims, with devices that never wait."""
+    """64 pieces of one granule, and 1024 claims, with devices that never wait (real targets always
+    do: their replies come from the loop)."""
     before = frames()
     small = Devices(data(64 * MIB))
     a_copier(small, granularity=64 * KIB, request_bytes_max=64 * KIB)[0].start()
     assert small.target == small.device.data
     assert small.frames_max - before < 20
     large = Devices(data(64 * MIB))
-    a_copier(large, granularity=64 * MIB)[0].start()
+    a_copier(large, granularity=32 * MIB)[0].start()
     assert large.target == large.device.data
-    # Grows with the pieces of a granule, of which there are 64 at most; half of it is this test's.
+    # Grows with the pieces of a granule; half of it is this test's.
     assert large.frames_max - before < 11 * 64
 
 
@@ -294,6 +304,25 @@ def test_a_failed_copy_is_dirty_again_and_told(kind: str, operation: str, is_dat
     assert tracker.in_sync
 
 
+@pytest.mark.parametrize(
+    ("took_s", "slots"),
+    [(QUICK_WRITE_S / 2, REQUESTS_QUICK_MAX), (QUICK_WRITE_S, 16 * MIB // REQUEST_BYTES_MAX)],
+)
+def test_a_slow_target_gets_all_that_buf_size_allows(took_s: float, slots: int) -> None:
+    clock = Clock()
+    devices = Devices(data(48 * MIB), keeps=("write",))
+    copier, tracker, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
+    copier.start()
+    assert copier.in_flight == REQUESTS_QUICK_MAX
+    deepest = 0
+    while devices.kept:
+        clock.advance(took_s)
+        devices.kept.pop(0)()
+        deepest = max(deepest, copier.in_flight)
+    assert deepest == slots
+    assert tracker.in_sync
+
+
 def test_after_stop_what_is_in_flight_ends_and_nothing_begins() -> None:
     devices = Devices(data(24 * MIB), keeps=("read",))
     copier, tracker, watcher = a_copier(devices)
@@ -301,23 +330,23 @@ def test_after_stop_what_is_in_flight_ends_and_nothing_begins() -> None:
     copier.stop()
     for end in list(devices.kept):
         end()
-    assert len(devices.kept) == REQUESTS_MAX
+    assert len(devices.kept) == REQUESTS_QUICK_MAX
     assert watcher.settled == 1
     assert copier.in_flight == 0
-    assert tracker.dirty.dirty_bytes == 8 * MIB
+    assert tracker.dirty.dirty_bytes == 24 * MIB - REQUESTS_QUICK_MAX * REQUEST_BYTES_MAX
 
 
 def test_new_writes_do_not_send_the_copier_back() -> None:
     """Rule 35: once around, then from the start."""
     devices = Devices(data(8 * MIB), keeps=("write",))
-    copier, tracker, _ = a_copier(devices, buffer_bytes=1 * MIB)
+    copier, tracker, _ = a_copier(devices, buffer_bytes=REQUEST_BYTES_MAX)
     copier.start()
     while devices.kept:
         if len(devices.of("write")) < 6:
             tracker.dirty.mark(0, 1)
         devices.kept.pop(0)()
     offsets = [offset for offset, _ in devices.of("write")]
-    assert offsets == [*range(0, 8 * MIB, MIB), 0]
+    assert offsets == [*range(0, 8 * MIB, REQUEST_BYTES_MAX), 0]
 
 
 def test_a_flush_of_an_untouched_target_is_none() -> None:
@@ -382,8 +411,8 @@ def test_speed_limit_with_slow_extents() -> None:
         clock.advance(0.05)
         copier.pump()
         started = sum(length for _, length in devices.of("read"))
-        assert started <= speed * clock.now_s + REQUESTS_MAX * claim
-    assert started >= speed * clock.now_s - REQUESTS_MAX * claim
+        assert started <= speed * clock.now_s + REQUESTS_QUICK_MAX * claim
+    assert started >= speed * clock.now_s - REQUESTS_QUICK_MAX * claim
 
 
 def test_no_speed_limit_where_guests_wait() -> None:

@@ -186,7 +186,7 @@ def test_idle_stays_true_while_a_guest_comes_to_the_closed_gate() -> None:
     answers: list[bool] = []
     announced = AnnouncedGuests()
     announced.on_add = lambda: answers.append(ledger.is_idle)
-    ledger._writing = announced
+    ledger.writing = announced
     arrived = threading.Event()
     ledger.close_gate(lambda: arrived.set() if answers else None)
     assert ledger.is_idle

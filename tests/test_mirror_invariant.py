@@ -343,7 +343,7 @@ class MarksBeforeOnly(World):
 
     def enter(self, guest: Guest) -> int:
         token = super().enter(guest)
-        for bitmap in self.ledger._bitmaps:
+        for bitmap in self.ledger.bitmaps:
             bitmap.mark(guest.offset, guest.length)
         return token
 
@@ -371,7 +371,7 @@ class DecidesAtEntry(World):
 
         def enter(self) -> int:
             token = super().enter()
-            self.seen[token] = self._bitmaps
+            self.seen[token] = self.bitmaps
             return token
 
         def leave(
@@ -500,12 +500,12 @@ class LooksAtTheGateFirst(World):
     """The gate is Dekker's: a guest that looks before it announces itself gets through."""
 
     def enter(self, guest: Guest) -> int:
-        if self.ledger._gate is not None:
+        if self.ledger.gate is not None:
             return super().enter(guest)
         close, self.announced.on_add = self.announced.on_add, None
         if close is not None:
             close()
-        token = next(self.ledger._tokens)
+        token = next(self.ledger.tokens)
         self.announced.add(token)
         return token
 

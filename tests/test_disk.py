@@ -1,0 +1,191 @@
+"""Disk: what a guest's request tells the ledger, and when. `pread` and `pwrite` do by themselves
+what the ledger's methods do, so each step is looked at from inside of the device."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.device import Extent, MemoryDevice
+from nbdmirror.disk import Disk
+
+SIZE, GRANULARITY, WAIT_S = 1 << 20, 4096, 10.0
+
+
+class Probe(MemoryDevice):
+    """Calls `during` in the middle of each operation; it may raise."""
+
+    during: Callable[[], None] = staticmethod(lambda: None)
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        self.during()
+        super().pread(buf, offset)
+
+    def pwrite(self, buf: object, offset: int, fua: bool = False) -> None:
+        self.during()
+        super().pwrite(buf, offset, fua)  # type: ignore[arg-type]
+
+    def zero(self, offset: int, length: int, **options: bool) -> None:
+        self.during()
+        super().zero(offset, length, **options)
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self.during()  # and nothing else: a trim is a hint
+
+    def flush(self) -> None:
+        self.during()
+        super().flush()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        self.during()
+        return super().extents(offset, length)
+
+    def cache(self, offset: int, length: int) -> None:
+        self.during()
+        super().cache(offset, length)
+
+
+CHANGES: dict[str, Callable[[Disk], None]] = {
+    "write": lambda disk: disk.pwrite(b"x" * 100, 5000, False),
+    "write-fua": lambda disk: disk.pwrite(b"x" * 100, 5000, True),
+    "zero": lambda disk: disk.zero(5000, 100, may_trim=True, fua=False, fast=False),
+    "trim": lambda disk: disk.trim(5000, 100, fua=False),
+    "flush": lambda disk: disk.flush(),
+}
+READS: dict[str, Callable[[Disk], object]] = {
+    "read": lambda disk: disk.pread(memoryview(bytearray(100)), 5000),
+    "extents": lambda disk: disk.extents(5000, 100),
+    "cache": lambda disk: disk.cache(5000, 100),
+}
+changes = pytest.mark.parametrize("kind", CHANGES)
+reads = pytest.mark.parametrize("kind", READS)
+
+
+@pytest.fixture
+def probe() -> Probe:
+    return Probe(SIZE)
+
+
+@pytest.fixture
+def disk(probe: Probe) -> Disk:
+    return Disk("disk0", probe)
+
+
+def fail() -> None:
+    raise OSError(errno.EIO, "an error of the disk")
+
+
+@changes
+def test_a_change_is_announced_while_it_runs(disk: Disk, probe: Probe, kind: str) -> None:
+    seen: list[int] = []
+    probe.during = lambda: seen.append(len(disk.ledger.writes()))
+    CHANGES[kind](disk)
+    assert seen == [1]
+    assert not disk.ledger.writes()
+
+
+@changes
+def test_a_change_that_fails_has_left_all_the_same(disk: Disk, probe: Probe, kind: str) -> None:
+    dirty = DirtyBitmap(SIZE, GRANULARITY)
+    disk.ledger.attach(dirty)
+    probe.during = fail
+    with pytest.raises(OSError, match="an error of the disk"):
+        CHANGES[kind](disk)
+    assert not disk.ledger.writes()
+    assert dirty.dirty_bytes == (0 if kind == "flush" else GRANULARITY)
+
+
+@changes
+def test_a_mirror_that_begins_in_mid_change_is_told(disk: Disk, probe: Probe, kind: str) -> None:
+    dirty = DirtyBitmap(SIZE, GRANULARITY)
+    probe.during = lambda: disk.ledger.attach(dirty)
+    CHANGES[kind](disk)
+    assert dirty.next_run(0, SIZE) == (None if kind == "flush" else (GRANULARITY, GRANULARITY))
+
+
+@changes
+def test_nothing_is_marked_before_the_disk_has_it(disk: Disk, probe: Probe, kind: str) -> None:
+    dirty = DirtyBitmap(SIZE, GRANULARITY)
+    disk.ledger.attach(dirty)
+    seen: list[int] = []
+    probe.during = lambda: seen.append(dirty.dirty_bytes)
+    CHANGES[kind](disk)
+    assert seen == [0]
+
+
+@changes
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_gate_is_told_of_the_last_change(
+    disk: Disk, probe: Probe, kind: str, marked: bool
+) -> None:
+    if marked:
+        disk.ledger.attach(DirtyBitmap(SIZE, GRANULARITY))
+    told: list[bool] = []
+    probe.during = lambda: disk.ledger.close_gate(lambda: told.append(disk.ledger.is_idle))
+    CHANGES[kind](disk)
+    assert told == [True]
+    disk.ledger.open_gate()
+
+
+@changes
+def test_a_change_waits_at_the_closed_gate(disk: Disk, probe: Probe, kind: str) -> None:
+    began, ended = threading.Event(), threading.Event()
+    probe.during = began.set
+    disk.ledger.close_gate(lambda: None)
+
+    def guest() -> None:
+        CHANGES[kind](disk)
+        ended.set()
+
+    thread = threading.Thread(target=guest, daemon=True)
+    waiting = threading.Event()
+    wait_at_gate = disk.ledger.wait_at_gate
+
+    def arrived(token: int) -> None:
+        waiting.set()
+        wait_at_gate(token)
+
+    disk.ledger.wait_at_gate = arrived  # type: ignore[method-assign]
+    thread.start()
+    assert waiting.wait(WAIT_S)
+    assert disk.ledger.is_idle
+    assert not began.is_set()
+    disk.ledger.open_gate()
+    assert ended.wait(WAIT_S)
+    assert began.is_set()
+
+
+@changes
+def test_a_change_behind_the_gate_is_the_new_source_s(disk: Disk, probe: Probe, kind: str) -> None:
+    target = Probe(SIZE)
+    at_source, at_target, ended = threading.Event(), threading.Event(), threading.Event()
+    probe.during, target.during = at_source.set, at_target.set
+    disk.ledger.close_gate(lambda: None)
+    thread = threading.Thread(target=lambda: (CHANGES[kind](disk), ended.set()), daemon=True)
+    thread.start()
+    assert disk.ledger.is_idle
+    assert disk.swap(target) is probe
+    disk.ledger.open_gate()
+    assert ended.wait(WAIT_S)
+    assert at_target.is_set()
+    assert not at_source.is_set()
+
+
+@reads
+def test_a_read_is_announced_and_never_waits(disk: Disk, probe: Probe, kind: str) -> None:
+    seen: list[tuple[int, int]] = []
+    ledger = disk.ledger
+    probe.during = lambda: seen.append((len(ledger.reads()), len(ledger.writes())))
+    ledger.close_gate(lambda: None)
+    READS[kind](disk)
+    assert seen == [(1, 0)]
+    assert not ledger.reads()
+    probe.during = fail
+    with pytest.raises(OSError, match="an error of the disk"):
+        READS[kind](disk)
+    assert not ledger.reads()
+    ledger.open_gate()
