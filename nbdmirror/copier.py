@@ -25,15 +25,15 @@ from typing import Protocol
 from nbdmirror.device import AsyncSource, AsyncTarget, Done, Extent, round_out
 from nbdmirror.ledger import Claim, Tracker
 
-REQUEST_BYTES_MAX = 512 << 10
-"""Largest read and write: larger ones gain nothing on a local socket, smaller ones cost more."""
+REQUEST_BYTES_MAX = 1 << 20
+"""Largest read and write, QEMU's MAX_IO_BYTES: larger ones gain nothing on a local socket."""
 
-REQUESTS_QUICK_MAX = 6
-"""Claims in flight on a target that answers quickly: 3 MiB stay in the processor's cache on their
+REQUESTS_QUICK_MAX = 4
+"""Claims in flight on a target that answers quickly: 4 MiB stay in the processor's cache on their
 way to a local server, 16 do not, and copies take a tenth longer."""
 
 QUICK_WRITE_S = 0.002
-"""What answers within this is quick: 3 MiB each 2 ms are more than such a link carries. To a slower
+"""What answers within this is quick: 4 MiB each 2 ms are more than such a link carries. To a slower
 one as much is in flight as fits into buf-size."""
 
 BUFFER_BYTES_DEFAULT = 16 << 20

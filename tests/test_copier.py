@@ -168,7 +168,7 @@ def data(size: int) -> MemoryDevice:
 
 @pytest.mark.parametrize(
     ("buffer_bytes", "slots"),
-    [(16 * MIB, REQUESTS_QUICK_MAX), (2 * MIB, 4), (1 * MIB, 2), (64 * KIB, 1), (1 * KIB, 1)],
+    [(16 * MIB, REQUESTS_QUICK_MAX), (3 * MIB, 3), (1 * MIB, 1), (64 * KIB, 1), (1 * KIB, 1)],
 )
 def test_requests_and_bytes_are_bounded(buffer_bytes: int, slots: int) -> None:
     devices = Devices(data(24 * MIB), keeps=("read", "write"))
@@ -279,7 +279,7 @@ def test_what_ends_at_once_does_not_recurse() -> None:
     assert small.target == small.device.data
     assert small.frames_max - before < 20
     large = Devices(data(64 * MIB))
-    a_copier(large, granularity=32 * MIB)[0].start()
+    a_copier(large, granularity=64 * MIB)[0].start()
     assert large.target == large.device.data
     # Grows with the pieces of a granule; half of it is this test's.
     assert large.frames_max - before < 11 * 64
