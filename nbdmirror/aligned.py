@@ -29,7 +29,7 @@ BOUNCE_BYTES = 1 << 20
 of 16 threads would need 1 GiB, and pieces of 1 MiB already run at the device's full speed."""
 
 
-class AlignedDevice:
+class AlignedDevice(BlockDevice):
     """`inner` with a minimum block size of 1.
 
     `bounce`: `inner` wants page-aligned memory; then all data is copied through such a buffer.

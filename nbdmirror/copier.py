@@ -130,8 +130,6 @@ class Copier:
         """Bytes settled well since the start: QEMU's `offset`, which never goes back."""
         self.written_bytes = 0
         """Bytes of data sent to the target, zeroes not counted."""
-        self.has_written = False
-        """Whether the target was changed at all: before that there is nothing to flush."""
         self.speed_bytes_per_s = 0
         self.is_urgent = False
         """Guests wait: the speed limit does not hold."""
@@ -307,7 +305,6 @@ class Copier:
 
     def _write(self, copy: _Copy, runs: list[tuple[int, int, bool]]) -> None:
         copy.operation = "write"
-        self.has_written = True
         copy.pending = len(runs)
         base = runs[0][0]
         start_s = self._clock()
@@ -342,8 +339,9 @@ class Copier:
                 self.observer.copy_settled()
 
     def flush(self, done: Done) -> None:
-        """Make durable what was written to the target; nothing if it was never changed."""
-        if not self.has_written:
+        """Make durable what the target has acknowledged, the synchronous writes included; without
+        a request if there is no such thing."""
+        if self.tracker.unflushed.is_empty and not self._flushes:
             done(None)
             return
         covered = self.tracker.begin_flush()

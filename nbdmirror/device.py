@@ -44,6 +44,18 @@ class BlockSize:
     maximum: int = REQUEST_BYTES_MAX
 
 
+ReadPart = Callable[[tuple[memoryview], int], int]
+WritePart = Callable[[Buffer, int], int]
+
+
+def _read_nothing(bufs: tuple[memoryview], offset: int) -> int:
+    return 0
+
+
+def _write_nothing(buf: Buffer, offset: int) -> int:
+    return 0
+
+
 class BlockDevice(Protocol):
     """A disk with blocking calls, safe to call from any number of threads at once.
 
@@ -63,6 +75,11 @@ class BlockDevice(Protocol):
     """Bytes."""
     read_only: bool
     block_size: BlockSize
+    read_part: ReadPart = staticmethod(_read_nothing)
+    """`pread` of a first part of `(buf,)`, in one call of C; returns its length. Where a device has
+    none it is 0 bytes long. Disk tries these first: see docs/performance.md."""
+    write_part: WritePart = staticmethod(_write_nothing)
+    """`pwrite` of a first part of `buf`, in the same way."""
 
     def pread(self, buf: memoryview, offset: int) -> None:
         """Fill all of `buf` from `offset`."""
@@ -152,7 +169,7 @@ def round_out(offset: int, length: int, unit: int) -> tuple[int, int]:
     return start, end - start
 
 
-class MemoryDevice:
+class MemoryDevice(BlockDevice):
     """A disk in memory, holes included: the reference for every other device.
 
     `allocated` has one byte a 4096-byte block, so that trim, zero and extents can be observed.

@@ -51,8 +51,10 @@ class Disk:
         ledger = self.ledger
         token = next(ledger.tokens)  # as enter_read
         ledger.reading.add(token)
+        source = self._source
         try:
-            self._source.pread(buf, offset)
+            if source.read_part((buf,), offset) != len(buf):
+                source.pread(buf, offset)
         finally:
             ledger.reading.discard(token)  # as leave_read
 
@@ -65,7 +67,9 @@ class Disk:
         synchronous, settled = self.synchronous, None
         try:
             if synchronous is None:
-                self._source.pwrite(buf, offset, fua)
+                source = self._source
+                if fua or source.write_part(buf, offset) != len(buf):
+                    source.pwrite(buf, offset, fua)
             else:
                 settled = synchronous.pwrite(self._source, buf, offset, fua)
         finally:

@@ -15,6 +15,7 @@ import errno
 import mmap
 import os
 import stat
+from functools import partial
 
 from nbdmirror import linux
 from nbdmirror.aligned import AlignedDevice
@@ -40,7 +41,7 @@ _zeroes = memoryview(mmap.mmap(-1, ZEROES_BYTES, prot=mmap.PROT_READ))  # aligne
 _pread, _pwrite = os.preadv, os.pwrite
 
 
-class FileDevice:
+class FileDevice(BlockDevice):
     """A raw file or block device. Errors are the system's OSError, or DeviceError with clear text.
 
     The size is what it was at opening. With O_DIRECT it takes whole units in aligned memory only;
@@ -56,6 +57,9 @@ class FileDevice:
         preferred = max(512, alignment, min(status.st_blksize, PREFERRED_BYTES_MAX))
         self.block_size = BlockSize(alignment, 1 << (preferred.bit_length() - 1))
         self._fd = fd
+        self.read_part = partial(os.preadv, fd)
+        if not read_only:
+            self.write_part = partial(os.pwrite, fd)
         self._is_block = stat.S_ISBLK(status.st_mode)
         self._is_direct = alignment > 1
         self._sector = linux.sector_size(fd) if self._is_block else 1

@@ -88,12 +88,20 @@ class Ledger:
         self.reading.discard(token)
 
     def wait_at_gate(self, token: int) -> None:
-        """Of a changing request that has announced itself and then seen the gate."""
+        """Of a changing request that has announced itself and then seen the gate. Whoever waits
+        when it opens goes in, even if the next gate closes at once: no request is held twice.
+
+        It withdraws its announcement before it is among the waiting: the other way round it could
+        be let in between the two steps, and then withdraw that.
+        """
         while (gate := self.gate) is not None:
             self.writing.discard(token)
+            gate.waiting.add(token)
             self.tell_gate()
             gate.opened.wait()
-            self.writing.add(token)
+            if token in gate.admitted:
+                return
+            self.writing.add(token)  # it came while the gate was being opened
 
     def tell_gate(self) -> None:
         """A request left, or stands at the gate."""
@@ -121,6 +129,8 @@ class Ledger:
         """Let everybody go on. Whoever closes the gate opens it, within a bound."""
         gate, self.gate = self.gate, None
         if gate is not None:
+            gate.admitted = frozenset(gate.waiting)
+            self.writing |= gate.admitted
             gate.opened.set()
 
     @property
@@ -154,6 +164,9 @@ class Ledger:
 class _Gate:
     on_idle: Callable[[], None]
     was_idle: bool = False
+    waiting: set[int] = field(default_factory=set)
+    admitted: frozenset[int] = frozenset()
+    """Those of the waiting whom its opening has announced again."""
     opened: threading.Event = field(default_factory=threading.Event)
 
 

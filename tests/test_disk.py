@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.device import Extent, MemoryDevice
+from nbdmirror.device import Buffer, Extent, MemoryDevice
 from nbdmirror.disk import Disk
 
 SIZE, GRANULARITY, WAIT_S = 1 << 20, 4096, 10.0
@@ -189,3 +189,24 @@ def test_a_read_is_announced_and_never_waits(disk: Disk, probe: Probe, kind: str
         READS[kind](disk)
     assert not ledger.reads()
     ledger.open_gate()
+
+
+@pytest.mark.parametrize("part", [0, 1, 99, 100])
+def test_what_a_part_left_out_is_done_by_the_device(probe: Probe, part: int) -> None:
+    content = bytes(range(1, 101))
+
+    def write_part(buf: Buffer, offset: int) -> int:
+        probe.data[offset : offset + part] = memoryview(buf)[:part]
+        return part
+
+    def read_part(bufs: tuple[memoryview], offset: int) -> int:
+        bufs[0][:part] = probe.data[offset : offset + part]
+        return part
+
+    probe.write_part, probe.read_part = write_part, read_part
+    disk = Disk("disk0", probe)
+    disk.pwrite(content, 5000, False)
+    assert probe.data[5000:5100] == content
+    got = bytearray(100)
+    disk.pread(memoryview(got), 5000)
+    assert got == content

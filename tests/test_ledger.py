@@ -395,3 +395,24 @@ def test_a_flush_across_a_lost_connection_covers_nothing() -> None:
     tracker.target_came_back()
     tracker.end_flush(covered, failed=False)
     assert tracker.dirty.is_dirty(0, GRANULE)
+
+
+def test_who_was_let_go_is_not_held_by_the_next_gate() -> None:
+    """An attempt to end timed out, and the next one begins at once, as Quiesce does."""
+    ledger = Ledger()
+    at_gate, through = threading.Event(), threading.Event()
+
+    def write() -> None:
+        token = ledger.enter()
+        through.set()
+        ledger.leave(token, 0, 0)
+
+    ledger.close_gate(lambda: None)
+    assert ledger.gate is not None
+    ledger.gate.on_idle = at_gate.set
+    threading.Thread(target=write, daemon=True).start()
+    assert at_gate.wait(10)
+    ledger.open_gate()
+    ledger.close_gate(lambda: None)
+    assert through.wait(10), "held by a second gate as well: for two attempts, or for ever"
+    ledger.open_gate()
