@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import os
 import re
 import signal
@@ -23,6 +24,8 @@ from nbdmirror.qmpschema import COMMANDS
 from nbdmirror.schema import Array, Enum, StringOr, Struct
 
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RULES = 47
+"""How many docs/rules.md has."""
 
 
 def text_of(name: str) -> str:
@@ -154,6 +157,29 @@ def test_every_test_that_is_named_is_there() -> None:
         tree = ast.parse((ROOT / file).read_text())
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert test in functions, f"{file}::{test}"
+
+
+def test_every_rule_has_its_tests() -> None:
+    """Functions, and mutants that are in the list of those which must be caught."""
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", text_of("rules.md"), flags=re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, RULES + 1))
+    for number, _, tests in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+        assert named and len(named) == tests.count("`") // 2, f"rule {number}: {tests}"
+        for file, test in named:
+            assert test in names_in(file), f"rule {number}: {file}::{test}"
+
+
+@functools.cache
+def names_in(file: str) -> set[str]:
+    """Names of a file's test functions, and of its mutants."""
+    found: set[str] = set()
+    for node in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MUTANTS":
+            found |= {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+    return found
 
 
 # The tour
