@@ -15,6 +15,7 @@ from nbdmirror.bitmaps import Change, NamedBitmap
 from nbdmirror.copier import BUFFER_BYTES_DEFAULT
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError, DeviceNotActive
+from nbdmirror.group import Group
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.server import Server
@@ -52,11 +53,15 @@ def transact(server: Server, arguments: Arguments) -> None:
     """Carry out a transaction's actions in order; if one cannot be done, those before it are taken
     back and its error is raised."""
     mode = arguments.get("properties", {}).get("completion-mode", "individual")
+    group = Group() if mode == "grouped" else None
     done: list[Change] = []
     try:
         for action in arguments["actions"]:
             name, data = action["type"], action["data"]
-            if mode == "grouped":
+            if group is not None and name in _GROUPED_ACTIONS:
+                done.append(_GROUPED_ACTIONS[name](server, data, group))
+                continue
+            if group is not None and name != "abort":
                 raise CommandError(
                     f"Action '{name}' does not support Transaction property "
                     f"completion-mode = grouped"
@@ -74,8 +79,10 @@ def _abort(server: Server, data: Arguments) -> Change:
     raise CommandError("Transaction aborted using Abort action")
 
 
-def _mirror(server: Server, data: Arguments) -> Change:
+def _mirror(server: Server, data: Arguments, group: Group | None = None) -> Change:
     job = create_mirror(server, data)
+    if group is not None:
+        group.add(job)
     return Change(job.discard, partial(server.mirrors.begin, job))
 
 
@@ -155,6 +162,12 @@ _ACTIONS: dict[str, Callable[[Server, Arguments], Change]] = {
     "block-job-complete": _complete,
     "block-job-cancel": _cancel,
 }
+
+
+_GROUPED_ACTIONS: dict[str, Callable[[Server, Arguments, Group], Change]] = {
+    "blockdev-mirror": _mirror,
+}
+"""Those that start a job: only jobs can end together."""
 
 
 def _sync_bitmap(server: Server, disk: Disk, arguments: Arguments) -> NamedBitmap | None:

@@ -32,7 +32,6 @@ REPLY_S_MAX = 60.0
 DISCONNECT_S_MAX = 2.0
 
 Job = dict[str, Any]
-_ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,22 +138,26 @@ async def _connect(path: str) -> AsyncIterator[_Session]:
 # Which job
 
 
+class _NoJob(CliError):
+    """The job that is meant is not there, or not any more."""
+
+
 async def _find_job(session: _Session, args: argparse.Namespace) -> str:
     jobs = await session.jobs()
     running = f"jobs: {', '.join(jobs)}" if jobs else "there is no job at all"
     if args.job:
         if args.job in jobs:
             return str(args.job)
-        raise CliError(f"there is no job {args.job} ({running})")
+        raise _NoJob(f"there is no job {args.job} ({running})")
     if args.device:
         for disk in (await session.status()).get("disks", []):
             for job in disk.get("jobs", []) if disk.get("name") == args.device else []:
                 return str(job["device"])
         if args.device in jobs:
             return str(args.device)
-        raise CliError(f"disk {args.device} has no job ({running})")
+        raise _NoJob(f"disk {args.device} has no job ({running})")
     if not jobs:
-        raise CliError("there is no job (start one with: nbdmirror mirror TARGET_URI)")
+        raise _NoJob("there is no job (start one with: nbdmirror mirror TARGET_URI)")
     if len(jobs) > 1:
         raise CliError(f"there are several jobs ({', '.join(jobs)}): choose one with --job")
     return next(iter(jobs))
@@ -173,19 +176,17 @@ class _Watch:
         self._job = job
         self._display = display
         self._ready = False
+        self._sizes: tuple[int, int] | None = None
 
     async def until(self, *, ready: bool) -> None:
         """Return when the job has ended, or, if `ready`, when it is ready."""
         while True:
-            jobs = await self._session.jobs()
-            for event in self._session.events.clear():
-                self._hear(event)
-            state = jobs.get(self._job)
+            state = await self.look()
             if state and not self.end:
                 self._display.update(state)
                 self._ready = self._ready or bool(state.get("ready"))
                 if state.get("status") == "concluded":  # kept for block-job-dismiss
-                    self.end = {"event": _ENDS[0], "data": state}
+                    self.end = {"event": cli_status.ENDS[0], "data": state}
             if self.end or (ready and self._ready):
                 return
             if not state:
@@ -193,9 +194,18 @@ class _Watch:
             with contextlib.suppress(TimeoutError):
                 self._hear(await asyncio.wait_for(self._session.events.get(), POLL_S))
 
+    async def look(self) -> Job | None:
+        """Hear what was told so far, and return the job's state, if it is there."""
+        jobs = await self._session.jobs()
+        for event in self._session.events.clear():
+            self._hear(event)
+        return jobs.get(self._job)
+
     def _hear(self, event: Any) -> None:
         name, data = event["event"], event.get("data") or {}
-        if name == "X_NBDMIRROR_PIVOTED":
+        if name == "X_NBDMIRROR_SIZES_DIFFER" and data.get("id") == self._job:
+            self._sizes = data.get("size", 0), data.get("target-size", 0)
+        if name == cli_status.PIVOTED:
             self.pause_ms = data.get("pause-ms", self.pause_ms)
         if data.get("device") != self._job:
             return
@@ -207,7 +217,7 @@ class _Watch:
             self._display.note(text + more)
         elif name == "BLOCK_JOB_PENDING":
             self._display.note(f"{self._job}: waits for block-job-finalize")
-        elif name in _ENDS:
+        elif name in cli_status.ENDS:
             self.end = dict(event)
 
     def report(self, *, verb: str) -> int:
@@ -222,6 +232,12 @@ class _Watch:
                 raise CliError(text)
             print(text)
             return DONE
+        if self._sizes:
+            raise CliError(
+                f"job {self._job} failed: the disk has {self._sizes[0]} bytes, the target"
+                f" {self._sizes[1]}: a target must be of the disk's size, or, with"
+                " --allow-larger-target, larger"
+            )
         if data.get("error"):
             raise CliError(f"job {self._job} failed: {data['error']}")
         pause_ms = data.get("pause-ms", self.pause_ms)
@@ -235,11 +251,23 @@ class _Watch:
 
 
 async def _wait(session: _Session, args: argparse.Namespace) -> int:
-    job = await _find_job(session, args)
+    try:
+        job = await _find_job(session, args)
+    except _NoJob as error:
+        job = _ended_job(session, args, str(error))
     with open_display(time.monotonic) as display:
         watch = _Watch(session, job, display)
         await watch.until(ready=args.ready)
     return watch.report(verb="wait")
+
+
+def _ended_job(session: _Session, args: argparse.Namespace, what: str) -> str:
+    """The job that is meant, if its end was told since this command began. The events stay to be
+    heard by a watch."""
+    if job := cli_status.ended_job(session.events.history, args.job, args.device):
+        return job
+    text = "if there was one, it ended before this command looked, and how is not known"
+    raise CliError(f"{what}; {text}; what is served shows: nbdmirror status")
 
 
 async def _complete(session: _Session, args: argparse.Namespace) -> int:
@@ -249,6 +277,9 @@ async def _complete(session: _Session, args: argparse.Namespace) -> int:
     await session.execute("block-job-complete", device=job)
     with open_display(time.monotonic) as display:
         watch = _Watch(session, job, display)
+        state = await watch.look()
+        if state and state.get("paused") and state.get("ready"):
+            display.note(f"{job}: paused; it will complete after: nbdmirror resume")
         await watch.until(ready=False)
     return watch.report(verb="complete")
 
@@ -289,6 +320,11 @@ async def _mirror(session: _Session, args: argparse.Namespace) -> int:
         x_nbdmirror_allow_larger_target=args.allow_larger_target or None,
     )
     if not args.wait:
+        with open_display(time.monotonic) as display:
+            watch = _Watch(session, job, display)
+            await watch.look()  # what fails at once has been told by now
+        if watch.end:
+            return watch.report(verb="mirror")
         print(f"job {job} mirrors {device} to {args.target}; see: nbdmirror status")
         return DONE
     with open_display(time.monotonic) as display:

@@ -96,7 +96,9 @@ class Meter:
             dirtied = max(0, length - old_length) / (now_s - then_s)
             if copied > dirtied:
                 left_s = max(0, length - offset) / (copied - dirtied)
-        status = "paused" if job.get("paused") else str(job.get("status", "running"))
+        status = str(job.get("status", "running"))
+        if job.get("paused") and status not in ("waiting", "pending"):  # these count, in QEMU
+            status = "paused"
         name = str(job.get("device", "?"))
         return Progress(name, status, offset, length, copied, dirtied, left_s)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from nbdmirror.cli_progress import Meter, size
 
 WATCH_TERMINAL_S = 0.5
+ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+PIVOTED = "X_NBDMIRROR_PIVOTED"
 
 
 def from_query_block(blocks: Any) -> list[dict[str, Any]]:
@@ -69,6 +72,20 @@ def event_text(event: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def ended_job(events: Iterable[Any], job: str | None, device: str | None) -> str | None:
+    """The job that ended last in `events`, of those that are meant: `job`, that of the disk
+    `device`, or any."""
+    told = [(event["event"], event.get("data") or {}) for event in events]
+    meant = {job or device}
+    meant |= {
+        data.get("id") for name, data in told if (name, data.get("device")) == (PIVOTED, device)
+    }
+    for name, data in reversed(told):
+        if name in ENDS and (data.get("device") in meant or meant == {None}):
+            return str(data["device"])
+    return None
 
 
 class _Lines:

@@ -19,7 +19,7 @@ from nbdmirror import __version__, queries
 from nbdmirror.actions import BITMAP_ACTIONS, create_mirror, find_job, transact
 from nbdmirror.errors import CommandError, CommandNotFound, ConfigError
 from nbdmirror.events import Reply
-from nbdmirror.jobstate import JobStatus
+from nbdmirror.job import Job
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node
 from nbdmirror.options import CopyMode
@@ -156,24 +156,30 @@ class Commands:
             raise
 
     async def _end_pending(self, name: str, arguments: Arguments) -> Reply:
-        """Finalize and cancel: where they end a pending job, its last events come before their
-        return, as in QEMU."""
+        """Finalize and cancel: where they end a pending job, the last events of its whole group
+        come before their return, as in QEMU."""
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
 
-        def tell() -> None:
-            loop.call_soon_threadsafe(ended.set_result, None)
+        left: set[Job] = set()
+
+        def tell(job: Job) -> None:
+            left.discard(job)
+            if not left:
+                loop.call_soon_threadsafe(ended.set_result, None)
 
         def start() -> dict[str, Any]:
             job = find_job(self._server, name, arguments)
-            was_pending = job.status is JobStatus.PENDING
+            if job.has_done_its_work:
+                left.update(job.group.jobs)
+            ending = list(left)
             if name.endswith("finalize"):
                 job.finalize()
             else:
                 job.cancel(force=name == "job-cancel" or arguments.get("force", False))
-            if was_pending:
-                job.when_ended(tell)
-            return {"waits": was_pending}
+            for one in ending:
+                one.when_ended(partial(tell, one))
+            return {"waits": bool(ending)}
 
         reply = await self._on_loop(start)
         if not reply.value["waits"]:

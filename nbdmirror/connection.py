@@ -207,8 +207,11 @@ class Connection:
         if self._requests:
             self._appoint_leader()
         if request.error is not None:
-            if self._loop is None and not self.is_lost and self._is_gone():
-                self.is_lost = True  # the loop would find out itself
+            loop = self._loop
+            if loop is not None:
+                loop.call_soon(self._after_ready)  # it finds out before it hears of this error
+            elif not self.is_lost and self._is_gone():
+                self.is_lost = True
             raise request.error
 
     def finished(self, request: Request) -> None:
@@ -284,23 +287,28 @@ class Connection:
             self._wake_fd = -1
 
     def _after_ready(self) -> None:
+        # Whoever hears of a lost request may want to connect again, and `is_lost` must tell by
+        # then; a request that is started in answer to the one before may be what finds out.
+        was_lost = self.is_lost
         while self._reaped:
             request = self._reaped.pop(0)
             assert request.done is not None
+            if request.error is not None:
+                self._look_whether_gone()
             request.done(request.error)
+        self._look_whether_gone()
+        if self.is_lost and not was_lost and self.on_lost is not None:
+            self.on_lost()
+
+    def _look_whether_gone(self) -> None:
         if not self.is_lost and self._is_gone():
-            self._lose()
+            self.is_lost = True
+            if self._loop is not None:
+                self._loop.detach(self)
 
     def _is_gone(self) -> bool:
         """Dead, or closed by the server in order, as one does that ends."""
         return bool(self.handle.aio_is_dead() or self.handle.aio_is_closed())
-
-    def _lose(self) -> None:
-        self.is_lost = True
-        if self._loop is not None:
-            self._loop.detach(self)
-        if self.on_lost is not None:
-            self.on_lost()
 
     # Driving.
 

@@ -10,11 +10,13 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 from nbdmirror.errors import CommandError, errno_of
 from nbdmirror.events import EventRing
+from nbdmirror.group import Group
 from nbdmirror.jobstate import JobStatus, check_transition, check_verb
-from nbdmirror.options import Ending
+from nbdmirror.options import Ending, MirrorOptions
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +27,19 @@ class Job(ABC):
 
     type = "mirror"
 
-    def __init__(self, job_id: str, events: EventRing) -> None:
-        self.id = job_id
+    def __init__(self, options: MirrorOptions, events: EventRing) -> None:
+        self.id = options.job_id
+        self.options = options
         self.status = JobStatus.UNDEFINED
         self.io_status = "ok"
         self.error: str | None = None
         self.ending = Ending.NONE
         self.pause_wanted = False
         """By the user or by an error; the job may still be on its way to PAUSED or STANDBY."""
+        self.is_finalizing = False
+        """PENDING, and to end; `finish` follows when all of the group are level."""
         self._events = events
+        self.group = Group(self)
         self._when_ended: list[Callable[[], None]] = []
 
     def create(self) -> None:
@@ -62,12 +68,13 @@ class Job(ABC):
         if self.status is JobStatus.READY and not force:
             if self.ending is Ending.NONE:
                 self.ending = Ending.CANCEL
+                self.break_group_up()
             self.advance_soon()
             return
         if self.pause_wanted:
             self.unpause()
         self.abort()
-        if self.status is JobStatus.PENDING:
+        if self.has_done_its_work:
             self.advance()
         else:
             self.advance_soon()  # the command's answer goes first, then the events of the end
@@ -106,6 +113,12 @@ class Job(ABC):
             raise CommandError("Parameter 'speed' expects a non-negative value")
         self.limit_speed(speed_bytes_per_s)
 
+    def finalize(self) -> None:
+        """Ends all jobs of its group, which wait in PENDING; `when_ended` tells when that is
+        done."""
+        check_verb(self.id, self.status, "finalize")
+        self.group.finalize()
+
     def dismiss(self) -> None:
         check_verb(self.id, self.status, "dismiss")
         self.to(JobStatus.NULL)
@@ -127,6 +140,17 @@ class Job(ABC):
     @property
     def is_ready(self) -> bool:
         return self.status in (JobStatus.READY, JobStatus.STANDBY)
+
+    @property
+    def has_done_its_work(self) -> bool:
+        """It is held up for its group or for `finalize`: it cannot be paused any more."""
+        return self.status in (JobStatus.WAITING, JobStatus.PENDING)
+
+    @property
+    @abstractmethod
+    def is_level(self) -> bool:
+        """Guest writes are held and the target equals the source, durably: `finish` may be
+        called."""
 
     @property
     @abstractmethod
@@ -151,8 +175,8 @@ class Job(ABC):
         times."""
 
     @abstractmethod
-    def advance_soon(self) -> None:
-        """`advance`, from the loop, after what is being done now."""
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have `call` called from the loop, after what is being done now."""
 
     @abstractmethod
     def hold(self) -> None:
@@ -167,6 +191,10 @@ class Job(ABC):
         """A forced cancel: give up, within a bound."""
 
     @abstractmethod
+    def finish(self) -> None:
+        """End well, now, as `ending` says. Cannot fail."""
+
+    @abstractmethod
     def limit_speed(self, speed_bytes_per_s: int) -> None:
         """0 for no limit."""
 
@@ -178,7 +206,27 @@ class Job(ABC):
     def dismissed(self) -> None:
         """The job is to be forgotten."""
 
-    # For the subclass.
+    # For the subclass and the group.
+
+    def advance_soon(self) -> None:
+        self.soon(self.advance)
+
+    def break_group_up(self) -> None:
+        """This job will not end as the group is meant to: the others are cancelled, soon."""
+        self.soon(partial(self.group.break_up, self))
+
+    @property
+    def may_end(self) -> bool:
+        """The next step is to get level, and to hold the guest for that."""
+        if self.is_finalizing:
+            return self.group.may_hold(self)
+        return self.is_ready and self.ending is not Ending.NONE
+
+    def pend(self) -> None:
+        """All of the group have done their work."""
+        self.to(JobStatus.PENDING)
+        if not self.options.auto_finalize:
+            self._events.append("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
 
     def unpause(self) -> None:
         """Back to where a pause found it; nothing is started yet (`release`)."""
@@ -214,14 +262,14 @@ class Job(ABC):
         }
         self._events.append(event, {**data, **extra})
 
-    def concluded(self, event: str, *, dismiss: bool, **extra: object) -> None:
+    def concluded(self, event: str, **extra: object) -> None:
         """The last events; everything has been let go of."""
         self.tell(event, **extra)
         self.to(JobStatus.CONCLUDED)
+        if self.options.auto_dismiss:
+            self.dismiss()
         for call in self._when_ended:
             call()
-        if dismiss:
-            self.dismiss()
 
 
 class Cancelled(Exception):

@@ -19,13 +19,14 @@ from nbdmirror.device import Done
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, DeviceLost, errno_of
 from nbdmirror.events import EventRing
+from nbdmirror.group import HOLD_S
 from nbdmirror.job import Cancelled, Job, error_text
 from nbdmirror.jobstate import JobStatus, check_verb
 from nbdmirror.ledger import Tracker
 from nbdmirror.loop import Loop, Timer
 from nbdmirror.options import CopyMode, Ending, MirrorOptions, Policy
 from nbdmirror.owner import Owner, Target
-from nbdmirror.quiesce import Quiesce
+from nbdmirror.quiesce import Quiesce, Step
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,7 @@ class MirrorJob(Job):
         bitmap: DirtyBitmap | None = None,
     ) -> None:
         """`bitmap`: what sync=bitmap copies; it is cleared when the job completes."""
-        super().__init__(options.job_id, events)
-        self.options = options
+        super().__init__(options, events)
         self.disk = disk
         self.target = target
         self.tracker = tracker
@@ -77,7 +77,6 @@ class MirrorJob(Job):
         self._loop = loop
         self._owner = owner
         self._waits: object | None = None  # for a scan, a reconnect, a flush; can be abandoned
-        self._is_finalizing = False
         self._abort: BaseException | None = None
         self._quiesce: Quiesce | None = None
         self._retry_s = RETRY_S_MIN
@@ -108,7 +107,7 @@ class MirrorJob(Job):
     def fail_at_start(self, reason: str) -> None:
         """The job runs and ends at once with an error, as QEMU has it for unequal sizes."""
         self.to(JobStatus.RUNNING)
-        self._abort = CommandError(reason)
+        self._fail(CommandError(reason))
         self.advance_soon()
 
     # Commands beside those that every job has.
@@ -119,12 +118,6 @@ class MirrorJob(Job):
         self.copy_mode = copy_mode
         if self.copier.is_running:
             self._mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
-
-    def finalize(self) -> None:
-        """Ends the job that waits in PENDING; `when_ended` tells when that is done."""
-        check_verb(self.id, self.status, "finalize")
-        self._is_finalizing = True
-        self.advance()
 
     # What queries show.
 
@@ -151,6 +144,10 @@ class MirrorJob(Job):
     def speed_bytes_per_s(self) -> int:
         return self.copier.speed_bytes_per_s
 
+    @property
+    def is_level(self) -> bool:
+        return self._quiesce is not None and self._quiesce.step is Step.LEVEL
+
     # The copier's observer; `operation` is "read" for the source, "write" for the target.
 
     def copy_failed(self, operation: str, error: BaseException) -> None:
@@ -161,11 +158,9 @@ class MirrorJob(Job):
             return
         if isinstance(error, DeviceLost) and operation == "write" and self._may_reconnect():
             return
-        options = self.options
-        policy = options.on_source_error if operation == "read" else options.on_target_error
-        action = policy.action(errno_of(error))
-        if action is Policy.STOP and self.status is JobStatus.PENDING:
-            action = Policy.REPORT  # a pending job can be neither paused nor resumed
+        action = self.options.policy(operation).action(errno_of(error))
+        if action is Policy.STOP and self.has_done_its_work:
+            action = Policy.REPORT  # such a job can be neither paused nor resumed
         log.warning("job %s: %s error (%s): %s", self.id, operation, action, error)
         self._events.append(
             "BLOCK_JOB_ERROR", {"device": self.id, "operation": operation, "action": str(action)}
@@ -220,8 +215,8 @@ class MirrorJob(Job):
         else:
             self._advance_copying()
 
-    def advance_soon(self) -> None:
-        self._loop.call_soon(self.advance)
+    def soon(self, call: Callable[[], None]) -> None:
+        self._loop.call_soon(call)
 
     def hold(self) -> None:
         """Start nothing new: no copies, no synchronous writes, no ending."""
@@ -236,8 +231,9 @@ class MirrorJob(Job):
 
     def abort(self) -> None:
         self._fail(Cancelled())
-        # A hung target: break its connection, so that what is in flight comes back.
-        self._after("cut", CANCEL_GRACE_S, self.target.kill)
+        if "cut" not in self._timers:
+            # A hung target: break its connection, so that what is in flight comes back.
+            self._after("cut", CANCEL_GRACE_S, self.target.kill)
 
     def limit_speed(self, speed_bytes_per_s: int) -> None:
         self.copier.set_speed(speed_bytes_per_s)
@@ -263,11 +259,12 @@ class MirrorJob(Job):
         self.copier.pump()
         in_sync = self.tracker.in_sync
         if in_sync:
-            self._retry_s = RETRY_S_MIN
+            if self.status is JobStatus.READY and not self.may_end:
+                self._retry_s = RETRY_S_MIN  # else there is a flush to come, which may fail again
             self._mode.note_in_sync()
         if self.status is JobStatus.RUNNING and in_sync:
             self._wait_for(self._flush, "write", self._become_ready)
-        elif self._is_finalizing or (self.is_ready and self.ending is not Ending.NONE):
+        elif self.may_end:
             self._begin_quiesce()
 
     def _flush(self, _: MirrorJob, done: Done) -> None:
@@ -275,6 +272,7 @@ class MirrorJob(Job):
         self.copier.flush(done)
 
     def _become_ready(self) -> None:
+        self._retry_s = RETRY_S_MIN
         self.to(JobStatus.READY)
         self.tell("BLOCK_JOB_READY")
 
@@ -317,7 +315,7 @@ class MirrorJob(Job):
 
     def _on_quiesce_timeout(self) -> None:
         """The guest writes faster than the rest could be copied: it goes on, and so do we."""
-        self._quiesce = None
+        self._release_guest()
         self.tell("X_NBDMIRROR_QUIESCE_TIMEOUT")
         self.advance_soon()
 
@@ -325,12 +323,19 @@ class MirrorJob(Job):
         """Guest writes are held and the target equals the source, durably."""
         if self.status is JobStatus.READY:
             self.to(JobStatus.WAITING)
-            self.to(JobStatus.PENDING)
-            if not self.options.auto_finalize:
-                # QEMU holds the guest until finalize; here the mirror goes on.
-                self._events.append("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
+            self.group.arrived()
+            if not (self.is_finalizing and self.group.is_level):
+                # QEMU holds the guest until then; here the mirror goes on.
                 self._release_guest()
                 return
+        self._after("level", HOLD_S, self._held_in_vain)
+        self.group.got_level()
+
+    def _held_in_vain(self) -> None:
+        self.group.held_in_vain(self)
+        self._on_quiesce_timeout()
+
+    def finish(self) -> None:
         if self.bitmap is not None and self.options.clear_bitmap:
             self.bitmap.clear_all()
         if self.ending is Ending.COMPLETE:
@@ -342,20 +347,19 @@ class MirrorJob(Job):
             data = {"device": self.disk.name, "id": self.id, "pause-ms": pause_ms}
             self._events.append("X_NBDMIRROR_PIVOTED", data)
         self.let_go()
-        self.concluded("BLOCK_JOB_COMPLETED", dismiss=self.options.auto_dismiss)
+        self.concluded("BLOCK_JOB_COMPLETED")
 
     def _end_aborted(self, reason: BaseException) -> None:
         if self.status is not JobStatus.ABORTING:
             self.to(JobStatus.ABORTING)
         self._let_go()
         self.let_go()
-        dismiss = self.options.auto_dismiss
         if isinstance(reason, Cancelled):
             self.error = "Operation canceled"
-            self.concluded("BLOCK_JOB_CANCELLED", dismiss=dismiss)
+            self.concluded("BLOCK_JOB_CANCELLED")
         else:
             self.error = error_text(reason)
-            self.concluded("BLOCK_JOB_COMPLETED", dismiss=dismiss, error=self.error)
+            self.concluded("BLOCK_JOB_COMPLETED", error=self.error)
 
     def _let_go(self) -> None:
         """Of the disk, and last of its guest."""
@@ -368,6 +372,8 @@ class MirrorJob(Job):
         self._release_guest()
 
     def _release_guest(self) -> None:
+        if (timer := self._timers.pop("level", None)) is not None:
+            timer.cancel()
         quiesce, self._quiesce = self._quiesce, None
         if quiesce is not None and (held_s := quiesce.release()) is not None:
             self.pause_s = held_s
@@ -377,6 +383,7 @@ class MirrorJob(Job):
         if self._abort is None:
             self._abort = reason
             self.hold()
+            self.break_group_up()
 
     def _retry(self) -> None:
         del self._timers["retry"]

@@ -136,6 +136,10 @@ class Mirrors:
         else:
             log.error("job %s: the source has %d bytes, the target %d", job.id, size, other)
             job.fail_at_start("Source and target image have different sizes")
+            self._events.append(
+                "X_NBDMIRROR_SIZES_DIFFER",
+                {"device": job.disk.name, "id": job.id, "size": size, "target-size": other},
+            )
 
     def _check(self, disk: Disk, node: Node, options: MirrorOptions) -> None:
         target = node.device
@@ -280,16 +284,24 @@ class Mirrors:
                     self._loop.call_soon(partial(adopt, connection))
                     return
                 except ConfigError as error:
-                    if self._loop.clock() >= deadline_s or job.is_over:
+                    if not device.is_lost:  # the attempt from before a pause was first
+                        self._loop.call_soon(partial(done, None))
+                        return
+                    left_s = deadline_s - self._loop.clock()
+                    if left_s <= 0 or job.is_over:
                         failure = DeviceError(str(error), errno.EIO)
                         self._loop.call_soon(partial(done, failure))
                         return
-                time.sleep(pause_s)
+                time.sleep(min(pause_s, left_s))
                 pause_s = min(RECONNECT_S_MAX, pause_s * 2)
 
         def adopt(connection: Connection) -> None:
-            if job not in self._mirrors or not device.is_lost:
+            if job not in self._mirrors:
                 connection.close()
+                return
+            if not device.is_lost:  # as above; the job waits for this attempt all the same
+                connection.close()
+                done(None)
                 return
             if device.pool.is_busy:
                 self._loop.call_later(DRAIN_POLL_S, partial(adopt, connection))

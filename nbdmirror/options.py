@@ -63,3 +63,7 @@ class MirrorOptions:
     """The target may be larger than the disk (rule 43)."""
     auto_finalize: bool = True
     auto_dismiss: bool = True
+
+    def policy(self, operation: str) -> Policy:
+        """For errors of `operation`: "read" is the source's, "write" the target's."""
+        return self.on_source_error if operation == "read" else self.on_target_error

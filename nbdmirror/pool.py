@@ -194,16 +194,17 @@ class ConnectionPool:
             return connection
 
 
-_ANNOUNCED = ("size", "read-only", "flush", "write-zeroes", "minimum block size")
+_ANNOUNCED = ("size", "read-only", "flush", "FUA", "write-zeroes", "minimum block size")
 
 
-def _announcement(connection: Connection) -> tuple[int, bool, bool, bool, int]:
+def _announcement(connection: Connection) -> tuple[int, bool, bool, bool, bool, int]:
     """What a server said of its disk that we rely on."""
     handle = connection.handle
     return (
         handle.get_size(),
         bool(handle.is_read_only()),
         bool(handle.can_flush()),
+        bool(handle.can_fua()),
         bool(handle.can_zero()),
         handle.get_block_size(nbd.SIZE_MINIMUM) or 1,
     )

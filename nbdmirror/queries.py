@@ -23,7 +23,8 @@ def block_job_info(job: MirrorJob) -> dict[str, Any]:
         "len": job.length,
         "offset": job.offset,
         "busy": job.is_busy,
-        "paused": job.pause_wanted or job.status == "pending",  # pending counts, in QEMU
+        # In QEMU a job that has done its work holds its guest, and that counts.
+        "paused": job.pause_wanted or job.has_done_its_work,
         "speed": job.copier.speed_bytes_per_s,
         "io-status": job.io_status,
         "ready": job.is_ready,

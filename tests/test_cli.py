@@ -242,7 +242,7 @@ def test_sizes(text: str, size: int) -> None:
 
 def test_mirror_sends_what_was_asked_for(fake: Fake, run: Main) -> None:
     assert run("mirror", URI)[0] == cli.DONE
-    assert fake.calls[-1] == (
+    assert fake.calls[-2] == (
         "drive-mirror",
         {"device": "disk0", "target": URI, "mode": "existing", "sync": "full"},
     )
@@ -250,7 +250,7 @@ def test_mirror_sends_what_was_asked_for(fake: Fake, run: Main) -> None:
     options += " --speed 0 --on-source-error stop --on-target-error enospc --bitmap b --job j"
     options += " --target-cluster-size 2M --no-unmap --target-is-zero --allow-larger-target"
     assert run("mirror", URI, *options.split())[0] == cli.DONE
-    assert fake.calls[-1][1] == {
+    assert fake.calls[-2][1] == {
         "device": "d",
         "target": URI,
         "mode": "existing",
@@ -308,6 +308,24 @@ def test_mirror_fails(fake: Fake, run: Main, plan: dict[str, Any], text: str) ->
     assert err.splitlines()[-1].startswith("nbdmirror: ")
 
 
+@pytest.mark.parametrize("options", [[], ["--wait", "ready"]])
+def test_mirror_to_a_target_of_another_size(fake: Fake, run: Main, options: list[str]) -> None:
+    """Told with both sizes, and even if nobody asked to wait: the job fails at once."""
+
+    def fails(arguments: dict[str, Any]) -> Any:
+        fake.add_job("disk0")
+        sizes = {"size": 1000, "target-size": 2000}
+        fake.ring.append("X_NBDMIRROR_SIZES_DIFFER", {"device": "disk0", "id": "disk0", **sizes})
+        fake.end("disk0", "BLOCK_JOB_COMPLETED", error="Source and target image differ")
+        return {}
+
+    fake.do_drive_mirror = fails  # type: ignore[method-assign]
+    status, out, err = run("mirror", URI, *options)
+    assert (status, out) == (cli.FAILED, "")
+    for part in ("1000 bytes", "target 2000", "--allow-larger-target"):
+        assert part in one_line(err)
+
+
 def test_mirror_is_cancelled_by_somebody_else(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     fake.add_job("j")
@@ -346,6 +364,38 @@ def test_wait_for_a_concluded_job_that_is_kept(fake: Fake, run: Main) -> None:
     assert (status, "Input/output error" in err) == (cli.FAILED, True)
 
 
+@pytest.mark.parametrize("until", ["--ready", "--concluded"])
+@pytest.mark.parametrize("which", [[], ["--job", "j"], ["--device", "disk0"]])
+@pytest.mark.parametrize("error", [None, "No space left on device"])
+def test_wait_for_a_job_that_ends_as_it_begins(
+    fake: Fake, run: Main, until: str, which: list[str], error: str | None
+) -> None:
+    """The job is gone at the first look, and its end was heard: success and failure differ."""
+
+    def answer(arguments: dict[str, Any]) -> Any:
+        if "j" in fake.jobs:
+            pivot = {"device": "disk0", "id": "j", "pause-ms": 3.25}
+            fake.ring.append("X_NBDMIRROR_PIVOTED", pivot)
+            fake.end("j", "BLOCK_JOB_COMPLETED", **({"error": error} if error else {}))
+        return []
+
+    fake.add_job("j")
+    fake.do_query_block_jobs = answer  # type: ignore[method-assign]
+    status, out, err = run("wait", until, *which)
+    if error:
+        assert (status, out) == (cli.FAILED, "")
+        assert error in one_line(err)
+    else:
+        assert (status, out[:15], err) == (cli.DONE, "job j completed", "")
+
+
+@pytest.mark.parametrize("which", [[], ["--job", "j"], ["--device", "disk0"]])
+def test_wait_for_a_job_of_which_nothing_is_known(fake: Fake, run: Main, which: list[str]) -> None:
+    status, out, err = run("wait", "--concluded", *which)
+    assert (status, out) == (cli.FAILED, "")
+    assert "how is not known" in one_line(err)
+
+
 def test_time_runs_out(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     fake.add_job("j")
@@ -358,6 +408,20 @@ def test_complete(fake: Fake, run: Main) -> None:
     fake.add_job("j", offset=400, ready=True, status="ready")
     status, out, _ = run("complete", "--timeout", "20")
     assert (status, out) == (cli.DONE, "job j completed; the pivot held the guest for 3.2 ms\n")
+
+
+def test_complete_of_a_paused_job_says_what_it_waits_for(fake: Fake, run: Main) -> None:
+    """It is remembered, and waited for; here until somebody has resumed it."""
+    fake.plan["stuck"] = True
+    fake.add_job("j", offset=400, ready=True, status="standby", paused=True)
+
+    def complete(arguments: dict[str, Any]) -> Any:
+        return {}
+
+    fake.do_block_job_complete = complete  # type: ignore[method-assign]
+    status, out, err = run("complete", "--timeout", "0.2")
+    assert (status, out) == (cli.TIMED_OUT, "")
+    assert err.count("it will complete after: nbdmirror resume\n") == 1
 
 
 def test_complete_before_ready_is_refused_with_advice(fake: Fake, run: Main) -> None:

@@ -47,10 +47,11 @@ MAY_IMPORT = {
     "jobstate": "errors",
     "quiesce": "copier ledger loop",
     "copymode": "device disk ledger",
-    "job": "errors events jobstate options",
+    "group": "job jobstate options",  # the first for types only
+    "job": "errors events group jobstate options",
     "owner": "device mirror",  # the latter for types only
-    "mirror": "bitmap copier copymode device disk errors events job jobstate ledger loop options"
-    " owner quiesce",
+    "mirror": "bitmap copier copymode device disk errors events group job jobstate ledger loop"
+    " options owner quiesce",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk errors",
     "nodes": "disk errors mirror remote",
@@ -63,8 +64,8 @@ MAY_IMPORT = {
     "sockets": "errors",
     "schema": "errors",
     "qmpschema": "schema",
-    "actions": "bitmap bitmaps copier disk errors mirror options server",
-    "commands": "__init__ actions errors events jobstate mirror nodes options qmpschema queries"
+    "actions": "bitmap bitmaps copier disk errors group mirror options server",
+    "commands": "__init__ actions errors events job mirror nodes options qmpschema queries"
     " remote server uri",
     "qmp_json": "errors",
     "qmp": "errors events qmp_json",

@@ -435,7 +435,9 @@ def test_a_target_of_another_size(
         assert qmp.job()["error"] == told["error"]
         qmp.execute("job-dismiss", id="j")
         done = nbdmirror("mirror", target.uri(), "--wait", "ready", "--qmp", server.qmp_path)
-        one_line(done, "different sizes")
+        one_line(done, f"{SIZE} bytes", f"target {size}:", "--allow-larger-target")
+        done = nbdmirror("mirror", target.uri(), "--qmp", server.qmp_path)
+        one_line(done, f"{SIZE} bytes", f"target {size}:", "--allow-larger-target")
     with Guest(server.uri(), disk) as guest:
         guest.wait_for_requests(20)
     assert_identical(guest.model, disk)

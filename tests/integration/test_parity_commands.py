@@ -393,6 +393,7 @@ def test_transactions_of_bitmaps(folder: Path) -> None:
         [transaction(action("merge", target="c", bitmaps=["a", "b"])), bitmaps()],
         [transaction(action("clear", "a"), action("remove", "b")), bitmaps()],
         [transaction(ABORT), transaction(), transaction(action("add", "d"), mode="individual")],
+        [transaction(ABORT, mode="grouped")],
         [transaction(action("add", "e"), mode="grouped"), transaction(mode="grouped"), bitmaps()],
         [write(700_000, 10), bitmaps()],
     ]
