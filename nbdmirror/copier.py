@@ -130,6 +130,7 @@ class Copier:
         """Bytes settled well since the start: QEMU's `offset`, which never goes back."""
         self.written_bytes = 0
         """Bytes of data sent to the target, zeroes not counted."""
+        self._has_written = False
         self.speed_bytes_per_s = 0
         self.is_urgent = False
         """Guests wait: the speed limit does not hold."""
@@ -305,6 +306,7 @@ class Copier:
 
     def _write(self, copy: _Copy, runs: list[tuple[int, int, bool]]) -> None:
         copy.operation = "write"
+        self._has_written = True
         copy.pending = len(runs)
         base = runs[0][0]
         start_s = self._clock()
@@ -339,9 +341,9 @@ class Copier:
                 self.observer.copy_settled()
 
     def flush(self, done: Done) -> None:
-        """Make durable what the target has acknowledged, the synchronous writes included; without
-        a request if there is no such thing."""
-        if self.tracker.unflushed.is_empty and not self._flushes:
+        """Make durable what was written to the target; no request if it was never changed, by a
+        copy or by a synchronous write."""
+        if not (self._has_written or self.tracker.written_bytes):
             done(None)
             return
         covered = self.tracker.begin_flush()

@@ -126,9 +126,11 @@ class _Client:
         """Close when what was written has gone out, or after a bound."""
         self.send_events()
         self._writer.close()
-        with contextlib.suppress(OSError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._writer.wait_closed(), FLUSH_S_MAX)
-        self._writer.transport.abort()
+        with contextlib.suppress(OSError):
+            try:
+                await asyncio.wait_for(self._writer.wait_closed(), FLUSH_S_MAX)
+            except TimeoutError:
+                self._writer.transport.abort()  # of a transport that is closed it may raise
 
 
 def _encode(message: dict[str, Any]) -> bytes:
