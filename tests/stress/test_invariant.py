@@ -1,0 +1,28 @@
+"""The mirror invariant, fifty times as long as in `./run test`, and with new seeds each time: a
+failure prints the blob that replays it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+from test_mirror_invariant import EXAMPLES, STEPS, MirrorMachine
+
+ROUNDS = 25
+
+pytestmark = pytest.mark.stress
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_the_invariant_holds_for_long(round_: int) -> None:
+    run_state_machine_as_test(
+        MirrorMachine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=2 * STEPS,
+            deadline=None,
+            print_blob=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
