@@ -14,6 +14,9 @@ from typing import NoReturn
 
 DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
+THREADS_DEFAULT = 8
+"""Never far from the best, see docs/performance.md: nbdkit's own default is 16."""
+
 _EPILOG = """\
 exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
 3 no server there; 4 time ran out; 130 interrupted (jobs go on).
@@ -161,7 +164,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--tls-certificates", metavar="DIR")
     add("--tls-psk", metavar="FILE")
     add("--read-only", action="store_true")
-    add("--threads", type=int, metavar="N", help="requests at once of one connection")
+    threads = "requests at once of one connection (default: %(default)s)"
+    add("--threads", type=int, metavar="N", default=THREADS_DEFAULT, help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
     add("--daemonize", action="store_true", help="go into the background")

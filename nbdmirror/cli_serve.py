@@ -61,10 +61,9 @@ def serve_command(
     argv = ["nbdkit", *_listen_options(args), *_tls_options(args)]
     if not args.daemonize:
         argv.append("-f")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise CliError("--threads must be at least 1", USAGE)
-        argv += ["-t", str(args.threads)]
+    if args.threads < 1:
+        raise CliError("--threads must be at least 1", USAGE)
+    argv += ["-t", str(args.threads)]
     if args.pidfile:
         argv += ["-P", os.path.abspath(args.pidfile)]
     if args.read_only:

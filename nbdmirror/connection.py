@@ -22,15 +22,15 @@ import select
 import socket
 import stat
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import nbd
 
-from nbdmirror.device import Done
-from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
+from nbdmirror.device import Buffer, Done
+from nbdmirror.errors import DeviceError, DeviceLost
+from nbdmirror.handshake import connect, is_gone, reason
 from nbdmirror.loop import Loop
 
 _READ, _WRITE = nbd.AIO_DIRECTION_READ, nbd.AIO_DIRECTION_WRITE
@@ -100,12 +100,14 @@ class Connection:
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         self.handle = handle
         self.description = description
-        self.is_lost = False
+        self.is_lost = not handle.aio_is_ready()
         self.on_lost: Callable[[], None] | None = None
         """Called on the loop's thread when the connection broke while attached."""
-        self._fd: int = handle.aio_get_fd()
+        self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
+        # Of our own, since libnbd closes its descriptor when it finds the connection broken.
+        self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
+        _widen(self._socket)
         self._requests: set[Request] = set()
-        _widen(self._fd)
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches
         self._loop: Loop | None = None
@@ -113,30 +115,19 @@ class Connection:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._poll.register(self._wake_fd, select.POLLIN)
-        self._poll.register(self._fd, 0)
+        if not self.is_lost:
+            self._poll.register(self._fd, 0)
 
     @classmethod
     def open(cls, uri: str, timeout_s: float) -> Connection:
         """Connect within `timeout_s`, the handshake included. Raises ConfigError with one clear
         line."""
-        handle = nbd.NBD()
-        handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-        handle.add_meta_context("qemu:allocation-depth")  # a server that has no such gives none
-        handle.set_uri_allow_local_file(True)
-        handle.set_pread_initialize(False)  # a failed read's buffer is never looked at
-        deadline_s = time.monotonic() + timeout_s
-        try:
-            handle.aio_connect_uri(uri)
-            while not handle.aio_is_ready():
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or handle.aio_is_dead() or handle.aio_is_closed():
-                    raise ConfigError(
-                        f"{uri}: no answer from the NBD server within {timeout_s:g} s"
-                    )
-                handle.poll(int(left_s * 1000) + 1)
-        except nbd.Error as error:
-            raise ConfigError(f"Failed to connect to '{uri}': {_reason(error)}") from error
-        return cls(handle, uri)
+        return cls(connect(uri, timeout_s), uri)
+
+    @classmethod
+    def absent(cls, uri: str) -> Connection:
+        """One that is lost from the start, to be replaced: its server is not there yet."""
+        return cls(nbd.NBD(), uri)
 
     @property
     def is_busy(self) -> bool:
@@ -145,14 +136,12 @@ class Connection:
 
     def identity(self) -> tuple[object, str]:
         """The server's address and the export's name: the same disk has the same (rule 44)."""
-        with socket.socket(fileno=os.dup(self._fd)) as own:
-            return own.getpeername(), str(self.handle.get_export_name())
+        return self._socket.getpeername(), str(self.handle.get_export_name())
 
     def peer_is_this_process(self) -> bool:
         """Whether one of this process's sockets is the other end: for TCP the pair of addresses in
         reverse, for Unix sockets the name that a listener of ours is bound to."""
-        with socket.socket(fileno=os.dup(self._fd)) as own:
-            here, there = own.getsockname(), own.getpeername()
+        here, there = self._socket.getsockname(), self._socket.getpeername()
         for name in os.listdir("/proc/self/fd"):
             try:
                 if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
@@ -185,7 +174,7 @@ class Connection:
             method(*arguments, request, flags)
         except nbd.Error as error:
             if not request.is_finished:
-                request.error = self.error(error.errnum or errno.EIO, _reason(error))
+                request.error = self.error(error.errnum or errno.EIO, reason(error))
                 request.finish()
             if done is not None and self._loop is not None:
                 self._loop.call_soon(self._after_ready)
@@ -210,9 +199,29 @@ class Connection:
             loop = self._loop
             if loop is not None:
                 loop.call_soon(self._after_ready)  # it finds out before it hears of this error
-            elif not self.is_lost and self._is_gone():
+            elif not self.is_lost and is_gone(self.handle):
                 self.is_lost = True
             raise request.error
+
+    # Link's requests, which block, in the same form.
+
+    def read(self, buf: memoryview, offset: int) -> None:
+        self.call(self.handle.aio_pread, buf, offset)
+
+    def write(self, buf: Buffer, offset: int, flags: int = 0) -> None:
+        self.call(self.handle.aio_pwrite, buf, offset, flags=flags)
+
+    def zero(self, length: int, offset: int, flags: int) -> None:
+        self.call(self.handle.aio_zero, length, offset, flags=flags)
+
+    def trim(self, length: int, offset: int, flags: int) -> None:
+        self.call(self.handle.aio_trim, length, offset, flags=flags)
+
+    def cache(self, length: int, offset: int) -> None:
+        self.call(self.handle.aio_cache, length, offset)
+
+    def flush(self) -> None:
+        self.call(self.handle.aio_flush)
 
     def finished(self, request: Request) -> None:
         """A request tells its end; its `done` is called later, outside of libnbd."""
@@ -223,7 +232,7 @@ class Connection:
     def error(self, code: int, reason: str = "") -> DeviceError:
         """The exception for a failed command of this connection."""
         # libnbd's verdict on a command that was in flight on a dying handle is ENOTCONN.
-        if self.is_lost or code == errno.ENOTCONN or self._is_gone():
+        if self.is_lost or code == errno.ENOTCONN or is_gone(self.handle):
             return DeviceLost(f"{self.description}: connection lost")
         return DeviceError(f"{self.description}: {reason or os.strerror(code)}", code)
 
@@ -262,12 +271,8 @@ class Connection:
     def kill(self) -> None:
         """Break the connection now, from any thread: what is in flight fails, hung or not."""
         self._is_killed = True
-        if not self.is_lost:
-            try:
-                with socket.socket(fileno=os.dup(self._fd)) as doomed:
-                    doomed.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # broken already
+        with suppress(OSError):  # broken already
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._wake_driver()
 
     def close(self) -> None:
@@ -275,13 +280,12 @@ class Connection:
         self.detach()
         if not self.is_lost:
             self.is_lost = True
-            try:
+            with suppress(nbd.Error):  # it is gone
                 self.handle.aio_disconnect(0)
-            except nbd.Error:
-                pass  # it is gone
             # libnbd's binding closes a handle when the last reference goes. In its place is one
             # that was never connected: its methods fail in order.
             self.handle = nbd.NBD()
+        self._socket.close()
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
             self._wake_fd = -1
@@ -301,14 +305,10 @@ class Connection:
             self.on_lost()
 
     def _look_whether_gone(self) -> None:
-        if not self.is_lost and self._is_gone():
+        if not self.is_lost and is_gone(self.handle):
             self.is_lost = True
             if self._loop is not None:
                 self._loop.detach(self)
-
-    def _is_gone(self) -> bool:
-        """Dead, or closed by the server in order, as one does that ends."""
-        return bool(self.handle.aio_is_dead() or self.handle.aio_is_closed())
 
     # Driving.
 
@@ -357,18 +357,11 @@ class Connection:
             return
 
 
-def _widen(fd: int) -> None:
+def _widen(own: socket.socket) -> None:
     """A larger send buffer for a Unix socket: a request of 1 MiB then goes out in one or two steps
     instead of five, each of which costs a turn of the loop. TCP sizes its buffers itself."""
-    with socket.socket(fileno=os.dup(fd)) as own:
-        if own.family == socket.AF_UNIX:
-            for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
-                with suppress(OSError):  # the first one is for root alone
-                    own.setsockopt(socket.SOL_SOCKET, option, SEND_BUFFER_BYTES)
-                    return
-
-
-def _reason(error: nbd.Error) -> str:
-    """libnbd's message without its function's name."""
-    text = str(error.string)
-    return text.split(": ", 1)[1] if ": " in text else text
+    if own.family == socket.AF_UNIX:
+        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
+            with suppress(OSError):  # the first one is for root alone
+                own.setsockopt(socket.SOL_SOCKET, option, SEND_BUFFER_BYTES)
+                return

@@ -28,7 +28,7 @@ from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node, Nodes
 from nbdmirror.options import MirrorOptions
-from nbdmirror.pool import CONNECTIONS_MAX
+from nbdmirror.pool import PATIENCE_S
 from nbdmirror.remote import RemoteDevice
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,6 @@ DRAIN_POLL_S = 0.005
 
 RECONNECT_TIMEOUT_S = 5.0
 """For one such attempt."""
-
-EXPAND_TIMEOUT_S = 1.0
-"""For each further connection: a server that is full answers late or never."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,8 +68,6 @@ class Mirrors:
         self._events = events
         self._loop = loop
         self._mirrors: dict[MirrorJob, _Mirror] = {}
-        self._expanding: list[threading.Thread] = []
-        self._is_stopping = False
 
     @property
     def running(self) -> list[MirrorJob]:
@@ -197,6 +192,7 @@ class Mirrors:
         mirror = self._mirrors[job]
         device = mirror.node.device
         device.pool.detach()
+        device.pool.patience_s = max(PATIENCE_S, job.options.reconnect_delay_s)
         if isinstance(mirror.source, RemoteDevice):
             mirror.source.pool.detach()
         guest_device: BlockDevice = device
@@ -219,7 +215,6 @@ class Mirrors:
             mirror.source.pool.detach()
         if mirror.retired is not None:
             self._retire(mirror.retired, job.disk)
-            self.expand(node.device)
             return
         node.device.pool.kill_if_busy()
         node.device.pool.detach()
@@ -333,30 +328,6 @@ class Mirrors:
                         self._nodes.forget(node)
 
         look()
-
-    def expand(self, device: RemoteDevice) -> None:
-        """More connections for the guests' threads; it takes a while, and they go on with one
-        meanwhile."""
-
-        def work() -> None:
-            for _ in range(CONNECTIONS_MAX - device.pool.size):
-                if self._is_stopping:
-                    return
-                connection = device.pool.open_another(timeout_s=EXPAND_TIMEOUT_S)
-                if connection is None:
-                    return
-                self._loop.call_soon(partial(device.pool.adopt, connection))
-
-        self._expanding = [thread for thread in self._expanding if thread.is_alive()]
-        self._expanding.append(threading.Thread(target=work, name="nbdmirror-expand", daemon=True))
-        self._expanding[-1].start()
-
-    def stop(self) -> None:
-        """Let handshakes under way end: a server that is left in the middle of one complains. From
-        any thread but the loop's."""
-        self._is_stopping = True
-        for thread in self._expanding:
-            thread.join(EXPAND_TIMEOUT_S)
 
 
 def raw_device(device: BlockDevice) -> BlockDevice:

@@ -1,9 +1,10 @@
 """ConnectionPool: the connections of one NBD device: who uses which, and what becomes of lost ones.
 
-A server that announces multi-conn is used by several connections, opened little by little; else one
-serves everybody. A lost connection of a device that guests are served from is opened again by the
-guest's thread that finds it lost; of a mirror's target, by the job (`reopen`, `replace`), which has
-to know (rule 39).
+One Connection is always there: the event loop's, and everybody's where there is no other. If the
+server announces multi-conn, guests' threads get Links beside it, opened by a thread of their own
+when the first guest asks. A lost connection of a device that guests are served from is opened again
+by the guest's thread that finds it lost; of a mirror's target, by the job (`reopen`, `replace`),
+which has to know (rule 39).
 """
 
 from __future__ import annotations
@@ -13,198 +14,256 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import nbd
 
 from nbdmirror.connection import Connection
 from nbdmirror.errors import ConfigError, DeviceLost
+from nbdmirror.handshake import Announcement, connect
+from nbdmirror.link import Link
 from nbdmirror.loop import Loop
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 8
-"""For guest threads, where the server supports several: more than nbdkit's busy threads gains
-nothing."""
+LINKS_MAX = 8
+"""As many as `nbdmirror serve` has threads a guest. Servers have limits of their own, and who takes
+the last connection leaves none for others (qemu-nbd -e)."""
+
+LINK_TIMEOUT_S = 1.0
+"""For opening a further one: a server that is full answers late or never."""
+
+PATIENCE_S = 2.0
+"""How long guests' requests wait for a lost server before they fail, unless more was asked for."""
 
 REVIVE_TIMEOUT_S = 2.0
-"""How long a guest's request waits for a lost server before it fails."""
+"""For one attempt to connect again."""
 
-REVIVE_PAUSE_S = 1.0
-"""After an attempt that failed, requests fail at once for this long."""
+REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
+"""Between attempts; and how long requests fail at once after the last of them."""
 
 
 class ConnectionPool:
-    """Starts with one connection. `attach`, `detach`, `adopt` and `replace` are for the loop's
-    thread, the rest for any."""
+    """Starts with one connection to an export that is as `announced`. `attach`, `detach` and
+    `replace` are for the loop's thread, the rest for any."""
 
-    def __init__(self, uri: str, first: Connection) -> None:
+    def __init__(
+        self,
+        uri: str,
+        first: Connection,
+        announced: Announcement,
+        *,
+        on_revived: Callable[[], None],
+    ) -> None:
+        """`on_revived`: a guest's thread has connected again; what was not flushed may be lost."""
+        self.shared = first
         self._uri = uri
-        self._announced = _announcement(first)
-        self._connections = [first]
+        self._announced = announced
+        self._links: tuple[Link, ...] = ()
         self._turns = itertools.count()
         self._sticky = threading.local()
         self._loop: Loop | None = None
         self._on_lost: Callable[[], None] | None = None
-        self._revive_lock = threading.Lock()  # one thread opens a connection, the others wait
+        self._lock = threading.Lock()  # guards changes of the connections; one thread opens them
+        self._linking: threading.Thread | None = None
+        self.patience_s = PATIENCE_S
+        self._lost_at_s = 0.0
         self._revive_not_before_s = 0.0
-        self._is_closed = False
-
-    @property
-    def size(self) -> int:
-        """Connections, dead ones included."""
-        return len(self._connections)
+        self._on_revived = on_revived
+        self._closing = threading.Event()
 
     @property
     def is_lost(self) -> bool:
         """A connection is broken or closed."""
-        return any(connection.is_lost for connection in self._connections)
+        return any(connection.is_lost for connection in self._all)
 
     @property
     def is_busy(self) -> bool:
         """Requests are in flight."""
-        return any(connection.is_busy for connection in self._connections)
+        return any(connection.is_busy for connection in self._all)
 
-    def pick(self) -> Connection:
-        """This thread's connection, for a blocking request: with as many as threads, nobody waits
+    @property
+    def _all(self) -> tuple[Link | Connection, ...]:
+        return (self.shared, *self._links)
+
+    def pick(self) -> Link | Connection:
+        """This thread's connection for a blocking request: with as many as threads, nobody waits
         for another one's reply. Raises DeviceLost if there is none."""
-        connections = self._connections
-        if len(connections) == 1:
-            connection = connections[0]
-        else:
-            try:
-                number: int = self._sticky.number
-            except AttributeError:
-                number = self._sticky.number = next(self._turns)
-            connection = connections[number % len(connections)]
-        return self._revive() if connection.is_lost else connection
+        links = self._links
+        if not links:
+            self.open_links()
+            return self.pick_shared()
+        try:
+            number: int = self._sticky.number
+        except AttributeError:
+            number = self._sticky.number = next(self._turns)
+        link = links[number % len(links)]
+        return self._revive_link(number) if link.is_lost else link
 
-    def next(self) -> Connection:
-        """The next connection in turn that lives, for an asynchronous request; a dead one, whose
-        requests fail, if none does."""
-        connections = self._connections
-        for _ in connections:
-            connection = connections[next(self._turns) % len(connections)]
-            if not connection.is_lost:
-                break
-        return connection
+    def pick_shared(self) -> Connection:
+        """The connection with structured replies, for block status."""
+        return self._revive_shared() if self.shared.is_lost else self.shared
 
     # The loop.
 
     def attach(self, loop: Loop, on_lost: Callable[[], None] | None) -> None:
-        """Have `loop` drive the connections; `on_lost` is called when one breaks. Without it the
-        guests' threads replace lost ones, as they do while there is no loop."""
+        """Have `loop` drive the shared connection; `on_lost` is called when it breaks. Without it
+        the guests' threads replace lost ones, as they do while there is no loop."""
         self._loop, self._on_lost = loop, on_lost
-        for connection in self._connections:
-            connection.on_lost = on_lost
-            connection.attach(loop)
+        self.shared.on_lost = on_lost
+        self.shared.attach(loop)
 
     def detach(self) -> None:
-        """Give the connections back to the threads that wait."""
+        """Give the connection back to the threads that wait."""
         self._loop = self._on_lost = None
-        for connection in self._connections:
-            connection.on_lost = None
-            connection.detach()
+        self.shared.on_lost = None
+        self.shared.detach()
 
     # Coming and going.
 
-    def open_another(self, *, timeout_s: float) -> Connection | None:
-        """One more connection, for `adopt`; blocking. None where the server supports no more: it
-        may announce multi-conn and yet take only so many (qemu-nbd -e N leaves the next one
-        waiting)."""
-        if not self._connections[0].handle.can_multi_conn() or self.is_lost:
-            return None
-        try:
-            return self.reopen(timeout_s=timeout_s)
-        except ConfigError as error:
-            log.info("%s: goes on with %d connections: %s", self._uri, self.size, error)
-            return None
+    def open_links(self) -> None:
+        """Begin to open links for guests' threads, unless that was done before, or the server
+        supports no more than one connection."""
+        if self._may_link:
+            with self._lock:
+                if self._may_link:
+                    self._linking = threading.Thread(
+                        target=self._open_links, name="nbdmirror-links", daemon=True
+                    )
+                    self._linking.start()
 
-    def adopt(self, connection: Connection) -> None:
-        """Use `connection` as well."""
-        if self.is_lost:
-            connection.close()
-            return
-        if self._loop is not None:
-            connection.on_lost = self._on_lost
-            connection.attach(self._loop)
-        self._connections = [*self._connections, connection]
+    @property
+    def _may_link(self) -> bool:
+        return (
+            self._linking is None and self._announced.can_multi_conn and not self._closing.is_set()
+        )
+
+    def _open_links(self) -> None:
+        for number in range(LINKS_MAX):
+            if self._closing.is_set() or self.shared.is_lost:
+                return
+            try:
+                handle = self._connect(LINK_TIMEOUT_S, for_data_alone=True)
+            except ConfigError as error:
+                # It may announce multi-conn and yet take only so many.
+                log.info("%s: goes on with %d connections: %s", self._uri, number + 1, error)
+                return
+            if not self._add_link(Link(handle, self._uri)):
+                return
+
+    def _add_link(self, link: Link) -> bool:
+        """False if links are not wanted any more, or not this thread's."""
+        with self._lock:
+            is_wanted = not self._closing.is_set() and self._linking is threading.current_thread()
+            if is_wanted:
+                self._links = (*self._links, link)
+        if not is_wanted:
+            link.close()
+        return is_wanted
 
     def reopen(self, *, timeout_s: float) -> Connection:
-        """A new connection to the same disk as before; blocking. Raises ConfigError: a disk that
-        has changed is not written to (rule 40)."""
-        connection = Connection.open(self._uri, timeout_s)
-        for what, before, now in zip(
-            _ANNOUNCED, self._announced, _announcement(connection), strict=True
-        ):
-            if before != now:
-                connection.close()
-                raise ConfigError(
-                    f"{self._uri}: came back changed ({what} was {before}, is {now}); it is not "
-                    f"written to"
-                )
-        return connection
+        """A new connection to the same disk as before, for `replace`; blocking. Raises ConfigError:
+        a disk that has changed is not written to (rule 40)."""
+        return Connection(self._connect(timeout_s), self._uri)
+
+    def _connect(self, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
+        handle = connect(self._uri, timeout_s, for_data_alone=for_data_alone)
+        if change := self._announced.change(Announcement.of(handle)):
+            with suppress(nbd.Error):
+                handle.aio_disconnect(0)
+            raise ConfigError(f"{self._uri}: came back changed ({change}); it is not written to")
+        return handle
 
     def replace(self, connection: Connection) -> None:
         """Use `connection` instead of all that there were; nothing is in flight (`is_busy`)."""
         loop, on_lost = self._loop, self._on_lost
         self.detach()
-        for old in self._connections:
-            old.close()
-        self._connections = [connection]
+        with self._lock:
+            old = self._all
+            self.shared, self._links, self._linking = connection, (), None
+        for one in old:
+            one.close()
         if loop is not None:
             self.attach(loop, on_lost)
 
     def kill_if_busy(self) -> None:
         """Break the connections that have requests in flight: nobody waits for those any more."""
-        for connection in self._connections:
+        for connection in self._all:
             if connection.is_busy:
                 connection.kill()
 
     def kill(self) -> None:
         """Break every connection: what is in flight fails at once."""
-        for connection in self._connections:
+        for connection in self._all:
             connection.kill()
 
     def close(self) -> None:
         """Nothing may be in flight. Idempotent."""
-        self._is_closed = True
-        for connection in self._connections:
+        self._closing.set()
+        # A handshake is let end: a server that is left in the middle of one complains.
+        if self._linking is not None and self._linking is not threading.current_thread():
+            self._linking.join(LINK_TIMEOUT_S)
+        for connection in self._all:
             connection.close()
 
-    def _revive(self) -> Connection:
-        with self._revive_lock:
-            for connection in self._connections:
-                if not connection.is_lost:
-                    return connection
-            now_s = time.monotonic()
-            if self._on_lost is not None or self._is_closed or now_s < self._revive_not_before_s:
-                raise DeviceLost(f"{self._uri}: connection lost")
-            try:
-                connection = self.reopen(timeout_s=REVIVE_TIMEOUT_S)
-            except ConfigError as error:
-                self._revive_not_before_s = time.monotonic() + REVIVE_PAUSE_S
-                log.error("%s: lost: %s", self._uri, error)
-                raise DeviceLost(f"{self._uri}: {error}") from error
-            log.warning("%s: connected again", self._uri)
-            loop = self._loop
-            if loop is not None:
-                loop.run(lambda: self.replace(connection)).result()
+    # A guest's thread that finds its connection lost.
+
+    def _revive_link(self, number: int) -> Link | Connection:
+        with self._lock:
+            links = self._links
+            if not links:  # the job has replaced all
+                return self.shared
+            index = number % len(links)
+            lost = links[index]
+            if not lost.is_lost:
+                return lost  # opened again by another thread
+            link = Link(self._connect_again(for_data_alone=True), self._uri)
+            self._links = (*links[:index], link, *links[index + 1 :])
+        lost.close()
+        return link
+
+    def _revive_shared(self) -> Connection:
+        with self._lock:
+            loop, lost = self._loop, self.shared
+            if not lost.is_lost:
+                return lost
+            connection = Connection(self._connect_again(for_data_alone=False), self._uri)
+
+            def swap() -> None:
+                lost.detach()
+                self.shared = connection
+                if loop is not None:
+                    connection.attach(loop)
+
+            if loop is None:
+                swap()
             else:
-                self._connections = [connection]
+                loop.run(swap).result()
             return connection
 
-
-_ANNOUNCED = ("size", "read-only", "flush", "FUA", "write-zeroes", "minimum block size")
-
-
-def _announcement(connection: Connection) -> tuple[int, bool, bool, bool, bool, int]:
-    """What a server said of its disk that we rely on."""
-    handle = connection.handle
-    return (
-        handle.get_size(),
-        bool(handle.is_read_only()),
-        bool(handle.can_flush()),
-        bool(handle.can_fua()),
-        bool(handle.can_zero()),
-        handle.get_block_size(nbd.SIZE_MINIMUM) or 1,
-    )
+    def _connect_again(self, *, for_data_alone: bool) -> nbd.NBD:
+        """Until `patience_s` after the loss was found, requests wait for the server; after that
+        they fail, each after one attempt in a second. (As `reconnect-delay` of QEMU's driver.)"""
+        now_s = time.monotonic()
+        if self._on_lost is not None or now_s < self._revive_not_before_s:
+            raise DeviceLost(f"{self._uri}: connection lost")
+        deadline_s = self._lost_at_s = self._lost_at_s or now_s
+        deadline_s += self.patience_s
+        pause_s = REVIVE_PAUSE_S_MIN
+        while not self._closing.is_set():
+            try:
+                handle = self._connect(REVIVE_TIMEOUT_S, for_data_alone=for_data_alone)
+                break
+            except ConfigError as error:
+                if time.monotonic() >= deadline_s:
+                    self._revive_not_before_s = time.monotonic() + REVIVE_PAUSE_S_MAX
+                    log.error("%s: lost: %s", self._uri, error)
+                    raise DeviceLost(f"{self._uri}: {error}") from error
+            self._closing.wait(pause_s)
+            pause_s = min(REVIVE_PAUSE_S_MAX, pause_s * 2)
+        else:
+            raise DeviceLost(f"{self._uri}: connection lost")
+        log.warning("%s: connected again", self._uri)
+        self._lost_at_s = 0.0
+        self._on_revived()
+        return handle

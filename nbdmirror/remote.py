@@ -23,19 +23,13 @@ from nbdmirror.device import (
     Extent,
     ExtentsDone,
 )
-from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
+from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
 from nbdmirror.pool import ConnectionPool
-
-PAYLOAD_BYTES_MAX = 32 << 20
-"""What a server that announces no maximum takes in one request: the NBD specification's advice to
-clients."""
 
 ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
 """Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
 of every granularity."""
-
-DEPTH_CONTEXT = "qemu:allocation-depth"
-"""qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more its backing files."""
 
 CONNECT_TIMEOUT_S = 10.0
 """For the whole handshake, unless told otherwise."""
@@ -44,38 +38,40 @@ CONNECT_TIMEOUT_S = 10.0
 class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     """An NBD export as a disk. Attributes are as the server announced them at the handshake.
 
-    `can_multi_conn`: several connections see one another's writes and flushes. Without it one
-    connection serves all threads.
+    A guest's request that was in flight on a lost connection is done again on a new one: writing
+    the same bytes to the same place twice is no harm. What the server had acknowledged and not
+    flushed may be lost then, and nobody would know: so the next flush fails.
     """
 
-    def __init__(self, uri: str, first: Connection) -> None:
-        handle = first.handle
+    def __init__(self, uri: str, first: Connection, announced: Announcement) -> None:
         self.uri = uri
         self.description = uri
-        self.size = int(handle.get_size())
-        self.read_only = bool(handle.is_read_only())
+        self.announced = announced
+        self.size = announced.size
+        self.read_only = announced.read_only
         self.block_size = BlockSize(
-            minimum=handle.get_block_size(nbd.SIZE_MINIMUM) or 1,
-            preferred=handle.get_block_size(nbd.SIZE_PREFERRED) or 4096,
-            maximum=handle.get_block_size(nbd.SIZE_MAXIMUM) or PAYLOAD_BYTES_MAX,
+            announced.minimum, announced.preferred or 4096, announced.maximum
         )
-        self.preferred_is_announced = bool(handle.get_block_size(nbd.SIZE_PREFERRED))
-        self.can_multi_conn = bool(handle.can_multi_conn())
-        self.can_flush = bool(handle.can_flush())
-        self.can_fua = bool(handle.can_fua())
-        self.can_trim = bool(handle.can_trim())
-        self.can_zero = bool(handle.can_zero())
-        self.can_fast_zero = bool(handle.can_fast_zero())
-        self.can_cache = bool(handle.can_cache())
-        self.can_extents = bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION))
-        self.can_depth = bool(handle.can_meta_context(DEPTH_CONTEXT))
-        """Whether the server tells which of an image's layers a range comes from."""
-        self.pool = ConnectionPool(uri, first)
+        self.can_multi_conn = announced.can_multi_conn
+        self.can_flush = announced.can_flush
+        self.can_fua = announced.can_fua
+        self.can_trim = announced.can_trim
+        self.can_zero = announced.can_zero
+        self.can_fast_zero = announced.can_fast_zero
+        self.can_cache = announced.can_cache
+        self.can_extents = announced.can_extents
+        self.can_depth = announced.can_depth
+        self.pool = ConnectionPool(uri, first, announced, on_revived=self._connected_again)
+        self._epoch = 0
+        """Counts the times that a lost connection was opened again."""
+        self._has_unflushed = False
+        self._may_have_lost = False
 
     @classmethod
     def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> RemoteDevice:
         """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...). Raises ConfigError."""
-        device = cls(uri, Connection.open(uri, timeout_s))
+        connection = Connection.open(uri, timeout_s)
+        device = cls(uri, connection, Announcement.of(connection.handle))
         if device.size % device.block_size.minimum:
             device.close()
             raise ConfigError(
@@ -87,24 +83,34 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     # Blocking, from any thread.
 
     def pread(self, buf: memoryview, offset: int) -> None:
-        connection = self.pool.pick()
         for start, length in _pieces(0, len(buf), self.block_size.maximum):
             part = buf[start : start + length]
-            connection.call(connection.handle.aio_pread, part, offset + start)
+            try:
+                self.pool.pick().read(part, offset + start)
+            except DeviceLost:
+                self.pool.pick().read(part, offset + start)
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
-        self._refuse_if_read_only()
-        connection = self.pool.pick()
-        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
-        if 0 < len(buf) <= self.block_size.maximum:
-            connection.call(connection.handle.aio_pwrite, buf, offset, flags=flags)
-        else:
+        if self.read_only:
+            self._refuse_if_read_only()
+        if not 0 < len(buf) <= self.block_size.maximum:
             view = memoryview(buf)
             for start, length in _pieces(0, len(buf), self.block_size.maximum):
-                part = view[start : start + length]
-                connection.call(connection.handle.aio_pwrite, part, offset + start, flags=flags)
-        if fua and not flags:
-            self.flush()
+                self.pwrite(view[start : start + length], offset + start, fua)
+            return
+        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        epoch = self._epoch
+        try:
+            self.pool.pick().write(buf, offset, flags)
+        except DeviceLost:
+            link, epoch = self.pool.pick(), self._epoch
+            link.write(buf, offset, flags)
+        if not flags:
+            self._has_unflushed = True
+            if epoch != self._epoch:
+                self._may_have_lost = True
+            if fua:
+                self.flush()
 
     def zero(
         self,
@@ -125,43 +131,76 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             if fua:
                 self.flush()
             return
-        connection = self.pool.pick()
         flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
         flags |= nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
         for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
-            connection.call(connection.handle.aio_zero, span, start, flags=flags)
+            self._change(lambda link, *at: link.zero(*at, flags), span, start)
         if fua and not self.can_fua:
             self.flush()
 
     def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         self._refuse_if_read_only()
-        connection = self.pool.pick()
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
         if self.can_trim:
             for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
-                connection.call(connection.handle.aio_trim, span, start, flags=flags)
+                self._change(lambda link, *at: link.trim(*at, flags), span, start)
         if fua and not (self.can_trim and self.can_fua):
             self.flush()
 
     def flush(self) -> None:
+        """Fails once after a connection was lost with writes that were not flushed."""
         if self.can_flush:
-            connection = self.pool.pick()
-            connection.call(connection.handle.aio_flush)
+            self._has_unflushed, had_unflushed = False, self._has_unflushed
+            try:
+                self._ask(lambda link: link.flush())
+            except BaseException:
+                self._has_unflushed |= had_unflushed
+                raise
+            if self._may_have_lost:
+                self._may_have_lost = False
+                raise DeviceError(f"{self.uri}: lost its connection with writes not flushed")
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         if not self.can_extents or not length:
             return [Extent(length, zero=False, hole=False)]
-        connection = self.pool.pick()
-        found: list[Extent] = []
         span = min(length, ZERO_BYTES_MAX)
-        collect = _collector(found, span)
-        connection.call(connection.handle.aio_block_status, span, offset, collect)
+        try:
+            found = self._extents(offset, span)
+        except DeviceLost:
+            found = self._extents(offset, span)
         return found or [Extent(length, zero=False, hole=False)]
 
     def cache(self, offset: int, length: int) -> None:
         if self.can_cache:
-            connection = self.pool.pick()
-            connection.call(connection.handle.aio_cache, length, offset)
+            self._ask(lambda link: link.cache(length, offset))
+
+    def _extents(self, offset: int, length: int) -> list[Extent]:
+        found: list[Extent] = []
+        connection = self.pool.pick_shared()
+        status = connection.handle.aio_block_status
+        connection.call(status, length, offset, _collector(found, length))
+        return found
+
+    def _connected_again(self) -> None:
+        """From a guest's thread. A change that is acknowledged at this moment, and not yet in
+        `_has_unflushed`, sees that the epoch is another one."""
+        self._epoch += 1
+        self._may_have_lost = self._may_have_lost or self._has_unflushed
+
+    def _ask(self, request: Callable[..., None], *arguments: int) -> int:
+        """Done twice if need be. Returns the epoch in which it was answered."""
+        epoch = self._epoch
+        try:
+            request(self.pool.pick(), *arguments)
+        except DeviceLost:
+            link, epoch = self.pool.pick(), self._epoch
+            request(link, *arguments)
+        return epoch
+
+    def _change(self, request: Callable[..., None], *arguments: int) -> None:
+        epoch = self._ask(request, *arguments)
+        self._has_unflushed = True
+        self._may_have_lost = self._may_have_lost or epoch != self._epoch
 
     def close(self) -> None:
         self.pool.close()
@@ -177,25 +216,25 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def is_same_export(self, other: RemoteDevice) -> bool:
         """Whether both are the same export of the same server (rule 44)."""
-        return self.pool.next().identity() == other.pool.next().identity()
+        return self.pool.shared.identity() == other.pool.shared.identity()
 
     def is_own_export(self) -> bool:
         """Whether the server at the other end is this very process (rule 44)."""
-        return self.pool.next().peer_is_this_process()
+        return self.pool.shared.peer_is_this_process()
 
     # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 
     def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
-        connection = self.pool.next()
+        connection = self.pool.shared
         connection.start(connection.handle.aio_pread, buf, offset, done=done)
 
     def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
-        connection = self.pool.next()
+        connection = self.pool.shared
         connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
 
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
         """Any length. Without write-zeroes, zeroes are written."""
-        connection = self.pool.next()
+        connection = self.pool.shared
         if self.can_zero:
             length_max, flags = ZERO_BYTES_MAX, self._zero_flags(may_trim)
         else:
@@ -219,14 +258,14 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         step(None)
 
     def start_flush(self, done: Done) -> None:
-        connection = self.pool.next()
+        connection = self.pool.shared
         connection.start(connection.handle.aio_flush, done=done)
 
     def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         if not self.can_extents:
             done([Extent(length, zero=False, hole=False)], None)
             return
-        connection = self.pool.next()
+        connection = self.pool.shared
         found: list[Extent] = []
         span = min(length, ZERO_BYTES_MAX)
 
@@ -238,7 +277,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def start_top_layer(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Like `start_extents`; a hole is what the top layer of the image does not hold."""
-        connection = self.pool.next()
+        connection = self.pool.shared
         found: list[Extent] = []
         span = min(length, ZERO_BYTES_MAX)
 

@@ -16,9 +16,8 @@ from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
-from nbdmirror.mirrors import Mirrors, raw_device
+from nbdmirror.mirrors import Mirrors
 from nbdmirror.nodes import Nodes
-from nbdmirror.remote import RemoteDevice
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +39,6 @@ class Server:
     def start(self) -> None:
         """Start the loop's thread; after nbdkit has forked."""
         self.loop.start()
-        for disk in self.disks.values():
-            if isinstance(device := raw_device(disk.source), RemoteDevice):
-                self.mirrors.expand(device)
 
     def cancel_jobs(self, when_done: Callable[[], None]) -> None:
         """Cancel every job by force, and dismiss all; `when_done` is called, on the loop, when the
@@ -76,7 +72,6 @@ class Server:
     def stop(self) -> None:
         """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have
         ended and no guest request is under way."""
-        self.mirrors.stop()
         self.loop.stop(STOP_S_MAX)
         for disk in self.disks.values():
             try:

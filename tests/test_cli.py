@@ -640,7 +640,7 @@ def test_serve_command(plugin: str) -> None:
     here = os.getcwd()
     argv, env = command("a.img", PYTHONPATH="/mine:/mine")
     assert argv == [
-        *["nbdkit", "-i", "127.0.0.1", "-p", "10809", "-f", "python", plugin],
+        *["nbdkit", "-i", "127.0.0.1", "-p", "10809", "-f", "-t", "8", "python", plugin],
         *[f"file={here}/a.img", "qmp=/q/qmp"],
     ]
     parts = env["PYTHONPATH"].split(":")

@@ -36,9 +36,11 @@ MAY_IMPORT = {
     "filesource": "device errors file",
     "aligned": "device errors",
     "loop": "errors",
-    "connection": "device errors loop",
-    "pool": "connection errors loop",
-    "remote": "aligned connection device errors pool",
+    "handshake": "errors",
+    "link": "device errors handshake",
+    "connection": "device errors handshake loop",
+    "pool": "connection errors handshake link loop",
+    "remote": "aligned connection device errors handshake pool",
     "ledger": "bitmap device errors",
     "disk": "bitmap device errors ledger",
     "copier": "bitmap device errors ledger",
@@ -58,7 +60,7 @@ MAY_IMPORT = {
     "mirrors": "aligned bitmap bitmaps connection copier device disk errors events filesource"
     " ledger loop mirror nodes options pool remote",
     "store": "bitmap errors",
-    "server": "bitmaps disk errors events loop mirror mirrors nodes remote",
+    "server": "bitmaps disk errors events loop mirror mirrors nodes",
     # The doors. They know what is below them, never each other.
     "queries": "bitmap disk mirror nodes remote server",
     "sockets": "errors",
@@ -80,10 +82,10 @@ MAY_IMPORT = {
 
 # Module from outside -> the only places that may import it.
 ONLY_IN = {
-    "nbd": "remote pool connection",
+    "nbd": "remote pool connection link handshake",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
-    "socket": "qmp http cli* remote connection sockets service hangup",
+    "socket": "qmp http cli* connection link sockets service hangup",
     "socketserver": "",
     "select": "qmp http cli* loop connection",
     "selectors": "qmp http cli* loop connection",

@@ -1,0 +1,120 @@
+"""Connecting to an NBD server within a bound, and what it announced.
+
+From any thread; the calls block.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import nbd
+
+from nbdmirror.errors import ConfigError
+
+DEPTH_CONTEXT = "qemu:allocation-depth"
+"""qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more its backing files."""
+
+PAYLOAD_BYTES_MAX = 32 << 20
+"""What a server that announces no maximum takes in one request: the NBD specification's advice to
+clients."""
+
+_RELIED_ON = {
+    "size": "size",
+    "read_only": "read-only",
+    "can_flush": "flush",
+    "can_fua": "FUA",
+    "can_zero": "write-zeroes",
+    "minimum": "minimum block size",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What a server says of an export at the handshake. Sizes in bytes; `preferred` is 0 if it was
+    not told."""
+
+    size: int
+    read_only: bool
+    can_flush: bool
+    can_fua: bool
+    can_zero: bool
+    can_fast_zero: bool
+    can_trim: bool
+    can_cache: bool
+    can_multi_conn: bool
+    """Several connections see one another's writes and flushes."""
+    can_extents: bool
+    can_depth: bool
+    """Whether the server tells which of an image's layers a range comes from."""
+    minimum: int
+    preferred: int
+    maximum: int
+
+    @classmethod
+    def of(cls, handle: nbd.NBD) -> Announcement:
+        return cls(
+            size=int(handle.get_size()),
+            read_only=bool(handle.is_read_only()),
+            can_flush=bool(handle.can_flush()),
+            can_fua=bool(handle.can_fua()),
+            can_zero=bool(handle.can_zero()),
+            can_fast_zero=bool(handle.can_fast_zero()),
+            can_trim=bool(handle.can_trim()),
+            can_cache=bool(handle.can_cache()),
+            can_multi_conn=bool(handle.can_multi_conn()),
+            can_extents=bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)),
+            can_depth=bool(handle.can_meta_context(DEPTH_CONTEXT)),
+            minimum=int(handle.get_block_size(nbd.SIZE_MINIMUM)) or 1,
+            preferred=int(handle.get_block_size(nbd.SIZE_PREFERRED)),
+            maximum=int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or PAYLOAD_BYTES_MAX,
+        )
+
+    def change(self, now: Announcement) -> str:
+        """What of it that we rely on is another now (rule 40), in words; "" if nothing is."""
+        before, after = asdict(self), asdict(now)
+        for name, what in _RELIED_ON.items():
+            if before[name] != after[name]:
+                return f"{what} was {before[name]}, is {after[name]}"
+        return ""
+
+
+def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
+    """A handle of `uri` that is ready for requests, within `timeout_s`, the handshake included.
+    Raises ConfigError with one clear line.
+
+    `for_data_alone`: without structured replies, and so without block status. qemu-nbd asks its
+    storage for holes before it answers a read with a structured reply: reads then cost a fifth
+    more.
+    """
+    handle = nbd.NBD()
+    if for_data_alone:
+        handle.set_request_structured_replies(False)
+    else:
+        handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        handle.add_meta_context(DEPTH_CONTEXT)  # a server that has no such gives none
+    handle.set_uri_allow_local_file(True)
+    handle.set_pread_initialize(False)  # a failed read's buffer is never looked at
+    deadline_s = time.monotonic() + timeout_s
+    try:
+        handle.aio_connect_uri(uri)
+        while not handle.aio_is_ready():
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 or is_gone(handle):
+                raise ConfigError(f"{uri}: no answer from the NBD server within {timeout_s:g} s")
+            handle.poll(int(left_s * 1000) + 1)
+    except nbd.Error as error:
+        raise ConfigError(f"Failed to connect to '{uri}': {reason(error)}") from error
+    return handle
+
+
+def is_gone(handle: nbd.NBD) -> bool:
+    """Dead, or closed by the server in order, as one does that ends."""
+    return bool(handle.aio_is_dead() or handle.aio_is_closed())
+
+
+def reason(error: Any) -> str:
+    """libnbd's message, an nbd.Error's, without its function's name."""
+    text = str(error.string)
+    return text.split(": ", 1)[1] if ": " in text else text

@@ -1,0 +1,132 @@
+"""A disk that is an NBD export, at the start or since a pivot, whose server goes away and comes
+back: what guests' requests make of it."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import nbd
+import pytest
+from conftest import Start
+from tools import MiB, Nbdmirror, assert_identical, connected, make_noise, nbd_errno, wait_until
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "faults"))
+from losing import Lossy
+
+BLOCK = 4096
+DATA = b"\x5a" * BLOCK
+LOST = r"connection lost|not flushed|lost: |Failed to connect"
+
+
+class InThread:
+    """A call in a thread of its own; `result` waits for it and raises what it raised."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            self._error = error
+
+    def has_ended_within(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        assert self.has_ended_within(30), "the request does not return"
+        if self._error is not None:
+            raise self._error
+
+
+@pytest.fixture(params=[True, False], ids=["multi-conn", "one connection"])
+def target(start: Start, folder: Path, request: pytest.FixtureRequest) -> Lossy:
+    image = make_noise(folder / "t.img", 4 * MiB)
+    return start(Lossy(folder, image, multi_conn=request.param))
+
+
+@pytest.fixture
+def server(start: Start, folder: Path, target: Lossy) -> Nbdmirror:
+    server = start(Nbdmirror(folder, target.uri()))
+    server.allowed.append(LOST)
+    return server
+
+
+def test_a_request_in_flight_is_done_again(target: Lossy, server: Nbdmirror) -> None:
+    with connected(server.uri()) as guest:
+        guest.pwrite(DATA, 0)
+        guest.flush()
+        target.order("kill write 1")
+        write = InThread(lambda: guest.pwrite(DATA, BLOCK, nbd.CMD_FLAG_FUA))
+        target.wait_killed()
+        target.come_back()
+        write.result()
+        guest.flush()  # nothing was lost: what had been acknowledged was flushed
+        assert guest.pread(2 * BLOCK, 0) == 2 * DATA
+
+
+def test_requests_wait_for_the_server(target: Lossy, server: Nbdmirror) -> None:
+    with connected(server.uri()) as guest:
+        expected = bytes(guest.pread(MiB, 0))
+        target.kill()
+        read = InThread(lambda: guest.pread(MiB, 0) == expected or pytest.fail("another content"))
+        wait_until(lambda: "no answer" not in server.stderr, "the server lives")
+        target.come_back()
+        read.result()
+        assert guest.pread(MiB, 0) == expected
+
+
+def test_a_flush_tells_once_of_writes_that_may_be_lost(target: Lossy, server: Nbdmirror) -> None:
+    with connected(server.uri()) as guest:
+        guest.pwrite(DATA, 0)
+        guest.flush()
+        guest.pwrite(DATA, BLOCK)
+        target.kill()
+        target.come_back()
+        guest.pread(BLOCK, 0)
+        assert nbd_errno(guest.flush) == errno.EIO
+        assert guest.pread(BLOCK, BLOCK) != DATA, "the target has lost it, as it was to do"
+        guest.pwrite(DATA, BLOCK)
+        guest.flush()
+    assert_identical(2 * DATA, target.image.read_bytes()[: 2 * BLOCK])
+
+
+def test_requests_fail_in_the_end(target: Lossy, server: Nbdmirror) -> None:
+    with connected(server.uri()) as guest:
+        target.kill()
+        assert nbd_errno(guest.pread, BLOCK, 0) == errno.EIO
+        assert nbd_errno(guest.pwrite, DATA, 0) == errno.EIO
+        target.come_back()
+        wait_until(lambda: nbd_errno(guest.pread, BLOCK, 0) == 0, "the disk is back")
+
+
+def test_after_a_pivot_requests_wait_as_long_as_the_nodes_reconnect_delay(
+    start: Start, folder: Path, target: Lossy
+) -> None:
+    source = make_noise(folder / "s.img", 4 * MiB, seed=3)
+    server = start(Nbdmirror(folder, source))
+    server.allowed.append(LOST)
+    address = {"type": "unix", "path": str(target.socket)}
+    qmp = server.qmp
+    qmp.execute("blockdev-add", driver="nbd", node_name="t", server=address, reconnect_delay=20)
+    qmp.start_mirror("t")
+    qmp.wait_ready()
+    qmp.complete()
+    with connected(server.uri()) as guest:
+        target.kill()
+        write = InThread(lambda: guest.pwrite(DATA, 0))
+        read = InThread(lambda: guest.pread(BLOCK, MiB))
+        assert not write.has_ended_within(3), "longer than a request waits without it"
+        target.come_back()
+        write.result()
+        read.result()
+        guest.flush()
+    expected = DATA + source.read_bytes()[BLOCK:]
+    assert_identical(expected, target.image)
