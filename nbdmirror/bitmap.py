@@ -41,19 +41,21 @@ class DirtyBitmap:
     two, at least 512.
 
     Memory: one bit a granule in anonymous pages, which exist only once they are written to: 32 MiB
-    at most for 16 TiB at 64 KiB, next to nothing while clean.
+    at most for 16 TiB at 64 KiB, next to nothing while clean. Or `pages`, `bytes_of(size,
+    granularity)` of them and all zero, which are the caller's: a mapped file, say.
     """
 
-    __slots__ = ("_bits", "_count", "_pages", "_shift", "granularity", "size")
+    __slots__ = ("_bits", "_count", "_is_private", "_pages", "_shift", "granularity", "size")
 
-    def __init__(self, size: int, granularity: int) -> None:
+    def __init__(self, size: int, granularity: int, pages: mmap.mmap | None = None) -> None:
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
         self._count = -(-size // granularity)
+        self._is_private = pages is None
         # Private: of shared pages, reading takes memory as well, and MADV_DONTNEED clears nothing.
-        self._pages = mmap.mmap(
-            -1, max(1, -(-self._count // 8)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._pages = pages or mmap.mmap(
+            -1, bytes_of(size, granularity), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
         # Bits past `_count` in the last byte stay zero: every call is bounded by `_count`.
         self._bits = bitarray(buffer=self._pages, endian="little")
@@ -78,7 +80,7 @@ class DirtyBitmap:
         first = -(-offset >> self._shift)
         end = offset + length
         last = self._count if end >= self.size else end >> self._shift
-        if last - first >= _PAGE_BITS:
+        if last - first >= _PAGE_BITS and self._is_private:
             first, last = self._clear_pages(first, last)
         if first < last:
             self._bits[first:last] = 0
@@ -98,7 +100,11 @@ class DirtyBitmap:
     def clear_all(self) -> None:
         self.clear(0, self.size)
 
+    def close(self) -> None:
+        """It is not used any more. (A mark that comes too late does no harm.)"""
+
     def copy(self) -> DirtyBitmap:
+        """A private one."""
         other = DirtyBitmap(self.size, self.granularity)
         other.merge(self)
         return other
@@ -112,6 +118,20 @@ class DirtyBitmap:
         while run := other.next_run(offset, other.size):
             offset = run[0] + run[1]
             self.mark(*run)
+
+    def to_bytes(self) -> bytes:
+        """A bit a granule, the first ones in the first byte's low bits; `bytes_of` of them."""
+        return bytes(self._pages)
+
+    def merge_bytes(self, content: bytes) -> None:
+        """Make dirty what is dirty in what `to_bytes` gave, of a bitmap of the same size and
+        granularity. Raises ValueError if it cannot be of such a one."""
+        if len(content) != bytes_of(self.size, self.granularity):
+            raise ValueError(f"{len(content)} bytes of bits, where {len(self._pages)} are needed")
+        other = bitarray(buffer=content, endian="little")
+        if other.find(1, self._count) >= 0:
+            raise ValueError("bits behind the disk's end are set")
+        self._bits |= other
 
     def next_run(self, offset: int, length_max: int) -> tuple[int, int] | None:
         """The first dirty run of whole granules at or after `offset`: its offset and length in
@@ -149,3 +169,9 @@ class DirtyBitmap:
         if dirty and self.size & (self.granularity - 1) and self._bits[self._count - 1]:
             dirty -= self.granularity - (self.size & (self.granularity - 1))
         return dirty
+
+
+def bytes_of(size: int, granularity: int) -> int:
+    """How many bytes the bits of such a bitmap take; at least one."""
+    granules = -(-size // granularity)
+    return max(1, -(-granules // 8))

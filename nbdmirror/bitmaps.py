@@ -6,12 +6,15 @@ recording, and no command may touch it. On the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nbdmirror.bitmap import GRANULARITY_DEFAULT, DirtyBitmap
 from nbdmirror.disk import Disk
+from nbdmirror.diskstate import BitmapRecord, Found
 from nbdmirror.errors import CommandError
+from nbdmirror.transient import Transient
 
 NAME_BYTES_MAX = 1023
 """QEMU's BDRV_BITMAP_MAX_NAME_SIZE."""
@@ -35,6 +38,8 @@ class NamedBitmap:
     name: str
     bitmap: DirtyBitmap
     is_recording: bool
+    key: str = ""
+    """If persistent: the one under which its content is kept."""
     is_busy: bool = False
 
 
@@ -42,8 +47,17 @@ class Bitmaps:
     """The bitmaps of all disks. Each change raises CommandError with QEMU's text, and
     changes nothing, if it cannot be done."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Mapping[Disk, Transient]) -> None:
+        """`kept`: what is to outlive the process of each disk."""
+        self._kept = kept
         self._of: dict[Disk, dict[str, NamedBitmap]] = {}
+
+    def take_up(self, disk: Disk, found: Found) -> None:
+        """Go on with the persistent bitmaps of an earlier process."""
+        for record in found.definition.bitmaps:
+            bitmap = self._kept[disk].new_bitmap(record.key)(disk.size, record.granularity)
+            found.restore(bitmap, record.key)
+            self._add(disk, NamedBitmap(record.name, bitmap, record.is_recording, record.key))
 
     def of(self, disk: Disk) -> list[NamedBitmap]:
         """Newest first."""
@@ -75,14 +89,14 @@ class Bitmaps:
             raise CommandError("Granularity must be power of 2 and at least 512")
         if name in self._of.get(disk, {}):
             raise CommandError(f"Bitmap already exists: {name}")
-        if persistent:
+        kept, key = self._kept[disk], f"bitmap-{uuid.uuid4().hex}" if persistent else ""
+        if persistent and not kept.is_lasting:
             raise CommandError(
                 f"Can't store persistent bitmaps to {disk.name}: Operation not supported"
             )
-        bitmap = NamedBitmap(name, DirtyBitmap(disk.size, granularity), is_recording=not disabled)
-        self._of.setdefault(disk, {})[name] = bitmap
-        if bitmap.is_recording:
-            disk.ledger.attach(bitmap.bitmap)
+        make = kept.new_bitmap(key) if persistent else DirtyBitmap
+        bitmap = NamedBitmap(name, make(disk.size, granularity), not disabled, key)
+        self._add(disk, bitmap)
         return Change(lambda: self._drop(disk, bitmap))
 
     def remove(self, disk: Disk, name: str) -> Change:
@@ -132,12 +146,28 @@ class Bitmaps:
 
         return Change(undo, lambda: disk.ledger.detach(since))
 
+    def _add(self, disk: Disk, bitmap: NamedBitmap) -> None:
+        self._of.setdefault(disk, {})[bitmap.name] = bitmap
+        if bitmap.is_recording:
+            disk.ledger.attach(bitmap.bitmap)
+        self._keep(disk, bitmap)
+
     def _drop(self, disk: Disk, bitmap: NamedBitmap) -> None:
         del self._of[disk][bitmap.name]
         disk.ledger.detach(bitmap.bitmap)
+        self._kept[disk].drop_bitmap(bitmap.key)
+        bitmap.bitmap.close()
+
+    def _keep(self, disk: Disk, bitmap: NamedBitmap) -> None:
+        if bitmap.key:
+            record = BitmapRecord(
+                bitmap.name, bitmap.bitmap.granularity, bitmap.is_recording, bitmap.key
+            )
+            self._kept[disk].keep_bitmap(record, bitmap.bitmap)
 
     def _set_recording(self, disk: Disk, bitmap: NamedBitmap, recording: bool) -> None:
         if recording != bitmap.is_recording:
             bitmap.is_recording = recording
             change = disk.ledger.attach if recording else disk.ledger.detach
             change(bitmap.bitmap)
+            self._keep(disk, bitmap)

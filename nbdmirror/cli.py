@@ -167,6 +167,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     threads = "requests at once of one connection (default: %(default)s)"
     add("--threads", type=int, metavar="N", default=THREADS_DEFAULT, help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
+    add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
+    add("--accept-old-side", action="store_true", help="serve a disk that was pivoted away from")
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
     add("--daemonize", action="store_true", help="go into the background")
     add("--pidfile", metavar="PATH")

@@ -75,6 +75,10 @@ def serve_command(
     argv.append(f"qmp={_qmp_path(args)}")
     if args.cache != "writeback":
         argv.append(f"cache={args.cache}")
+    if args.state_dir:
+        argv.append(f"state-dir={os.path.abspath(args.state_dir)}")
+    if args.accept_old_side:
+        argv.append("accept-old-side=true")
     if args.mirror_to:
         argv.append(f"mirror-to={args.mirror_to}")
     if args.read_only:  # nbdkit's -r is for guests; this is for how the disks are opened

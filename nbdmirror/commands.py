@@ -12,6 +12,7 @@ import os
 import re
 import signal
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -67,8 +68,31 @@ class Commands:
             raise CommandNotFound(f"The command {name} has not been found")
         COMMANDS[name].check(arguments)
         if name in self._slow:
-            return await self._slow[name](arguments)
-        return await self._on_loop(lambda: self._run(name, arguments))
+            reply = await self._slow[name](arguments)
+        else:
+            reply = await self._on_loop(lambda: self._run(name, arguments))
+        if name in _CHANGES:
+            await self._keep(name)
+        return reply
+
+    async def _keep(self, name: str) -> None:
+        """Answer when what is to outlive the process is on disk. A mirror goes on without that, and
+        an event tells; of bitmaps it is promised."""
+        is_bitmap = name in BITMAP_ACTIONS or name == "transaction"
+
+        def saves() -> list[Future[None]]:
+            lasting = [kept for kept in self._server.kept.values() if kept.is_lasting]
+            return [kept.bits_saved() if is_bitmap else kept.saved() for kept in lasting]
+
+        futures: list[Future[None]] = (await self._on_loop(saves)).value
+        try:
+            for future in futures:
+                await asyncio.wrap_future(future)
+        except OSError as error:
+            if name in BITMAP_ACTIONS:
+                raise CommandError(
+                    f"Done, and not yet kept: the state directory cannot be written: {error}"
+                ) from error
 
     async def _on_loop(self, call: Callable[[], Any]) -> Reply:
         def step() -> Reply:
@@ -205,6 +229,9 @@ class Commands:
 def _verb(call: Callable[[MirrorJob], None]) -> Callable[[MirrorJob, Arguments], None]:
     return lambda job, arguments: call(job)
 
+
+_CHANGES = {"drive-mirror", "blockdev-mirror", "transaction", *BITMAP_ACTIONS}
+"""Commands that are answered when what they changed is on disk."""
 
 _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
     "block-job-complete": _verb(MirrorJob.complete),

@@ -2,14 +2,16 @@
 
 Every job is in one; alone, unless a grouped transaction started it. Its ending is held up in two
 places: in WAITING until all have done their work, and, once they are to be finalized, level with
-guests held until all are. Meanwhile each goes on as a mirror. From that moment on nothing can fail:
-all end in one step of the loop.
+guests held until all are. Meanwhile each goes on as a mirror. Then that they have ended is written
+down, where such things are kept (`commit`), and from that moment on nothing can fail: all end in
+one step of the loop.
 
 On the event loop's thread.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nbdmirror.jobstate import JobStatus
@@ -28,6 +30,7 @@ class Group:
     def __init__(self, *jobs: Job) -> None:
         self.jobs: list[Job] = []
         self._held_in_vain: set[Job] = set()
+        self._uncommitted: set[Job] = set()
         for job in jobs:
             self.add(job)
 
@@ -60,15 +63,39 @@ class Group:
         level: a target that hangs must not stop the others' guests time after time."""
         return job not in self._held_in_vain
 
+    @property
+    def is_committing(self) -> bool:
+        """That the jobs have ended is being written down. Guests are held until it is, or is not:
+        nothing else may come between."""
+        return bool(self._uncommitted)
+
     def got_level(self) -> None:
         """A job holds its guest. If that was the last one all end, else the others come along."""
         if self.is_level:
-            for job in list(self.jobs):
-                job.finish()
+            self._commit()
             return
         self._held_in_vain.clear()
         for job in self.jobs:
             job.advance_soon()
+
+    def _commit(self) -> None:
+        jobs, failures = list(self.jobs), []
+        self._uncommitted = set(jobs)
+
+        def committed(job: Job, error: BaseException | None) -> None:
+            self._uncommitted.discard(job)
+            if error is not None:
+                failures.append(job)
+            if self._uncommitted:
+                return
+            for one in jobs:
+                if failures:
+                    one.commit_failed(was_committed=one not in failures)
+                else:
+                    one.finish()
+
+        for job in jobs:
+            job.commit(partial(committed, job))
 
     def held_in_vain(self, job: Job) -> None:
         self._held_in_vain.add(job)

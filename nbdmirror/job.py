@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
+from nbdmirror.device import Done
 from nbdmirror.errors import CommandError, errno_of
 from nbdmirror.events import EventRing
 from nbdmirror.group import Group
@@ -191,12 +192,29 @@ class Job(ABC):
         """A forced cancel: give up, within a bound."""
 
     @abstractmethod
+    def commit(self, done: Done) -> None:
+        """Level: write down that the job has ended, as `ending` says, where that is kept."""
+
+    @abstractmethod
+    def commit_failed(self, *, was_committed: bool) -> None:
+        """That of this job, or of another one of its group, could not be written down: go on.
+        `was_committed`: this one's was, and has to be taken back."""
+
+    @abstractmethod
     def finish(self) -> None:
         """End well, now, as `ending` says. Cannot fail."""
 
     @abstractmethod
     def limit_speed(self, speed_bytes_per_s: int) -> None:
         """0 for no limit."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Do nothing with the disk any more, and last let go of its guest."""
+
+    @abstractmethod
+    def forget(self, done: Done) -> None:
+        """It ends badly: write down that it does not go on, where that is kept; within a bound."""
 
     @abstractmethod
     def let_go(self) -> None:
@@ -261,6 +279,27 @@ class Job(ABC):
             "speed": self.speed_bytes_per_s,
         }
         self._events.append(event, {**data, **extra})
+
+    def tell_pivoted(self, disk: str, held_s: float) -> None:
+        """`held_s`: how long guests' writes were held for it."""
+        data = {"device": disk, "id": self.id, "pause-ms": round(held_s * 1000, 3)}
+        self._events.append("X_NBDMIRROR_PIVOTED", data)
+
+    def end_badly(self, reason: BaseException) -> None:
+        """Cancelled by force, or failed; nothing is in flight any more."""
+        self.to(JobStatus.ABORTING)
+        self.detach()
+
+        def conclude(_: BaseException | None) -> None:
+            self.let_go()
+            if isinstance(reason, Cancelled):
+                self.error = "Operation canceled"
+                self.concluded("BLOCK_JOB_CANCELLED")
+            else:
+                self.error = error_text(reason)
+                self.concluded("BLOCK_JOB_COMPLETED", error=self.error)
+
+        self.forget(conclude)
 
     def concluded(self, event: str, **extra: object) -> None:
         """The last events; everything has been let go of."""

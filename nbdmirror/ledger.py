@@ -179,8 +179,6 @@ class Claim:
     length: int
     progress: int = 0
     """Bytes of a synchronous write that count as done at its end: those that were written."""
-    is_stale: bool = False
-    """The target was lost since: what it acknowledged of this may be lost as well."""
 
     @property
     def end(self) -> int:
@@ -195,15 +193,26 @@ class Tracker:
 
     `claim`, `shrink` and `settle` are the copier's; `begin_write` and `end_write` are for guest
     threads.
+
+    `dirty`, `unflushed` and what a flush is under way for are, together, all that may differ from
+    the target's storage: a range goes into `unflushed` before it leaves `dirty`, and out of there
+    by a flush that began after it was written. So what outlives a crash of the target, of this
+    process (if `new_bitmap` makes bitmaps that do) or of both is told by those bitmaps alone.
     """
 
-    def __init__(self, size: int, granularity: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        granularity: int,
+        new_bitmap: Callable[[int, int], DirtyBitmap] = DirtyBitmap,
+    ) -> None:
         self.size = size
         self.granularity = granularity
-        self.dirty = DirtyBitmap(size, granularity)
-        self.unflushed = DirtyBitmap(size, granularity)
-        """What the target acknowledged since the last flush that succeeded: a target that crashes
-        may lose it (rule 39)."""
+        self._new_bitmap = new_bitmap
+        self.dirty = new_bitmap(size, granularity)
+        self.unflushed = new_bitmap(size, granularity)
+        """What was sent to the target, or is about to be, since the last flush that succeeded: a
+        target that crashes may lose it (rule 39)."""
         self.written_bytes = 0
         """Bytes that synchronous writes brought to the target."""
         self._flushing: list[DirtyBitmap] = []
@@ -239,6 +248,7 @@ class Tracker:
                         offset = max(c.end for c in taken if c.offset <= claim.offset)
                         continue
                     claim.length = start - claim.offset
+                self.unflushed.mark(claim.offset, claim.length)
                 self.dirty.clear(claim.offset, claim.length)
                 self._copies.append(claim)
                 return claim
@@ -255,7 +265,8 @@ class Tracker:
     def settle(self, claim: Claim, *, failed: bool) -> None:
         """A copy ended. If it failed, its range is dirty again before it is anybody's."""
         with self._lock:
-            self._note_end(claim, failed)
+            if failed:
+                self.dirty.mark(claim.offset, claim.length)
             self._copies.remove(claim)
             self._lock.notify_all()
 
@@ -271,6 +282,7 @@ class Tracker:
             self._lock.wait_for(lambda: self._is_free_for(claim))
             self._waiting.remove(claim)
             self._writes.append(claim)
+            self.unflushed.mark(offset, length)
             self.dirty.clear(offset, length)
         return claim
 
@@ -278,26 +290,30 @@ class Tracker:
         """The synchronous write has reached the target or, if `failed`, its granules are dirty
         again."""
         with self._lock:
-            self._note_end(claim, failed)
-            if not failed:
+            if failed:
+                self.dirty.mark(claim.offset, claim.length)
+            else:
                 self.written_bytes += claim.progress
             self._writes.remove(claim)
             self._lock.notify_all()
 
     def begin_flush(self) -> DirtyBitmap:
-        """A flush is about to be sent: what it covers, for `end_flush`. Later acknowledgements are
-        not covered."""
+        """A flush is about to be sent: what it covers, for `end_flush`. What is in flight, and
+        what is acknowledged later, is not covered."""
         with self._lock:
             covered = self.unflushed
-            self.unflushed = DirtyBitmap(self.size, self.granularity)
             self._flushing.append(covered)
+            self.unflushed = self._with_claims(self._new_bitmap(self.size, self.granularity))
         return covered
 
     def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
+        """After one that failed what it was to cover is dirty: the target may have lost it, and a
+        second flush would not tell. (Linux tells of a failed write-back once.)"""
         with self._lock:
-            self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
             if failed:
-                self.unflushed.merge(covered)
+                self.dirty.merge(covered)
+            self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
+        covered.close()
 
     def target_came_back(self) -> None:
         """After a lost connection: what was not flushed may be lost, so it is dirty (rule 39); so
@@ -306,12 +322,27 @@ class Tracker:
             for bitmap in (self.unflushed, *self._flushing):
                 self.dirty.merge(bitmap)
             self.unflushed.clear_all()
-            for claim in (*self._copies, *self._writes):
-                claim.is_stale = True
+            self._with_claims(self.unflushed)
 
-    def _note_end(self, claim: Claim, failed: bool) -> None:
-        bitmap = self.dirty if failed or claim.is_stale else self.unflushed
-        bitmap.mark(claim.offset, claim.length)
+    def may_differ(self) -> DirtyBitmap:
+        """What source and the target's storage may differ in, and more; a copy. Not what guest
+        writes under way may have changed. On the thread that claims and flushes."""
+        # In the order in which a range goes through them: it is never missed in between.
+        found = self.dirty.copy()
+        with self._lock:
+            for bitmap in (self.unflushed, *self._flushing):
+                found.merge(bitmap)
+        return found
+
+    def close(self) -> None:
+        """The mirror has ended, and no guest marks its bitmap any more."""
+        for bitmap in (self.dirty, self.unflushed, *self._flushing):
+            bitmap.close()
+
+    def _with_claims(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        for claim in (*self._copies, *self._writes):
+            bitmap.mark(claim.offset, claim.length)
+        return bitmap
 
     def _is_free_for(self, claim: Claim) -> bool:
         if any(c.overlaps(claim) for owners in (self._copies, self._writes) for c in owners):

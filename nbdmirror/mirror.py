@@ -20,13 +20,15 @@ from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, DeviceLost, errno_of
 from nbdmirror.events import EventRing
 from nbdmirror.group import HOLD_S
-from nbdmirror.job import Cancelled, Job, error_text
+from nbdmirror.job import Cancelled, Job
 from nbdmirror.jobstate import JobStatus, check_verb
 from nbdmirror.ledger import Tracker
-from nbdmirror.loop import Loop, Timer
+from nbdmirror.loop import Loop
 from nbdmirror.options import CopyMode, Ending, MirrorOptions, Policy
 from nbdmirror.owner import Owner, Target
 from nbdmirror.quiesce import Quiesce, Step
+from nbdmirror.targetwatch import TargetWatch
+from nbdmirror.waits import Waits
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +36,12 @@ POLL_S = 0.05
 """How often new guest writes are looked for when all was in sync. Longer would save more writes to
 regions that are written again and again, and let the target lag more."""
 
-RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
-"""Back-off under the policy `ignore`: first and longest wait before the failed range is tried
-again."""
-
-RECONNECT_PAUSE_S = 1.0
-"""A target that is lost again within this time after it was brought back is an error."""
-
 CANCEL_GRACE_S = 0.3
 """How long a forced cancel lets requests on the target end by themselves before their connection is
 cut."""
+
+
+OwnersStep = Callable[["MirrorJob", Done], None]
 
 
 class MirrorJob(Job):
@@ -76,19 +74,24 @@ class MirrorJob(Job):
         self.copier.speed_bytes_per_s = options.speed_bytes_per_s
         self._loop = loop
         self._owner = owner
-        self._waits: object | None = None  # for a scan, a reconnect, a flush; can be abandoned
+        self._waits = Waits(loop, self.advance)
         self._abort: BaseException | None = None
         self._quiesce: Quiesce | None = None
-        self._retry_s = RETRY_S_MIN
-        self._reconnect_not_before_s = 0.0
-        self._timers: dict[str, Timer] = {}
-        self._is_scanned = options.sync == "none" or bitmap is not None
+        self._watch = TargetWatch(
+            copier=self.copier,
+            kill=target.kill,
+            on_flush_error=partial(self.copy_failed, "write"),
+            clock=loop.clock,
+            reconnect_delay_s=options.reconnect_delay_s,
+        )
+        self.is_scanned = options.sync == "none" or bitmap is not None
+        """What is to be copied is known; before, the source's extents have to be asked."""
         self._mode = CopyModeSwitch(
             disk=disk,
             tracker=tracker,
             target=target,
             whole_granules=options.sync != "full",
-            on_error=self._on_synchronous_error,
+            on_error=lambda error: loop.call_soon(partial(self.copy_failed, "write", error)),
         )
 
     def start(self) -> None:
@@ -99,8 +102,23 @@ class MirrorJob(Job):
             self.tracker.dirty.merge(self.bitmap)
         elif self.options.sync == "full" and not self.options.target_is_zero:
             self.tracker.dirty.mark_all()
-            self._is_scanned = True
-        self.release()
+            self.is_scanned = True
+        self._begin()
+
+    def take_up(
+        self, restore: Callable[[DirtyBitmap], None], *, is_scanned: bool, is_paused: bool
+    ) -> None:
+        """Go on with a mirror of an earlier process: `restore` marks what may differ."""
+        self.disk.ledger.attach(self.tracker.dirty)
+        self.to(JobStatus.RUNNING)
+        restore(self.tracker.dirty)
+        self.is_scanned = is_scanned
+        self.pause_wanted = is_paused
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self.pause_wanted:
+            self.release()
         self.advance()
         self._poll()
 
@@ -118,13 +136,14 @@ class MirrorJob(Job):
         self.copy_mode = copy_mode
         if self.copier.is_running:
             self._mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
+        self._owner.changed(self)
 
     # What queries show.
 
     @property
     def is_busy(self) -> bool:
         if self.status is JobStatus.READY:
-            return self.copier.in_flight > 0 or "retry" in self._timers
+            return self.copier.in_flight > 0 or self._waits.is_for_retry
         return self.status is JobStatus.RUNNING
 
     @property
@@ -154,7 +173,8 @@ class MirrorJob(Job):
         """Rules 20 and 21. The range is dirty again already; what follows an error that was decided
         on, from the requests in flight with it, is part of it."""
         self._mode.note_error()
-        if self._abort is not None or self.pause_wanted or "retry" in self._timers or self.is_over:
+        is_decided = self._abort is not None or self.pause_wanted or self._waits.is_for_retry
+        if is_decided or self.is_over or self.group.is_committing:
             return
         if isinstance(error, DeviceLost) and operation == "write" and self._may_reconnect():
             return
@@ -172,19 +192,14 @@ class MirrorJob(Job):
             self.io_status = "nospace" if errno_of(error) == errno.ENOSPC else "failed"
             self.pause_wanted = True
         else:
-            self._after("retry", self._retry_s, self._retry)
-            self._retry_s = min(RETRY_S_MAX, self._retry_s * 2)
+            self._waits.retry(self._retry)
         self.advance_soon()
 
     def _may_reconnect(self) -> bool:
-        """Rule 40: a lost target is brought back before the policy is asked, where a
-        reconnect-delay was given; not again at once when that led nowhere."""
-        if self._waits is not None:
+        if self._waits.is_for_step:
             return True  # it is being brought back
-        now_s = self._loop.clock()
-        if not self.options.reconnect_delay_s or now_s < self._reconnect_not_before_s:
+        if not self._watch.may_reconnect():
             return False
-        self._reconnect_not_before_s = now_s + RECONNECT_PAUSE_S
         self.hold()
         self.release()
         return True
@@ -202,13 +217,15 @@ class MirrorJob(Job):
     def advance(self) -> None:
         if self.is_over or self.status in (JobStatus.UNDEFINED, JobStatus.CREATED):
             return
-        if self._abort is not None:
+        if self.status is JobStatus.ABORTING:
+            pass  # until that is written down
+        elif self._abort is not None:
             if self._nothing_in_flight():
-                self._end_aborted(self._abort)
+                self.end_badly(self._abort)
         elif self.pause_wanted:
             if self._nothing_in_flight():
                 self.paused()
-        elif self._waits is not None or "retry" in self._timers:
+        elif self._waits.is_for_step or self._waits.is_for_retry:
             pass
         elif self._quiesce is not None:
             self._quiesce.advance()
@@ -220,23 +237,29 @@ class MirrorJob(Job):
 
     def hold(self) -> None:
         """Start nothing new: no copies, no synchronous writes, no ending."""
-        self._waits = None
+        self._waits.abandon_step()
         self.copier.stop()
         self._mode.turn(synchronous=False)
         self._release_guest()
+        self._owner.changed(self)
 
     def release(self) -> None:
         """Copy, if need be after the target was brought back."""
-        self._wait_for(self._owner.reconnect, "write", self._go_on)
+        self._owner.changed(self)
+        self._do(self._owner.reconnect, self._go_on, "write")
 
     def abort(self) -> None:
         self._fail(Cancelled())
-        if "cut" not in self._timers:
+        if not self._waits.has("cut"):
             # A hung target: break its connection, so that what is in flight comes back.
-            self._after("cut", CANCEL_GRACE_S, self.target.kill)
+            self._waits.after("cut", CANCEL_GRACE_S, self.target.kill)
 
     def limit_speed(self, speed_bytes_per_s: int) -> None:
         self.copier.set_speed(speed_bytes_per_s)
+        self._owner.changed(self)
+
+    def forget(self, done: Done) -> None:
+        self._owner.forget(self, done)
 
     def let_go(self) -> None:
         self._owner.released(self)
@@ -245,62 +268,42 @@ class MirrorJob(Job):
         self._owner.dismissed(self)
 
     def _go_on(self) -> None:
-        if self._is_scanned:
+        if self.is_scanned:
             self.copier.is_running = True
             self._mode.turn(synchronous=self.copy_mode is CopyMode.WRITE_BLOCKING)
         else:
-            self._wait_for(self._owner.scan, "read", self._scanned)
+            self._do(self._owner.scan, self._scanned, "read")
 
     def _scanned(self) -> None:
-        self._is_scanned = True
-        self._go_on()
+        self.is_scanned = True
+        self.release()
 
     def _advance_copying(self) -> None:
         self.copier.pump()
         in_sync = self.tracker.in_sync
         if in_sync:
             if self.status is JobStatus.READY and not self.may_end:
-                self._retry_s = RETRY_S_MIN  # else there is a flush to come, which may fail again
+                self._waits.went_well()  # else there is a flush to come, which may fail again
             self._mode.note_in_sync()
         if self.status is JobStatus.RUNNING and in_sync:
-            self._wait_for(self._flush, "write", self._become_ready)
+            self._do(lambda _, done: self.copier.flush(done), self._become_ready, "write")
         elif self.may_end:
-            self._begin_quiesce()
-
-    def _flush(self, _: MirrorJob, done: Done) -> None:
-        """Rule 14: the target is flushed before READY, and READY comes once."""
-        self.copier.flush(done)
+            prepare = partial(self._owner.prepare, self)
+            self._waits.do(prepare, self._begin_quiesce, self._not_written_down)
 
     def _become_ready(self) -> None:
-        self._retry_s = RETRY_S_MIN
+        """Rule 14: after a flush, and once."""
+        self._waits.went_well()
         self.to(JobStatus.READY)
         self.tell("BLOCK_JOB_READY")
 
-    def _wait_for(
-        self, step: Callable[[MirrorJob, Done], None], operation: str, then: Callable[[], None]
-    ) -> None:
-        """Do `step`, and `then` if it ended well and nothing came between; its error is an error of
-        `operation`."""
-        token = self._waits = object()
-
-        def done(error: BaseException | None) -> None:
-            if self._waits is token:
-                self._waits = None
-                if error is not None:
-                    self.copy_failed(operation, error)
-                else:
-                    then()
-            self.advance()
-
-        step(self, done)
+    def _do(self, step: OwnersStep, then: Callable[[], None], operation: str) -> None:
+        """Do `step`, and `then` if it ends well; its error is one of `operation`."""
+        self._waits.do(partial(step, self), then, partial(self.copy_failed, operation))
 
     def _nothing_in_flight(self) -> bool:
         """No copies, no flush, and no write that may have been decided as a synchronous one."""
         return self.copier.is_idle and self._mode.has_drained()
-
-    def _on_synchronous_error(self, error: BaseException) -> None:
-        """From a guest's thread."""
-        self._loop.call_soon(partial(self.copy_failed, "write", error))
 
     def _begin_quiesce(self) -> None:
         self._quiesce = Quiesce(
@@ -328,12 +331,27 @@ class MirrorJob(Job):
                 # QEMU holds the guest until then; here the mirror goes on.
                 self._release_guest()
                 return
-        self._after("level", HOLD_S, self._held_in_vain)
+        self._waits.after("level", HOLD_S, self._held_in_vain)
         self.group.got_level()
 
     def _held_in_vain(self) -> None:
         self.group.held_in_vain(self)
         self._on_quiesce_timeout()
+
+    def _not_written_down(self, error: BaseException) -> None:
+        """The job cannot end before it can be kept that it has; it goes on, and tries again."""
+        log.warning("job %s: goes on, since its end cannot be written down: %s", self.id, error)
+        self._release_guest()
+        self._waits.retry(self._retry)
+
+    def commit(self, done: Done) -> None:
+        self._waits.cancel("level")
+        self._owner.commit(self, done)
+
+    def commit_failed(self, *, was_committed: bool) -> None:
+        if was_committed:
+            self._owner.uncommit(self)
+        self._not_written_down(OSError(errno.EIO, "the state directory failed"))
 
     def finish(self) -> None:
         if self.bitmap is not None and self.options.clear_bitmap:
@@ -341,59 +359,40 @@ class MirrorJob(Job):
         if self.ending is Ending.COMPLETE:
             self._owner.pivot(self)
             self.pivoted = True
-        self._let_go()
+        self.detach()
         if self.pivoted:
-            pause_ms = round((self.pause_s or 0.0) * 1000, 3)
-            data = {"device": self.disk.name, "id": self.id, "pause-ms": pause_ms}
-            self._events.append("X_NBDMIRROR_PIVOTED", data)
+            self.tell_pivoted(self.disk.name, self.pause_s or 0.0)
         self.let_go()
         self.concluded("BLOCK_JOB_COMPLETED")
 
-    def _end_aborted(self, reason: BaseException) -> None:
-        if self.status is not JobStatus.ABORTING:
-            self.to(JobStatus.ABORTING)
-        self._let_go()
-        self.let_go()
-        if isinstance(reason, Cancelled):
-            self.error = "Operation canceled"
-            self.concluded("BLOCK_JOB_CANCELLED")
-        else:
-            self.error = error_text(reason)
-            self.concluded("BLOCK_JOB_COMPLETED", error=self.error)
-
-    def _let_go(self) -> None:
-        """Of the disk, and last of its guest."""
+    def detach(self) -> None:
         self.copier.close()
         self._mode.turn(synchronous=False)
         self.disk.ledger.detach(self.tracker.dirty)
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._waits.cancel_all()
         self._release_guest()
 
     def _release_guest(self) -> None:
-        if (timer := self._timers.pop("level", None)) is not None:
-            timer.cancel()
+        self._waits.cancel("level")
         quiesce, self._quiesce = self._quiesce, None
         if quiesce is not None and (held_s := quiesce.release()) is not None:
             self.pause_s = held_s
 
     def _fail(self, reason: BaseException) -> None:
-        """End with an error; the first one wins. What is in flight drains first."""
-        if self._abort is None:
+        """End with an error; the first one wins. What is in flight drains first. An end that is
+        being written down is not stopped any more."""
+        if self._abort is None and not self.group.is_committing:
             self._abort = reason
             self.hold()
             self.break_group_up()
 
     def _retry(self) -> None:
-        del self._timers["retry"]
         if self._abort is None and not self.pause_wanted:
             self.release()
         self.advance()
 
     def _poll(self) -> None:
-        self._after("poll", POLL_S, self._poll)
+        self._waits.after("poll", POLL_S, self._poll)
+        if self.copier.is_running:
+            self._watch.look()
         self.advance()
-
-    def _after(self, name: str, delay_s: float, call: Callable[[], None]) -> None:
-        self._timers[name] = self._loop.call_later(delay_s, call)

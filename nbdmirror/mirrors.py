@@ -5,31 +5,35 @@ On the event loop's thread, except where it says otherwise.
 
 from __future__ import annotations
 
-import errno
 import logging
-import threading
-import time
-from collections.abc import Callable
+import math
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
-from nbdmirror.bitmaps import NamedBitmap
-from nbdmirror.connection import Connection
+from nbdmirror.bitmaps import Bitmaps, NamedBitmap
 from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
 from nbdmirror.device import BlockDevice, Done, Extent
 from nbdmirror.disk import Disk
-from nbdmirror.errors import CommandError, ConfigError, DeviceError
+from nbdmirror.diskstate import Found, MirrorRecord
+from nbdmirror.errors import CommandError
 from nbdmirror.events import EventRing
 from nbdmirror.filesource import FileSource
+from nbdmirror.jobstate import JobStatus
 from nbdmirror.ledger import Tracker
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node, Nodes
-from nbdmirror.options import MirrorOptions
+from nbdmirror.options import Ending, MirrorOptions
 from nbdmirror.pool import PATIENCE_S
+from nbdmirror.reconnect import reconnect
+from nbdmirror.records import mirror_record, node_of, options_of
 from nbdmirror.remote import RemoteDevice
+from nbdmirror.scan import scan
+from nbdmirror.transient import Transient
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +43,6 @@ JOBS_MAX = 256
 RETIRE_POLL_S = 0.005
 """How often a replaced source is looked at for reads that are still on it."""
 
-RECONNECT_S_MIN, RECONNECT_S_MAX = 0.1, 5.0
-"""Back-off between attempts to bring a lost target back."""
-
-DRAIN_POLL_S = 0.005
-"""How often broken connections are looked at until their requests have come back."""
-
-RECONNECT_TIMEOUT_S = 5.0
-"""For one such attempt."""
-
 
 @dataclass(slots=True, eq=False)
 class _Mirror:
@@ -56,14 +51,28 @@ class _Mirror:
     node: Node
     source: FileSource | RemoteDevice
     bitmap: NamedBitmap | None
+    key: str
+    record: MirrorRecord | None = None
+    """As it was last kept."""
+    is_met: bool = True
+    """Its target was there once since this process began; until then it is waited for."""
     retired: BlockDevice | None = None
 
 
 class Mirrors:
     """The jobs of a server, by their ids, and what they run on."""
 
-    def __init__(self, *, nodes: Nodes, events: EventRing, loop: Loop) -> None:
+    def __init__(
+        self,
+        *,
+        nodes: Nodes,
+        events: EventRing,
+        loop: Loop,
+        kept: Mapping[Disk, Transient],
+    ) -> None:
+        """`kept`: what is to outlive the process of each disk."""
         self.jobs: dict[str, MirrorJob] = {}
+        self._kept = kept
         self._nodes = nodes
         self._events = events
         self._loop = loop
@@ -84,9 +93,21 @@ class Mirrors:
         """A job that can be started (`begin`) or discarded. Raises CommandError; then there is no
         job and nothing was touched."""
         self._check(disk, node, options)
+        granularity = _granularity(disk, node.device, options, bitmap)
+        return self._make(disk, node, options, bitmap, granularity, f"mirror-{uuid.uuid4().hex}")
+
+    def _make(
+        self,
+        disk: Disk,
+        node: Node,
+        options: MirrorOptions,
+        bitmap: NamedBitmap | None,
+        granularity: int,
+        key: str,
+    ) -> MirrorJob:
         source = self._source(disk)
         target = node.device
-        tracker = Tracker(disk.size, _granularity(disk, target, options, bitmap))
+        tracker = Tracker(disk.size, granularity, self._kept[disk].new_bitmap(key))
         piece = min(REQUEST_BYTES_MAX, target.block_size.maximum, disk.source.block_size.maximum)
 
         def copier(job: MirrorJob) -> Copier:
@@ -117,7 +138,7 @@ class Mirrors:
         if bitmap is not None:
             bitmap.is_busy = True
         self.jobs[job.id] = job
-        self._mirrors[job] = _Mirror(node, source, bitmap)
+        self._mirrors[job] = _Mirror(node, source, bitmap, key)
         if isinstance(source, RemoteDevice):
             source.pool.attach(self._loop, None)
         target.pool.attach(self._loop, job.target_lost)
@@ -128,6 +149,7 @@ class Mirrors:
         size, other = job.disk.size, self._mirrors[job].node.device.size
         if size == other or (job.options.allow_larger and other > size):
             job.start()
+            self.changed(job)
         else:
             log.error("job %s: the source has %d bytes, the target %d", job.id, size, other)
             job.fail_at_start("Source and target image have different sizes")
@@ -135,6 +157,25 @@ class Mirrors:
                 "X_NBDMIRROR_SIZES_DIFFER",
                 {"device": job.disk.name, "id": job.id, "size": size, "target-size": other},
             )
+
+    def take_up(self, disk: Disk, found: Found, bitmaps: Bitmaps) -> None:
+        """Go on with the mirror of an earlier process. Raises StateError."""
+        record = found.definition.mirror
+        if record is None:
+            return
+        options, node = options_of(record), node_of(record)
+        named = bitmaps.of(disk)
+        bitmap = next((one for one in named if one.name == record.bitmap), None)
+        self._nodes.add(node)
+        job = self._make(disk, node, options, bitmap, record.granularity, record.key)
+        self._mirrors[job].is_met = False
+        log.info("job %s: goes on, as an earlier process left it", job.id)
+        job.take_up(
+            partial(found.restore, key=record.key),
+            is_scanned=record.is_scanned,
+            is_paused=record.is_paused,
+        )
+        self.changed(job)
 
     def _check(self, disk: Disk, node: Node, options: MirrorOptions) -> None:
         target = node.device
@@ -188,6 +229,31 @@ class Mirrors:
 
     # The jobs' owner.
 
+    def changed(self, job: MirrorJob) -> None:
+        mirror, kept = self._mirrors.get(job), self._kept[job.disk]
+        if mirror is None or not kept.is_lasting or job.status is JobStatus.CREATED:
+            return
+        name = mirror.bitmap.name if mirror.bitmap else ""
+        record = mirror_record(job, mirror.node, key=mirror.key, bitmap=name)
+        if record != mirror.record:
+            mirror.record = record
+            kept.keep_mirror(record, job.tracker)
+
+    def prepare(self, job: MirrorJob, done: Done) -> None:
+        uri = self._mirrors[job].node.device.uri if job.ending is Ending.COMPLETE else ""
+        self._kept[job.disk].prepare_end(uri, done)
+
+    def commit(self, job: MirrorJob, done: Done) -> None:
+        self._kept[job.disk].commit_end(done)
+
+    def uncommit(self, job: MirrorJob) -> None:
+        self._kept[job.disk].undo_end()
+        self._mirrors[job].record = None
+        self.changed(job)
+
+    def forget(self, job: MirrorJob, done: Done) -> None:
+        self._kept[job.disk].forget_mirror(done)
+
     def pivot(self, job: MirrorJob) -> None:
         mirror = self._mirrors[job]
         device = mirror.node.device
@@ -207,6 +273,7 @@ class Mirrors:
         mirror = self._mirrors.pop(job)
         node = mirror.node
         node.job = None
+        job.tracker.close()
         if mirror.bitmap is not None:
             mirror.bitmap.is_busy = False
         if isinstance(mirror.source, FileSource):
@@ -223,44 +290,17 @@ class Mirrors:
             node.device.close()
 
     def scan(self, job: MirrorJob, done: Done) -> None:
-        source, dirty = self._mirrors[job].source, job.tracker.dirty
-        ask = source.start_extents
-        wanted: Callable[[Extent], bool] = lambda extent: not extent.zero  # noqa: E731
+        source = self._mirrors[job].source
+        dirty = job.tracker.dirty
+        ask, is_copied = source.start_extents, _is_not_zero
         if job.options.sync == "top":
             if not isinstance(source, RemoteDevice) or not source.can_depth:
                 dirty.mark_all()  # no layers: all is the top
                 done(None)
                 return
-            ask = source.start_top_layer
-            wanted = lambda extent: not extent.hole  # noqa: E731
-        position = 0
-        is_inside = is_done = False
-
-        def then(extents: list[Extent] | None, error: BaseException | None) -> None:
-            nonlocal position, is_done
-            if error is not None or job not in self._mirrors:
-                is_done = True
-                done(error)
-                return
-            for extent in extents or []:
-                if wanted(extent):
-                    dirty.mark(position, extent.length)
-                position += extent.length
-            if not is_inside:
-                step()
-
-        def step() -> None:
-            """Answers may come before the question returns: no recursion then."""
-            nonlocal is_inside
-            is_inside, before = True, -1
-            while before < position < source.size and not is_done:
-                before = position
-                ask(position, source.size - position, then)
-            is_inside = False
-            if position >= source.size and not is_done:
-                done(None)
-
-        step()
+            ask, is_copied = source.start_top_layer, _is_no_hole
+        is_wanted = partial(self._is_running, job)
+        scan(ask, dirty, is_copied=is_copied, is_wanted=is_wanted, done=done)
 
     def reconnect(self, job: MirrorJob, done: Done) -> None:
         mirror = self._mirrors[job]
@@ -268,44 +308,22 @@ class Mirrors:
         if not device.is_lost:
             done(None)
             return
-        device.pool.kill()  # of several connections, the others too: all starts anew
-        deadline_s = self._loop.clock() + job.options.reconnect_delay_s
 
-        def work() -> None:
-            pause_s = RECONNECT_S_MIN
-            while True:
-                try:
-                    connection = device.pool.reopen(timeout_s=RECONNECT_TIMEOUT_S)
-                    self._loop.call_soon(partial(adopt, connection))
-                    return
-                except ConfigError as error:
-                    if not device.is_lost:  # the attempt from before a pause was first
-                        self._loop.call_soon(partial(done, None))
-                        return
-                    left_s = deadline_s - self._loop.clock()
-                    if left_s <= 0 or job.is_over:
-                        failure = DeviceError(str(error), errno.EIO)
-                        self._loop.call_soon(partial(done, failure))
-                        return
-                time.sleep(min(pause_s, left_s))
-                pause_s = min(RECONNECT_S_MAX, pause_s * 2)
-
-        def adopt(connection: Connection) -> None:
-            if job not in self._mirrors:
-                connection.close()
-                return
-            if not device.is_lost:  # as above; the job waits for this attempt all the same
-                connection.close()
-                done(None)
-                return
-            if device.pool.is_busy:
-                self._loop.call_later(DRAIN_POLL_S, partial(adopt, connection))
-                return
-            device.pool.replace(connection)
+        def came_back() -> None:
+            mirror.is_met = True
             job.tracker.target_came_back()
-            done(None)
 
-        threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
+        reconnect(
+            device,
+            self._loop,
+            patience_s=job.options.reconnect_delay_s if mirror.is_met else math.inf,
+            is_wanted=partial(self._is_running, job),
+            came_back=came_back,
+            done=done,
+        )
+
+    def _is_running(self, job: MirrorJob) -> bool:
+        return job in self._mirrors
 
     def dismissed(self, job: MirrorJob) -> None:
         self.jobs.pop(job.id, None)
@@ -333,6 +351,14 @@ class Mirrors:
 def raw_device(device: BlockDevice) -> BlockDevice:
     """The device below an AlignedDevice."""
     return device.inner if isinstance(device, AlignedDevice) else device
+
+
+def _is_not_zero(extent: Extent) -> bool:
+    return not extent.zero
+
+
+def _is_no_hole(extent: Extent) -> bool:
+    return not extent.hole
 
 
 def _granularity(

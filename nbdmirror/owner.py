@@ -17,7 +17,22 @@ class Target(BlockDevice, AsyncTarget, Protocol):
 
 
 class Owner(Protocol):
-    """Who made the job and takes it away again."""
+    """Who made the job and takes it away again, and keeps what is to outlive the process."""
+
+    def changed(self, job: MirrorJob) -> None:
+        """What is kept of the job may have become another."""
+
+    def prepare(self, job: MirrorJob, done: Done) -> None:
+        """It is about to end well: do what takes time beforehand, so that `commit` is quick."""
+
+    def commit(self, job: MirrorJob, done: Done) -> None:
+        """It ends well now, and `done` without an error means that this is on disk."""
+
+    def uncommit(self, job: MirrorJob) -> None:
+        """Take `commit` back: the job goes on."""
+
+    def forget(self, job: MirrorJob, done: Done) -> None:
+        """It ends otherwise; `done` is called within a bound."""
 
     def pivot(self, job: MirrorJob) -> None:
         """Guest writes are held and the target is level: serve the disk from the target."""

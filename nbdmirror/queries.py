@@ -135,7 +135,9 @@ def _node_info(server: Server, name: str, disk: Disk) -> dict[str, Any]:
     filename = disk.source.description
     info = _info(name, filename, driver, read_only=disk.read_only, size=disk.size)
     bitmaps = [
-        _bitmap_info(b.bitmap, recording=b.is_recording, busy=b.is_busy, name=b.name)
+        _bitmap_info(
+            b.bitmap, recording=b.is_recording, busy=b.is_busy, persistent=bool(b.key), name=b.name
+        )
         for b in server.bitmaps.of(disk)
     ]
     if (job := server.mirrors.of(disk)) is not None:
@@ -144,12 +146,12 @@ def _node_info(server: Server, name: str, disk: Disk) -> dict[str, Any]:
 
 
 def _bitmap_info(
-    bitmap: DirtyBitmap, *, recording: bool, busy: bool, name: str = ""
+    bitmap: DirtyBitmap, *, recording: bool, busy: bool, persistent: bool = False, name: str = ""
 ) -> dict[str, Any]:
     """QEMU's BlockDirtyInfo; `count` is bytes. A mirror's own bitmap has no name."""
     info: dict[str, Any] = {"name": name} if name else {}
     info["recording"] = recording
-    info["persistent"] = False
+    info["persistent"] = persistent
     info["busy"] = busy
     info["granularity"] = bitmap.granularity
     info["count"] = bitmap.dirty_granules * bitmap.granularity

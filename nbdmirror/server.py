@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from nbdmirror.bitmaps import Bitmaps
-from nbdmirror.disk import Disk
+from nbdmirror.disk import Disk, JournaledDisk
+from nbdmirror.diskstate import Found
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.mirrors import Mirrors
 from nbdmirror.nodes import Nodes
+from nbdmirror.statefile import StateError
+from nbdmirror.store import DiskStore
+from nbdmirror.transient import Transient
+from nbdmirror.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +34,44 @@ STOP_S_MAX = 2.0
 class Server:
     """Its parts are for the loop's thread; its own methods say which thread they are for."""
 
-    def __init__(self, disks: dict[str, Disk], events: EventRing, loop: Loop) -> None:
+    def __init__(
+        self,
+        disks: dict[str, Disk],
+        events: EventRing,
+        loop: Loop,
+        stores: Mapping[str, DiskStore] | None = None,
+    ) -> None:
+        """`stores`: what is kept of each disk, by its name, where there is a state directory."""
         self.disks = disks
         self.events = events
         self.loop = loop
+        self._stores = stores or {}
+        self._writer = Writer(loop, events, time.time)
+        self.kept = {disk: self._stores.get(name, Transient()) for name, disk in disks.items()}
         self.nodes = Nodes(disks)
-        self.bitmaps = Bitmaps()
-        self.mirrors = Mirrors(nodes=self.nodes, events=events, loop=loop)
+        self.bitmaps = Bitmaps(self.kept)
+        self.mirrors = Mirrors(nodes=self.nodes, events=events, loop=loop, kept=self.kept)
 
     def start(self) -> None:
-        """Start the loop's thread; after nbdkit has forked."""
+        """Start the loop's thread, and what an earlier process has left; after nbdkit has forked,
+        before guests come."""
         self.loop.start()
+        for name, store in self._stores.items():
+            store.begin(self._writer)
+            disk = self.disks[name]
+            assert isinstance(disk, JournaledDisk)
+            disk.journal = store.journal
+            if store.found is not None:
+                self.loop.run(partial(self._take_up, disk, store.found)).result()
+            store.begun()
+            self.loop.call_soon(store.start)
+
+    def _take_up(self, disk: Disk, found: Found) -> None:
+        self.bitmaps.take_up(disk, found)
+        try:
+            self.mirrors.take_up(disk, found, self.bitmaps)
+        except StateError as error:
+            log.error("disk %s: its mirror does not go on: %s", disk.name, error)
 
     def cancel_jobs(self, when_done: Callable[[], None]) -> None:
         """Cancel every job by force, and dismiss all; `when_done` is called, on the loop, when the
@@ -63,9 +96,16 @@ class Server:
             when_done()
 
     def end_jobs(self) -> None:
-        """`cancel_jobs`, waited for within a bound. From any thread but the loop's."""
+        """`cancel_jobs`, waited for within a bound, though what is kept in a state directory is so
+        for the next start. From any thread but the loop's."""
         ended = threading.Event()
-        self.loop.call_soon(lambda: self.cancel_jobs(ended.set))
+
+        def end() -> None:
+            for name, store in self._stores.items():
+                store.suspend(self.disks[name].ledger)
+            self.cancel_jobs(ended.set)
+
+        self.loop.call_soon(end)
         if not ended.wait(STOP_S_MAX):
             log.error("jobs did not end within %g s; going on without them", STOP_S_MAX)
 
@@ -80,5 +120,11 @@ class Server:
                 disk.source.close()
             except IO_ERRORS as error:
                 log.error("%s: flush at the end failed: %s", disk.name, error)
+        self._writer.stop()
+        for name, store in self._stores.items():
+            try:
+                store.finish()
+            except OSError as error:
+                log.error("disk %s: its state cannot be saved: %s", name, error)
         for node in self.nodes:
             node.device.kill()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
-from nbdmirror.disk import Disk
+from nbdmirror.disk import Disk, JournaledDisk
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
@@ -31,6 +31,8 @@ from nbdmirror.qmp import QmpServer
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.server import Server
 from nbdmirror.sockets import bind_unix_socket
+from nbdmirror.statedir import StateDirectory
+from nbdmirror.store import DiskStore
 from nbdmirror.uri import is_uri
 
 log = logging.getLogger("nbdmirror")
@@ -53,6 +55,9 @@ class Service:
         self._is_direct = False
         self._is_read_only = False
         self._mirror_to = ""
+        self._state_path = ""
+        self._accepts_old_side = False
+        self._stores: dict[str, DiskStore] = {}
         self._listener: socket.socket | None = None
         self._server: Server | None = None
         self._commands: Commands | None = None
@@ -69,9 +74,11 @@ class Service:
                 raise ConfigError(f"cache={value}: expected writeback or none")
             self._is_direct = value == "none"
         elif key == "read-only":
-            if value not in _BOOLEANS:
-                raise ConfigError(f"read-only={value}: expected true or false")
-            self._is_read_only = _BOOLEANS[value]
+            self._is_read_only = _boolean(key, value)
+        elif key == "state-dir":
+            self._state_path = os.path.abspath(value)
+        elif key == "accept-old-side":
+            self._accepts_old_side = _boolean(key, value)
         elif key == "mirror-to":
             if not is_uri(value):
                 raise ConfigError(
@@ -80,21 +87,34 @@ class Service:
             self._mirror_to = value
         else:
             raise ConfigError(
-                f"unknown parameter '{key}': expected file, qmp, cache, read-only or mirror-to"
+                f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
+                f"state-dir or accept-old-side"
             )
 
     def check(self) -> None:
         """The parameters together. Raises ConfigError."""
         if not self._paths:
             raise ConfigError("parameter file=DISK is missing: which disk is to be served?")
+        if self._accepts_old_side and not self._state_path:
+            raise ConfigError("accept-old-side: means nothing without state-dir")
         if self._mirror_to and self._is_read_only:
             raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
 
     def open(self) -> None:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
         behind."""
+        state = None
+        if self._state_path:
+            state = StateDirectory(self._state_path, accepts_old_side=self._accepts_old_side)
         for name, path in self._paths.items():
-            self.disks[name] = Disk(name, self._open_disk(path))
+            source = self._open_disk(path)
+            if state is None:
+                self.disks[name] = Disk(name, source)
+                continue
+            store = state.open(name, path, source.size)
+            self.disks[name] = JournaledDisk(name, source, store.journal)
+            if not self._is_read_only:  # else its state is left as it is
+                self._stores[name] = store
         if self._qmp_path:
             self._listener = bind_unix_socket(self._qmp_path)
 
@@ -107,7 +127,8 @@ class Service:
         """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
         _log_to_stderr()
         self._end_on_signal(shut_down)
-        self._server = Server(self.disks, EventRing(time.time), Loop(time.monotonic))
+        loop, events = Loop(time.monotonic), EventRing(time.time)
+        self._server = Server(self.disks, events, loop, self._stores)
         self._server.start()
         self._commands = Commands(self._server)
         if self._listener is not None:
@@ -168,8 +189,11 @@ class Service:
     def _start_mirror(self) -> None:
         """As `drive-mirror` would; in daemon mode nobody sees an exception, so it is logged."""
         assert self._commands is not None
+        disk = next(iter(self.disks.values()))
+        if self._server is not None and self._server.mirrors.of(disk) is not None:
+            return  # an earlier process's, which goes on
         arguments = {
-            "device": next(iter(self.disks)),
+            "device": disk.name,
             "target": self._mirror_to,
             "mode": "existing",
             "sync": "full",
@@ -178,6 +202,12 @@ class Service:
             asyncio.run(self._commands.dispatch("drive-mirror", arguments))
         except Error as error:
             log.error("mirror-to: %s; the disk is served without a mirror", error)
+
+
+def _boolean(key: str, value: str) -> bool:
+    if value not in _BOOLEANS:
+        raise ConfigError(f"{key}={value}: expected true or false")
+    return _BOOLEANS[value]
 
 
 def _log_to_stderr() -> None:

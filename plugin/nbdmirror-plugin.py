@@ -5,6 +5,8 @@
     cache=none         O_DIRECT instead of the page cache (default: writeback)
     read-only=true     open the disks for reading only
     mirror-to=URI      start mirroring the first disk at once
+    state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
+    accept-old-side=true   serve a disk that was pivoted away from
 
 Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order
 is its life cycle.

@@ -160,6 +160,8 @@ class StepDevices:
     def __init__(self, source: bytearray, target: bytearray) -> None:
         self.source = source
         self.target = target
+        self.durable = bytearray(target)
+        """What the target holds after a crash: what was acknowledged before a flush was sent."""
         self.size = len(source)
         self.requests: list[Request] = []
         self.at_once: list[str] = []
@@ -167,6 +169,8 @@ class StepDevices:
         """How coarse the answers about extents are. A unit with any data in it is data."""
         self.extents_max = 99
         """Answers may fall short, down to one extent."""
+        self.torn: Callable[[], list[slice]] = list
+        """Where others are writing to the target."""
 
     def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
         def move(moved: int, count: int) -> None:
@@ -193,7 +197,20 @@ class StepDevices:
         self._start(Request("zero", offset, length, move, done))
 
     def start_flush(self, done: Done) -> None:
-        self._start(Request("flush", 0, 0, lambda *_: None, done))
+        content = bytearray(self.target)
+        changes = [r for r in self.requests if r.kind in ("write", "zero")]
+        for request in changes:
+            torn = slice(request.offset, request.offset + request.length)
+            content[torn] = self.durable[torn]
+        for torn in self.torn():
+            content[torn] = self.durable[torn]
+
+        def answer(error: BaseException | None) -> None:
+            if error is None:
+                self.durable[:] = content
+            done(error)
+
+        self._start(Request("flush", 0, 0, lambda *_: None, answer))
 
     def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         found: list[Extent] = []
@@ -296,6 +313,11 @@ class World:
         self.is_held = False
         """Somebody has closed the gate."""
         self.is_told_idle = False
+        self.devices.torn = lambda: [
+            slice(guest.offset, guest.offset + guest.length)
+            for guest in self.guests
+            if guest.claim in self.tracker._writes
+        ]
         self._frozen: bytes | None = None
         self._offset_before = 0
         self._guests_made = 0
@@ -480,6 +502,8 @@ class World:
             self._check_overlap()
         if self.is_tracking and self.source != self.target:
             self._check_granules()
+        if self.is_tracking and self.source != self.devices.durable:
+            self._check_durable_granules()
 
     def _check_granules(self) -> None:
         """THE INVARIANT of nbdmirror/ledger.py."""
@@ -493,6 +517,19 @@ class World:
                 or any(c.offset <= offset and granule.stop <= c.end for c in owned)
                 or any(g.is_under_way and g.touches(offset, length) for g in self.guests)
             ), f"lost: the granule at {offset} differs, is clean, and nobody is at it"
+
+    def _check_durable_granules(self) -> None:
+        """The same of what a crash of the target leaves: what may differ is told by the bitmaps
+        alone, whatever copies are in flight."""
+        may_differ = self.tracker.may_differ()
+        for offset in range(0, self.size, self.granularity):
+            granule = slice(offset, min(offset + self.granularity, self.size))
+            length = granule.stop - granule.start
+            assert (
+                self.source[granule] == self.devices.durable[granule]
+                or may_differ.is_dirty(offset, length)
+                or any(g.token is not None and g.touches(offset, length) for g in self.guests)
+            ), f"lost in a crash of the target: the granule at {offset}"
 
     def _check_overlap(self) -> None:
         claims = sorted(self.claims, key=lambda claim: claim.offset)
@@ -560,3 +597,8 @@ class World:
         assert self.tracker.in_sync
         assert self.copier.remaining_bytes == 0
         assert self.source == self.target
+        self.copier.flush(lambda error: None)
+        for request in list(self.devices.requests):
+            self.devices.end(request, "well")
+        assert self.source == self.devices.durable
+        assert self.tracker.may_differ().is_empty

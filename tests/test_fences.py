@@ -42,25 +42,41 @@ MAY_IMPORT = {
     "pool": "connection errors handshake link loop",
     "remote": "aligned connection device errors handshake pool",
     "ledger": "bitmap device errors",
-    "disk": "bitmap device errors ledger",
-    "copier": "bitmap device errors ledger",
+    "disk": "bitmap device errors journal ledger",
+    "buffer": "",
+    "copier": "bitmap buffer device errors ledger",
+    "targetwatch": "copier",
     # The job: what it was asked, its states, its ending, and what holds them together.
     "options": "copier",
     "jobstate": "errors",
     "quiesce": "copier ledger loop",
     "copymode": "device disk ledger",
     "group": "job jobstate options",  # the first for types only
-    "job": "errors events group jobstate options",
+    "job": "device errors events group jobstate options",
     "owner": "device mirror",  # the latter for types only
     "mirror": "bitmap copier copymode device disk errors events group job jobstate ledger loop"
-    " options owner quiesce",
+    " options owner quiesce targetwatch waits",
+    "waits": "device loop",
     # What jobs are made of and live in.
-    "bitmaps": "bitmap disk errors",
+    "bitmaps": "bitmap disk diskstate errors transient",
     "nodes": "disk errors mirror remote",
-    "mirrors": "aligned bitmap bitmaps connection copier device disk errors events filesource"
-    " ledger loop mirror nodes options pool remote",
-    "store": "bitmap errors",
-    "server": "bitmaps disk errors events loop mirror mirrors nodes",
+    "mirrors": "aligned bitmap bitmaps copier device disk diskstate errors events filesource"
+    " jobstate ledger loop mirror nodes options pool reconnect records remote scan transient",
+    "reconnect": "connection device errors loop remote",
+    "scan": "bitmap device",
+    "records": "connection diskstate handshake mirror nodes options remote statefile",
+    # What outlives the process.
+    "lasting": "bitmap",
+    "statefile": "errors",
+    "journal": "statefile",
+    "diskstate": "bitmap journal lasting statefile",
+    "writer": "device events loop",
+    "checkpoint": "journal writer",
+    "transient": "bitmap device diskstate ledger",
+    "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
+    "statedir": "diskstate errors journal statefile store",
+    "server": "bitmaps disk diskstate errors events loop mirror mirrors nodes statefile store"
+    " transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "bitmap disk mirror nodes remote server",
     "sockets": "errors",
@@ -76,7 +92,7 @@ MAY_IMPORT = {
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
     "service": "aligned commands device disk errors events file hangup loop qmp remote server"
-    " sockets uri",
+    " sockets statedir store uri",
     "plugin/*": ANYTHING,
 }
 

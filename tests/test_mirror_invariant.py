@@ -38,7 +38,7 @@ from nbdmirror.ledger import Claim, Ledger, Tracker
 GUESTS_MAX = 3
 STEPS = 40
 EXAMPLES = 300
-MUTANT_SEARCHES_MAX = 8
+MUTANT_SEARCHES_MAX = 20
 MUTANT_EXAMPLES_MAX = 250
 
 GRANULE = 512
@@ -496,6 +496,38 @@ class WakesNobody(World):
             self._copies.remove(claim)
 
 
+class FlushCoversWhatIsInFlight(World):
+    """M39: what is in flight when a flush is sent is not covered by it."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def _with_claims(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+            return bitmap
+
+
+class UnflushedWhenItEnds(World):
+    """M39: a copy in flight at a crash may be on the target or not."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def claim(self, offset: int, length_max: int) -> Claim | None:
+            before = self.unflushed.copy()
+            claim = super().claim(offset, length_max)
+            self.unflushed.clear_all()
+            self.unflushed.merge(before)
+            return claim
+
+        def settle(self, claim: Claim, *, failed: bool) -> None:
+            self.unflushed.mark(claim.offset, claim.length)
+            super().settle(claim, failed=failed)
+
+
+class ForgetsAFailedFlush(World):
+    """M13, M39: what a flush that failed was to cover may be lost."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
+            super().end_flush(covered, failed=False)
+
+
 class LooksAtTheGateFirst(World):
     """The gate is Dekker's: a guest that looks before it announces itself gets through."""
 
@@ -524,10 +556,14 @@ MUTANTS = (
     ForgetsFailedWrites,
     LeavesTheRestClean,
     WakesNobody,
+    FlushCoversWhatIsInFlight,
+    UnflushedWhenItEnds,
+    ForgetsAFailedFlush,
     LooksAtTheGateFirst,
 )
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_caught(mutant: type[World]) -> None:
     """The same steps each time, so that this does not fail by bad luck. Several short searches find

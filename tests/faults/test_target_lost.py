@@ -37,7 +37,7 @@ from nbdmirror.ledger import Tracker
 def target_came_back(self):
     with self._lock:
         for claim in (*self._copies, *self._writes):
-            claim.is_stale = True
+            self.dirty.mark(claim.offset, claim.length)
 
 Tracker.target_came_back = target_came_back
 """

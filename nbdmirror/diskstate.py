@@ -1,0 +1,360 @@
+"""What a state directory has of one disk, and what may be believed of it.
+
+    NAME.json      the disk, its mirror and its persistent bitmaps: what there is
+    NAME.bitmaps   what was dirty in them when that was last saved
+    NAME.intents   where guests may have written since (journal.Regions)
+    NAME.pivoted   since a pivot: which side is the disk, and which is not any more
+
+and in memory that outlives the process (lasting.Memory) the bitmaps themselves and the requests
+under way. Nothing here writes: `examine` reads once, at the start, and tells.
+
+What can be believed, best first: after an orderly end NAME.bitmaps is exact; after a killed process
+memory is; after a power cut NAME.bitmaps and NAME.intents together are no less than what is dirty.
+If the disk was written to without us, or what is needed is damaged, everything is dirty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from nbdmirror.bitmap import DirtyBitmap, bytes_of
+from nbdmirror.journal import IntentLog, ranges_left, slot_bytes
+from nbdmirror.lasting import Memory
+from nbdmirror.statefile import Folder, StateError, seal, unseal
+
+KIND_DEFINITION, KIND_BITMAPS, KIND_PIVOTED = "disk", "bitmaps", "pivoted"
+
+JOURNAL = "journal"
+ALIVE = "alive"
+"""Files of memory: the requests under way; when the process was last alive (a double)."""
+ALIVE_BYTES = 8
+
+ALIVE_SLACK_S = 10.0
+"""A disk that was changed later than this after its server was last alive was changed by somebody
+else. The server notes each second that it lives."""
+
+SAVED_SLACK_S = 60.0
+"""The same after a power cut, where what is known is when bitmaps or intents were last saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A disk as it can be told from others. For regular files; what has none of this is told by its
+    name and size alone."""
+
+    source: str
+    size: int
+    device: int = 0
+    inode: int = 0
+
+    @classmethod
+    def of(cls, source: str, size: int) -> Identity:
+        status = _status(source)
+        if status is None:
+            return cls(source, size)
+        return cls(source, size, status.st_dev, status.st_ino)
+
+    def is_same(self, other: Identity) -> bool:
+        """The same path, or the same file under another one."""
+        is_one_file = bool(self.inode) and (self.device, self.inode) == (other.device, other.inode)
+        return self.source == other.source or is_one_file
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapRecord:
+    """A persistent bitmap: QEMU's block-dirty-bitmap-add. `key` names its content in the other
+    files, and is never used again."""
+
+    name: str
+    granularity: int
+    is_recording: bool
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorRecord:
+    """A mirror that goes on at the next start. `job` and `node` are what Mirrors makes of it."""
+
+    key: str
+    granularity: int
+    is_scanned: bool
+    """Dirty is all that is to be copied; before, the source's extents have to be asked first."""
+    is_paused: bool
+    """By the user."""
+    bitmap: str
+    """The bitmap that it is made from, or ""."""
+    job: dict[str, Any]
+    node: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """NAME.json."""
+
+    disk_id: str
+    identity: Identity
+    memory: str = ""
+    """The folder of lasting.Memory, while a server runs."""
+    clean_mtime_ns: int | None = None
+    """After an orderly end: the disk file's time of change then; 0 if it has none. None while a
+    server runs."""
+    mirror: MirrorRecord | None = None
+    bitmaps: tuple[BitmapRecord, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        return seal(KIND_DEFINITION, json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Raises StateError."""
+        try:
+            said = json.loads(unseal(KIND_DEFINITION, content))
+            mirror = said.pop("mirror")
+            return cls(
+                identity=Identity(**said.pop("identity")),
+                mirror=MirrorRecord(**mirror) if mirror else None,
+                bitmaps=tuple(BitmapRecord(**bitmap) for bitmap in said.pop("bitmaps")),
+                **said,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"makes no sense: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """NAME.bitmaps: what was dirty, by the bitmaps' keys, as DirtyBitmap.to_bytes has it."""
+
+    disk_id: str
+    time_s: float
+    bits: dict[str, bytes]
+
+    def to_bytes(self) -> bytes:
+        packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
+        lengths = {key: len(one) for key, one in packed.items()}
+        head = {"disk": self.disk_id, "time": self.time_s, "bitmaps": lengths}
+        return seal(
+            KIND_BITMAPS, b"\n".join([json.dumps(head).encode(), b"".join(packed.values())])
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes, sizes: dict[str, int]) -> Self:
+        """`sizes`: how many bytes each bitmap that is wanted has. Raises StateError."""
+        head, _, rest = unseal(KIND_BITMAPS, content).partition(b"\n")
+        bits: dict[str, bytes] = {}
+        try:
+            said = json.loads(head)
+            for key, length in said["bitmaps"].items():
+                if key in sizes:
+                    bits[key] = zlib.decompressobj().decompress(rest[:length], sizes[key] + 1)
+                rest = rest[length:]
+            return cls(said["disk"], float(said["time"]), bits)
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+            raise StateError(f"makes no sense: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Pivoted:
+    """NAME.pivoted."""
+
+    truth: str
+    """The URI of the export that the disk is served from."""
+    left: tuple[Identity, ...]
+    """What it was served from before: not the disk any more."""
+    time_s: float
+
+    def to_bytes(self) -> bytes:
+        return seal(KIND_PIVOTED, json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Raises StateError."""
+        try:
+            said = json.loads(unseal(KIND_PIVOTED, content))
+            left = tuple(Identity(**one) for one in said["left"])
+            return cls(said["truth"], left, float(said["time_s"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateError(f"makes no sense: {error}") from error
+
+
+@dataclass(slots=True)
+class Found:
+    """What an earlier process has left of a disk."""
+
+    definition: Definition
+    problem: str = ""
+    """Why nothing of what is dirty is believed; then all is."""
+    log: IntentLog | None = None
+    is_log_needed: bool = False
+    """Without the log, guests may have written anywhere since the bitmaps were saved."""
+    bits: dict[str, list[bytes]] = field(default_factory=dict)
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    """Dirty in every bitmap."""
+    refused: list[str] = field(default_factory=list)
+    """Files that cannot be used, to be put aside."""
+
+    def restore(self, bitmap: DirtyBitmap, key: str) -> None:
+        """Make dirty in a clean bitmap what may be dirty in that of `key`."""
+        contents = self.bits.get(key)
+        if self.problem or contents is None:
+            bitmap.mark_all()
+            return
+        try:
+            for bits in contents:
+                bitmap.merge_bytes(bits)
+        except ValueError:
+            bitmap.mark_all()
+        for offset, length in self.ranges:
+            bitmap.mark(offset, length)
+
+
+def names(disk: str) -> dict[str, str]:
+    """The files of a disk: definition, bitmaps, intents, pivoted."""
+    return {
+        "definition": f"{disk}.json",
+        "bitmaps": f"{disk}.bitmaps",
+        "intents": f"{disk}.intents",
+        "pivoted": f"{disk}.pivoted",
+    }
+
+
+def examine(folder: Folder, name: str, identity: Identity) -> Found | None:
+    """What there is of the disk `name`, which is `identity` now; None if there is nothing. Raises
+    StateError if there is something and cannot even be told what, or if it is of another disk:
+    `str(error)` begins with the file's name. Raises OSError."""
+    files = names(name)
+    content = folder.read(files["definition"])
+    if content is None:
+        return None
+    try:
+        definition = Definition.from_bytes(content)
+    except StateError as error:
+        raise StateError(f"{files['definition']}: {error}") from error
+    before = definition.identity
+    if not before.is_same(identity):
+        raise OtherDisk(f"{files['definition']}: is of {before.source}, not of {identity.source}")
+    found = Found(definition)
+    if before.size != identity.size:
+        found.problem = f"the disk had {before.size} bytes, it has {identity.size}"
+    elif before != identity and before.source == identity.source:
+        found.problem = "another file is there now"
+    else:
+        _believe(folder, files, found)
+    return found
+
+
+class OtherDisk(StateError):
+    """The state under this name is of another disk."""
+
+
+def _believe(folder: Folder, files: dict[str, str], found: Found) -> None:
+    """Fill `found` with the best that there is, or with the reason why there is nothing."""
+    definition = found.definition
+    sizes = _sizes(definition)
+    memory = Memory.find(definition.memory) if definition.clean_mtime_ns is None else None
+    try:
+        if memory is not None and (alive_s := _time_alive(memory)) is not None:
+            _check_unchanged_since(definition, alive_s + ALIVE_SLACK_S)
+            _take_from_memory(memory, found, sizes)
+            # Where guests may have written stays on disk until bitmaps have been saved again.
+            found.is_log_needed = True
+            with suppress(StateError):
+                found.log = _log(folder, files, definition)
+            return
+        saved = _saved(folder, files, found, sizes)
+        found.bits = {key: [bits] for key, bits in saved.bits.items()}
+        if definition.clean_mtime_ns is not None:
+            _check_unchanged(definition)
+            return
+        found.log = log = _log(folder, files, definition)
+        _check_unchanged_since(definition, max(saved.time_s, log.time_s) + SAVED_SLACK_S)
+        found.ranges = list(log.ranges())
+    except StateError as error:
+        found.problem = str(error)
+    _check_sizes(found, sizes)
+
+
+def _take_from_memory(memory: Memory, found: Found, sizes: dict[str, int]) -> None:
+    found.bits = {key: memory.bits_of(key) for key in sizes}
+    found.ranges = list(ranges_left(memory.read(JOURNAL) or b""))
+    _check_sizes(found, sizes)
+
+
+def _check_sizes(found: Found, sizes: dict[str, int]) -> None:
+    for key, contents in found.bits.items():
+        if not contents or any(len(bits) != sizes[key] for bits in contents):
+            found.problem = found.problem or "the bitmaps are of another size"
+
+
+def _saved(folder: Folder, files: dict[str, str], found: Found, sizes: dict[str, int]) -> Saved:
+    content = folder.read(files["bitmaps"])
+    if content is None:
+        raise StateError(f"{files['bitmaps']}: is missing")
+    try:
+        saved = Saved.from_bytes(content, sizes)
+        if saved.disk_id != found.definition.disk_id:
+            raise StateError("is of another disk")
+    except StateError as error:
+        found.refused.append(files["bitmaps"])
+        raise StateError(f"{files['bitmaps']}: {error}") from error
+    return saved
+
+
+def _log(folder: Folder, files: dict[str, str], definition: Definition) -> IntentLog:
+    size = definition.identity.size
+    slots = folder.slots(files["intents"], slot_bytes(size), 2)
+    try:
+        return IntentLog.read(slots, disk_id=definition.disk_id, size=size)
+    except StateError as error:
+        raise StateError(f"{files['intents']}: {error}") from error
+    finally:
+        slots.close()
+
+
+def _check_unchanged(definition: Definition) -> None:
+    status = _status(definition.identity.source)
+    if status is not None and status.st_mtime_ns != definition.clean_mtime_ns:
+        raise StateError("the disk was written to since its server ended")
+
+
+def _check_unchanged_since(definition: Definition, limit_s: float) -> None:
+    status = _status(definition.identity.source)
+    if status is not None and status.st_mtime > limit_s:
+        raise StateError("the disk was written to since its server was killed")
+
+
+def mtime_ns(source: str) -> int:
+    """For Definition.clean_mtime_ns."""
+    status = _status(source)
+    return status.st_mtime_ns if status is not None else 0
+
+
+def write_alive(memory: memoryview, time_s: float) -> None:
+    struct.pack_into("d", memory, 0, time_s)
+
+
+def _time_alive(memory: Memory) -> float | None:
+    content = memory.read(ALIVE)
+    return struct.unpack_from("d", content)[0] if content and len(content) >= ALIVE_BYTES else None
+
+
+def _status(source: str) -> os.stat_result | None:
+    """Of a regular file; None for what tells nothing of its changes."""
+    try:
+        status = os.stat(source)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _sizes(definition: Definition) -> dict[str, int]:
+    records: Iterable[Any] = (*definition.bitmaps, definition.mirror)
+    size = definition.identity.size
+    return {r.key: bytes_of(size, r.granularity) for r in records if r is not None}

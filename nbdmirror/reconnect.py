@@ -1,0 +1,90 @@
+"""Bringing a mirror's lost target back. On the event loop's thread; what blocks is in a thread of
+its own."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+from nbdmirror.connection import Connection
+from nbdmirror.device import Done
+from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.loop import Loop
+from nbdmirror.remote import RemoteDevice
+
+log = logging.getLogger(__name__)
+
+PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 5.0
+"""Back-off between attempts."""
+
+TIMEOUT_S = 5.0
+"""For one attempt."""
+
+DRAIN_POLL_S = 0.005
+"""How often broken connections are looked at until their requests have come back."""
+
+
+def reconnect(
+    device: RemoteDevice,
+    loop: Loop,
+    *,
+    patience_s: float,
+    is_wanted: Callable[[], bool],
+    came_back: Callable[[], None],
+    done: Done,
+) -> None:
+    """Try for `patience_s`, while `is_wanted`. `came_back` is called when the device has a new
+    connection and nothing is in flight on an old one. The error that `done` is told is no
+    DeviceLost: waiting was tried."""
+    device.pool.kill()  # of several connections, the others too: all starts anew
+    deadline_s = loop.clock() + patience_s
+
+    def work() -> None:
+        try:
+            connection = _connect(device, loop.clock, deadline_s, is_wanted)
+        except DeviceError as error:
+            failure = None if not device.is_lost else error
+            loop.call_soon(partial(done, failure))
+        else:
+            loop.call_soon(partial(adopt, connection))
+
+    def adopt(connection: Connection) -> None:
+        if not is_wanted():
+            connection.close()
+        elif not device.is_lost:  # an attempt from before a pause was first
+            connection.close()
+            done(None)
+        elif device.pool.is_busy:
+            loop.call_later(DRAIN_POLL_S, partial(adopt, connection))
+        else:
+            device.pool.replace(connection)
+            came_back()
+            done(None)
+
+    threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
+
+
+def _connect(
+    device: RemoteDevice,
+    clock: Callable[[], float],
+    deadline_s: float,
+    is_wanted: Callable[[], bool],
+) -> Connection:
+    """Blocks. Raises DeviceError when there is no more time, or nobody wants it any more."""
+    pause_s, told = PAUSE_S_MIN, ""
+    while True:
+        try:
+            return device.pool.reopen(timeout_s=TIMEOUT_S)
+        except ConfigError as error:
+            if str(error) != told:
+                told = str(error)
+                log.warning("%s", told)
+            left_s = deadline_s - clock()
+            if left_s <= 0 or not device.is_lost or not is_wanted():
+                raise DeviceError(str(error), errno.EIO) from error
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(PAUSE_S_MAX, pause_s * 2)

@@ -1,0 +1,106 @@
+"""StateDirectory: what a server finds when it starts, looked at before anything is served.
+
+What must not go on is refused here, where the user still looks: before nbdkit forks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from nbdmirror.diskstate import (
+    Definition,
+    Found,
+    Identity,
+    OtherDisk,
+    Pivoted,
+    examine,
+    names,
+)
+from nbdmirror.errors import ConfigError
+from nbdmirror.journal import slot_bytes
+from nbdmirror.statefile import DiskFolder, Folder, StateError
+from nbdmirror.store import DiskStore
+
+log = logging.getLogger(__name__)
+
+
+class StateDirectory:
+    def __init__(self, path: str, *, accepts_old_side: bool) -> None:
+        """`accepts_old_side`: serve a disk although it was pivoted away from. Raises
+        ConfigError."""
+        self._folder: Folder = DiskFolder(Path(path))
+        self._accepts_old_side = accepts_old_side
+
+    def open(self, name: str, source: str, size: int) -> DiskStore:
+        """What is kept of the disk `name`, a path or URI. Raises ConfigError if it must not be
+        served, or if nothing can be kept."""
+        identity = Identity.of(source, size)
+        files = names(name)
+        where = self._folder.path
+        try:
+            pivoted = self._check_side(files["pivoted"], identity)
+            found = self._examine(name, identity)
+            slots = self._folder.slots(files["intents"], slot_bytes(size), 2)
+        except OSError as error:
+            raise ConfigError(f"state-dir: {where}: {error.strerror}") from error
+        return DiskStore(
+            name=name,
+            identity=identity,
+            folder=self._folder,
+            slots=slots,
+            found=found,
+            pivoted=pivoted,
+        )
+
+    def _check_side(self, file: str, identity: Identity) -> Pivoted | None:
+        """Raise ConfigError if the disk was pivoted away from `identity`."""
+        content = self._folder.read(file)
+        if content is None:
+            return None
+        if self._accepts_old_side:
+            log.warning("%s: removed, as asked for: %s is the disk", file, identity.source)
+            self._folder.commit([], [file])
+            return None
+        path = self._folder.path / file
+        try:
+            pivoted = Pivoted.from_bytes(content)
+        except StateError as error:
+            raise ConfigError(
+                f"{path}: {error}; the disk was moved to another server, and this file said where: "
+                f"serve it from there, or say --accept-old-side if {identity.source} is the disk"
+            ) from error
+        if any(left.is_same(identity) for left in pivoted.left):
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pivoted.time_s))
+            raise ConfigError(
+                f"{identity.source} is not the disk any more: since {when} it is served from "
+                f"{pivoted.truth} ({path}); serve that, or say --accept-old-side and lose what was "
+                f"written there"
+            )
+        if identity.source != pivoted.truth:
+            log.warning("%s: the disk was moved to %s, they say", path, pivoted.truth)
+        return pivoted
+
+    def _examine(self, name: str, identity: Identity) -> Found | None:
+        """What can be used; a definition that is damaged is put aside."""
+        path = self._folder.path
+        try:
+            found = examine(self._folder, name, identity)
+        except OtherDisk as error:
+            raise ConfigError(
+                f"{path}/{error}; give this disk another name, or another state-dir"
+            ) from error
+        except StateError as error:
+            log.error("%s/%s; it is put aside: mirrors and bitmaps begin anew", path, error)
+            self._folder.refuse(names(name)["definition"])
+            return None
+        if found is not None and found.definition.clean_mtime_ns is not None:
+            # From here on it is not what an orderly end has left.
+            self._unclean(names(name)["definition"], found.definition)
+        return found
+
+    def _unclean(self, file: str, definition: Definition) -> None:
+        self._folder.prepare(file, replace(definition, clean_mtime_ns=None).to_bytes())
+        self._folder.commit([file])

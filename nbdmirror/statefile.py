@@ -1,0 +1,191 @@
+"""The files of a state directory: sealed, so that damage is seen, and replaced as a whole.
+
+A file is one line of text and what follows it:
+
+    nbdmirror KIND VERSION LENGTH SHA256\\n
+    LENGTH bytes, whose SHA-256 it is
+
+`head -1 FILE` tells what it is, and `tail -n +2 FILE | sha256sum` whether it is sound. The log of
+write intents has two such, at fixed places, and what is behind LENGTH bytes does not count.
+docs/state.md describes the contents.
+
+A folder does what a store needs of the file system, and no more, so that a test can put one in its
+place that loses what was not synced.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from nbdmirror.errors import ConfigError, Error
+
+VERSION = 1
+_HEADER_BYTES_MAX = 256
+
+
+class StateError(Error):
+    """A file of a state directory cannot be used: `str(error)` says why. It is never believed in
+    part."""
+
+
+def seal(kind: str, body: bytes) -> bytes:
+    checksum = hashlib.sha256(body).hexdigest()
+    return f"nbdmirror {kind} {VERSION} {len(body)} {checksum}\n".encode() + body
+
+
+def unseal(kind: str, content: bytes) -> bytes:
+    """The body. Raises StateError."""
+    line, newline, _ = content[:_HEADER_BYTES_MAX].partition(b"\n")
+    words = line.split(b" ")
+    if not newline or len(words) != 5 or words[0] != b"nbdmirror":
+        raise StateError("is damaged: it does not begin as such a file does")
+    if words[1] != kind.encode():
+        raise StateError(f"is not what it should be: {words[1][:20]!r} in place of {kind!r}")
+    if words[2] != b"%d" % VERSION:
+        text = words[2][:20].decode(errors="replace")
+        raise StateError(
+            f"is of another version of nbdmirror: {text}, and this one reads {VERSION}"
+        )
+    body = content[len(line) + 1 :]
+    if not words[3].isdigit() or len(body) < int(words[3]):
+        raise StateError(f"is damaged: {words[3][:20]!r} bytes, it says, and there are {len(body)}")
+    body = body[: int(words[3])]
+    if hashlib.sha256(body).hexdigest().encode() != words[4]:
+        raise StateError("is damaged: its checksum is wrong")
+    return body
+
+
+class Slots(Protocol):
+    """A file of a few places of one size, each written as a whole."""
+
+    def write(self, index: int, content: bytes, *, sync: bool) -> None:
+        """Raises OSError. If `sync`, it is on disk when this returns. A crash in the middle leaves
+        the other slots as they are."""
+
+    def read(self, index: int) -> bytes:
+        """Raises OSError."""
+
+    def close(self) -> None: ...
+
+
+class Folder(Protocol):
+    """Raises OSError. What is said to be done is on disk, whatever happens next."""
+
+    path: Path
+
+    def read(self, name: str) -> bytes | None:
+        """None if there is no such file."""
+
+    def prepare(self, name: str, content: bytes) -> None:
+        """Have `content` ready to become the file, on disk, under another name."""
+
+    def commit(self, names: list[str], removed: list[str] | None = None) -> None:
+        """What was prepared takes the files' places, and others go: each of them wholly or not at
+        all, in this order."""
+
+    def refuse(self, name: str) -> None:
+        """Put a file that cannot be used aside, for people to look at."""
+
+    def slots(self, name: str, slot_bytes: int, count: int) -> Slots:
+        """Open, or make; at its full size."""
+
+
+class DiskFolder(Folder):
+    """A directory, which one process at a time may use."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes it, mode 0700, if need be. Raises ConfigError."""
+        self.path = path
+        try:
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"state-dir: {path}: cannot be used: {error.strerror}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            text = f"state-dir: {path}: is in use by another nbdmirror"
+            raise ConfigError(text) from error
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+        except FileNotFoundError:
+            return None
+        with open(fd, "rb") as file:
+            return file.read()
+
+    def prepare(self, name: str, content: bytes) -> None:
+        new = _new(name)
+        with suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=self._fd)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(new, flags, 0o600, dir_fd=self._fd), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def commit(self, names: list[str], removed: list[str] | None = None) -> None:
+        for name in names:
+            os.rename(_new(name), name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        for name in removed or ():
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._fd)
+        os.fsync(self._fd)
+
+    def refuse(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.rename(name, f"{name}.refused", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        os.fsync(self._fd)
+
+    def slots(self, name: str, slot_bytes: int, count: int) -> Slots:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+        try:
+            # All of it now: a write to it later needs no room.
+            os.posix_fallocate(fd, 0, slot_bytes * count)
+            os.fsync(fd)
+            os.fsync(self._fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return DiskSlots(fd, slot_bytes)
+
+    def close(self) -> None:
+        """Let others use it. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class DiskSlots(Slots):
+    def __init__(self, fd: int, slot_bytes: int) -> None:
+        self._fd = fd
+        self._slot_bytes = slot_bytes
+
+    def write(self, index: int, content: bytes, *, sync: bool) -> None:
+        assert len(content) <= self._slot_bytes
+        if os.pwrite(self._fd, content, index * self._slot_bytes) != len(content):
+            raise OSError(errno.EIO, "a short write")
+        if sync:
+            os.fdatasync(self._fd)
+
+    def read(self, index: int) -> bytes:
+        return os.pread(self._fd, self._slot_bytes, index * self._slot_bytes)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _new(name: str) -> str:
+    return f"{name}.new"

@@ -1,0 +1,396 @@
+"""Store: keeps in a state directory what is to outlive the process, while the server runs.
+
+A disk's DiskStore is told what there is (`keep_mirror`, `keep_bitmap` and the like) and writes it
+down. What is dirty is saved every few seconds while it changes (checkpoint.py); in between, the
+journal knows.
+How a mirror ends is written down *before* it ends: a mirror that was told to have ended must not
+go on at the next start, onto a target that somebody uses by then.
+
+`Writer` has the thread that writes, in the order in which that was asked for; everything else
+happens on the event loop's thread. A state directory that fails is told of, and tried again, and
+ends nobody's I/O. transient.py says what the methods mean, and stands in where there is no state
+directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import uuid
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.checkpoint import Bits, Checkpoints
+from nbdmirror.device import Done
+from nbdmirror.diskstate import (
+    ALIVE,
+    ALIVE_BYTES,
+    JOURNAL,
+    BitmapRecord,
+    Definition,
+    Found,
+    Identity,
+    MirrorRecord,
+    Pivoted,
+    Saved,
+    mtime_ns,
+    names,
+    write_alive,
+)
+from nbdmirror.journal import JOURNAL_BYTES, Journal, Regions
+from nbdmirror.lasting import Memory
+from nbdmirror.ledger import Ledger, Tracker
+from nbdmirror.statefile import Folder, Slots
+from nbdmirror.transient import FORGET_S_MAX, NewBitmap, Transient
+from nbdmirror.writer import Writer
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+"""How often it is noted that the process lives."""
+
+CHECKPOINT_TICKS = 5
+"""How often what is dirty is saved. After a power cut regions that were written to within two of
+these are copied again."""
+
+RETRY_S = 1.0
+"""What could not be written is tried again after this."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mirror:
+    record: MirrorRecord
+    tracker: Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What is prepared for `commit_end`."""
+
+    definition: Definition | None
+    pivoted: Pivoted | None
+
+
+class DiskStore(Transient):
+    """Of one disk. `found` is what an earlier process left; `pivoted`, where the disk went."""
+
+    is_lasting = True
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        identity: Identity,
+        folder: Folder,
+        slots: Slots,
+        found: Found | None,
+        pivoted: Pivoted | None,
+    ) -> None:
+        self.name = name
+        self.found = found
+        self.journal = Journal(memoryview(mmap.mmap(-1, JOURNAL_BYTES)))
+        self._identity = identity
+        self._pivoted = pivoted
+        self._folder = folder
+        self._slots = slots
+        self._files = names(name)
+        self._disk_id = found.definition.disk_id if found else uuid.uuid4().hex
+        self._memory: Memory | None = None
+        self._alive: memoryview | None = None
+        self._mirror: _Mirror | None = None
+        self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
+        self._ending: _Ending | None = None
+        self._ended: tuple[_Mirror | None, Pivoted | None, Identity] | None = None
+        """What was before the last end."""
+        self._is_pivot_in_doubt = False
+        """What NAME.pivoted says is perhaps not what it should."""
+        self._saves: Future[None] = Transient.saved(self)
+        self._ticks = 0
+        self._is_suspended = False
+        self._since: DirtyBitmap | None = None
+
+    # The start.
+
+    def begin(self, writer: Writer) -> None:
+        """After the fork, before guests come. Raises OSError."""
+        self._writer = writer
+        try:
+            self._memory = Memory.create()
+            self._alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
+            self.note_alive()
+            self.journal = Journal(memoryview(self._memory.map(JOURNAL, JOURNAL_BYTES)))
+        except OSError as error:
+            self._give_memory_up(error)
+        found = self.found
+        if found is not None and found.problem:
+            log.error("state of disk %s: %s; everything counts as dirty", self.name, found.problem)
+            self._put_aside(found)
+        self._regions = Regions(
+            disk_id=self._disk_id,
+            size=self._identity.size,
+            slots=self._slots,
+            clock=writer.clock,
+            on_error=writer.failed,
+            log=found.log if found else None,
+            is_anywhere=found is not None and not found.problem and found.is_log_needed,
+        )
+        self._regions.start()
+        self._checkpoints = Checkpoints(
+            journal=self.journal,
+            regions=self._regions,
+            writer=writer,
+            bits=self._bits,
+            write=self._write_bits,
+        )
+
+    def begun(self) -> None:
+        """All that was found is kept again, or given up: the files say so when this returns. Until
+        then no guest may write: the earlier process's memory would be believed. Not on the loop's
+        thread."""
+        before, self.found = self.found, None
+        if before is not None:
+            self._save()
+            with suppress(OSError):  # it has been told
+                self._saves.result()
+            if (memory := Memory.find(before.definition.memory)) is not None:
+                memory.discard()
+
+    def _put_aside(self, found: Found) -> None:
+        """First of all: with a new log of intents it would be believed the next time."""
+        for name in found.refused:
+            self._folder.refuse(name)
+        self._folder.commit([], [self._files["bitmaps"]])
+
+    def start(self) -> None:
+        """On the loop's thread, from when on guests may come."""
+        self._tick()
+
+    def _give_memory_up(self, error: OSError) -> None:
+        """Some of it cannot be had, so that the rest tells less than what is dirty."""
+        log.warning(
+            "disk %s: no memory that outlives the process (%s): if it is killed, as much is copied "
+            "again as after a power cut",
+            self.name,
+            error,
+        )
+        if self._memory is not None:
+            self._memory.discard()
+        self._memory = None
+
+    def note_alive(self) -> None:
+        if self._alive is not None:
+            write_alive(self._alive, self._writer.clock())
+
+    # What is kept.
+
+    def new_bitmap(self, key: str) -> NewBitmap:
+        def make(size: int, granularity: int) -> DirtyBitmap:
+            if self._memory is not None:
+                try:
+                    return self._memory.bitmap(key, size, granularity)
+                except OSError as error:
+                    self._give_memory_up(error)
+            return DirtyBitmap(size, granularity)
+
+        return make
+
+    def keep_mirror(self, record: MirrorRecord, tracker: Tracker) -> None:
+        if not self._is_suspended:
+            self._mirror = _Mirror(record, tracker)
+            self._save()
+
+    def keep_bitmap(self, record: BitmapRecord, bitmap: DirtyBitmap) -> None:
+        if not self._is_suspended:
+            self._bitmaps[record.key] = (record, bitmap)
+            self._save()
+
+    def drop_bitmap(self, key: str) -> None:
+        if not self._is_suspended and self._bitmaps.pop(key, None) is not None:
+            self._save()
+
+    def saved(self) -> Future[None]:
+        return self._saves
+
+    @property
+    def _is_needed(self) -> bool:
+        return self._mirror is not None or bool(self._bitmaps)
+
+    def _definition(self, *, has_mirror: bool = True) -> Definition | None:
+        """What NAME.json is to say; None if there is nothing to keep."""
+        mirror = self._mirror.record if self._mirror and has_mirror else None
+        if mirror is None and not self._bitmaps:
+            return None
+        return Definition(
+            disk_id=self._disk_id,
+            identity=self._identity,
+            memory=str(self._memory.path) if self._memory else "",
+            mirror=mirror,
+            bitmaps=tuple(record for record, _ in self._bitmaps.values()),
+        )
+
+    def _save(self) -> None:
+        """Write down what there is. If that fails it is tried again, until it is done."""
+        if self.found is not None:
+            return  # not yet: part of what was found may not be kept again so far
+        self._ending = None  # it has become another one, and shares a file
+        self.journal.regions = self._regions if self._is_needed else None
+        definition = self._definition()
+
+        def done(error: BaseException | None) -> None:
+            if self._saves is not saves:
+                return  # there is a newer one
+            if error is None:
+                self._is_pivot_in_doubt = False
+            elif not self._is_suspended:
+                self._writer.call_later(RETRY_S, self._save)
+
+        call = partial(self._write, definition)
+        if self._is_pivot_in_doubt:
+            call = partial(self._write_pivoted, self._pivoted, definition)
+        saves = self._saves = self._writer.submit(call)
+        self._writer.then(saves, done)
+
+    def _write(self, definition: Definition | None) -> None:
+        self._prepare(definition, None)
+        self._commit(definition, None)
+
+    def _write_pivoted(self, pivoted: Pivoted | None, definition: Definition | None) -> None:
+        self._prepare(definition, pivoted)
+        if pivoted is None:
+            self._folder.commit([], [self._files["pivoted"]])
+        self._commit(definition, pivoted)
+
+    def _prepare(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
+        if pivoted is not None:
+            self._folder.prepare(self._files["pivoted"], pivoted.to_bytes())
+        if definition is not None:
+            self._folder.prepare(self._files["definition"], definition.to_bytes())
+
+    def _commit(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
+        """The pivot first: it tells where the disk is, whatever the other file says."""
+        names = [self._files["pivoted"]] if pivoted is not None else []
+        if definition is not None:
+            self._folder.commit([*names, self._files["definition"]])
+        else:
+            self._folder.commit(names, [self._files["definition"], self._files["bitmaps"]])
+
+    # A mirror's end.
+
+    def prepare_end(self, pivot_to: str, done: Done) -> None:
+        pivoted, identity = None, self._identity
+        if pivot_to:
+            pivoted = self._after_pivot(pivot_to)
+            identity = Identity(pivot_to, self._identity.size)
+        definition = self._definition(has_mirror=False)
+        if definition is not None:
+            definition = replace(definition, identity=identity)
+        ending = _Ending(definition, pivoted)
+
+        def prepared(error: BaseException | None) -> None:
+            self._ending = ending if error is None else None
+            done(error)
+
+        self._ending = None
+        future = self._writer.submit(partial(self._prepare, definition, pivoted))
+        self._writer.then(future, prepared)
+
+    def commit_end(self, done: Done) -> None:
+        ending = self._ending
+        if ending is None:
+            done(OSError(0, "something else was saved meanwhile"))
+            return
+
+        before = (self._mirror, self._pivoted, self._identity)
+
+        def committed(error: BaseException | None) -> None:
+            self._ended = before
+            self._mirror = None
+            if ending.pivoted is not None:
+                self._pivoted = ending.pivoted
+                self._identity = Identity(ending.pivoted.truth, self._identity.size)
+            self.journal.regions = self._regions if self._is_needed else None
+            if error is not None:
+                self.undo_end()  # some of it may have been done
+            done(error)
+
+        call = partial(self._commit, ending.definition, ending.pivoted)
+        self._writer.then(self._writer.submit(call), committed)
+
+    def undo_end(self) -> None:
+        if self._ended is not None:
+            self._mirror, self._pivoted, self._identity = self._ended
+            self._ended = None
+            self._is_pivot_in_doubt = True
+            self._save()
+
+    def _after_pivot(self, uri: str) -> Pivoted:
+        before = self._pivoted.left if self._pivoted else ()
+        left = [identity for identity in (*before, self._identity) if identity.source != uri]
+        return Pivoted(uri, tuple(left), self._writer.clock())
+
+    def forget_mirror(self, done: Done) -> None:
+        if self._is_suspended:
+            done(None)
+            return
+        self._mirror = None
+        self._save()
+        calls = [done]
+
+        def once(error: BaseException | None = None) -> None:
+            if calls:
+                calls.pop()(None)
+
+        self._writer.call_later(FORGET_S_MAX, once)
+        self._writer.then(self._saves, once)
+
+    # What is dirty.
+
+    def _tick(self) -> None:
+        self._writer.call_later(TICK_S, self._tick)
+        self.note_alive()
+        self._ticks += 1
+        if self._is_needed and not self._is_suspended and self._ticks % CHECKPOINT_TICKS == 0:
+            self._checkpoints.tick()
+
+    def bits_saved(self) -> Future[None]:
+        return self._checkpoints.make()
+
+    def _write_bits(self, bits: Bits) -> None:
+        name = self._files["bitmaps"]
+        self._folder.prepare(name, Saved(self._disk_id, self._writer.clock(), bits).to_bytes())
+        self._folder.commit([name])
+
+    def _bits(self) -> Bits:
+        bits = {key: bitmap.to_bytes() for key, (_, bitmap) in self._bitmaps.items()}
+        if self._mirror is not None:
+            dirty = self._mirror.tracker.may_differ()
+            if self._since is not None:
+                dirty.merge(self._since)
+            bits[self._mirror.record.key] = dirty.to_bytes()
+        return bits
+
+    # The end.
+
+    def suspend(self, ledger: Ledger) -> None:
+        """The process is to end: what is kept stays as it is, whatever is said from here on, and
+        what guests still write is dirty."""
+        self._is_suspended = True
+        if self._mirror is not None:
+            record = self._mirror.record
+            self._since = self.new_bitmap(record.key)(self._identity.size, record.granularity)
+            ledger.attach(self._since)
+
+    def finish(self) -> None:
+        """After the last guest, and after the disk was flushed and closed. From any thread but the
+        loop's. Raises OSError; then the next start takes it for a process that was killed."""
+        definition = self._definition()
+        if definition is not None:
+            self._write_bits(self._bits())
+            clean = mtime_ns(self._identity.source)
+            self._write(replace(definition, memory="", clean_mtime_ns=clean))
+        if self._memory is not None:
+            self._memory.discard()
+        self._regions.close()
