@@ -131,6 +131,9 @@ class AlignedDevice(BlockDevice):
     def flush(self) -> None:
         self.inner.flush()
 
+    def sync(self) -> None:
+        self.inner.sync()
+
     def extents(self, offset: int, length: int) -> list[Extent]:
         start, span = round_out(offset, length, self._unit)
         found = self.inner.extents(start, min(span, self.size - start))

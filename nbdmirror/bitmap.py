@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 
 from bitarray import bitarray
+from bitarray.util import count_and
 
 from nbdmirror.errors import ConfigError
 
@@ -133,6 +134,22 @@ class DirtyBitmap:
             raise ValueError("bits behind the disk's end are set")
         self._bits |= other
 
+    def subtract(self, other: DirtyBitmap) -> None:
+        """Make clean what is dirty in `other`, which has the same granularity."""
+        self._bits &= ~other._bits
+
+    def common_bytes(self, other: DirtyBitmap) -> int:
+        """Bytes in granules that are dirty in both; they have the same granularity."""
+        return self._bytes_of(count_and(self._bits, other._bits), other._is_last_dirty)
+
+    def bytes_in(self, offset: int, length: int) -> int:
+        """Bytes in dirty granules of the range, which is of whole ones."""
+        if not length:
+            return 0
+        last = (offset + length - 1) >> self._shift
+        count = self._bits.count(1, offset >> self._shift, last + 1)
+        return self._bytes_of(count, last == self._count - 1)
+
     def next_run(self, offset: int, length_max: int) -> tuple[int, int] | None:
         """The first dirty run of whole granules at or after `offset`: its offset and length in
         bytes, cut at the disk's end and at `length_max` (at least one granule). None if there is
@@ -165,10 +182,18 @@ class DirtyBitmap:
     @property
     def dirty_bytes(self) -> int:
         """Bytes in dirty granules; the short last granule counts with its real length."""
-        dirty = self.dirty_granules << self._shift
-        if dirty and self.size & (self.granularity - 1) and self._bits[self._count - 1]:
-            dirty -= self.granularity - (self.size & (self.granularity - 1))
+        return self._bytes_of(self.dirty_granules, True)
+
+    def _bytes_of(self, granules: int, has_last: bool) -> int:
+        """Of so many dirty ones; `has_last`: the disk's last one is one of them, if it is dirty."""
+        dirty = granules << self._shift
+        if dirty and has_last and self._is_last_dirty:
+            dirty -= -self.size & (self.granularity - 1)
         return dirty
+
+    @property
+    def _is_last_dirty(self) -> bool:
+        return bool(self._count and self._bits[self._count - 1])
 
 
 def bytes_of(size: int, granularity: int) -> int:

@@ -27,16 +27,26 @@ class Checkpoints:
         writer: Writer,
         bits: Callable[[], Bits],
         write: Callable[[Bits], None],
+        flush: Callable[[], None],
     ) -> None:
+        """`flush` makes durable, on the writer's thread, what guests have written."""
         self._journal = journal
         self._regions = regions
         self._writer = writer
         self._bits = bits
         self._write = write
+        self._flush = flush
         self._written: Bits | None = None
         self._is_running = False
+        self._must_flush = True
         self._waiting: list[Future[None]] = []
         """For a checkpoint that begins after they have asked."""
+
+    def begin_anew(self) -> None:
+        """The log of intents is used from now on: what was written before is in no region, and a
+        power cut may take it back as well."""
+        self._must_flush = True
+        self._written = None
 
     def tick(self) -> None:
         """Make one, unless one is being made."""
@@ -67,10 +77,12 @@ class Checkpoints:
     def _save(self, asked: list[Future[None]]) -> None:
         bits = self._bits()
         is_new = bits != self._written or self._regions.was_touched
+        must_flush, self._must_flush = self._must_flush, False
 
         def done(error: BaseException | None) -> None:
             self._is_running = False
             self._written = bits if error is None else None
+            self._must_flush = self._must_flush or (must_flush and error is not None)
             for future in asked:
                 if error is None:
                     future.set_result(None)
@@ -79,9 +91,12 @@ class Checkpoints:
             if self._waiting:
                 self._begin()
 
-        self._writer.then(self._writer.submit(partial(self._put, bits, is_new=is_new)), done)
+        put = partial(self._put, bits, is_new=is_new, must_flush=must_flush)
+        self._writer.then(self._writer.submit(put), done)
 
-    def _put(self, bits: Bits, *, is_new: bool) -> None:
+    def _put(self, bits: Bits, *, is_new: bool, must_flush: bool) -> None:
+        if must_flush or self._regions.may_retire:
+            self._flush()
         if is_new:
             self._write(bits)
         self._regions.retire()

@@ -61,6 +61,10 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _whole_seconds(text: str) -> int:
+    return int(_seconds(text))
+
+
 def default_qmp_paths() -> list[str]:
     """Where a server's control socket is by default. A server takes the first; a client the first
     that exists: root's login session has XDG_RUNTIME_DIR, the service that it controls has not."""
@@ -139,6 +143,8 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
     add("--speed", type=parse_size, metavar="RATE", help="bytes per second; 0: no limit")
+    delay = "a lost target is waited for that long before it is an error"
+    add("--reconnect-delay", type=_whole_seconds, metavar="S", help=delay)
     add("--on-source-error", choices=_POLICIES)
     add("--on-target-error", choices=_POLICIES)
     add("--bitmap", metavar="NAME", help="for --sync bitmap or incremental")

@@ -311,6 +311,7 @@ async def _mirror(session: _Session, args: argparse.Namespace) -> int:
         granularity=args.granularity,
         buf_size=args.buf_size,
         speed=args.speed,
+        x_nbdmirror_reconnect_delay=args.reconnect_delay,
         on_source_error=args.on_source_error,
         on_target_error=args.on_target_error,
         bitmap=args.bitmap,

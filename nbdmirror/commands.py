@@ -162,7 +162,9 @@ class Commands:
             raise CommandError("drive-mirror needs mode 'existing': the target is an NBD export")
         await self._on_loop(lambda: self._server.nodes.find_disk(arguments["device"]))
         device = await _open(arguments["target"], CONNECT_TIMEOUT_S)
-        node = Node(arguments.get("node-name", ""), device, is_owned=True)
+        delay_s = arguments.get("x-nbdmirror-reconnect-delay", 0)
+        name = arguments.get("node-name", "")
+        node = Node(name, device, is_owned=True, reconnect_delay_s=delay_s)
 
         def start() -> None:
             self._server.nodes.add(node)

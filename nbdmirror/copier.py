@@ -151,8 +151,8 @@ class Copier:
 
     @property
     def remaining_bytes(self) -> int:
-        """Dirty, or in flight."""
-        return self.tracker.dirty.dirty_bytes + self.tracker.in_flight_bytes
+        """Dirty, or in flight; QEMU's len is this and `offset`."""
+        return self.tracker.remaining_bytes
 
     def start(self) -> None:
         self.is_running = True
@@ -310,12 +310,10 @@ class Copier:
                 self.target.start_write(view, offset, then)
 
     def _settle(self, copy: _Copy) -> None:
-        self.tracker.settle(copy.claim, failed=copy.error is not None)
+        self.copied_bytes += self.tracker.settle(copy.claim, failed=copy.error is not None)
         self._copies.discard(copy)
         self._buffers.append(copy.buffer)
-        if copy.error is None:
-            self.copied_bytes += copy.claim.length
-        else:
+        if copy.error is not None:
             self.observer.copy_failed(copy.operation, copy.error)
         if not self._is_pumping:
             self.pump()

@@ -107,6 +107,10 @@ class BlockDevice(Protocol):
     def flush(self) -> None:
         """Every write that returned before this call is durable when it returns."""
 
+    def sync(self) -> None:
+        """`flush`, but what a guest's flush is to be told of stays to be told."""
+        self.flush()
+
     def extents(self, offset: int, length: int) -> list[Extent]:
         """What the range holds, in order. At least one extent; their sum may fall short of `length`
         (ask again from there), never exceed it."""

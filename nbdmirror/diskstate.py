@@ -2,7 +2,7 @@
 
     NAME.json      the disk, its mirror and its persistent bitmaps: what there is
     NAME.bitmaps   what was dirty in them when that was last saved
-    NAME.intents   where guests may have written since (journal.Regions)
+    NAME.intents   where guests may have written since (intentlog.IntentLog)
     NAME.pivoted   since a pivot: which side is the disk, and which is not any more
 
 and in memory that outlives the process (lasting.Memory) the bitmaps themselves and the requests
@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from nbdmirror.bitmap import DirtyBitmap, bytes_of
-from nbdmirror.journal import IntentLog, ranges_left, slot_bytes
+from nbdmirror.intentlog import IntentLog, slot_bytes
+from nbdmirror.journal import ranges_left
 from nbdmirror.lasting import Memory
 from nbdmirror.statefile import Folder, StateError, seal, unseal
 

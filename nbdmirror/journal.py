@@ -10,25 +10,23 @@ other places first:
    memory. After a power cut these, and the bitmaps on disk, are all that may differ. A region is
    on disk before the first write to it is issued; further writes to it cost nothing.
 
-A region leaves the log when the bitmaps have been saved after the last write to it. In order:
-`cut`, then wait until `has_drained`, then read the bitmaps and save them, then `retire`. A write
-that took its slot before the cut is waited for, so its mark is in what is saved; one that took its
-slot later looks at the region afterwards, and finds that it has to be touched anew.
+A region leaves the log when, after the last write to it, the disk has been flushed and the bitmaps
+have been saved. In order: `cut`, then wait until `has_drained`, then read the bitmaps, flush, save
+them, then `retire`. A write that took its slot before the cut is waited for, so its mark is in what
+is saved; one that took its slot later looks at the region afterwards, and finds that it has to be
+touched anew. Without the flush a power cut could take a write back that the target has by then.
 
 Guests' threads call `begin` and `end`; the rest is the store's.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from bitarray import bitarray
-
-from nbdmirror.statefile import Slots, StateError, seal, unseal
+from nbdmirror.intentlog import SLOTS, IntentLog, region_bytes, region_count
+from nbdmirror.statefile import Slots
 
 REQUESTS_MAX = 4096
 """Changing requests under way: more of them wait. nbdkit has a thread for each."""
@@ -36,14 +34,6 @@ REQUESTS_MAX = 4096
 CROWD_PAUSE_S = 0.001
 
 JOURNAL_BYTES = REQUESTS_MAX * 16
-
-REGION_BYTES_MIN, REGION_BYTES_MAX = 1 << 20, 64 << 20
-REGIONS_WANTED = 1024
-"""A region is the power of two that makes this many of a disk, within the bounds above."""
-
-_KIND = "intents"
-_SLOTS = 2
-_HEADER_BYTES_MAX = 1024
 
 
 class Journal:
@@ -101,17 +91,6 @@ def ranges_left(content: bytes) -> Iterator[tuple[int, int]]:
             yield cells[2 * slot], cells[2 * slot + 1]
 
 
-def region_bytes(size: int) -> int:
-    """A power of two."""
-    wanted = max(1, -(-size // REGIONS_WANTED))
-    return min(REGION_BYTES_MAX, max(REGION_BYTES_MIN, 1 << (wanted - 1).bit_length()))
-
-
-def slot_bytes(size: int) -> int:
-    """What one of the log's two slots takes."""
-    return (_HEADER_BYTES_MAX + _count(size) // 8 + 4096) & ~4095
-
-
 class Regions:
     """The log of write intents of one disk."""
 
@@ -131,7 +110,7 @@ class Regions:
         from a guest's thread: the log could not be written, and does not tell the truth until it
         can be."""
         self.shift = region_bytes(size).bit_length() - 1
-        self.touched = bytearray(_count(size))
+        self.touched = bytearray(region_count(size))
         """A byte a region: 1 if it is on disk and was written to since the last cut."""
         self.error: OSError | None = None
         self._before = bytearray(len(self.touched))
@@ -149,9 +128,9 @@ class Regions:
 
     def start(self) -> None:
         """Write both slots, so that neither has anything older. Raises OSError."""
-        for _ in range(_SLOTS):
+        for _ in range(SLOTS):
             log = self._next_log(bytes(self._on_disk))
-            self._slots.write(log.sequence % _SLOTS, log.to_bytes(), sync=True)
+            self._slots.write(log.sequence % SLOTS, log.to_bytes(), sync=True)
 
     def touch(self, first: int, last: int) -> None:
         """Return when these regions are on disk. Threads that come together share one write."""
@@ -177,10 +156,15 @@ class Regions:
         """Whether any was before the last cut, after the one before that."""
         return 1 in self._before
 
+    @property
+    def may_retire(self) -> bool:
+        """`retire` would take a region out of the log."""
+        return _either(self._before, self.touched) != self._on_disk
+
     def retire(self) -> None:
-        """The bitmaps are saved as they were after the last cut: regions that nobody has touched
-        since the cut before it leave the log. (One cut would do. With two a region that is written
-        to every now and then is not put on disk each time.)"""
+        """The disk was flushed after the last cut, and the bitmaps are saved as they were then:
+        regions that nobody has touched since the cut before it leave the log. (One cut would do.
+        With two a region that is written to every now and then is not put on disk each time.)"""
         with self._changed:
             while self._is_writing:
                 self._changed.wait()
@@ -210,7 +194,7 @@ class Regions:
         self._changed.release()
         error: OSError | None = None
         try:
-            self._slots.write(log.sequence % _SLOTS, log.to_bytes(), sync=sync)
+            self._slots.write(log.sequence % SLOTS, log.to_bytes(), sync=sync)
         except OSError as caught:
             error = caught
         finally:
@@ -221,77 +205,6 @@ class Regions:
             self._on_error(error)
         self.error = error
         self._on_disk = _either(self._on_disk, regions)
-
-
-class IntentLog:
-    """What the log's file says."""
-
-    def __init__(
-        self, disk_id: str, size: int, sequence: int, time_s: float, regions: bytes
-    ) -> None:
-        """`regions`: a byte a region, 1 if guests may have written there; `time_s`: when it was
-        written, by the wall clock."""
-        self.disk_id = disk_id
-        self.size = size
-        self.sequence = sequence
-        self.time_s = time_s
-        self.regions = regions
-
-    def to_bytes(self) -> bytes:
-        head = {
-            "disk": self.disk_id,
-            "size": self.size,
-            "sequence": self.sequence,
-            "time": self.time_s,
-            "region-bytes": region_bytes(self.size),
-        }
-        bits = bitarray(endian="little")
-        bits.pack(self.regions)
-        return seal(_KIND, json.dumps(head).encode() + b"\n" + bits.tobytes())
-
-    @classmethod
-    def read(cls, slots: Slots, *, disk_id: str, size: int) -> IntentLog:
-        """The newer of the two that can be read: a write that a crash cut short was not returned
-        from, and nobody has relied on it. Raises StateError if neither can."""
-        found, reason = [], "is of another disk"
-        for index in range(_SLOTS):
-            try:
-                log = cls._of(unseal(_KIND, slots.read(index)))
-                if (log.disk_id, log.size) == (disk_id, size):
-                    found.append(log)
-            except StateError as error:
-                reason = str(error)
-            except OSError as error:
-                raise StateError(f"cannot be read: {error.strerror}") from error
-        if not found:
-            raise StateError(reason)
-        return max(found, key=lambda one: one.sequence)
-
-    @classmethod
-    def _of(cls, body: bytes) -> IntentLog:
-        head, _, packed = body.partition(b"\n")
-        try:
-            said: dict[str, Any] = json.loads(head)
-            size = int(said["size"])
-            if said["region-bytes"] != region_bytes(size):
-                raise StateError("is of another version of nbdmirror: its regions are others")
-            regions = bitarray(buffer=packed, endian="little").unpack(b"\0", b"\1")[: _count(size)]
-            return cls(said["disk"], size, int(said["sequence"]), float(said["time"]), regions)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StateError("is damaged: its head makes no sense") from error
-
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """Offset and length of each run of regions, cut at the disk's end."""
-        unit, position = region_bytes(self.size), 0
-        while (first := self.regions.find(1, position)) >= 0:
-            last = self.regions.find(0, first)
-            position = len(self.regions) if last < 0 else last
-            start = first * unit
-            yield start, min(position * unit, self.size) - start
-
-
-def _count(size: int) -> int:
-    return max(1, -(-size // region_bytes(size)))
 
 
 def _either(one: bytearray, other: bytearray) -> bytearray:

@@ -213,6 +213,8 @@ class Tracker:
         self.unflushed = new_bitmap(size, granularity)
         """What was sent to the target, or is about to be, since the last flush that succeeded: a
         target that crashes may lose it (rule 39)."""
+        self._repeated: DirtyBitmap | None = None
+        """What is dirty for no other reason than that a flush has failed."""
         self.written_bytes = 0
         """Bytes that synchronous writes brought to the target."""
         self._flushing: list[DirtyBitmap] = []
@@ -226,6 +228,16 @@ class Tracker:
         """Bytes claimed by copies and synchronous writes."""
         with self._lock:
             return sum(c.length for c in self._copies) + sum(c.length for c in self._writes)
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Dirty, or in flight; of what is copied again for a failed flush's sake nothing."""
+        with self._lock:
+            left = self.dirty.dirty_bytes + sum(c.length for c in self._writes)
+            if self._repeated is None:
+                return left + sum(c.length for c in self._copies)
+            left -= self._repeated.common_bytes(self.dirty)
+            return left + sum(self._news(c) for c in self._copies)
 
     @property
     def in_sync(self) -> bool:
@@ -262,13 +274,20 @@ class Tracker:
             claim.length = length
             self._lock.notify_all()
 
-    def settle(self, claim: Claim, *, failed: bool) -> None:
-        """A copy ended. If it failed, its range is dirty again before it is anybody's."""
+    def settle(self, claim: Claim, *, failed: bool) -> int:
+        """A copy ended. If it failed, its range is dirty again before it is anybody's. Returns the
+        bytes that count as progress."""
         with self._lock:
+            progress = 0
             if failed:
                 self.dirty.mark(claim.offset, claim.length)
+            else:
+                progress = self._news(claim)
+                if self._repeated is not None:
+                    self._repeated.clear(claim.offset, claim.length)
             self._copies.remove(claim)
             self._lock.notify_all()
+        return progress
 
     def begin_write(self, offset: int, length: int) -> Claim:
         """A guest thread's synchronous write begins: waits until no copy and no such write overlaps
@@ -308,9 +327,14 @@ class Tracker:
 
     def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
         """After one that failed what it was to cover is dirty: the target may have lost it, and a
-        second flush would not tell. (Linux tells of a failed write-back once.)"""
+        second flush would not tell. (Linux tells of a failed write-back once.) To QEMU that is no
+        work of the job's, and to who looks at its numbers neither."""
         with self._lock:
             if failed:
+                if self._repeated is None:
+                    self._repeated = DirtyBitmap(self.size, self.granularity)
+                self._repeated.merge(covered)
+                self._repeated.subtract(self.dirty)
                 self.dirty.merge(covered)
             self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
         covered.close()
@@ -343,6 +367,11 @@ class Tracker:
         for claim in (*self._copies, *self._writes):
             bitmap.mark(claim.offset, claim.length)
         return bitmap
+
+    def _news(self, claim: Claim) -> int:
+        if self._repeated is None:
+            return claim.length
+        return claim.length - self._repeated.bytes_in(claim.offset, claim.length)
 
     def _is_free_for(self, claim: Claim) -> bool:
         if any(c.overlaps(claim) for owners in (self._copies, self._writes) for c in owners):

@@ -33,6 +33,7 @@ from nbdmirror.reconnect import reconnect
 from nbdmirror.records import mirror_record, node_of, options_of
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.scan import scan
+from nbdmirror.statefile import StateError
 from nbdmirror.transient import Transient
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,9 @@ class Mirrors:
         if record is None:
             return
         options, node = options_of(record), node_of(record)
+        size, other = disk.size, node.device.size
+        if other != size and not (options.allow_larger and other > size):
+            raise StateError(f"the target has {other} bytes, the disk {size}")
         named = bitmaps.of(disk)
         bitmap = next((one for one in named if one.name == record.bitmap), None)
         self._nodes.add(node)

@@ -43,6 +43,17 @@ REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
 """Between attempts; and how long requests fail at once after the last of them."""
 
 
+_LINKING = "nbdmirror-links"
+
+
+def wait_for_handshakes() -> None:
+    """Of a process that ends, when all pools are closed: a server that is left in the middle of a
+    handshake complains."""
+    for thread in threading.enumerate():
+        if thread.name == _LINKING:
+            thread.join(LINK_TIMEOUT_S)
+
+
 class ConnectionPool:
     """Starts with one connection to an export that is as `announced`. `attach`, `detach` and
     `replace` are for the loop's thread, the rest for any."""
@@ -128,7 +139,7 @@ class ConnectionPool:
             with self._lock:
                 if self._may_link:
                     self._linking = threading.Thread(
-                        target=self._open_links, name="nbdmirror-links", daemon=True
+                        target=self._open_links, name=_LINKING, daemon=True
                     )
                     self._linking.start()
 
@@ -200,9 +211,6 @@ class ConnectionPool:
     def close(self) -> None:
         """Nothing may be in flight. Idempotent."""
         self._closing.set()
-        # A handshake is let end: a server that is left in the middle of one complains.
-        if self._linking is not None and self._linking is not threading.current_thread():
-            self._linking.join(LINK_TIMEOUT_S)
         for connection in self._all:
             connection.close()
 

@@ -140,7 +140,12 @@ COMMANDS: dict[str, Struct] = {
         "DriveMirror",
         {
             **_MIRROR,
-            **named(mode=optional(NEW_IMAGE_MODE), format=optional(STR), node_name=optional(STR)),
+            **named(
+                mode=optional(NEW_IMAGE_MODE),
+                format=optional(STR),
+                node_name=optional(STR),
+                x_nbdmirror_reconnect_delay=optional(UINT32),
+            ),
         },
     ),
     "query-block-jobs": _NOTHING,

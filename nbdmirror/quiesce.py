@@ -98,7 +98,8 @@ class Quiesce:
 
     def _is_close(self) -> bool:
         is_late = self._loop.clock() >= self._until_s
-        return is_late or self._copier.remaining_bytes <= LEVEL_BYTES
+        tracker = self._copier.tracker
+        return is_late or tracker.dirty.dirty_bytes + tracker.in_flight_bytes <= LEVEL_BYTES
 
     def _flushed_ahead(self, error: BaseException | None) -> None:
         if self.step is not Step.FLUSHING_AHEAD:

@@ -149,6 +149,20 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def flush(self) -> None:
         """Fails once after a connection was lost with writes that were not flushed."""
+        self._flush()
+        if self._may_have_lost:
+            self._may_have_lost = False
+            raise self._lost_writes()
+
+    def sync(self) -> None:
+        self._flush()
+        if self._may_have_lost:
+            raise self._lost_writes()
+
+    def _lost_writes(self) -> DeviceError:
+        return DeviceError(f"{self.uri}: lost its connection with writes not flushed")
+
+    def _flush(self) -> None:
         if self.can_flush:
             self._has_unflushed, had_unflushed = False, self._has_unflushed
             try:
@@ -156,9 +170,6 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             except BaseException:
                 self._has_unflushed |= had_unflushed
                 raise
-            if self._may_have_lost:
-                self._may_have_lost = False
-                raise DeviceError(f"{self.uri}: lost its connection with writes not flushed")
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         if not self.can_extents or not length:

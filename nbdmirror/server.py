@@ -20,6 +20,7 @@ from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.mirrors import Mirrors
 from nbdmirror.nodes import Nodes
+from nbdmirror.pool import wait_for_handshakes
 from nbdmirror.statefile import StateError
 from nbdmirror.store import DiskStore
 from nbdmirror.transient import Transient
@@ -57,8 +58,8 @@ class Server:
         before guests come."""
         self.loop.start()
         for name, store in self._stores.items():
-            store.begin(self._writer)
             disk = self.disks[name]
+            store.begin(self._writer, disk.sync)
             assert isinstance(disk, JournaledDisk)
             disk.journal = store.journal
             if store.found is not None:
@@ -128,3 +129,4 @@ class Server:
                 log.error("disk %s: its state cannot be saved: %s", name, error)
         for node in self.nodes:
             node.device.kill()
+        wait_for_handshakes()

@@ -20,7 +20,7 @@ from nbdmirror.diskstate import (
     names,
 )
 from nbdmirror.errors import ConfigError
-from nbdmirror.journal import slot_bytes
+from nbdmirror.intentlog import slot_bytes
 from nbdmirror.statefile import DiskFolder, Folder, StateError
 from nbdmirror.store import DiskStore
 

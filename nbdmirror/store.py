@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import mmap
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -114,8 +115,9 @@ class DiskStore(Transient):
 
     # The start.
 
-    def begin(self, writer: Writer) -> None:
-        """After the fork, before guests come. Raises OSError."""
+    def begin(self, writer: Writer, flush: Callable[[], None]) -> None:
+        """After the fork, before guests come; `flush` makes durable what guests have written.
+        Raises OSError."""
         self._writer = writer
         try:
             self._memory = Memory.create()
@@ -144,6 +146,7 @@ class DiskStore(Transient):
             writer=writer,
             bits=self._bits,
             write=self._write_bits,
+            flush=flush,
         )
 
     def begun(self) -> None:
@@ -170,12 +173,8 @@ class DiskStore(Transient):
 
     def _give_memory_up(self, error: OSError) -> None:
         """Some of it cannot be had, so that the rest tells less than what is dirty."""
-        log.warning(
-            "disk %s: no memory that outlives the process (%s): if it is killed, as much is copied "
-            "again as after a power cut",
-            self.name,
-            error,
-        )
+        text = "disk %s: no memory that outlives the process: %s; killing it is as a power cut"
+        log.warning(text, self.name, error)
         if self._memory is not None:
             self._memory.discard()
         self._memory = None
@@ -236,6 +235,8 @@ class DiskStore(Transient):
         if self.found is not None:
             return  # not yet: part of what was found may not be kept again so far
         self._ending = None  # it has become another one, and shares a file
+        if self._is_needed and self.journal.regions is None:
+            self._checkpoints.begin_anew()
         self.journal.regions = self._regions if self._is_needed else None
         definition = self._definition()
 
@@ -377,6 +378,8 @@ class DiskStore(Transient):
     def suspend(self, ledger: Ledger) -> None:
         """The process is to end: what is kept stays as it is, whatever is said from here on, and
         what guests still write is dirty."""
+        if self._is_suspended:
+            return
         self._is_suspended = True
         if self._mirror is not None:
             record = self._mirror.record

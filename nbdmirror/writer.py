@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from nbdmirror.device import Done
+from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
 from nbdmirror.loop import Loop
 
@@ -31,7 +32,7 @@ class Writer:
         self._told_s = 0.0
 
     def submit(self, call: Callable[[], None]) -> Future[None]:
-        """Do it soon. An OSError is told of."""
+        """Do it soon. An error of the directory, or of a disk that is flushed, is told of."""
         return self._thread.submit(self._do, call)
 
     def then(self, future: Future[None], done: Done) -> None:
@@ -50,7 +51,7 @@ class Writer:
         now_s = self.clock()
         if now_s - self._told_s > QUIET_S:
             self._told_s = now_s
-            log.error("the state directory cannot be written: %s; guests go on", error)
+            log.error("state cannot be saved: %s; guests go on", error)
             self._events.append("X_NBDMIRROR_STATE_ERROR", {"reason": str(error)})
 
     def stop(self) -> None:
@@ -60,6 +61,6 @@ class Writer:
     def _do(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except OSError as error:
+        except IO_ERRORS as error:
             self.failed(error)
             raise

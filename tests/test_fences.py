@@ -61,22 +61,24 @@ MAY_IMPORT = {
     "bitmaps": "bitmap disk diskstate errors transient",
     "nodes": "disk errors mirror remote",
     "mirrors": "aligned bitmap bitmaps copier device disk diskstate errors events filesource"
-    " jobstate ledger loop mirror nodes options pool reconnect records remote scan transient",
+    " jobstate ledger loop mirror nodes options pool reconnect records remote scan statefile"
+    " transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",
     "records": "connection diskstate handshake mirror nodes options remote statefile",
     # What outlives the process.
     "lasting": "bitmap",
     "statefile": "errors",
-    "journal": "statefile",
-    "diskstate": "bitmap journal lasting statefile",
-    "writer": "device events loop",
+    "intentlog": "statefile",
+    "journal": "intentlog statefile",
+    "diskstate": "bitmap intentlog journal lasting statefile",
+    "writer": "device errors events loop",
     "checkpoint": "journal writer",
     "transient": "bitmap device diskstate ledger",
     "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
-    "statedir": "diskstate errors journal statefile store",
-    "server": "bitmaps disk diskstate errors events loop mirror mirrors nodes statefile store"
-    " transient writer",
+    "statedir": "diskstate errors intentlog statefile store",
+    "server": "bitmaps disk diskstate errors events loop mirror mirrors nodes pool"
+    " statefile store transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "bitmap disk mirror nodes remote server",
     "sockets": "errors",

@@ -6,22 +6,18 @@ import errno
 import os
 import queue
 import subprocess
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mounts import ON_DISK, loop_device, mounted
 
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.device import BlockDevice, Extent, MemoryDevice
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.file import EXTENTS_MAX, FileDevice
 from nbdmirror.filesource import FileSource
-
-ON_DISK = Path("/var/tmp")
-"""By custom never a tmpfs, so likely to have holes, ZERO_RANGE and O_DIRECT."""
 
 WAIT_S = 10.0
 
@@ -31,39 +27,6 @@ def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
     path.write_bytes(b"d" * (1 << 20))
     return path
-
-
-@contextmanager
-def mounted(kind: str, options: str = "") -> Iterator[Path]:
-    """A new file system. Not below tmp_path: what a killed test leaves mounted there would fail
-    every later run of pytest, which clears that folder. Unmounted lazily, so that a failed test's
-    open file does not hide its failure."""
-    folder = tempfile.mkdtemp(dir=ON_DISK, prefix="nbdmirror-test-")
-    try:
-        command = ["mount", "-t", kind, *(["-o", options] if options else []), kind, folder]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"cannot mount {kind} here: {error}")
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "--lazy", folder], check=True)
-    finally:
-        os.rmdir(folder)
-
-
-@contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    command = ["losetup", "--find", "--show", str(path)]
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no loop devices here: {error}")
-    try:
-        yield done.stdout.strip()
-    finally:
-        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
 
 
 def allocated(path: Path) -> int:

@@ -417,10 +417,11 @@ class ClearsAtSettle(World):
                 self.dirty.mark(claim.offset, claim.length)
             return claim
 
-        def settle(self, claim: Claim, *, failed: bool) -> None:
-            super().settle(claim, failed=failed)
+        def settle(self, claim: Claim, *, failed: bool) -> int:
+            progress = super().settle(claim, failed=failed)
             if not failed:
                 self.dirty.clear(claim.offset, claim.length)
+            return progress
 
 
 class AsksExtentsFirst(World):
@@ -440,8 +441,8 @@ class ForgetsFailedCopies(World):
     """L5; M20 "'ignore' does not mean skip"."""
 
     class tracker_class(Tracker):  # noqa: N801
-        def settle(self, claim: Claim, *, failed: bool) -> None:
-            super().settle(claim, failed=False)
+        def settle(self, claim: Claim, *, failed: bool) -> int:
+            return super().settle(claim, failed=False)
 
 
 class ClearsPartlyCovered(World):
@@ -490,10 +491,11 @@ class WakesNobody(World):
     """A wait without a bound needs a wake-up: STYLE, "every wait has a bound or is woken"."""
 
     class tracker_class(Tracker):  # noqa: N801
-        def settle(self, claim: Claim, *, failed: bool) -> None:
+        def settle(self, claim: Claim, *, failed: bool) -> int:
             if failed:
                 self.dirty.mark(claim.offset, claim.length)
             self._copies.remove(claim)
+            return claim.length
 
 
 class FlushCoversWhatIsInFlight(World):
@@ -515,9 +517,9 @@ class UnflushedWhenItEnds(World):
             self.unflushed.merge(before)
             return claim
 
-        def settle(self, claim: Claim, *, failed: bool) -> None:
+        def settle(self, claim: Claim, *, failed: bool) -> int:
             self.unflushed.mark(claim.offset, claim.length)
-            super().settle(claim, failed=failed)
+            return super().settle(claim, failed=failed)
 
 
 class ForgetsAFailedFlush(World):

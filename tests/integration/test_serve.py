@@ -12,7 +12,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 import nbd
 import pytest
 from conftest import Start
+from mounts import ON_DISK, loop_device, mounted
 from tools import (
     Guest,
     KiB,
@@ -42,7 +42,6 @@ from tools import (
 )
 
 SIZES = (0, 1, 511, 512, MiB, MiB + 1, 1025 * KiB)
-ON_DISK = Path("/var/tmp")
 NO_HOLE, FAST_ZERO, FUA = nbd.CMD_FLAG_NO_HOLE, nbd.CMD_FLAG_FAST_ZERO, nbd.CMD_FLAG_FUA
 END_S_MAX = 5.0
 PR_SET_CHILD_SUBREAPER = 36
@@ -359,24 +358,8 @@ def test_an_nbd_sources_errno_reaches_the_guest(start: Start, folder: Path, name
         assert guest.pread(6, 0) == b"before"
 
 
-@contextlib.contextmanager
-def small_file_system(size: str) -> Iterator[Path]:
-    """Unmounted lazily, so that a failed test's open file does not hide its failure."""
-    place = tempfile.mkdtemp(dir=ON_DISK, prefix="nbdmirror-test-")
-    try:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]
-        if subprocess.run(command, check=False, capture_output=True, timeout=20).returncode:
-            pytest.skip("cannot mount a file system here")
-        try:
-            yield Path(place)
-        finally:
-            subprocess.run(["umount", "--lazy", place], check=True, timeout=20)
-    finally:
-        os.rmdir(place)
-
-
 def test_a_full_file_system_is_enospc_to_the_guest_and_can_be_relieved(folder: Path) -> None:
-    with small_file_system("1m") as place:
+    with mounted("tmpfs", "size=1m") as place:
         image = make_empty(place / "disk.img", 4 * MiB)
         with Nbdmirror(folder, image) as server, connected(server.uri()) as guest:
             server.allowed = [".*"]
@@ -425,19 +408,6 @@ def test_a_read_only_nbd_source(start: Start, disk: Path) -> None:
     assert_identical(disk, server.uri())
     with connected(server.uri()) as guest:
         assert guest.is_read_only()
-
-
-@contextlib.contextmanager
-def loop_device(image: Path) -> Iterator[str]:
-    command = ["losetup", "--find", "--show", str(image)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
-    if done.returncode:
-        pytest.skip(f"no loop devices here: {done.stderr.strip()}")
-    name = done.stdout.strip()
-    try:
-        yield name
-    finally:
-        subprocess.run(["losetup", "--detach", name], check=True, timeout=20)
 
 
 @pytest.mark.parametrize("cache", ["writeback", "none"])

@@ -1,0 +1,49 @@
+"""File systems and block devices that a test makes for itself. Without the right to, the test is
+skipped, and says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ON_DISK = Path("/var/tmp")
+"""By custom never a tmpfs, so likely to have holes, ZERO_RANGE and O_DIRECT."""
+
+
+@contextmanager
+def mounted(kind: str, options: str = "") -> Iterator[Path]:
+    """A new file system. Not below tmp_path: what a killed test leaves mounted there would fail
+    every later run of pytest, which clears that folder. Unmounted lazily, so that a failed test's
+    open file does not hide its failure."""
+    folder = tempfile.mkdtemp(dir=ON_DISK, prefix="nbdmirror-test-")
+    try:
+        command = ["mount", "-t", kind, *(["-o", options] if options else []), kind, folder]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"cannot mount {kind} here: {error}")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+    finally:
+        os.rmdir(folder)
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    command = ["losetup", "--find", "--show", str(path)]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop devices here: {error}")
+    try:
+        yield done.stdout.strip()
+    finally:
+        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
