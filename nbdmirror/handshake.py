@@ -5,6 +5,8 @@ From any thread; the calls block.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +21,11 @@ DEPTH_CONTEXT = "qemu:allocation-depth"
 PAYLOAD_BYTES_MAX = 32 << 20
 """What a server that announces no maximum takes in one request: the NBD specification's advice to
 clients."""
+
+KEEPALIVE_S = 10
+PEER_LOST_S = 30
+"""A TCP peer is asked for a sign of life after KEEPALIVE_S, and after PEER_LOST_S without one, or
+without an acknowledgement of what was sent, its connection is lost. (tcp(7), TCP_USER_TIMEOUT)"""
 
 _RELIED_ON = {
     "size": "size",
@@ -106,7 +113,20 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
             handle.poll(int(left_s * 1000) + 1)
     except nbd.Error as error:
         raise ConfigError(f"Failed to connect to '{uri}': {reason(error)}") from error
+    _watch_peer(handle)
     return handle
+
+
+def _watch_peer(handle: nbd.NBD) -> None:
+    """Have the kernel find out when nobody is at the other end of a TCP connection any more, or the
+    network swallows everything: by itself it tries for a quarter of an hour, and without data under
+    way for ever."""
+    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as own:
+        if own.family in (socket.AF_INET, socket.AF_INET6):
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_LOST_S * 1000)
 
 
 def is_gone(handle: nbd.NBD) -> bool:

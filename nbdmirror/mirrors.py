@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from nbdmirror.admission import check_target, granularity_of, raw_device
 from nbdmirror.aligned import AlignedDevice
-from nbdmirror.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap
+from nbdmirror.connection import Connection
 from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
 from nbdmirror.device import BlockDevice, Done, Extent
 from nbdmirror.disk import Disk
@@ -32,6 +34,7 @@ from nbdmirror.pool import PATIENCE_S
 from nbdmirror.reconnect import reconnect
 from nbdmirror.records import mirror_record, node_of, options_of
 from nbdmirror.remote import RemoteDevice
+from nbdmirror.sameness import first_difference
 from nbdmirror.scan import scan
 from nbdmirror.statefile import StateError
 from nbdmirror.transient import Transient
@@ -94,7 +97,7 @@ class Mirrors:
         """A job that can be started (`begin`) or discarded. Raises CommandError; then there is no
         job and nothing was touched."""
         self._check(disk, node, options)
-        granularity = _granularity(disk, node.device, options, bitmap)
+        granularity = granularity_of(disk, node.device, options, bitmap)
         return self._make(disk, node, options, bitmap, granularity, f"mirror-{uuid.uuid4().hex}")
 
     def _make(
@@ -182,7 +185,6 @@ class Mirrors:
         self.changed(job)
 
     def _check(self, disk: Disk, node: Node, options: MirrorOptions) -> None:
-        target = node.device
         if len(self.jobs) >= JOBS_MAX:
             raise CommandError(f"There are {JOBS_MAX} jobs already; dismiss concluded ones")
         if node.disk is disk:
@@ -197,33 +199,7 @@ class Mirrors:
             raise CommandError(f"Node '{node.name}' is in use")
         if options.job_id in self.jobs:
             raise CommandError(f"Job ID '{options.job_id}' already in use")
-        if target.is_lost:
-            raise CommandError(f"Node '{node.name}' has lost its connection to '{target.uri}'")
-        if target.is_own_export():
-            raise CommandError(f"Target '{target.uri}' is an export of this server itself")
-        source = raw_device(disk.source)
-        if (
-            isinstance(source, RemoteDevice)
-            and not source.is_lost
-            and source.is_same_export(target)
-        ):
-            raise CommandError(f"Target '{target.uri}' is the disk itself")
-        if target.read_only:
-            raise CommandError(f"Block node is read-only: '{target.uri}'")
-        if not target.can_flush and disk.size:
-            raise CommandError(
-                f"Target '{target.uri}' has no flush: it can promise nothing about its data"
-            )
-        if disk.size % target.block_size.minimum:
-            raise CommandError(
-                f"The disk's size {disk.size} is no multiple of the minimum block size "
-                f"{target.block_size.minimum} of '{target.uri}'"
-            )
-        least = max(target.block_size.minimum, disk.source.block_size.minimum)
-        if options.granularity and options.granularity < least:
-            raise CommandError(
-                f"Parameter 'granularity' expects at least the block size {least} of the disks"
-            )
+        check_target(disk, node, options)
 
     def _source(self, disk: Disk) -> FileSource | RemoteDevice:
         device = raw_device(disk.source)
@@ -322,9 +298,23 @@ class Mirrors:
             self._loop,
             patience_s=job.options.reconnect_delay_s if mirror.is_met else math.inf,
             is_wanted=partial(self._is_running, job),
+            difference=self._difference(job),
             came_back=came_back,
             done=done,
         )
+
+    def _difference(self, job: MirrorJob) -> Callable[[Connection], int | None]:
+        """What tells whether a target is the one that it was. Only of a full copy clean means the
+        same."""
+        if job.options.sync != "full":
+            return lambda connection: None
+        suspects = job.tracker.may_differ()
+
+        def difference(connection: Connection) -> int | None:
+            rng = random.Random()
+            return first_difference(job.disk, connection.read, job.tracker, suspects, rng)
+
+        return difference
 
     def _is_running(self, job: MirrorJob) -> bool:
         return job in self._mirrors
@@ -352,37 +342,9 @@ class Mirrors:
         look()
 
 
-def raw_device(device: BlockDevice) -> BlockDevice:
-    """The device below an AlignedDevice."""
-    return device.inner if isinstance(device, AlignedDevice) else device
-
-
 def _is_not_zero(extent: Extent) -> bool:
     return not extent.zero
 
 
 def _is_no_hole(extent: Extent) -> bool:
     return not extent.hole
-
-
-def _granularity(
-    disk: Disk, target: RemoteDevice, options: MirrorOptions, bitmap: NamedBitmap | None
-) -> int:
-    """QEMU's choice: the target's cluster size, between 4 and 64 KiB, where it is known, else 64
-    KiB; a bitmap's own with sync=bitmap.
-
-    Where not everything is copied, the target may have a backing file that is not in place yet:
-    then the first write to a cluster must carry all of it (rule 24), and a granule is at least a
-    cluster."""
-    least = max(target.block_size.minimum, disk.source.block_size.minimum)
-    cluster = options.cluster_bytes
-    granularity = options.granularity
-    if not granularity and bitmap is not None:
-        granularity = min(bitmap.bitmap.granularity, GRANULARITY_MAX)
-    if not granularity:
-        granularity = min(GRANULARITY_DEFAULT, max(4096, cluster or GRANULARITY_DEFAULT))
-    if options.sync != "full":
-        preferred = target.block_size.preferred
-        is_cluster = not preferred & (preferred - 1) and preferred <= GRANULARITY_MAX
-        granularity = max(granularity, cluster or (preferred if is_cluster else 0))
-    return max(granularity, least)

@@ -34,18 +34,20 @@ def reconnect(
     *,
     patience_s: float,
     is_wanted: Callable[[], bool],
+    difference: Callable[[Connection], int | None],
     came_back: Callable[[], None],
     done: Done,
 ) -> None:
-    """Try for `patience_s`, while `is_wanted`. `came_back` is called when the device has a new
-    connection and nothing is in flight on an old one. The error that `done` is told is no
-    DeviceLost: waiting was tried."""
+    """Try for `patience_s`, while `is_wanted`. `difference` tells, on a thread of ours, where the
+    target holds something else than it did; then it is not used. `came_back` is called when the
+    device has a new connection and nothing is in flight on an old one. The error that `done` is
+    told is no DeviceLost: waiting was tried."""
     device.pool.kill()  # of several connections, the others too: all starts anew
     deadline_s = loop.clock() + patience_s
 
     def work() -> None:
         try:
-            connection = _connect(device, loop.clock, deadline_s, is_wanted)
+            connection = _connect(device, difference, loop.clock, deadline_s, is_wanted)
         except DeviceError as error:
             failure = None if not device.is_lost else error
             loop.call_soon(partial(done, failure))
@@ -70,6 +72,7 @@ def reconnect(
 
 def _connect(
     device: RemoteDevice,
+    difference: Callable[[Connection], int | None],
     clock: Callable[[], float],
     deadline_s: float,
     is_wanted: Callable[[], bool],
@@ -78,8 +81,8 @@ def _connect(
     pause_s, told = PAUSE_S_MIN, ""
     while True:
         try:
-            return device.pool.reopen(timeout_s=TIMEOUT_S)
-        except ConfigError as error:
+            return _reopen(device, difference)
+        except (ConfigError, DeviceError) as error:
             if str(error) != told:
                 told = str(error)
                 log.warning("%s", told)
@@ -88,3 +91,20 @@ def _connect(
                 raise DeviceError(str(error), errno.EIO) from error
         time.sleep(min(pause_s, left_s))
         pause_s = min(PAUSE_S_MAX, pause_s * 2)
+
+
+def _reopen(device: RemoteDevice, difference: Callable[[Connection], int | None]) -> Connection:
+    """Raises ConfigError or DeviceError."""
+    connection = device.pool.reopen(timeout_s=TIMEOUT_S)
+    try:
+        offset = difference(connection)
+    except BaseException:
+        connection.close()
+        raise
+    if offset is not None:
+        connection.close()
+        raise ConfigError(
+            f"{device.uri}: came back changed (at {offset} it holds something else than it did: "
+            f"it is another disk, or an older copy); it is not written to"
+        )
+    return connection

@@ -60,9 +60,11 @@ MAY_IMPORT = {
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
     "nodes": "disk errors mirror remote",
-    "mirrors": "aligned bitmap bitmaps copier device disk diskstate errors events filesource"
-    " jobstate ledger loop mirror nodes options pool reconnect records remote scan statefile"
-    " transient",
+    "sameness": "bitmap disk ledger",
+    "admission": "aligned bitmap bitmaps device disk errors nodes options remote",
+    "mirrors": "admission aligned bitmap bitmaps connection copier device disk diskstate errors"
+    " events filesource jobstate ledger loop mirror nodes options pool reconnect records remote"
+    " sameness scan statefile transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",
     "records": "connection diskstate handshake mirror nodes options remote statefile",
@@ -103,7 +105,7 @@ ONLY_IN = {
     "nbd": "remote pool connection link handshake",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
-    "socket": "qmp http cli* connection link sockets service hangup",
+    "socket": "qmp http cli* connection handshake link sockets service hangup",
     "socketserver": "",
     "select": "qmp http cli* loop connection",
     "selectors": "qmp http cli* loop connection",

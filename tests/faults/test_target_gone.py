@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,21 @@ import pytest
 from conftest import Identical, Start
 from losing import SEED, SIZE, Lossy, end, start_mirror
 from proxy import Proxy
-from tools import Guest, MiB, Nbdmirror, Qmp, make_image, make_noise, wait_until
+from tools import (
+    Guest,
+    MiB,
+    NbdkitTarget,
+    Nbdmirror,
+    Qmp,
+    free_port,
+    make_image,
+    make_noise,
+    wait_until,
+)
 
 from nbdmirror.connection import Connection
 from nbdmirror.errors import DeviceLost
+from nbdmirror.handshake import PEER_LOST_S
 from nbdmirror.loop import Loop
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
@@ -168,16 +180,32 @@ def test_a_changed_target_that_is_put_right_is_used_again(
     copy_is_good(qmp, guest, disk, target, identical)
 
 
-def test_another_disk_of_the_same_size_is_not_noticed(
-    server: Nbdmirror, target: Lossy, disk: Path
+@pytest.mark.parametrize("change", ["all of it", "its first bytes", "zeroes"])
+def test_another_disk_of_the_same_size_is_noticed(
+    server: Nbdmirror, target: Lossy, disk: Path, identical: Identical, change: str
 ) -> None:
-    """As documented: NBD has no name for a disk's content. Only what was not flushed is sent."""
+    """What was the same on both sides is not any more: it is not written to, and waited for."""
     qmp = ready(server, target.uri())
     target.kill()
-    other = make_noise(target.image, SIZE, SEED + 7).read_bytes()
+    before = target.image.read_bytes()
+    if change == "all of it":
+        make_noise(target.image, SIZE, SEED + 7)
+    elif change == "zeroes":
+        target.image.write_bytes(bytes(SIZE))
+    else:
+        with target.image.open("r+b") as file:
+            file.write(b"another disk's label")
+    other = target.image.read_bytes()
+    mark = target.mark()
+    server.allowed.append("came back changed|connection lost")
+    target.come_back()
+    wait_until(lambda: "holds something else than it did" in server.stderr, "it is noticed")
+    assert target.changed(mark) == [] and target.image.read_bytes() == other
+    target.kill()
+    target.image.write_bytes(before)
     target.come_back()
     end(qmp, CANCEL)
-    assert target.image.read_bytes() == other != disk.read_bytes()
+    identical(disk, target.image)
 
 
 # Hung
@@ -310,3 +338,21 @@ def test_the_loop_knows_of_a_loss_before_it_hears_of_its_errors(target: Lossy) -
     assert connection.is_lost
     connection.close()
     target.come_back()
+
+
+# The network swallows everything
+
+
+def test_a_peer_that_the_network_has_lost_is_found_out(start: Start, folder: Path) -> None:
+    """The kernel is told to; that it then does so is the kernel's affair (and tests/e2e has a link
+    that is cut)."""
+    target = NbdkitTarget(folder, "memory", "1M")
+    port = free_port()
+    target.argv = lambda: ["nbdkit", "-f", "-p", str(port), "-i", "127.0.0.1", "memory", "1M"]  # type: ignore[method-assign]
+    target.uri = lambda: f"nbd://127.0.0.1:{port}"  # type: ignore[method-assign]
+    start(target)
+    connection = Connection.open(target.uri(), 5.0)
+    own = connection._socket
+    assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PEER_LOST_S * 1000
+    connection.close()

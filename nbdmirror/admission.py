@@ -1,0 +1,69 @@
+"""What a disk and a target must be for a mirror to begin, and the unit that it is kept in."""
+
+from __future__ import annotations
+
+from nbdmirror.aligned import AlignedDevice
+from nbdmirror.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
+from nbdmirror.bitmaps import NamedBitmap
+from nbdmirror.device import BlockDevice
+from nbdmirror.disk import Disk
+from nbdmirror.errors import CommandError
+from nbdmirror.nodes import Node
+from nbdmirror.options import MirrorOptions
+from nbdmirror.remote import RemoteDevice
+
+
+def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
+    """Raise CommandError if `disk` cannot be mirrored to `node`, whatever jobs there are."""
+    target = node.device
+    if target.is_lost:
+        raise CommandError(f"Node '{node.name}' has lost its connection to '{target.uri}'")
+    if target.is_own_export():
+        raise CommandError(f"Target '{target.uri}' is an export of this server itself")
+    source = raw_device(disk.source)
+    if isinstance(source, RemoteDevice) and not source.is_lost and source.is_same_export(target):
+        raise CommandError(f"Target '{target.uri}' is the disk itself")
+    if target.read_only:
+        raise CommandError(f"Block node is read-only: '{target.uri}'")
+    if not target.can_flush and disk.size:
+        raise CommandError(
+            f"Target '{target.uri}' has no flush: it can promise nothing about its data"
+        )
+    if disk.size % target.block_size.minimum:
+        raise CommandError(
+            f"The disk's size {disk.size} is no multiple of the minimum block size "
+            f"{target.block_size.minimum} of '{target.uri}'"
+        )
+    least = max(target.block_size.minimum, disk.source.block_size.minimum)
+    if options.granularity and options.granularity < least:
+        raise CommandError(
+            f"Parameter 'granularity' expects at least the block size {least} of the disks"
+        )
+
+
+def raw_device(device: BlockDevice) -> BlockDevice:
+    """The device below an AlignedDevice."""
+    return device.inner if isinstance(device, AlignedDevice) else device
+
+
+def granularity_of(
+    disk: Disk, target: RemoteDevice, options: MirrorOptions, bitmap: NamedBitmap | None
+) -> int:
+    """QEMU's choice: the target's cluster size, between 4 and 64 KiB, where it is known, else 64
+    KiB; a bitmap's own with sync=bitmap.
+
+    Where not everything is copied, the target may have a backing file that is not in place yet:
+    then the first write to a cluster must carry all of it (rule 24), and a granule is at least a
+    cluster."""
+    least = max(target.block_size.minimum, disk.source.block_size.minimum)
+    cluster = options.cluster_bytes
+    granularity = options.granularity
+    if not granularity and bitmap is not None:
+        granularity = min(bitmap.bitmap.granularity, GRANULARITY_MAX)
+    if not granularity:
+        granularity = min(GRANULARITY_DEFAULT, max(4096, cluster or GRANULARITY_DEFAULT))
+    if options.sync != "full":
+        preferred = target.block_size.preferred
+        is_cluster = not preferred & (preferred - 1) and preferred <= GRANULARITY_MAX
+        granularity = max(granularity, cluster or (preferred if is_cluster else 0))
+    return max(granularity, least)
