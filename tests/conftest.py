@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from tools import Content, Guest, Nbdmirror, Server, assert_identical
+from tools import Content, Guest, Server, assert_identical
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 Start = Callable[[AnyServer], AnyServer]
@@ -45,7 +45,7 @@ def pytest_runtest_makereport(
 @pytest.fixture
 def start(folder: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
     """start(server): it is running when this returns, and is stopped, and checked, after the test:
-    first the servers under test, then what they were connected to."""
+    first guests, then the servers under test, then what these were connected to."""
     started: list[Server] = []
 
     def begin(server: AnyServer) -> AnyServer:
@@ -55,7 +55,7 @@ def start(folder: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
     yield begin
     has_passed = request.node.stash.get(HAS_PASSED, False)
     with contextlib.ExitStack() as stack:  # the last one that it is told of goes first
-        for server in sorted(started, key=lambda server: isinstance(server, Nbdmirror)):
+        for server in sorted(started, key=lambda server: server.layer):
             stack.callback(server.stop if has_passed else server.abandon)
 
 

@@ -440,6 +440,8 @@ class Server:
     name = "server"
     unwanted = ""
     """A regular expression: no line of its stderr may match it."""
+    layer = 0
+    """Of several, those of a higher layer are clients of a lower one's: they are stopped first."""
 
     def __init__(self, folder: Path) -> None:
         self.number = next(_numbers)
@@ -560,6 +562,7 @@ class Nbdmirror(Server):
     """
 
     name = "nbdmirror"
+    layer = 1
     unwanted = r"Traceback|ERROR|CRITICAL|error:|[Ee]xception"
 
     def __init__(

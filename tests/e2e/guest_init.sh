@@ -1,0 +1,107 @@
+#!/bin/busybox sh
+# The guest's only program. It mounts its disk and does what the console tells it, a word a line:
+#
+#   write    write files in the background, without pause, until `pause`
+#   pause    let the writers finish the file that they are at
+#   verify   forget what is cached, and compare each file with the checksum that memory has of it
+#   unmount  leave the disk consistent
+#   halt     power off
+#
+# Each answer is a line that starts with "guest: ". One with FAILED in it says that the disk did
+# wrong. Words of the kernel's command line that the kernel does not know are variables here:
+#
+#   disk=vda       the disk, or
+#   nbd=HOST,PORT  connect the kernel's own NBD client to the default export there
+#   options=...    for mount
+
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+stty -echo
+
+WRITERS="a b"
+FILES_PER_WRITER=24
+
+say() { echo "guest: $*"; }
+
+main() {
+    say up
+    [ "$mode" != trial ] || poweroff -f
+    load virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk
+    [ -z "$nbd" ] || connect_nbd "${nbd%,*}" "${nbd#*,}"
+    mount -t ext4 -o "${options:-defaults}" "/dev/$disk" /mnt || say "FAILED to mount $disk"
+    mkdir -p /mnt/files /tmp/sums
+    sync
+    say mounted
+    while read -r word; do
+        case $word in
+            write) write ;;
+            pause) pause && say paused ;;
+            verify) verify ;;
+            unmount) pause && umount /mnt && say unmounted ;;
+            halt) poweroff -f ;;
+            *) say "FAILED to understand $word" ;;
+        esac
+    done
+}
+
+load() { for module; do insmod "/modules/$module.ko" || say "FAILED to load $module"; done; }
+
+connect_nbd() {
+    load failover net_failover virtio_net nbd
+    ip address add 10.0.2.15/24 dev eth0
+    ip link set eth0 up
+    nbd-client "$1" "$2" /dev/nbd0 || say "FAILED to connect"
+    disk=nbd0
+}
+
+write() {
+    rm -f /tmp/pause
+    pids=
+    for writer in $WRITERS; do
+        write_files "$writer" &
+        pids="$pids $!"
+    done
+}
+
+pause() {
+    : >/tmp/pause
+    wait $pids
+    pids=
+}
+
+# Files of a fixed length each, over and over: some are written over in place, some are removed
+# first, so that their blocks are discarded. What is to be on the disk is known from memory.
+write_files() {
+    n=$(cat "/tmp/at$1" 2>/dev/null || echo 0)
+    while [ ! -e /tmp/pause ]; do
+        number=$((n % FILES_PER_WRITER))
+        file=$1$number
+        head -c $((1 + number * 9973)) /dev/urandom >"/tmp/new$1"
+        sum=$(md5sum <"/tmp/new$1")
+        [ $((n / FILES_PER_WRITER % 3)) -ne 2 ] || rm -f "/mnt/files/$file"
+        dd if="/tmp/new$1" of="/mnt/files/$file" bs=64k conv=notrunc,fsync 2>"/tmp/dd$1" ||
+            say "FAILED to write $file: $(cat "/tmp/dd$1")"
+        echo "$sum" >"/tmp/sums/$file"
+        say "wrote $file ${sum%% *}"
+        n=$((n + 1))
+        [ $((n % 10)) -ne 0 ] || fstrim /mnt || say "FAILED to trim"
+    done
+    echo "$n" >"/tmp/at$1"
+}
+
+verify() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    count=0
+    for path in /tmp/sums/*; do
+        file=${path##*/}
+        [ "$(md5sum <"/mnt/files/$file")" = "$(cat "$path")" ] || { say "FAILED: $file differs"; return; }
+        count=$((count + 1))
+    done
+    say "verified $count files"
+}
+
+main
