@@ -19,7 +19,17 @@ from typing import Any
 
 import pytest
 
-from nbdmirror import cli, cli_control, cli_progress, cli_serve, cli_status, qmp, sockets
+from nbdmirror import (
+    cli,
+    cli_control,
+    cli_jobs,
+    cli_progress,
+    cli_serve,
+    cli_session,
+    cli_status,
+    qmp,
+    sockets,
+)
 from nbdmirror.errors import CommandError, CommandNotFound, DeviceNotActive
 from nbdmirror.events import EventRing, Reply
 
@@ -139,7 +149,7 @@ class Fake:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    monkeypatch.setattr(cli_control, "POLL_S", 0.01)
+    monkeypatch.setattr(cli_jobs, "POLL_S", 0.01)
     monkeypatch.setattr(cli_control, "WATCH_S", 0.01)
     fake = Fake(str(tmp_path / "qmp"))
     monkeypatch.setenv("NBDMIRROR_QMP", fake.path)
@@ -205,7 +215,7 @@ def test_nobody_there(run: Main, tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_not_qmp(run: Main, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cli_control, "CONNECT_S_MAX", 0.2)
+    monkeypatch.setattr(cli_session, "CONNECT_S_MAX", 0.2)
     with sockets.bind_unix_socket(str(tmp_path / "s")):
         status, _, err = run("status", "--qmp", str(tmp_path / "s"))
         assert (status, "does not answer" in one_line(err)) == (cli.NO_SERVER, True)
