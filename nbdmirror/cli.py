@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -65,6 +66,12 @@ def _whole_seconds(text: str) -> int:
     return int(_seconds(text))
 
 
+def _migration_uri(text: str) -> str:
+    if not re.fullmatch(r"[a-z]+:.+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address (example: tcp:HOST:4444)")
+    return text
+
+
 def default_qmp_paths() -> list[str]:
     """Where a server's control socket is by default. A server takes the first; a client the first
     that exists: root's login session has XDG_RUNTIME_DIR, the service that it controls has not."""
@@ -101,9 +108,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_serve(add("serve", "serve disks over NBD (runs nbdkit)"))
     _add_mirror(add("mirror", "start to mirror a disk to an NBD target"))
+    _add_handover(add("handover", "move a running QEMU guest to another host, memory and disk"))
     status = add("status", "show disks and jobs")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--watch", action="store_true", help="go on until interrupted")
+    _add_job_commands(add)
+    add("events", "print events as they come").add_argument(
+        "--json", action="store_true", help="print JSON lines"
+    )
+    add("plugin-path", "print the path of the nbdkit plugin", qmp=False)
+    return parser
+
+
+def _add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     wait = add("wait", "wait for a job")
     until = wait.add_mutually_exclusive_group(required=True)
     until.add_argument("--ready", action="store_true", help="until source and target are in sync")
@@ -122,11 +139,6 @@ def build_parser() -> argparse.ArgumentParser:
         which = command.add_mutually_exclusive_group()
         which.add_argument("--device", metavar="NAME", help="the disk whose job is meant")
         which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
-    add("events", "print events as they come").add_argument(
-        "--json", action="store_true", help="print JSON lines"
-    )
-    add("plugin-path", "print the path of the nbdkit plugin", qmp=False)
-    return parser
 
 
 def _add_timeout(command: argparse.ArgumentParser) -> None:
@@ -155,6 +167,22 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--job", metavar="ID", help="a name for the job (default: the disk's)")
     add("--wait", choices=("ready", "completed"), help="completed: complete it when it is ready")
     _add_timeout(mirror)
+
+
+def _add_handover(handover: argparse.ArgumentParser) -> None:
+    add = handover.add_argument
+    add("target", metavar="TARGET_URI", help="NBD URI of the disk there")
+    add("--qemu", metavar="PATH", required=True, help="QMP socket of the QEMU that has the guest")
+    add(
+        "--to",
+        type=_migration_uri,
+        metavar="URI",
+        required=True,
+        help="where a QEMU waits for it, as QEMU's migrate takes it: tcp:HOST:PORT",
+    )
+    add("--device", metavar="NAME", help="the guest's disk (default: the only one)")
+    text = "undo it if the guest could not be stopped for the pivot within S seconds"
+    add("--timeout", type=_seconds, metavar="S", help=text)
 
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:
@@ -188,6 +216,10 @@ def _run(args: argparse.Namespace) -> int:
             return cli_serve.serve(args)
         print(cli_serve.plugin_path())
         return DONE
+    if args.command == "handover":
+        from nbdmirror import cli_handover
+
+        return cli_handover.run(args)
     from nbdmirror import cli_control
 
     return cli_control.run(args)

@@ -18,6 +18,7 @@ from nbdmirror.cli_progress import Display
 from nbdmirror.cli_session import Job, Session
 
 POLL_S = 0.5
+_CANCELLED = "job {} was cancelled; the target may not be consistent"
 
 
 class NoJob(CliError):
@@ -108,28 +109,34 @@ class Watch:
         elif name in cli_status.ENDS:
             self.end = dict(event)
 
-    def report(self, *, verb: str) -> int:
-        """Print how it ended, as seen from `verb`; returns the exit status."""
+    def raise_failure(self, *, verb: str) -> None:
+        """Raises CliError if the job has ended, and not as whoever gave the command `verb` wants
+        it."""
         if not self.end:
-            print(f"job {self._job} is ready: source and target are in sync")
-            return DONE
+            return
         data = self.end.get("data") or {}
         if self.end["event"] == "BLOCK_JOB_CANCELLED":
-            text = f"job {self._job} was cancelled; the target may not be consistent"
             if verb != "cancel":
-                raise CliError(text)
-            print(text)
-            return DONE
-        if self._sizes:
+                raise CliError(_CANCELLED.format(self._job))
+        elif self._sizes:
             raise CliError(
                 f"job {self._job} failed: the disk has {self._sizes[0]} bytes, the target"
                 f" {self._sizes[1]}: a target must be of the disk's size, or, with"
                 " --allow-larger-target, larger"
             )
-        if data.get("error"):
+        elif data.get("error"):
             raise CliError(f"job {self._job} failed: {data['error']}")
-        pause_ms = data.get("pause-ms", self.pause_ms)
-        if verb == "cancel":
+
+    def report(self, *, verb: str) -> int:
+        """Print how it ended, as seen from `verb`; returns the exit status."""
+        self.raise_failure(verb=verb)
+        if not self.end:
+            print(f"job {self._job} is ready: source and target are in sync")
+            return DONE
+        pause_ms = (self.end.get("data") or {}).get("pause-ms", self.pause_ms)
+        if self.end["event"] == "BLOCK_JOB_CANCELLED":
+            print(_CANCELLED.format(self._job))
+        elif verb == "cancel":
             print(f"job {self._job} ended; the target is a consistent copy, the source is served")
         elif pause_ms is not None:
             print(f"job {self._job} completed; the pivot held the guest for {pause_ms:.1f} ms")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import URI, Fake
 
 from nbdmirror import (
     cli,
@@ -27,124 +28,11 @@ from nbdmirror import (
     cli_serve,
     cli_session,
     cli_status,
-    qmp,
     sockets,
 )
-from nbdmirror.errors import CommandError, CommandNotFound, DeviceNotActive
-from nbdmirror.events import EventRing, Reply
 
 WAIT_S_MAX = 20.0
-VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}
-URI = "nbd://target/export"
 Main = Callable[..., tuple[int, str, str]]
-
-
-class Fake:
-    """A server whose jobs move on a quarter with each query, and end as `plan` says."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.disks = ["disk0"]
-        self.jobs: dict[str, dict[str, Any]] = {}
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.queried = threading.Event()
-        self.plan: dict[str, Any] = {}
-        self.extension = True
-        self.ring = EventRing(lambda: 1_700_000_000.5)
-        self.server = qmp.QmpServer(
-            sockets.bind_unix_socket(path),
-            dispatch=self.dispatch,
-            events=self.ring,
-            version=VERSION,
-        )
-
-    async def dispatch(self, name: str, arguments: dict[str, Any]) -> Any:
-        self.calls.append((name, arguments))
-        method = getattr(self, f"do_{name.replace('-', '_')}", None)
-        if not method:
-            raise CommandNotFound(f"The command {name} has not been found")
-        return Reply(method(arguments), self.ring.next_number)
-
-    def add_job(self, job: str, **fields: Any) -> None:
-        self.jobs[job] = {
-            "device": job,
-            "type": "mirror",
-            "len": 400,
-            "offset": 0,
-            "status": "running",
-            "ready": False,
-            "paused": False,
-            "io-status": "ok",
-            **fields,
-        }
-
-    def end(self, job: str, event: str, **data: Any) -> None:
-        del self.jobs[job]
-        self.ring.append(event, {"device": job, "len": 400, "offset": 400, **data})
-
-    def do_query_block(self, arguments: dict[str, Any]) -> Any:
-        return [
-            {"device": name, "inserted": {"file": "/d", "image": {"virtual-size": 1 << 30}}}
-            for name in self.disks
-        ]
-
-    def do_query_block_jobs(self, arguments: dict[str, Any]) -> Any:
-        found = [dict(job) for job in self.jobs.values()]
-        for name, job in list(self.jobs.items()):
-            self._advance(name, job)
-        self.queried.set()
-        return found
-
-    def _advance(self, name: str, job: dict[str, Any]) -> None:
-        if self.plan.get("stuck"):
-            return
-        if job["offset"] == 200 and self.plan.get("fail"):
-            data = {"device": name, "operation": "write", "action": "report"}
-            self.ring.append("BLOCK_JOB_ERROR", data)
-            self.end(name, "BLOCK_JOB_COMPLETED", error="No space left on device")
-        elif job["offset"] == 200 and self.plan.get("vanish"):
-            del self.jobs[name]
-        elif job["status"] == "completing":
-            self.ring.append("X_NBDMIRROR_PIVOTED", {"device": name, "pause-ms": 3.25})
-            self.end(name, "BLOCK_JOB_COMPLETED")
-        elif job["offset"] < 400:
-            job["offset"] += 100
-            if job["offset"] == 400:
-                job.update(ready=True, status="ready")
-                self.ring.append("BLOCK_JOB_READY", {"device": name})
-
-    def do_x_nbdmirror_query_status(self, arguments: dict[str, Any]) -> Any:
-        if not self.extension:
-            raise CommandNotFound("The command x-nbdmirror-query-status has not been found")
-        self.queried.set()
-        jobs = [{**job, "target": URI} for job in self.jobs.values()]
-        return {"disks": [{"name": "disk0", "size": 1 << 30, "source": "a.img", "jobs": jobs}]}
-
-    def do_drive_mirror(self, arguments: dict[str, Any]) -> Any:
-        if self.plan.get("refuse"):
-            raise CommandError("Target is smaller than the source")
-        self.add_job(arguments.get("job-id") or arguments["device"])
-        return {}
-
-    def _job(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        if arguments["device"] not in self.jobs:
-            raise DeviceNotActive(f"Block job '{arguments['device']}' not found")
-        return self.jobs[arguments["device"]]
-
-    def do_block_job_complete(self, arguments: dict[str, Any]) -> Any:
-        self._job(arguments)["status"] = "completing"
-        return {}
-
-    def do_block_job_cancel(self, arguments: dict[str, Any]) -> Any:
-        ready = self._job(arguments)["ready"] and not arguments.get("force")
-        self.end(arguments["device"], f"BLOCK_JOB_{'COMPLETED' if ready else 'CANCELLED'}")
-        return {}
-
-    def do_block_job_pause(self, arguments: dict[str, Any]) -> Any:
-        self._job(arguments)
-        return {}
-
-    do_block_job_resume = do_block_job_set_speed = do_block_job_pause
 
 
 @pytest.fixture

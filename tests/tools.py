@@ -440,6 +440,8 @@ class Server:
     name = "server"
     unwanted = ""
     """A regular expression: no line of its stderr may match it."""
+    inside: tuple[str, ...] = ()
+    """A command that runs it somewhere else: in a network namespace, say."""
     layer = 0
     """Of several, those of a higher layer are clients of a lower one's: they are stopped first."""
 
@@ -474,7 +476,7 @@ class Server:
         """Start the process; `wait_ready` waits for it."""
         with self._stderr_path.open("ab") as stderr:
             self.process = subprocess.Popen(
-                self.argv(),
+                [*self.inside, *self.argv()],
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,

@@ -45,7 +45,7 @@ class Machine(Server):
 
     `drive` is a -blockdev of a node named "disk", or empty: then `words` tell the guest how to get
     at one. `incoming` is where a machine that is to be moved here will come from: then nothing
-    boots. `inside` is put in front of QEMU's command line: a network namespace.
+    boots.
     """
 
     name = "guest"
@@ -58,7 +58,6 @@ class Machine(Server):
         *,
         words: str = "disk=vda",
         incoming: str = "",
-        inside: tuple[str, ...] = (),
         options: tuple[str, ...] = (),
     ) -> None:
         super().__init__(folder)
@@ -69,10 +68,11 @@ class Machine(Server):
         self.drive = drive
         self.words = words
         self.incoming = incoming
-        self.inside = inside
         self.options = options
         self.transcript = ""
         self.qmp_path = folder / f"guest{self.number}.qmp"
+        self.monitor_path = folder / f"guest{self.number}.monitor"
+        """A second QMP socket, for the program under test: each takes one client at a time."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._console: socket.socket | None = None
         self._qmp: Qmp | None = None
@@ -85,10 +85,10 @@ class Machine(Server):
         words = f"console=ttyS0 quiet loglevel=5 panic=-1 {self.words}"
         drive = ["-blockdev", self.drive, "-device", "virtio-blk-pci,drive=disk"]
         return [
-            *self.inside,
             *machine_options(parts.kernel, parts.initramfs, parts.accelerator),
             "-append", words, *(drive if self.drive else []),
             *(["-incoming", self.incoming] if self.incoming else []), *self.options,
+            "-qmp", f"unix:{self.monitor_path},server=on,wait=off",
             "-qmp", f"unix:{self.qmp_path},server=on,wait=off",
             "-chardev", f"socket,id=console,path={self.socket}", "-serial", "chardev:console",
         ]  # fmt: skip
@@ -114,7 +114,10 @@ class Machine(Server):
         return self
 
     def is_ready(self) -> bool:
-        return self.qmp_path.exists()
+        """QEMU answers, so it has begun to wait for whatever is to come in."""
+        with contextlib.suppress(OSError), Qmp(self.qmp_path):
+            return True
+        return False
 
     def stop(self) -> None:
         """As pulling the plug; a test that wants an orderly end has had it before."""

@@ -1,0 +1,193 @@
+"""Servers with made-up jobs, for the command line: it must be right with what seldom happens."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from nbdmirror import qmp, sockets
+from nbdmirror.errors import CommandError, CommandNotFound, DeviceNotActive
+from nbdmirror.events import EventRing, Reply
+
+VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}
+URI = "nbd://target/export"
+
+
+class QmpFake:
+    """Answers each command `x-y` with its method `do_x_y`, and remembers that it was called."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.ring = EventRing(lambda: 1_700_000_000.5)
+        self.server = qmp.QmpServer(
+            sockets.bind_unix_socket(path),
+            dispatch=self.dispatch,
+            events=self.ring,
+            version=VERSION,
+        )
+
+    async def dispatch(self, name: str, arguments: dict[str, Any]) -> Any:
+        self.calls.append((name, arguments))
+        method = getattr(self, f"do_{name.replace('-', '_')}", None)
+        if not method:
+            raise CommandNotFound(f"The command {name} has not been found")
+        return Reply(method(arguments), self.ring.next_number)
+
+
+class Fake(QmpFake):
+    """A server whose jobs move on a quarter with each query, and end as `plan` says."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.disks = ["disk0"]
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.queried = threading.Event()
+        self.plan: dict[str, Any] = {}
+        self.extension = True
+
+    def add_job(self, job: str, **fields: Any) -> None:
+        self.jobs[job] = {
+            "device": job,
+            "type": "mirror",
+            "len": 400,
+            "offset": 0,
+            "status": "running",
+            "ready": False,
+            "paused": False,
+            "io-status": "ok",
+            **fields,
+        }
+
+    def end(self, job: str, event: str, **data: Any) -> None:
+        del self.jobs[job]
+        self.ring.append(event, {"device": job, "len": 400, "offset": 400, **data})
+
+    def do_query_block(self, arguments: dict[str, Any]) -> Any:
+        return [
+            {"device": name, "inserted": {"file": "/d", "image": {"virtual-size": 1 << 30}}}
+            for name in self.disks
+        ]
+
+    def do_query_block_jobs(self, arguments: dict[str, Any]) -> Any:
+        found = [dict(job) for job in self.jobs.values()]
+        for name, job in list(self.jobs.items()):
+            self._advance(name, job)
+        self.queried.set()
+        return found
+
+    def _advance(self, name: str, job: dict[str, Any]) -> None:
+        if self.plan.get("stuck"):
+            return
+        if job["offset"] == 200 and self.plan.get("fail"):
+            data = {"device": name, "operation": "write", "action": "report"}
+            self.ring.append("BLOCK_JOB_ERROR", data)
+            self.end(name, "BLOCK_JOB_COMPLETED", error="No space left on device")
+        elif job["offset"] == 200 and self.plan.get("vanish"):
+            del self.jobs[name]
+        elif job["status"] == "completing":
+            self.ring.append("X_NBDMIRROR_PIVOTED", {"device": name, "pause-ms": 3.25})
+            self.end(name, "BLOCK_JOB_COMPLETED")
+        elif job["offset"] < 400:
+            job["offset"] += 100
+            if job["offset"] == 400:
+                job.update(ready=True, status="ready")
+                self.ring.append("BLOCK_JOB_READY", {"device": name})
+
+    def do_x_nbdmirror_query_status(self, arguments: dict[str, Any]) -> Any:
+        if not self.extension:
+            raise CommandNotFound("The command x-nbdmirror-query-status has not been found")
+        self.queried.set()
+        jobs = [{**job, "target": URI} for job in self.jobs.values()]
+        return {"disks": [{"name": "disk0", "size": 1 << 30, "source": "a.img", "jobs": jobs}]}
+
+    def do_drive_mirror(self, arguments: dict[str, Any]) -> Any:
+        if self.plan.get("refuse"):
+            raise CommandError("Target is smaller than the source")
+        self.add_job(arguments.get("job-id") or arguments["device"])
+        return {}
+
+    def _job(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments["device"] not in self.jobs:
+            raise DeviceNotActive(f"Block job '{arguments['device']}' not found")
+        return self.jobs[arguments["device"]]
+
+    def do_block_job_complete(self, arguments: dict[str, Any]) -> Any:
+        self._job(arguments)["status"] = "completing"
+        return {}
+
+    def do_block_job_cancel(self, arguments: dict[str, Any]) -> Any:
+        ready = self._job(arguments)["ready"] and not arguments.get("force")
+        self.end(arguments["device"], f"BLOCK_JOB_{'COMPLETED' if ready else 'CANCELLED'}")
+        return {}
+
+    def do_block_job_pause(self, arguments: dict[str, Any]) -> Any:
+        self._job(arguments)
+        return {}
+
+    do_block_job_resume = do_block_job_set_speed = do_block_job_pause
+
+
+class FakeQemu(QmpFake):
+    """A QEMU whose migration goes a step further with each query, and ends as `plan` says."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.guest = "running"
+        self.migration = "none"
+        self.size = 1 << 30
+        self.plan: dict[str, Any] = {}
+        self.capabilities = {
+            "xbzrle": False,
+            "pause-before-switchover": False,
+            "events": False,
+            "return-path": True,
+        }
+
+    def go(self, state: str) -> None:
+        self.migration = state
+        if state == "pre-switchover":
+            self.guest = "finish-migrate"
+        elif state in ("cancelled", "failed"):
+            self.guest = "running"
+        elif state == "completed":
+            self.guest = "postmigrate"
+        if self.capabilities["events"]:
+            self.ring.append("MIGRATION", {"status": state})
+
+    def do_query_status(self, arguments: dict[str, Any]) -> Any:
+        return {"status": self.guest, "running": self.guest == "running"}
+
+    def do_query_named_block_nodes(self, arguments: dict[str, Any]) -> Any:
+        return [{"node-name": "disk", "image": {"virtual-size": self.size}}]
+
+    def do_query_migrate_capabilities(self, arguments: dict[str, Any]) -> Any:
+        return [{"capability": name, "state": on} for name, on in self.capabilities.items()]
+
+    def do_migrate_set_capabilities(self, arguments: dict[str, Any]) -> Any:
+        for item in arguments["capabilities"]:
+            self.capabilities[item["capability"]] = item["state"]
+        return {}
+
+    def do_migrate(self, arguments: dict[str, Any]) -> Any:
+        self.go("setup")
+        return {}
+
+    def do_query_migrate(self, arguments: dict[str, Any]) -> Any:
+        found: dict[str, Any] = {"status": self.migration} if self.migration != "none" else {}
+        if self.migration == "completed":
+            found["downtime"] = 7
+        if self.migration == "failed":
+            found["error-desc"] = "Connection reset by peer"
+        steps = self.plan.get("steps", {"setup": "active", "active": "pre-switchover"})
+        if following := steps.get(self.migration):
+            self.go(following)
+        return found
+
+    def do_migrate_continue(self, arguments: dict[str, Any]) -> Any:
+        self.go(self.plan.get("end", "completed"))
+        return {}
+
+    def do_migrate_cancel(self, arguments: dict[str, Any]) -> Any:
+        self.go("cancelled")
+        return {}
