@@ -4,7 +4,7 @@ Everything that belongs to jobs and copiers happens on this thread, so none of i
 is not asyncio because it lies on the copy path and shares the GIL with the guest's threads: an
 iteration here is a poll(2) and the callbacks.
 
-`call_soon` and `run` may be called from any thread; all else on the loop's own.
+`call_soon`, `call` and `run` may be called from any thread; all else on the loop's own.
 """
 
 from __future__ import annotations
@@ -86,6 +86,19 @@ class Loop:
         """Have `call` run on the loop's thread. From any thread; never blocks."""
         self._posted.append(call)
         self.wake()
+
+    def call(self, call: Callable[[], None], timeout_s: float) -> None:
+        """As `call_soon`, and return when it was done, or the time is over. From other threads."""
+        done = threading.Event()
+
+        def step() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        self.call_soon(step)
+        done.wait(timeout_s)
 
     def run(self, call: Callable[[], Result]) -> Future[Result]:
         """Run `call` on the loop's thread; the future has its result or its exception."""

@@ -91,7 +91,8 @@ class MirrorJob(Job):
             tracker=tracker,
             target=target,
             whole_granules=options.sync != "full",
-            on_error=lambda error: loop.call_soon(partial(self.copy_failed, "write", error)),
+            # Waited for: no write that follows this one's answer may be on the target.
+            on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
 
     def start(self) -> None:
