@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,8 +42,11 @@ class Host:
         self.run("ip", "link", "set", LINK, state)
 
 
-@contextmanager
-def two_hosts() -> Iterator[tuple[Host, Host]]:
+Hosts = tuple[Host, Host]
+
+
+def two_hosts() -> Iterator[Hosts]:
+    """For a fixture; before `start` among a test's arguments, so that it ends after that."""
     if os.geteuid():
         pytest.skip("network namespaces are root's")
     hosts = Host("a", "192.0.2.1"), Host("b", "192.0.2.2")
@@ -85,19 +87,20 @@ class QemuNbdAt(QemuNbd):
 
 
 class NbdmirrorAt(Nbdmirror):
-    def __init__(self, folder: Path, image: Path, host: Host) -> None:
-        listen = ("--address", host.address, "--port", str(NBD_PORT))
+    def __init__(self, folder: Path, image: Path, host: Host, *, port: int = NBD_PORT) -> None:
+        listen = ("--address", host.address, "--port", str(port))
         super().__init__(folder, image, options=listen)
         self.host = host
+        self.port = port
         self.inside = host.inside
 
     def argv(self) -> list[str]:
         words = super().argv()
-        at = words.index("--socket")
+        at = words.index("--port")  # where it would listen, were this no other host
         return words[:at] + words[at + 2 :]
 
     def uri(self, export: str = "") -> str:
-        return f"nbd://{self.host.address}:{NBD_PORT}/{export}"
+        return f"nbd://{self.host.address}:{self.port}/{export}"
 
     def is_ready(self) -> bool:
         return self.qmp_path.exists() and answers(self.host, self.uri())

@@ -8,13 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Start
 from guest import Machine, check_disk, make_disk, nbd_drive
-from hosts import NBD_PORT, Host, NbdmirrorAt, QemuNbdAt, two_hosts
+from hosts import NBD_PORT, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
 from tools import (
     ROOT,
     WAIT_S_MAX,
@@ -36,20 +35,15 @@ SLOW = 2 * MiB
 FAST = 1 << 40
 
 TargetServer = type[QemuNbdAt] | type[NbdmirrorAt]
-Hosts = tuple[Host, Host]
 
-
-@pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    with two_hosts() as hosts:
-        yield hosts
+hosts = pytest.fixture(two_hosts)
 
 
 class Stage:
     """A guest that writes, on host A, and a target for its disk on host B."""
 
     def __init__(
-        self, folder: Path, start: Start, hosts: Hosts, target_server: TargetServer = QemuNbdAt
+        self, folder: Path, hosts: Hosts, start: Start, target_server: TargetServer = QemuNbdAt
     ) -> None:
         self.folder, self.start = folder, start
         self.stderr = folder / "handover.stderr"
@@ -146,8 +140,8 @@ def last_line(done: Finished, status: int) -> str:
 
 
 @pytest.mark.parametrize("target_server", [QemuNbdAt, NbdmirrorAt])
-def test_handover(folder: Path, start: Start, hosts: Hosts, target_server: TargetServer) -> None:
-    stage = Stage(folder, start, hosts, target_server)
+def test_handover(folder: Path, hosts: Hosts, start: Start, target_server: TargetServer) -> None:
+    stage = Stage(folder, hosts, start, target_server)
     there = stage.wait_there()
     done = stage.handover()
     assert done.returncode == 0, done.stderr
@@ -164,18 +158,18 @@ def recipe() -> list[tuple[str, str, str]]:
     return re.findall(r"^(nbdmirror|QEMU) ([<>]) (.*)$", block[1], re.MULTILINE)
 
 
-def test_the_recipe(folder: Path, start: Start, hosts: Hosts) -> None:
+def test_the_recipe(folder: Path, hosts: Hosts, start: Start) -> None:
     """Step by step as docs/migration.md has it."""
-    stage = Stage(folder, start, hosts)
+    stage = Stage(folder, hosts, start)
     there = stage.wait_there()
     for step in recipe():
         take(stage, step)
     stage.arrive(there)
 
 
-def test_the_recipe_given_up_after_the_pivot(folder: Path, start: Start, hosts: Hosts) -> None:
+def test_the_recipe_given_up_after_the_pivot(folder: Path, hosts: Hosts, start: Start) -> None:
     """The guest goes on at host A with its disk on host B; later it follows its disk."""
-    stage = Stage(folder, start, hosts)
+    stage = Stage(folder, hosts, start)
     there = stage.wait_there()
     steps = recipe()
     for step in steps[:-2]:
@@ -200,10 +194,10 @@ def take(stage: Stage, step: tuple[str, str, str]) -> None:
 
 
 def test_what_fails_before_the_pivot_changes_nothing(
-    folder: Path, start: Start, hosts: Hosts
+    folder: Path, hosts: Hosts, start: Start
 ) -> None:
     """One thing after the other, with one guest, which writes on; and in the end it moves."""
-    stage = Stage(folder, start, hosts)
+    stage = Stage(folder, hosts, start)
     capabilities = stage.guest.qmp.execute("query-migrate-capabilities")
 
     def runs_here(line: str) -> None:
@@ -273,9 +267,9 @@ def test_what_fails_before_the_pivot_changes_nothing(
     stage.arrive(there)
 
 
-def test_the_qemu_there_dies_after_the_pivot(folder: Path, start: Start, hosts: Hosts) -> None:
+def test_the_qemu_there_dies_after_the_pivot(folder: Path, hosts: Hosts, start: Start) -> None:
     """The guest goes on at host A, and its disk is on host B."""
-    stage = Stage(folder, start, hosts)
+    stage = Stage(folder, hosts, start)
     there = stage.wait_there()
     stage.begin_handover()
     stage.hold_pivot()
@@ -292,9 +286,9 @@ def test_the_qemu_there_dies_after_the_pivot(folder: Path, start: Start, hosts: 
     check_disk(stage.target_image, stage.guest.shut_down())
 
 
-def test_the_server_dies_at_the_pivot(folder: Path, start: Start, hosts: Hosts) -> None:
+def test_the_server_dies_at_the_pivot(folder: Path, hosts: Hosts, start: Start) -> None:
     """The guest is stopped, and waits there until there is a server again."""
-    stage = Stage(folder, start, hosts)
+    stage = Stage(folder, hosts, start)
     there = stage.wait_there()
     stage.begin_handover()
     stage.hold_pivot()

@@ -1,0 +1,125 @@
+"""A second site: the link to it is cut and healed, the first one is lost for good, the guest starts
+from what the second has, and goes home. As docs/disaster-recovery.md has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Start
+from guest import DISK_BYTES, WRITERS, Machine, check_disk, make_disk, nbd_drive
+from hosts import NBD_PORT, Host, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
+from tools import Nbdmirror, make_noise, nbdmirror, wait_until
+
+pytestmark = pytest.mark.timeout(180)
+
+
+hosts = pytest.fixture(two_hosts)
+
+
+class SiteA:
+    """A guest that writes, on a disk that nbdmirror serves."""
+
+    def __init__(self, folder: Path, start: Start, site: Host) -> None:
+        # A connection counts as lost 3 s after the last answer.
+        site.run("sysctl", "-q", "-w", "net.ipv4.tcp_retries2=3")
+        self.disk = make_disk(folder / "disk-a.img")
+        self.server = start(site.place(Nbdmirror(folder, self.disk)))
+        drive = nbd_drive(str(self.server.socket), reconnect_delay=60)
+        self.guest = start(site.place(Machine(folder, drive)))
+        self.guest.say("write")
+        self.guest.wait_for_files(5)
+
+    def do(self, *words: str) -> None:
+        """A command of nbdmirror's."""
+        done = nbdmirror(*words, "--qmp", self.server.qmp_path)
+        assert done.returncode == 0, done.stderr
+
+    def wait_synced(self) -> None:
+        """Until each write that the guest has had answered is at site B as well."""
+        qmp = self.server.qmp
+        wait_until(lambda: qmp.job("disk0")["actively-synced"], "the target is actively synced")
+        self.guest.wait_for_files(5)
+
+    def burn_down(self) -> str:
+        """Returns what the guest had told."""
+        self.guest.check()
+        self.guest.kill()
+        self.server.kill()
+        return self.guest.transcript
+
+
+def test_a_site_that_is_always_usable(folder: Path, hosts: Hosts, start: Start) -> None:
+    a, b = hosts
+    disk_b = make_noise(folder / "disk-b.img", DISK_BYTES)
+    target = start(NbdmirrorAt(folder, disk_b, b))
+    target.allowed = ["read request: Connection reset by peer"]  # when site A burns down
+    here = SiteA(folder, start, a)
+    mirror = ["--copy-mode", "write-blocking", "--on-target-error", "stop", "--wait", "ready"]
+    here.do("mirror", target.uri(), *mirror)
+    here.wait_synced()
+
+    b.set_link("down")
+    here.guest.check()
+    before = here.guest.transcript
+    here.server.qmp.wait_for_event("BLOCK_JOB_ERROR", action="stop")
+    here.guest.wait_for_files(10)
+    # What site B has is of the moment when the link was cut, and stays so until `resume`.
+    later = here.guest.transcript[len(before) :]
+    check_disk(disk_b, before, later=later, torn_max=WRITERS)
+
+    b.set_link("up")
+    here.do("resume")
+    here.wait_synced()
+
+    told = here.burn_down()
+    b.set_link("down")
+    target.stop()
+    check_disk(disk_b, told, torn_max=WRITERS)
+    served = start(NbdmirrorAt(folder, disk_b, b, port=NBD_PORT + 1))
+    guest = start(b.place(Machine(folder, nbd_drive(f"{b.address}:{served.port}"))))
+    guest.say("write")
+    guest.wait_for_files(5)
+
+    b.set_link("up")
+    old = start(NbdmirrorAt(folder, here.disk, a))
+    drive, to = nbd_drive(f"{a.address}:{NBD_PORT}"), f"tcp:{a.address}:4444"
+    home = start(a.place(Machine(folder, drive, incoming=to)))
+    done = nbdmirror(
+        *("handover", old.uri(), "--qmp", served.qmp_path),
+        *("--qemu", guest.monitor_path, "--to", to),
+    )
+    assert done.returncode == 0, done.stderr
+    guest.check()
+    home.transcript = guest.transcript
+    home.verify()
+    home.wait_for_files(40)
+    check_disk(here.disk, home.shut_down())
+    guest.stop()
+    served.stop()  # its disk is `old` now, which is to end after it
+
+
+def test_a_site_with_copies(folder: Path, hosts: Hosts, start: Start) -> None:
+    """In background mode: one copy is whole while the other is being made."""
+    a, b = hosts
+    size = DISK_BYTES
+    one = start(QemuNbdAt(folder, make_noise(folder / "one.img", size), b))
+    two = start(QemuNbdAt(folder, make_noise(folder / "two.img", size), b, port=NBD_PORT + 1))
+    here = SiteA(folder, start, a)
+
+    here.do("mirror", one.uri(), "--wait", "ready")
+    here.guest.wait_for_files(5)
+    before = here.guest.transcript
+    here.do("cancel")
+    here.guest.wait_for_files(5)
+
+    here.do("mirror", two.uri(), "--speed", "4M")
+    here.guest.wait_for_files(10)
+    told = here.burn_down()
+    with pytest.raises(AssertionError):
+        check_disk(two.image, before, later=told, torn_max=WRITERS)
+    check_disk(one.image, before, later=told, torn_max=WRITERS)
+    guest = start(b.place(Machine(folder, nbd_drive(f"{b.address}:{NBD_PORT}"))))
+    guest.say("write")
+    guest.wait_for_files(40)
+    check_disk(one.image, guest.shut_down())
