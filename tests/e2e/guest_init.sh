@@ -22,7 +22,7 @@ mount -t sysfs sys /sys
 stty -echo
 
 WRITERS="a b"
-FILES_PER_WRITER=24
+FILES_PER_WRITER=16
 
 say() { echo "guest: $*"; }
 
@@ -73,19 +73,23 @@ pause() {
 }
 
 # Files of a fixed length each, over and over: some are written over in place, some are removed
-# first, so that their blocks are discarded. What is to be on the disk is known from memory.
+# first, so that their blocks are discarded. Each begins with a line that has its name, its number
+# and the checksum of the rest, so that whoever reads it later knows what it is. What is to be on
+# the disk is known from memory.
 write_files() {
     n=$(cat "/tmp/at$1" 2>/dev/null || echo 0)
     while [ ! -e /tmp/pause ]; do
-        number=$((n % FILES_PER_WRITER))
-        file=$1$number
-        head -c $((1 + number * 9973)) /dev/urandom >"/tmp/new$1"
-        sum=$(md5sum <"/tmp/new$1")
+        slot=$((n % FILES_PER_WRITER))
+        file=$1$slot
+        head -c $((1 + slot * 9973)) /dev/urandom >"/tmp/data$1"
+        sum=$(md5sum <"/tmp/data$1")
+        line=$(printf '%s %06d %s' "$file" "$n" "${sum%% *}")
+        { echo "$line"; cat "/tmp/data$1"; } >"/tmp/new$1"
         [ $((n / FILES_PER_WRITER % 3)) -ne 2 ] || rm -f "/mnt/files/$file"
         dd if="/tmp/new$1" of="/mnt/files/$file" bs=64k conv=notrunc,fsync 2>"/tmp/dd$1" ||
             say "FAILED to write $file: $(cat "/tmp/dd$1")"
-        echo "$sum" >"/tmp/sums/$file"
-        say "wrote $file ${sum%% *}"
+        md5sum <"/tmp/new$1" >"/tmp/sums/$file"
+        say "wrote $line"
         n=$((n + 1))
         [ $((n % 10)) -ne 0 ] || fstrim /mnt || say "FAILED to trim"
     done
