@@ -3,6 +3,7 @@ from what the second has, and goes home. As docs/disaster-recovery.md has it."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,30 @@ pytestmark = pytest.mark.timeout(180)
 hosts = pytest.fixture(two_hosts)
 
 
+IMPATIENCE = """
+from nbdmirror import handshake
+
+handshake.PEER_LOST_S = 3
+"""
+
+
+class Impatient(Nbdmirror):
+    """It takes a peer that does not answer for lost after 3 s, and not after 30."""
+
+    def environment(self) -> dict[str, str]:
+        place = self.folder / "impatient"
+        place.mkdir(exist_ok=True)
+        (place / "sitecustomize.py").write_text(IMPATIENCE)
+        environment = super().environment()
+        return environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
+
+
 class SiteA:
     """A guest that writes, on a disk that nbdmirror serves."""
 
     def __init__(self, folder: Path, start: Start, site: Host) -> None:
-        # A connection counts as lost 3 s after the last answer.
-        site.run("sysctl", "-q", "-w", "net.ipv4.tcp_retries2=3")
         self.disk = make_disk(folder / "disk-a.img")
-        self.server = start(site.place(Nbdmirror(folder, self.disk)))
+        self.server = start(site.place(Impatient(folder, self.disk)))
         drive = nbd_drive(str(self.server.socket), reconnect_delay=60)
         self.guest = start(site.place(Machine(folder, drive)))
         self.guest.say("write")
