@@ -51,7 +51,9 @@ class Stage:
         self.source = make_disk(folder / "source.img")
         self.target_image = make_noise(folder / "target.img", self.source.stat().st_size)
         self.target = start(target_server(folder, self.target_image, self.b))
-        self.server = start(self.a.place(Nbdmirror(folder, self.source)))
+        self.state = ("--state-dir", str(folder / "state"))
+        server = Nbdmirror(folder, self.source, options=self.state)
+        self.server = start(self.a.place(server))
         drive = nbd_drive(str(self.server.socket), reconnect_delay=60)
         self.guest = start(self.a.place(Machine(folder, drive)))
         self.guest.say("write")
@@ -117,12 +119,20 @@ class Stage:
         there.transcript = self.guest.transcript
         self.guest.stop()
         self.server.stop()
+        self.is_refused_on_a()
         before = self.source.read_bytes()
         there.wait_for_files(5)
         there.verify()
         there.wait_for_files(ALL_FILES)
         check_disk(self.target_image, there.shut_down())
         assert self.source.read_bytes() == before, "written to after the pivot"
+
+    def is_refused_on_a(self) -> None:
+        """The old disk is not served any more as if it were the truth."""
+        where = ("--socket", self.folder / "old.sock", "--qmp", self.folder / "old.qmp")
+        line = last_line(nbdmirror("serve", self.source, *where, *self.state), 1)
+        assert f"{self.source} is not the disk any more" in line
+        assert f"it is served from nbd://{self.b.address}" in line
 
     def goes_on_here(self) -> None:
         """The guest runs on host A, its disk is on host B, and nobody writes to the old one."""
