@@ -583,15 +583,16 @@ def test_on_a_terminal(fake: Fake, argv: list[str]) -> None:
         [sys.executable, "-m", "nbdmirror", *argv], env=env, stdout=theirs, stderr=theirs
     )
     os.close(theirs)
-    drawn = b""
+    drawn, interrupted = b"", False
     while True:
         try:
             piece = os.read(ours, 65536)
         except OSError:  # how Linux tells the end of a terminal
             break
         drawn += piece
-        if argv[0] == "status" and b"a.img" in drawn:
+        if argv[0] == "status" and b"a.img" in drawn and not interrupted:
             process.send_signal(signal.SIGINT)
+            interrupted = True  # a second one would end it the hard way while it tidies up
     os.close(ours)
     assert process.wait(WAIT_S_MAX) == cli.DONE, drawn
     assert b"\x1b[" in drawn
