@@ -207,7 +207,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except CliError as error:
-        print(f"nbdmirror: {error}", file=sys.stderr)
+        if args.command == "serve":  # it may be a service
+            from nbdmirror.logs import complain
+
+            complain(str(error))
+        else:
+            print(f"nbdmirror: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         if args.command == "events" or getattr(args, "watch", False):
