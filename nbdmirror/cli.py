@@ -178,6 +178,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
     add("--daemonize", action="store_true", help="go into the background")
     add("--pidfile", metavar="PATH")
+    add("--user", metavar="NAME", help="run as this user once the disks are open (needs root)")
+    add("--group", metavar="NAME", help="and as this group (default: the user's own)")
 
 
 def _run(args: argparse.Namespace) -> int:

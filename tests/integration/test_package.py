@@ -37,6 +37,12 @@ BUILD_S_MAX = 55.0
 PYTHON = "/usr/bin/python3"
 """The interpreter that nbdkit embeds: see ./run."""
 STEM = f"nbdmirror-{__version__}"
+DATA = {
+    "lib/systemd/system/nbdmirror@.service",
+    "lib/sysusers.d/nbdmirror.conf",
+    "share/doc/nbdmirror/example.conf",
+}
+"""What the wheel installs beside Python's files, under the prefix."""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,7 @@ def test_the_wheel_has_what_it_must_and_no_more(built: dict[str, Path]) -> None:
         f"{STEM}.dist-info/WHEEL",
         f"{STEM}.dist-info/entry_points.txt",
         f"{STEM}.dist-info/licenses/LICENSE",
+        *(f"{STEM}.data/data/{name}" for name in DATA),
     }
     assert plugin == (ROOT / "plugin" / "nbdmirror-plugin.py").read_bytes()
 
@@ -94,12 +101,12 @@ def test_the_wheel_has_what_it_must_and_no_more(built: dict[str, Path]) -> None:
 def test_the_sdist_has_what_builds_and_tests_it(built: dict[str, Path]) -> None:
     with tarfile.open(built[".gz"]) as sdist:
         names = {name.removeprefix(f"{STEM}/") for name in sdist.getnames()}
-    kept = ("nbdmirror", "plugin", "tests", "docs", "bench")
+    kept = ("nbdmirror", "plugin", "packaging", "tests", "docs", "bench")
     there = {
         str(path.relative_to(ROOT))
         for folder in kept
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix in (".py", ".md", ".typed")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     there |= {"run", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
     assert there <= names
@@ -179,3 +186,4 @@ def test_it_works_as_installed(command: Path, folder: Path, start: Start) -> Non
     assert target.uri() in do("status")
     assert_identical(disk, server.uri())
     assert_identical(disk, target.image)
+    assert not [name for name in DATA if not (place / name).is_file()]
