@@ -34,6 +34,8 @@ from tools import (
 from nbdmirror import __version__
 
 BUILD_S_MAX = 55.0
+BUILDERS = ("hatchling", "markdown-it-py", "shtab")
+"""What pyproject.toml's build-system requires."""
 PYTHON = "/usr/bin/python3"
 """The interpreter that nbdkit embeds: see ./run."""
 STEM = f"nbdmirror-{__version__}"
@@ -41,6 +43,13 @@ DATA = {
     "lib/systemd/system/nbdmirror@.service",
     "lib/sysusers.d/nbdmirror.conf",
     "share/doc/nbdmirror/example.conf",
+    "share/man/man1/nbdmirror.1",
+    "share/man/man1/nbdmirror-plugin.1",
+    "share/man/man7/nbdmirror-qmp.7",
+    "share/bash-completion/completions/nbdmirror",
+    "share/zsh/site-functions/_nbdmirror",
+    "share/fish/vendor_completions.d/nbdmirror.fish",
+    *(f"share/doc/nbdmirror/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 }
 """What the wheel installs beside Python's files, under the prefix."""
 
@@ -157,7 +166,8 @@ def command(built: dict[str, Path], tmp_path: Path, request: pytest.FixtureReque
     site = next(place.glob("lib/python3*/site-packages"))
     needed = requirements("nbdmirror", set()) - {"nbdmirror"}
     if request.param == ".gz":
-        needed |= requirements("hatchling", set())
+        for builder in BUILDERS:
+            needed |= requirements(builder, set())
     copy_distributions(needed, site)
     options = ["--no-index", "--no-build-isolation", "--disable-pip-version-check"]
     pip = [str(place / "bin" / "python"), "-m", "pip", "install", *options]
@@ -187,3 +197,5 @@ def test_it_works_as_installed(command: Path, folder: Path, start: Start) -> Non
     assert_identical(disk, server.uri())
     assert_identical(disk, target.image)
     assert not [name for name in DATA if not (place / name).is_file()]
+    pages = outside("man", "-M", str(place / "share/man"), "-w", "nbdmirror", cwd=folder).stdout
+    assert pages.split() == [str(place / "share/man/man1/nbdmirror.1")]
