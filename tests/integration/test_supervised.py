@@ -248,3 +248,28 @@ def test_commands_do_not_speak_to_the_supervisor(folder: Path) -> None:
         supervisor.socket.setblocking(False)
         with pytest.raises(BlockingIOError):
             supervisor.next()
+
+
+# Containers
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a namespace of processes")
+def test_as_the_first_process_of_a_container_it_ends_on_a_signal(disk: Path) -> None:
+    """The kernel keeps signals from such a process for which it has not provided."""
+
+    class Contained(Nbdmirror):
+        def argv(self) -> list[str]:
+            return ["unshare", "--pid", "--fork", "--mount-proc", *super().argv()]
+
+        def stop(self) -> None:
+            if self.process is not None:
+                children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+                os.kill(int(children), signal.SIGTERM)
+                self.process.wait(WAIT_S_MAX)
+            super().stop()
+
+    with Contained(disk.parent, disk) as server, connected(server.uri()) as guest:
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().strip()
+        status = Path(f"/proc/{children}/status").read_text()
+        assert re.search(r"^NSpid:\t\d+\t1$", status, re.MULTILINE)
+        assert guest.pread(512, 0) == disk.read_bytes()[:512]
