@@ -129,6 +129,7 @@ class Service:
         logs.set_up(in_background=os.getpid() != self._pid)
         self._end_on_signal(shut_down)
         loop, events = Loop(time.monotonic), EventRing(time.time)
+        status = systemd.Status(self.disks, events)  # of jobs that go on as well
         self._server = Server(self.disks, events, loop, self._stores)
         self._server.start()
         self._commands = Commands(self._server)
@@ -143,7 +144,7 @@ class Service:
         if self._mirror_to:
             threading.Thread(target=self._start_mirror, daemon=True).start()
         # nbdkit has bound its sockets already: whoever connects now is served.
-        systemd.Status(self.disks, self._server.events).start()
+        status.start()
 
     def _end_on_signal(self, shut_down: Callable[[], None]) -> None:
         def end() -> None:

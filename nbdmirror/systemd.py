@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterable
 
 from nbdmirror.events import EventRing
@@ -37,13 +38,17 @@ class Status:
     def __init__(self, disks: Iterable[str], events: EventRing) -> None:
         self._disks = list(disks)
         self._events = events
+        self._lock = threading.Lock()  # a leaf: guards all below, and the order of what is sent
         self._next = events.next_number
         self._jobs: dict[str, str] = {}
         self._pivoted: list[str] = []
 
     def start(self) -> None:
-        notify(READY, f"STATUS={self.text}")
+        """The server serves. What has happened since this was made is counted in."""
         self._events.subscribe(self._wake)
+        with self._lock:
+            self._pull()
+            notify(READY, f"STATUS={self.text}")
 
     @property
     def text(self) -> str:
@@ -53,14 +58,18 @@ class Status:
         return "; ".join(parts)
 
     def _wake(self) -> None:
-        before = self.text
+        with self._lock:
+            before = self.text
+            self._pull()
+            if self.text != before:
+                notify(f"STATUS={self.text}")
+
+    def _pull(self) -> None:
         for event in self._events.pull(self._next):
             self._next = event.number + 1
             if event.name == "X_NBDMIRROR_PIVOTED":
-                self._pivoted = [*self._pivoted, event.data["device"]]
+                self._pivoted.append(event.data["device"])
             elif event.name == "JOB_STATUS_CHANGE":
                 self._jobs[event.data["id"]] = event.data["status"]
                 if event.data["status"] == "null":
                     del self._jobs[event.data["id"]]
-        if self.text != before:
-            notify(f"STATUS={self.text}")
