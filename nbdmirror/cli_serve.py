@@ -237,21 +237,37 @@ def _check_places(args: argparse.Namespace) -> None:
         if len(os.fsencode(path)) > 107:
             raise ConfigError(f"{parameter}: {path}: is longer than a Unix socket's 107 bytes")
         remove_stale_socket(path, parameter)
-    _check_pidfile(args)
+    _check_places_of_user(args)
     if not args.socket:
         _check_port(args.address or LOOPBACK, args.port or NBD_PORT)
 
 
-def _check_pidfile(args: argparse.Namespace) -> None:
-    """nbdkit writes it as the user it has become; in the background nobody sees that it failed."""
+def _check_places_of_user(args: argparse.Namespace) -> None:
+    """What is written by the user that nbdkit will have become; in the background nobody sees that
+    it failed."""
     uid, gid = _identity(args)
-    if uid is None or not args.pidfile:
+    if uid is None or gid is None:
         return
-    path = os.path.abspath(args.pidfile)
-    place = path if os.path.exists(path) else os.path.dirname(path)
-    test = subprocess.run(["test", "-w", place], user=uid, group=gid, extra_groups=(), check=False)
-    if test.returncode:
-        raise ConfigError(f"--pidfile: {path}: user {args.user} cannot write there")
+    if args.state_dir:
+        path = os.path.abspath(args.state_dir)
+        try:
+            os.mkdir(path, 0o700)
+            os.chown(path, uid, gid)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"--state-dir: {path}: cannot be made: {error.strerror}") from error
+        if not _may_write(path, uid, gid):
+            raise ConfigError(f"--state-dir: {path}: user {args.user} cannot write there")
+    if args.pidfile:
+        path = os.path.abspath(args.pidfile)
+        if not _may_write(path if os.path.exists(path) else os.path.dirname(path), uid, gid):
+            raise ConfigError(f"--pidfile: {path}: user {args.user} cannot write there")
+
+
+def _may_write(path: str, uid: int, gid: int) -> bool:
+    test = subprocess.run(["test", "-w", path], user=uid, group=gid, extra_groups=(), check=False)
+    return test.returncode == 0
 
 
 def _check_port(host: str, port: int) -> None:

@@ -96,6 +96,8 @@ def test_its_command_line_is_what_serve_takes(monkeypatch: pytest.MonkeyPatch) -
         argv, _ = serve_command(args, {})
         assert "-f" in argv  # systemd is to see it end
         assert "qmp=/run/nbdmirror/%i/qmp" in argv
+        assert "state-dir=/var/lib/nbdmirror/%i" in argv
+        assert unit["StateDirectory"] == ["nbdmirror/%i"]
         assert "file=system=/var/lib/nbdmirror/images/system.img" in argv
         assert ("/run/nbdmirror/%i/nbd" in argv) is not bool(commented_out)
 
@@ -117,7 +119,7 @@ def test_every_system_call_is_allowed(folder: Path, start: Start) -> None:
 
     disk = make_image(folder / "disk.img", 2 * MiB)
     target = start(QemuNbd(folder, make_noise(folder / "target.img", 2 * MiB)))
-    server = Traced(folder, disk)
+    server = Traced(folder, disk, options=("--state-dir", str(folder / "state")))
     with server:
         with Guest(server.uri(), disk) as guest:
             guest.wait_for_requests(100)
@@ -164,7 +166,7 @@ def test_it_needs_no_memory_that_is_written_and_run(folder: Path, start: Start) 
 
     disk = make_image(folder / "disk.img", MiB)
     target = start(QemuNbd(folder, make_noise(folder / "target.img", MiB)))
-    server = start(Denied(folder, disk))
+    server = start(Denied(folder, disk, options=("--state-dir", str(folder / "state"))))
     with Guest(server.uri(), disk) as guest:
         server.qmp.start_mirror(target.uri(), copy_mode="write-blocking")
         server.qmp.wait_ready()

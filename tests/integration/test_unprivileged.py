@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tools import (
     make_image,
     make_noise,
     nbdmirror,
+    wait_until,
 )
 
 NOBODY = pwd.getpwnam("nobody")
@@ -171,6 +173,47 @@ def test_a_stale_control_socket_is_taken_over(disk: Path) -> None:
     server.options = ()
     with server:
         server.qmp.execute("query-status")
+
+
+def test_state_that_lasts(
+    open_folder: Path, disk: Path, start: Start, identical: Identical
+) -> None:
+    """A mirror goes on after its server was killed; the directory is made, and is the user's."""
+    target = start(QemuNbd(open_folder, make_noise(open_folder / "target.img", 4 * MiB)))
+    as_root_may(target.socket)
+    state = open_folder / "state"
+    server = Nbdmirror(open_folder, disk, options=("--user", "nobody", "--state-dir", str(state)))
+    server.start()
+    with Guest(server.uri(), disk) as guest:
+        server.qmp.start_mirror(target.uri())
+        server.qmp.wait_ready()
+        guest.wait_for_requests(50)
+    server.kill()
+    server.start()
+    try:
+        assert state.stat().st_uid == NOBODY.pw_uid
+        wait_until(lambda: server.qmp.job()["ready"], "the mirror went on and is ready")
+        with Guest(server.uri(), guest.model, seed=2) as guest:
+            guest.wait_for_requests(50)
+            server.qmp.complete()
+        assert_identical(guest.model, target.uri())
+        assert not re.search(server.unwanted, server.stderr), server.stderr
+    except BaseException:
+        server.abandon()
+        raise
+    end_leaving_the_socket(server)
+    done = nbdmirror(*server.argv()[3:])
+    assert "is not the disk any more" in done.stderr
+    identical(guest, target.uri())
+
+
+def test_a_state_directory_that_the_user_cannot_write(disk: Path) -> None:
+    folder = disk.parent
+    state = folder / "state"
+    places = ("--socket", folder / "s", "--qmp", folder / "q", "--state-dir", state)
+    done = nbdmirror("serve", disk, *places, "--user", "nobody")
+    text = f"nbdmirror: --state-dir: {state}: user nobody cannot write there\n"
+    assert (done.returncode, done.stderr) == (1, text)
 
 
 @pytest.mark.parametrize(
