@@ -428,3 +428,8 @@ def use_as_source(behind: Server, content: bytearray, folder: Path, start: Start
         guest.wait_for_requests(REQUESTS)
     assert_identical(guest.model, copy.uri())
     front.stop()
+
+
+def test_the_table_has_these_and_no_others() -> None:
+    rows = re.findall(r"^\| (.*?) \| (?:yes|refused) \|", TABLE, flags=re.MULTILINE)
+    assert rows == [target.title for target in TARGETS]
