@@ -62,6 +62,22 @@ def test_systemd_finds_no_fault(tmp_path: Path) -> None:
     assert "ProtectHouse" in run("systemd-analyze", "verify", "--man=no", unit, check=False).stderr
 
 
+def test_systemd_finds_no_fault_with_the_drop_in_of_the_docs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "systemd.md").read_text()
+    (drop_in,) = re.findall(r"^```ini\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert settings(drop_in)["User"] == ["root"]
+    unit = tmp_path / "nbdmirror@vm1.service"
+    command = Path(sys.executable).parent / "nbdmirror"
+    unit.write_text(UNIT.read_text().replace("ExecStart=nbdmirror ", f"ExecStart={command} "))
+    folder = tmp_path / "nbdmirror@vm1.service.d"
+    folder.mkdir()
+    (folder / "override.conf").write_text(drop_in)
+    done = run("systemd-analyze", "verify", "--man=no", unit)
+    assert (done.stdout, done.stderr) == ("", "")
+    (folder / "override.conf").write_text(drop_in.replace("PrivateUsers=no", "PrivateUsers=maybe"))
+    assert "maybe" in run("systemd-analyze", "verify", "--man=no", unit, check=False).stderr
+
+
 def test_little_is_exposed() -> None:
     threshold = f"--threshold={round(EXPOSURE_MAX * 10)}"
     done = run("systemd-analyze", "security", "--offline=true", threshold, "--no-pager", UNIT)
