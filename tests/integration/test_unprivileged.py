@@ -61,6 +61,16 @@ def as_root_may(path: Path) -> None:
     path.chmod(0o777)
 
 
+def with_a_folder_of_its_own(folder: Path, disk: Path) -> Nbdmirror:
+    """Where it may remove its control socket."""
+    own = folder / "own"
+    own.mkdir()
+    shutil.chown(own, NOBODY.pw_uid)
+    server = Nbdmirror(folder, disk, options=("--user", "nobody"))
+    server.qmp_path = own / "qmp"
+    return server
+
+
 def end_leaving_the_socket(server: Nbdmirror) -> None:
     """The end of a server that may not remove its control socket, because the folder is root's."""
     assert server.process is not None
@@ -119,11 +129,7 @@ def test_mirror_and_pivot(
 ) -> None:
     target = start(QemuNbd(open_folder, make_noise(open_folder / "target.img", 4 * MiB)))
     as_root_may(target.socket)
-    own = open_folder / "own"
-    own.mkdir()
-    shutil.chown(own, NOBODY.pw_uid)
-    server = Nbdmirror(open_folder, disk, options=("--user", "nobody"))
-    server.qmp_path = own / "qmp"
+    server = with_a_folder_of_its_own(open_folder, disk)
     start(server)  # which finds, at its end, that the control socket is gone: the folder is its own
     with Guest(server.uri(), disk, connections=2) as guest:
         server.qmp.start_mirror(target.uri(), copy_mode="write-blocking")
@@ -141,11 +147,7 @@ def test_a_lost_target_is_connected_again(
     image = make_noise(open_folder / "target.img", 4 * MiB)
     target = start(NbdkitTarget(open_folder, "file", str(image)))
     as_root_may(target.socket)
-    own = open_folder / "own"
-    own.mkdir()
-    shutil.chown(own, NOBODY.pw_uid)
-    server = Nbdmirror(open_folder, disk, options=("--user", "nobody"))
-    server.qmp_path = own / "qmp"
+    server = with_a_folder_of_its_own(open_folder, disk)
     server.allowed.append("target|lost")
     start(server)
     address = {"type": "unix", "path": str(target.socket)}
