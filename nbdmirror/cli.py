@@ -206,6 +206,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
     add("--daemonize", action="store_true", help="go into the background")
     add("--pidfile", metavar="PATH")
+    add("--user", metavar="NAME", help="run as this user once the disks are open (needs root)")
+    add("--group", metavar="NAME", help="and as this group (default: the user's own)")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -239,7 +241,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except CliError as error:
-        print(f"nbdmirror: {error}", file=sys.stderr)
+        if args.command == "serve":  # it may be a service
+            from nbdmirror.logs import complain
+
+            complain(str(error))
+        else:
+            print(f"nbdmirror: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         if args.command == "events" or getattr(args, "watch", False):

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import argparse
+import grp
 import os
+import pwd
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nbdmirror.cli import USAGE, CliError, default_qmp_paths
@@ -53,7 +55,8 @@ def plugin_path() -> str:
 def serve_command(
     args: argparse.Namespace, environ: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """nbdkit's arguments and environment. Raises CliError; looks at no file but the plugin.
+    """nbdkit's arguments and environment. Raises CliError; looks at nothing but the plugin
+    and the names of users.
 
     Of what the user has after `--`, KEY=VALUE goes behind the plugin (filters' parameters) and the
     rest before it.
@@ -68,6 +71,7 @@ def serve_command(
         argv += ["-P", os.path.abspath(args.pidfile)]
     if args.read_only:
         argv.append("-r")
+    argv += _identity_options(args)
     parameters = [extra for extra in args.nbdkit_args if _PLUGIN_PARAMETER.match(extra)]
     argv += [extra for extra in args.nbdkit_args if extra not in parameters]
     files = [f"file={name}={disk}" if name else f"file={disk}" for name, disk in _disks(args)]
@@ -98,6 +102,40 @@ def _listen_options(args: argparse.Namespace) -> list[str]:
     if not 0 < port < 65536:
         raise CliError("--port must be between 1 and 65535", USAGE)
     return ["-i", args.address or LOOPBACK, "-p", str(port)]
+
+
+def _identity_options(args: argparse.Namespace) -> list[str]:
+    uid, gid = _identity(args)
+    user = [] if uid is None else ["-u", str(uid)]
+    return user if gid is None else [*user, "-g", str(gid)]
+
+
+def _identity(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """The user and group to become. A user comes with a group: nbdkit's -u alone keeps root's."""
+    if args.user is None and args.group is None:
+        return None, None
+    if os.geteuid() != 0:
+        raise CliError("--user and --group: only root can become somebody else", USAGE)
+    uid = _number(args.user, "user", lambda name: pwd.getpwnam(name).pw_uid)
+    gid = _number(args.group, "group", lambda name: grp.getgrnam(name).gr_gid)
+    if uid is not None and gid is None:
+        try:
+            gid = pwd.getpwuid(uid).pw_gid
+        except KeyError:
+            text = f"--user {args.user}: not a user with a group: name one with --group"
+            raise CliError(text, USAGE) from None
+    return uid, gid
+
+
+def _number(text: str | None, kind: str, look_up: Callable[[str], int]) -> int | None:
+    if text is None:
+        return None
+    try:
+        return look_up(text)
+    except KeyError:
+        if text.isdecimal() and int(text) < 2**32 - 1:
+            return int(text)
+    raise CliError(f"--{kind} {text}: there is no such {kind} here", USAGE)
 
 
 def _tls_options(args: argparse.Namespace) -> list[str]:
@@ -199,8 +237,37 @@ def _check_places(args: argparse.Namespace) -> None:
         if len(os.fsencode(path)) > 107:
             raise ConfigError(f"{parameter}: {path}: is longer than a Unix socket's 107 bytes")
         remove_stale_socket(path, parameter)
+    _check_places_of_user(args)
     if not args.socket:
         _check_port(args.address or LOOPBACK, args.port or NBD_PORT)
+
+
+def _check_places_of_user(args: argparse.Namespace) -> None:
+    """What is written by the user that nbdkit will have become; in the background nobody sees that
+    it failed."""
+    uid, gid = _identity(args)
+    if uid is None or gid is None:
+        return
+    if args.state_dir:
+        path = os.path.abspath(args.state_dir)
+        try:
+            os.mkdir(path, 0o700)
+            os.chown(path, uid, gid)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"--state-dir: {path}: cannot be made: {error.strerror}") from error
+        if not _may_write(path, uid, gid):
+            raise ConfigError(f"--state-dir: {path}: user {args.user} cannot write there")
+    if args.pidfile:
+        path = os.path.abspath(args.pidfile)
+        if not _may_write(path if os.path.exists(path) else os.path.dirname(path), uid, gid):
+            raise ConfigError(f"--pidfile: {path}: user {args.user} cannot write there")
+
+
+def _may_write(path: str, uid: int, gid: int) -> bool:
+    test = subprocess.run(["test", "-w", path], user=uid, group=gid, extra_groups=(), check=False)
+    return test.returncode == 0
 
 
 def _check_port(host: str, port: int) -> None:

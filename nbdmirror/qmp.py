@@ -142,6 +142,15 @@ def _encode_error(error: Error, request: Any) -> bytes:
     return _encode({**echo, "error": {"class": error.qmp_class, "desc": str(error)}})
 
 
+def _file_at(path: str) -> os.stat_result | None:
+    """None if this process, which may have become another user since it bound the socket, cannot
+    look there; then it cannot remove it either."""
+    try:
+        return os.stat(path)
+    except PermissionError:
+        return None
+
+
 class QmpServer:
     """Serves `listener` to any number of clients up to CLIENTS_MAX; owns it from here on."""
 
@@ -156,7 +165,7 @@ class QmpServer:
         """`version` is the greeting's: {"qemu": {"micro", "minor", "major"}, "package"}."""
         self._listener = listener
         self._path = listener.getsockname()
-        self._file = os.stat(self._path)
+        self._file = _file_at(self._path)
         self._dispatch = dispatch
         self._events = events
         self._greeting = {"QMP": {"version": version, "capabilities": []}}
@@ -184,8 +193,8 @@ class QmpServer:
                 thread.join(STOP_S_MAX)
                 if thread.is_alive():
                     _log.error("qmp: the thread did not end within %g s", STOP_S_MAX)
-        with contextlib.suppress(OSError):
-            if os.path.samestat(self._file, os.stat(self._path)):
+        with contextlib.suppress(OSError):  # its directory may be root's, and we are not any more
+            if self._file is not None and os.path.samestat(self._file, os.stat(self._path)):
                 os.unlink(self._path)
         if not thread:
             self._listener.close()

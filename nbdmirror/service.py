@@ -13,11 +13,11 @@ import logging
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 
+from nbdmirror import logs, systemd
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
@@ -62,6 +62,7 @@ class Service:
         self._server: Server | None = None
         self._commands: Commands | None = None
         self._qmp: QmpServer | None = None
+        self._pid = os.getpid()
 
     def configure(self, key: str, value: str) -> None:
         """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
@@ -125,9 +126,10 @@ class Service:
 
     def start(self, shut_down: Callable[[], None]) -> None:
         """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
-        _log_to_stderr()
+        logs.set_up(in_background=os.getpid() != self._pid)
         self._end_on_signal(shut_down)
         loop, events = Loop(time.monotonic), EventRing(time.time)
+        status = systemd.Status(self.disks, events)  # of jobs that go on as well
         self._server = Server(self.disks, events, loop, self._stores)
         self._server.start()
         self._commands = Commands(self._server)
@@ -141,9 +143,12 @@ class Service:
             self._qmp.start()
         if self._mirror_to:
             threading.Thread(target=self._start_mirror, daemon=True).start()
+        # nbdkit has bound its sockets already: whoever connects now is served.
+        status.start()
 
     def _end_on_signal(self, shut_down: Callable[[], None]) -> None:
         def end() -> None:
+            systemd.notify(systemd.STOPPING)
             if self._server is not None:
                 self._server.end_jobs()  # a guest's write may hang on a target
             shut_down()
@@ -153,6 +158,7 @@ class Service:
     def stop(self) -> None:
         """Jobs within a bound, while clients can still see their events; then the doors, then the
         disks, flushed and closed."""
+        systemd.notify(systemd.STOPPING)  # again, if a signal has led here
         if self._server is not None:
             self._server.end_jobs()
         if self._qmp is not None:
@@ -208,12 +214,3 @@ def _boolean(key: str, value: str) -> bool:
     if value not in _BOOLEANS:
         raise ConfigError(f"{key}={value}: expected true or false")
     return _BOOLEANS[value]
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("nbdmirror: %(levelname)s: %(message)s"))
-    root = logging.getLogger("nbdmirror")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    root.propagate = False

@@ -21,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import nbdkit
 
 from nbdmirror.errors import IO_ERRORS, ConfigError, errno_of
+from nbdmirror.logs import complain
 from nbdmirror.service import Service
 from nbdmirror.threadstate import KeptStates, local
 
@@ -52,7 +53,7 @@ traceback.format_exception = format_briefly
 def refuse(error):
     """Nothing is started yet: one line where the user looks, and exit status 1, as nbdkit has
     it."""
-    print(f"nbdmirror: {error}", file=sys.stderr, flush=True)
+    complain(str(error))
     service.abandon()
     os._exit(1)
 

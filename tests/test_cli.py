@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import pwd
 import re
 import shutil
 import signal
@@ -481,15 +482,16 @@ def test_on_a_terminal(fake: Fake, argv: list[str]) -> None:
         [sys.executable, "-m", "nbdmirror", *argv], env=env, stdout=theirs, stderr=theirs
     )
     os.close(theirs)
-    drawn = b""
+    drawn, interrupted = b"", False
     while True:
         try:
             piece = os.read(ours, 65536)
         except OSError:  # how Linux tells the end of a terminal
             break
         drawn += piece
-        if argv[0] == "status" and b"a.img" in drawn:
+        if argv[0] == "status" and b"a.img" in drawn and not interrupted:
             process.send_signal(signal.SIGINT)
+            interrupted = True  # a second one would end it the hard way while it tidies up
     os.close(ours)
     assert process.wait(WAIT_S_MAX) == cli.DONE, drawn
     assert b"\x1b[" in drawn
@@ -556,6 +558,23 @@ def test_serve_command(plugin: str) -> None:
         *["file=b=nbd+unix:///x?socket=s", f"file={here}/c=d.img", "file=nbd://h/e=f"],
         *[f"qmp={here}/q", "cache=none", "mirror-to=nbd://t", "read-only=true", "rdelay=1"],
     ]
+
+
+def test_who_it_becomes(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    nobody = pwd.getpwnam("nobody")
+    both = ["-u", str(nobody.pw_uid), "-g", str(nobody.pw_gid)]
+    for options, expected in (
+        (["--user", "nobody"], both),
+        (["--group", str(nobody.pw_gid)], both[2:]),
+        (["--user", str(nobody.pw_uid), "--group", "7654"], [*both[:3], "7654"]),
+    ):
+        argv, _ = command("a.img", *options)
+        before_plugin = argv[argv.index("-f") + 1 : argv.index("python")]
+        assert before_plugin == expected
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(cli.CliError, match="only root can become somebody else"):
+        command("a.img", "--user", "nobody")
 
 
 def test_names_are_unique(plugin: str) -> None:

@@ -20,8 +20,10 @@ import pytest
 from tools import ROOT, nbdmirror_environment
 
 from nbdmirror.cli import build_parser
+from nbdmirror.errors import ConfigError
 from nbdmirror.qmpschema import COMMANDS
 from nbdmirror.schema import Array, Enum, StringOr, Struct
+from nbdmirror.service import Service
 
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RULES = 47
@@ -134,6 +136,18 @@ def test_commands_that_the_docs_show_can_be_parsed() -> None:
             if command in parsers:
                 told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split(" -- ")[0]))
                 assert told <= options_of(parsers[command]), f"{path.name}: {command}{rest}"
+
+
+# The plugin
+
+
+def test_the_plugins_parameters_are_described() -> None:
+    with pytest.raises(ConfigError, match="expected") as refusal:
+        Service().configure("no-such-parameter", "")
+    expected = re.split(r", | or ", str(refusal.value).partition("expected ")[2])
+    assert len(expected) > 3
+    rows = re.findall(r"^\| `([a-z-]+)=.*?` \|", text_of("plugin.md"), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(expected)
 
 
 # Design and guarantees

@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "linux": "",
     "threadstate": "",
     "hangup": "",
+    "logs": "",
+    "systemd": "events",
     "uri": "errors",
     "bitmap": "errors",
     "device": "errors",
@@ -92,11 +94,11 @@ MAY_IMPORT = {
     "qmp_json": "errors",
     "qmp": "errors events qmp_json",
     "http": "errors events job server",
-    "cli*": "__init__ cli* errors sockets",
+    "cli*": "__init__ cli* errors logs sockets",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
-    "service": "aligned commands device disk errors events file hangup loop qmp remote server"
-    " sockets statedir store uri",
+    "service": "aligned commands device disk errors events file hangup loop logs qmp remote server"
+    " sockets statedir store systemd uri",
     "plugin/*": ANYTHING,
 }
 
@@ -105,7 +107,7 @@ ONLY_IN = {
     "nbd": "remote pool connection link handshake",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
-    "socket": "qmp http cli* connection handshake link sockets service hangup",
+    "socket": "qmp http cli* connection handshake link sockets service hangup systemd",
     "socketserver": "",
     "select": "qmp http cli* loop connection",
     "selectors": "qmp http cli* loop connection",

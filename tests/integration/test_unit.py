@@ -1,0 +1,191 @@
+"""The systemd unit: systemd-analyze has nothing to say against it, and the server can live with
+what it forbids."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Start
+from tools import (
+    ROOT,
+    STOP_S_MAX,
+    Guest,
+    MiB,
+    Nbdmirror,
+    QemuNbd,
+    assert_identical,
+    make_image,
+    make_noise,
+    run,
+)
+
+from nbdmirror.cli import build_parser
+from nbdmirror.cli_serve import serve_command
+
+UNIT = ROOT / "packaging" / "systemd" / "nbdmirror@.service"
+EXAMPLE = UNIT.parent / "example.conf"
+EXPOSURE_MAX = 1.3
+"""systemd 252. Newer versions may count more or less; then this figure, and that of
+docs/systemd.md, are to be looked at again."""
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
+
+
+def settings(text: str) -> dict[str, list[str]]:
+    """What is on the right of each `NAME=` of a unit."""
+    found: dict[str, list[str]] = {}
+    for name, value in re.findall(r"^(\w+)=(.*)$", text, flags=re.MULTILINE):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def test_systemd_finds_no_fault(tmp_path: Path) -> None:
+    """The command is looked for: there it is where pip puts it."""
+    command = Path(sys.executable).parent / "nbdmirror"
+    text = UNIT.read_text()
+    assert text.count("ExecStart=nbdmirror ") == 1
+    unit = tmp_path / "nbdmirror@vm1.service"
+    unit.write_text(text.replace("ExecStart=nbdmirror ", f"ExecStart={command} "))
+    done = run("systemd-analyze", "verify", "--man=no", unit)
+    assert (done.stdout, done.stderr) == ("", "")
+    # It would have found one.
+    unit.write_text(text.replace("ExecStart=nbdmirror ", "ExecStart=/nonexistent/nbdmirror "))
+    assert run("systemd-analyze", "verify", "--man=no", unit, check=False).returncode != 0
+    unit.write_text(text.replace("ProtectHome=", "ProtectHouse="))
+    assert "ProtectHouse" in run("systemd-analyze", "verify", "--man=no", unit, check=False).stderr
+
+
+def test_systemd_finds_no_fault_with_the_drop_in_of_the_docs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "systemd.md").read_text()
+    (drop_in,) = re.findall(r"^```ini\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert settings(drop_in)["User"] == ["root"]
+    unit = tmp_path / "nbdmirror@vm1.service"
+    command = Path(sys.executable).parent / "nbdmirror"
+    unit.write_text(UNIT.read_text().replace("ExecStart=nbdmirror ", f"ExecStart={command} "))
+    folder = tmp_path / "nbdmirror@vm1.service.d"
+    folder.mkdir()
+    (folder / "override.conf").write_text(drop_in)
+    done = run("systemd-analyze", "verify", "--man=no", unit)
+    assert (done.stdout, done.stderr) == ("", "")
+    (folder / "override.conf").write_text(drop_in.replace("PrivateUsers=no", "PrivateUsers=maybe"))
+    assert "maybe" in run("systemd-analyze", "verify", "--man=no", unit, check=False).stderr
+
+
+def test_little_is_exposed() -> None:
+    threshold = f"--threshold={round(EXPOSURE_MAX * 10)}"
+    done = run("systemd-analyze", "security", "--offline=true", threshold, "--no-pager", UNIT)
+    assert re.search(rf"exposure level for \S+: {EXPOSURE_MAX} ", done.stdout), done.stdout
+    assert (
+        f"`systemd-analyze security` gives the unit {EXPOSURE_MAX} "
+        in (ROOT / "docs" / "systemd.md").read_text()
+    )
+
+
+def test_its_command_line_is_what_serve_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the example's variables, commented out ones as well, put in as systemd does."""
+    unit = settings(UNIT.read_text())
+    example = re.sub(r"^#(?=[A-Z]+=)", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+    for commented_out in ("", example):
+        lines = [*unit["Environment"], *f"{EXAMPLE.read_text()}\n{commented_out}".splitlines()]
+        variables = dict(
+            shlex.split(line)[0].split("=", 1)
+            for line in lines
+            if line and not line.startswith("#")
+        )
+        words: list[str] = []
+        for word in unit["ExecStart"][0].split():
+            if word.startswith("$"):
+                words += shlex.split(variables.get(word[1:], ""))
+            else:
+                words.append(word)
+        monkeypatch.setenv("NBDMIRROR_QMP", variables["NBDMIRROR_QMP"])
+        assert words[:2] == ["nbdmirror", "serve"]
+        args = build_parser().parse_args(words[1:])
+        args.nbdkit_args = []
+        argv, _ = serve_command(args, {})
+        assert "-f" in argv  # systemd is to see it end
+        assert "qmp=/run/nbdmirror/%i/qmp" in argv
+        assert "state-dir=/var/lib/nbdmirror/%i" in argv
+        assert unit["StateDirectory"] == ["nbdmirror/%i"]
+        assert "file=system=/var/lib/nbdmirror/images/system.img" in argv
+        assert ("/run/nbdmirror/%i/nbd" in argv) is not bool(commented_out)
+
+
+def test_every_system_call_is_allowed(folder: Path, start: Start) -> None:
+    """Of a life with a guest, a mirror and a pivot, on the list of systemd-analyze."""
+    trace = folder / "trace"
+
+    class Traced(Nbdmirror):
+        def argv(self) -> list[str]:
+            return ["strace", "-f", "-qq", "-o", str(trace), *super().argv()]
+
+        def stop(self) -> None:
+            """strace waits for its child and ends with its exit status."""
+            if self.process is not None:
+                os.kill(int(trace.read_text().split(maxsplit=1)[0]), signal.SIGTERM)
+                self.process.wait(STOP_S_MAX)
+            super().stop()
+
+    disk = make_image(folder / "disk.img", 2 * MiB)
+    target = start(QemuNbd(folder, make_noise(folder / "target.img", 2 * MiB)))
+    server = Traced(folder, disk, options=("--state-dir", str(folder / "state")))
+    with server:
+        with Guest(server.uri(), disk) as guest:
+            guest.wait_for_requests(100)
+            server.qmp.start_mirror(target.uri())
+            server.qmp.wait_ready()
+            server.qmp.complete()
+            guest.wait_for_requests(50)
+        assert_identical(guest.model, server.uri())
+    called = set(re.findall(r"^\d+ +(\w+)\(", trace.read_text(), flags=re.MULTILINE))
+    assert {"pwrite64", "accept4", "fallocate"} <= called
+    allowed: set[str] = set()
+    for setting in settings(UNIT.read_text())["SystemCallFilter"]:
+        taken = set().union(*(system_calls(name) for name in setting.strip("~").split()))
+        allowed = allowed - taken if setting.startswith("~") else allowed | taken
+    assert not called - allowed
+
+
+def system_calls(group: str) -> set[str]:
+    found: set[str] = set()
+    for line in run("systemd-analyze", "syscall-filter", group).stdout.splitlines()[1:]:
+        name = line.strip()
+        if name.startswith("@"):
+            found |= system_calls(name)
+        elif name and not name.startswith("#"):
+            found.add(name)
+    return found
+
+
+def test_it_needs_no_memory_that_is_written_and_run(folder: Path, start: Start) -> None:
+    """MemoryDenyWriteExecute=yes, as the kernel has it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    get = libc.prctl(PR_SET_MDWE + 1, 0, 0, 0, 0)
+    if get < 0 and ctypes.get_errno() == errno.EINVAL:
+        pytest.skip("this kernel has no PR_SET_MDWE (6.3 and later have)")
+    deny = (
+        "import ctypes, os, sys\n"
+        f"assert ctypes.CDLL(None).prctl({PR_SET_MDWE}, {PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0) == 0\n"
+        "os.execvp(sys.argv[1], sys.argv[1:])\n"
+    )
+
+    class Denied(Nbdmirror):
+        def argv(self) -> list[str]:
+            return [sys.executable, "-c", deny, *super().argv()]
+
+    disk = make_image(folder / "disk.img", MiB)
+    target = start(QemuNbd(folder, make_noise(folder / "target.img", MiB)))
+    server = start(Denied(folder, disk, options=("--state-dir", str(folder / "state"))))
+    with Guest(server.uri(), disk) as guest:
+        server.qmp.start_mirror(target.uri(), copy_mode="write-blocking")
+        server.qmp.wait_ready()
+        server.qmp.complete()
+        guest.wait_for_requests(50)
+    assert_identical(guest.model, target.uri())
