@@ -34,8 +34,8 @@ def serve(args: argparse.Namespace) -> int:
     argv, env = serve_command(args)
     try:
         _check_nbdkit(env)
-        _check_places(args)
         _check_tls(args)
+        _check_places(args)
     except ConfigError as error:
         raise CliError(str(error)) from error
     sys.stdout.flush()
@@ -198,9 +198,7 @@ def _check_nbdkit(env: Mapping[str, str]) -> None:
 
 
 def _check_places(args: argparse.Namespace) -> None:
-    from nbdmirror.sockets import (
-        remove_stale_socket,
-    )  # asyncio: 40 ms that plugin-path does not need
+    from nbdmirror.sockets import claim_pidfile, remove_stale_socket
 
     for _, disk in _disks(args):
         if not _URI.match(disk) and not os.path.exists(disk):
@@ -221,6 +219,8 @@ def _check_places(args: argparse.Namespace) -> None:
         remove_stale_socket(path, parameter)
     if not args.socket:
         _check_port(args.address or LOOPBACK, args.port or NBD_PORT)
+    if args.pidfile:
+        claim_pidfile(os.path.abspath(args.pidfile), "--pidfile")
 
 
 def _check_port(host: str, port: int) -> None:

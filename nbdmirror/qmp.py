@@ -31,6 +31,7 @@ from typing import Any
 from nbdmirror.errors import CommandError, CommandNotFound, Error
 from nbdmirror.events import EventRing, Reply
 from nbdmirror.qmp_json import JsonStream, ParseError
+from nbdmirror.sockets import remove_socket
 
 Dispatch = Callable[[str, dict[str, Any]], Awaitable[Reply]]
 
@@ -156,7 +157,7 @@ class QmpServer:
         """`version` is the greeting's: {"qemu": {"micro", "minor", "major"}, "package"}."""
         self._listener = listener
         self._path = listener.getsockname()
-        self._file = os.stat(self._path)
+        self._file = os.lstat(self._path)
         self._dispatch = dispatch
         self._events = events
         self._greeting = {"QMP": {"version": version, "capabilities": []}}
@@ -184,9 +185,7 @@ class QmpServer:
                 thread.join(STOP_S_MAX)
                 if thread.is_alive():
                     _log.error("qmp: the thread did not end within %g s", STOP_S_MAX)
-        with contextlib.suppress(OSError):
-            if os.path.samestat(self._file, os.stat(self._path)):
-                os.unlink(self._path)
+        remove_socket(self._path, self._file)
         if not thread:
             self._listener.close()
 

@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "commands": "__init__ actions errors events job mirror nodes options qmpschema queries"
     " remote server uri",
     "qmp_json": "errors",
-    "qmp": "errors events qmp_json",
+    "qmp": "errors events qmp_json sockets",
     "http": "errors events job server",
     "cli*": "__init__ cli* errors sockets tls",
     "__main__": "cli*",
