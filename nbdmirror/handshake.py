@@ -96,6 +96,8 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
     storage for holes before it answers a read with a structured reply: reads then cost a fifth
     more.
     """
+    if not uri.isprintable():
+        raise ConfigError(f"{uri!r} is no NBD URI: it has control characters")
     handle = nbd.NBD()
     keys = tls.client_keys(uri, handle.get_version())
     if keys is not None and keys.user:
