@@ -22,6 +22,16 @@ from nbdmirror.server import Server
 
 Arguments = dict[str, Any]
 
+ACTIONS_MAX = 1024
+"""Of one transaction: some for each of many disks. All are done in one step of the event loop."""
+
+BUFFER_BYTES_MAX = 1 << 30
+"""Of one mirror. QEMU takes what it can get when the job starts; here it fills as the target is
+slow, beside the guests."""
+
+JOB_ID_LENGTH_MAX = 255
+"""It is in every event, and up to JOBS_MAX jobs are kept."""
+
 _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BITMAP_SYNCS = ("incremental", "bitmap")
 
@@ -52,6 +62,8 @@ def create_mirror(server: Server, arguments: Arguments) -> MirrorJob:
 def transact(server: Server, arguments: Arguments) -> None:
     """Carry out a transaction's actions in order; if one cannot be done, those before it are taken
     back and its error is raised."""
+    if len(arguments["actions"]) > ACTIONS_MAX:
+        raise CommandError(f"Parameter 'actions' expects at most {ACTIONS_MAX} actions")
     mode = arguments.get("properties", {}).get("completion-mode", "individual")
     group = Group() if mode == "grouped" else None
     done: list[Change] = []
@@ -206,9 +218,13 @@ def _options(arguments: Arguments, disk_name: str, *, reconnect_delay_s: float) 
         _check_size("x-nbdmirror-target-cluster-size", cluster)
     if arguments.get("buf-size", 0) < 0:
         raise CommandError("Invalid parameter 'buf-size'")
+    if arguments.get("buf-size", 0) > BUFFER_BYTES_MAX:
+        raise CommandError(f"Parameter 'buf-size' expects at most {BUFFER_BYTES_MAX}")
     job_id = arguments.get("job-id", disk_name)
     if not _JOB_ID.fullmatch(job_id):
         raise CommandError(f"Invalid job ID '{job_id}'")
+    if len(job_id) > JOB_ID_LENGTH_MAX:
+        raise CommandError(f"Job ID is longer than {JOB_ID_LENGTH_MAX} characters")
     if arguments.get("speed", 0) < 0:
         raise CommandError("Parameter 'speed' expects a non-negative value")
     return MirrorOptions(

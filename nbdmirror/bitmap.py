@@ -15,7 +15,7 @@ import mmap
 from bitarray import bitarray
 from bitarray.util import count_and
 
-from nbdmirror.errors import ConfigError
+from nbdmirror.errors import CommandError, ConfigError
 
 GRANULARITY_MIN = 512
 GRANULARITY_MAX = 64 << 20
@@ -25,6 +25,9 @@ GRANULARITY_DEFAULT = 64 << 10
 """QEMU's default where the target does not tell a cluster size
 (bdrv_get_default_bitmap_granularity)."""
 
+BITS_BYTES_MAX = 512 << 20
+"""Of one bitmap: 2**32 granules, 256 TiB in units of 64 KiB. QEMU's bound for a bitmap in qcow2
+(BME_MAX_PHYS_SIZE). A mirror has three."""
 
 _PAGE_BITS = mmap.PAGESIZE * 8
 
@@ -35,6 +38,16 @@ def check_granularity(granularity: int, parameter: str = "granularity") -> None:
         raise ConfigError(f"Parameter '{parameter}' expects a value in range [512B, 64MB]")
     if granularity & (granularity - 1):
         raise ConfigError(f"Parameter '{parameter}' expects a power of 2")
+
+
+def check_bits(size: int, granularity: int) -> None:
+    """Raise CommandError if a bitmap of such a disk would be too large."""
+    least = -(-size // (BITS_BYTES_MAX * 8))
+    if granularity < least:
+        raise CommandError(
+            f"Parameter 'granularity' expects at least {1 << (least - 1).bit_length()} for a disk "
+            f"of {size} bytes"
+        )
 
 
 class DirtyBitmap:

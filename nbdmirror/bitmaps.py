@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from nbdmirror.bitmap import GRANULARITY_DEFAULT, DirtyBitmap
+from nbdmirror.bitmap import GRANULARITY_DEFAULT, DirtyBitmap, bytes_of, check_bits
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import BitmapRecord, Found
 from nbdmirror.errors import CommandError
@@ -18,6 +18,12 @@ from nbdmirror.transient import Transient
 
 NAME_BYTES_MAX = 1023
 """QEMU's BDRV_BITMAP_MAX_NAME_SIZE."""
+
+BITMAPS_MAX = 256
+"""Of all disks. Each one that records costs each guest's write a step."""
+
+BYTES_MAX = 1 << 30
+"""Of all of them, with the copies that a transaction makes for being taken back."""
 
 
 def _nothing() -> None:
@@ -51,6 +57,7 @@ class Bitmaps:
         """`kept`: what is to outlive the process of each disk."""
         self._kept = kept
         self._of: dict[Disk, dict[str, NamedBitmap]] = {}
+        self._copies_bytes = 0
 
     def take_up(self, disk: Disk, found: Found) -> None:
         """Go on with the persistent bitmaps of an earlier process."""
@@ -89,6 +96,9 @@ class Bitmaps:
             raise CommandError("Granularity must be power of 2 and at least 512")
         if name in self._of.get(disk, {}):
             raise CommandError(f"Bitmap already exists: {name}")
+        if sum(map(len, self._of.values())) >= BITMAPS_MAX:
+            raise CommandError(f"There are {BITMAPS_MAX} bitmaps already; remove some")
+        self._check_bytes(disk.size, granularity)
         kept, key = self._kept[disk], f"bitmap-{uuid.uuid4().hex}" if persistent else ""
         if persistent and not kept.is_lasting:
             raise CommandError(
@@ -111,9 +121,15 @@ class Bitmaps:
 
     def clear(self, disk: Disk, name: str) -> Change:
         bitmap = self.find_idle(disk, name).bitmap
+        taken = self._take_copies(bitmap, 1)
         before = bitmap.copy()
         bitmap.clear_all()
-        return Change(lambda: bitmap.merge(before))  # what the guest wrote since stays
+
+        def undo() -> None:
+            bitmap.merge(before)  # what the guest wrote since stays
+            taken()
+
+        return Change(undo, taken)
 
     def record(self, disk: Disk, name: str, recording: bool) -> Change:
         """block-dirty-bitmap-enable and -disable."""
@@ -131,6 +147,7 @@ class Bitmaps:
                     f"Bitmaps are of different sizes (destination size is {into.size}, source "
                     f"size is {bitmap.size}) and can't be merged"
                 )
+        taken = self._take_copies(into, 2)
         since = DirtyBitmap(into.size, into.granularity)
         if self.find(disk, target).is_recording:
             disk.ledger.attach(since)  # a guest's marks outlive an undo
@@ -142,9 +159,36 @@ class Bitmaps:
             into.clear_all()
             into.merge(before)
             into.merge(since)
-            disk.ledger.detach(since)
+            commit()
 
-        return Change(undo, lambda: disk.ledger.detach(since))
+        def commit() -> None:
+            disk.ledger.detach(since)
+            taken()
+
+        return Change(undo, commit)
+
+    def _take_copies(self, bitmap: DirtyBitmap, count: int) -> Callable[[], None]:
+        """Account for copies that a change keeps until it is decided; returns what gives them
+        back. Raises CommandError if there is no room for them."""
+        length = bytes_of(bitmap.size, bitmap.granularity) * count
+        self._check_bytes(bitmap.size, bitmap.granularity, count)
+        self._copies_bytes += length
+
+        def give_back() -> None:
+            self._copies_bytes -= length
+
+        return give_back
+
+    def _check_bytes(self, size: int, granularity: int, count: int = 1) -> None:
+        """Raise CommandError unless there is room for `count` more bitmaps like that."""
+        check_bits(size, granularity)
+        there = [b.bitmap for named in self._of.values() for b in named.values()]
+        taken = sum(bytes_of(b.size, b.granularity) for b in there) + self._copies_bytes
+        if taken + count * bytes_of(size, granularity) > BYTES_MAX:
+            raise CommandError(
+                f"Bitmaps may take {BYTES_MAX >> 20} MiB together: remove some, give a larger "
+                f"granularity, or do less in one transaction"
+            )
 
     def _add(self, disk: Disk, bitmap: NamedBitmap) -> None:
         self._of.setdefault(disk, {})[bitmap.name] = bitmap

@@ -197,6 +197,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--tls", choices=("off", "on", "require"), help="default: require if given keys, else off")
     add("--tls-certificates", metavar="DIR")
     add("--tls-psk", metavar="FILE")
+    add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
     add("--read-only", action="store_true")
     threads = "requests at once of one connection (default: %(default)s)"
     add("--threads", type=int, metavar="N", default=THREADS_DEFAULT, help=threads)

@@ -36,6 +36,7 @@ def serve(args: argparse.Namespace) -> int:
     argv, env = serve_command(args)
     try:
         _check_nbdkit(env)
+        _check_tls(args)
         _check_places(args)
     except ConfigError as error:
         raise CliError(str(error)) from error
@@ -147,7 +148,29 @@ def _tls_options(args: argparse.Namespace) -> list[str]:
         options.append(f"--tls-certificates={os.path.abspath(args.tls_certificates)}")
     if args.tls_psk:
         options.append(f"--tls-psk={os.path.abspath(args.tls_psk)}")
+    if args.tls_verify_peer:
+        options.append("--tls-verify-peer")
     return options
+
+
+def _check_tls(args: argparse.Namespace) -> None:
+    """Keys that nbdkit could not use: with --tls=on it would go on in plain text."""
+    if args.tls_certificates and args.tls_psk:
+        raise CliError("--tls-psk: not allowed with --tls-certificates", USAGE)
+    if args.tls in ("on", "require") and not (args.tls_certificates or args.tls_psk):
+        raise CliError(f"--tls {args.tls} needs --tls-certificates or --tls-psk", USAGE)
+    if args.tls_verify_peer and not args.tls_certificates:
+        raise CliError("--tls-verify-peer needs --tls-certificates", USAGE)
+    from nbdmirror import tls  # and with it ssl, which plugin-path does not need
+
+    for option, path in (("certificates", args.tls_certificates), ("psk", args.tls_psk)):
+        if path and args.tls != "off":
+            try:
+                found = tls.check_server_keys(**{option: os.path.abspath(path)})
+            except ConfigError as error:
+                raise ConfigError(f"--tls-{option}: {error}") from error
+            for warning in found:
+                print(f"nbdmirror: warning: {warning}", file=sys.stderr)
 
 
 def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -213,18 +236,13 @@ def _check_nbdkit(env: Mapping[str, str]) -> None:
 
 
 def _check_places(args: argparse.Namespace) -> None:
-    from nbdmirror.sockets import (
-        remove_stale_socket,
-    )  # asyncio: 40 ms that plugin-path does not need
+    from nbdmirror.sockets import claim_pidfile, remove_stale_socket
 
     for _, disk in _disks(args):
         if not _URI.match(disk) and not os.path.exists(disk):
             raise ConfigError(f"{disk}: no such disk; create it first (truncate -s SIZE FILE)")
         if os.path.isdir(disk):
             raise ConfigError(f"{disk}: is a directory, not a disk")
-    for path in filter(None, (args.tls_certificates, args.tls_psk)):
-        if not os.path.exists(path):
-            raise ConfigError(f"{path}: no such file or directory")
     qmp = _qmp_path(args)
     places = {"--qmp": qmp}
     if args.socket:
@@ -240,6 +258,8 @@ def _check_places(args: argparse.Namespace) -> None:
     _check_places_of_user(args)
     if not args.socket:
         _check_port(args.address or LOOPBACK, args.port or NBD_PORT)
+    if args.pidfile:
+        claim_pidfile(os.path.abspath(args.pidfile), "--pidfile")
 
 
 def _check_places_of_user(args: argparse.Namespace) -> None:

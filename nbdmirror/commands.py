@@ -11,8 +11,10 @@ import asyncio
 import os
 import re
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -32,6 +34,13 @@ from nbdmirror.uri import nbd_uri
 Arguments = dict[str, Any]
 _NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 NODE_NAME_LENGTH_MAX = 31
+
+OPEN_TIMEOUT_S_MAX = 3600
+"""A command that waits for a handshake keeps its client's place among qmp.CLIENTS_MAX, even if the
+client has gone. So no more handshakes are under way than clients are allowed."""
+
+URI_BYTES_MAX = 8192
+"""Of a target: an export's name has at most 4,096, and queries list the URIs of all nodes."""
 
 
 def version_info() -> dict[str, Any]:
@@ -121,6 +130,8 @@ class Commands:
             raise CommandError("Node name too long")
         await self._on_loop(lambda: self._server.nodes.check_name(name))
         timeout_s = arguments.get("open-timeout") or CONNECT_TIMEOUT_S
+        if timeout_s > OPEN_TIMEOUT_S_MAX:
+            raise CommandError(f"Parameter 'open-timeout' expects at most {OPEN_TIMEOUT_S_MAX}")
         device = await _open(nbd_uri(arguments), timeout_s)
         wants_writes = not (arguments.get("read-only") or arguments.get("auto-read-only"))
         if device.read_only and wants_writes:
@@ -144,8 +155,21 @@ class Commands:
             return nodes.find(arguments["target"])
 
         node: Node = (await self._on_loop(look)).value
-        if node.device.is_lost and node.job is None and node.disk is None:
-            node.device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
+
+        def is_closed() -> bool:
+            return node.device.is_lost and node.job is None and node.disk is None
+
+        if is_closed():
+            device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
+
+            def adopt() -> None:
+                if is_closed():  # still: another client may have been first
+                    node.device, old = device, node.device
+                    old.close()
+                else:
+                    device.close()
+
+            await self._on_loop(adopt)
 
     # Mirrors.
 
@@ -262,8 +286,32 @@ _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
 
 
 async def _open(uri: str, timeout_s: float) -> RemoteDevice:
-    """Connect in a thread of its own: a server that does not answer holds nobody up."""
+    """Connect in a thread of its own: a server that does not answer holds nobody up. Not in
+    asyncio's pool, which has six, and whose threads the process waits for at its end."""
+    if len(uri.encode()) > URI_BYTES_MAX:
+        raise CommandError(f"The target's URI is longer than {URI_BYTES_MAX} bytes")
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[RemoteDevice] = loop.create_future()
+
+    def tell(device: RemoteDevice | None, error: Exception | None) -> None:
+        if device is not None and not opened.cancelled():
+            opened.set_result(device)
+        elif device is not None:
+            device.close()
+        elif error is not None and not opened.cancelled():
+            opened.set_exception(error)
+
+    def work() -> None:
+        device, failure = None, None
+        try:
+            device = RemoteDevice.open(uri, timeout_s=timeout_s)
+        except Exception as error:  # noqa: BLE001 - the command's, which is waiting for it
+            failure = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, device, failure)
+
+    threading.Thread(target=work, name="nbdmirror-open", daemon=True).start()
     try:
-        return await asyncio.to_thread(RemoteDevice.open, uri, timeout_s=timeout_s)
+        return await opened
     except ConfigError as error:
         raise CommandError(str(error)) from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import nbd
 
+from nbdmirror import tls
 from nbdmirror.errors import ConfigError
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
@@ -95,7 +96,12 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
     storage for holes before it answers a read with a structured reply: reads then cost a fifth
     more.
     """
+    if not uri.isprintable():
+        raise ConfigError(f"{uri!r} is no NBD URI: it has control characters")
     handle = nbd.NBD()
+    keys = tls.client_keys(uri, handle.get_version())
+    if keys is not None and keys.user:
+        handle.set_tls_username(keys.user)
     if for_data_alone:
         handle.set_request_structured_replies(False)
     else:
@@ -112,7 +118,8 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
                 raise ConfigError(f"{uri}: no answer from the NBD server within {timeout_s:g} s")
             handle.poll(int(left_s * 1000) + 1)
     except nbd.Error as error:
-        raise ConfigError(f"Failed to connect to '{uri}': {reason(error)}") from error
+        why = tls.explain(keys, reason(error))
+        raise ConfigError(f"Failed to connect to '{uri}': {why}") from error
     _watch_peer(handle)
     return handle
 

@@ -15,6 +15,7 @@ from functools import partial
 
 from nbdmirror.admission import check_target, granularity_of, raw_device
 from nbdmirror.aligned import AlignedDevice
+from nbdmirror.bitmap import check_bits
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap
 from nbdmirror.connection import Connection
 from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
@@ -61,6 +62,8 @@ class _Mirror:
     is_met: bool = True
     """Its target was there once since this process began; until then it is waited for."""
     retired: BlockDevice | None = None
+    attempt: object = None
+    """To bring the target back: the last one."""
 
 
 class Mirrors:
@@ -98,6 +101,7 @@ class Mirrors:
         job and nothing was touched."""
         self._check(disk, node, options)
         granularity = granularity_of(disk, node.device, options, bitmap)
+        check_bits(disk.size, granularity)
         return self._make(disk, node, options, bitmap, granularity, f"mirror-{uuid.uuid4().hex}")
 
     def _make(
@@ -288,6 +292,10 @@ class Mirrors:
         if not device.is_lost:
             done(None)
             return
+        attempt = mirror.attempt = object()  # those before, if it was paused meanwhile, give up
+
+        def is_wanted() -> bool:
+            return job in self._mirrors and mirror.attempt is attempt
 
         def came_back() -> None:
             mirror.is_met = True
@@ -297,7 +305,7 @@ class Mirrors:
             device,
             self._loop,
             patience_s=job.options.reconnect_delay_s if mirror.is_met else math.inf,
-            is_wanted=partial(self._is_running, job),
+            is_wanted=is_wanted,
             difference=self._difference(job),
             came_back=came_back,
             done=done,

@@ -11,6 +11,9 @@ from nbdmirror.errors import CommandError
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.remote import RemoteDevice
 
+NODES_MAX = 256
+"""Targets of all kinds. Each has a connection and three descriptors; QEMU has no such bound."""
+
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -55,8 +58,11 @@ class Nodes:
         return next((node for node in self if node.disk is disk), None)
 
     def check_name(self, name: str) -> None:
+        """Raise CommandError unless a node of that name may be added."""
         if name in self._nodes or name in self._disks:
             raise CommandError(f"Duplicate nodes with node-name='{name}'")
+        if len(self._nodes) >= NODES_MAX:
+            raise CommandError(f"There are {NODES_MAX} nodes already; delete some (blockdev-del)")
 
     def add(self, node: Node) -> None:
         """Without a name it gets one of QEMU's generated kind."""

@@ -31,6 +31,7 @@ from typing import Any
 from nbdmirror.errors import CommandError, CommandNotFound, Error
 from nbdmirror.events import EventRing, Reply
 from nbdmirror.qmp_json import JsonStream, ParseError
+from nbdmirror.sockets import remove_socket
 
 Dispatch = Callable[[str, dict[str, Any]], Awaitable[Reply]]
 
@@ -146,7 +147,7 @@ def _file_at(path: str) -> os.stat_result | None:
     """None if this process, which may have become another user since it bound the socket, cannot
     look there; then it cannot remove it either."""
     try:
-        return os.stat(path)
+        return os.lstat(path)
     except PermissionError:
         return None
 
@@ -193,9 +194,8 @@ class QmpServer:
                 thread.join(STOP_S_MAX)
                 if thread.is_alive():
                     _log.error("qmp: the thread did not end within %g s", STOP_S_MAX)
-        with contextlib.suppress(OSError):  # its directory may be root's, and we are not any more
-            if self._file is not None and os.path.samestat(self._file, os.stat(self._path)):
-                os.unlink(self._path)
+        if self._file is not None:
+            remove_socket(self._path, self._file)
         if not thread:
             self._listener.close()
 

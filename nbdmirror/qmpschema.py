@@ -62,6 +62,7 @@ NODE = Struct(
             tls_creds=optional(STR),
             open_timeout=optional(UINT32),
             reconnect_delay=optional(UINT32),
+            x_nbdmirror_tls_username=optional(STR),
         )
     },
 )

@@ -7,11 +7,13 @@ With this, connection.py and pool.py are the only places that know libnbd.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import nbd
 
+from nbdmirror import tls
 from nbdmirror.connection import Connection
 from nbdmirror.device import (
     AsyncSource,
@@ -26,6 +28,8 @@ from nbdmirror.device import (
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
 from nbdmirror.pool import ConnectionPool
+
+log = logging.getLogger(__name__)
 
 ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
 """Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
@@ -70,6 +74,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     @classmethod
     def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> RemoteDevice:
         """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...). Raises ConfigError."""
+        for warning in tls.exposed_keys(uri):
+            log.warning("%s", warning)
         connection = Connection.open(uri, timeout_s)
         device = cls(uri, connection, Announcement.of(connection.handle))
         if device.size % device.block_size.minimum:

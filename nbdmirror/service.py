@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -30,7 +31,7 @@ from nbdmirror.loop import Loop
 from nbdmirror.qmp import QmpServer
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.server import Server
-from nbdmirror.sockets import bind_unix_socket
+from nbdmirror.sockets import bind_unix_socket, remove_socket
 from nbdmirror.statedir import StateDirectory
 from nbdmirror.store import DiskStore
 from nbdmirror.uri import is_uri
@@ -45,6 +46,10 @@ _BOOLEANS = {"true": True, "yes": True, "1": True, "on": True} | {
     "off": False,
 }
 EXPORT_NAME_BYTES_MAX = 4096
+
+FILES_MAX = 65536
+"""Descriptors that we ask for. The usual soft limit of 1,024 is for programs that use select(2),
+and nbdkit does not answer anybody any more when it has run out of them."""
 
 
 class Service:
@@ -104,6 +109,7 @@ class Service:
     def open(self) -> None:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
         behind."""
+        _allow_many_files()
         state = None
         if self._state_path:
             state = StateDirectory(self._state_path, accepts_old_side=self._accepts_old_side)
@@ -118,11 +124,12 @@ class Service:
                 self._stores[name] = store
         if self._qmp_path:
             self._listener = bind_unix_socket(self._qmp_path)
+            self._listener_file = os.lstat(self._qmp_path)
 
     def abandon(self) -> None:
         """Take back what `open` did; the process ends."""
         if self._listener is not None:
-            os.unlink(self._qmp_path)
+            remove_socket(self._qmp_path, self._listener_file)
 
     def start(self, shut_down: Callable[[], None]) -> None:
         """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
@@ -214,3 +221,10 @@ def _boolean(key: str, value: str) -> bool:
     if value not in _BOOLEANS:
         raise ConfigError(f"{key}={value}: expected true or false")
     return _BOOLEANS[value]
+
+
+def _allow_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,31 +1,51 @@
-"""Unix sockets that servers of ours listen on: bound safely, and stale ones taken over."""
+"""Unix sockets that servers of ours listen on, and other files that we make by name: bound safely,
+and stale ones taken over.
+
+Such places may be in directories where others can write, /tmp above all. There we take away nothing
+that is not ours, follow no symbolic link that we are given as the last part of a path, and look and
+act through one descriptor of the directory, so that nobody can put another one in its place in
+between.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
+import pwd
 import socket
 import stat
+import time
+from collections.abc import Iterator
 
 from nbdmirror.errors import ConfigError
 
 BACKLOG = 32
 
+LOCK_S_MAX = 1.0
+"""How long another process that takes over a socket in the same directory is waited for; anybody
+who can read the directory could hold that lock."""
+LOCK_POLL_S = 0.01
+
 
 def bind_unix_socket(path: str, *, parameter: str = "qmp") -> socket.socket:
     """A listening Unix socket at `path`, mode 0600 from its first moment.
 
-    A socket file that nobody listens on any more is taken over; anything else at `path` is left
-    alone. Raises ConfigError, which starts with `parameter`. For use before nbdkit forks.
+    A socket file that nobody listens on any more is taken over, if it may be; anything else at
+    `path` is left alone. Raises ConfigError, which starts with `parameter`. For use before nbdkit
+    forks.
     """
     path = os.path.abspath(path)  # nbdkit changes to / when it goes into the background
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        remove_stale_socket(path, parameter)
-        # Linux creates the file with the mode of the socket's own inode: no umask to juggle with.
-        os.fchmod(listener.fileno(), stat.S_IRUSR | stat.S_IWUSR)
-        listener.bind(path)
-        listener.listen(BACKLOG)
+        with _locked(path) as directory:
+            _remove_stale_socket(path, parameter, directory)
+            # Linux creates the file with the mode of the socket's own inode: no umask to juggle
+            # with.
+            os.fchmod(listener.fileno(), stat.S_IRUSR | stat.S_IWUSR)
+            listener.bind(path)
+            listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno is None:  # Python's own check of sun_path's 108 bytes
@@ -46,15 +66,112 @@ def bind_unix_socket(path: str, *, parameter: str = "qmp") -> socket.socket:
 def remove_stale_socket(path: str, parameter: str) -> None:
     """Make `path` free to bind if only a dead server's socket is there; else raise ConfigError."""
     try:
-        before = os.lstat(path)
+        with _locked(path) as directory:
+            _remove_stale_socket(path, parameter, directory)
+    except OSError as error:
+        raise ConfigError(f"{parameter}: {path}: {error.strerror}") from error
+
+
+def remove_socket(path: str, file: os.stat_result) -> None:
+    """Take away the socket file that we made, if what is at `path` is still that one."""
+    with contextlib.suppress(OSError), _locked(path) as directory:
+        name = os.path.basename(path)
+        if os.path.samestat(file, os.stat(name, dir_fd=directory, follow_symlinks=False)):
+            os.unlink(name, dir_fd=directory)
+
+
+def claim_pidfile(path: str, parameter: str) -> None:
+    """Make sure that nbdkit, which truncates the file and follows links, writes to one of ours at
+    `path`. Raises ConfigError; then nothing was touched."""
+    name = os.path.basename(path)
+    try:
+        with _locked(path) as directory:
+            place = os.fstat(directory)
+            if _is_shared(place):
+                # From here on it is ours: nobody else can put a link in its place.
+                with contextlib.suppress(FileExistsError):
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                    os.close(os.open(name, flags, 0o644, dir_fd=directory))
+            file = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        if os.path.isdir(os.path.dirname(path)):
+            return  # nbdkit makes it
+        raise ConfigError(f"{parameter}: {path}: its directory does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"{parameter}: {path}: {error.strerror}") from error
+    if not stat.S_ISREG(file.st_mode):
+        raise ConfigError(f"{parameter}: {path}: exists and is not a file; it was left alone")
+    if file.st_nlink != 1 or not _may_remove(file, place):
+        raise ConfigError(
+            f"{parameter}: {path}: is a file of user {_name_of(file.st_uid)}, or has another name; "
+            f"it was left alone"
+        )
+
+
+def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:
+    name = os.path.basename(path)
+    try:
+        file = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(before.st_mode):
+    if not stat.S_ISSOCK(file.st_mode):
         raise ConfigError(f"{parameter}: {path}: exists and is not a socket; it was left alone")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a live server with a full backlog says EAGAIN
-        answer = probe.connect_ex(path)
-    if answer == errno.ECONNREFUSED and os.path.samestat(before, os.lstat(path)):
-        os.unlink(path)
+        answer = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
+    if answer == errno.ECONNREFUSED:
+        if not _may_remove(file, os.fstat(directory)):
+            raise ConfigError(
+                f"{parameter}: {path}: is a dead socket of user {_name_of(file.st_uid)}, in a "
+                f"directory where others may write; it was left alone"
+            )
+        os.unlink(name, dir_fd=directory)
     elif answer != errno.ENOENT:
         raise ConfigError(f"{parameter}: {path}: is in use by another process")
+
+
+def _may_remove(file: os.stat_result, directory: os.stat_result) -> bool:
+    """Whether it cannot be somebody else's business: only we and root write to the directory, or
+    the file is ours, or its owner's to whom the directory belongs as well."""
+    return file.st_uid in (os.geteuid(), directory.st_uid) or not _is_shared(directory)
+
+
+def _is_shared(directory: os.stat_result) -> bool:
+    """Whether others than root and we may make files there."""
+    is_writable = bool(directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+    return is_writable or directory.st_uid not in (0, os.geteuid())
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[int]:
+    """A descriptor of the directory of `path`, locked against others who do the same: two servers
+    that find the same dead socket must not take away each other's new one."""
+    place, flags = os.path.dirname(path) or ".", os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        directory = os.open(place, os.O_RDONLY | flags)
+    except PermissionError:
+        directory = os.open(place, os.O_PATH | flags)  # one that cannot be listed
+    try:
+        deadline_s = time.monotonic() + LOCK_S_MAX
+        while not _lock(directory) and time.monotonic() < deadline_s:
+            time.sleep(LOCK_POLL_S)
+        yield directory
+    finally:
+        os.close(directory)  # and with it the lock
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # there are no locks on such a descriptor or file system
+    return True

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -108,6 +109,9 @@ class DiskFolder(Folder):
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"state-dir: {path}: cannot be used: {error.strerror}") from error
+        if os.fstat(self._fd).st_mode & stat.S_IWOTH:
+            os.close(self._fd)
+            raise ConfigError(f"state-dir: {path}: others may write to it; do: chmod o-w {path}")
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from nbdmirror.errors import CommandError
+from nbdmirror.tls import AUTHORITY, PSK_NAME
 
 
 def is_uri(disk: str) -> bool:
@@ -17,19 +18,25 @@ def is_uri(disk: str) -> bool:
 
 def nbd_uri(options: dict[str, Any]) -> str:
     """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
-    or a file of pre-shared keys."""
+    or a file of pre-shared keys, or a directory with nothing but that, as QEMU has it."""
     query = {}
-    scheme = "nbd"
+    scheme, user = "nbd", quote(options.get("x-nbdmirror-tls-username", ""), safe="")
     if creds := options.get("tls-creds"):
         if not os.path.exists(creds):
             raise CommandError(f"No TLS credentials with id '{creds}': it is the path of them here")
         scheme = "nbds"
+        psk_file = os.path.join(creds, PSK_NAME)
+        if os.path.exists(psk_file) and not os.path.exists(os.path.join(creds, AUTHORITY)):
+            creds = psk_file
         query["tls-certificates" if os.path.isdir(creds) else "tls-psk-file"] = creds
+    elif user:
+        raise CommandError("Parameter 'x-nbdmirror-tls-username' needs 'tls-creds'")
+    user += "@" if user else ""
     server, export = options["server"], quote(options.get("export", ""), safe="")
     if server["type"] == "unix":
         query["socket"] = server["path"]
-        base = f"{scheme}+unix:///{export}"
+        base = f"{scheme}+unix://{user}/{export}"
     else:
         host = f"[{server['host']}]" if ":" in server["host"] else server["host"]
-        base = f"{scheme}://{host}:{server['port']}/{export}"
+        base = f"{scheme}://{user}{host}:{server['port']}/{export}"
     return base + ("?" + urlencode(query, safe="/", quote_via=quote) if query else "")

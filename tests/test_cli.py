@@ -639,7 +639,7 @@ def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:
     assert "directory does not exist" in refused("--socket", str(here / "no" / "s"))
     assert "107 bytes" in refused("--socket", str(here / ("x" * 108)))
     assert "the same path" in refused("--socket", str(here / "q"), "--qmp", str(here / "q"))
-    assert "no such file" in refused("--tls-psk", str(here / "none"))
+    assert "No such file" in refused("--tls-psk", str(here / "none"))
     with sockets.bind_unix_socket(str(here / "live")):
         assert "in use" in refused("--socket", str(here / "live"))
     with socket.create_server(("127.0.0.1", 0)) as listener:

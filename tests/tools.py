@@ -146,6 +146,7 @@ def connected(uri: str) -> Iterator[nbd.NBD]:
     handle = nbd.NBD()
     handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     handle.set_strict_mode(0)
+    handle.set_uri_allow_local_file(True)  # keys of TLS
     handle.connect_uri(uri)
     try:
         yield handle

@@ -15,7 +15,7 @@ JOIN_S_MAX = 5.0
 
 
 class Proxy:
-    """Listens on a TCP port of 127.0.0.1 and forwards to `target`, a Unix socket.
+    """Listens on a TCP port of 127.0.0.1 and forwards to `target`, a Unix socket or a TCP address.
 
     `stall`: from now on nothing passes, and nobody is told. `forward` takes that back. `reset`:
     each connection ends with a RST. `half_close`: the client sees an end of file, and may still
@@ -23,7 +23,7 @@ class Proxy:
     connections are forwarded, or stall as well.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path | tuple[str, int]) -> None:
         self._target = target
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._is_stalled = False
@@ -92,9 +92,10 @@ class Proxy:
 
     def _accept(self) -> None:
         near = self._listener.accept()[0]
-        far = socket.socket(socket.AF_UNIX)
+        is_path = isinstance(self._target, Path)
+        far = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET)
         try:
-            far.connect(str(self._target))
+            far.connect(str(self._target) if is_path else self._target)
         except OSError:
             near.close()
             far.close()
