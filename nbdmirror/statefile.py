@@ -27,6 +27,7 @@ from typing import Protocol
 from nbdmirror.errors import ConfigError, Error
 
 VERSION = 1
+LOCK = "lock"
 _HEADER_BYTES_MAX = 256
 
 
@@ -109,19 +110,25 @@ class DiskFolder(Folder):
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"state-dir: {path}: cannot be used: {error.strerror}") from error
-        if os.fstat(self._fd).st_mode & stat.S_IWOTH:
+        self._status = os.fstat(self._fd)
+        if self._status.st_mode & stat.S_IWOTH:
             os.close(self._fd)
             raise ConfigError(f"state-dir: {path}: others may write to it; do: chmod o-w {path}")
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            # Not the directory itself: sockets may be bound in it, which locks it for a moment.
+            self._lock_fd = self._open(LOCK, os.O_RDWR | os.O_CREAT)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             os.close(self._fd)
             text = f"state-dir: {path}: is in use by another nbdmirror"
             raise ConfigError(text) from error
+        except OSError as error:
+            os.close(self._fd)
+            raise ConfigError(f"state-dir: {path}: cannot be used: {error.strerror}") from error
 
     def read(self, name: str) -> bytes | None:
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+            fd = self._open(name, os.O_RDONLY)
         except FileNotFoundError:
             return None
         with open(fd, "rb") as file:
@@ -131,8 +138,7 @@ class DiskFolder(Folder):
         new = _new(name)
         with suppress(FileNotFoundError):
             os.unlink(new, dir_fd=self._fd)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(new, flags, 0o600, dir_fd=self._fd), "wb") as file:
+        with open(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -151,8 +157,7 @@ class DiskFolder(Folder):
         os.fsync(self._fd)
 
     def slots(self, name: str, slot_bytes: int, count: int) -> Slots:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+        fd = self._open(name, os.O_RDWR | os.O_CREAT)
         try:
             # All of it now: a write to it later needs no room.
             os.posix_fallocate(fd, 0, slot_bytes * count)
@@ -165,9 +170,17 @@ class DiskFolder(Folder):
 
     def close(self) -> None:
         """Let others use it. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self._fd >= 0:
+            os.close(self._lock_fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self, name: str, flags: int) -> int:
+        """What root makes is the directory's owner's, as whom the server may go on."""
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        if flags & os.O_CREAT and os.geteuid() == 0:
+            os.fchown(fd, self._status.st_uid, self._status.st_gid)
+        return fd
 
 
 class DiskSlots(Slots):

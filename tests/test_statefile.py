@@ -57,7 +57,7 @@ def test_files_are_replaced_as_a_whole(tmp_path: Path) -> None:
     folder.commit([], ["a", "never there"])
     folder.refuse("b")
     folder.refuse("never there")
-    assert sorted(os.listdir(tmp_path / "state")) == ["b.refused"]
+    assert sorted(os.listdir(tmp_path / "state")) == ["b.refused", "lock"]
 
 
 def test_slots_are_there_whole(tmp_path: Path) -> None:

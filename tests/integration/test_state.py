@@ -605,7 +605,7 @@ def test_its_files_are_the_owners_alone(server: Kept, target: QemuNbd) -> None:
     settle(server)
     assert server.state.stat().st_mode & 0o777 == 0o700
     files = {path.name: path.stat().st_mode & 0o777 for path in server.state.iterdir()}
-    assert files == dict.fromkeys(("vda.json", "vda.bitmaps", "vda.intents"), 0o600)
+    assert files == dict.fromkeys(("lock", "vda.json", "vda.bitmaps", "vda.intents"), 0o600)
     memory = Path(str(server.definition()["memory"]))
     assert memory.stat().st_mode & 0o777 == 0o700
     assert all(path.stat().st_mode & 0o077 == 0 for path in memory.iterdir())
@@ -632,7 +632,7 @@ def test_nothing_is_left_of_what_has_ended(server: Kept, target: QemuNbd) -> Non
     memory = Path(str(server.definition()["memory"]))
     server.qmp.execute("block-job-cancel", device="j", force=True)
     server.qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
-    assert {path.name for path in server.state.iterdir()} == {"vda.intents"}
+    assert {path.name for path in server.state.iterdir()} == {"lock", "vda.intents"}
     assert {path.name for path in memory.iterdir()} == {"alive", "journal"}
     server.stop()
     assert not memory.exists()

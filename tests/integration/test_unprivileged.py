@@ -242,3 +242,41 @@ def test_a_pidfile_that_the_user_cannot_write(disk: Path) -> None:
     text = f"nbdmirror: --pidfile: {pidfile}: user nobody cannot write there\n"
     assert (done.returncode, done.stderr) == (1, text)
     assert {path.name for path in folder.iterdir()} == {"disk.img"}
+
+
+def test_state_is_kept_as_that_user(
+    start: Start, identical: Identical, open_folder: Path, disk: Path
+) -> None:
+    """In a directory that is made for it; over an orderly end and a killed process."""
+    target = start(QemuNbd(open_folder, make_noise(open_folder / "target.img", 4 * MiB)))
+    as_root_may(target.socket)
+    state = open_folder / "state"
+    server = Nbdmirror(open_folder, disk)
+    server.options = ("--user", "nobody", "--state-dir", str(state))
+    server.start()
+    try:
+        server.qmp.start_mirror(target.uri())
+        server.qmp.wait_for_event("BLOCK_JOB_READY")
+        assert {path.stat().st_uid for path in (state, *state.iterdir())} == {NOBODY.pw_uid}
+        end_leaving_the_socket(server)
+        server.start()
+        server.kill()
+        server.start()
+        job = server.qmp.execute("query-block-jobs")[0]["device"]
+        wait_until(lambda: server.qmp.job(job)["ready"], "it goes on")
+        assert server.qmp.complete(job)["offset"] == 0
+        end_leaving_the_socket(server)
+    finally:
+        server.kill()
+    identical(disk, target.image)
+
+
+def test_a_state_directory_that_user_cannot_write_to(open_folder: Path, disk: Path) -> None:
+    state = open_folder / "state"
+    state.mkdir(mode=0o700)
+    done = nbdmirror(
+        "serve", disk, "--socket", open_folder / "s", "--qmp", open_folder / "q",
+        "--user", "nobody", "--state-dir", state,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"--state-dir: {state}: user nobody cannot write there" in done.stderr
