@@ -11,11 +11,12 @@ disk's jobs.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import BlockDevice, Buffer, Extent
-from nbdmirror.errors import IO_ERRORS
+from nbdmirror.errors import IO_ERRORS, DeviceError
 from nbdmirror.journal import Journal
 from nbdmirror.ledger import Ledger, Tracker
 
@@ -86,8 +87,11 @@ class Disk:
         token = ledger.enter()
         synchronous, settled = self.synchronous, None
         try:
-            if synchronous is None or fast:
+            if synchronous is None:
                 self._source.zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
+            elif fast:
+                # Two devices are not faster than a write; and one alone would not be synchronous.
+                raise DeviceError("no fast zero in copy mode write-blocking", errno.ENOTSUP)
             else:
                 settled = synchronous.zero(self._source, offset, length, may_trim, fua)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -28,6 +29,11 @@ def folder() -> Iterator[Path]:
     place = MEMORY if os.access(MEMORY, os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="nbdmirror-", dir=place))
     yield path
+    for definition in path.rglob("*.json"):  # of servers with state that were killed
+        if match := re.search(
+            r'"memory": "(/dev/shm/nbdmirror-state-\w+)"', definition.read_text()
+        ):
+            shutil.rmtree(match[1], ignore_errors=True)
     shutil.rmtree(path)
 
 

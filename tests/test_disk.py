@@ -11,7 +11,9 @@ import pytest
 
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import Buffer, Extent, MemoryDevice
-from nbdmirror.disk import Disk
+from nbdmirror.disk import Disk, SynchronousWrites
+from nbdmirror.errors import DeviceError
+from nbdmirror.ledger import Tracker
 
 SIZE, GRANULARITY, WAIT_S = 1 << 20, 4096, 10.0
 
@@ -210,3 +212,22 @@ def test_what_a_part_left_out_is_done_by_the_device(probe: Probe, part: int) -> 
     got = bytearray(100)
     disk.pread(memoryview(got), 5000)
     assert got == content
+
+
+def test_in_write_blocking_mode_nothing_is_zeroed_on_one_side_alone(
+    disk: Disk, probe: Probe
+) -> None:
+    """A fast zero would be, so it is refused, as it may be at any time; a plain one is on both."""
+    target, tracker = MemoryDevice(SIZE), Tracker(SIZE, GRANULARITY)
+    for device in (probe, target):
+        device.data[:] = b"x" * SIZE
+    disk.ledger.attach(tracker.dirty)
+    disk.synchronous = SynchronousWrites(
+        tracker=tracker, target=target, whole_granules=False, on_error=lambda error: None
+    )
+    with pytest.raises(DeviceError) as refusal:
+        disk.zero(0, GRANULARITY, may_trim=True, fua=False, fast=True)
+    assert refusal.value.errno == errno.ENOTSUP
+    assert probe.data == target.data == b"x" * SIZE
+    disk.zero(0, GRANULARITY, may_trim=True, fua=False, fast=False)
+    assert probe.data == target.data == bytes(GRANULARITY) + b"x" * (SIZE - GRANULARITY)

@@ -289,7 +289,7 @@ def test_state_files_are_their_owners_alone(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "state").iterdir()}
-    assert modes == {"a": 0o600, "b": 0o600}
+    assert modes == {"a": 0o600, "b": 0o600, "lock": 0o600}
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
     folder.close()
 
