@@ -571,7 +571,7 @@ def test_who_it_becomes(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         argv, _ = command("a.img", *options)
         before_plugin = argv[argv.index("-f") + 1 : argv.index("python")]
-        assert before_plugin == expected
+        assert before_plugin == ["-t", "8", *expected]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(cli.CliError, match="only root can become somebody else"):
         command("a.img", "--user", "nobody")
