@@ -180,7 +180,10 @@ def luks(folder: Path, noise: Path) -> Server:
     secret.write_text("open sesame")
     encrypted = folder / "encrypted"
     key = ("--object", f"secret,id=key,file={secret}", "-o", "key-secret=key,iter-time=10")
-    run("qemu-img", "convert", "-O", "luks", *key, noise, encrypted)
+    convert = ("qemu-img", "convert", "-O", "luks", *key, noise, encrypted)
+    # QEMU times how long a key takes, and now and then finds its clock too coarse: "Unable to get
+    # accurate CPU usage".
+    wait_until(lambda: run(*convert, check=False).returncode == 0, "an encrypted image is made")
     parameters = (str(encrypted), f"passphrase=+{secret}")
     return NbdkitTarget(folder, "file", *parameters, filters=("luks",))
 
