@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +125,17 @@ class Builder:
 class Service:
     """A service of the compose file, in a container made of its image."""
 
-    def __init__(self, buildah: Builder, name: str, *mounts: tuple[Path, str]) -> None:
+    def __init__(self, buildah: Builder, name: str) -> None:
         self.buildah = buildah
         self.spec = YAML(typ="safe").load(COMPOSE)["services"][name]
         self.container = buildah("from", f"localhost/{self.spec['image']}")
-        self.mounts = [f"--volume={path}:{inside}:rw" for path, inside in mounts]
+        volumes = [volume.split(":") for volume in self.spec["volumes"]]
+        volumes += [
+            (f"{name}-tmpfs", entry.partition(":")[0]) for entry in self.spec.get("tmpfs", ())
+        ]
+        self.mounts = [
+            f"--volume={volume(buildah.place, name)}:{inside}:rw" for name, inside in volumes
+        ]
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self, *words: str, **environment: str) -> list[str]:
@@ -182,52 +187,46 @@ def free_ports(number: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
-@contextlib.contextmanager
-def volumes(place: Path, uid: int) -> Iterator[dict[str, Path]]:
-    """Named volumes begin with the folder's owner in the image."""
-    found = {name: place / name for name in ("source", "target", "control", "nothing")}
-    for path in found.values():
-        path.mkdir()
-        os.chown(path, uid, uid)
-    yield found
+def volume(place: Path, name: str) -> Path:
+    """A named volume begins with the owner that the folder has in the image."""
+    path = place / "volumes" / name
+    path.mkdir(parents=True, exist_ok=True)
+    os.chown(path, UID, UID)
+    return path
 
 
-def try_demo(buildah: Builder, place: Path) -> None:
+def try_demo(buildah: Builder) -> None:
     config = buildah.inspect("localhost/nbdmirror")
     expect(config["User"] == str(UID), "the image's user is not root")
     health = config["Healthcheck"]["Test"]
     expect(health == ["CMD", "nbdmirror", "status"], f"the image has a health check: {health}")
-    source_port, target_port = free_ports(2)
-    with volumes(place, UID) as at:
-        mounts = {"source": "control", "target": "nothing"}
-        sides = {
-            name: Service(buildah, name, (at[name], "/disks"), (at[control], "/run/nbdmirror"))
-            for name, control in mounts.items()
-        }
-        demo = Service(buildah, "demo", (at["control"], "/run/nbdmirror"))
-        ports = {"source": source_port, "target": target_port}
-        try:
-            expect(
-                sides["source"].run(*health[1:], quiet=True) != 0,
-                "unhealthy before the server runs",
-            )
-            for name, side in sides.items():
-                (line,) = side.spec["command"]
-                line = line.replace("0.0.0.0", "127.0.0.1") + f" --port {ports[name]}"
-                side.start(*side.spec["entrypoint"], line)
-            for name, side in sides.items():
-                wait_until_healthy(side, health[1:], name)
-            check_process(sides["source"])
-            uris = {
-                "SOURCE": f"nbd://127.0.0.1:{source_port}",
-                "TARGET": f"nbd://127.0.0.1:{target_port}",
-            }
-            expect(set(uris) == set(demo.spec["environment"]), "the demo's environment is known")
-            entry = buildah.inspect("localhost/nbdmirror-demo")["Entrypoint"]
-            expect(demo.run(*entry, **uris) == 0, "the demo: load, mirror, pivot, compare")
-        finally:
-            ends = {name: side.stop() for name, side in sides.items() if side.process}
-        expect(ends == {"source": 0, "target": 0}, "SIGTERM ends both servers with status 0")
+    sides = {name: Service(buildah, name) for name in ("source", "target")}
+    demo = Service(buildah, "demo")
+    ports = dict(zip(sides, free_ports(2), strict=True))
+    try:
+        expect(sides["source"].run(*health[1:], quiet=True) != 0, "unhealthy before it runs")
+        for name, side in sides.items():
+            side.start(*command_of(side, ports[name]))
+        for name, side in sides.items():
+            wait_until_healthy(side, health[1:], name)
+        check_process(sides["source"])
+        uris = {name.upper(): f"nbd://127.0.0.1:{port}" for name, port in ports.items()}
+        expect(set(uris) == set(demo.spec["environment"]), "the demo's environment is known")
+        entry = buildah.inspect("localhost/nbdmirror-demo")["Entrypoint"]
+        expect(demo.run(*entry, **uris) == 0, "the demo: load, mirror, pivot, compare")
+        expect(sides["source"].stop() == 0, "SIGTERM ends the source with status 0")
+        again = sides["source"].run(*command_of(sides["source"], ports["source"]))
+        expect(again == 1, "the source does not start again: it is not the disk any more")
+    finally:
+        ends = {name: side.stop() for name, side in sides.items() if side.process}
+    expect(ends == {"target": 0}, "SIGTERM ends the target with status 0")
+
+
+def command_of(service: Service, port: int) -> list[str]:
+    """The compose file's, on a loopback port of its own."""
+    (line,) = service.spec["command"]
+    line = line.replace("0.0.0.0", "127.0.0.1") + f" --port {port}"
+    return [*service.spec["entrypoint"], line]
 
 
 def wait_until_healthy(service: Service, command: list[str], name: str) -> None:
@@ -257,7 +256,7 @@ def main() -> int:
         say(f"made {BASE} with debootstrap")
         buildah.build("nbdmirror", "nbdmirror")
         buildah.build("demo", "nbdmirror-demo")
-        try_demo(buildah, place)
+        try_demo(buildah)
     except (TrialError, OSError, subprocess.SubprocessError) as error:
         print(f"images: FAILED: {error}", file=sys.stderr)
         return 1

@@ -150,7 +150,10 @@ def test_every_system_call_is_allowed(folder: Path, start: Start) -> None:
     for setting in settings(UNIT.read_text())["SystemCallFilter"]:
         taken = set().union(*(system_calls(name) for name in setting.strip("~").split()))
         allowed = allowed - taken if setting.startswith("~") else allowed | taken
-    assert not called - allowed
+    if os.geteuid() == 0:
+        called -= {"fchown"}  # root alone gives what it makes to others, and the unit is not root
+    forbidden = called - allowed
+    assert not forbidden
 
 
 def system_calls(group: str) -> set[str]:
