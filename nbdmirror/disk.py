@@ -178,9 +178,9 @@ class SynchronousWrites:
     `on_error` is told, from the guest's thread (rule 10); where the source fails, the target is not
     written at all. Each method returns the bitmap that needs no mark any more, or raises.
 
-    `whole_granules`: the target may have a backing file that is not in place yet (sync top and
-    none), so that the first write to a cluster must carry all of it: parts of granules are left to
-    the copier, which copies whole ones.
+    `whole_granules`: parts of granules are left to the copier, which copies whole ones. The target
+    has large blocks, or may have a backing file that is not in place yet (sync top and none), so
+    that the first write to a cluster must carry all of it.
     """
 
     def __init__(

@@ -90,7 +90,7 @@ class MirrorJob(Job):
             disk=disk,
             tracker=tracker,
             target=target,
-            whole_granules=options.sync != "full",
+            whole_granules=options.sync != "full" or target.block_size.minimum > 1,
             # Waited for: no write that follows this one's answer may be on the target.
             on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
