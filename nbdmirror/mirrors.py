@@ -32,7 +32,7 @@ from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node, Nodes
 from nbdmirror.options import Ending, MirrorOptions
 from nbdmirror.pool import PATIENCE_S
-from nbdmirror.reconnect import reconnect
+from nbdmirror.reconnect import reconnect, revive
 from nbdmirror.records import mirror_record, node_of, options_of
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.sameness import first_difference
@@ -204,6 +204,8 @@ class Mirrors:
         if options.job_id in self.jobs:
             raise CommandError(f"Job ID '{options.job_id}' already in use")
         check_target(disk, node, options)
+        if user := self._nodes.user_of(node.device):
+            raise CommandError(f"Target '{node.device.uri}' is in use: '{user}' is the same export")
 
     def _source(self, disk: Disk) -> FileSource | RemoteDevice:
         device = raw_device(disk.source)
@@ -287,11 +289,19 @@ class Mirrors:
         scan(ask, dirty, is_copied=is_copied, is_wanted=is_wanted, done=done)
 
     def reconnect(self, job: MirrorJob, done: Done) -> None:
-        mirror = self._mirrors[job]
-        device = mirror.node.device
-        if not device.is_lost:
+        source = self._mirrors[job].source
+        if isinstance(source, RemoteDevice) and source.is_lost:
+            # Guests may use other connections, and then nobody else would open this one again.
+            revive(source, self._loop, partial(self._reconnect_target, job, done))
+        else:
+            self._reconnect_target(job, done)
+
+    def _reconnect_target(self, job: MirrorJob, done: Done) -> None:
+        mirror = self._mirrors.get(job)
+        if mirror is None or not mirror.node.device.is_lost:
             done(None)
             return
+        device = mirror.node.device
         attempt = mirror.attempt = object()  # those before, if it was paused meanwhile, give up
 
         def is_wanted() -> bool:

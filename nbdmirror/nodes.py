@@ -57,6 +57,19 @@ class Nodes:
         """The node that `disk` is served from since a pivot."""
         return next((node for node in self if node.disk is disk), None)
 
+    def user_of(self, device: RemoteDevice) -> str:
+        """What else uses the export that `device` is connected to: a disk or a node by its name; ""
+        if nothing does that we can see."""
+        sources = {disk.name: disk.source for disk in self._disks.values()}
+        busy = {node.name: node.device for node in self if node.job or node.disk}
+        for name, other in {**sources, **busy}.items():
+            other = getattr(other, "inner", other)  # below an AlignedDevice
+            if not isinstance(other, RemoteDevice) or other is device or other.is_lost:
+                continue
+            if device.is_same_export(other):
+                return name
+        return ""
+
     def check_name(self, name: str) -> None:
         """Raise CommandError unless a node of that name may be added."""
         if name in self._nodes or name in self._disks:

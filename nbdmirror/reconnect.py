@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from nbdmirror.connection import Connection
@@ -68,6 +69,18 @@ def reconnect(
             done(None)
 
     threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
+
+
+def revive(device: RemoteDevice, loop: Loop, then: Callable[[], None]) -> None:
+    """Have a source that is lost connected again, as a guest's request would, and call `then`, in
+    vain or not: who reads from it gets to know."""
+
+    def work() -> None:
+        with suppress(DeviceError):
+            device.pool.pick_shared()
+        loop.call_soon(then)
+
+    threading.Thread(target=work, name="nbdmirror-revive", daemon=True).start()
 
 
 def _connect(
