@@ -199,8 +199,10 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--tls-psk", metavar="FILE")
     add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
     add("--read-only", action="store_true")
-    threads = "requests at once of one connection (default: %(default)s)"
-    add("--threads", type=int, metavar="N", default=THREADS_DEFAULT, help=threads)
+    threads = (
+        f"requests at once of one connection (default: {THREADS_DEFAULT}; 1 before nbdkit 1.34)"
+    )
+    add("--threads", type=int, metavar="N", help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
     add("--accept-old-side", action="store_true", help="serve a disk that was pivoted away from")
