@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import logging
 import os
 import select
 import socket
@@ -32,6 +33,8 @@ from nbdmirror.device import Buffer, Done
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.handshake import connect, is_gone, reason
 from nbdmirror.loop import Loop
+
+log = logging.getLogger(__name__)
 
 _READ, _WRITE = nbd.AIO_DIRECTION_READ, nbd.AIO_DIRECTION_WRITE
 _TROUBLE = select.POLLHUP | select.POLLERR | select.POLLNVAL
@@ -336,8 +339,9 @@ class Connection:
                 handle.aio_notify_read()
             elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):
                 handle.aio_notify_write()
-        except nbd.Error:
-            pass  # the handle is dead: libnbd has failed every request, and `error` tells why
+        except nbd.Error as error:
+            # The handle is dead: libnbd has failed every request. Only here it tells why.
+            log.warning("%s: connection broken: %s", self.description, reason(error))
 
     def _wake_driver(self) -> None:
         if self._loop is not None:

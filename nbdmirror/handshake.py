@@ -28,6 +28,12 @@ PEER_LOST_S = 30
 """A TCP peer is asked for a sign of life after KEEPALIVE_S, and after PEER_LOST_S without one, or
 without an acknowledgement of what was sent, its connection is lost. (tcp(7), TCP_USER_TIMEOUT)"""
 
+SIZE_BYTES_MAX = (1 << 63) - 1
+"""Offsets are signed everywhere but in NBD."""
+
+REASON_LENGTH_MAX = 300
+"""Of what libnbd says, which may have in it what a server said."""
+
 _RELIED_ON = {
     "size": "size",
     "read_only": "read-only",
@@ -61,7 +67,23 @@ class Announcement:
     maximum: int
 
     @classmethod
-    def of(cls, handle: nbd.NBD) -> Announcement:
+    def of(cls, handle: nbd.NBD, uri: str) -> Announcement:
+        """Raises ConfigError if there is none, or it makes no sense."""
+        try:
+            announced = cls._of(handle)
+        except nbd.Error as error:
+            raise ConfigError(f"{uri}: the server does not tell what it serves") from error
+        if not 0 <= announced.size <= SIZE_BYTES_MAX:
+            raise ConfigError(f"{uri}: the server announces an impossible size")
+        if announced.size % announced.minimum:
+            raise ConfigError(
+                f"{uri}: its size {announced.size} is no multiple of its minimum block size "
+                f"{announced.minimum}"
+            )
+        return announced
+
+    @classmethod
+    def _of(cls, handle: nbd.NBD) -> Announcement:
         return cls(
             size=int(handle.get_size()),
             read_only=bool(handle.is_read_only()),
@@ -104,11 +126,13 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
         handle.set_tls_username(keys.user)
     if for_data_alone:
         handle.set_request_structured_replies(False)
+        handle.set_pread_initialize(False)  # a reply has all of the data, or the connection ends
     else:
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         handle.add_meta_context(DEPTH_CONTEXT)  # a server that has no such gives none
     handle.set_uri_allow_local_file(True)
-    handle.set_pread_initialize(False)  # a failed read's buffer is never looked at
+    # Structured replies may leave parts out, which a server must not do and libnbd lets pass: a
+    # buffer is zeroed before it is read to, so that nobody gets to see what was in it before.
     deadline_s = time.monotonic() + timeout_s
     try:
         handle.aio_connect_uri(uri)
@@ -142,6 +166,8 @@ def is_gone(handle: nbd.NBD) -> bool:
 
 
 def reason(error: Any) -> str:
-    """libnbd's message, an nbd.Error's, without its function's name."""
+    """libnbd's message, an nbd.Error's, without its function's name: one line that can be shown on
+    a terminal."""
     text = str(error.string)
-    return text.split(": ", 1)[1] if ": " in text else text
+    text = text.split(": ", 1)[1] if ": " in text else text
+    return "".join(c if c.isprintable() else "?" for c in text[:REASON_LENGTH_MAX])

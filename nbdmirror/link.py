@@ -96,6 +96,6 @@ class Link:
     def _error(self, error: Any) -> DeviceError:
         if self.is_lost or is_gone(self._handle):
             self.is_lost = True
-            return DeviceLost(f"{self.description}: connection lost")
+            return DeviceLost(f"{self.description}: connection lost: {reason(error)}")
         code = error.errnum or errno.EIO
         return DeviceError(f"{self.description}: {reason(error)}", code)

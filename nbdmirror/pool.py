@@ -179,7 +179,7 @@ class ConnectionPool:
 
     def _connect(self, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
         handle = connect(self._uri, timeout_s, for_data_alone=for_data_alone)
-        if change := self._announced.change(Announcement.of(handle)):
+        if change := self._announced.change(Announcement.of(handle, self._uri)):
             with suppress(nbd.Error):
                 handle.aio_disconnect(0)
             raise ConfigError(f"{self._uri}: came back changed ({change}); it is not written to")
@@ -207,6 +207,11 @@ class ConnectionPool:
         """Break every connection: what is in flight fails at once."""
         for connection in self._all:
             connection.kill()
+
+    def abandon(self) -> None:
+        """Break every connection, for good: what is in flight fails, and is not tried again."""
+        self._closing.set()
+        self.kill()
 
     def close(self) -> None:
         """Nothing may be in flight. Idempotent."""

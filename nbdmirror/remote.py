@@ -35,6 +35,10 @@ ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
 """Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
 of every granularity."""
 
+EXTENTS_MAX = 1 << 16
+"""Of one answer that are believed; what is behind them is asked for again. A byte each, the largest
+answer would take gigabytes."""
+
 CONNECT_TIMEOUT_S = 10.0
 """For the whole handshake, unless told otherwise."""
 
@@ -77,14 +81,11 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         for warning in tls.exposed_keys(uri):
             log.warning("%s", warning)
         connection = Connection.open(uri, timeout_s)
-        device = cls(uri, connection, Announcement.of(connection.handle))
-        if device.size % device.block_size.minimum:
-            device.close()
-            raise ConfigError(
-                f"{uri}: its size {device.size} is no multiple of its minimum block size "
-                f"{device.block_size.minimum}"
-            )
-        return device
+        try:
+            return cls(uri, connection, Announcement.of(connection.handle, uri))
+        except ConfigError:
+            connection.close()
+            raise
 
     # Blocking, from any thread.
 
@@ -328,7 +329,7 @@ def _collector(
 
     def collect(context: str, offset: int, entries: list[int], error: Any) -> int:
         left = length - sum(extent.length for extent in found)
-        if context == wanted:
+        if context == wanted and len(found) < EXTENTS_MAX:
             for span, flags in zip(entries[::2], entries[1::2], strict=True):
                 kept = min(span, left)
                 if kept and wanted == DEPTH_CONTEXT:
@@ -337,6 +338,8 @@ def _collector(
                     zero, hole = bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)
                     found.append(Extent(kept, zero, hole))
                 left -= kept
+                if len(found) >= EXTENTS_MAX:
+                    break
         return 0
 
     return collect

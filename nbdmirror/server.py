@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from nbdmirror.admission import raw_device
 from nbdmirror.bitmaps import Bitmaps
 from nbdmirror.disk import Disk, JournaledDisk
 from nbdmirror.diskstate import Found
@@ -21,6 +22,7 @@ from nbdmirror.mirror import MirrorJob
 from nbdmirror.mirrors import Mirrors
 from nbdmirror.nodes import Nodes
 from nbdmirror.pool import wait_for_handshakes
+from nbdmirror.remote import RemoteDevice
 from nbdmirror.statefile import StateError
 from nbdmirror.store import DiskStore
 from nbdmirror.transient import Transient
@@ -109,6 +111,14 @@ class Server:
         self.loop.call_soon(end)
         if not ended.wait(STOP_S_MAX):
             log.error("jobs did not end within %g s; going on without them", STOP_S_MAX)
+
+    def give_up(self) -> None:
+        """Have guests' requests fail that wait for another server. From any thread."""
+        for disk in self.disks.values():
+            device = raw_device(disk.source)
+            if isinstance(device, RemoteDevice) and device.pool.is_busy:
+                log.error("%s: does not answer; requests under way fail", device.uri)
+                device.pool.abandon()
 
     def stop(self) -> None:
         """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have

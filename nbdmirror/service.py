@@ -47,6 +47,9 @@ _BOOLEANS = {"true": True, "yes": True, "1": True, "on": True} | {
 }
 EXPORT_NAME_BYTES_MAX = 4096
 
+GIVE_UP_S = 5.0
+"""How long, at the end, guests' requests may wait for a disk's NBD server that does not answer."""
+
 FILES_MAX = 65536
 """Descriptors that we ask for. The usual soft limit of 1,024 is for programs that use select(2),
 and nbdkit does not answer anybody any more when it has run out of them."""
@@ -158,6 +161,9 @@ class Service:
             systemd.notify(systemd.STOPPING)
             if self._server is not None:
                 self._server.end_jobs()  # a guest's write may hang on a target
+                timer = threading.Timer(GIVE_UP_S, self._server.give_up)
+                timer.daemon = True
+                timer.start()
             shut_down()
 
         end_on_signal(end, spare=self._listener)

@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "transient": "bitmap device diskstate ledger",
     "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
     "statedir": "diskstate errors intentlog statefile store",
-    "server": "bitmaps disk diskstate errors events loop mirror mirrors nodes pool"
+    "server": "admission bitmaps disk diskstate errors events loop mirror mirrors nodes pool remote"
     " statefile store transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "bitmap disk mirror nodes remote server",
