@@ -164,8 +164,9 @@ def test_every_module_has_its_room() -> None:
     assert told == there
 
 
-def test_every_test_that_is_named_is_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of("guarantees.md"))
+@pytest.mark.parametrize("page", ["guarantees.md", "security.md"])
+def test_every_test_that_is_named_is_there(page: str) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of(page))
     assert named
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text())

@@ -99,9 +99,9 @@ def test_without_an_end_memory_is_bounded(unit: bytes) -> None:
 
 @pytest.fixture
 def session(start: Start, folder: Path) -> Iterator[tuple[qmpfuzz.Session, qmpfuzz.Pools]]:
-    """Two disks with a guest each, and targets: good ones, one too small, one read-only."""
-    disks = [make_image(folder / f"disk{n}.img", SIZE, n + 1) for n in range(2)]
-    images = [make_noise(folder / f"target{n}.img", SIZE, n + 7) for n in range(2)]
+    """Disks, two of them with a guest, and targets: good ones, one too small, one read-only."""
+    disks = [make_image(folder / f"disk{n}.img", SIZE, n + 1) for n in range(3)]
+    images = [make_noise(folder / f"target{n}.img", SIZE, n + 7) for n in range(3)]
     targets = [start(QemuNbd(folder, image)) for image in images]
     others = [
         start(NbdkitTarget(folder, "memory", str(SIZE // 2))),
@@ -130,9 +130,9 @@ def rounds(session: qmpfuzz.Session, pools: qmpfuzz.Pools, **options: object) ->
         st.lists(qmpfuzz.commands(pools), min_size=SALVO_MIN, max_size=SALVO_MAX),
     )
     def run(start: str, salvo: list[qmpfuzz.Command]) -> None:
+        session.clean()
         session.prepare(start)
         session.fire(salvo)
-        session.clean()
 
     return run
 
