@@ -760,3 +760,46 @@ def test_sync_none_copies_only_what_is_written(
     expected[5 * 4096 : 6 * 4096] = data
     qmp.execute("block-job-cancel", device="j")
     qmp.wait_completed()
+
+
+def test_write_blocking_to_a_target_of_large_blocks(
+    start: Start, folder: Path, identical: Identical
+) -> None:
+    """Guests write at odd places, and the target refuses all but whole blocks of 4 KiB."""
+    disk = make_image(folder / "disk.img", SIZE)
+    image = make_noise(folder / "target.img", SIZE)
+    policy = ("blocksize-minimum=4096", "blocksize-error-policy=error")
+    target = start(
+        NbdkitTarget(folder, "file", f"file={image}", *policy, filters=("blocksize-policy",))
+    )
+    server = start(Nbdmirror(folder, disk, bare=True))
+    with Guest(server.uri(), disk, connections=2) as guest:
+        identical(guest, server.uri())
+        server.qmp.start_mirror(target.uri(), copy_mode="write-blocking")
+        server.qmp.wait_ready()
+        guest.wait_for_requests(100)
+        server.qmp.complete()
+        guest.wait_for_requests(100)
+    assert not [e for e in server.qmp.events if e["event"] == "BLOCK_JOB_ERROR"]
+
+
+def test_an_export_that_another_disk_is_mirrored_to_is_no_target(
+    start: Start, folder: Path, identical: Identical
+) -> None:
+    """Neither while that goes on nor after its pivot, by whatever name."""
+    disks = [make_image(folder / f"disk{n}.img", SIZE, n) for n in range(2)]
+    target = start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
+    server = start(Nbdmirror(folder, *disks, bare=True))
+    qmp = server.qmp
+    identical(disks[0], server.uri("disk0"))
+    qmp.add_target("t", target)
+    qmp.add_target("again", target)
+    second = {"device": "disk1", "sync": "full"}
+    qmp.start_mirror("t")
+    qmp.wait_ready()
+    for _ in range(2):
+        text = qmp.refusal("drive-mirror", target=target.uri(), mode="existing", **second)
+        assert "is in use" in text
+        assert "is the same export" in qmp.refusal("blockdev-mirror", target="again", **second)
+        if qmp.execute("query-jobs"):
+            qmp.complete()
