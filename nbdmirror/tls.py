@@ -132,7 +132,8 @@ def explain(keys: ClientKeys | None, reason: str) -> str:
         return reason
     if "server refused TLS" in reason or "handle TLS setting is 'require'" in reason:
         return "the server offers no TLS; without it use nbd:// (over QMP: no tls-creds)"
-    if "gnutls_" not in reason:
+    # A server that does not accept a client closes, and that may be read before anything else.
+    if "gnutls_" not in reason and "closed socket unexpectedly" not in reason:
         return reason
     if keys.psk_file:
         text = (
