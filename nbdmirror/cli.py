@@ -15,8 +15,9 @@ from typing import NoReturn
 
 DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-THREADS_DEFAULT = 8
-"""Never far from the best, see docs/performance.md: nbdkit's own default is 16."""
+THREADS_DEFAULT, THREADS_DIRECT_DEFAULT = 8, 16
+"""Never far from the best, see docs/performance.md; the latter with --cache none, where each
+request waits for the disk."""
 
 _EPILOG = """\
 exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
@@ -199,9 +200,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--tls-psk", metavar="FILE")
     add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
     add("--read-only", action="store_true")
-    threads = (
-        f"requests at once of one connection (default: {THREADS_DEFAULT}; 1 before nbdkit 1.34)"
-    )
+    threads = f"requests at once of one connection (default: {THREADS_DEFAULT}; with --cache none "
+    threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
     add("--threads", type=int, metavar="N", help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")

@@ -583,7 +583,7 @@ def test_names_are_unique(plugin: str) -> None:
 
 
 NBDKIT = """#!/bin/sh
-if [ "$2" = --dump-plugin ]; then echo python_version=%s; exit %d; fi
+if [ "$2" = --dump-plugin ]; then printf 'version=1.32.5\\npython_version=%s\\n'; exit %d; fi
 echo "$PYTHONPATH"; printf '%%s\\n' "$@"
 """
 
@@ -605,7 +605,9 @@ def set_nbdkit(tmp_path: Path, version: str, status: int) -> None:
     (tmp_path / "bin" / "nbdkit").chmod(stat.S_IRWXU)
 
 
-def test_serve_becomes_nbdkit(disk: Path, run: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def become(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What serve would have become: (file, argv, env)."""
     become: list[Any] = []
 
     def execvpe(file: str, argv: list[str], env: dict[str, str]) -> None:
@@ -613,6 +615,10 @@ def test_serve_becomes_nbdkit(disk: Path, run: Main, monkeypatch: pytest.MonkeyP
         raise OSError(8, "Exec format error")
 
     monkeypatch.setattr(os, "execvpe", execvpe)
+    return become
+
+
+def test_serve_becomes_nbdkit(disk: Path, run: Main, become: list[Any]) -> None:
     stale = disk.parent / "s"
     sockets.bind_unix_socket(str(stale)).close()
     status, _, err = run("serve", str(disk), "--socket", str(stale), "--", "-v")
@@ -620,6 +626,24 @@ def test_serve_becomes_nbdkit(disk: Path, run: Main, monkeypatch: pytest.MonkeyP
     assert become[0][1][:4] == ["nbdkit", "-U", str(stale), "-f"]
     assert "-v" in become[0][1]
     assert not stale.exists()
+
+
+def test_threads_of_a_connection(disk: Path, run: Main, become: list[Any]) -> None:
+    """Several guests' disks have one with an nbdkit that a guest's end may end."""
+    several = ("a=" + str(disk), "b=" + str(disk))
+
+    def threads(*options: str) -> str:
+        run("serve", *options, "--socket", str(disk.parent / "s"))
+        argv = become.pop()[1]
+        return str(argv[argv.index("-t") + 1])
+
+    assert threads(str(disk)) == "8"
+    assert threads(str(disk), "--cache", "none") == "16"
+    assert threads(*several) == threads(*several, "--cache", "none") == "1"
+    assert threads(*several, "--threads", "4") == "4"
+    script = disk.parent / "bin" / "nbdkit"
+    script.write_text(script.read_text().replace("1.32.5", "1.34.0"))
+    assert threads(*several) == "8"
 
 
 def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:

@@ -57,10 +57,12 @@ def disk(folder: Path) -> Path:
 
 @pytest.fixture
 def server(start: Start, folder: Path, disk: Path) -> Iterator[Nbdmirror]:
-    """With a guest that behaves, and a mirror that is completed in the end."""
+    """With a guest that behaves, and a mirror that is completed in the end. It serves another disk
+    too: a disk that is alone may go with its guest, before nbdkit 1.34 (docs/security.md)."""
+    other = make_image(folder / "other.img", 1 << 20, SEED + 2)
     image = make_noise(folder / "target.img", SIZE, SEED + 1)
     target = start(QemuNbd(folder, image))
-    server = start(Nbdmirror(folder, disk))
+    server = start(Nbdmirror(folder, disk, other))
     server.allowed = [r"nbdkit: "]  # it says what it thinks of them
     server.qmp.start_mirror(target.uri())
     server.qmp.wait_ready()
