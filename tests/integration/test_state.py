@@ -160,10 +160,9 @@ def test_a_guest_that_writes_when_it_ends(
 ) -> None:
     slow = {"speed": 16 * MiB} if phase == "first copy" else {}
     qmp = begin(server, target, **slow)
-    guest = Guest(server.uri(), disk, connections=2, pause_s=0)
-    guest.start()
-    if phase == "ready":
+    if phase == "ready":  # before the guest: its writes may be faster than a copy
         qmp.wait_ready()
+    guest = Guest(server.uri(), disk, connections=2, pause_s=0).start()
     guest.wait_for_requests(300)
     server.allowed.append(".*")  # nbdkit complains of guests that it ends on
     end(server)
