@@ -31,8 +31,9 @@ import nbd
 
 from nbdmirror.device import Buffer, Done
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.handshake import connect, is_gone, reason
+from nbdmirror.handshake import connect, reason
 from nbdmirror.loop import Loop
+from nbdmirror.peek import Peek
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,9 @@ class Request:
         self.done = done
         self.error: BaseException | None = None
         self.is_finished = False
-        self._sleep = _thread.allocate_lock()
-        self._sleep.acquire()
+        if done is None:
+            self._sleep = _thread.allocate_lock()
+            self._sleep.acquire()
 
     def __call__(self, code: Any) -> int:
         """libnbd's callback, with the handle locked: only takes note. 1 retires the command."""
@@ -87,10 +89,11 @@ class Request:
 
     def wake(self) -> None:
         """End the `sleep` under way, or else the next one."""
-        try:
-            self._sleep.release()
-        except RuntimeError:
-            pass  # awake already
+        if self.done is None:
+            try:
+                self._sleep.release()
+            except RuntimeError:
+                pass  # awake already
 
     def sleep(self) -> None:
         self._sleep.acquire()
@@ -103,6 +106,7 @@ class Connection:
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         self.handle = handle
         self.description = description
+        self._peek = Peek(handle)
         self.is_lost = not handle.aio_is_ready()
         self.on_lost: Callable[[], None] | None = None
         """Called on the loop's thread when the connection broke while attached."""
@@ -181,7 +185,7 @@ class Connection:
                 request.finish()
             if done is not None and self._loop is not None:
                 self._loop.call_soon(self._after_ready)
-        if done is None and not self.is_lost and self.handle.aio_get_direction() & _WRITE:
+        if done is None and not self.is_lost and self._peek.direction() & _WRITE:
             self._wake_driver()  # it may be waiting to read only
         return request
 
@@ -202,7 +206,7 @@ class Connection:
             loop = self._loop
             if loop is not None:
                 loop.call_soon(self._after_ready)  # it finds out before it hears of this error
-            elif not self.is_lost and is_gone(self.handle):
+            elif not self.is_lost and self._peek.is_gone:
                 self.is_lost = True
             raise request.error
 
@@ -235,7 +239,7 @@ class Connection:
     def error(self, code: int, reason: str = "") -> DeviceError:
         """The exception for a failed command of this connection."""
         # libnbd's verdict on a command that was in flight on a dying handle is ENOTCONN.
-        if self.is_lost or code == errno.ENOTCONN or is_gone(self.handle):
+        if self.is_lost or code == errno.ENOTCONN or self._peek.is_gone:
             return DeviceLost(f"{self.description}: connection lost")
         return DeviceError(f"{self.description}: {reason or os.strerror(code)}", code)
 
@@ -262,7 +266,7 @@ class Connection:
         return self._fd
 
     def poll_mask(self) -> int:
-        direction: int = self.handle.aio_get_direction()
+        direction: int = self._peek.direction()
         if not direction and self._loop is not None:  # dead, and another thread found out
             self._loop.call_soon(self._after_ready)
         return _MASKS[direction]
@@ -288,6 +292,7 @@ class Connection:
             # libnbd's binding closes a handle when the last reference goes. In its place is one
             # that was never connected: its methods fail in order.
             self.handle = nbd.NBD()
+            self._peek = Peek(self.handle)
         self._socket.close()
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
@@ -308,7 +313,7 @@ class Connection:
             self.on_lost()
 
     def _look_whether_gone(self) -> None:
-        if not self.is_lost and is_gone(self.handle):
+        if not self.is_lost and self._peek.is_gone:
             self.is_lost = True
             if self._loop is not None:
                 self._loop.detach(self)
@@ -321,7 +326,7 @@ class Connection:
 
     def _drive(self) -> None:
         """One wait and what came of it; by the leader."""
-        self._poll.modify(self._fd, _MASKS[self.handle.aio_get_direction()])
+        self._poll.modify(self._fd, _MASKS[self._peek.direction()])
         for fd, mask in self._poll.poll():
             if fd == self._wake_fd:
                 try:
@@ -334,7 +339,7 @@ class Connection:
     def _notify(self, mask: int) -> None:
         handle = self.handle
         try:
-            direction = handle.aio_get_direction()
+            direction = self._peek.direction()
             if direction & _READ and mask & (select.POLLIN | _TROUBLE):
                 handle.aio_notify_read()
             elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):

@@ -15,6 +15,7 @@ import nbd
 
 from nbdmirror import tls
 from nbdmirror.errors import ConfigError
+from nbdmirror.peek import Peek
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
 """qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more its backing files."""
@@ -138,7 +139,7 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
         handle.aio_connect_uri(uri)
         while not handle.aio_is_ready():
             left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or is_gone(handle):
+            if left_s <= 0 or Peek(handle).is_gone:
                 raise ConfigError(f"{uri}: no answer from the NBD server within {timeout_s:g} s")
             handle.poll(int(left_s * 1000) + 1)
     except nbd.Error as error:
@@ -158,11 +159,6 @@ def _watch_peer(handle: nbd.NBD) -> None:
             own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
             own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
             own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_LOST_S * 1000)
-
-
-def is_gone(handle: nbd.NBD) -> bool:
-    """Dead, or closed by the server in order, as one does that ends."""
-    return bool(handle.aio_is_dead() or handle.aio_is_closed())
 
 
 def reason(error: Any) -> str:

@@ -22,7 +22,8 @@ import nbd
 
 from nbdmirror.device import Buffer
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.handshake import is_gone, reason
+from nbdmirror.handshake import reason
+from nbdmirror.peek import Peek
 
 
 class Link:
@@ -94,7 +95,7 @@ class Link:
                 raise self._error(error) from error
 
     def _error(self, error: Any) -> DeviceError:
-        if self.is_lost or is_gone(self._handle):
+        if self.is_lost or Peek(self._handle).is_gone:
             self.is_lost = True
             return DeviceLost(f"{self.description}: connection lost: {reason(error)}")
         code = error.errnum or errno.EIO

@@ -39,15 +39,18 @@ MAY_IMPORT = {
     "filesource": "device errors file",
     "aligned": "device errors",
     "loop": "errors",
-    "handshake": "errors tls",
-    "link": "device errors handshake",
-    "connection": "device errors handshake loop",
+    "peek": "",
+    "handshake": "errors peek tls",
+    "link": "device errors handshake peek",
+    "connection": "device errors handshake loop peek",
     "pool": "connection errors handshake link loop",
     "remote": "aligned connection device errors handshake pool tls",
     "ledger": "bitmap device errors",
     "disk": "bitmap device errors journal ledger",
     "buffer": "",
-    "copier": "bitmap buffer device errors ledger",
+    "depth": "",
+    "pace": "",
+    "copier": "bitmap buffer depth device errors ledger pace",
     "targetwatch": "copier",
     # The job: what it was asked, its states, its ending, and what holds them together.
     "options": "copier",
@@ -58,16 +61,16 @@ MAY_IMPORT = {
     "job": "device errors events group jobstate options",
     "owner": "device mirror",  # the latter for types only
     "mirror": "bitmap copier copymode device disk errors events group job jobstate ledger loop"
-    " options owner quiesce targetwatch waits",
+    " options owner pace quiesce targetwatch waits",
     "waits": "device loop",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
     "nodes": "disk errors mirror remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors nodes options remote",
-    "mirrors": "admission aligned bitmap bitmaps connection copier device disk diskstate errors"
-    " events filesource jobstate ledger loop mirror nodes options pool reconnect records remote"
-    " sameness scan statefile transient",
+    "mirrors": "admission aligned bitmap bitmaps connection copier depth device disk diskstate"
+    " errors events filesource jobstate ledger loop mirror nodes options pool reconnect records"
+    " remote sameness scan statefile transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",
     "records": "connection diskstate handshake mirror nodes options remote statefile",
@@ -105,7 +108,7 @@ MAY_IMPORT = {
 
 # Module from outside -> the only places that may import it.
 ONLY_IN = {
-    "nbd": "remote pool connection link handshake",
+    "nbd": "remote pool connection link handshake peek",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
     "socket": "qmp http cli* connection handshake link sockets service hangup systemd tls",

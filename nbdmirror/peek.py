@@ -1,0 +1,57 @@
+"""Looking at a libnbd handle's state without letting go of the GIL.
+
+libnbd's binding lets go of the GIL in every call, those too that only read a flag. Where guests'
+threads wait for it, each such look costs the event loop its turn: some ten microseconds, ten times
+a request (docs/performance.md). So these three, which libnbd answers without its lock, are called
+past the binding. Where that cannot be, the binding's own methods serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+
+import nbd
+
+
+class Peek:
+    """`direction()`, `is_dead()` and `is_closed()` of a handle."""
+
+    __slots__ = ("_handle", "direction", "is_closed", "is_dead")
+
+    def __init__(self, handle: nbd.NBD) -> None:
+        self._handle = handle  # the pointer is good for as long as it lives
+        self.direction: Callable[[], int] = handle.aio_get_direction
+        self.is_dead: Callable[[], int] = handle.aio_is_dead
+        self.is_closed: Callable[[], int] = handle.aio_is_closed
+        if _library is not None:
+            try:
+                pointer = ctypes.c_void_p(_pointer(handle._o, _CAPSULE))
+            except (AttributeError, ValueError):
+                return  # another binding
+            self.direction = partial(_library.nbd_aio_get_direction, pointer)
+            self.is_dead = partial(_library.nbd_aio_is_dead, pointer)
+            self.is_closed = partial(_library.nbd_aio_is_closed, pointer)
+
+    @property
+    def is_gone(self) -> bool:
+        """Dead, or closed by the server in order, as one does that ends."""
+        return bool(self.is_dead() or self.is_closed())
+
+
+def _open_library() -> ctypes.PyDLL | None:
+    try:
+        library = ctypes.PyDLL("libnbd.so.0")  # the one that the binding has loaded
+        for name in ("nbd_aio_get_direction", "nbd_aio_is_dead", "nbd_aio_is_closed"):
+            getattr(library, name).argtypes = (ctypes.c_void_p,)
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+_CAPSULE = b"nbd_handle"
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype = ctypes.c_void_p
+_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_library = _open_library()
