@@ -218,7 +218,8 @@ class Tracker:
         self.written_bytes = 0
         """Bytes that synchronous writes brought to the target."""
         self._flushing: list[DirtyBitmap] = []
-        self._lock = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # for those in `_waiting`, and only then
         self._copies: list[Claim] = []
         self._writes: list[Claim] = []
         self._waiting: list[Claim] = []
@@ -272,7 +273,8 @@ class Tracker:
         with self._lock:
             self.dirty.mark(claim.offset + length, claim.length - length)
             claim.length = length
-            self._lock.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     def settle(self, claim: Claim, *, failed: bool) -> int:
         """A copy ended. If it failed, its range is dirty again before it is anybody's. Returns the
@@ -286,7 +288,8 @@ class Tracker:
                 if self._repeated is not None:
                     self._repeated.clear(claim.offset, claim.length)
             self._copies.remove(claim)
-            self._lock.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
         return progress
 
     def begin_write(self, offset: int, length: int) -> Claim:
@@ -298,7 +301,8 @@ class Tracker:
         claim = Claim(*self._round_out(offset, length), progress=length)
         with self._lock:
             self._waiting.append(claim)
-            self._lock.wait_for(lambda: self._is_free_for(claim))
+            if not self._is_free_for(claim):
+                self._changed.wait_for(lambda: self._is_free_for(claim))
             self._waiting.remove(claim)
             self._writes.append(claim)
             self.unflushed.mark(offset, length)
@@ -314,7 +318,8 @@ class Tracker:
             else:
                 self.written_bytes += claim.progress
             self._writes.remove(claim)
-            self._lock.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     def begin_flush(self) -> DirtyBitmap:
         """A flush is about to be sent: what it covers, for `end_flush`. What is in flight, and

@@ -20,8 +20,11 @@ from nbdmirror.copier import Copier
 from nbdmirror.ledger import Ledger
 from nbdmirror.loop import Loop, Timer
 
-LEVEL_BYTES = 4 << 20
-"""Dirty bytes that may be left when guest writes are held: a few milliseconds of copying."""
+LEVEL_BYTES_MIN, LEVEL_BYTES = 64 << 10, 4 << 20
+"""Dirty bytes that may be left when guest writes are held: a few milliseconds of copying at most.
+How much less can be had is found out: the least at first, twice as much after each LEVEL_STEP_S."""
+
+LEVEL_STEP_S = 0.02
 
 CONVERGE_S = 2.0
 """How long the dirty bytes may take to fall below LEVEL_BYTES; then writes are held anyway."""
@@ -66,17 +69,17 @@ class Quiesce:
         self._on_level = on_level
         self._on_timeout = on_timeout
         self._on_flush_error = on_flush_error
-        self._until_s = loop.clock() + CONVERGE_S
+        self._since_s = loop.clock()
         self._closed_at_s = 0.0
         self._timer: Timer | None = None
 
     def advance(self) -> None:
         """Do what can be done; called now and then, and when guests left or copies settled."""
         self._copier.pump()
-        if self.step is Step.CONVERGING and self._is_close():
+        if self.step is Step.CONVERGING and self._is_close(LEVEL_BYTES, CONVERGE_S):
             self.step = Step.FLUSHING_AHEAD
             self._copier.flush(self._flushed_ahead)
-        elif self.step is Step.CATCHING_UP and self._is_close():
+        elif self.step is Step.CATCHING_UP and self._is_close(self._level_bytes, CATCH_UP_S):
             self._close_gate()
         elif self.step is Step.DRAINING and self._ledger.is_idle:
             self.step = Step.COPYING
@@ -92,14 +95,19 @@ class Quiesce:
         if self._timer is None or step is Step.OPEN:
             return None
         self._timer.cancel()
-        self._copier.is_urgent = False
+        self._copier.pace.is_urgent = False
         self._ledger.open_gate()
         return self._loop.clock() - self._closed_at_s
 
-    def _is_close(self) -> bool:
-        is_late = self._loop.clock() >= self._until_s
+    @property
+    def _level_bytes(self) -> int:
+        steps = int((self._loop.clock() - self._since_s) / LEVEL_STEP_S)
+        return min(LEVEL_BYTES, LEVEL_BYTES_MIN << min(steps, LEVEL_BYTES.bit_length()))
+
+    def _is_close(self, level_bytes: int, patience_s: float) -> bool:
+        is_late = self._loop.clock() - self._since_s >= patience_s
         tracker = self._copier.tracker
-        return is_late or tracker.dirty.dirty_bytes + tracker.in_flight_bytes <= LEVEL_BYTES
+        return is_late or tracker.dirty.dirty_bytes + tracker.in_flight_bytes <= level_bytes
 
     def _flushed_ahead(self, error: BaseException | None) -> None:
         if self.step is not Step.FLUSHING_AHEAD:
@@ -109,14 +117,14 @@ class Quiesce:
             self._on_flush_error(error)
         else:
             self.step = Step.CATCHING_UP
-            self._until_s = self._loop.clock() + CATCH_UP_S
+            self._since_s = self._loop.clock()
             self.advance()
 
     def _close_gate(self) -> None:
         self.step = Step.DRAINING
         self._closed_at_s = self._loop.clock()
         self._timer = self._loop.call_later(LIMIT_S, self._time_out)
-        self._copier.is_urgent = True
+        self._copier.pace.is_urgent = True
         self._ledger.close_gate(self._on_idle)
         self.advance()
 
