@@ -22,22 +22,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from nbdmirror.buffer import PageBuffer
+from nbdmirror.depth import Crowd, Depth
 from nbdmirror.device import AsyncSource, AsyncTarget, Done, Extent, round_out
 from nbdmirror.ledger import Claim, Tracker
+from nbdmirror.pace import Pace
 
 REQUEST_BYTES_MAX = 1 << 20
 """Largest read and write, QEMU's MAX_IO_BYTES: larger ones gain nothing on a local socket."""
 
-REQUESTS_QUICK_MAX = 4
-"""Claims in flight on a target that answers quickly: 4 MiB stay in the processor's cache on their
-way to a local server, 16 do not, and copies take a tenth longer."""
-
-QUICK_WRITE_S = 0.002
-"""What answers within this is quick: 4 MiB each 2 ms are more than such a link carries. To a slower
-one as much is in flight as fits into buf-size."""
-
-BUFFER_BYTES_DEFAULT = 16 << 20
-"""QEMU's default buf-size."""
+BUFFER_BYTES_DEFAULT = 64 << 20
+"""Of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A target that is near gets
+no more than depth.QUICK_MAX requests, so the rest is not even allocated for it."""
 
 WINDOW_BYTES_MAX = 32 << 30
 """Longest claim where nothing is known of the source: a hole of this length is one claim. Long
@@ -46,10 +41,6 @@ enough that the bitmap can give back whole pages."""
 ZERO_UNIT_BYTES = 64 << 10
 """Zeroes in data are looked for in units of this size: the usual cluster, so that a target can
 leave it out."""
-
-SLICE_S = 0.1
-"""With a speed limit no claim is larger than what is allowed in one slice (QEMU's
-BLOCK_JOB_SLICE_TIME)."""
 
 
 _ZEROES = bytes(ZERO_UNIT_BYTES)
@@ -98,7 +89,9 @@ class Copier:
         buffer_bytes: int = BUFFER_BYTES_DEFAULT,
         request_bytes_max: int = REQUEST_BYTES_MAX,  # a power of two
         unmap: bool = True,
+        crowd: Crowd | None = None,
     ) -> None:
+        """`crowd`: of all copiers of this loop."""
         self.source = source
         self.target = target
         self.tracker = tracker
@@ -112,37 +105,27 @@ class Copier:
         self.answers = 0
         """Requests that the target has answered."""
         self._has_written = False
-        self.speed_bytes_per_s = 0
-        self.is_urgent = False
-        """Guests wait: the speed limit does not hold."""
         self._clock = clock
-        self._call_later = call_later
         # At least one granule, as in QEMU; one that is larger than a request goes in several
         # pieces.
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max)
-        self._slots = max(1, buffer_bytes // self._request_bytes)
-        self._quickest_write_s = 0.0  # nothing is known yet: begin gently
+        self._crowd = crowd or Crowd()
+        slots = max(1, buffer_bytes // self._request_bytes)
+        self._depth = Depth(slots, self._crowd, clock, call_later, self.pump)
+        self.pace = Pace(clock, call_later, self.pump)
         self._buffers: list[PageBuffer] = []
         self._copies: set[_Copy] = set()
         self._flushes = 0
         self._cursor = 0
         self._data_until = 0
         self._window = self._request_bytes
-        self._next_start_s = 0.0
-        self._timer_is_set = False
         self._is_pumping = False
 
     @property
     def in_flight(self) -> int:
         """Claims in flight."""
         return len(self._copies)
-
-    @property
-    def _depth(self) -> int:
-        """Claims that may be in flight now."""
-        is_quick = self._quickest_write_s < QUICK_WRITE_S
-        return min(self._slots, REQUESTS_QUICK_MAX) if is_quick else self._slots
 
     @property
     def is_idle(self) -> bool:
@@ -175,7 +158,7 @@ class Copier:
         was_busy = bool(self._copies)
         self._is_pumping = True
         try:
-            while self.is_running and len(self._copies) < self._depth and self._may_start():
+            while self.is_running and len(self._copies) < self._depth.now and self.pace.may_start():
                 claim = self._claim()
                 if claim is None:
                     break
@@ -191,13 +174,13 @@ class Copier:
         cursor that went back on each write would never reach the end under load)."""
         granularity = self.tracker.granularity
         length_max = self._request_bytes if self._cursor < self._data_until else self._window
-        if self.speed_bytes_per_s:
-            length_max = min(length_max, int(self.speed_bytes_per_s * SLICE_S))
+        length_max = min(length_max, self.pace.claim_bytes_max or length_max)
         length_max = max(granularity, length_max)
-        claim = self.tracker.claim(self._cursor, length_max)
-        if claim is None and self._cursor:
-            self._data_until = 0
-            claim = self.tracker.claim(0, length_max)
+        claim = self.tracker.claim(self._cursor, length_max) if self._cursor else None
+        if claim is None:
+            self._cursor = self._data_until = 0
+            if self.pace.may_begin_round():
+                claim = self.tracker.claim(0, length_max)
         if claim is not None:
             self._cursor = claim.end
         return claim
@@ -205,10 +188,11 @@ class Copier:
     def _begin(self, claim: Claim) -> None:
         buffer = self._buffers.pop() if self._buffers else PageBuffer(self._request_bytes)
         copy = _Copy(claim, buffer, position=claim.offset)
+        self._crowd.count += not self._copies
         self._copies.add(copy)
         if claim.end <= self._data_until:
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
-            self._limit(copy, claim.length)
+            self.pace.account(claim.length)
             self._next_piece(copy)
             return
 
@@ -229,7 +213,7 @@ class Copier:
             copy.extents = [Extent(zero, zero=True, hole=extents[0].hole)]
             if zero < claim.length:
                 self._give_back(copy, zero)
-            self._limit(copy, 0 if self.unmap else zero)
+            self.pace.account(0 if self.unmap else zero)
         else:
             data = _leading(extents, zero=False)
             self._data_until = max(claim.offset + data, claim.offset + granularity)
@@ -237,7 +221,7 @@ class Copier:
             if claim.length > self._window:
                 self._give_back(copy, self._window)
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
-            self._limit(copy, claim.length)
+            self.pace.account(claim.length)
         self._next_piece(copy)
 
     def _give_back(self, copy: _Copy, length: int) -> None:
@@ -291,11 +275,11 @@ class Copier:
         copy.pending = len(runs)
         base = runs[0][0]
         start_s = self._clock()
+        self._depth.wrote()
 
         def then(error: BaseException | None) -> None:
             self.answers += 1
-            took_s = self._clock() - start_s
-            self._quickest_write_s = min(self._quickest_write_s or took_s, took_s)
+            self._depth.answered(self._clock() - start_s)
             copy.error = copy.error or error
             copy.pending -= 1
             if not copy.pending:
@@ -312,6 +296,7 @@ class Copier:
     def _settle(self, copy: _Copy) -> None:
         self.copied_bytes += self.tracker.settle(copy.claim, failed=copy.error is not None)
         self._copies.discard(copy)
+        self._crowd.count -= not self._copies
         self._buffers.append(copy.buffer)
         if copy.error is not None:
             self.observer.copy_failed(copy.operation, copy.error)
@@ -338,36 +323,6 @@ class Copier:
                 self.observer.copy_settled()  # who waited for it may have given up waiting
 
         self.target.start_flush(then)
-
-    # The speed limit. Between claims, as QEMU's: what is in flight is not held back.
-
-    def set_speed(self, speed_bytes_per_s: int) -> None:
-        """0: no limit. Takes effect with the next claim."""
-        self.speed_bytes_per_s = speed_bytes_per_s
-        self._next_start_s = self._clock()
-        self.pump()
-
-    def _limit(self, copy: _Copy, length: int) -> None:
-        """Account for `length` bytes; zeroing is free where the target only drops blocks (rule
-        32)."""
-        if self.speed_bytes_per_s:
-            start_s = max(self._next_start_s, self._clock())
-            self._next_start_s = start_s + length / self.speed_bytes_per_s
-
-    def _may_start(self) -> bool:
-        if not self.speed_bytes_per_s or self.is_urgent:
-            return True
-        wait_s = self._next_start_s - self._clock()
-        if wait_s <= 0:
-            return True
-        if not self._timer_is_set:
-            self._timer_is_set = True
-            self._call_later(min(wait_s, SLICE_S), self._on_timer)
-        return False
-
-    def _on_timer(self) -> None:
-        self._timer_is_set = False
-        self.pump()
 
 
 def _leading(extents: list[Extent], *, zero: bool) -> int:

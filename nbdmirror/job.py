@@ -280,6 +280,11 @@ class Job(ABC):
         }
         self._events.append(event, {**data, **extra})
 
+    def tell_error(self, operation: str, action: str, error: BaseException) -> None:
+        log.warning("job %s: %s error (%s): %s", self.id, operation, action, error)
+        data = {"device": self.id, "operation": operation, "action": action}
+        self._events.append("BLOCK_JOB_ERROR", data)
+
     def tell_pivoted(self, disk: str, held_s: float) -> None:
         """`held_s`: how long guests' writes were held for it."""
         data = {"device": disk, "id": self.id, "pause-ms": round(held_s * 1000, 3)}

@@ -26,6 +26,7 @@ from nbdmirror.ledger import Tracker
 from nbdmirror.loop import Loop
 from nbdmirror.options import CopyMode, Ending, MirrorOptions, Policy
 from nbdmirror.owner import Owner, Target
+from nbdmirror.pace import LAG_S
 from nbdmirror.quiesce import Quiesce, Step
 from nbdmirror.targetwatch import TargetWatch
 from nbdmirror.waits import Waits
@@ -33,8 +34,7 @@ from nbdmirror.waits import Waits
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
-"""How often new guest writes are looked for when all was in sync. Longer would save more writes to
-regions that are written again and again, and let the target lag more."""
+"""How often new guest writes are looked for when all was in sync."""
 
 CANCEL_GRACE_S = 0.3
 """How long a forced cancel lets requests on the target end by themselves before their connection is
@@ -71,7 +71,7 @@ class MirrorJob(Job):
         """How long guest writes were held at the ending, in seconds."""
         self.pivoted = False
         self.copier = copier(self)
-        self.copier.speed_bytes_per_s = options.speed_bytes_per_s
+        self.copier.pace.speed_bytes_per_s = options.speed_bytes_per_s
         self._loop = loop
         self._owner = owner
         self._waits = Waits(loop, self.advance)
@@ -162,7 +162,7 @@ class MirrorJob(Job):
 
     @property
     def speed_bytes_per_s(self) -> int:
-        return self.copier.speed_bytes_per_s
+        return self.copier.pace.speed_bytes_per_s
 
     @property
     def is_level(self) -> bool:
@@ -182,10 +182,7 @@ class MirrorJob(Job):
         action = self.options.policy(operation).action(errno_of(error))
         if action is Policy.STOP and self.has_done_its_work:
             action = Policy.REPORT  # such a job can be neither paused nor resumed
-        log.warning("job %s: %s error (%s): %s", self.id, operation, action, error)
-        self._events.append(
-            "BLOCK_JOB_ERROR", {"device": self.id, "operation": operation, "action": str(action)}
-        )
+        self.tell_error(operation, str(action), error)
         self.hold()
         if action is Policy.REPORT:
             self._fail(error)
@@ -256,7 +253,8 @@ class MirrorJob(Job):
             self._waits.after("cut", CANCEL_GRACE_S, self.target.kill)
 
     def limit_speed(self, speed_bytes_per_s: int) -> None:
-        self.copier.set_speed(speed_bytes_per_s)
+        self.copier.pace.set_speed(speed_bytes_per_s)
+        self.copier.pump()
         self._owner.changed(self)
 
     def forget(self, done: Done) -> None:
@@ -280,6 +278,8 @@ class MirrorJob(Job):
         self.release()
 
     def _advance_copying(self) -> None:
+        is_hurried = self.status is JobStatus.RUNNING or self.may_end
+        self.copier.pace.lag_s = 0.0 if is_hurried else LAG_S
         self.copier.pump()
         in_sync = self.tracker.in_sync
         if in_sync:

@@ -19,6 +19,7 @@ from nbdmirror.bitmap import check_bits
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap
 from nbdmirror.connection import Connection
 from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
+from nbdmirror.depth import Crowd
 from nbdmirror.device import BlockDevice, Done, Extent
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import Found, MirrorRecord
@@ -80,6 +81,7 @@ class Mirrors:
         """`kept`: what is to outlive the process of each disk."""
         self.jobs: dict[str, MirrorJob] = {}
         self._kept = kept
+        self._crowd = Crowd()
         self._nodes = nodes
         self._events = events
         self._loop = loop
@@ -129,6 +131,7 @@ class Mirrors:
                 buffer_bytes=options.buffer_bytes,
                 request_bytes_max=1 << (piece.bit_length() - 1),
                 unmap=options.unmap,
+                crowd=self._crowd,
             )
 
         job = MirrorJob(
@@ -226,7 +229,10 @@ class Mirrors:
             kept.keep_mirror(record, job.tracker)
 
     def prepare(self, job: MirrorJob, done: Done) -> None:
-        uri = self._mirrors[job].node.device.uri if job.ending is Ending.COMPLETE else ""
+        device = self._mirrors[job].node.device
+        if job.ending is Ending.COMPLETE:
+            device.pool.open_links()  # for the guests that come
+        uri = device.uri if job.ending is Ending.COMPLETE else ""
         self._kept[job.disk].prepare_end(uri, done)
 
     def commit(self, job: MirrorJob, done: Done) -> None:

@@ -335,7 +335,7 @@ class World:
         self.condition = StepCondition()
         self.queue = StepQueue()
         stand_ins: Any = self.tracker
-        stand_ins._lock = self.condition
+        stand_ins._lock = stand_ins._changed = self.condition
         stand_ins._waiting = self.queue
         self.copier = self.copier_class(
             source=self.devices,
@@ -495,7 +495,7 @@ class World:
         copied = self.copier.copied_bytes
         assert copied >= self._offset_before, "offset went back"
         self._offset_before = copied
-        assert self.copier.in_flight <= self.copier._slots
+        assert self.copier.in_flight <= self.copier._depth._slots
         assert not self.condition.is_held
         self._check_gate()
         if self.checks_overlap:
@@ -558,7 +558,7 @@ class World:
 
     def copy_all(self, spared: Request | None = None) -> None:
         """Let the copier do all that it can do while the guests, and one request, stand still."""
-        self.copier.set_speed(0)
+        self.copier.pace.set_speed(0)
         self.copier.start()
         for _ in range(DRAIN_STEPS_MAX):
             requests = [request for request in self.devices.requests if request is not spared]
@@ -578,7 +578,7 @@ class World:
             self.attach()
         if not self.is_tracking:
             self.mark_all()
-        self.copier.set_speed(0)
+        self.copier.pace.set_speed(0)
         self.copier.start()
         for _ in range(DRAIN_STEPS_MAX):
             if not self.guests and not self.devices.requests and self.tracker.in_sync:

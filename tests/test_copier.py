@@ -10,16 +10,11 @@ from typing import Any
 
 import pytest
 
-from nbdmirror.copier import (
-    QUICK_WRITE_S,
-    REQUEST_BYTES_MAX,
-    REQUESTS_QUICK_MAX,
-    SLICE_S,
-    ZERO_UNIT_BYTES,
-    Copier,
-)
+from nbdmirror.copier import REQUEST_BYTES_MAX, ZERO_UNIT_BYTES, Copier
+from nbdmirror.depth import QUICK_MAX, QUICK_WRITE_S, Crowd
 from nbdmirror.device import Done, Extent, ExtentsDone, MemoryDevice
 from nbdmirror.ledger import Tracker
+from nbdmirror.pace import SLICE_S
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -168,7 +163,7 @@ def data(size: int) -> MemoryDevice:
 
 @pytest.mark.parametrize(
     ("buffer_bytes", "slots"),
-    [(16 * MIB, REQUESTS_QUICK_MAX), (3 * MIB, 3), (1 * MIB, 1), (64 * KIB, 1), (1 * KIB, 1)],
+    [(16 * MIB, QUICK_MAX), (3 * MIB, 3), (1 * MIB, 1), (64 * KIB, 1), (1 * KIB, 1)],
 )
 def test_requests_and_bytes_are_bounded(buffer_bytes: int, slots: int) -> None:
     devices = Devices(data(24 * MIB), keeps=("read", "write"))
@@ -306,20 +301,86 @@ def test_a_failed_copy_is_dirty_again_and_told(kind: str, operation: str, is_dat
 
 @pytest.mark.parametrize(
     ("took_s", "slots"),
-    [(QUICK_WRITE_S / 2, REQUESTS_QUICK_MAX), (QUICK_WRITE_S, 16 * MIB // REQUEST_BYTES_MAX)],
+    [(QUICK_WRITE_S / 2, QUICK_MAX), (QUICK_WRITE_S, 16 * MIB // REQUEST_BYTES_MAX)],
 )
 def test_a_slow_target_gets_all_that_buf_size_allows(took_s: float, slots: int) -> None:
     clock = Clock()
     devices = Devices(data(48 * MIB), keeps=("write",))
     copier, tracker, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
     copier.start()
-    assert copier.in_flight == REQUESTS_QUICK_MAX
+    assert copier.in_flight == QUICK_MAX
     deepest = 0
     while devices.kept:
         clock.advance(took_s)
         devices.kept.pop(0)()
         deepest = max(deepest, copier.in_flight)
     assert deepest == slots
+    assert tracker.in_sync
+
+
+def test_a_target_that_does_not_answer_in_time_is_slow() -> None:
+    """Before its first answer: over a link of 20 ms that is a round saved."""
+    clock = Clock()
+    devices = Devices(data(48 * MIB), keeps=("write",))
+    copier, _, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
+    copier.start()
+    assert copier.in_flight == QUICK_MAX
+    clock.advance(QUICK_WRITE_S)
+    assert copier.in_flight == 16
+
+
+@pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 1), (9, 1)])
+def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int) -> None:
+    crowd = Crowd()
+    all_devices = [Devices(data(8 * MIB), keeps=("write",)) for _ in range(count)]
+    copiers = [a_copier(devices, crowd=crowd)[0] for devices in all_devices]
+    for copier in copiers:
+        copier.start()
+    assert crowd.count == count
+    for _ in range(QUICK_MAX):  # those that came first had the processor's cache for themselves
+        for devices in all_devices:
+            devices.kept.pop(0)()
+    assert [copier.in_flight for copier in copiers] == [each] * count
+    while any(devices.kept for devices in all_devices):
+        for devices in all_devices:
+            if devices.kept:
+                devices.kept.pop(0)()
+    assert crowd.count == 0
+
+
+def test_what_is_written_again_and_again_is_copied_once_a_round() -> None:
+    clock = Clock()
+    devices = Devices(data(4 * MIB))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier.start()
+    assert tracker.in_sync
+    copier.pace.lag_s = 0.25
+    before = len(devices.started)
+    for _ in range(100):  # each 10 ms, for a second
+        tracker.dirty.mark(64 * KIB, 1)
+        copier.pump()
+        clock.advance(0.01)
+    rounds = len(devices.of("write")) - sum(
+        kind == "write" for kind, *_ in devices.started[:before]
+    )
+    assert 4 <= rounds <= 5
+    tracker.dirty.mark(0, 1)
+    copier.pace.is_urgent = True
+    copier.pump()
+    assert tracker.in_sync, "guests wait"
+
+
+def test_a_round_that_was_put_off_comes_by_itself() -> None:
+    clock = Clock()
+    devices = Devices(data(MIB))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier.pace.lag_s = 0.25
+    copier.start()
+    tracker.dirty.mark(0, 1)
+    copier.pump()
+    assert not tracker.in_sync
+    for _ in range(4):
+        clock.advance(0.1)
     assert tracker.in_sync
 
 
@@ -330,10 +391,10 @@ def test_after_stop_what_is_in_flight_ends_and_nothing_begins() -> None:
     copier.stop()
     for end in list(devices.kept):
         end()
-    assert len(devices.kept) == REQUESTS_QUICK_MAX
+    assert len(devices.kept) == QUICK_MAX
     assert watcher.settled == 1
     assert copier.in_flight == 0
-    assert tracker.dirty.dirty_bytes == 24 * MIB - REQUESTS_QUICK_MAX * REQUEST_BYTES_MAX
+    assert tracker.dirty.dirty_bytes == 24 * MIB - QUICK_MAX * REQUEST_BYTES_MAX
 
 
 def test_new_writes_do_not_send_the_copier_back() -> None:
@@ -370,7 +431,7 @@ def test_speed_limit(speed: int) -> None:
     clock = Clock()
     devices = Devices(data(16 * MIB))
     copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
-    copier.set_speed(speed)
+    copier.pace.set_speed(speed)
     copier.start()
     claim = max(4 * KIB, min(MIB, int(speed * SLICE_S)))
     for _ in range(100):
@@ -386,7 +447,7 @@ def test_speed_limit_wakes_itself() -> None:
     clock = Clock()
     devices = Devices(data(MIB))
     copier, tracker, _ = a_copier(devices, clock=clock)
-    copier.set_speed(MIB)
+    copier.pace.set_speed(MIB)
     copier.start()
     for _ in range(30):
         clock.advance(SLICE_S)
@@ -401,7 +462,7 @@ def test_speed_limit_with_slow_extents() -> None:
     devices = Devices(data(32 * MIB), keeps=("extents",))
     speed = MIB
     copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
-    copier.set_speed(speed)
+    copier.pace.set_speed(speed)
     copier.start()
     claim = int(speed * SLICE_S)
     for _ in range(200):
@@ -411,15 +472,15 @@ def test_speed_limit_with_slow_extents() -> None:
         clock.advance(0.05)
         copier.pump()
         started = sum(length for _, length in devices.of("read"))
-        assert started <= speed * clock.now_s + REQUESTS_QUICK_MAX * claim
-    assert started >= speed * clock.now_s - REQUESTS_QUICK_MAX * claim
+        assert started <= speed * clock.now_s + QUICK_MAX * claim
+    assert started >= speed * clock.now_s - QUICK_MAX * claim
 
 
 def test_no_speed_limit_where_guests_wait() -> None:
     devices = Devices(data(4 * MIB))
     copier, tracker, _ = a_copier(devices)
-    copier.set_speed(1)
-    copier.is_urgent = True
+    copier.pace.set_speed(1)
+    copier.pace.is_urgent = True
     copier.start()
     assert tracker.in_sync
 
@@ -429,6 +490,6 @@ def test_zeroes_are_free_where_the_target_unmaps(unmap: bool) -> None:
     """Rule 32."""
     devices = Devices(MemoryDevice(4 * MIB))
     copier, tracker, _ = a_copier(devices, unmap=unmap)
-    copier.set_speed(MIB)
+    copier.pace.set_speed(MIB)
     copier.start()
     assert tracker.in_sync == unmap

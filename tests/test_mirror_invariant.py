@@ -217,7 +217,7 @@ class MirrorMachine(RuleBasedStateMachine):
             return
         self.w.devices.at_once = at_once
         if action == "speed":
-            copier.set_speed(speed)
+            copier.pace.set_speed(speed)
         elif action == "flush":
             copier.flush(lambda error: None)
         else:
