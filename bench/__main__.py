@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import curves, results
 from bench.lab import Lab
 from bench.processes import BenchError
 from bench.rows import ROWS, Row
@@ -32,6 +32,8 @@ def main() -> int:
             print(f"{row.name:18} {row.title}{' (not in --quick)' if row.is_slow else ''}")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab is cleared away
+    if args.curve:
+        return _curves(args)
     stored = results.load(STORED) if args.check else []
     rounds = args.rounds or (3 if args.quick else 5)
     found: list[results.Line] = []
@@ -71,8 +73,27 @@ def _write(args: argparse.Namespace, found: list[results.Line], about: dict[str,
         results.save(args.json, found, about)
     if args.markdown:
         args.markdown.write_text(results.as_markdown(found, about))
-    if args.plot and not results.plot(args.plot, found):
-        print("no plot: matplotlib is not installed (.venv/bin/pip install matplotlib)")
+    if args.plot:
+        results.plot(args.plot, found)
+
+
+def _curves(args: argparse.Namespace) -> int:
+    rounds = args.rounds or curves.ROUNDS
+    points: list[curves.Point] = []
+    with Lab(is_quick=args.quick) as lab:
+        about = results.about(rounds, "memory", is_quick=args.quick)
+        for curve in curves.CURVES:
+            if curve.name in args.curve or "all" in args.curve:
+                found = list(curves.measure(lab, curve, rounds))
+                print(curves.as_markdown(found), flush=True)
+                points += found
+    if args.json:
+        results.save_points(args.json, points, about)
+    if args.markdown:
+        args.markdown.write_text(results.about_markdown(about) + curves.as_markdown(points))
+    if args.plot:
+        curves.plot(args.plot, points)
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> list[Row]:
@@ -112,11 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="smaller disks, shorter loads, fewer rounds")
     names = [row.name for row in ROWS]
     add("--row", action="append", metavar="NAME", choices=names, help="only this row; repeatable")
+    names = [curve.name for curve in curves.CURVES] + ["all"]
+    add("--curve", action="append", metavar="NAME", choices=names, help="how cost grows with that")
     add("--rounds", type=int, metavar="N", help="rounds of each row (5; with --quick 3)")
     add("--check", action="store_true", help="exit 1 if a ratio fell below docs/bench.json's")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
-    add("--plot", type=Path, metavar="FILE", help="write a plot (needs matplotlib)")
+    add("--plot", type=Path, metavar="FILE", help="write a plot, as .svg or .png")
     add("--list", action="store_true", help="list the rows")
     return parser
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from bench.lab import SUBJECTS, GiB, Lab, MiB, TiB
 from bench.load import Load, Result, longest_s
 from bench.processes import BenchError
-from bench.servers import GuestServer, NbdkitMemory, QemuNbd, Target
+from bench.servers import GuestServer, NbdkitMemory, Nbdmirror, QemuNbd, Target
 
 Figures = dict[str, float]
 
@@ -50,7 +51,7 @@ def while_mirroring(lab: Lab, subject: str, *, rate: int = 0) -> Figures:
     """
     options = (f"--rate_iops={rate}",) if rate else ()
     depth = 4 if rate else 16
-    with _mirrorable(lab, subject) as (server, _), _mirrors(server) as copied:
+    with mirrorable(lab, subject) as (server, _), _mirrors(server) as copied:
         began_s, before = time.monotonic(), copied()
         result = _load(lab, server, "randwrite", depth=depth, options=options)
         speed = (copied() - before) / (time.monotonic() - began_s)
@@ -59,7 +60,7 @@ def while_mirroring(lab: Lab, subject: str, *, rate: int = 0) -> Figures:
 
 def write_blocking(lab: Lab, subject: str) -> Figures:
     """Random writes to a mirror that is ready, each answered when the target has it too."""
-    with _mirrorable(lab, subject) as (server, _):
+    with mirrorable(lab, subject) as (server, _):
         job = server.start_mirror(copy_mode="write-blocking")
         server.qmp.wait_for(READY, job)
         return _figures(_load(lab, server, "randwrite"))
@@ -67,7 +68,7 @@ def write_blocking(lab: Lab, subject: str) -> Figures:
 
 def after_pivot(lab: Lab, subject: str) -> Figures:
     """The guest is served from the target."""
-    with _mirrorable(lab, subject) as (server, _):
+    with mirrorable(lab, subject) as (server, _):
         job = server.start_mirror()
         server.qmp.wait_for(READY, job)
         server.qmp.execute("block-job-complete", {"device": job})
@@ -88,7 +89,7 @@ def _pivot(lab: Lab, subject: str) -> float:
     options = ("--rate_iops=2000", f"--write_lat_log={log}", "--log_unix_epoch=1")
     seconds = 3.5
     try:
-        with _mirrorable(lab, subject) as (server, _):
+        with mirrorable(lab, subject) as (server, _):
             load = Load(
                 lab.folder, server.uri(), "randwrite", seconds=seconds, depth=4, options=options
             )
@@ -139,13 +140,13 @@ def delayed_copy(lab: Lab, subject: str) -> Figures:
     return _copy(lab, subject, lab.image("source"), target)
 
 
-def sparse(lab: Lab, subject: str) -> Figures:
-    """A disk of 16 TiB with 64 MiB of data: the time to READY and the peak memory by then."""
+def sparse(lab: Lab, subject: str, size: int = SPARSE_BYTES) -> Figures:
+    """A disk with 64 MiB of data: the time to READY and the peak memory by then."""
     number = SPARSE_DATA_BYTES // MiB
-    pieces = [index * (SPARSE_BYTES // number) for index in range(number)]
-    source = lab.sparse("source", SPARSE_BYTES, pieces)
-    image = lab.sparse("target", SPARSE_BYTES)
-    with QemuNbd(lab.folder, image) as target, _served(lab, subject, [source]) as server:
+    pieces = [index * (size // number) for index in range(number)]
+    source = lab.sparse("source", size, pieces)
+    image = lab.sparse("target", size)
+    with QemuNbd(lab.folder, image) as target, served(lab, subject, [source]) as server:
         server.add_target(target)
         began_s = time.monotonic()
         job = server.start_mirror(granularity=64 << 10)
@@ -163,7 +164,7 @@ def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
         lab.folder, size, filters=("--filter=stats",), parameters=(f"statsfile={counted}",)
     )
     options = ("--rate_iops=4000", f"--random_distribution={distribution}")
-    with target, _served(lab, subject, [lab.image("source")]) as server:
+    with target, served(lab, subject, [lab.image("source")]) as server:
         server.add_target(target)
         load = Load(lab.folder, server.uri(), "randwrite", seconds=seconds, options=options)
         with load:
@@ -177,9 +178,10 @@ def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
     return {"written": written_bytes(text) / MiB}
 
 
-def several_disks(lab: Lab, subject: str, *, servers: int) -> Figures:
-    """Four disks, mirrored at once by one server or by one each: the time until all are ready."""
-    disks, size = 4, lab.disk_bytes // 4
+def several_disks(lab: Lab, subject: str, disks: int = 4, *, servers: int = 1) -> Figures:
+    """That many disks, mirrored at once by one server or by one each: the time until all are
+    ready."""
+    size = lab.disk_bytes // 4
     names = range(disks)
     images = [lab.image(f"source{name}", size) for name in names]
     with contextlib.ExitStack() as stack:
@@ -188,13 +190,30 @@ def several_disks(lab: Lab, subject: str, *, servers: int) -> Figures:
             for name in names
         ]
         groups = [images] if servers == 1 else [[image] for image in images]
-        running = [stack.enter_context(_served(lab, subject, group)) for group in groups]
+        running = [stack.enter_context(served(lab, subject, group)) for group in groups]
         places = [(server, number) for server in running for number in range(len(server.disks))]
         for (server, number), target in zip(places, targets, strict=True):
             server.add_target(target, number)
         began_s = time.monotonic()
         jobs = [(server, server.start_mirror(number)) for server, number in places]
         return {"seconds": max(server.qmp.wait_for(READY, job) for server, job in jobs) - began_s}
+
+
+def with_state(lab: Lab, subject: str) -> Figures:
+    """Random writes to a mirror that is ready, over the whole disk and in one place of it; with a
+    state directory, and so a log of intents, on a real file system; or `without`."""
+    with contextlib.ExitStack() as stack:
+        options: tuple[str, ...] = ()
+        if subject != "without":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=lab.disk_folder))
+            options = ("--state-dir", folder)
+        target = stack.enter_context(QemuNbd(lab.folder, lab.image("target")))
+        server = Nbdmirror(lab.folder, [lab.image("source")], options=options)
+        stack.enter_context(server).add_target(target)
+        server.qmp.wait_for(READY, server.start_mirror())
+        spread = _load(lab, server, "randwrite").iops
+        place = _load(lab, server, "randwrite", options=(f"--size={8 * MiB}",)).iops
+        return {"spread": spread, "place": place}
 
 
 def written_bytes(text: str) -> float:
@@ -214,7 +233,7 @@ def _copy(lab: Lab, subject: str, source: Path, target: Target) -> Figures:
             command = ["nbdcopy", "--flush", str(source), target.uri()]
             subprocess.run(command, check=True, timeout=COPY_S_MAX, capture_output=True)
             return {"seconds": time.monotonic() - began_s}
-        with _served(lab, subject, [source]) as server:
+        with served(lab, subject, [source]) as server:
             server.add_target(target)
             began_s = time.monotonic()
             job = server.start_mirror()
@@ -252,15 +271,15 @@ def _figures(result: Result) -> Figures:
     }
 
 
-def _served(lab: Lab, subject: str, disks: Sequence[Path]) -> GuestServer:
+def served(lab: Lab, subject: str, disks: Sequence[Path]) -> GuestServer:
     return SUBJECTS[subject](lab.folder, disks)
 
 
 @contextlib.contextmanager
-def _mirrorable(lab: Lab, subject: str) -> Iterator[tuple[GuestServer, Target]]:
+def mirrorable(lab: Lab, subject: str) -> Iterator[tuple[GuestServer, Target]]:
     """A server whose disk0 has a target0."""
     target = QemuNbd(lab.folder, lab.image("target"))
-    with target, _served(lab, subject, [lab.image("source")]) as server:
+    with target, served(lab, subject, [lab.image("source")]) as server:
         server.add_target(target)
         yield server, target
 

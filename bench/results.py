@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.curves import Point
 from bench.measures import Figures
 from bench.rows import Figure, Row
 
@@ -114,11 +115,8 @@ def as_text(line: Line) -> str:
 
 def as_markdown(found: Sequence[Line], about: Mapping[str, Any]) -> str:
     head = [
-        "# Benchmarks",
-        "",
-        f"Made by `./run bench` on {about['date']}; {about['machine']}; {about['versions']}.",
-        f"{about['rounds']} rounds, alternating; images in {about['images']}.",
-        "Ratios: nbdmirror against the peer, larger is better; medians and ranges of the rounds.",
+        about_markdown(about)
+        + "Ratios: nbdmirror against the peer, larger is better; medians and ranges of the rounds.",
         "",
         "| row | unit | nbdmirror | peer | peer's | ratio | range | must | aim | |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -134,6 +132,14 @@ def as_markdown(found: Sequence[Line], about: Mapping[str, Any]) -> str:
         for line in found
     ]
     return "\n".join([*head, *rows, ""])
+
+
+def about_markdown(about: Mapping[str, Any]) -> str:
+    return (
+        f"# Benchmarks\n\nMade by `./run bench` on {about['date']}; {about['machine']};"
+        f" {about['versions']}.\n"
+        f"{about['rounds']} rounds, alternating; images in {about['images']}.\n"
+    )
 
 
 def _short(value: float) -> str:
@@ -170,6 +176,11 @@ def save(path: Path, found: Sequence[Line], about: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def save_points(path: Path, points: Sequence[Point], about: Mapping[str, Any]) -> None:
+    document = {"about": dict(about), "points": [asdict(point) for point in points]}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def load(path: Path) -> list[Line]:
     stored = json.loads(path.read_text())["lines"]
     return [Line(**{**line, "ratios": tuple(line["ratios"])}) for line in stored]
@@ -187,12 +198,9 @@ def fallen(found: Sequence[Line], stored: Sequence[Line]) -> list[tuple[Line, Li
     ]
 
 
-def plot(path: Path, found: Sequence[Line]) -> bool:
-    """Bars of the ratios on a logarithmic scale; False where matplotlib is not installed."""
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-    except ImportError:
-        return False
+def plot(path: Path, found: Sequence[Line]) -> None:
+    """Bars of the ratios on a logarithmic scale."""
+    importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     shown = [line for line in found if line.must][::-1]
     names = [f"{line.row} {line.figure} / {line.peer}" for line in shown]
@@ -205,4 +213,3 @@ def plot(path: Path, found: Sequence[Line]) -> bool:
     axes.set_xlabel("nbdmirror / peer, larger is better")
     axes.legend()
     figure.savefig(path)
-    return True

@@ -141,6 +141,16 @@ ROWS: tuple[Row, ...] = (
             Figure("reads", "read IOPS", {QSD: Goal(1.0, 1.5)}),
         ),
     ),
+    Row(
+        "state-dir",
+        "guest 4k random write, depth 16, mirrored, with a state directory",
+        measures.with_state,
+        ("without",),
+        (
+            Figure("spread", "IOPS, whole disk", {}),
+            Figure("place", "IOPS, in 8 MiB", {}),
+        ),
+    ),
     *_copies(),
     Row(
         "sparse",

@@ -20,10 +20,19 @@ class GuestServer(Process):
 
     can_mirror = True
 
-    def __init__(self, folder: Path, disks: Sequence[Path], *, is_direct: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        disks: Sequence[Path],
+        *,
+        is_direct: bool = False,
+        options: Sequence[str] = (),
+    ) -> None:
+        """`options`: words of its command line."""
         super().__init__(folder)
         self.disks = disks
         self.is_direct = is_direct
+        self.options = options
         self.qmp_path = self.socket.with_suffix(".qmp")
         self._qmp: Qmp | None = None
 
@@ -62,10 +71,14 @@ class GuestServer(Process):
         self.qmp.execute("blockdev-mirror", {**arguments, **named})
         return job
 
+    def job(self, job: str) -> dict[str, Any]:
+        """As query-block-jobs has it; {} if there is none."""
+        jobs = self.qmp.execute("query-block-jobs")
+        return next((found for found in jobs if found["device"] == job), {})
+
     def copied_bytes(self, job: str) -> int:
         """The job's `offset`."""
-        jobs = self.qmp.execute("query-block-jobs")
-        return next((int(found["offset"]) for found in jobs if found["device"] == job), 0)
+        return int(self.job(job).get("offset", 0))
 
 
 class Nbdmirror(GuestServer):
@@ -77,7 +90,7 @@ class Nbdmirror(GuestServer):
     def argv(self) -> list[str | Path]:
         serve: list[str | Path] = [sys.executable, "-m", "nbdmirror", "serve"]
         disks = [f"disk{number}={disk}" for number, disk in enumerate(self.disks)]
-        options = os.environ.get("NBDMIRROR_BENCH_OPTIONS", "").split()
+        options = [*self.options, *os.environ.get("NBDMIRROR_BENCH_OPTIONS", "").split()]
         options += ["--cache", "none"] if self.is_direct else []
         return [*serve, *disks, "--socket", self.socket, "--qmp", self.qmp_path, *options]
 
