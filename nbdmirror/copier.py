@@ -112,7 +112,7 @@ class Copier:
         self._request_bytes = min(buffer_bytes, request_bytes_max)
         self._crowd = crowd or Crowd()
         slots = max(1, buffer_bytes // self._request_bytes)
-        self._depth = Depth(slots, self._crowd, clock, call_later, self.pump)
+        self._depth = Depth(slots, self._crowd)
         self.pace = Pace(clock, call_later, self.pump)
         self._buffers: list[PageBuffer] = []
         self._copies: set[_Copy] = set()
@@ -275,7 +275,6 @@ class Copier:
         copy.pending = len(runs)
         base = runs[0][0]
         start_s = self._clock()
-        self._depth.wrote()
 
         def then(error: BaseException | None) -> None:
             self.answers += 1

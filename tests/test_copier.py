@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbdmirror.copier import REQUEST_BYTES_MAX, ZERO_UNIT_BYTES, Copier
-from nbdmirror.depth import QUICK_MAX, QUICK_WRITE_S, Crowd
+from nbdmirror.depth import GROWTH, QUICK_MAX, QUICK_WRITE_S, Crowd
 from nbdmirror.device import Done, Extent, ExtentsDone, MemoryDevice
 from nbdmirror.ledger import Tracker
 from nbdmirror.pace import SLICE_S
@@ -301,7 +301,7 @@ def test_a_failed_copy_is_dirty_again_and_told(kind: str, operation: str, is_dat
 
 @pytest.mark.parametrize(
     ("took_s", "slots"),
-    [(QUICK_WRITE_S / 2, QUICK_MAX), (QUICK_WRITE_S, 16 * MIB // REQUEST_BYTES_MAX)],
+    [(QUICK_WRITE_S / 2, QUICK_MAX), (QUICK_WRITE_S, 16)],
 )
 def test_a_slow_target_gets_all_that_buf_size_allows(took_s: float, slots: int) -> None:
     clock = Clock()
@@ -318,15 +318,26 @@ def test_a_slow_target_gets_all_that_buf_size_allows(took_s: float, slots: int) 
     assert tracker.in_sync
 
 
-def test_a_target_that_does_not_answer_in_time_is_slow() -> None:
-    """Before its first answer: over a link of 20 ms that is a round saved."""
+def test_what_is_in_flight_grows_with_each_round_trip() -> None:
+    """Until one answer was quick: the target is near, and was busy."""
     clock = Clock()
-    devices = Devices(data(48 * MIB), keeps=("write",))
-    copier, _, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
+    devices = Devices(data(24 * MIB), keeps=("write",))
+    sizes = {"buffer_bytes": 16 * MIB, "request_bytes_max": 64 * KIB}
+    copier, _, _ = a_copier(devices, clock=clock, **sizes)
     copier.start()
+    for expected in (QUICK_MAX, QUICK_MAX * (1 + GROWTH), QUICK_MAX * (1 + GROWTH) ** 2):
+        assert copier.in_flight == expected
+        clock.advance(0.02)
+        for _ in range(expected):
+            devices.kept.pop(0)()
+    clock.advance(QUICK_WRITE_S / 2)
+    devices.kept.pop()()  # one that was sent last
+    while copier.in_flight > QUICK_MAX:
+        before = copier.in_flight
+        devices.kept.pop(0)()
+        assert copier.in_flight == before - 1
+    devices.kept.pop(0)()
     assert copier.in_flight == QUICK_MAX
-    clock.advance(QUICK_WRITE_S)
-    assert copier.in_flight == 16
 
 
 @pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 1), (9, 1)])
