@@ -106,6 +106,7 @@ class Copier:
         """Requests that the target has answered."""
         self._has_written = False
         self._clock = clock
+        self._call_later = call_later
         # At least one granule, as in QEMU; one that is larger than a request goes in several
         # pieces.
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
@@ -146,10 +147,17 @@ class Copier:
         self.is_running = False
 
     def close(self) -> None:
-        """Stop for good; nothing is in flight. The buffers go now, not when the garbage collector
+        """Stop for good; nothing is in flight. The buffers go soon, not when the garbage collector
         finds the job."""
         self.stop()
-        self._buffers.clear()
+        self._free_buffers()
+
+    def _free_buffers(self) -> None:
+        """One a turn of the loop: each holds the GIL, and so guests up, for a tenth of a
+        millisecond."""
+        if self._buffers:
+            self._buffers.pop()
+            self._call_later(0, self._free_buffers)
 
     def pump(self) -> None:
         """Start claims until the slots are full, nothing is dirty, or the speed limit says wait."""
@@ -296,7 +304,8 @@ class Copier:
         self.copied_bytes += self.tracker.settle(copy.claim, failed=copy.error is not None)
         self._copies.discard(copy)
         self._crowd.count -= not self._copies
-        self._buffers.append(copy.buffer)
+        if len(self._copies) + len(self._buffers) < self._depth.now:
+            self._buffers.append(copy.buffer)
         if copy.error is not None:
             self.observer.copy_failed(copy.operation, copy.error)
         if not self._is_pumping:

@@ -367,11 +367,11 @@ class MirrorJob(Job):
         self.concluded("BLOCK_JOB_COMPLETED")
 
     def detach(self) -> None:
-        self.copier.close()
         self._mode.turn(synchronous=False)
         self.disk.ledger.detach(self.tracker.dirty)
-        self._waits.cancel_all()
         self._release_guest()
+        self.copier.close()
+        self._waits.cancel_all()
 
     def _release_guest(self) -> None:
         self._waits.cancel("level")
