@@ -130,7 +130,8 @@ class Faulty(Server):
         script.write_text(FAULTY)
         file = f"file={self.image}"
         return [
-            "nbdkit", "-f", "-U", str(self.socket), "python", str(script), file,
+            # Threads for as many requests as buf-size allows, and a flush while those are held.
+            "nbdkit", "-f", "-t", "100", "-U", str(self.socket), "python", str(script), file,
             f"faults={self.faults}",
         ]  # fmt: skip
 
