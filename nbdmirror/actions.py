@@ -54,8 +54,12 @@ def create_mirror(server: Server, arguments: Arguments) -> MirrorJob:
     disk = server.nodes.find_disk(arguments["device"])
     node = server.nodes.find(arguments["target"])
     bitmap = _sync_bitmap(server, disk, arguments)
-    delay_s = node.reconnect_delay_s
+    delay_s = node.options.reconnect_delay_s
     options = _options(arguments, disk.name, reconnect_delay_s=delay_s)
+    if "replaces" in arguments:
+        server.nodes.check_replaces(disk, arguments["replaces"])
+    if "filter-node-name" in arguments:
+        server.nodes.check_name(arguments["filter-node-name"])
     return server.mirrors.create(disk, node, options, bitmap)
 
 

@@ -23,8 +23,8 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
     source = raw_device(disk.source)
     if isinstance(source, RemoteDevice) and not source.is_lost and source.is_same_export(target):
         raise CommandError(f"Target '{target.uri}' is the disk itself")
-    if target.read_only:
-        raise CommandError(f"Block node is read-only: '{target.uri}'")
+    if node.is_read_only:
+        raise CommandError("Block node is read-only")
     if not target.can_flush and disk.size:
         raise CommandError(
             f"Target '{target.uri}' has no flush: it can promise nothing about its data"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import threading
 from collections.abc import Awaitable, Callable
@@ -24,16 +23,14 @@ from nbdmirror.errors import CommandError, CommandNotFound, ConfigError
 from nbdmirror.events import Reply
 from nbdmirror.job import Job
 from nbdmirror.mirror import MirrorJob
-from nbdmirror.nodes import Node
+from nbdmirror.nodes import Node, NodeOptions
 from nbdmirror.options import CopyMode
 from nbdmirror.qmpschema import COMMANDS
 from nbdmirror.remote import CONNECT_TIMEOUT_S, RemoteDevice
 from nbdmirror.server import Server
-from nbdmirror.uri import nbd_uri
+from nbdmirror.uri import nbd_uri, target_uri
 
 Arguments = dict[str, Any]
-_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-NODE_NAME_LENGTH_MAX = 31
 
 OPEN_TIMEOUT_S_MAX = 3600
 """A command that waits for a handshake keeps its client's place among qmp.CLIENTS_MAX, even if the
@@ -124,20 +121,18 @@ class Commands:
         name = arguments.get("node-name")
         if name is None:
             raise CommandError("'node-name' must be specified for the root node")
-        if not _NODE_NAME.fullmatch(name):
-            raise CommandError(f"Invalid node-name: '{name}'")
-        if len(name) > NODE_NAME_LENGTH_MAX:
-            raise CommandError("Node name too long")
         await self._on_loop(lambda: self._server.nodes.check_name(name))
+        await self._on_loop(self._server.nodes.check_room)
+        options = _node_options(arguments)
         timeout_s = arguments.get("open-timeout") or CONNECT_TIMEOUT_S
         if timeout_s > OPEN_TIMEOUT_S_MAX:
             raise CommandError(f"Parameter 'open-timeout' expects at most {OPEN_TIMEOUT_S_MAX}")
         device = await _open(nbd_uri(arguments), timeout_s)
-        wants_writes = not (arguments.get("read-only") or arguments.get("auto-read-only"))
+        wants_writes = not (options.read_only or arguments.get("auto-read-only"))
         if device.read_only and wants_writes:
             device.close()
             raise CommandError("Could not open image: Permission denied")
-        node = Node(name, device, reconnect_delay_s=arguments.get("reconnect-delay", 0))
+        node = Node(name, device, options)
         try:
             return await self._on_loop(lambda: self._server.nodes.add(node))
         except CommandError:
@@ -154,22 +149,19 @@ class Commands:
                 raise CommandError("Can't mirror node into itself")
             return nodes.find(arguments["target"])
 
+        def adopt() -> bool:
+            """Another client may have been quicker."""
+            is_wanted = node.is_closed
+            if is_wanted:
+                node.device.close()
+                node.device = device
+            return is_wanted
+
         node: Node = (await self._on_loop(look)).value
-
-        def is_closed() -> bool:
-            return node.device.is_lost and node.job is None and node.disk is None
-
-        if is_closed():
+        if node.is_closed:
             device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
-
-            def adopt() -> None:
-                if is_closed():  # still: another client may have been first
-                    node.device, old = device, node.device
-                    old.close()
-                else:
-                    device.close()
-
-            await self._on_loop(adopt)
+            if not (await self._on_loop(adopt)).value:
+                device.close()
 
     # Mirrors.
 
@@ -184,18 +176,32 @@ class Commands:
     async def _drive_mirror(self, arguments: Arguments) -> Reply:
         if arguments.get("mode", "absolute-paths") != "existing":
             raise CommandError("drive-mirror needs mode 'existing': the target is an NBD export")
-        await self._on_loop(lambda: self._server.nodes.find_disk(arguments["device"]))
-        device = await _open(arguments["target"], CONNECT_TIMEOUT_S)
-        delay_s = arguments.get("x-nbdmirror-reconnect-delay", 0)
-        name = arguments.get("node-name", "")
-        node = Node(name, device, is_owned=True, reconnect_delay_s=delay_s)
+        if (format_ := arguments.get("format", "raw")) not in ("raw", "nbd"):
+            raise CommandError(
+                f"drive-mirror writes format 'raw' alone: let the target's server make it "
+                f"'{format_}', as qemu-nbd does"
+            )
+        nodes = self._server.nodes
+        await self._on_loop(lambda: nodes.find_disk(arguments["device"]))
+        if "node-name" in arguments:
+            await self._on_loop(lambda: nodes.check_name(arguments["node-name"]))
+        elif "replaces" in arguments:
+            raise CommandError(
+                "a node-name must be provided when replacing a named node of the graph"
+            )
+        uri = target_uri(arguments["target"])
+        device = await _open(uri, CONNECT_TIMEOUT_S)
+        options = NodeOptions(reconnect_delay_s=arguments.get("x-nbdmirror-reconnect-delay", 0))
+        node = Node(arguments.get("node-name", ""), device, options, is_owned=True)
 
         def start() -> None:
-            self._server.nodes.add(node)
+            if device.read_only:
+                raise CommandError(f"Target '{uri}' is read-only")
+            nodes.add(node)
             try:
                 job = create_mirror(self._server, {**arguments, "target": node.name})
             except CommandError:
-                self._server.nodes.forget(node)
+                nodes.forget(node)
                 raise
             self._server.mirrors.begin(job)
 
@@ -283,6 +289,22 @@ _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
     "query-version": lambda server, a: version_info(),
     "x-nbdmirror-query-status": lambda server, a: queries.status(server),
 }
+
+
+def _node_options(arguments: Arguments) -> NodeOptions:
+    detect_zeroes, cache = arguments.get("detect-zeroes", "off"), arguments.get("cache", {})
+    if detect_zeroes == "unmap" and arguments.get("discard", "ignore") != "unmap":
+        raise CommandError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to "
+            "unmap"
+        )
+    return NodeOptions(
+        reconnect_delay_s=arguments.get("reconnect-delay", 0),
+        read_only=arguments.get("read-only", False),
+        detect_zeroes=detect_zeroes,
+        direct=cache.get("direct", False),
+        no_flush=cache.get("no-flush", False),
+    )
 
 
 async def _open(uri: str, timeout_s: float) -> RemoteDevice:

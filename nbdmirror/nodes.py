@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,21 @@ from nbdmirror.remote import RemoteDevice
 NODES_MAX = 256
 """Targets of all kinds. Each has a connection and three descriptors; QEMU has no such bound."""
 
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+NAME_LENGTH_MAX = 31
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What blockdev-add asked for. All but the first two are only shown again by queries."""
+
+    reconnect_delay_s: float = 0.0
+    read_only: bool = False
+    """Not to be written to, whatever the server would take."""
+    detect_zeroes: str = "off"
+    direct: bool = False
+    no_flush: bool = False
+
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -21,12 +37,21 @@ class Node:
 
     name: str
     device: RemoteDevice
+    options: NodeOptions = NodeOptions()
     is_owned: bool = False
     """Made by drive-mirror for one job: goes when the job goes."""
-    reconnect_delay_s: float = 0.0
     job: MirrorJob | None = None
     disk: Disk | None = None
     """The disk that is served from this node since a pivot."""
+
+    @property
+    def is_read_only(self) -> bool:
+        return self.options.read_only or self.device.read_only
+
+    @property
+    def is_closed(self) -> bool:
+        """It has lost its connection and nobody uses it: it can be opened again."""
+        return self.device.is_lost and self.job is None and self.disk is None
 
 
 class Nodes:
@@ -71,18 +96,39 @@ class Nodes:
         return ""
 
     def check_name(self, name: str) -> None:
-        """Raise CommandError unless a node of that name may be added."""
+        """Raise CommandError, with QEMU's text, unless a new node may be called `name`."""
+        if not _NAME.fullmatch(name):
+            raise CommandError(f"Invalid node-name: '{name}'")
+        if len(name) > NAME_LENGTH_MAX:
+            raise CommandError("Node name too long")
         if name in self._nodes or name in self._disks:
             raise CommandError(f"Duplicate nodes with node-name='{name}'")
+
+    def check_room(self) -> None:
+        """Raise CommandError if there are too many nodes already."""
         if len(self._nodes) >= NODES_MAX:
             raise CommandError(f"There are {NODES_MAX} nodes already; delete some (blockdev-del)")
 
+    def check_replaces(self, disk: Disk, name: str) -> None:
+        """Raise CommandError, with QEMU's text, unless a pivot of `disk` replaces the node
+        `name`."""
+        if name not in self._nodes and name not in self._disks:
+            raise CommandError(f"Failed to find node with node-name='{name}'")
+        root = self.root_of(disk)
+        if name not in (disk.name, root.name if root else disk.name):
+            raise CommandError(
+                f"Cannot replace '{name}' by a node mirrored from '{disk.name}', because it cannot "
+                "be guaranteed that doing so would not lead to an abrupt change of visible data"
+            )
+
     def add(self, node: Node) -> None:
-        """Without a name it gets one of QEMU's generated kind."""
-        if not node.name:
+        """Without a name it gets one of QEMU's generated kind, which no user can take."""
+        self.check_room()
+        if node.name:
+            self.check_name(node.name)
+        else:
             numbers = (f"#block{number:03}" for number in itertools.count())
             node.name = next(name for name in numbers if name not in self._nodes)
-        self.check_name(node.name)
         self._nodes[node.name] = node
 
     def remove(self, name: str) -> Node:

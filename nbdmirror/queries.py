@@ -125,8 +125,11 @@ def _job_status(job: MirrorJob) -> dict[str, Any]:
 
 
 def _target_info(node: Node) -> dict[str, Any]:
-    device = node.device
-    return _info(node.name, device.uri, "nbd", read_only=device.read_only, size=device.size)
+    device, options = node.device, node.options
+    info = _info(node.name, device.uri, "nbd", read_only=node.is_read_only, size=device.size)
+    info["detect_zeroes"] = options.detect_zeroes
+    info["cache"] |= {"direct": options.direct, "no-flush": options.no_flush}
+    return info
 
 
 def _node_info(server: Server, name: str, disk: Disk) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nbdmirror.connection import Connection
 from nbdmirror.diskstate import MirrorRecord
 from nbdmirror.handshake import Announcement
-from nbdmirror.nodes import Node
+from nbdmirror.nodes import Node, NodeOptions
 from nbdmirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.statefile import StateError
@@ -31,7 +31,7 @@ def mirror_record(job: MirrorJob, node: Node, *, key: str, bitmap: str) -> Mirro
             "name": node.name,
             "uri": node.device.uri,
             "is_owned": node.is_owned,
-            "reconnect_delay_s": node.reconnect_delay_s,
+            "reconnect_delay_s": node.options.reconnect_delay_s,
             "announced": asdict(node.device.announced),
         },
     )
@@ -57,6 +57,8 @@ def node_of(record: MirrorRecord) -> Node:
     try:
         announced = Announcement(**said.pop("announced"))
         uri = said.pop("uri")
-        return Node(device=RemoteDevice(uri, Connection.absent(uri), announced), **said)
+        options = NodeOptions(reconnect_delay_s=said.pop("reconnect_delay_s"))
+        device = RemoteDevice(uri, Connection.absent(uri), announced)
+        return Node(device=device, options=options, **said)
     except (TypeError, ValueError, KeyError) as error:
         raise StateError(f"the target makes no sense: {error}") from error

@@ -16,6 +16,22 @@ def is_uri(disk: str) -> bool:
     return bool(separator) and scheme.split("+")[0] in ("nbd", "nbds")
 
 
+def target_uri(target: str) -> str:
+    """The URI of a drive-mirror's target. QEMU's older form, which management tools still send, is
+    taken as well: nbd:HOST:PORT[:exportname=NAME], nbd:unix:PATH[:exportname=NAME]."""
+    if not target.startswith("nbd:") or target.startswith("nbd://"):
+        return target
+    address, _, export = target.removeprefix("nbd:").partition(":exportname=")
+    if address.startswith("unix:"):
+        server = {"type": "unix", "path": address.removeprefix("unix:")}
+    else:
+        host, _, port = address.rpartition(":")
+        if not host or not port:
+            raise CommandError(f"error parsing address '{address}' in '{target}'")
+        server = {"type": "inet", "host": host.strip("[]"), "port": port}
+    return nbd_uri({"server": server, "export": export})
+
+
 def nbd_uri(options: dict[str, Any]) -> str:
     """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
     or a file of pre-shared keys, or a directory with nothing but that, as QEMU has it."""

@@ -689,6 +689,18 @@ ONE_ERROR_A_STOP = Difference(
     repeated_once("BLOCK_JOB_ERROR"),
 )
 
+NEVER_RAN = Difference(
+    "no events of a job that never was",
+    "QEMU creates the job before it looks at some arguments, and so tells `created` and `null`",
+    without(r'JOB_STATUS_CHANGE .*status="(created|null)"'),
+)
+
+CONNECT_TEXTS = Difference(
+    "what cannot be connected to",
+    "nbdmirror names the URI, and says what libnbd says; QEMU names the address alone",
+    substituted(r"(GenericError: Failed to connect to ).*: ([^:]*)", r"\1X: \2"),
+)
+
 RESUME_ANSWER = Difference(
     "when the answer to resume comes",
     "after the change of the state; QEMU's job may already have had its next error by then",

@@ -1,0 +1,181 @@
+"""Nodes: how they are added, shown, used and taken away, compared with qemu-storage-daemon."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parity import (
+    CONNECT_TEXTS,
+    NEVER_RAN,
+    PROGRESS,
+    Difference,
+    Script,
+    Setting,
+    Side,
+    Step,
+    add,
+    assert_alike,
+    do,
+    images,
+    mirror,
+    note,
+    query,
+    ready,
+    status,
+    substituted,
+    untold,
+    without_step,
+)
+from tools import Refused
+
+DELETE = do("blockdev-del", node_name="tgt")
+FORCE = [do("block-job-cancel", device="j", force=True), status("concluded")]
+DISMISS = do("job-dismiss", id="j")
+
+
+def node(name: str = "tgt") -> Step:
+    """What query-named-block-nodes says of it, but for names of files."""
+
+    def run(side: Side) -> None:
+        with untold(side):
+            nodes = side.qmp.execute("query-named-block-nodes")
+        found = [info for info in nodes if info["node-name"] == name]
+        for info in found:
+            shown = {key: info[key] for key in ("ro", "drv", "detect_zeroes")}
+            note(side, f"{name}: {shown} {sorted(info['cache'].items())}")
+        if not found:
+            note(side, f"no node {name}")
+
+    return Step(f"query node {name}", run)
+
+
+# blockdev-add
+
+
+@pytest.mark.parametrize("is_export_read_only", [False, True])
+def test_a_read_only_node_is_not_written_to(folder: Path, is_export_read_only: bool) -> None:
+    """By the export, or by the user's word alone: the data of an export that could be written to
+    are protected as well."""
+    script: list[Script] = [
+        [add(), DELETE],
+        [add(read_only=True), node(), mirror(), query(), images(equal=False), DELETE],
+        [add(auto_read_only=True, read_only=True), node(), mirror(), query(), DELETE],
+    ]
+    if is_export_read_only:
+        script += [[add(auto_read_only=True), mirror(), query(), images(equal=False)]]
+    setting = Setting(target_read_only=is_export_read_only)
+    assert_alike(folder, setting, script, NEVER_RAN)
+
+
+def test_options_are_shown_again(folder: Path) -> None:
+    options: list[dict[str, Any]] = [
+        {},
+        {"read_only": False, "auto_read_only": True},
+        {"cache": {"direct": True}},
+        {"cache": {"direct": False, "no-flush": True}},
+        {"detect_zeroes": "on"},
+        {"detect_zeroes": "unmap"},
+        {"detect_zeroes": "unmap", "discard": "ignore"},
+        {"detect_zeroes": "unmap", "discard": "unmap"},
+    ]
+    script: list[Script] = [[add(**more), node(), DELETE] for more in options]
+    assert_alike(folder, Setting(), script)
+
+
+# Names in blockdev-mirror
+
+
+def test_nodes_that_a_mirror_names(folder: Path) -> None:
+    """`replaces` must be what a pivot replaces here too, and `filter-node-name` a free name, though
+    there is no filter."""
+    wrong: list[dict[str, Any]] = [
+        *[{"replaces": name} for name in ("nope", "tgt", "")],
+        *[{"filter_node_name": name} for name in ("src", "tgt", "1x", "", "x" * 32)],
+    ]
+    right: list[dict[str, Any]] = [{"replaces": "src"}, {"filter_node_name": "filter"}]
+    script: list[Script] = [
+        [add()],
+        [[mirror(**more), query()] for more in wrong],
+        [[mirror(**more), ready(), FORCE, DISMISS] for more in right],
+    ]
+    assert_alike(folder, Setting(), script)
+
+
+# drive-mirror
+
+
+def drive(target: str, **options: Any) -> Step:
+    """drive-mirror as the job "j"; SOCKET stands for the target's."""
+
+    def run(side: Side) -> None:
+        given = {"job_id": "j", "device": "src", "sync": "full", "mode": "existing"}
+        given |= {"auto_dismiss": False, "target": target.replace("SOCKET", side.target_socket())}
+        with contextlib.suppress(Refused):
+            side.qmp.execute("drive-mirror", **{**given, **options})
+
+    return Step(f"drive-mirror {target} {options}", run)
+
+
+URI = "nbd+unix:///?socket=SOCKET"
+
+
+@pytest.mark.parametrize("target", [URI, "nbd:unix:SOCKET"])
+@pytest.mark.parametrize("format_", [None, "raw", "nbd"])
+def test_the_form_of_a_target(folder: Path, target: str, format_: str | None) -> None:
+    """A URI, and QEMU's older form, which libvirt and Proxmox send."""
+    options = {"format": format_} if format_ else {}
+    script: list[Script] = [
+        [drive(target, **options), ready(), query(), FORCE, DISMISS, images(target=False)],
+        [drive(target, **options), ready(), do("block-job-complete", device="j")],
+        [status("concluded"), query(), images()],
+    ]
+    assert_alike(folder, Setting(), script, PROGRESS)
+
+
+ADDRESS_TEXTS = Difference(
+    "what an export that is not there, or no address, is called",
+    "libnbd says which export, and nbdmirror what it read",
+    substituted(
+        r"Requested export not available|Failed to connect to X: No such file or directory"
+        r"|error parsing address .*|NBD server address missing",
+        "X",
+    ),
+)
+
+
+def test_targets_that_cannot_be_reached(folder: Path) -> None:
+    older = ("nbd:unix:/nope", "nbd:unix:SOCKET:exportname=nope", "nbd:127.0.0.1:1")
+    more = ("nbd:127.0.0.1:1:exportname=x", "nbd:[::1]:1:exportname=x", "nbd:localhost", "nbd:")
+    targets = [*older, *more, "nbd+unix:///nope?socket=SOCKET", "nbd://127.0.0.1:1/"]
+    script: list[Script] = [[drive(target), query()] for target in targets]
+    assert_alike(folder, Setting(), script, CONNECT_TEXTS, ADDRESS_TEXTS)
+
+
+def test_names_of_a_drive_mirrors_node(folder: Path) -> None:
+    wrong = [drive(URI, node_name=name) for name in ("src", "1x", "", "x" * 32)]
+    wrong += [drive(URI, replaces="src"), drive(URI, replaces="nope", node_name="new")]
+    script: list[Script] = [
+        [*wrong, query()],
+        [drive(URI, node_name="new"), ready(), node("new"), FORCE, node("new"), DISMISS],
+        [drive(URI, node_name="new", replaces="src"), ready(), do("job-complete", id="j")],
+        [status("concluded"), images(), DISMISS],
+    ]
+    assert_alike(folder, Setting(), script, PROGRESS)
+
+
+def test_a_format_other_than_raw_is_refused(folder: Path) -> None:
+    """QEMU would write it; nbdmirror must not write raw data over an image of that format."""
+    difference = Difference(
+        "formats",
+        "nbdmirror has none: the target's server makes of the data what it was told to",
+        without_step("drive-mirror"),
+    )
+    script: list[Script] = [
+        [[drive(URI, format=name), query()] for name in ("qcow2", "bogus", "")],
+        [images(equal=False)],
+    ]
+    _, ours = assert_alike(folder, Setting(), script, difference)
+    assert ours.failure is None
