@@ -52,7 +52,7 @@ def create_mirror(server: Server, arguments: Arguments) -> MirrorJob:
     """The job of a blockdev-mirror, created and not yet begun. Raises CommandError; then there is
     none."""
     disk = server.nodes.find_disk(arguments["device"])
-    node = server.nodes.find(arguments["target"])
+    node = server.nodes.find_target(disk, arguments["target"])
     bitmap = _sync_bitmap(server, disk, arguments)
     delay_s = node.options.reconnect_delay_s
     options = _options(arguments, disk.name, reconnect_delay_s=delay_s)

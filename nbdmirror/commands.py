@@ -144,10 +144,7 @@ class Commands:
 
         def look() -> Node:
             nodes = self._server.nodes
-            disk = nodes.find_disk(arguments["device"])
-            if arguments["target"] == disk.name:
-                raise CommandError("Can't mirror node into itself")
-            return nodes.find(arguments["target"])
+            return nodes.find_target(nodes.find_disk(arguments["device"]), arguments["target"])
 
         def adopt() -> bool:
             """Another client may have been quicker."""
@@ -279,7 +276,7 @@ _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
 }
 
 _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
-    "blockdev-del": lambda server, a: server.nodes.remove(a["node-name"]).device.close(),
+    "blockdev-del": lambda server, a: server.nodes.remove(a["node-name"]),
     "query-block": lambda server, a: queries.block(server),
     "query-block-jobs": lambda server, a: queries.block_jobs(server),
     "query-jobs": lambda server, a: queries.jobs(server),

@@ -194,8 +194,6 @@ class Mirrors:
     def _check(self, disk: Disk, node: Node, options: MirrorOptions) -> None:
         if len(self.jobs) >= JOBS_MAX:
             raise CommandError(f"There are {JOBS_MAX} jobs already; dismiss concluded ones")
-        if node.disk is disk:
-            raise CommandError("Can't mirror node into itself")
         if disk.read_only:
             raise CommandError(f"Node '{disk.name}' is read-only: it does not change")
         if self.of(disk) is not None:
@@ -257,9 +255,7 @@ class Mirrors:
         if device.block_size.minimum > 1:
             guest_device = AlignedDevice(device)
         mirror.retired = job.disk.swap(guest_device)
-        if (root := self._nodes.root_of(job.disk)) is not None:
-            root.disk = None
-        mirror.node.disk = job.disk
+        self._nodes.pivoted(job.disk, mirror.node, raw_device(mirror.retired))
 
     def released(self, job: MirrorJob) -> None:
         mirror = self._mirrors.pop(job)

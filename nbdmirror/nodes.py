@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
 from nbdmirror.mirror import MirrorJob
@@ -59,21 +60,31 @@ class Nodes:
 
     def __init__(self, disks: dict[str, Disk]) -> None:
         self._disks = disks
+        self._files: dict[str, BlockDevice] = {}
         self._nodes: dict[str, Node] = {}
 
     def __iter__(self) -> Iterator[Node]:
         """Oldest first."""
         return iter(list(self._nodes.values()))
 
-    def find(self, name: str) -> Node:
-        if name not in self._nodes:
-            raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
-        return self._nodes[name]
+    def find_target(self, disk: Disk, name: str) -> Node:
+        """The node `name`, as the target of a mirror of `disk`."""
+        if self._served_from(name) is disk:
+            raise CommandError("Can't mirror node into itself")
+        if name in self._nodes:
+            return self._nodes[name]
+        if name in self._files:
+            raise CommandError(f"Node '{name}' is a file; a mirror's target is an NBD export")
+        if name in self._disks:
+            raise CommandError(f"Node '{name}' is in use")
+        raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
 
     def find_disk(self, name: str) -> Disk:
         """The disk called `name`, or that is served from the node `name`."""
         node = self._nodes.get(name)
         disk = self._disks.get(name) or (node.disk if node else None)
+        if disk is None and node is not None:
+            raise CommandError(f"Node '{name}' is not a disk that is served here")
         if disk is None:
             raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
         return disk
@@ -95,6 +106,13 @@ class Nodes:
                 return name
         return ""
 
+    def _served_from(self, name: str) -> Disk | None:
+        """The disk that is served from the node `name` now."""
+        if name in self._nodes:
+            return self._nodes[name].disk
+        disk = self._disks.get(name)
+        return disk if disk is not None and self.root_of(disk) is None else None
+
     def check_name(self, name: str) -> None:
         """Raise CommandError, with QEMU's text, unless a new node may be called `name`."""
         if not _NAME.fullmatch(name):
@@ -114,8 +132,7 @@ class Nodes:
         `name`."""
         if name not in self._nodes and name not in self._disks:
             raise CommandError(f"Failed to find node with node-name='{name}'")
-        root = self.root_of(disk)
-        if name not in (disk.name, root.name if root else disk.name):
+        if name != disk.name and self._served_from(name) is not disk:
             raise CommandError(
                 f"Cannot replace '{name}' by a node mirrored from '{disk.name}', because it cannot "
                 "be guaranteed that doing so would not lead to an abrupt change of visible data"
@@ -131,20 +148,34 @@ class Nodes:
             node.name = next(name for name in numbers if name not in self._nodes)
         self._nodes[node.name] = node
 
-    def remove(self, name: str) -> Node:
-        """Take a node away; the caller closes its device."""
-        node = self._nodes.get(name)
-        if node is None:
-            if any(n.job is not None and n.job.disk.name == name for n in self):
-                raise CommandError(
-                    f"Node '{name}' is busy: block device is in use by block job: mirror"
-                )
-            if name in self._disks:
-                raise CommandError(f"Node {name} is in use")
-            raise CommandError(f"Failed to find node with node-name='{name}'")
-        if node.job is not None or node.disk is not None:
+    def pivoted(self, disk: Disk, node: Node, old: BlockDevice) -> None:
+        """`disk` is served from `node` now. `old`, its source until then, stays a node until
+        blockdev-del, as in QEMU; what it was opened for is closed."""
+        if (root := self.root_of(disk)) is not None:
+            root.disk = None
+        elif isinstance(old, RemoteDevice):
+            self._nodes = {disk.name: Node(disk.name, old), **self._nodes}  # the oldest
+        else:
+            self._files[disk.name] = old
+        node.disk = disk
+
+    def file_of(self, disk: Disk) -> BlockDevice | None:
+        """The file that `disk` was served from before its first pivot, if it is a node still."""
+        return self._files.get(disk.name)
+
+    def remove(self, name: str) -> None:
+        """Take a node away and close it."""
+        node, disk = self._nodes.get(name), self._served_from(name)
+        if disk is not None and any(n.job is not None and n.job.disk is disk for n in self):
+            raise CommandError(
+                f"Node '{name}' is busy: block device is in use by block job: mirror"
+            )
+        if disk is not None or (node is not None and node.job is not None):
             raise CommandError(f"Node {name} is in use")
-        return self._nodes.pop(name)
+        if node is not None:
+            self._nodes.pop(name).device.close()
+        elif self._files.pop(name, None) is None:
+            raise CommandError(f"Failed to find node with node-name='{name}'")
 
     def forget(self, node: Node) -> None:
         """Take away a node that was made for one job."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node
@@ -63,24 +64,24 @@ def jobs(server: Server) -> list[dict[str, Any]]:
 
 
 def named_block_nodes(server: Server) -> list[dict[str, Any]]:
-    """query-named-block-nodes: newest first. A disk is a node of its name until it is pivoted."""
+    """query-named-block-nodes: newest first. A disk is a node of its name, and what it was served
+    from stays one after a pivot."""
     nodes = [
-        _node_info(server, disk.name, disk)
-        for disk in server.disks.values()
-        if server.nodes.root_of(disk) is None
-    ]
-    targets = [
-        _node_info(server, node.name, node.disk) if node.disk else _target_info(node)
+        _disk_info(server, node.disk) if node.disk else _target_info(node)
         for node in reversed(list(server.nodes))
     ]
-    return [*targets, *reversed(nodes)]
+    for disk in reversed(server.disks.values()):
+        if server.nodes.root_of(disk) is None:
+            nodes.append(_disk_info(server, disk))
+        elif (file := server.nodes.file_of(disk)) is not None:
+            nodes.append(_device_info(disk.name, file))
+    return nodes
 
 
 def block(server: Server) -> list[dict[str, Any]]:
     """query-block: one entry a disk."""
     blocks = []
     for disk in server.disks.values():
-        node = server.nodes.root_of(disk)
         job = server.mirrors.of(disk)
         blocks.append(
             {
@@ -89,7 +90,7 @@ def block(server: Server) -> list[dict[str, Any]]:
                 "removable": False,
                 "locked": False,
                 "io-status": job.io_status if job else "ok",
-                "inserted": _node_info(server, node.name if node else disk.name, disk),
+                "inserted": _disk_info(server, disk),
             }
         )
     return blocks
@@ -125,18 +126,21 @@ def _job_status(job: MirrorJob) -> dict[str, Any]:
 
 
 def _target_info(node: Node) -> dict[str, Any]:
-    device, options = node.device, node.options
-    info = _info(node.name, device.uri, "nbd", read_only=node.is_read_only, size=device.size)
-    info["detect_zeroes"] = options.detect_zeroes
-    info["cache"] |= {"direct": options.direct, "no-flush": options.no_flush}
+    info = _device_info(node.name, node.device)
+    info["ro"] = node.is_read_only
+    info["detect_zeroes"] = node.options.detect_zeroes
+    info["cache"] |= {"direct": node.options.direct, "no-flush": node.options.no_flush}
     return info
 
 
-def _node_info(server: Server, name: str, disk: Disk) -> dict[str, Any]:
-    device = getattr(disk.source, "inner", disk.source)  # below an AlignedDevice
-    driver = "nbd" if isinstance(device, RemoteDevice) else "raw"
-    filename = disk.source.description
-    info = _info(name, filename, driver, read_only=disk.read_only, size=disk.size)
+def _disk_info(server: Server, disk: Disk) -> dict[str, Any]:
+    """Of the node that `disk` is served from."""
+    if (root := server.nodes.root_of(disk)) is not None:
+        info = _target_info(root)
+    else:
+        info = _device_info(disk.name, disk.source)
+    info["ro"] = disk.read_only
+    info["image"]["virtual-size"] = disk.size  # the device may be larger, where that was allowed
     bitmaps = [
         _bitmap_info(
             b.bitmap, recording=b.is_recording, busy=b.is_busy, persistent=bool(b.key), name=b.name
@@ -161,18 +165,20 @@ def _bitmap_info(
     return info
 
 
-def _info(name: str, filename: str, driver: str, *, read_only: bool, size: int) -> dict[str, Any]:
+def _device_info(name: str, device: BlockDevice) -> dict[str, Any]:
     """QEMU's BlockDeviceInfo, as far as it means anything here."""
+    is_remote = isinstance(getattr(device, "inner", device), RemoteDevice)  # below an AlignedDevice
+    driver, filename = "nbd" if is_remote else "raw", device.description
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
     return {
         "node-name": name,
         "drv": driver,
         "file": filename,
-        "ro": read_only,
+        "ro": device.read_only,
         "encrypted": False,
         "detect_zeroes": "off",
         "backing_file_depth": 0,
-        "image": {"filename": filename, "format": driver, "virtual-size": size},
+        "image": {"filename": filename, "format": driver, "virtual-size": device.size},
         "cache": {"writeback": True, "direct": False, "no-flush": False},
         "write_threshold": 0,
         **limits,

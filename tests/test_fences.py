@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "waits": "device loop",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
-    "nodes": "disk errors mirror remote",
+    "nodes": "device disk errors mirror remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors nodes options remote",
     "mirrors": "admission aligned bitmap bitmaps connection copier depth device disk diskstate"
@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "server": "admission bitmaps disk diskstate errors events loop mirror mirrors nodes pool remote"
     " statefile store transient writer",
     # The doors. They know what is below them, never each other.
-    "queries": "bitmap disk mirror nodes remote server",
+    "queries": "bitmap device disk mirror nodes remote server",
     "sockets": "errors",
     "schema": "errors",
     "qmpschema": "schema",

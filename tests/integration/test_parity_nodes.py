@@ -24,10 +24,13 @@ from parity import (
     note,
     query,
     ready,
+    start,
     status,
     substituted,
     untold,
+    without,
     without_step,
+    write,
 )
 from tools import Refused
 
@@ -176,6 +179,59 @@ def test_a_format_other_than_raw_is_refused(folder: Path) -> None:
     script: list[Script] = [
         [[drive(URI, format=name), query()] for name in ("qcow2", "bogus", "")],
         [images(equal=False)],
+    ]
+    _, ours = assert_alike(folder, Setting(), script, difference)
+    assert ours.failure is None
+
+
+# After a pivot
+
+
+def nodes() -> Step:
+    """The names of all nodes, newest first; those that QEMU generates are its filters."""
+
+    def run(side: Side) -> None:
+        with untold(side):
+            found = [info["node-name"] for info in side.qmp.execute("query-named-block-nodes")]
+        note(side, f"nodes: {[name for name in found if not name.startswith('#')]}")
+
+    return Step("query nodes", run)
+
+
+DELETE_SOURCE = do("blockdev-del", node_name="src")
+PIVOT = [do("block-job-complete", device="j"), status("concluded"), DISMISS]
+
+
+@pytest.mark.parametrize("source", ["plain", "faulty"])
+def test_the_old_source_is_a_node_until_it_is_deleted(folder: Path, source: Any) -> None:
+    """A management tool takes away what is not used any more, and does not want an error."""
+    script: list[Script] = [
+        [DELETE_SOURCE, start(), ready(), nodes(), DELETE_SOURCE, PIVOT],
+        [nodes(), DELETE, add("src"), DELETE_SOURCE, nodes(), DELETE_SOURCE, images()],
+    ]
+    assert_alike(folder, Setting(source=source), script)
+
+
+def test_back_to_the_old_source(folder: Path) -> None:
+    """An NBD export on both sides, to which the disk is mirrored back under its old name."""
+    back = mirror(device="tgt", target="src")
+    script: list[Script] = [
+        [start(), ready(), write(), PIVOT, write(4096), nodes()],
+        [mirror(device="tgt"), back, ready(), nodes(), DELETE, write(65536, 1000), PIVOT, nodes()],
+        [images(), DELETE_SOURCE, DELETE, nodes(), write(512, 512), query()],
+    ]
+    assert_alike(folder, Setting(source="faulty"), script, PROGRESS)
+
+
+def test_back_to_an_old_file(folder: Path) -> None:
+    difference = Difference(
+        "a file as a target",
+        "nbdmirror's targets are NBD exports; it says so, and an NBD server of the file will do",
+        lambda lines: without('="k"')(without_step("blockdev-mirror.*'k'")(lines)),
+    )
+    script: list[Script] = [
+        [start(), ready(), PIVOT, mirror(device="tgt", target="src", job_id="k")],
+        [images(target=False)],
     ]
     _, ours = assert_alike(folder, Setting(), script, difference)
     assert ours.failure is None
