@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from nbdmirror import __version__, queries
+from nbdmirror import __version__, introspection, queries
 from nbdmirror.actions import BITMAP_ACTIONS, create_mirror, find_job, transact
 from nbdmirror.errors import CommandError, CommandNotFound, ConfigError
 from nbdmirror.events import Reply
@@ -278,10 +278,12 @@ _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
 _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
     "blockdev-del": lambda server, a: server.nodes.remove(a["node-name"]),
     "query-block": lambda server, a: queries.block(server),
+    "query-block-exports": lambda server, a: queries.block_exports(server),
     "query-block-jobs": lambda server, a: queries.block_jobs(server),
     "query-jobs": lambda server, a: queries.jobs(server),
     "query-commands": lambda server, a: [{"name": n} for n in ("qmp_capabilities", *COMMANDS)],
     "query-named-block-nodes": lambda server, a: queries.named_block_nodes(server),
+    "query-qmp-schema": lambda server, a: introspection.entries(),
     "query-status": lambda server, a: {"status": "running", "running": True, "singlestep": False},
     "query-version": lambda server, a: version_info(),
     "x-nbdmirror-query-status": lambda server, a: queries.status(server),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from nbdmirror.schema import (
     BOOL,
     INT,
+    NOTHING,
     STR,
     UINT32,
     Array,
@@ -25,6 +26,8 @@ ON_ERROR = Enum("BlockdevOnError", ("report", "ignore", "enospc", "stop", "auto"
 SYNC = Enum("MirrorSyncMode", ("top", "full", "none", "incremental", "bitmap"))
 COPY_MODE = Enum("MirrorCopyMode", ("background", "write-blocking"))
 BITMAP_MODE = Enum("BitmapSyncMode", ("on-success", "never", "always"))
+DETECT_ZEROES = Enum("BlockdevDetectZeroesOptions", ("off", "on", "unmap"))
+JOB_TYPE = Enum("JobType", ("mirror",))
 NEW_IMAGE_MODE = Enum("NewImageMode", ("existing", "absolute-paths"))
 
 ADDRESS = Struct(
@@ -51,7 +54,7 @@ NODE = Struct(
         read_only=optional(BOOL),
         auto_read_only=optional(BOOL),
         force_share=optional(BOOL),
-        detect_zeroes=optional(Enum("BlockdevDetectZeroesOptions", ("off", "on", "unmap"))),
+        detect_zeroes=optional(DETECT_ZEROES),
     ),
     tag="driver",
     branches={
@@ -83,7 +86,6 @@ _MIRROR: dict[str, Member] = named(
     bitmap_mode=optional(BITMAP_MODE),
     target_is_zero=optional(BOOL),
     replaces=optional(STR),
-    filter_node_name=optional(STR),
     auto_finalize=optional(BOOL),
     auto_dismiss=optional(BOOL),
     x_nbdmirror_allow_larger_target=optional(BOOL),
@@ -92,7 +94,6 @@ _MIRROR: dict[str, Member] = named(
 
 _DEVICE = struct("BlockJob", device=STR)
 _ID = struct("Job", id=STR)
-_NOTHING = struct("Nothing")
 
 _BITMAP = struct("BlockDirtyBitmap", node=STR, name=STR)
 _BITMAP_ADD = struct(
@@ -109,10 +110,10 @@ _BITMAP_MERGE = struct(
     target=STR,
     bitmaps=Array(StringOr(struct("BlockDirtyBitmap", node=STR, name=STR))),
 )
-_BLOCKDEV_MIRROR = Struct("BlockdevMirror", _MIRROR)
+_BLOCKDEV_MIRROR = Struct("BlockdevMirror", {**_MIRROR, **named(filter_node_name=optional(STR))})
 
 _ACTIONS = {
-    "abort": _NOTHING,
+    "abort": NOTHING,
     "block-dirty-bitmap-add": _BITMAP_ADD,
     "block-dirty-bitmap-remove": _BITMAP,
     "block-dirty-bitmap-clear": _BITMAP,
@@ -135,7 +136,8 @@ COMMANDS: dict[str, Struct] = {
     "blockdev-add": NODE,
     "blockdev-del": struct("BlockdevDel", node_name=STR),
     "query-named-block-nodes": struct("QueryNamedBlockNodes", flat=optional(BOOL)),
-    "query-block": _NOTHING,
+    "query-block": NOTHING,
+    "query-block-exports": NOTHING,
     "blockdev-mirror": _BLOCKDEV_MIRROR,
     "drive-mirror": Struct(
         "DriveMirror",
@@ -149,18 +151,16 @@ COMMANDS: dict[str, Struct] = {
             ),
         },
     ),
-    "query-block-jobs": _NOTHING,
+    "query-block-jobs": NOTHING,
     "block-job-complete": _DEVICE,
     "block-job-cancel": struct("BlockJobCancel", device=STR, force=optional(BOOL)),
     "block-job-pause": _DEVICE,
     "block-job-resume": _DEVICE,
     "block-job-set-speed": struct("BlockJobSetSpeed", device=STR, speed=INT),
-    "block-job-change": struct(
-        "BlockJobChange", id=STR, type=Enum("JobType", ("mirror",)), copy_mode=COPY_MODE
-    ),
+    "block-job-change": struct("BlockJobChange", id=STR, type=JOB_TYPE, copy_mode=COPY_MODE),
     "block-job-finalize": _ID,
     "block-job-dismiss": _ID,
-    "query-jobs": _NOTHING,
+    "query-jobs": NOTHING,
     "job-complete": _ID,
     "job-cancel": _ID,
     "job-pause": _ID,
@@ -183,9 +183,10 @@ COMMANDS: dict[str, Struct] = {
             )
         ),
     ),
-    "query-commands": _NOTHING,
-    "query-version": _NOTHING,
-    "query-status": _NOTHING,
-    "quit": _NOTHING,
-    "x-nbdmirror-query-status": _NOTHING,
+    "query-commands": NOTHING,
+    "query-qmp-schema": NOTHING,
+    "query-version": NOTHING,
+    "query-status": NOTHING,
+    "quit": NOTHING,
+    "x-nbdmirror-query-status": NOTHING,
 }

@@ -96,6 +96,19 @@ def block(server: Server) -> list[dict[str, Any]]:
     return blocks
 
 
+def block_exports(server: Server) -> list[dict[str, Any]]:
+    """query-block-exports: newest first, as QEMU's nodes and jobs."""
+    return [
+        {
+            "id": disk.name,
+            "type": "nbd",
+            "node-name": root.name if (root := server.nodes.root_of(disk)) else disk.name,
+            "shutting-down": False,
+        }
+        for disk in reversed(server.disks.values())
+    ]
+
+
 def status(server: Server) -> dict[str, Any]:
     """x-nbdmirror-query-status, and `nbdmirror status --json`."""
     return {"disks": [_disk_status(server, disk) for disk in server.disks.values()]}

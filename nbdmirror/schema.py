@@ -149,6 +149,8 @@ STR = Plain("str", str, "string")
 INT = Plain("int", int, "integer")
 BOOL = Plain("bool", bool, "boolean")
 UINT32 = Unsigned(32)
+NUMBER = Plain("number", float, "number")
+ANY = Plain("any", object, "value")
 
 
 def struct(name: str, /, **members: Type | Member) -> Struct:
@@ -165,3 +167,6 @@ def named(**members: Type | Member) -> dict[str, Member]:
 
 def optional(type_: Type) -> Member:
     return Member(type_, optional=True)
+
+
+NOTHING = Struct("Nothing", {})

@@ -92,9 +92,11 @@ MAY_IMPORT = {
     "sockets": "errors",
     "schema": "errors",
     "qmpschema": "schema",
+    "qmpresults": "jobstate qmpschema schema",
+    "introspection": "qmpresults qmpschema schema",
     "actions": "bitmap bitmaps copier disk errors group mirror options server",
-    "commands": "__init__ actions errors events job mirror nodes options qmpschema queries"
-    " remote server uri",
+    "commands": "__init__ actions errors events introspection job mirror nodes options qmpschema"
+    " queries remote server uri",
     "qmp_json": "errors",
     "qmp": "errors events qmp_json sockets",
     "http": "errors events job server",

@@ -569,6 +569,26 @@ def test_back_to_the_first_node(start: Start, identical: Identical, disk: Path) 
         guest.wait_for_requests(60)
 
 
+def test_no_way_back_to_a_file(
+    server: Nbdmirror, identical: Identical, target: Server, disk: Path
+) -> None:
+    """A target is an NBD export (QEMU could mirror to the file); it says so, and nothing happens to
+    the file."""
+    qmp = server.qmp
+    qmp.add_target("tgt", target)
+    qmp.start_mirror("tgt")
+    qmp.wait_ready()
+    qmp.complete()
+    before = disk.read_bytes()
+    refusal = qmp.refusal("blockdev-mirror", job_id="j", device="tgt", target="disk0", sync="full")
+    assert refusal == "Node 'disk0' is a file; a mirror's target is an NBD export"
+    qmp.execute("blockdev-del", node_name="disk0")
+    with Guest(server.uri(), target.uri()) as guest:
+        guest.wait_for_requests(50)
+        identical(guest, target.uri())
+    assert disk.read_bytes() == before
+
+
 def test_a_cancelled_mirror_can_be_done_again(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:

@@ -1,0 +1,168 @@
+"""What commands return and what events carry, as data: for query-qmp-schema, and for the tests,
+which hold real answers against it.
+
+Names and types are QEMU's (qapi/block-core.json, job.json, control.json); what QEMU has no name for
+begins with `x-nbdmirror-` or `X_NBDMIRROR_`.
+"""
+
+from __future__ import annotations
+
+from nbdmirror.jobstate import JobStatus
+from nbdmirror.qmpschema import DETECT_ZEROES, JOB_TYPE
+from nbdmirror.schema import (
+    BOOL,
+    INT,
+    NUMBER,
+    STR,
+    Array,
+    Enum,
+    Member,
+    Struct,
+    Type,
+    named,
+    optional,
+    struct,
+)
+
+_IO_STATUS = Enum("BlockDeviceIoStatus", ("ok", "failed", "nospace"))
+_JOB_STATUS = Enum("JobStatus", tuple(map(str, JobStatus)))
+
+_BLOCK_JOB_INFO_MEMBERS = named(
+    type=STR,
+    device=STR,
+    len=INT,
+    offset=INT,
+    busy=BOOL,
+    paused=BOOL,
+    speed=INT,
+    io_status=_IO_STATUS,
+    ready=BOOL,
+    status=_JOB_STATUS,
+    auto_finalize=BOOL,
+    auto_dismiss=BOOL,
+    actively_synced=BOOL,
+    error=optional(STR),
+)
+
+_JOB_INFO = struct(
+    "JobInfo",
+    id=STR,
+    type=JOB_TYPE,
+    status=_JOB_STATUS,
+    current_progress=INT,
+    total_progress=INT,
+    error=optional(STR),
+)
+
+_DIRTY_INFO = struct(
+    "BlockDirtyInfo",
+    name=optional(STR),
+    count=INT,
+    granularity=INT,
+    recording=BOOL,
+    busy=BOOL,
+    persistent=BOOL,
+)
+
+_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+
+_NODE_INFO = Struct(
+    "BlockDeviceInfo",
+    {
+        **named(
+            node_name=STR,
+            drv=STR,
+            file=STR,
+            ro=BOOL,
+            encrypted=BOOL,
+            image=struct("ImageInfo", filename=STR, format=STR, virtual_size=INT),
+            cache=struct("BlockdevCacheInfo", writeback=BOOL, direct=BOOL, no_flush=BOOL),
+            dirty_bitmaps=optional(Array(_DIRTY_INFO)),
+        ),
+        # QEMU's names with `_`, from before it had settled on `-`.
+        "detect_zeroes": Member(DETECT_ZEROES),
+        "backing_file_depth": Member(INT),
+        "write_threshold": Member(INT),
+        **dict.fromkeys(_LIMITS, Member(INT)),
+    },
+)
+
+_BLOCK_INFO = struct(
+    "BlockInfo",
+    device=STR,
+    type=STR,
+    removable=BOOL,
+    locked=BOOL,
+    io_status=_IO_STATUS,
+    inserted=_NODE_INFO,
+)
+
+_EXPORT_INFO = struct(
+    "BlockExportInfo",
+    id=STR,
+    type=Enum("BlockExportType", ("nbd",)),
+    node_name=STR,
+    shutting_down=BOOL,
+)
+
+_VERSION_INFO = struct(
+    "VersionInfo",
+    qemu=struct("VersionTriple", major=INT, minor=INT, micro=INT),
+    package=STR,
+)
+
+_DISK_STATUS = Struct(
+    "DiskStatus",
+    {
+        **named(name=STR, source=STR, size=INT, read_only=BOOL),
+        **named(
+            jobs=Array(
+                Struct(
+                    "JobStatusInfo",
+                    {
+                        **_BLOCK_JOB_INFO_MEMBERS,
+                        **named(target=STR, granularity=INT, dirty_bytes=INT),
+                        **named(in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
+                        **named(pause_ms=optional(NUMBER)),
+                    },
+                )
+            )
+        ),
+    },
+)
+
+RESULTS: dict[str, Type] = {
+    "query-block": Array(_BLOCK_INFO),
+    "query-block-exports": Array(_EXPORT_INFO),
+    "query-block-jobs": Array(Struct("BlockJobInfo", _BLOCK_JOB_INFO_MEMBERS)),
+    "query-commands": Array(struct("CommandInfo", name=STR)),
+    "query-jobs": Array(_JOB_INFO),
+    "query-named-block-nodes": Array(_NODE_INFO),
+    "query-status": struct(
+        "StatusInfo", running=BOOL, singlestep=BOOL, status=Enum("RunState", ("running",))
+    ),
+    "query-version": _VERSION_INFO,
+    "x-nbdmirror-query-status": struct("Status", disks=Array(_DISK_STATUS)),
+}
+"""All others return nothing. (What query-qmp-schema returns is said by `introspection`.)"""
+
+_ENDED = named(type=JOB_TYPE, device=STR, len=INT, offset=INT, speed=INT)
+
+EVENTS: dict[str, Struct] = {
+    "BLOCK_JOB_CANCELLED": Struct("BlockJobCancelled", _ENDED),
+    "BLOCK_JOB_COMPLETED": Struct("BlockJobCompleted", {**_ENDED, **named(error=optional(STR))}),
+    "BLOCK_JOB_ERROR": struct(
+        "BlockJobError",
+        device=STR,
+        operation=Enum("IoOperationType", ("read", "write")),
+        action=Enum("BlockErrorAction", ("ignore", "report", "stop")),
+    ),
+    "BLOCK_JOB_PENDING": struct("BlockJobPending", type=JOB_TYPE, id=STR),
+    "BLOCK_JOB_READY": Struct("BlockJobReady", _ENDED),
+    "JOB_STATUS_CHANGE": struct("JobStatusChange", id=STR, status=_JOB_STATUS),
+    "X_NBDMIRROR_PIVOTED": struct("Pivoted", device=STR, id=STR, pause_ms=NUMBER),
+    "X_NBDMIRROR_QUIESCE_TIMEOUT": Struct("QuiesceTimeout", _ENDED),
+    "X_NBDMIRROR_SIZES_DIFFER": struct(
+        "SizesDiffer", device=STR, id=STR, size=INT, target_size=INT
+    ),
+}

@@ -1,0 +1,195 @@
+"""query-qmp-schema: what it says is what QEMU's says, and what commands return and events carry.
+
+Management tools decide by it what they ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Start
+from parity import StorageDaemon
+from tools import MiB, Nbdmirror, QemuNbd, Qmp, assert_identical, connected, make_image, make_noise
+
+from nbdmirror.introspection import SCHEMA_INFO
+from nbdmirror.qmpresults import EVENTS, RESULTS
+from nbdmirror.qmpschema import COMMANDS
+from nbdmirror.schema import Array
+
+Entry = dict[str, Any]
+Schema = dict[str, Entry]
+
+OWN = {
+    "block-job-change": "8.2",
+    "query-status": "QEMU's, not the storage daemon's",
+    "blockdev-mirror bitmap": "Proxmox's patch",
+    "blockdev-mirror bitmap-mode": "Proxmox's patch",
+    "blockdev-mirror target-is-zero": "10.1",
+    "blockdev-mirror unmap": "drive-mirror has it",
+    "drive-mirror bitmap": "Proxmox's patch",
+    "drive-mirror bitmap-mode": "Proxmox's patch",
+    "drive-mirror target-is-zero": "10.1",
+    "query-block-jobs -> [] actively-synced": "8.2",
+    "transaction actions [] type=blockdev-mirror": "several disks begin together",
+    "transaction actions [] type=block-job-complete": "several disks end together",
+    "transaction actions [] type=block-job-cancel": "the same",
+}
+"""What 7.2's storage daemon has not, beside names that begin with x-nbdmirror-."""
+
+
+@pytest.fixture
+def schemas(folder: Path, start: Start) -> tuple[Schema, Schema]:
+    """QEMU's and ours, by name."""
+    image = make_image(folder / "disk.img", MiB)
+    daemon = start(StorageDaemon(folder, f"driver=file,filename={image}"))
+    server = start(Nbdmirror(folder, f"src={image}", bare=True, options=("read-only=true",)))
+    found = []
+    for path in (daemon.qmp_path, server.qmp_path):
+        with Qmp(path) as qmp:
+            found.append({entry["name"]: entry for entry in qmp.execute("query-qmp-schema")})
+    daemon.kill()
+    return found[0], found[1]
+
+
+class Comparison:
+    """Every type of ours beside QEMU's: the same, or a part of it."""
+
+    def __init__(self, qemu: Schema, ours: Schema) -> None:
+        self.qemu, self.ours = qemu, ours
+        self.extra: list[str] = []
+        self.wrong: list[str] = []
+
+    def types(self, qemu: str, ours: str, where: str) -> None:
+        a, b = self.qemu[qemu], self.ours[ours]
+        if a["meta-type"] != b["meta-type"]:
+            self.wrong.append(f"{where}: {a['meta-type']}, {b['meta-type']}")
+        elif b["meta-type"] == "builtin" and a != b:
+            self.wrong.append(f"{where}: {a['json-type']}, {b['json-type']}")
+        elif b["meta-type"] == "enum":
+            values = set(b["values"]) - set(a["values"])
+            self.wrong += [f"{where}: value {value}" for value in values if value not in OWN_VALUES]
+        elif b["meta-type"] == "array":
+            self.types(a["element-type"], b["element-type"], f"{where} []")
+        elif b["meta-type"] == "alternate":
+            for x, y in zip(a["members"], b["members"], strict=True):
+                self.types(x["type"], y["type"], where)
+        elif b["meta-type"] == "object":
+            self.objects(a, b, where)
+
+    def objects(self, a: Entry, b: Entry, where: str) -> None:
+        there = {member["name"]: member for member in a["members"]}
+        for member in b["members"]:
+            name = member["name"]
+            inside = f"{where} {name}"
+            if name not in there:
+                self.extra.append(inside)
+                continue
+            was, is_ = "default" in there[name], "default" in member
+            if was is not is_ and not (was and " ->" in where):  # what is always there may be
+                self.wrong.append(f"{inside}: optional on one side")
+            self.types(there[name]["type"], member["type"], inside)
+        if a.get("tag") != b.get("tag"):
+            self.wrong.append(f"{where}: tags {a.get('tag')}, {b.get('tag')}")
+        cases = {variant["case"]: variant["type"] for variant in a.get("variants", ())}
+        for variant in b.get("variants", ()):
+            case = f"{where} {b['tag']}={variant['case']}"
+            if variant["case"] in cases:
+                self.types(cases[variant["case"]], variant["type"], case)
+            else:
+                self.extra.append(case)
+
+
+OWN_VALUES = {"blockdev-mirror", "block-job-complete", "block-job-cancel"}
+"""The transaction's actions, as in OWN."""
+
+
+def test_commands_and_events_are_qemus(schemas: tuple[Schema, Schema]) -> None:
+    qemu, ours = schemas
+    comparison = Comparison(qemu, ours)
+    for name, entry in ours.items():
+        if entry["meta-type"] not in ("command", "event"):
+            continue
+        if name not in qemu:
+            comparison.extra.append(name)
+            continue
+        assert qemu[name]["meta-type"] == entry["meta-type"]
+        comparison.types(qemu[name]["arg-type"], entry["arg-type"], name)
+        if entry["meta-type"] == "command":
+            comparison.types(qemu[name]["ret-type"], entry["ret-type"], f"{name} ->")
+    assert not comparison.wrong, "\n".join(comparison.wrong)
+    extra = {name for name in comparison.extra if "nbdmirror" not in name.lower()}
+    assert extra == set(OWN)
+
+
+def test_no_type_is_missing_or_without_use(schemas: tuple[Schema, Schema]) -> None:
+    _, ours = schemas
+    for entry in ours.values():
+        SCHEMA_INFO.check(entry)
+    used = {name for name, entry in ours.items() if entry["meta-type"] in ("command", "event")}
+    left = list(used)
+    while left:
+        for name in references(ours[left.pop()]):
+            assert name in ours
+            if name not in used:
+                used.add(name)
+                left.append(name)
+    assert used == set(ours)
+    commands = {name for name, entry in ours.items() if entry["meta-type"] == "command"}
+    assert commands == {"qmp_capabilities", *COMMANDS}
+
+
+def references(entry: Entry) -> Iterator[str]:
+    for key in ("arg-type", "ret-type", "element-type"):
+        if key in entry:
+            yield entry[key]
+    if entry["meta-type"] in ("object", "alternate"):
+        for member in [*entry["members"], *entry.get("variants", ())]:
+            yield member["type"]
+
+
+def test_answers_and_events_are_as_it_says(start: Start, folder: Path) -> None:
+    """In every state of a job, with a bitmap, before and after a pivot, and of a job that fails."""
+    disk = make_image(folder / "disk.img", MiB)
+    target = start(QemuNbd(folder, make_noise(folder / "target.img", MiB)))
+    small = start(QemuNbd(folder, make_noise(folder / "small.img", MiB // 2)))
+    server = start(Nbdmirror(folder, f"src={disk}", bare=True))
+    server.allowed = ["different sizes|has [0-9]+ bytes"]
+    qmp = server.qmp
+
+    def ask() -> None:
+        for command, result in RESULTS.items():
+            result.check(qmp.execute(command), command)
+        Array(SCHEMA_INFO).check(qmp.execute("query-qmp-schema"), "query-qmp-schema")
+
+    ask()
+    qmp.execute("block-dirty-bitmap-add", node="src", name="b")
+    qmp.add_target("tgt", target)
+    qmp.add_target("small", small)
+    qmp.start_mirror("small", device="src", job_id="k", auto_dismiss=False)
+    qmp.wait_status("concluded", "k")
+    qmp.start_mirror("tgt", device="src", speed=1, auto_finalize=False, auto_dismiss=False)
+    ask()
+    qmp.execute("block-job-pause", device="j")
+    qmp.wait_status("paused")
+    ask()
+    qmp.execute("block-job-resume", device="j")
+    qmp.execute("block-job-set-speed", device="j", speed=0)
+    qmp.wait_ready()
+    ask()
+    qmp.execute("block-job-complete", device="j")
+    qmp.wait_status("pending")
+    ask()
+    qmp.execute("block-job-finalize", id="j")
+    qmp.wait_status("concluded")
+    ask()
+    qmp.execute("block-job-dismiss", id="j")
+    ask()
+    told = {event["event"] for event in qmp.events}
+    for event in qmp.events:
+        EVENTS[event["event"]].check(event.get("data", {}), event["event"])
+    assert told >= {"X_NBDMIRROR_SIZES_DIFFER", "X_NBDMIRROR_PIVOTED", "BLOCK_JOB_PENDING"}
+    with connected(server.uri("src")) as guest:
+        assert_identical(bytes(guest.pread(MiB, 0)), target.image)
