@@ -123,41 +123,40 @@ class Commands:
             raise CommandError("'node-name' must be specified for the root node")
         await self._on_loop(lambda: self._server.nodes.check_name(name))
         await self._on_loop(self._server.nodes.check_room)
-        options = _node_options(arguments)
-        timeout_s = arguments.get("open-timeout") or CONNECT_TIMEOUT_S
-        if timeout_s > OPEN_TIMEOUT_S_MAX:
-            raise CommandError(f"Parameter 'open-timeout' expects at most {OPEN_TIMEOUT_S_MAX}")
-        device = await _open(nbd_uri(arguments), timeout_s)
-        wants_writes = not (options.read_only or arguments.get("auto-read-only"))
-        if device.read_only and wants_writes:
-            device.close()
-            raise CommandError("Could not open image: Permission denied")
-        node = Node(name, device, options)
+        options, file = _node_options(arguments), arguments.get("file")
+        if isinstance(file, str):
+            return await self._on_loop(lambda: self._add_on(file, name, options))
+        if file is None:
+            node = await _open_node(name, arguments)
+        else:
+            if "node-name" in file:
+                await self._on_loop(lambda: self._server.nodes.check_name(file["node-name"]))
+            inherited = {key: arguments[key] for key in _INHERITED if key in arguments}
+            below = await _open_node(file.get("node-name", ""), {**inherited, **file})
+            below.is_inline = True
+            node = Node(name, below.device, options, file=below)
         try:
             return await self._on_loop(lambda: self._server.nodes.add(node))
         except CommandError:
-            device.close()
+            node.device.close()
             raise
+
+    def _add_on(self, file: str, name: str, options: NodeOptions) -> None:
+        below = self._server.nodes.find_file(file)
+        self._server.nodes.add(Node(name, below.device, options, file=below))
 
     async def _bring_back(self, arguments: Arguments) -> None:
         """A target that was the source before a pivot, or that a job before lost, is closed."""
 
+        nodes = self._server.nodes
+
         def look() -> Node:
-            nodes = self._server.nodes
             return nodes.find_target(nodes.find_disk(arguments["device"]), arguments["target"])
 
-        def adopt() -> bool:
-            """Another client may have been quicker."""
-            is_wanted = node.is_closed
-            if is_wanted:
-                node.device.close()
-                node.device = device
-            return is_wanted
-
         node: Node = (await self._on_loop(look)).value
-        if node.is_closed:
+        if nodes.is_closed(node):
             device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
-            if not (await self._on_loop(adopt)).value:
+            if not (await self._on_loop(lambda: nodes.reopen(node, device))).value:
                 device.close()
 
     # Mirrors.
@@ -288,6 +287,24 @@ _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
     "query-version": lambda server, a: version_info(),
     "x-nbdmirror-query-status": lambda server, a: queries.status(server),
 }
+
+
+_INHERITED = ("read-only", "auto-read-only", "discard", "detect-zeroes", "cache")
+"""Options that a node passes on to one that is made with it."""
+
+
+async def _open_node(name: str, arguments: Arguments) -> Node:
+    """One of the driver `nbd`, connected."""
+    options = _node_options(arguments)
+    timeout_s = arguments.get("open-timeout") or CONNECT_TIMEOUT_S
+    if timeout_s > OPEN_TIMEOUT_S_MAX:
+        raise CommandError(f"Parameter 'open-timeout' expects at most {OPEN_TIMEOUT_S_MAX}")
+    device = await _open(nbd_uri(arguments), timeout_s)
+    wants_writes = not (options.read_only or arguments.get("auto-read-only"))
+    if device.read_only and wants_writes:
+        device.close()
+        raise CommandError("Could not open image: Permission denied")
+    return Node(name, device, options)
 
 
 def _node_options(arguments: Arguments) -> NodeOptions:

@@ -200,7 +200,7 @@ class Mirrors:
             raise CommandError(
                 f"Node '{disk.name}' is busy: block device is in use by block job: mirror"
             )
-        if node.job is not None or node.disk is not None:
+        if self._nodes.is_used(node):
             raise CommandError(f"Node '{node.name}' is in use")
         if options.job_id in self.jobs:
             raise CommandError(f"Job ID '{options.job_id}' already in use")

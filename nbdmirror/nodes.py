@@ -41,18 +41,18 @@ class Node:
     options: NodeOptions = NodeOptions()
     is_owned: bool = False
     """Made by drive-mirror for one job: goes when the job goes."""
+    file: Node | None = None
+    """The node below, of a `raw` one: both are the same device."""
+    is_inline: bool = False
+    """Made with the `raw` node above it, and goes with that."""
     job: MirrorJob | None = None
     disk: Disk | None = None
     """The disk that is served from this node since a pivot."""
 
     @property
     def is_read_only(self) -> bool:
-        return self.options.read_only or self.device.read_only
-
-    @property
-    def is_closed(self) -> bool:
-        """It has lost its connection and nobody uses it: it can be opened again."""
-        return self.device.is_lost and self.job is None and self.disk is None
+        below = self.file is not None and self.file.is_read_only
+        return below or self.options.read_only or self.device.read_only
 
 
 class Nodes:
@@ -78,6 +78,14 @@ class Nodes:
         if name in self._disks:
             raise CommandError(f"Node '{name}' is in use")
         raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
+
+    def find_file(self, name: str) -> Node:
+        """The node `name`, as what a `raw` node is to be on."""
+        if name in self._disks:
+            raise CommandError(f"Node '{name}' is a disk; a 'raw' node can be on a target alone")
+        if name not in self._nodes or self._nodes[name].file is not None:
+            raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
+        return self._nodes[name]
 
     def find_disk(self, name: str) -> Disk:
         """The disk called `name`, or that is served from the node `name`."""
@@ -106,6 +114,29 @@ class Nodes:
                 return name
         return ""
 
+    def is_used(self, node: Node) -> bool:
+        """By a job or a disk, under whichever name."""
+        same = [other for other in self if other.device is node.device]
+        return any(other.job is not None or other.disk is not None for other in same)
+
+    def is_closed(self, node: Node) -> bool:
+        """It has lost its connection and nobody uses it: it can be opened again."""
+        return node.device.is_lost and not self.is_used(node)
+
+    def reopen(self, node: Node, device: RemoteDevice) -> bool:
+        """Give it a new connection. False if another client did so first, or took it away."""
+        old = node.device
+        if self._nodes.get(node.name) is not node or not self.is_closed(node):
+            return False
+        old.close()
+        for other in self:
+            if other.device is old:
+                other.device = device
+        return True
+
+    def _above(self, node: Node) -> Node | None:
+        return next((other for other in self if other.file is node), None)
+
     def _served_from(self, name: str) -> Disk | None:
         """The disk that is served from the node `name` now."""
         if name in self._nodes:
@@ -119,12 +150,15 @@ class Nodes:
             raise CommandError(f"Invalid node-name: '{name}'")
         if len(name) > NAME_LENGTH_MAX:
             raise CommandError("Node name too long")
+        self._check_free(name)
+
+    def _check_free(self, name: str) -> None:
         if name in self._nodes or name in self._disks:
             raise CommandError(f"Duplicate nodes with node-name='{name}'")
 
-    def check_room(self) -> None:
-        """Raise CommandError if there are too many nodes already."""
-        if len(self._nodes) >= NODES_MAX:
+    def check_room(self, number: int = 1) -> None:
+        """Raise CommandError if there are too many nodes for so many more."""
+        if len(self._nodes) + number > NODES_MAX:
             raise CommandError(f"There are {NODES_MAX} nodes already; delete some (blockdev-del)")
 
     def check_replaces(self, disk: Disk, name: str) -> None:
@@ -139,10 +173,17 @@ class Nodes:
             )
 
     def add(self, node: Node) -> None:
-        """Without a name it gets one of QEMU's generated kind, which no user can take."""
+        """Under its name, which was checked; without one it gets one of QEMU's generated kind,
+        which no user can take. What it was made with, below it, is added as well."""
+        if node.file is not None and node.file.is_inline:
+            if node.file.name == node.name:
+                raise CommandError(f"Duplicate nodes with node-name='{node.name}'")
+            self._check_free(node.name)
+            self.check_room(2)
+            self.add(node.file)
         self.check_room()
         if node.name:
-            self.check_name(node.name)
+            self._check_free(node.name)
         else:
             numbers = (f"#block{number:03}" for number in itertools.count())
             node.name = next(name for name in numbers if name not in self._nodes)
@@ -172,8 +213,16 @@ class Nodes:
             )
         if disk is not None or (node is not None and node.job is not None):
             raise CommandError(f"Node {name} is in use")
+        if node is not None and self._above(node) is not None:
+            if node.is_inline:
+                raise CommandError(f"Node {name} is not owned by the monitor")
+            raise CommandError(f"Block device {name} is in use")
         if node is not None:
-            self._nodes.pop(name).device.close()
+            self._nodes.pop(name)
+            if node.file is None:
+                node.device.close()
+            elif node.file.is_inline:
+                self.remove(node.file.name)
         elif self._files.pop(name, None) is None:
             raise CommandError(f"Failed to find node with node-name='{name}'")
 

@@ -40,33 +40,42 @@ ADDRESS = Struct(
     },
 )
 
+# What every node has in QEMU. A target is written to and zeroed as the job's own arguments say, so
+# that of these only read-only means something.
+_NODE = named(
+    node_name=optional(STR),
+    discard=optional(Enum("BlockdevDiscardOptions", ("ignore", "unmap"))),
+    cache=optional(struct("BlockdevCacheOptions", direct=optional(BOOL), no_flush=optional(BOOL))),
+    read_only=optional(BOOL),
+    auto_read_only=optional(BOOL),
+    force_share=optional(BOOL),
+    detect_zeroes=optional(DETECT_ZEROES),
+)
+
+_NBD = struct(
+    "BlockdevOptionsNbd",
+    server=ADDRESS,
+    export=optional(STR),
+    tls_creds=optional(STR),
+    x_nbdmirror_tls_username=optional(STR),
+    open_timeout=optional(UINT32),
+    reconnect_delay=optional(UINT32),
+)
+
+_FILE = Struct(
+    "BlockdevOptions",
+    {**named(driver=Enum("BlockdevDriver", ("nbd",))), **_NODE},
+    tag="driver",
+    branches={"nbd": _NBD},
+)
+
 NODE = Struct(
     "BlockdevOptions",
-    # What every node has in QEMU. A target is written to and zeroed as the job's own arguments say,
-    # so that of these only read-only means something.
-    named(
-        driver=Enum("BlockdevDriver", ("nbd",)),
-        node_name=optional(STR),
-        discard=optional(Enum("BlockdevDiscardOptions", ("ignore", "unmap"))),
-        cache=optional(
-            struct("BlockdevCacheOptions", direct=optional(BOOL), no_flush=optional(BOOL))
-        ),
-        read_only=optional(BOOL),
-        auto_read_only=optional(BOOL),
-        force_share=optional(BOOL),
-        detect_zeroes=optional(DETECT_ZEROES),
-    ),
+    {**named(driver=Enum("BlockdevDriver", ("nbd", "raw"))), **_NODE},
     tag="driver",
     branches={
-        "nbd": struct(
-            "BlockdevOptionsNbd",
-            server=ADDRESS,
-            export=optional(STR),
-            tls_creds=optional(STR),
-            open_timeout=optional(UINT32),
-            reconnect_delay=optional(UINT32),
-            x_nbdmirror_tls_username=optional(STR),
-        )
+        "nbd": _NBD,
+        "raw": struct("BlockdevOptionsRaw", file=StringOr(_FILE, "BlockdevRef")),
     },
 )
 
@@ -108,7 +117,7 @@ _BITMAP_MERGE = struct(
     "BlockDirtyBitmapMerge",
     node=STR,
     target=STR,
-    bitmaps=Array(StringOr(struct("BlockDirtyBitmap", node=STR, name=STR))),
+    bitmaps=Array(StringOr(_BITMAP, "BlockDirtyBitmapOrStr")),
 )
 _BLOCKDEV_MIRROR = Struct("BlockdevMirror", {**_MIRROR, **named(filter_node_name=optional(STR))})
 

@@ -141,6 +141,8 @@ def _job_status(job: MirrorJob) -> dict[str, Any]:
 def _target_info(node: Node) -> dict[str, Any]:
     info = _device_info(node.name, node.device)
     info["ro"] = node.is_read_only
+    if node.file is not None:
+        info["drv"] = info["image"]["format"] = "raw"
     info["detect_zeroes"] = node.options.detect_zeroes
     info["cache"] |= {"direct": node.options.direct, "no-flush": node.options.no_flush}
     return info

@@ -86,9 +86,10 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class StringOr:
-    """QAPI's alternate of a string and something else."""
+    """QAPI's alternate of a string and something else; `called` is what errors call it."""
 
     other: Type
+    called: str
 
     @property
     def name(self) -> str:
@@ -96,9 +97,7 @@ class StringOr:
 
     def check(self, value: object, where: str) -> None:
         if not isinstance(value, (str, dict)):
-            raise CommandError(
-                f"Invalid parameter type for '{where}', expected: {self.other.name}OrStr"
-            )
+            raise _wrong_type(where, self.called)
         if not isinstance(value, str):
             self.other.check(value, where)
 

@@ -53,6 +53,9 @@ def nbd_uri(options: dict[str, Any]) -> str:
         query["socket"] = server["path"]
         base = f"{scheme}+unix://{user}/{export}"
     else:
+        if not server["host"] or not server["port"].isdecimal():
+            address = f"{server['host']}:{server['port']}"
+            raise CommandError(f"address resolution failed for {address}: a host and a number")
         host = f"[{server['host']}]" if ":" in server["host"] else server["host"]
         base = f"{scheme}://{user}{host}:{server['port']}/{export}"
     return base + ("?" + urlencode(query, safe="/", quote_via=quote) if query else "")

@@ -458,6 +458,16 @@ def swapped() -> Step:
     return Step("the export is on the target", run)
 
 
+def is_served(name: str) -> Callable[[Side], None]:
+    """For `call`: what the disk holds is on the target `name`."""
+
+    def check(side: Side) -> None:
+        held = side.targets[name][1].read_bytes()
+        assert bytes(side.guest.pread(len(held), 0)) == held
+
+    return check
+
+
 def call(text: str, run: Callable[[Side], None]) -> Step:
     return Step(text, run)
 

@@ -24,6 +24,7 @@ from parity import (
     heal,
     images,
     in_sync,
+    is_served,
     mirror,
     query,
     ready,
@@ -132,17 +133,9 @@ def test_two_rounds_after_each_ending(folder: Path, state: str, ending: str) -> 
         [second, add("again", "second")],
         [mirror(device="tgt" if is_pivot else "src", target="again"), ready(), write(4096)],
         [IN_SYNC, COMPLETE, status("concluded"), query()],
-        [call("the copy is the disk", _is_served("second"))],
+        [call("the copy is the disk", is_served("second"))],
     ]
     assert_alike(folder, Setting(), script, PROGRESS)
-
-
-def _is_served(name: str) -> Any:
-    def check(side: Side) -> None:
-        held = side.targets[name][1].read_bytes()
-        assert bytes(side.guest.pread(len(held), 0)) == held
-
-    return check
 
 
 def test_the_plain_run(folder: Path) -> None:

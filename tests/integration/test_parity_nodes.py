@@ -18,8 +18,10 @@ from parity import (
     Step,
     add,
     assert_alike,
+    call,
     do,
     images,
+    is_served,
     mirror,
     note,
     query,
@@ -31,7 +33,7 @@ from parity import (
     without_step,
     write,
 )
-from tools import Refused
+from tools import MiB, Refused
 
 DELETE = do("blockdev-del", node_name="tgt")
 FORCE = [do("block-job-cancel", device="j", force=True), status("concluded")]
@@ -241,3 +243,76 @@ def test_a_pivot_is_seen_in_the_exports(folder: Path) -> None:
         [mirror(), ready(), PIVOT, exports(), images()],
     ]
     assert_alike(folder, Setting(), script)
+
+
+# A raw node on an NBD node, as libvirt makes them
+
+
+def raw_node(name: str, file: Any, **options: Any) -> Step:
+    """`file`: a node, or a dict of options of one that is made with it; SOCKET is added."""
+
+    def run(side: Side) -> None:
+        server = {"type": "unix", "path": side.target_socket()}
+        below = {"driver": "nbd", "server": server, **file} if isinstance(file, dict) else file
+        with contextlib.suppress(Refused):
+            side.qmp.execute("blockdev-add", driver="raw", node_name=name, file=below, **options)
+
+    return Step(f"blockdev-add raw {name} on {file} {options}", run)
+
+
+def delete(name: str) -> Step:
+    return do("blockdev-del", node_name=name)
+
+
+def test_a_raw_node_on_a_node(folder: Path) -> None:
+    """A storage and a format layer, a mirror to the upper one, a pivot, and the layers taken away
+    after the next pivot."""
+    again = call("a second target", lambda side: side.start_target("second", MiB))
+    upper = mirror(target="upper")
+    script: list[Script] = [
+        [add(), raw_node("upper", "tgt", read_only=False, discard="unmap"), nodes(), DELETE],
+        [upper, ready(), delete("upper"), DELETE, FORCE, DISMISS, delete("upper"), nodes()],
+        [raw_node("upper", "tgt"), upper, ready(), write(), PIVOT, node("upper"), exports()],
+        [images(), write(4096, 512), delete("upper"), DELETE, DELETE_SOURCE, nodes()],
+        [again, add("other", "second"), raw_node("more", "other")],
+        [mirror(device="upper", target="more"), ready(), PIVOT, nodes()],
+        [call("the copy is the disk", is_served("second"))],
+        [delete("other"), DELETE, delete("upper"), DELETE, nodes()],
+    ]
+    assert_alike(folder, Setting(), script, PROGRESS)
+
+
+def test_a_raw_node_with_what_it_is_on(folder: Path) -> None:
+    script: list[Script] = [
+        [raw_node("a", {}), nodes(), raw_node("b", {"node-name": "below"}), nodes()],
+        [delete("below"), node("below"), delete("b"), nodes()],
+        [raw_node("c", {"node-name": "below"}, read_only=True), node("c"), node("below")],
+        [mirror(target="c"), delete("c"), delete("a"), nodes()],
+        [raw_node("d", {"node-name": "d"}), raw_node("d", {"export": "nope"}), nodes()],
+        [raw_node("d", "nope"), raw_node("d", 1), raw_node("d", {"driver": "bogus"}), nodes()],
+        [
+            add(read_only=True),
+            raw_node("d", "tgt"),
+            mirror(target="d"),
+            nodes(),
+            images(equal=False),
+        ],
+    ]
+    assert_alike(folder, Setting(), script, NEVER_RAN, CONNECT_TEXTS, ADDRESS_TEXTS)
+
+
+def test_two_names_of_one_node(folder: Path) -> None:
+    """Nothing is mirrored to it twice at once."""
+    script: list[Script] = [
+        [add(), raw_node("a", "tgt"), raw_node("b", "tgt"), mirror(target="a"), ready()],
+        [mirror(target="b", job_id="k"), mirror(target="tgt", job_id="k"), delete("b")],
+        [FORCE, DISMISS, mirror(), ready(), PIVOT, images(), delete("a"), DELETE, nodes()],
+    ]
+    assert_alike(folder, Setting(), script, IN_USE)
+
+
+IN_USE = Difference(
+    "what a second job of the disk is told",
+    "QEMU finds its filter on the disk, nbdmirror the job",
+    substituted(r"Need a root block node|Node 'src' is busy: .*", "X"),
+)

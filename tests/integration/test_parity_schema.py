@@ -74,8 +74,9 @@ class Comparison:
         elif b["meta-type"] == "array":
             self.types(a["element-type"], b["element-type"], f"{where} []")
         elif b["meta-type"] == "alternate":
-            for x, y in zip(a["members"], b["members"], strict=True):
-                self.types(x["type"], y["type"], where)
+            by_kind = {self.qemu[x["type"]]["meta-type"]: x["type"] for x in a["members"]}
+            for y in b["members"]:
+                self.types(by_kind[self.ours[y["type"]]["meta-type"]], y["type"], where)
         elif b["meta-type"] == "object":
             self.objects(a, b, where)
 
