@@ -37,7 +37,7 @@ from parity import (
     write,
     zero,
 )
-from tools import KiB, MiB
+from tools import KiB, MiB, assert_identical
 
 PAUSE = do("block-job-pause", device="j")
 RESUME = do("block-job-resume", device="j")
@@ -280,6 +280,27 @@ def test_granularity_and_buf_size(folder: Path, granularity: int, buf_size: int)
         [images(), COMPLETE, status("concluded"), query(), swapped()],
     ]
     assert_alike(folder, Setting(size=size, source_content="runs"), script)
+
+
+@pytest.mark.parametrize("buf_size", [2**62, 2**63 - 1])
+def test_a_buf_size_that_no_memory_suffices_for(folder: Path, buf_size: int) -> None:
+    difference = Difference(
+        "a buffer that is too large",
+        "QEMU takes all of it at once, and its job fails; nbdmirror takes what is in flight",
+        without(""),
+    )
+    script: list[Script] = [start(buf_size=buf_size), [call("it is copied", _ready_if_ours)]]
+    assert_alike(folder, Setting(), script, difference)
+
+
+def _ready_if_ours(side: Side) -> None:
+    if side.kind == "nbdmirror":
+        side.qmp.wait_ready()
+        side.qmp.complete()
+        assert_identical(side.source_image, side.targets["tgt"][1])
+    else:
+        failed = side.qmp.wait_for_event("BLOCK_JOB_COMPLETED")
+        assert failed["error"] == "Cannot allocate memory"
 
 
 @pytest.mark.parametrize("target", ["noise", "empty"])

@@ -38,6 +38,7 @@ from parity import (
     swapped,
     until,
     untold,
+    without,
     write,
 )
 from tools import KiB, MiB, wait_until
@@ -424,3 +425,77 @@ def test_what_fits_again_after_enospc_is_copied(folder: Path) -> None:
         completed(),
     ]
     assert_alike(folder, faulty("target"), script, ONE_ERROR_A_STOP)
+
+
+# While a lost target is waited for
+
+WAITED_FOR = [
+    [add(reconnect_delay=4), mirror(), ready(), KILL_TARGET, write()],
+    [until(lambda job: job["len"] > job["offset"], "the write counts")],
+]
+
+GIVEN_UP = Difference(
+    "a forced cancel is no error of the target",
+    "QEMU cancels the request that waits for the target, tells of it and shows it in the query; "
+    "nbdmirror has none in flight",
+    lambda lines: substituted('error="(Input/output error|Operation canceled)"', "error=X")(
+        without('BLOCK_JOB_ERROR action="report"')(lines)
+    ),
+)
+
+
+def _pause_at_once(lines: list[str]) -> list[str]:
+    """Everything of the pause in its own step, in one order."""
+    at = next(n for n, line in enumerate(lines) if line.startswith("-- block-job-pause"))
+    told = [n for n in range(at, len(lines)) if 'status="standby"' in lines[n]][:1]
+    kept = [line for n, line in enumerate(lines) if n not in told]
+    return [*kept[: at + 1], *(lines[n] for n in told), *kept[at + 1 :]]
+
+
+PAUSED_AT_ONCE = Difference(
+    "a pause does not wait for the target",
+    "QEMU is paused when the request that waits for the target has come back; nbdmirror has none",
+    _pause_at_once,
+)
+
+
+@pytest.mark.parametrize("ending", ["force", "job-cancel"])
+def test_a_cancel_while_a_lost_target_is_waited_for(folder: Path, ending: str) -> None:
+    """Iotest 264 (how quickly is looked at in tests/faults); then all of it again."""
+    cancel = {"force": FORCE_CANCEL, "job-cancel": do("job-cancel", id="j")}[ending]
+    script: list[Script] = [
+        [WAITED_FOR, cancel, status("concluded"), query(), dismiss()],
+        [do("blockdev-del", node_name="tgt"), RESTART_TARGET, start(), ready()],
+        completed(),
+    ]
+    assert_alike(folder, Setting(), script, GIVEN_UP, PROGRESS)
+
+
+def test_a_pause_while_a_lost_target_is_waited_for(folder: Path) -> None:
+    script: list[Script] = [
+        [WAITED_FOR, do("block-job-pause", device="j"), RESTART_TARGET, status("standby")],
+        [query(), RESUME, IN_SYNC, write(4096, 512), IN_SYNC],
+        completed(),
+    ]
+    assert_alike(folder, Setting(), script, PAUSED_AT_ONCE, PROGRESS)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_ending_while_a_lost_target_is_waited_for(folder: Path, ending: str) -> None:
+    """It comes when the target is back."""
+    script: list[Script] = [
+        [WAITED_FOR, ENDINGS[ending], query(), RESTART_TARGET, status("concluded"), query()],
+        [images(), swapped() if ending == "complete" else query(), dismiss()],
+    ]
+    assert_alike(folder, Setting(), script, PROGRESS)
+
+
+@by_side
+def test_an_error_of_a_limited_job(folder: Path, side: str) -> None:
+    """The same is told; QEMU ends the job when its slice of time is over, nbdmirror at once."""
+    operation = OPERATIONS[side]
+    script: list[Script] = [
+        [fault(side, operation, "EIO"), start(speed=64 * KiB, buf_size=64 * KiB)],
+        [status("concluded"), query(), heal(side, operation), images(target=False), dismiss()],
+    ]
+    assert_alike(folder, faulty(side), script)
