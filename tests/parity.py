@@ -487,6 +487,30 @@ def mirror(*, extra: Mapping[str, Any] | None = None, **options: Any) -> Step:
     return do("blockdev-mirror", extra=extra, **{**given, "auto_dismiss": False, **options})
 
 
+def raw_node(name: str, file: Any, **options: Any) -> Step:
+    """`file`: a node, or a dict of options of one that is made with it; SOCKET is added."""
+
+    def run(side: Side) -> None:
+        server = {"type": "unix", "path": side.target_socket()}
+        below = {"driver": "nbd", "server": server, **file} if isinstance(file, dict) else file
+        with contextlib.suppress(Refused):
+            side.qmp.execute("blockdev-add", driver="raw", node_name=name, file=below, **options)
+
+    return Step(f"blockdev-add raw {name} on {file} {options}", run)
+
+
+def drive(target: str, **options: Any) -> Step:
+    """drive-mirror as the job "j"; SOCKET stands for the target's."""
+
+    def run(side: Side) -> None:
+        given = {"job_id": "j", "device": "src", "sync": "full", "mode": "existing"}
+        given |= {"auto_dismiss": False, "target": target.replace("SOCKET", side.target_socket())}
+        with contextlib.suppress(Refused):
+            side.qmp.execute("drive-mirror", **{**given, **options})
+
+    return Step(f"drive-mirror {target} {options}", run)
+
+
 def start(**options: Any) -> list[Step]:
     return [add(), mirror(**options)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from parity import (
     assert_alike,
     call,
     do,
+    drive,
     images,
     is_served,
     mirror,
     note,
     query,
+    raw_node,
     ready,
     start,
     status,
@@ -33,7 +34,7 @@ from parity import (
     without_step,
     write,
 )
-from tools import MiB, Refused
+from tools import MiB
 
 DELETE = do("blockdev-del", node_name="tgt")
 FORCE = [do("block-job-cancel", device="j", force=True), status("concluded")]
@@ -109,18 +110,6 @@ def test_nodes_that_a_mirror_names(folder: Path) -> None:
 
 
 # drive-mirror
-
-
-def drive(target: str, **options: Any) -> Step:
-    """drive-mirror as the job "j"; SOCKET stands for the target's."""
-
-    def run(side: Side) -> None:
-        given = {"job_id": "j", "device": "src", "sync": "full", "mode": "existing"}
-        given |= {"auto_dismiss": False, "target": target.replace("SOCKET", side.target_socket())}
-        with contextlib.suppress(Refused):
-            side.qmp.execute("drive-mirror", **{**given, **options})
-
-    return Step(f"drive-mirror {target} {options}", run)
 
 
 URI = "nbd+unix:///?socket=SOCKET"
@@ -246,18 +235,6 @@ def test_a_pivot_is_seen_in_the_exports(folder: Path) -> None:
 
 
 # A raw node on an NBD node, as libvirt makes them
-
-
-def raw_node(name: str, file: Any, **options: Any) -> Step:
-    """`file`: a node, or a dict of options of one that is made with it; SOCKET is added."""
-
-    def run(side: Side) -> None:
-        server = {"type": "unix", "path": side.target_socket()}
-        below = {"driver": "nbd", "server": server, **file} if isinstance(file, dict) else file
-        with contextlib.suppress(Refused):
-            side.qmp.execute("blockdev-add", driver="raw", node_name=name, file=below, **options)
-
-    return Step(f"blockdev-add raw {name} on {file} {options}", run)
 
 
 def delete(name: str) -> Step:
