@@ -48,9 +48,10 @@ def parse_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size (examples: 65536, 64K, 1.5G)")
     number, unit = match.groups()
     scale: int = 1024 ** " KMGT".index(unit.upper() or " ")
-    if "." in number:
-        return int(float(number) * scale)
-    return int(number) * scale
+    size = int(float(number) * scale) if "." in number else int(number) * scale
+    if size >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 8 EiB")
+    return size
 
 
 def _seconds(text: str) -> float:

@@ -34,7 +34,7 @@ def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
     except QMPError as error:
-        raise CliError(f"the server went away: {error}", NO_SERVER) from error
+        raise CliError("the server went away; see: nbdmirror status", NO_SERVER) from error
 
 
 async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
@@ -72,7 +72,7 @@ class Session:
             async with asyncio.timeout(REPLY_S_MAX) as limit:
                 return await self._client.execute(command, given or None)
         except ExecuteError as error:
-            raise CliError(f"{command}: {error}") from error
+            raise CliError(f"{command}: {error}{cli_status.advice(str(error))}") from error
         except TimeoutError as error:
             if not limit.expired():
                 raise

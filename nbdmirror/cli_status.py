@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -13,6 +14,19 @@ from nbdmirror.cli_progress import Meter, size
 WATCH_TERMINAL_S = 0.5
 ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 PIVOTED = "X_NBDMIRROR_PIVOTED"
+
+
+_ADVICE = {
+    r"is currently paused$": "resume it, or give it up with: nbdmirror cancel --force",
+    r"is busy: block device is in use by block job": "see: nbdmirror status",
+}
+"""Refusals of the server's, and what to do about them."""
+
+
+def advice(refusal: str) -> str:
+    """To be put behind `refusal`; empty where none is known."""
+    found = (text for pattern, text in _ADVICE.items() if re.search(pattern, refusal))
+    return "".join(f"; {text}" for text in found)
 
 
 def from_query_block(blocks: Any) -> list[dict[str, Any]]:

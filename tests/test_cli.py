@@ -136,6 +136,12 @@ def test_sizes(text: str, size: int) -> None:
     assert cli.parse_size(text) == size
 
 
+def test_a_size_that_no_server_takes(run: Main) -> None:
+    status, _, err = run("set-speed", "8388608T")
+    assert (status, "8 EiB" in one_line(err)) == (cli.USAGE, True)
+    assert cli.parse_size("8388607T") < 2**63
+
+
 # Mirroring
 
 
@@ -471,7 +477,7 @@ def test_the_server_dies_during_a_wait(fake: Fake) -> None:
     fake.server.stop()
     _, err = process.communicate(timeout=WAIT_S_MAX)
     assert process.returncode == cli.NO_SERVER
-    assert one_line(err)
+    assert one_line(err) == "nbdmirror: the server went away; see: nbdmirror status\n"
 
 
 @pytest.mark.parametrize("argv", [["mirror", URI, "--wait", "completed"], ["status", "--watch"]])

@@ -1,0 +1,167 @@
+"""The command line with a real server: exit statuses, jobs that fail, a server that dies in the
+middle of a command, on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Identical, Start
+from tools import (
+    Finished,
+    KiB,
+    MiB,
+    NbdkitTarget,
+    Nbdmirror,
+    QemuNbd,
+    make_image,
+    make_noise,
+    nbdmirror,
+    nbdmirror_environment,
+    wait_until,
+)
+
+from nbdmirror.cli import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
+
+SIZE = 4 * MiB
+Cli = Callable[..., Finished]
+
+
+@pytest.fixture
+def disk(folder: Path) -> Path:
+    return make_image(folder / "disk.img", SIZE)
+
+
+@pytest.fixture
+def target(start: Start, folder: Path) -> QemuNbd:
+    return start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
+
+
+@pytest.fixture
+def server(start: Start, disk: Path, target: QemuNbd) -> Nbdmirror:
+    return start(Nbdmirror(disk.parent, disk, bare=True))
+
+
+@pytest.fixture
+def cli(server: Nbdmirror) -> Cli:
+    """Runs a command against `server`; nothing it says is a traceback."""
+
+    def run(*arguments: str) -> Finished:
+        done = nbdmirror(*arguments, "--qmp", server.qmp_path)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def last_line(done: Finished) -> str:
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("wait", ["ready", "completed"])
+def test_a_job_that_fails(cli: Cli, start: Start, folder: Path, wait: str) -> None:
+    parameters = (str(SIZE), "error-pwrite=EIO", "error-pwrite-rate=100%")
+    broken = start(NbdkitTarget(folder, "memory", *parameters, filters=("error",)))
+    done = cli("mirror", broken.uri(), "--wait", wait)
+    assert done.returncode == FAILED
+    assert last_line(done) == "nbdmirror: job disk0 failed: Input/output error"
+    stopped = cli(
+        "mirror", broken.uri(), "--wait", wait, "--on-target-error", "stop", "--timeout", "1"
+    )
+    assert stopped.returncode == TIMED_OUT
+    assert "go on with: nbdmirror resume" in stopped.stderr
+    assert "I/O error (failed)" in cli("status").stdout
+    assert cli("cancel", "--force").returncode == DONE
+
+
+def test_a_paused_job(cli: Cli, identical: Identical, target: QemuNbd, disk: Path) -> None:
+    assert cli("mirror", target.uri(), "--wait", "ready").returncode == DONE
+    assert cli("pause").returncode == DONE
+    refused = cli("cancel")
+    assert (refused.returncode, "cancel --force" in last_line(refused)) == (FAILED, True)
+    again = cli("mirror", target.uri())
+    assert (again.returncode, "nbdmirror status" in last_line(again)) == (FAILED, True)
+    late = cli("complete", "--timeout", "1")
+    assert (late.returncode, "after: nbdmirror resume" in late.stderr) == (TIMED_OUT, True)
+    assert cli("resume").returncode == DONE
+    wait_until(lambda: "disk.img" not in cli("status").stdout, "the pivot that was remembered")
+    identical(disk, target.image)
+
+
+@pytest.mark.parametrize("arguments", [["set-speed", "9000P"], ["mirror"], ["wait"]])
+def test_what_is_no_command(cli: Cli, arguments: list[str]) -> None:
+    done = cli(*arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (USAGE, 1)
+
+
+class Running:
+    """A command under way, in a pipe or on a terminal of 80 columns; `heard` is what it said."""
+
+    def __init__(self, arguments: list[str], *, is_terminal: bool) -> None:
+        near, far = pty.openpty() if is_terminal else os.pipe()
+        self.heard = b""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nbdmirror", *arguments],
+            env={**nbdmirror_environment(), "COLUMNS": "80", "TERM": "xterm"},
+            stdin=subprocess.DEVNULL,
+            stdout=far,
+            stderr=far,
+        )
+        os.close(far)
+        self._reader = threading.Thread(target=self._read, args=(near,), daemon=True)
+        self._reader.start()
+
+    def end(self) -> tuple[int, str]:
+        status = self.process.wait(30)
+        self._reader.join(10)
+        return status, self.heard.decode()
+
+    def _read(self, near: int) -> None:
+        try:
+            while data := os.read(near, 1 << 16):
+                self.heard += data
+        except OSError:
+            pass  # a terminal's other end was closed
+        finally:
+            os.close(near)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["pipe", "terminal"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mirror TARGET --speed 64K --wait ready",
+        "mirror TARGET --speed 64K --wait completed",
+        "wait --ready",
+        "wait --concluded",
+        "complete",
+        "status --watch",
+    ],
+)
+def test_a_server_that_dies_in_the_middle(
+    server: Nbdmirror, target: QemuNbd, command: str, is_terminal: bool
+) -> None:
+    words = [target.uri() if word == "TARGET" else word for word in command.split()]
+    if words[0] != "mirror":
+        is_to_complete = words[0] == "complete"
+        options = {} if is_to_complete else {"speed": 64 * KiB, "buf_size": 64 * KiB}
+        server.qmp.start_mirror(target.uri(), **options)
+        if is_to_complete:
+            server.qmp.wait_ready()
+            server.qmp.execute("job-pause", id="j")
+            server.qmp.wait_status("standby")
+    running = Running([*words, "--qmp", str(server.qmp_path)], is_terminal=is_terminal)
+    wait_until(lambda: b"left" in running.heard, "it shows the job")
+    os.kill(server.pid, signal.SIGKILL)
+    status, heard = running.end()
+    server.kill()
+    assert status == NO_SERVER
+    assert "Traceback" not in heard
+    assert "the server went away" in heard.splitlines()[-1]
