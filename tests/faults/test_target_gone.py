@@ -25,10 +25,12 @@ from tools import (
     wait_until,
 )
 
+from nbdmirror import pool
 from nbdmirror.connection import Connection
 from nbdmirror.errors import DeviceLost
 from nbdmirror.handshake import PEER_LOST_S
 from nbdmirror.loop import Loop
+from nbdmirror.remote import RemoteDevice
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
 SHORT_S = 1
@@ -356,3 +358,22 @@ def test_a_peer_that_the_network_has_lost_is_found_out(start: Start, folder: Pat
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PEER_LOST_S * 1000
     connection.close()
+
+
+def test_closing_does_not_wait_for_a_handshake(
+    target: Lossy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop closes targets: a forced cancel of one that hangs has a second, and all other
+    jobs wait meanwhile."""
+    monkeypatch.setattr(pool, "LINK_TIMEOUT_S", 60.0)
+    with Proxy(target.socket) as proxy:
+        device = RemoteDevice.open(proxy.uri)
+        assert device.can_multi_conn
+        proxy.stall()
+        device.pool.open_links()
+        wait_until(lambda: proxy.connections == 2, "a further connection hangs in its handshake")
+        began_s = time.monotonic()
+        device.close()
+        assert time.monotonic() - began_s < 10.0
+        proxy.forward()
+        pool.wait_for_handshakes()

@@ -684,7 +684,8 @@ def test_force_cancel_of_a_hanging_target(
         assert guest.seconds < 0.5, "background: the guest never pays for the target (rule 41)"
     began_s = time.monotonic()
     qmp.execute("block-job-cancel", device="j", force=True)
-    assert time.monotonic() - began_s < 0.2, "the command itself does not wait"
+    told = [event["event"] for event in qmp.events]
+    assert "BLOCK_JOB_CANCELLED" not in told, "the command itself does not wait"
     qmp.wait_for_event("BLOCK_JOB_CANCELLED", 5)
     seconds = time.monotonic() - began_s
     guest.join(1.0)

@@ -62,7 +62,12 @@ def test_libvirt_copies_a_disk(folder: Path, way: str) -> None:
     """virsh blockcopy, blockjob --bandwidth, and one of --pivot and --abort. After that the layers
     that are not used any more are taken away."""
     copy = do(
-        "blockdev-mirror", target="libvirt-2-format", sync="full", granularity=65536, **LIBVIRT
+        "blockdev-mirror",
+        target="libvirt-2-format",
+        sync="full",
+        speed=65536,
+        buf_size=65536,
+        **LIBVIRT,
     )
     unused = ["libvirt-2-format", "libvirt-2-storage"]
     end = {
