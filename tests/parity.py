@@ -43,10 +43,10 @@ from tools import (
     wait_until,
 )
 
-STEP_S_MAX = 6.0
-"""For one step; the longest thing that a script waits for is a back-off."""
+STEP_S_MAX = 20.0
+"""For one step; the longest thing that a script waits for is a back-off of 5 s."""
 
-SCRIPT_S_MAX = 40.0
+SCRIPT_S_MAX = 50.0
 
 Kind = Literal["qsd", "nbdmirror"]
 KINDS: tuple[Kind, ...] = ("qsd", "nbdmirror")
