@@ -40,6 +40,23 @@ OWN = {
 """What 7.2's storage daemon has not, beside names that begin with x-nbdmirror-."""
 
 
+NOT_HERE = {
+    "other kinds of jobs": "block-commit block-stream blockdev-backup drive-backup blockdev-create"
+    " x-blockdev-amend",
+    "images and their graph": "blockdev-snapshot blockdev-snapshot-sync change-backing-file"
+    " blockdev-snapshot-internal-sync blockdev-snapshot-delete-internal-sync blockdev-reopen"
+    " block_resize x-blockdev-change x-blockdev-set-iothread x-debug-query-block-graph",
+    "exports, which `serve` makes": "block-export-add block-export-del nbd-server-add"
+    " nbd-server-remove nbd-server-start nbd-server-stop",
+    "objects and character devices": "object-add object-del qom-get qom-list qom-list-properties"
+    " qom-list-types qom-set chardev-add chardev-change chardev-remove chardev-send-break"
+    " query-chardev query-chardev-backends ringbuf-read ringbuf-write",
+    "statistics": "query-blockstats block-set-write-threshold",
+    "debugging": "x-debug-block-dirty-bitmap-sha256",
+}
+"""What the storage daemon has and nbdmirror has not. All that a mirror needs is there."""
+
+
 @pytest.fixture
 def schemas(folder: Path, start: Start) -> tuple[Schema, Schema]:
     """QEMU's and ours, by name."""
@@ -123,6 +140,15 @@ def test_commands_and_events_are_qemus(schemas: tuple[Schema, Schema]) -> None:
     assert not comparison.wrong, "\n".join(comparison.wrong)
     extra = {name for name in comparison.extra if "nbdmirror" not in name.lower()}
     assert extra == set(OWN)
+
+
+def test_commands_that_are_not_here(schemas: tuple[Schema, Schema]) -> None:
+    commands = [
+        {name for name, entry in schema.items() if entry["meta-type"] == "command"}
+        for schema in schemas
+    ]
+    named = [name for names in NOT_HERE.values() for name in names.split()]
+    assert commands[0] - commands[1] - {"query-qmp-schema"} == set(named)
 
 
 def test_no_type_is_missing_or_without_use(schemas: tuple[Schema, Schema]) -> None:
