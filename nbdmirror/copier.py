@@ -104,7 +104,6 @@ class Copier:
         """Bytes of data sent to the target, zeroes not counted."""
         self.answers = 0
         """Requests that the target has answered."""
-        self._has_written = False
         self._clock = clock
         self._call_later = call_later
         # At least one granule, as in QEMU; one that is larger than a request goes in several
@@ -279,7 +278,6 @@ class Copier:
 
     def _write(self, copy: _Copy, runs: list[tuple[int, int, bool]]) -> None:
         copy.operation = "write"
-        self._has_written = True
         copy.pending = len(runs)
         base = runs[0][0]
         start_s = self._clock()
@@ -314,9 +312,10 @@ class Copier:
                 self.observer.copy_settled()
 
     def flush(self, done: Done) -> None:
-        """Make durable what was written to the target; no request if it was never changed, by a
-        copy or by a synchronous write."""
-        if not (self._has_written or self.tracker.written_bytes):
+        """Make durable what the target holds: also what was written to it before this mirror, which
+        may have little to copy because of that. A disk of no bytes may be on a target that has no
+        flush."""
+        if not self.tracker.size:
             done(None)
             return
         covered = self.tracker.begin_flush()

@@ -772,7 +772,8 @@ def test_sync_none_copies_only_what_is_written(
     qmp.add_target("tgt", target)
     qmp.forget()
     qmp.start_mirror("tgt", sync="none", granularity=4096)
-    assert qmp.steps("j") == ["created", "running", *READY, "return"]
+    qmp.wait_ready()
+    assert qmp.steps("j") == ["created", "running", "return", *READY]
     assert qmp.job()["len"] == 0
     data = b"new!" * 1024
     with connected(server.uri()) as guest:

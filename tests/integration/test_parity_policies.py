@@ -239,6 +239,21 @@ def test_flush_before_ready(folder: Path, policy: str, errno_name: str) -> None:
     assert_alike(folder, faulty("target"), script, BACK_OFF)
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_flush_where_nothing_was_written(folder: Path, ending: str) -> None:
+    """With sync=none: before READY and at the end, since what the target holds was written by
+    others, and may be in its caches alone."""
+    stopped = [query(), heal("target", "flush"), RESUME]
+    script: list[Script] = [
+        [fault("target", "flush", "EIO"), start(sync="none", on_target_error="stop")],
+        [error_event("write", "stop"), status("paused"), stopped, ready(), query()],
+        [fault("target", "flush", "EIO"), ENDINGS[ending]],
+        [error_event("write", "stop"), status("standby"), stopped],
+        [status("concluded"), query(), images(equal=False)],
+    ]
+    assert_alike(folder, faulty("target"), script)
+
+
 DRAINED = Difference(
     "guests held while the last flush is tried again",
     "QEMU keeps its guest's requests back as long as the flush fails, and shows `paused`; "
