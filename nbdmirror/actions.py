@@ -53,13 +53,22 @@ def create_mirror(server: Server, arguments: Arguments) -> MirrorJob:
     none."""
     disk = server.nodes.find_disk(arguments["device"])
     node = server.nodes.find_target(disk, arguments["target"])
-    bitmap = _sync_bitmap(server, disk, arguments)
-    delay_s = node.options.reconnect_delay_s
-    options = _options(arguments, disk.name, reconnect_delay_s=delay_s)
+    # From here on in QEMU's order: of two errors the same is told.
+    _check_size("granularity", arguments)
+    _check_size("x-nbdmirror-target-cluster-size", arguments)
     if "replaces" in arguments:
         server.nodes.check_replaces(disk, arguments["replaces"])
+    bitmap = _sync_bitmap(server, disk, arguments)
+    if arguments.get("buf-size", 0) < 0:
+        raise CommandError("Invalid parameter 'buf-size'")
+    if arguments.get("buf-size", 0) > BUFFER_BYTES_MAX:
+        raise CommandError(f"Parameter 'buf-size' expects at most {BUFFER_BYTES_MAX}")
+    if node is None:
+        raise CommandError("Can't mirror node into itself")
     if "filter-node-name" in arguments:
         server.nodes.check_name(arguments["filter-node-name"])
+    delay_s = node.options.reconnect_delay_s
+    options = _options(arguments, disk.name, reconnect_delay_s=delay_s)
     return server.mirrors.create(disk, node, options, bitmap)
 
 
@@ -214,16 +223,6 @@ def _sync_bitmap(server: Server, disk: Disk, arguments: Arguments) -> NamedBitma
 
 def _options(arguments: Arguments, disk_name: str, *, reconnect_delay_s: float) -> MirrorOptions:
     """The job's options; raises CommandError with QEMU's text."""
-    granularity = arguments.get("granularity", 0)
-    cluster = arguments.get("x-nbdmirror-target-cluster-size", 0)
-    if granularity:
-        _check_size("granularity", granularity)
-    if cluster:
-        _check_size("x-nbdmirror-target-cluster-size", cluster)
-    if arguments.get("buf-size", 0) < 0:
-        raise CommandError("Invalid parameter 'buf-size'")
-    if arguments.get("buf-size", 0) > BUFFER_BYTES_MAX:
-        raise CommandError(f"Parameter 'buf-size' expects at most {BUFFER_BYTES_MAX}")
     job_id = arguments.get("job-id", disk_name)
     if not _JOB_ID.fullmatch(job_id):
         raise CommandError(f"Invalid job ID '{job_id}'")
@@ -235,7 +234,7 @@ def _options(arguments: Arguments, disk_name: str, *, reconnect_delay_s: float) 
         job_id=job_id,
         sync=arguments["sync"],
         copy_mode=CopyMode(arguments.get("copy-mode", "background")),
-        granularity=granularity,
+        granularity=arguments.get("granularity", 0),
         buffer_bytes=arguments.get("buf-size", 0) or BUFFER_BYTES_DEFAULT,
         speed_bytes_per_s=arguments.get("speed", 0),
         on_source_error=Policy(arguments.get("on-source-error", "report")),
@@ -244,15 +243,17 @@ def _options(arguments: Arguments, disk_name: str, *, reconnect_delay_s: float) 
         reconnect_delay_s=reconnect_delay_s,
         target_is_zero=arguments.get("target-is-zero", False),
         clear_bitmap=arguments.get("bitmap-mode", "on-success") == "on-success",
-        cluster_bytes=cluster,
+        cluster_bytes=arguments.get("x-nbdmirror-target-cluster-size", 0),
         allow_larger=arguments.get("x-nbdmirror-allow-larger-target", False),
         auto_finalize=arguments.get("auto-finalize", True),
         auto_dismiss=arguments.get("auto-dismiss", True),
     )
 
 
-def _check_size(parameter: str, value: int) -> None:
+def _check_size(parameter: str, arguments: Arguments) -> None:
+    """0 is as good as none."""
     try:
-        check_granularity(value, parameter)
+        if size := arguments.get(parameter, 0):
+            check_granularity(size, parameter)
     except ConfigError as error:
         raise CommandError(str(error)) from error

@@ -150,13 +150,14 @@ class Commands:
 
         nodes = self._server.nodes
 
-        def look() -> Node:
-            return nodes.find_target(nodes.find_disk(arguments["device"]), arguments["target"])
+        def look() -> list[Node]:
+            node = nodes.find_target(nodes.find_disk(arguments["device"]), arguments["target"])
+            return [node] if node is not None and nodes.is_closed(node) else []
 
-        node: Node = (await self._on_loop(look)).value
-        if nodes.is_closed(node):
+        found: list[Node] = (await self._on_loop(look)).value
+        for node in found:
             device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
-            if not (await self._on_loop(lambda: nodes.reopen(node, device))).value:
+            if not (await self._on_loop(partial(nodes.reopen, node, device))).value:
                 device.close()
 
     # Mirrors.

@@ -67,10 +67,10 @@ class Nodes:
         """Oldest first."""
         return iter(list(self._nodes.values()))
 
-    def find_target(self, disk: Disk, name: str) -> Node:
-        """The node `name`, as the target of a mirror of `disk`."""
+    def find_target(self, disk: Disk, name: str) -> Node | None:
+        """The node `name`, as the target of a mirror of `disk`; None if that is its own source."""
         if self._served_from(name) is disk:
-            raise CommandError("Can't mirror node into itself")
+            return None
         if name in self._nodes:
             return self._nodes[name]
         if name in self._files:
