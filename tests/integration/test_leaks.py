@@ -125,4 +125,5 @@ def test_mirrors_leave_nothing_behind(start: Start, folder: Path) -> None:
         # Fifty leaked pivots alone would be 400 of them, and 50 MiB of copy buffers.
         grown = settled(server.pid, threads_before, max(descriptors_before, 200)) - before
         assert grown < 8 * MiB
+        qmp.execute("blockdev-del", node_name="disk0")  # the file that it was served from first
         assert len(qmp.execute("query-named-block-nodes")) == 1

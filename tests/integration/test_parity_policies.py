@@ -6,6 +6,7 @@ and the images are equal, or the job has failed and the source is served as befo
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,21 @@ def test_flush_before_ready(folder: Path, policy: str, errno_name: str) -> None:
     assert_alike(folder, faulty("target"), script, BACK_OFF)
 
 
+def _answer_first(lines: list[str]) -> list[str]:
+    kept = list(lines)
+    for number, line in enumerate(kept):
+        if re.match(r"-- block-job-(complete|cancel)", line):
+            kept.insert(number + 1, kept.pop(kept.index("<- return", number + 1)))
+    return kept
+
+
+ENDING_ANSWER = Difference(
+    "when the answer to complete and cancel comes",
+    "QEMU's job may have had its next error by then, where it has nothing else to do",
+    _answer_first,
+)
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_flush_where_nothing_was_written(folder: Path, ending: str) -> None:
     """With sync=none: before READY and at the end, since what the target holds was written by
@@ -251,7 +267,7 @@ def test_flush_where_nothing_was_written(folder: Path, ending: str) -> None:
         [error_event("write", "stop"), status("standby"), stopped],
         [status("concluded"), query(), images(equal=False)],
     ]
-    assert_alike(folder, faulty("target"), script)
+    assert_alike(folder, faulty("target"), script, ENDING_ANSWER)
 
 
 DRAINED = Difference(
