@@ -33,9 +33,9 @@ from tools import (
 from nbdmirror.actions import ACTIONS_MAX, BUFFER_BYTES_MAX, JOB_ID_LENGTH_MAX
 from nbdmirror.bitmap import BITS_BYTES_MAX
 from nbdmirror.bitmaps import BITMAPS_MAX, BYTES_MAX, NAME_BYTES_MAX
-from nbdmirror.commands import NODE_NAME_LENGTH_MAX, OPEN_TIMEOUT_S_MAX, URI_BYTES_MAX
+from nbdmirror.commands import OPEN_TIMEOUT_S_MAX, URI_BYTES_MAX
 from nbdmirror.mirrors import JOBS_MAX
-from nbdmirror.nodes import NODES_MAX
+from nbdmirror.nodes import NAME_LENGTH_MAX, NODES_MAX
 from nbdmirror.qmp import CLIENTS_MAX
 
 SIZE = MiB
@@ -165,7 +165,7 @@ def test_names_and_numbers(start: Start, folder: Path, server: Nbdmirror) -> Non
         assert text in qmp.refusal("blockdev-mirror", **mirror, **wrong)
     address = {"type": "unix", "path": str(target.socket)}
     node = {"driver": "nbd", "server": address}
-    long = "n" * (NODE_NAME_LENGTH_MAX + 1)
+    long = "n" * (NAME_LENGTH_MAX + 1)
     assert "too long" in qmp.refusal("blockdev-add", node_name=long, **node)
     late = {"open_timeout": OPEN_TIMEOUT_S_MAX + 1}
     assert "'open-timeout' expects" in qmp.refusal("blockdev-add", node_name="n", **node, **late)
