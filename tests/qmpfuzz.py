@@ -6,6 +6,7 @@ machine.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from nbdmirror.schema import Array, Enum, Plain, StringOr, Struct, Unsigned
 
 Command = tuple[str, Any]
 
-DEVICES, NODES = ("disk0", "disk1", "disk2"), ("t0", "t1", "t2", "#block000")
-JOBS, BITMAPS = ("disk0", "j0", "j1"), ("b0", "b1")
+DEVICES = ("disk0", "disk1", "disk2")
+TARGETS = ("t0", "t1", "t2", "t3")
+"""One more than disks: wherever those have pivoted to, a mirror can begin."""
+NEW_NODES = ("n0", "n1", "n2")
+NODES = (*TARGETS, *NEW_NODES, "#block000")
+JOBS, BITMAPS = ("j0", "j0", "disk0", "j1"), ("b0", "b1")
 ODD = ("", " ", "\0", "/", "x" * 300, "ü\u20ac\U0001f600", "a\nb", "%s", "1", "-1", "..", "disk0/")
-
-USUAL = {"drive-mirror": {"mode": "existing"}, "blockdev-add": {"node-name": "t2"}}
-"""What an optional argument must be, else all else of it is not looked at."""
 
 LEFT_OUT = ("quit",)
 """It does what it says; other tests end the server in the middle of things."""
@@ -50,12 +52,13 @@ class Pools:
             "nbds://[::1",
         ]
         self._of = {
-            "device": [*DEVICES, *JOBS, NODES[0]],
-            "node": [*DEVICES, NODES[0]],
-            "target": [*NODES[:2] * 6, *uris * 3, *bad_uris, *DEVICES, *BITMAPS],
+            "device": [*DEVICES * 2, *JOBS, TARGETS[0]],
+            "node": [*DEVICES, TARGETS[0]],
+            "target": [*TARGETS * 3, *NEW_NODES, *DEVICES, *BITMAPS * 3, *uris[:1]],
             "node-name": [*NODES, *DEVICES],
-            "replaces": [*NODES],
-            "filter-node-name": [*NODES],
+            "replaces": [*DEVICES * 2, *NODES],
+            "filter-node-name": [*NEW_NODES, TARGETS[0]],
+            "file": [*NODES, *DEVICES[:1]],
             "job-id": [*JOBS],
             "id": [*JOBS],
             "name": [*BITMAPS],
@@ -77,8 +80,45 @@ class Pools:
             "port": ["1", "", "99999", "-1", "http", "0x10"],
             "tls-creds": ["/nope", "/", "/dev/null", "", "relative", own.disks[0], "/tmp"],
             "x-nbdmirror-tls-username": ["alice", "a@b", ""],
-            "format": ["raw", "qcow2"],
+            "format": ["raw", "nbd", "raw", "qcow2"],
         }
+        jobs = {"device": [*JOBS * 3, *DEVICES]}
+        new = {"node-name": [*NEW_NODES * 3, *DEVICES]}
+        self._of_command = {
+            **dict.fromkeys((name for name in COMMANDS if name.startswith("block-job-")), jobs),
+            "blockdev-add": new,
+            "drive-mirror": {**new, "target": [*uris * 3, *bad_uris, TARGETS[0]]},
+        }
+        device, sync = st.sampled_from(DEVICES), st.just("full")
+        path = st.sampled_from(paths)
+        server = st.fixed_dictionaries({"type": st.just("unix"), "path": path})
+        self.usual: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+            "blockdev-mirror": st.fixed_dictionaries(
+                {"device": device, "sync": sync, "target": st.sampled_from(TARGETS)}
+            ),
+            "drive-mirror": st.fixed_dictionaries(
+                {
+                    "device": device,
+                    "sync": sync,
+                    "target": st.sampled_from(uris),
+                    "mode": st.just("existing"),
+                }
+            ),
+            "blockdev-add": st.fixed_dictionaries(
+                {
+                    "node-name": st.sampled_from(NEW_NODES),
+                    "driver": st.just("nbd"),
+                    "server": server,
+                }
+            ),
+        }
+        """Arguments that are right, of what begins things."""
+
+    def of_command(self, command: str) -> Pools:
+        """With what is good for this one, where that differs."""
+        pools = copy.copy(self)
+        pools._of = self._of | self._of_command.get(command, {})
+        return pools
 
     def of(self, name: str) -> st.SearchStrategy[str]:
         """Mostly one that is good somewhere."""
@@ -91,11 +131,14 @@ def commands(pools: Pools) -> st.SearchStrategy[Command]:
     """A command with arguments that are mostly well-typed."""
 
     def of(name: str) -> st.SearchStrategy[Command]:
-        usual = st.just(USUAL.get(name, {})) | st.just({})
-        pair = st.tuples(usual, arguments_of(COMMANDS[name], pools))
-        return pair.map(
-            lambda p: (name, _harmless({**p[0], **p[1]} if isinstance(p[1], dict) else p[1]))
-        )
+        arguments = arguments_of(COMMANDS[name], pools.of_command(name))
+        if name in pools.usual:  # alone, or with more, else what comes behind them is hardly seen
+            usual = pools.usual[name]
+            more = st.tuples(arguments, usual).map(
+                lambda pair: {**pair[0], **pair[1]} if isinstance(pair[0], dict) else pair[1]
+            )
+            arguments = st.one_of(usual, more, arguments)
+        return arguments.map(lambda found: (name, _harmless(found)))
 
     names = sorted(set(COMMANDS) - set(LEFT_OUT))
     # What begins things twice as often, so that there is something to meet.
@@ -150,7 +193,7 @@ def _value(type_: Any, name: str, pools: Pools) -> st.SearchStrategy[Any]:
     if isinstance(type_, Array):
         return st.lists(_value(type_.of, name, pools), max_size=3)
     if isinstance(type_, StringOr):
-        return pools.of("name") | _value(type_.other, name, pools)
+        return pools.of(name if name == "file" else "name") | _value(type_.other, name, pools)
     if isinstance(type_, Struct):
         return _struct(type_, pools)
     assert isinstance(type_, Plain)
@@ -241,20 +284,26 @@ class Session:
 
     def prepare(self, start: str) -> None:
         """Something to meet: targets, a bitmap; a mirror that is "running", "ready" or "none"."""
-        for number, target in enumerate(self._targets):
-            if f"t{number}" not in self._nodes():
-                self.good.add_target(f"t{number}", target)
+        for name, target in zip(TARGETS, self._targets, strict=True):
+            if name not in self._nodes():
+                self.good.add_target(name, target)
         self.good.execute("block-dirty-bitmap-add", node="disk0", name="b0")
         idle = self._idle_targets()
-        if start != "none" and idle:
+        assert idle
+        if start != "none":
             self.good.start_mirror(idle[0], job_id="j0", speed=1 if start == "running" else 0)
             if start == "ready":
                 self.good.wait_ready("j0")
 
     def _idle_targets(self) -> list[str]:
-        blocks = self.good.execute("query-block")
-        in_use = {block["inserted"]["node-name"] for block in blocks}
-        return [f"t{n}" for n in range(len(self._targets)) if f"t{n}" not in in_use]
+        """Those that no disk is served from, under whatever name."""
+        served, nodes = self._served(), self.good.execute("query-named-block-nodes")
+        file_of = {node["node-name"]: node["file"] for node in nodes}
+        return [name for name in TARGETS if file_of[name] not in served]
+
+    def _served(self) -> set[str]:
+        """What disks are served from."""
+        return {block["inserted"]["file"] for block in self.good.execute("query-block")}
 
     def _nodes(self) -> set[str]:
         return {node["node-name"] for node in self.good.execute("query-named-block-nodes")}
@@ -270,10 +319,11 @@ class Session:
             for bitmap in block["inserted"].get("dirty-bitmaps", []):
                 place = {"node": block["device"], "name": bitmap["name"]}
                 qmp.execute("block-dirty-bitmap-remove", **place)
-        in_use = {block["inserted"]["node-name"] for block in qmp.execute("query-block")}
-        for node in qmp.execute("query-named-block-nodes"):
-            if node["node-name"] not in {*in_use, *DEVICES}:
-                qmp.execute("blockdev-del", node_name=node["node-name"])
+        served, kept = self._served(), {*DEVICES}
+        for node in qmp.execute("query-named-block-nodes"):  # a raw one before what it is on
+            name = node["node-name"]
+            if node["file"] not in served and name in self._nodes() - kept:
+                qmp.execute("blockdev-del", node_name=name)
         qmp.forget()
 
     def _dismissed(self) -> bool:
