@@ -180,7 +180,7 @@ class Mirrors:
             raise StateError(f"the target has {other} bytes, the disk {size}")
         named = bitmaps.of(disk)
         bitmap = next((one for one in named if one.name == record.bitmap), None)
-        self._nodes.add(node)
+        self._nodes.add_again(node)
         job = self._make(disk, node, options, bitmap, record.granularity, record.key)
         self._mirrors[job].is_met = False
         log.info("job %s: goes on, as an earlier process left it", job.id)

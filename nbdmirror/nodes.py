@@ -189,6 +189,13 @@ class Nodes:
             node.name = next(name for name in numbers if name not in self._nodes)
         self._nodes[node.name] = node
 
+    def add_again(self, node: Node) -> None:
+        """One of an earlier process. If a disk has its name now, as where that was mirrored back to
+        its first source, it gets a generated one."""
+        if node.name in self._nodes or node.name in self._disks:
+            node.name = ""
+        self.add(node)
+
     def pivoted(self, disk: Disk, node: Node, old: BlockDevice) -> None:
         """`disk` is served from `node` now. `old`, its source until then, stays a node until
         blockdev-del, as in QEMU; what it was opened for is closed."""

@@ -264,6 +264,26 @@ def test_the_old_side_is_not_served(server: Kept, target: QemuNbd, disk: Path) -
     server.restart()  # it is the disk again, from then on
 
 
+@ends
+def test_the_way_back_goes_on(start: Start, target: QemuNbd, folder: Path, end: End) -> None:
+    """A mirror to the old source, which is a node of the disk's name: after a restart that name is
+    the disk's alone."""
+    source = start(QemuNbd(folder, make_image(folder / "source.img", SIZE)))
+    server = start(Kept(folder, source.uri()))
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    server.qmp.start_mirror("vda", device="t", granularity=GRANULE)
+    server.qmp.wait_ready()
+    settle(server)
+    end(server)
+    server.disks = [f"vda={target.uri()}"]
+    qmp = server.restart()
+    assert finish(server) == 0
+    assert qmp.execute("query-block")[0]["inserted"]["file"] == source.uri()
+    server.stop()
+    assert_identical(source.image, target.image)
+
+
 def test_back_and_forth(start: Start, server: Kept, target: QemuNbd, folder: Path) -> None:
     """After a pivot to B and one to C, neither A nor B is the disk."""
     third = start(QemuNbd(folder, make_noise(folder / "third.img", SIZE, 7)))
