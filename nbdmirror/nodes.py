@@ -134,6 +134,11 @@ class Nodes:
                 other.device = device
         return True
 
+    def _is_held(self, node: Node) -> bool:
+        """By a job, or by what uses the node that goes with it."""
+        goes_too = node.file is not None and node.file.is_inline
+        return node.job is not None or (goes_too and self.is_used(node))
+
     def _above(self, node: Node) -> Node | None:
         return next((other for other in self if other.file is node), None)
 
@@ -218,7 +223,7 @@ class Nodes:
             raise CommandError(
                 f"Node '{name}' is busy: block device is in use by block job: mirror"
             )
-        if disk is not None or (node is not None and node.job is not None):
+        if disk is not None or (node is not None and self._is_held(node)):
             raise CommandError(f"Node {name} is in use")
         if node is not None and self._above(node) is not None:
             if node.is_inline:
@@ -226,10 +231,10 @@ class Nodes:
             raise CommandError(f"Block device {name} is in use")
         if node is not None:
             self._nodes.pop(name)
-            if node.file is None:
+            if node.file is not None and node.file.is_inline:
+                self._nodes.pop(node.file.name)
+            if all(other.device is not node.device for other in self):
                 node.device.close()
-            elif node.file.is_inline:
-                self.remove(node.file.name)
         elif self._files.pop(name, None) is None:
             raise CommandError(f"Failed to find node with node-name='{name}'")
 

@@ -589,6 +589,54 @@ def test_no_way_back_to_a_file(
     assert disk.read_bytes() == before
 
 
+def test_a_raw_node_stays_while_the_node_below_it_is_used(
+    server: Nbdmirror, identical: Identical, target: Server, disk: Path
+) -> None:
+    """The lower one goes with it, so that neither can be taken away."""
+    qmp = server.qmp
+
+    def keeps_both() -> None:
+        assert qmp.refusal("blockdev-del", node_name="upper") == "Node upper is in use"
+        nodes = {info["node-name"] for info in qmp.execute("query-named-block-nodes")}
+        assert nodes >= {"upper", "lower"}
+
+    address = {"type": "unix", "path": str(target.socket)}
+    lower = {"driver": "nbd", "node-name": "lower", "server": address}
+    qmp.execute("blockdev-add", driver="raw", node_name="upper", file=lower)
+    qmp.start_mirror("lower")
+    keeps_both()
+    qmp.wait_ready()
+    qmp.complete()
+    keeps_both()
+    identical(disk, target.uri())
+
+
+def test_a_raw_node_outlives_the_drive_mirror_whose_node_it_is_on(
+    server: Nbdmirror, identical: Identical, target: Server, disk: Path
+) -> None:
+    qmp = server.qmp
+
+    def descriptors() -> int:
+        return len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+
+    before = descriptors()
+    qmp.execute(
+        "drive-mirror", device="disk0", target=target.uri(), sync="full", mode="existing",
+        job_id="j", node_name="lower",
+    )  # fmt: skip
+    qmp.execute("blockdev-add", driver="raw", node_name="upper", file="lower")
+    qmp.execute("block-job-cancel", device="j", force=True)
+    qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
+    for _ in range(2):
+        qmp.start_mirror("upper")
+        qmp.wait_ready()
+        qmp.execute("block-job-cancel", device="j")
+        qmp.wait_completed()
+    identical(disk, target.uri())
+    qmp.execute("blockdev-del", node_name="upper")
+    wait_until(lambda: descriptors() <= before, "its connections are closed")
+
+
 def test_a_cancelled_mirror_can_be_done_again(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:
