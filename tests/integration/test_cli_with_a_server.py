@@ -66,32 +66,38 @@ def last_line(done: Finished) -> str:
 
 
 @pytest.mark.parametrize("wait", ["ready", "completed"])
-def test_a_job_that_fails(cli: Cli, start: Start, folder: Path, wait: str) -> None:
+def test_a_job_that_fails(
+    cli: Cli, server: Nbdmirror, start: Start, folder: Path, wait: str
+) -> None:
     parameters = (str(SIZE), "error-pwrite=EIO", "error-pwrite-rate=100%")
     broken = start(NbdkitTarget(folder, "memory", *parameters, filters=("error",)))
     done = cli("mirror", broken.uri(), "--wait", wait)
     assert done.returncode == FAILED
     assert last_line(done) == "nbdmirror: job disk0 failed: Input/output error"
-    stopped = cli(
-        "mirror", broken.uri(), "--wait", wait, "--on-target-error", "stop", "--timeout", "1"
-    )
-    assert stopped.returncode == TIMED_OUT
-    assert "go on with: nbdmirror resume" in stopped.stderr
+    arguments = ["mirror", broken.uri(), "--wait", wait, "--on-target-error", "stop"]
+    stopped = Running([*arguments, "--qmp", str(server.qmp_path)], is_terminal=False)
+    wait_until(lambda: b"go on with: nbdmirror resume" in stopped.heard, "what to do is told")
     assert "I/O error (failed)" in cli("status").stdout
+    assert cli("wait", "--ready", "--timeout", "0.1").returncode == TIMED_OUT
     assert cli("cancel", "--force").returncode == DONE
+    status, heard = stopped.end()
+    assert (status, "Traceback" in heard) == (FAILED, False)
 
 
-def test_a_paused_job(cli: Cli, identical: Identical, target: QemuNbd, disk: Path) -> None:
+def test_a_paused_job(
+    cli: Cli, server: Nbdmirror, identical: Identical, target: QemuNbd, disk: Path
+) -> None:
     assert cli("mirror", target.uri(), "--wait", "ready").returncode == DONE
     assert cli("pause").returncode == DONE
     refused = cli("cancel")
     assert (refused.returncode, "cancel --force" in last_line(refused)) == (FAILED, True)
     again = cli("mirror", target.uri())
     assert (again.returncode, "nbdmirror status" in last_line(again)) == (FAILED, True)
-    late = cli("complete", "--timeout", "1")
-    assert (late.returncode, "after: nbdmirror resume" in late.stderr) == (TIMED_OUT, True)
+    completing = Running(["complete", "--qmp", str(server.qmp_path)], is_terminal=False)
+    wait_until(lambda: b"after: nbdmirror resume" in completing.heard, "what to do is told")
     assert cli("resume").returncode == DONE
-    wait_until(lambda: "disk.img" not in cli("status").stdout, "the pivot that was remembered")
+    assert completing.end()[0] == DONE
+    assert "disk.img" not in cli("status").stdout
     identical(disk, target.image)
 
 

@@ -410,7 +410,7 @@ def test_a_target_that_is_lost_and_comes_back(folder: Path, phase: str) -> None:
 
     def resume(side: Side) -> None:
         with untold(side, events=True):
-            wait_until(lambda: goes_on(side), "the job goes on", 6)
+            wait_until(lambda: goes_on(side), "the job goes on")
 
     script += [[RESTART_TARGET, call("resume, as often as it takes", resume), IN_SYNC], completed()]
     assert_alike(folder, faulty("target"), script, RECONNECT)
@@ -419,7 +419,7 @@ def test_a_target_that_is_lost_and_comes_back(folder: Path, phase: str) -> None:
 def test_a_target_that_is_lost_within_the_reconnect_delay(folder: Path) -> None:
     """No event at all, and the guest notices nothing."""
     script: list[Script] = [
-        [add(reconnect_delay=5), mirror(), ready(), KILL_TARGET, write(), query(progress=False)],
+        [add(reconnect_delay=20), mirror(), ready(), KILL_TARGET, write(), query(progress=False)],
         [RESTART_TARGET, IN_SYNC, write(65536 * 3, 4096), IN_SYNC],
         completed(),
     ]
@@ -461,7 +461,7 @@ def test_what_fits_again_after_enospc_is_copied(folder: Path) -> None:
 # While a lost target is waited for
 
 WAITED_FOR = [
-    [add(reconnect_delay=4), mirror(), ready(), KILL_TARGET, write()],
+    [add(reconnect_delay=20), mirror(), ready(), KILL_TARGET, write()],
     [until(lambda job: job["len"] > job["offset"], "the write counts")],
 ]
 

@@ -117,7 +117,7 @@ def polled(is_so: Callable[[dict[str, Any]], bool], what: str) -> Any:
             return is_so({job["device"]: job for job in jobs})
 
         with untold(side):
-            wait_until(look, what, 6)
+            wait_until(look, what)
 
     return call(f"wait until {what}", run)
 
