@@ -719,7 +719,7 @@ BACK_OFF = Difference(
 )
 ONE_ERROR_A_STOP = Difference(
     "one BLOCK_JOB_ERROR a stop",
-    "QEMU tells one for each operation in flight; nbdmirror one for each pause, as SEMANTICS 21",
+    "QEMU tells one for each operation in flight; nbdmirror one for each pause, as rule 21 says",
     repeated_once("BLOCK_JOB_ERROR"),
 )
 

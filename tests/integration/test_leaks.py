@@ -1,8 +1,8 @@
 """A thousand connects and disconnects leave memory, threads and descriptors as they were.
 
-FACTS.md 1: what a connection's threads leave behind if their Python state is not given back is 5 to
-10 KB a connection, so 5 to 10 MB in a thousand. The bound is far below that, and above what the
-allocator keeps at random (under 200 KiB in ten runs)."""
+What a connection's threads leave behind if their Python state is not given back (docs/design.md) is
+5 to 10 KB a connection, so 5 to 10 MB in a thousand. The bound is far below that, and above what
+the allocator keeps at random (under 200 KiB in ten runs)."""
 
 from __future__ import annotations
 
