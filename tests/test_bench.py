@@ -66,7 +66,7 @@ def test_a_curve_as_a_table() -> None:
     ]
     table = curves.as_markdown(points).splitlines()
     assert table[2] == "| 1 | 1 | 1 | 1 | 1 |"
-    assert len(table) == 2 + len(curve.points) + 1
+    assert len(table) == 2 + len(curve.points)
 
 
 def test_it_lists_its_rows_and_refuses_others() -> None:
