@@ -723,6 +723,15 @@ def nbdmirror_environment() -> dict[str, str]:
     return {**environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))}
 
 
+def patched(environment: dict[str, str], folder: Path, code: str) -> dict[str, str]:
+    """`environment` for a server whose interpreter runs `code` first: it finds a sitecustomize of
+    ours."""
+    place = folder / "patched"
+    place.mkdir(exist_ok=True)
+    (place / "sitecustomize.py").write_text(code)
+    return environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
+
+
 def nbdmirror(*arguments: str | Path, timeout_s: float = WAIT_S_MAX) -> Finished:
     """Run a command of the CLI to its end."""
     return run(sys.executable, "-m", "nbdmirror", *arguments, timeout_s=timeout_s, check=False)

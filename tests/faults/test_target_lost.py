@@ -3,7 +3,6 @@ notices nothing, and in the end source and target are identical."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from tools import (
     connected,
     make_image,
     make_noise,
+    patched,
     wait_until,
 )
 
@@ -45,14 +45,10 @@ Tracker.target_came_back = target_came_back
 
 
 class Mutant(Nbdmirror):
-    """nbdmirror with FORGETFUL in it: its interpreter finds a sitecustomize of ours first."""
+    """nbdmirror with FORGETFUL in it."""
 
     def environment(self) -> dict[str, str]:
-        place = self.folder / "mutant"
-        place.mkdir(exist_ok=True)
-        (place / "sitecustomize.py").write_text(FORGETFUL)
-        environment = super().environment()
-        return environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
+        return patched(super().environment(), self.folder, FORGETFUL)
 
 
 @pytest.fixture

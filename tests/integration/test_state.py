@@ -9,7 +9,6 @@ crash is tests/test_powerloss.py's affair.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 import nbd
 import pytest
 from conftest import Identical, Start
+from kept import Kept, power_cut, refusal
 from mounts import mounted
 from tools import (
     Guest,
@@ -32,7 +32,7 @@ from tools import (
     connected,
     make_image,
     make_noise,
-    run,
+    patched,
     wait_until,
 )
 
@@ -40,30 +40,6 @@ SIZE = 32 * MiB
 GRANULE = 64 * KiB
 TOLD = r"ERROR: (state|disk|job)|refused|put aside|counts as dirty|lost"
 """What a server says of a state that it cannot use."""
-
-
-class Kept(Nbdmirror):
-    """nbdmirror with a state directory; killed, it can be started again on the same sockets."""
-
-    def __init__(self, folder: Path, disk: Path | str, *options: str) -> None:
-        self.state = folder / "state"
-        super().__init__(folder, f"vda={disk}", options=("--state-dir", str(self.state), *options))
-
-    def definition(self) -> dict[str, object]:
-        content = (self.state / "vda.json").read_text().partition("\n")[2]
-        return dict(json.loads(content))
-
-    def lose_memory(self) -> None:
-        """What a reboot does."""
-        shutil.rmtree(str(self.definition()["memory"]))
-
-    def restart(self) -> Qmp:
-        self.start()
-        return self.qmp
-
-    def job_status(self) -> dict[str, object]:
-        status = self.qmp.execute("x-nbdmirror-query-status")
-        return dict(status["disks"][0]["jobs"][0])
 
 
 @pytest.fixture
@@ -101,11 +77,6 @@ def finish(server: Kept, job: str = "j") -> int:
     qmp = server.qmp
     wait_until(lambda: qmp.job(job)["ready"], "the mirror is ready")
     return int(qmp.complete(job)["offset"])
-
-
-def power_cut(server: Kept) -> None:
-    server.kill()
-    server.lose_memory()
 
 
 END: dict[str, Callable[[Kept], None]] = {
@@ -307,14 +278,6 @@ def test_back_and_forth(start: Start, server: Kept, target: QemuNbd, folder: Pat
     server.disks = [f"vda={third.uri()}"]
     assert "not the disk any more" in refusal(server)
     assert a != server.disks
-
-
-def refusal(server: Kept) -> str:
-    """What it says, on one line, where it refuses to start."""
-    done = run(*server.argv(), check=False)
-    assert done.returncode == 1, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stderr
 
 
 def test_a_target_that_comes_later_than_its_server(
@@ -711,11 +674,7 @@ class FailingState(Kept):
 
     def environment(self) -> dict[str, str]:
         self.flag = self.folder / "fail"
-        place = self.folder / "failing"
-        place.mkdir(exist_ok=True)
-        (place / "sitecustomize.py").write_text(FAILING.format(flag=str(self.flag)))
-        environment = super().environment()
-        return environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
+        return patched(super().environment(), self.folder, FAILING.format(flag=str(self.flag)))
 
 
 @pytest.mark.parametrize("ending", ["block-job-complete", "block-job-cancel"])

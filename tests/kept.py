@@ -1,0 +1,46 @@
+"""A server with a state directory, and its ends: killed, power cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from tools import Nbdmirror, Qmp, run
+
+
+class Kept(Nbdmirror):
+    """nbdmirror with a state directory; killed, it can be started again on the same sockets."""
+
+    def __init__(self, folder: Path, disk: Path | str, *options: str) -> None:
+        self.state = folder / "state"
+        super().__init__(folder, f"vda={disk}", options=("--state-dir", str(self.state), *options))
+
+    def definition(self) -> dict[str, object]:
+        content = (self.state / "vda.json").read_text().partition("\n")[2]
+        return dict(json.loads(content))
+
+    def lose_memory(self) -> None:
+        """What a reboot does."""
+        shutil.rmtree(str(self.definition()["memory"]))
+
+    def restart(self) -> Qmp:
+        self.start()
+        return self.qmp
+
+    def job_status(self) -> dict[str, object]:
+        status = self.qmp.execute("x-nbdmirror-query-status")
+        return dict(status["disks"][0]["jobs"][0])
+
+
+def power_cut(server: Kept) -> None:
+    server.kill()
+    server.lose_memory()
+
+
+def refusal(server: Kept) -> str:
+    """What it says, on one line, where it refuses to start."""
+    done = run(*server.argv(), check=False)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr
