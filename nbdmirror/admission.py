@@ -21,7 +21,7 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
     if target.is_own_export():
         raise CommandError(f"Target '{target.uri}' is an export of this server itself")
     source = raw_device(disk.source)
-    if isinstance(source, RemoteDevice) and not source.is_lost and source.is_same_export(target):
+    if isinstance(source, RemoteDevice) and source.is_same_export(target):
         raise CommandError(f"Target '{target.uri}' is the disk itself")
     if node.is_read_only:
         raise CommandError("Block node is read-only")

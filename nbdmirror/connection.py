@@ -108,12 +108,22 @@ class Connection:
         self.description = description
         self._peek = Peek(handle)
         self.is_lost = not handle.aio_is_ready()
+        self.generation = 0
+        """The pool's."""
         self.on_lost: Callable[[], None] | None = None
         """Called on the loop's thread when the connection broke while attached."""
+        self.identity: tuple[object, str] | None = None
+        """The server's address and the export's name: the same disk has the same (rule 44). They
+        are known when the connection has broken, too; None if there never was one."""
+        self._addresses: tuple[object, object] = ("", "")
+        """This end's and the other one's."""
         self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
         _widen(self._socket)
+        with suppress(OSError, nbd.Error):  # it is lost again
+            self._addresses = (self._socket.getsockname(), self._socket.getpeername())
+            self.identity = (self._addresses[1], str(handle.get_export_name()))
         self._requests: set[Request] = set()
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches
@@ -141,14 +151,15 @@ class Connection:
         """Requests are in flight."""
         return bool(self._requests)
 
-    def identity(self) -> tuple[object, str]:
-        """The server's address and the export's name: the same disk has the same (rule 44)."""
-        return self._socket.getpeername(), str(self.handle.get_export_name())
+    @property
+    def is_attached(self) -> bool:
+        """A loop drives it."""
+        return self._loop is not None
 
     def peer_is_this_process(self) -> bool:
         """Whether one of this process's sockets is the other end: for TCP the pair of addresses in
         reverse, for Unix sockets the name that a listener of ours is bound to."""
-        here, there = self._socket.getsockname(), self._socket.getpeername()
+        here, there = self._addresses
         for name in os.listdir("/proc/self/fd"):
             try:
                 if not stat.S_ISSOCK(os.stat(int(name)).st_mode):

@@ -33,6 +33,8 @@ class Link:
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         self.description = description
         self.is_lost = False
+        self.generation = 0
+        """The pool's."""
         self._handle = handle
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket(fileno=os.dup(handle.aio_get_fd()))

@@ -70,6 +70,8 @@ class ConnectionPool:
         self.shared = first
         self._uri = uri
         self._announced = announced
+        self._retired: Connection | None = None
+        """The one before `shared`, which a thread may still be leaving."""
         self._links: tuple[Link, ...] = ()
         self._turns = itertools.count()
         self._sticky = threading.local()
@@ -78,6 +80,9 @@ class ConnectionPool:
         self._lock = threading.Lock()  # guards changes of the connections; one thread opens them
         self._linking: threading.Thread | None = None
         self.patience_s = PATIENCE_S
+        self.generation = 0
+        """Counts the times that a lost connection was opened again; one that works is of the last
+        generation."""
         self._lost_at_s = 0.0
         self._revive_not_before_s = 0.0
         self._on_revived = on_revived
@@ -167,6 +172,7 @@ class ConnectionPool:
         with self._lock:
             is_wanted = not self._closing.is_set() and self._linking is threading.current_thread()
             if is_wanted:
+                link.generation = self.generation
                 self._links = (*self._links, link)
         if not is_wanted:
             link.close()
@@ -191,6 +197,7 @@ class ConnectionPool:
         self.detach()
         with self._lock:
             old = self._all
+            connection.generation = self.generation
             self.shared, self._links, self._linking = connection, (), None
         for one in old:
             one.close()
@@ -218,6 +225,8 @@ class ConnectionPool:
         self._closing.set()
         for connection in self._all:
             connection.close()
+        if self._retired is not None:
+            self._retired.close()
 
     # A guest's thread that finds its connection lost.
 
@@ -231,28 +240,56 @@ class ConnectionPool:
             if not lost.is_lost:
                 return lost  # opened again by another thread
             link = Link(self._connect_again(for_data_alone=True), self._uri)
+            is_first = self._is_first_found(lost)
+            link.generation = self.generation
             self._links = (*links[:index], link, *links[index + 1 :])
+            if is_first:
+                self._lose_all_but(link)
         lost.close()
         return link
 
     def _revive_shared(self) -> Connection:
         with self._lock:
-            loop, lost = self._loop, self.shared
+            lost = self.shared
             if not lost.is_lost:
                 return lost
             connection = Connection(self._connect_again(for_data_alone=False), self._uri)
+            is_first = self._is_first_found(lost)
+            connection.generation = self.generation
 
             def swap() -> None:
+                """On the loop's thread."""
                 lost.detach()
                 self.shared = connection
-                if loop is not None:
-                    connection.attach(loop)
+                if self._loop is not None and not connection.is_attached:
+                    connection.attach(self._loop)
 
-            if loop is None:
-                swap()
-            else:
+            if self._loop is None:
+                self.shared = connection
+            # A loop that is attached meanwhile has been set by then, or finds the new one.
+            if (loop := self._loop) is not None:
                 loop.run(swap).result()
+            retired, self._retired = self._retired, lost
+            if retired is not None:
+                retired.close()
+            if is_first:
+                self._lose_all_but(connection)
             return connection
+
+    def _is_first_found(self, lost: Link | Connection) -> bool:
+        """What breaks one connection breaks the others as a rule, and each is found lost when it is
+        used next. That must not look like another loss, of what was written since. So there is one
+        loss for all, when the first is found; those that still seem to work go as well."""
+        is_first = lost.generation == self.generation
+        if is_first:
+            self.generation += 1
+        return is_first
+
+    def _lose_all_but(self, one: Link | Connection) -> None:
+        for other in self._all:
+            if other is not one:
+                other.kill()
+        self._on_revived()
 
     def _connect_again(self, *, for_data_alone: bool) -> nbd.NBD:
         """Until `patience_s` after the loss was found, requests wait for the server; after that
@@ -278,5 +315,4 @@ class ConnectionPool:
             raise DeviceLost(f"{self._uri}: connection lost")
         log.warning("%s: connected again", self._uri)
         self._lost_at_s = 0.0
-        self._on_revived()
         return handle

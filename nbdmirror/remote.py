@@ -7,6 +7,7 @@ With this, connection.py and pool.py are the only places that know libnbd.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from nbdmirror.device import (
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
+from nbdmirror.link import Link
 from nbdmirror.pool import ConnectionPool
 
 log = logging.getLogger(__name__)
@@ -70,10 +72,16 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.can_extents = announced.can_extents
         self.can_depth = announced.can_depth
         self.pool = ConnectionPool(uri, first, announced, on_revived=self._connected_again)
-        self._epoch = 0
-        """Counts the times that a lost connection was opened again."""
-        self._has_unflushed = False
-        self._may_have_lost = False
+        self.on_lost_writes: Callable[[], None] | None = None
+        """Called, from any thread, when changes that were acknowledged may be lost."""
+        self._numbers = itertools.count(1)
+        self._changed = 0
+        """The number of the last change that was acknowledged, or of one of the last."""
+        self._flushed = 0
+        """All up to this number were, before a flush that succeeded."""
+        self._losses = 0
+        """Counts the times that acknowledged changes may have been lost."""
+        self._losses_told = 0
 
     @classmethod
     def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> RemoteDevice:
@@ -106,16 +114,14 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
                 self.pwrite(view[start : start + length], offset + start, fua)
             return
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
-        epoch = self._epoch
         try:
-            self.pool.pick().write(buf, offset, flags)
+            link = self.pool.pick()
+            link.write(buf, offset, flags)
         except DeviceLost:
-            link, epoch = self.pool.pick(), self._epoch
+            link = self.pool.pick()
             link.write(buf, offset, flags)
         if not flags:
-            self._has_unflushed = True
-            if epoch != self._epoch:
-                self._may_have_lost = True
+            self._note_change(link)
             if fua:
                 self.flush()
 
@@ -155,15 +161,17 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             self.flush()
 
     def flush(self) -> None:
-        """Fails once after a connection was lost with writes that were not flushed."""
+        """Fails once after a connection was lost with writes that were not flushed; of several that
+        are under way then, each."""
+        told = self._losses_told
         self._flush()
-        if self._may_have_lost:
-            self._may_have_lost = False
+        if (losses := self._losses) > told:
+            self._losses_told = losses
             raise self._lost_writes()
 
     def sync(self) -> None:
         self._flush()
-        if self._may_have_lost:
+        if self._losses > self._losses_told:
             raise self._lost_writes()
 
     def _lost_writes(self) -> DeviceError:
@@ -171,12 +179,10 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def _flush(self) -> None:
         if self.can_flush:
-            self._has_unflushed, had_unflushed = False, self._has_unflushed
-            try:
-                self._ask(lambda link: link.flush())
-            except BaseException:
-                self._has_unflushed |= had_unflushed
-                raise
+            changed = self._changed
+            self._ask(lambda link: link.flush())
+            # Not before: a loss that the flush itself finds is one of what it was to cover.
+            self._flushed = max(self._flushed, changed)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         if not self.can_extents or not length:
@@ -200,25 +206,35 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         return found
 
     def _connected_again(self) -> None:
-        """From a guest's thread. A change that is acknowledged at this moment, and not yet in
-        `_has_unflushed`, sees that the epoch is another one."""
-        self._epoch += 1
-        self._may_have_lost = self._may_have_lost or self._has_unflushed
+        """From the thread that did so. A change that is acknowledged at this moment, and not yet in
+        `_changed`, sees that the pool's generation is another one."""
+        if self._changed > self._flushed:
+            self._lose_writes()
 
-    def _ask(self, request: Callable[..., None], *arguments: int) -> int:
-        """Done twice if need be. Returns the epoch in which it was answered."""
-        epoch = self._epoch
+    def _note_change(self, link: Link | Connection) -> None:
+        """A change was acknowledged on `link`, and is not flushed."""
+        self._changed = next(self._numbers)
+        if link.generation != self.pool.generation:
+            self._lose_writes()
+
+    def _lose_writes(self) -> None:
+        self._losses += 1
+        on_lost_writes = self.on_lost_writes  # a mirror that ends takes it back meanwhile
+        if on_lost_writes is not None:
+            on_lost_writes()
+
+    def _ask(self, request: Callable[..., None], *arguments: int) -> Link | Connection:
+        """Done twice if need be. Returns the connection on which it was answered."""
         try:
-            request(self.pool.pick(), *arguments)
-        except DeviceLost:
-            link, epoch = self.pool.pick(), self._epoch
+            link = self.pool.pick()
             request(link, *arguments)
-        return epoch
+        except DeviceLost:
+            link = self.pool.pick()
+            request(link, *arguments)
+        return link
 
     def _change(self, request: Callable[..., None], *arguments: int) -> None:
-        epoch = self._ask(request, *arguments)
-        self._has_unflushed = True
-        self._may_have_lost = self._may_have_lost or epoch != self._epoch
+        self._note_change(self._ask(request, *arguments))
 
     def close(self) -> None:
         self.pool.close()
@@ -234,7 +250,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def is_same_export(self, other: RemoteDevice) -> bool:
         """Whether both are the same export of the same server (rule 44)."""
-        return self.pool.shared.identity() == other.pool.shared.identity()
+        identity = self.pool.shared.identity
+        return identity is not None and identity == other.pool.shared.identity
 
     def is_own_export(self) -> bool:
         """Whether the server at the other end is this very process (rule 44)."""
@@ -277,7 +294,14 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def start_flush(self, done: Done) -> None:
         connection = self.pool.shared
-        connection.start(connection.handle.aio_flush, done=done)
+        changed = self._changed
+
+        def finish(error: BaseException | None) -> None:
+            if error is None:
+                self._flushed = max(self._flushed, changed)
+            done(error)
+
+        connection.start(connection.handle.aio_flush, done=finish)
 
     def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         if not self.can_extents:

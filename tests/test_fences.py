@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "link": "device errors handshake peek",
     "connection": "device errors handshake loop peek",
     "pool": "connection errors handshake link loop",
-    "remote": "aligned connection device errors handshake pool tls",
+    "remote": "aligned connection device errors handshake link pool tls",
     "ledger": "bitmap device errors",
     "disk": "bitmap device errors journal ledger",
     "buffer": "",

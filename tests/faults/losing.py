@@ -62,6 +62,12 @@ class Lossy(NbdkitTarget):
         assert process.returncode == -signal.SIGKILL, self.stderr
         self.process = None
 
+    def connections(self) -> int:
+        """Clients that are connected now."""
+        lines = Path("/proc/net/unix").read_text().splitlines()
+        # One line is the listening socket's.
+        return sum(line.endswith(str(self.socket)) for line in lines) - 1
+
     def stall(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
 

@@ -98,6 +98,44 @@ def test_a_flush_tells_once_of_writes_that_may_be_lost(target: Lossy, server: Nb
     assert_identical(2 * DATA, target.image.read_bytes()[: 2 * BLOCK])
 
 
+def test_the_flush_that_finds_the_loss_tells_of_it(target: Lossy, server: Nbdmirror) -> None:
+    """No other request came in between: it is done again on a server that knows of nothing."""
+    with connected(server.uri()) as guest:
+        guest.pwrite(DATA, 0)
+        target.kill()
+        target.come_back()
+        assert nbd_errno(guest.flush) == errno.EIO
+        guest.flush()
+        assert guest.pread(BLOCK, 0) != DATA
+
+
+def test_a_server_that_dies_in_a_flush(target: Lossy, server: Nbdmirror) -> None:
+    with connected(server.uri()) as guest:
+        guest.pwrite(DATA, 0)
+        target.order("kill flush 1")
+        flush = InThread(guest.flush)
+        target.wait_killed()
+        target.come_back()
+        with pytest.raises(nbd.Error, match="EIO"):
+            flush.result()
+
+
+def test_a_server_that_lost_nothing_costs_no_flush(target: Lossy, server: Nbdmirror) -> None:
+    """All connections broke with the server; each is opened again when a thread of the guest's
+    first uses it. That is one loss, of before the writes that follow."""
+    with connected(server.uri()) as guest:
+        guest.pwrite(DATA, 0)
+        wait_until(lambda: target.connections() > 4 or not target.settings["multi-conn"], "links")
+        guest.flush()
+        target.kill()
+        target.come_back()
+        for number in range(20):
+            guest.pwrite(DATA, number * BLOCK)
+            guest.pread(BLOCK, number * BLOCK)
+            guest.flush()
+    assert_identical(20 * DATA, target.image.read_bytes()[: 20 * BLOCK])
+
+
 def test_requests_fail_in_the_end(target: Lossy, server: Nbdmirror) -> None:
     with connected(server.uri()) as guest:
         target.kill()
