@@ -177,7 +177,7 @@ class MirrorJob(Job):
         is_decided = self._abort is not None or self.pause_wanted or self._waits.is_for_retry
         if is_decided or self.is_over or self.group.is_committing:
             return
-        if isinstance(error, DeviceLost) and operation == "write" and self._may_reconnect():
+        if isinstance(error, DeviceLost) and self._may_reconnect(operation):
             return
         action = self.options.policy(operation).action(errno_of(error))
         if action is Policy.STOP and self.has_done_its_work:
@@ -193,13 +193,12 @@ class MirrorJob(Job):
             self._waits.retry(self._retry)
         self.advance_soon()
 
-    def _may_reconnect(self) -> bool:
-        if self._waits.is_for_step:
-            return True  # it is being brought back
-        if not self._watch.may_reconnect():
-            return False
-        self.hold()
-        self.release()
+    def _may_reconnect(self, operation: str) -> bool:
+        if not self._waits.is_for_step:  # else it is being brought back
+            if not self._watch.may_reconnect(operation):
+                return False
+            self.hold()
+            self.release()
         return True
 
     def copy_settled(self) -> None:
@@ -242,9 +241,10 @@ class MirrorJob(Job):
         self._owner.changed(self)
 
     def release(self) -> None:
-        """Copy, if need be after the target was brought back."""
+        """Copy, if need be after source and target were brought back."""
         self._owner.changed(self)
-        self._do(self._owner.reconnect, self._go_on, "write")
+        then = partial(self._do, self._owner.reconnect, self._go_on, "write")
+        self._do(self._owner.reconnect_source, then, "read")
 
     def abort(self) -> None:
         self._fail(Cancelled())

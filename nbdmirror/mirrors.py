@@ -33,7 +33,7 @@ from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node, Nodes
 from nbdmirror.options import Ending, MirrorOptions
 from nbdmirror.pool import PATIENCE_S
-from nbdmirror.reconnect import reconnect, revive
+from nbdmirror.reconnect import reconnect, reconnect_source
 from nbdmirror.records import mirror_record, node_of, options_of
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.sameness import first_difference
@@ -150,11 +150,18 @@ class Mirrors:
             bitmap.is_busy = True
         self.jobs[job.id] = job
         self._mirrors[job] = _Mirror(node, source, bitmap, key)
-        if isinstance(source, RemoteDevice):
-            source.pool.attach(self._loop, None)
-        target.pool.attach(self._loop, job.target_lost)
+        self._attach(job, source, target)
         job.create()
         return job
+
+    def _attach(
+        self, job: MirrorJob, source: FileSource | RemoteDevice, target: RemoteDevice
+    ) -> None:
+        """Have the loop drive both sides' connections, and the job hear of what is lost."""
+        if isinstance(source, RemoteDevice):
+            source.pool.attach(self._loop, None)
+            source.on_lost_writes = partial(_copy_all, job)
+        target.pool.attach(self._loop, job.target_lost)
 
     def begin(self, job: MirrorJob) -> None:
         size, other = job.disk.size, self._mirrors[job].node.device.size
@@ -266,8 +273,10 @@ class Mirrors:
             mirror.bitmap.is_busy = False
         if isinstance(mirror.source, FileSource):
             mirror.source.close()
-        elif mirror.retired is None:
-            mirror.source.pool.detach()
+        else:
+            mirror.source.on_lost_writes = None
+            if mirror.retired is None:
+                mirror.source.pool.detach()
         if mirror.retired is not None:
             self._retire(mirror.retired, job.disk)
             return
@@ -290,20 +299,19 @@ class Mirrors:
         is_wanted = partial(self._is_running, job)
         scan(ask, dirty, is_copied=is_copied, is_wanted=is_wanted, done=done)
 
-    def reconnect(self, job: MirrorJob, done: Done) -> None:
+    def reconnect_source(self, job: MirrorJob, done: Done) -> None:
         source = self._mirrors[job].source
-        if isinstance(source, RemoteDevice) and source.is_lost:
-            # Guests may use other connections, and then nobody else would open this one again.
-            revive(source, self._loop, partial(self._reconnect_target, job, done))
+        if isinstance(source, RemoteDevice) and source.pool.shared.is_lost:
+            reconnect_source(source, self._loop, done)
         else:
-            self._reconnect_target(job, done)
+            done(None)
 
-    def _reconnect_target(self, job: MirrorJob, done: Done) -> None:
-        mirror = self._mirrors.get(job)
-        if mirror is None or not mirror.node.device.is_lost:
+    def reconnect(self, job: MirrorJob, done: Done) -> None:
+        mirror = self._mirrors[job]
+        device = mirror.node.device
+        if not device.is_lost:
             done(None)
             return
-        device = mirror.node.device
         attempt = mirror.attempt = object()  # those before, if it was paused meanwhile, give up
 
         def is_wanted() -> bool:
@@ -360,6 +368,13 @@ class Mirrors:
                         self._nodes.forget(node)
 
         look()
+
+
+def _copy_all(job: MirrorJob) -> None:
+    """From any thread: the source may have lost what guests had written, and the target has that.
+    Nobody knows where."""
+    log.warning("job %s: the source may have lost writes: everything is copied again", job.id)
+    job.tracker.dirty.mark_all()
 
 
 def _is_not_zero(extent: Extent) -> bool:

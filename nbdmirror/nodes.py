@@ -108,7 +108,7 @@ class Nodes:
         busy = {node.name: node.device for node in self if node.job or node.disk}
         for name, other in {**sources, **busy}.items():
             other = getattr(other, "inner", other)  # below an AlignedDevice
-            if not isinstance(other, RemoteDevice) or other is device or other.is_lost:
+            if not isinstance(other, RemoteDevice) or other is device:
                 continue
             if device.is_same_export(other):
                 return name

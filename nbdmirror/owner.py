@@ -48,6 +48,10 @@ class Owner(Protocol):
         """Mark dirty what the source's top layer holds (sync=top), or what is not zero
         (target-is-zero)."""
 
+    def reconnect_source(self, job: MirrorJob, done: Done) -> None:
+        """Bring a lost source back, trying for as long as guests' requests wait for it; if it is
+        not lost, `done` is called at once. An error is no DeviceLost."""
+
     def reconnect(self, job: MirrorJob, done: Done) -> None:
         """Bring a lost target back, trying for its reconnect-delay; if it is not lost, `done` is
         called at once. What was not flushed is dirty then. An error is no DeviceLost."""

@@ -1,5 +1,5 @@
-"""Bringing a mirror's lost target back. On the event loop's thread; what blocks is in a thread of
-its own."""
+"""Bringing a mirror's lost target back, or its source. On the event loop's thread; what blocks is
+in a thread of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 from nbdmirror.connection import Connection
@@ -71,16 +70,19 @@ def reconnect(
     threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
 
 
-def revive(device: RemoteDevice, loop: Loop, then: Callable[[], None]) -> None:
-    """Have a source that is lost connected again, as a guest's request would, and call `then`, in
-    vain or not: who reads from it gets to know."""
+def reconnect_source(device: RemoteDevice, loop: Loop, done: Done) -> None:
+    """As a guest's request would: for as long as those wait, and no longer. The error that `done`
+    is told is no DeviceLost."""
 
     def work() -> None:
-        with suppress(DeviceError):
+        failure = None
+        try:
             device.pool.pick_shared()
-        loop.call_soon(then)
+        except DeviceError as error:
+            failure = DeviceError(str(error), errno.EIO)
+        loop.call_soon(partial(done, failure))
 
-    threading.Thread(target=work, name="nbdmirror-revive", daemon=True).start()
+    threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
 
 
 def _connect(

@@ -17,7 +17,7 @@ HUNG_S = 60.0
 any answer counts."""
 
 RECONNECT_PAUSE_S = 1.0
-"""A target that is lost again within this time after it was brought back is an error."""
+"""What is lost again within this time after it was brought back is an error."""
 
 
 class TargetWatch:
@@ -36,18 +36,20 @@ class TargetWatch:
         self._on_flush_error = on_flush_error
         self._clock = clock
         self._reconnect_delay_s = reconnect_delay_s
-        self._reconnect_not_before_s = 0.0
+        self._reconnect_not_before_s = {"read": 0.0, "write": 0.0}
         self._flush_not_before_s = clock() + FLUSH_S
         self._answers = -1
         self._answered_s = 0.0
 
-    def may_reconnect(self) -> bool:
+    def may_reconnect(self, operation: str) -> bool:
         """Rule 40: a lost target is brought back before the policy is asked, where a
-        reconnect-delay was given; not again at once when that led nowhere."""
+        reconnect-delay was given; a lost source, which guests wait for, always. Not again at once
+        when that led nowhere."""
         now_s = self._clock()
-        if not self._reconnect_delay_s or now_s < self._reconnect_not_before_s:
+        is_waited_for = operation == "read" or self._reconnect_delay_s
+        if not is_waited_for or now_s < self._reconnect_not_before_s[operation]:
             return False
-        self._reconnect_not_before_s = now_s + RECONNECT_PAUSE_S
+        self._reconnect_not_before_s[operation] = now_s + RECONNECT_PAUSE_S
         return True
 
     def look(self) -> None:
