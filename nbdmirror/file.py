@@ -214,6 +214,37 @@ class FileDevice(BlockDevice):
             self._now_flags = None
             return 0
 
+    def check_whole(self) -> None:
+        """Raise DeviceError if the file is shorter than it was: where it was cut it may have a hole
+        by now, from a later write, that reads as zeroes."""
+        size = self.size if self._is_block else os.fstat(self._fd).st_size
+        if size < self.size:
+            raise self._truncated(size)
+
+    def change(self) -> str:
+        """What became of the file underneath that nobody who uses it would notice, in one line; ""
+        if nothing did. Not for a thread that may not wait for storage."""
+        try:
+            self.check_whole()
+            opened = os.fstat(self._fd)
+            there = os.stat(self.description)
+        except FileNotFoundError:
+            what = "was moved or deleted" if opened.st_nlink else "was deleted"
+        except DeviceError as error:
+            return str(error)
+        except OSError:
+            return ""  # it cannot be told
+        else:
+            if os.path.samestat(opened, there):
+                return ""
+            what = "is another file now"
+        return f"{self.description}: {what}; guests go on with the one that was opened"
+
+    def _truncated(self, size: int) -> DeviceError:
+        return DeviceError(
+            f"{self.description}: ends at {size}, not at {self.size}: it was truncated while in use"
+        )
+
     def _flags_for_reading_now(self) -> int | None:
         """Flags for os.preadv that read what is in memory only; None if there is no such thing.
 
@@ -229,10 +260,7 @@ class FileDevice(BlockDevice):
         while done < len(buf):
             count = _pread(self._fd, (buf[done:],), offset + done)
             if not count:
-                raise DeviceError(
-                    f"{self.description}: ends at {offset + done}, not at {self.size}: "
-                    f"it was truncated while in use"
-                )
+                raise self._truncated(offset + done)
             done += count
 
     def _write_rest(self, buf: Buffer, offset: int, done: int) -> None:

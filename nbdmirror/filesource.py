@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from nbdmirror.aligned import AlignedDevice
 from nbdmirror.device import BlockDevice, Done, ExtentsDone
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.file import FileDevice
@@ -31,6 +32,8 @@ class FileSource:
         self.size = device.size
         self._device = device
         self._file = device if isinstance(device, FileDevice) else None
+        below = device.inner if isinstance(device, AlignedDevice) else device
+        self._checked = below if isinstance(below, FileDevice) else None
         self._call_soon = call_soon
         self._readers: ThreadPoolExecutor | None = None
 
@@ -39,7 +42,8 @@ class FileSource:
         if self._file is not None:
             try:
                 count = self._file.read_now(buf, offset)
-            except OSError as error:
+                self._check()
+            except IO_ERRORS as error:
                 done(error)
                 return
         if count == len(buf):
@@ -51,6 +55,7 @@ class FileSource:
         """Asked at once: it is a look-up of metadata, bounded by EXTENTS_MAX."""
         try:
             found = self._device.extents(offset, length)
+            self._check()
         except IO_ERRORS as error:
             done(None, error)
             return
@@ -61,11 +66,17 @@ class FileSource:
         if self._readers is not None:
             self._readers.shutdown()
 
+    def _check(self) -> None:
+        """After it was read or asked: a file that was truncated must not be copied as zeroes."""
+        if self._checked is not None:
+            self._checked.check_whole()
+
     def _read_in_pool(self, buf: memoryview, offset: int, done: Done) -> None:
         def work() -> None:
             error: BaseException | None = None
             try:
                 self._device.pread(buf, offset)
+                self._check()
             except BaseException as caught:  # noqa: BLE001 - untold, the copy would never end
                 error = caught
             self._call_soon(lambda: done(error))

@@ -162,6 +162,7 @@ EVENTS: dict[str, Struct] = {
     "JOB_STATUS_CHANGE": struct("JobStatusChange", id=STR, status=_JOB_STATUS),
     "X_NBDMIRROR_PIVOTED": struct("Pivoted", device=STR, id=STR, pause_ms=NUMBER),
     "X_NBDMIRROR_QUIESCE_TIMEOUT": Struct("QuiesceTimeout", _ENDED),
+    "X_NBDMIRROR_SOURCE_CHANGED": struct("SourceChanged", device=STR, reason=STR),
     "X_NBDMIRROR_STATE_ERROR": struct("StateError", reason=STR),
     "X_NBDMIRROR_SIZES_DIFFER": struct(
         "SizesDiffer", device=STR, id=STR, size=INT, target_size=INT

@@ -17,6 +17,7 @@ from nbdmirror.disk import Disk, JournaledDisk
 from nbdmirror.diskstate import Found
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
+from nbdmirror.filewatch import FileWatch
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.mirrors import Mirrors
@@ -53,6 +54,7 @@ class Server:
         self.kept = {disk: self._stores.get(name, Transient()) for name, disk in disks.items()}
         self.nodes = Nodes(disks)
         self.bitmaps = Bitmaps(self.kept)
+        self._watch = FileWatch(disks, events)
         self.mirrors = Mirrors(nodes=self.nodes, events=events, loop=loop, kept=self.kept)
 
     def start(self) -> None:
@@ -68,6 +70,7 @@ class Server:
                 self.loop.run(partial(self._take_up, disk, store.found)).result()
             store.begun()
             self.loop.call_soon(store.start)
+        self._watch.start()
 
     def _take_up(self, disk: Disk, found: Found) -> None:
         self.bitmaps.take_up(disk, found)
@@ -123,6 +126,7 @@ class Server:
     def stop(self) -> None:
         """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have
         ended and no guest request is under way."""
+        self._watch.stop()
         self.loop.stop(STOP_S_MAX)
         for disk in self.disks.values():
             try:

@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "device": "errors",
     "imagelock": "errors",
     "file": "aligned device errors imagelock linux",
-    "filesource": "device errors file",
+    "filesource": "aligned device errors file",
+    "filewatch": "admission disk events file",
     "aligned": "device errors",
     "loop": "errors",
     "peek": "",
@@ -85,8 +86,8 @@ MAY_IMPORT = {
     "transient": "bitmap device diskstate ledger",
     "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
     "statedir": "diskstate errors intentlog statefile store",
-    "server": "admission bitmaps disk diskstate errors events loop mirror mirrors nodes pool remote"
-    " statefile store transient writer",
+    "server": "admission bitmaps disk diskstate errors events filewatch loop mirror mirrors nodes"
+    " pool remote statefile store transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "bitmap device disk mirror nodes remote server",
     "sockets": "errors",

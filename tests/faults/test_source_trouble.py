@@ -5,17 +5,24 @@ nothing counts as copied that is not."""
 from __future__ import annotations
 
 import errno
+import os
+import random
 from pathlib import Path
 
 import pytest
 from conftest import Identical, Start
 from losing import GRANULE, SEED, SIZE, Lossy, end, wait_caught_up
+from mounts import loop_device, mounted
 from tools import (
+    Guest,
     MiB,
+    NbdkitTarget,
     Nbdmirror,
     QemuNbd,
     Qmp,
+    assert_identical,
     connected,
+    make_empty,
     make_image,
     make_noise,
     nbd_errno,
@@ -176,3 +183,186 @@ def test_a_source_that_stays_away(
         wait_caught_up(qmp)
     end(qmp, CANCEL)
     identical(source.uri(), target.image)
+
+
+# Reads that fail
+
+
+@pytest.mark.parametrize("policy", ["report", "stop", "ignore"])
+def test_reads_that_fail(
+    start: Start, folder: Path, disk: Path, target: QemuNbd, identical: Identical, policy: str
+) -> None:
+    """EIO from below, for as long as a file is there; the guest gets it as well."""
+    failing = folder / "fail"
+    filters = ("error",)
+    parameters = (f"file={disk}", "error-pread=EIO", "error-pread-rate=100%")
+    source = NbdkitTarget(
+        folder, "file", *parameters, f"error-pread-file={failing}", filters=filters
+    )
+    server = start(Nbdmirror(folder, f"src={start(source).uri()}"))
+    server.allowed.append("Input/output error|WARNING")
+    failing.touch()
+    qmp = begin(server, target, on_source_error=policy, auto_dismiss=False)
+    with connected(server.uri("src")) as guest:
+        assert nbd_errno(guest.pread, BLOCK, 0) == errno.EIO
+        event = qmp.wait_for_event("BLOCK_JOB_ERROR")
+        assert (event["operation"], event["action"]) == ("read", policy)
+        assert "read error" in server.stderr
+        failing.unlink()
+        guest.pread(BLOCK, 0)
+    if policy == "report":
+        assert qmp.wait_for_event("BLOCK_JOB_COMPLETED")["error"] == "Input/output error"
+        qmp.execute("job-dismiss", id="j")
+        qmp.start_mirror("tgt", device="src", granularity=GRANULE)
+    elif policy == "stop":
+        qmp.wait_status("paused")
+        qmp.execute("block-job-resume", device="j")
+    qmp.wait_ready()
+    end(qmp, CANCEL)
+    identical(disk, target.image)
+
+
+# A file system that is full
+
+
+def test_writes_that_find_no_room(
+    start: Start, folder: Path, target: QemuNbd, identical: Identical
+) -> None:
+    """A failed write may have changed a part: what the source holds then is what the target gets.
+    The job does not mind."""
+    with mounted("tmpfs", "size=3m") as place:
+        disk = make_empty(place / "disk.img", SIZE)
+        server = start(Nbdmirror(folder, f"src={disk}"))
+        server.allowed.append("No space left")
+        qmp = begin(server, target)
+        qmp.wait_ready()
+        data = random.Random(SEED).randbytes(700_001)
+        with connected(server.uri("src")) as guest:
+            codes = [nbd_errno(guest.pwrite, data, n * MiB + 511) for n in range(7)]
+            assert set(codes) == {0, errno.ENOSPC}, codes
+            guest.trim(MiB, 0)
+            guest.pwrite(data, 7 * MiB)
+            assert guest.pread(len(data), 7 * MiB) == data
+            wait_caught_up(qmp)
+        assert errors(qmp) == []
+        end(qmp, CANCEL)
+        assert_identical(server.uri("src"), target.image)
+        server.stop()
+        identical(disk.read_bytes(), target.image)
+
+
+# A file that changes underneath
+
+
+@pytest.fixture
+def file_server(start: Start, folder: Path, disk: Path) -> Nbdmirror:
+    server = start(Nbdmirror(folder, f"src={disk}"))
+    server.allowed.append("truncated|WARNING|SOURCE|another file|deleted")
+    return server
+
+
+@pytest.mark.parametrize("policy", ["report", "stop"])
+@pytest.mark.parametrize("phase", ["first copy", "READY"])
+def test_a_file_that_is_truncated(
+    file_server: Nbdmirror,
+    disk: Path,
+    target: QemuNbd,
+    identical: Identical,
+    phase: str,
+    policy: str,
+) -> None:
+    """What is missing is not taken for zeroes, not even where a guest's write makes the file longer
+    again and leaves a hole."""
+    whole = disk.read_bytes()
+    qmp = begin(
+        file_server,
+        target,
+        on_source_error=policy,
+        auto_dismiss=False,
+        speed=MiB if phase == "first copy" else 0,
+    )
+    if phase == "READY":
+        qmp.wait_ready()
+    os.truncate(disk, 5 * MiB)
+    with connected(file_server.uri("src")) as guest:
+        assert nbd_errno(guest.pread, BLOCK, 6 * MiB) == errno.EIO
+        guest.pwrite(DATA, 7 * MiB + 8192)
+        qmp.execute("block-job-set-speed", device="j", speed=0)
+        event = qmp.wait_for_event("BLOCK_JOB_ERROR")
+        assert (event["operation"], event["action"]) == ("read", policy)
+    if policy == "report":
+        assert qmp.wait_for_event("BLOCK_JOB_COMPLETED")["error"] == "Input/output error"
+    else:
+        qmp.wait_status("standby" if phase == "READY" else "paused")
+    changed = qmp.wait_for_event("X_NBDMIRROR_SOURCE_CHANGED")
+    assert "was truncated while in use" in changed["reason"]
+    assert changed["reason"] in file_server.stderr
+    if phase == "READY":
+        assert_identical(whole, target.image)
+    if policy == "report":
+        identical(whole[: 5 * MiB], disk.read_bytes()[: 5 * MiB])
+        return
+    with disk.open("r+b") as file:  # the user has a backup
+        file.write(whole)
+    with connected(file_server.uri("src")) as guest:
+        guest.pwrite(DATA, 7 * MiB + 8192)
+    qmp.execute("block-job-resume", device="j")
+    qmp.wait_ready() if phase == "first copy" else wait_caught_up(qmp)
+    end(qmp, CANCEL)
+    identical(disk, target.image)
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "moved"])
+def test_a_file_that_is_not_there_any_more(
+    file_server: Nbdmirror, disk: Path, target: QemuNbd, identical: Identical, how: str
+) -> None:
+    """The server and its guests go on with the file that they have; it is told that nobody else can
+    see it. A mirror takes its content to where it is safe."""
+    initial = disk.read_bytes()
+    with Guest(file_server.uri("src"), initial, seed=SEED) as guest:
+        qmp = begin(file_server, target)
+        qmp.wait_ready()
+        other = disk.with_name("other.img")
+        if how == "deleted":
+            disk.unlink()
+        elif how == "replaced":
+            make_noise(other, SIZE)
+            other.replace(disk)
+        else:
+            disk.rename(other)
+        changed = qmp.wait_for_event("X_NBDMIRROR_SOURCE_CHANGED")
+        assert changed["device"] == "src"
+        expected = {"deleted": "was deleted", "replaced": "another file", "moved": "was moved"}
+        assert expected[how] in changed["reason"], changed
+        assert changed["reason"] in file_server.stderr
+        guest.wait_for_requests(20)
+        end(qmp, COMPLETE)
+        guest.wait_for_requests(20)
+        identical(guest, target.image)
+
+
+def test_a_block_device_that_fails(
+    start: Start, folder: Path, disk: Path, target: QemuNbd, identical: Identical
+) -> None:
+    """A loop device whose file is cut short answers EIO from there on. (dm-error and dm-flakey
+    would do, where there is a device mapper.)"""
+    whole = disk.read_bytes()
+    with loop_device(disk) as device:
+        os.truncate(disk, 5 * MiB)
+        server = start(Nbdmirror(folder, f"src={device}"))
+        server.allowed.append("Input/output error|WARNING")
+        qmp = begin(server, target, on_source_error="stop")
+        event = qmp.wait_for_event("BLOCK_JOB_ERROR")
+        assert (event["operation"], event["action"]) == ("read", "stop")
+        qmp.wait_status("paused")
+        with connected(server.uri("src")) as guest:
+            assert nbd_errno(guest.pread, BLOCK, 6 * MiB) == errno.EIO
+            with disk.open("r+b") as file:
+                file.write(whole)
+            guest.pwrite(DATA, 0)
+        qmp.execute("block-job-resume", device="j")
+        qmp.wait_ready()
+        end(qmp, CANCEL)
+        server.stop()
+        assert_identical(Path(device), target.image)
+    identical(disk, target.image)

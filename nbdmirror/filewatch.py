@@ -1,0 +1,50 @@
+"""FileWatch: notices what becomes of disks' files underneath: truncated, deleted, replaced.
+
+Requests tell of none of these, or of the first one late: a server goes on with the file that it has
+opened. So they are looked at now and then, by a thread of its own, since a file system may hang.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+
+from nbdmirror.admission import raw_device
+from nbdmirror.disk import Disk
+from nbdmirror.events import EventRing
+from nbdmirror.file import FileDevice
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+
+
+class FileWatch:
+    """Tells of each change once. `start` and `stop` from any thread."""
+
+    def __init__(self, disks: Mapping[str, Disk], events: EventRing) -> None:
+        self._disks = disks
+        self._events = events
+        self._told: dict[str, str] = {}
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="nbdmirror-files", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def look(self) -> None:
+        for name, disk in self._disks.items():
+            source = raw_device(disk.source)
+            reason = source.change() if isinstance(source, FileDevice) else ""
+            if reason and reason != self._told.get(name):
+                log.error("disk %s: %s", name, reason)
+                data = {"device": name, "reason": reason}
+                self._events.append("X_NBDMIRROR_SOURCE_CHANGED", data)
+            self._told[name] = reason
+
+    def _run(self) -> None:
+        while not self._stopping.wait(LOOK_S):
+            self.look()
