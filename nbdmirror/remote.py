@@ -41,6 +41,10 @@ EXTENTS_MAX = 1 << 16
 """Of one answer that are believed; what is behind them is asked for again. A byte each, the largest
 answer would take gigabytes."""
 
+LOSSES_MAX = 5
+"""How often a request is lost with its connection until it fails: one that ends its server each
+time is not done for ever."""
+
 CONNECT_TIMEOUT_S = 10.0
 """For the whole handshake, unless told otherwise."""
 
@@ -100,10 +104,11 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def pread(self, buf: memoryview, offset: int) -> None:
         for start, length in _pieces(0, len(buf), self.block_size.maximum):
             part = buf[start : start + length]
+            link = self.pool.pick()
             try:
-                self.pool.pick().read(part, offset + start)
+                link.read(part, offset + start)
             except DeviceLost:
-                self.pool.pick().read(part, offset + start)
+                self._again(link, lambda link, at, part=part: link.read(part, at), offset + start)
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
         if self.read_only:
@@ -114,12 +119,11 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
                 self.pwrite(view[start : start + length], offset + start, fua)
             return
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        link = self.pool.pick()
         try:
-            link = self.pool.pick()
             link.write(buf, offset, flags)
         except DeviceLost:
-            link = self.pool.pick()
-            link.write(buf, offset, flags)
+            link = self._again(link, lambda link, at: link.write(buf, at, flags), offset)
         if not flags:
             self._note_change(link)
             if fua:
@@ -224,14 +228,30 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             on_lost_writes()
 
     def _ask(self, request: Callable[..., None], *arguments: int) -> Link | Connection:
-        """Done twice if need be. Returns the connection on which it was answered."""
+        """Returns the connection on which it was answered."""
+        link = self.pool.pick()
         try:
-            link = self.pool.pick()
             request(link, *arguments)
         except DeviceLost:
-            link = self.pool.pick()
-            request(link, *arguments)
+            return self._again(link, request, *arguments)
         return link
+
+    def _again(
+        self, link: Link | Connection, request: Callable[..., None], *arguments: int
+    ) -> Link | Connection:
+        """It was lost with `link`: do it again, on connections that wait for the server. Each of
+        those that broke together may be met first, and that is one loss."""
+        losses = 1
+        while True:
+            before, link = link, self.pool.pick()
+            losses += link.generation != before.generation
+            try:
+                request(link, *arguments)
+            except DeviceLost:
+                if losses > LOSSES_MAX:
+                    raise
+            else:
+                return link
 
     def _change(self, request: Callable[..., None], *arguments: int) -> None:
         self._note_change(self._ask(request, *arguments))

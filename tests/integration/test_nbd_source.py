@@ -168,3 +168,44 @@ def test_after_a_pivot_requests_wait_as_long_as_the_nodes_reconnect_delay(
         guest.flush()
     expected = DATA + source.read_bytes()[BLOCK:]
     assert_identical(expected, target.image)
+
+
+def respawn(target: Lossy) -> None:
+    """Start it, and do not wait: it may be killed again before anybody has looked."""
+    target.wait_killed()
+    target.order("kill write 1")
+    target.socket.unlink(missing_ok=True)
+    target.spawn()
+
+
+def test_a_server_that_is_lost_again_and_again(target: Lossy, server: Nbdmirror) -> None:
+    """Each time the request is done again."""
+    with connected(server.uri()) as guest:
+        guest.pwrite(DATA, 0)
+        wait_until(lambda: target.connections() > 4 or not target.settings["multi-conn"], "links")
+        guest.flush()
+        target.order("kill write 1")
+        write = InThread(lambda: guest.pwrite(DATA, BLOCK, nbd.CMD_FLAG_FUA))
+        for _ in range(3):
+            respawn(target)
+        target.wait_killed()
+        target.come_back()
+        write.result()
+    assert_identical(2 * DATA, target.image.read_bytes()[: 2 * BLOCK])
+
+
+def test_a_request_that_ends_its_server_each_time_fails(target: Lossy, server: Nbdmirror) -> None:
+    with connected(server.uri()) as guest:
+        target.order("kill write 1")
+        write = InThread(lambda: guest.pwrite(DATA, 0))
+        times = 0
+        while not write.has_ended_within(0.05):
+            if target.process is not None and target.process.poll() is not None:
+                respawn(target)
+                times += 1
+        with pytest.raises(nbd.Error, match="EIO"):
+            write.result()
+        assert 2 < times < 10
+        target.kill()
+        target.order_path.unlink(missing_ok=True)
+        target.come_back()
