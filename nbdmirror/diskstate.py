@@ -22,7 +22,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from nbdmirror.bitmap import DirtyBitmap, bytes_of
@@ -30,6 +30,7 @@ from nbdmirror.intentlog import IntentLog, slot_bytes
 from nbdmirror.journal import ranges_left
 from nbdmirror.lasting import Memory
 from nbdmirror.statefile import Folder, StateError, seal, unseal
+from nbdmirror.uri import is_same_place
 
 KIND_DEFINITION, KIND_BITMAPS, KIND_PIVOTED = "disk", "bitmaps", "pivoted"
 
@@ -66,7 +67,7 @@ class Identity:
     def is_same(self, other: Identity) -> bool:
         """The same path, or the same file under another one."""
         is_one_file = bool(self.inode) and (self.device, self.inode) == (other.device, other.inode)
-        return self.source == other.source or is_one_file
+        return is_same_place(self.source, other.source) or is_one_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,18 @@ class Pivoted:
     """What it was served from before: not the disk any more."""
     time_s: float
 
+    @classmethod
+    def after(cls, before: Pivoted | None, left: Identity, truth: str, time_s: float) -> Self:
+        """A pivot from `left` to `truth`, perhaps back to where it came from."""
+        sides = (*(before.left if before else ()), left)
+        kept = tuple(side for side in sides if not is_same_place(side.source, truth))
+        return cls(truth, kept, time_s)
+
+    def has_left(self, side: Identity, source: str) -> bool:
+        """`side` was the disk before it was `source`."""
+        is_truth = is_same_place(source, self.truth)
+        return is_truth and any(left.is_same(side) for left in self.left)
+
     def to_bytes(self) -> bytes:
         return seal(KIND_PIVOTED, json.dumps(asdict(self), indent=1).encode())
 
@@ -226,10 +239,13 @@ def names(disk: str) -> dict[str, str]:
     }
 
 
-def examine(folder: Folder, name: str, identity: Identity) -> Found | None:
-    """What there is of the disk `name`, which is `identity` now; None if there is nothing. Raises
-    StateError if there is something and cannot even be told what, or if it is of another disk:
-    `str(error)` begins with the file's name. Raises OSError."""
+def examine(
+    folder: Folder, name: str, identity: Identity, pivoted: Pivoted | None = None
+) -> Found | None:
+    """What there is of the disk `name`, which is `identity` now, since `pivoted` if there is such a
+    record; None if there is nothing. Raises StateError if there is something and cannot even be
+    told what, or if it is of another disk: `str(error)` begins with the file's name. Raises
+    OSError."""
     files = names(name)
     content = folder.read(files["definition"])
     if content is None:
@@ -238,6 +254,9 @@ def examine(folder: Folder, name: str, identity: Identity) -> Found | None:
         definition = Definition.from_bytes(content)
     except StateError as error:
         raise StateError(f"{files['definition']}: {error}") from error
+    if pivoted is not None and pivoted.has_left(definition.identity, identity.source):
+        # The record of the pivot is written first: killed before the rest was.
+        definition = replace(definition, identity=identity, mirror=None)
     before = definition.identity
     if not before.is_same(identity):
         raise OtherDisk(f"{files['definition']}: is of {before.source}, not of {identity.source}")

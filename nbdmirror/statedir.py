@@ -23,6 +23,7 @@ from nbdmirror.errors import ConfigError
 from nbdmirror.intentlog import slot_bytes
 from nbdmirror.statefile import DiskFolder, Folder, StateError
 from nbdmirror.store import DiskStore
+from nbdmirror.uri import is_same_place
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class StateDirectory:
         where = self._folder.path
         try:
             pivoted = self._check_side(files["pivoted"], identity)
-            found = self._examine(name, identity)
+            found = self._examine(name, identity, pivoted)
             slots = self._folder.slots(files["intents"], slot_bytes(size), 2)
         except OSError as error:
             raise ConfigError(f"state-dir: {where}: {error.strerror}") from error
@@ -79,15 +80,15 @@ class StateDirectory:
                 f"{pivoted.truth} ({path}); serve that, or say --accept-old-side and lose what was "
                 f"written there"
             )
-        if identity.source != pivoted.truth:
+        if not is_same_place(identity.source, pivoted.truth):
             log.warning("%s: the disk was moved to %s, they say", path, pivoted.truth)
         return pivoted
 
-    def _examine(self, name: str, identity: Identity) -> Found | None:
+    def _examine(self, name: str, identity: Identity, pivoted: Pivoted | None) -> Found | None:
         """What can be used; a definition that is damaged is put aside."""
         path = self._folder.path
         try:
-            found = examine(self._folder, name, identity)
+            found = examine(self._folder, name, identity, pivoted)
         except OtherDisk as error:
             raise ConfigError(
                 f"{path}/{error}; give this disk another name, or another state-dir"

@@ -283,7 +283,8 @@ class DiskStore(Transient):
     def prepare_end(self, pivot_to: str, done: Done) -> None:
         pivoted, identity = None, self._identity
         if pivot_to:
-            pivoted = self._after_pivot(pivot_to)
+            now_s = self._writer.clock()
+            pivoted = Pivoted.after(self._pivoted, self._identity, pivot_to, now_s)
             identity = Identity(pivot_to, self._identity.size)
         definition = self._definition(has_mirror=False)
         if definition is not None:
@@ -326,11 +327,6 @@ class DiskStore(Transient):
             self._ended = None
             self._is_pivot_in_doubt = True
             self._save()
-
-    def _after_pivot(self, uri: str) -> Pivoted:
-        before = self._pivoted.left if self._pivoted else ()
-        left = [identity for identity in (*before, self._identity) if identity.source != uri]
-        return Pivoted(uri, tuple(left), self._writer.clock())
 
     def forget_mirror(self, done: Done) -> None:
         if self._is_suspended:

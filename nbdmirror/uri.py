@@ -1,13 +1,17 @@
-"""NBD URIs from QMP's structured addresses. The reading of URIs is libnbd's."""
+"""NBD URIs from QMP's structured addresses, and whether two are the same. To connect, libnbd reads
+them."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 from nbdmirror.errors import CommandError
 from nbdmirror.tls import AUTHORITY, PSK_NAME
+
+DEFAULT_PORT = 10809
+"""IANA's, where a URI names none."""
 
 
 def is_uri(disk: str) -> bool:
@@ -30,6 +34,25 @@ def target_uri(target: str) -> str:
             raise CommandError(f"error parsing address '{address}' in '{target}'")
         server = {"type": "inet", "host": host.strip("[]"), "port": port}
     return nbd_uri({"server": server, "export": export})
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two paths, or two NBD URIs, name the same by themselves: nothing is asked."""
+    if not (is_uri(one) and is_uri(other)):
+        return one == other
+    return one == other or _place(one) == _place(other)
+
+
+def _place(uri: str) -> tuple[str, str]:
+    """Where the server is, and which export. With TLS or without, it is the same."""
+    try:
+        parts = urlsplit(uri)
+        export = unquote(parts.path.removeprefix("/"))
+        if parts.scheme.endswith("+unix"):
+            return os.path.abspath(parse_qs(parts.query)["socket"][0]), export
+        return f"{parts.hostname}:{parts.port or DEFAULT_PORT}", export
+    except (ValueError, KeyError):
+        return uri, ""
 
 
 def nbd_uri(options: dict[str, Any]) -> str:

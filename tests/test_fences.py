@@ -80,12 +80,12 @@ MAY_IMPORT = {
     "statefile": "errors",
     "intentlog": "statefile",
     "journal": "intentlog statefile",
-    "diskstate": "bitmap intentlog journal lasting statefile",
+    "diskstate": "bitmap intentlog journal lasting statefile uri",
     "writer": "device errors events loop",
     "checkpoint": "journal writer",
     "transient": "bitmap device diskstate ledger",
     "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
-    "statedir": "diskstate errors intentlog statefile store",
+    "statedir": "diskstate errors intentlog statefile store uri",
     "server": "admission bitmaps disk diskstate errors events filewatch loop mirror mirrors nodes"
     " pool remote statefile store transient writer",
     # The doors. They know what is below them, never each other.

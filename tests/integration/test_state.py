@@ -713,3 +713,31 @@ def test_a_forced_cancel_does_not_wait_for_a_state_directory_that_fails(
     qmp.wait_for_event("BLOCK_JOB_CANCELLED", 5, device="j")
     server.flag.unlink()
     wait_until(lambda: not (server.state / "vda.json").exists(), "it is tried again")
+
+
+@pytest.mark.parametrize("has_bitmap", [False, True])
+def test_killed_between_the_files_of_a_pivot(
+    server: Kept, target: QemuNbd, disk: Path, has_bitmap: bool
+) -> None:
+    """The record of the pivot is there, and the definition is of before. The new side is served, as
+    the refusal of the old one says, and has the bitmaps."""
+    begin(server, target).wait_ready()
+    if has_bitmap:
+        add(server.qmp)
+        with connected(server.uri()) as guest:
+            guest.pwrite(b"x", 5 * MiB)
+    settle(server)
+    before = (server.state / "vda.json").read_bytes()
+    server.qmp.complete()
+    server.kill()
+    (server.state / "vda.json").write_bytes(before)
+    assert target.uri() in refusal(server)
+    server.disks = [f"vda={target.uri()}"]
+    qmp = server.restart()
+    assert qmp.execute("query-block-jobs") == []
+    if has_bitmap:
+        assert int(str(bitmaps(server)["b"]["count"])) >= GRANULE
+    assert (server.state / "vda.json").exists() == has_bitmap
+    server.stop()
+    server.disks = [f"vda={disk}"]
+    assert "is not the disk any more" in refusal(server)
