@@ -7,29 +7,44 @@ import select
 import socket
 import struct
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 LISTEN_POLL_S = 0.02
 JOIN_S_MAX = 5.0
+HELD_BYTES_MAX = 1 << 20
+"""On their way, in each direction of a connection."""
+
+
+@dataclass(eq=False)
+class _End:
+    """One of a connection's two sockets, and what it is still to be sent."""
+
+    socket: socket.socket
+    is_target: bool
+    held: bytearray = field(default_factory=bytearray)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
 
 
 class Proxy:
     """Listens on a TCP port of 127.0.0.1 and forwards to `target`, a Unix socket or a TCP address.
 
     `stall`: from now on nothing passes, and nobody is told. `forward` takes that back. `reset`:
-    each connection ends with a RST. `half_close`: the client sees an end of file, and may still
-    send, to nobody. `reset_after`: a RST once so many bytes more went to the target. New
-    connections are forwarded, or stall as well.
+    each connection ends with a RST, and what was on its way is gone. `half_close`: the client sees
+    an end of file, and may still send, to nobody. `reset_after`: a RST once so many bytes more went
+    to the target. New connections are forwarded, or stall as well.
     """
 
     def __init__(self, target: Path | tuple[str, int]) -> None:
         self._target = target
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._pairs: list[tuple[_End, _End]] = []
         self._is_stalled = False
         self._bytes_left: int | None = None
         self._is_stopping = False
-        self._lock = threading.Lock()  # guards all of the above
+        self._lock = threading.Lock()  # guards all of the above; nobody waits while holding it
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.connections = 0
@@ -60,8 +75,9 @@ class Proxy:
     def half_close(self) -> None:
         with self._lock:
             for near, far in self._pairs:
-                near.shutdown(socket.SHUT_WR)
-                far.shutdown(socket.SHUT_RDWR)
+                near.socket.shutdown(socket.SHUT_WR)
+                far.socket.shutdown(socket.SHUT_RDWR)
+                near.held.clear()
 
     def close(self) -> None:
         self._is_stopping = True
@@ -80,15 +96,26 @@ class Proxy:
     def _run(self) -> None:
         while not self._is_stopping:
             with self._lock:
-                watched = [] if self._is_stalled else [one for pair in self._pairs for one in pair]
-            readable = select.select([self._listener, *watched], [], [], LISTEN_POLL_S)[0]
+                pairs = [] if self._is_stalled else list(self._pairs)
+            ends = [end for pair in pairs for end in pair]
+            # Who is owed much is not read for: that would be to wait for the other side.
+            sources = [a for pair in pairs for a, b in (pair, pair[::-1]) if not _is_full(b)]
+            sinks = [end for end in ends if end.held]
+            try:
+                readable, writable, _ = select.select(
+                    [self._listener, *sources], sinks, [], LISTEN_POLL_S
+                )
+            except (OSError, ValueError):
+                continue  # one of them was reset meanwhile
             if self._listener in readable:
                 self._accept()
             with self._lock:
-                for near, far in list(self._pairs):
-                    for here, there in ((near, far), (far, near)):
-                        if here in readable and not self._is_stalled:
-                            self._pass((near, far), here, there)
+                for pair in list(self._pairs) if not self._is_stalled else []:
+                    for here, there in (pair, pair[::-1]):
+                        if here in readable and pair in self._pairs:
+                            self._take(pair, here, there)
+                        if here in writable and pair in self._pairs:
+                            self._give(pair, here)
 
     def _accept(self) -> None:
         near = self._listener.accept()[0]
@@ -100,40 +127,58 @@ class Proxy:
             near.close()
             far.close()
             return
+        near.setblocking(False)
+        far.setblocking(False)
         with self._lock:
-            self._pairs.append((near, far))
+            self._pairs.append((_End(near, is_target=False), _End(far, is_target=True)))
             self.connections += 1
 
-    def _pass(
-        self, pair: tuple[socket.socket, socket.socket], here: socket.socket, there: socket.socket
-    ) -> None:
-        if pair not in self._pairs:
+    def _take(self, pair: tuple[_End, _End], here: _End, there: _End) -> None:
+        try:
+            data = here.socket.recv(HELD_BYTES_MAX)
+        except BlockingIOError:
             return
-        length_max = 1 << 16
-        to_target = there is pair[1]
-        if to_target and self._bytes_left is not None:
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(pair)
+        else:
+            there.held += data
+            self._give(pair, there)
+
+    def _give(self, pair: tuple[_End, _End], end: _End) -> None:
+        is_counted = end.is_target and self._bytes_left is not None
+        length_max = len(end.held)
+        if is_counted:
+            assert self._bytes_left is not None
             length_max = min(length_max, self._bytes_left)
             if not length_max:
                 self._bytes_left = None
                 self._reset(pair)
                 return
         try:
-            data = here.recv(length_max)
-            if data:
-                there.sendall(data)
+            sent = end.socket.send(memoryview(end.held)[:length_max])
+        except BlockingIOError:
+            return
         except OSError:
-            data = b""
-        if not data:
             self._drop(pair)
-        elif to_target and self._bytes_left is not None:
-            self._bytes_left -= len(data)
+            return
+        del end.held[:sent]
+        if is_counted:
+            assert self._bytes_left is not None
+            self._bytes_left -= sent
 
-    def _reset(self, pair: tuple[socket.socket, socket.socket]) -> None:
+    def _reset(self, pair: tuple[_End, _End]) -> None:
         with contextlib.suppress(OSError):  # it is gone
-            pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            linger = struct.pack("ii", 1, 0)
+            pair[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._drop(pair)
 
-    def _drop(self, pair: tuple[socket.socket, socket.socket]) -> None:
+    def _drop(self, pair: tuple[_End, _End]) -> None:
         self._pairs.remove(pair)
         for one in pair:
-            one.close()
+            one.socket.close()
+
+
+def _is_full(end: _End) -> bool:
+    return len(end.held) >= HELD_BYTES_MAX
