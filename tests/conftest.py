@@ -22,19 +22,28 @@ MEMORY = Path("/dev/shm")
 HAS_PASSED = pytest.StashKey[bool]()
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
     """For images and sockets: in memory where there is such a place, and with a short name, since
     a Unix socket's may have 107 bytes."""
     place = MEMORY if os.access(MEMORY, os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="nbdmirror-", dir=place))
-    yield path
-    for definition in path.rglob("*.json"):  # of servers with state that were killed
-        if match := re.search(
-            r'"memory": "(/dev/shm/nbdmirror-state-\w+)"', definition.read_text()
-        ):
-            shutil.rmtree(match[1], ignore_errors=True)
-    shutil.rmtree(path)
+    try:
+        yield path
+    finally:
+        for definition in path.rglob("*.json"):  # of servers with state that were killed
+            if match := re.search(
+                r'"memory": "(/dev/shm/nbdmirror-state-\w+)"', definition.read_text()
+            ):
+                shutil.rmtree(match[1], ignore_errors=True)
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A `temporary_folder`."""
+    with temporary_folder() as path:
+        yield path
 
 
 @pytest.hookimpl(wrapper=True)

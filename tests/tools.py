@@ -139,6 +139,12 @@ def assert_identical(source: Content, target: Content) -> None:
 # NBD clients
 
 
+def connections(socket: Path) -> int:
+    """How many are open to a server that listens on this Unix socket."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return sum(line.endswith(f" {socket}") for line in lines) - 1  # one is the listener's
+
+
 @contextlib.contextmanager
 def connected(uri: str) -> Iterator[nbd.NBD]:
     """A libnbd handle with base:allocation, in strict mode off: the server is to be asked

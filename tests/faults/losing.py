@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tools import KiB, MiB, NbdkitTarget, Nbdmirror, Qmp, wait_until
+from tools import KiB, MiB, NbdkitTarget, Nbdmirror, Qmp, connections, wait_until
 
 PLUGIN = Path(__file__).with_name("lossy.py")
 SEED = int(os.environ.get("NBDMIRROR_FAULTS_SEED") or random.SystemRandom().randrange(1000))
@@ -64,9 +64,7 @@ class Lossy(NbdkitTarget):
 
     def connections(self) -> int:
         """Clients that are connected now."""
-        lines = Path("/proc/net/unix").read_text().splitlines()
-        # One line is the listening socket's.
-        return sum(line.endswith(str(self.socket)) for line in lines) - 1
+        return connections(self.socket)
 
     def stall(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
