@@ -312,13 +312,16 @@ class Connection:
     def _after_ready(self) -> None:
         # Whoever hears of a lost request may want to connect again, and `is_lost` must tell by
         # then; a request that is started in answer to the one before may be what finds out.
-        was_lost = self.is_lost
-        while self._reaped:
+        was_lost, left = self.is_lost, len(self._reaped)
+        while self._reaped and (left or self._loop is None):
+            left -= 1
             request = self._reaped.pop(0)
             assert request.done is not None
             if request.error is not None:
                 self._look_whether_gone()
             request.done(request.error)
+        if self._reaped and self._loop is not None:
+            self._loop.call_soon(self._after_ready)  # started just now, and over: others' turn
         self._look_whether_gone()
         if self.is_lost and not was_lost and self.on_lost is not None:
             self.on_lost()

@@ -194,7 +194,7 @@ class MirrorJob(Job):
         self.advance_soon()
 
     def _may_reconnect(self, operation: str) -> bool:
-        if not self._waits.is_for_step:  # else it is being brought back
+        if self.copier.is_running or not self._waits.is_for_step:  # else it is being brought back
             if not self._watch.may_reconnect(operation):
                 return False
             self.hold()

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import nbd
 import pytest
-from conftest import temporary_folder
-from rounds import GUESTS, PHASES, STEPS_MAX, WHATS, Cell, Round
+from conftest import Identical, Start, temporary_folder
+from losing import Lossy, add_target
+from rounds import GUESTS, PHASES, SIZE, STEPS_MAX, WHATS, Cell, Mirror, Round
+from tools import Guest, MiB, make_image, make_noise, wait_until
 
 SEED = int(os.environ.get("NBDMIRROR_KILL_SEED") or random.SystemRandom().randrange(1_000_000))
 """A new one each time, unless the environment has one."""
@@ -92,3 +94,59 @@ def test_a_broken_server_is_caught(name: str) -> None:
             except (AssertionError, nbd.Error):
                 return
     pytest.fail(f"{MUTANT_ROUNDS_MAX} rounds of {cell} have not noticed")
+
+
+# Found by the rounds
+
+
+SLOW_STATE = """
+import os, time
+fsync, flag = os.fsync, {flag!r}
+
+def slow(fd):
+    while os.path.exists(flag):
+        time.sleep(0.01)
+    return fsync(fd)
+
+os.fsync = slow
+"""
+
+
+@pytest.mark.parametrize("reconnect_delay_s", [20, 0])
+def test_a_target_that_is_lost_while_an_end_is_being_written_down(
+    start: Start, folder: Path, identical: Identical, reconnect_delay_s: int
+) -> None:
+    """Copies go on meanwhile, and all of them fail at once: the control socket answers, and the
+    target is waited for, or the policy is asked. The speed limit sees to it that there is something
+    left to copy."""
+    disk = make_image(folder / "disk.img", SIZE)
+    target = start(Lossy(folder, make_noise(folder / "target.img", SIZE)))
+    flag = folder / "slow"
+    server = Mirror(folder, disk)
+    server.patches = SLOW_STATE.format(flag=str(flag))
+    start(server)
+    add_target(server.qmp, target.uri(), reconnect_delay_s)
+    qmp = server.qmp
+    qmp.start_mirror("tgt", device="vda", on_target_error="stop")
+    qmp.wait_ready()
+    qmp.execute("block-job-set-speed", device="j", speed=2 * MiB)
+    with Guest(server.uri("vda"), disk, length_max=4096) as guest:
+        guest.wait_for_requests(200)
+        flag.touch()
+        qmp.execute("block-job-complete", device="j")
+        target.order("kill write 2")
+        target.wait_killed()
+        guest.wait_for_requests(50)
+        lost_at = target.mark()
+        if reconnect_delay_s:
+            assert qmp.job()["status"] == "ready"
+        else:
+            qmp.wait_status("standby")
+        target.come_back()
+        if not reconnect_delay_s:
+            qmp.execute("block-job-resume", device="j")
+        wait_until(lambda: target.changed(lost_at), "copies go on before the end is written down")
+        flag.unlink()
+        qmp.execute("block-job-set-speed", device="j", speed=0)
+        qmp.wait_completed()
+        identical(guest, target.uri())
