@@ -20,7 +20,7 @@ from nbdmirror.copier import Copier
 from nbdmirror.ledger import Ledger
 from nbdmirror.loop import Loop, Timer
 
-LEVEL_BYTES_MIN, LEVEL_BYTES = 64 << 10, 4 << 20
+LEVEL_BYTES_MIN, LEVEL_BYTES = 256 << 10, 4 << 20
 """Dirty bytes that may be left when guest writes are held: a few milliseconds of copying at most.
 How much less can be had is found out: the least at first, twice as much after each LEVEL_STEP_S."""
 
