@@ -45,7 +45,7 @@ class Pace:
     @property
     def claim_bytes_max(self) -> int | None:
         """None: no limit."""
-        return int(self.speed_bytes_per_s * SLICE_S) if self.speed_bytes_per_s else None
+        return max(1, int(self.speed_bytes_per_s * SLICE_S)) if self.speed_bytes_per_s else None
 
     def account(self, length: int) -> None:
         """So many bytes are on their way."""

@@ -436,7 +436,7 @@ def test_an_untouched_target_is_flushed() -> None:
 # The speed limit. A claim is accounted for when the source has told its extents.
 
 
-@pytest.mark.parametrize("speed", [100_000, MIB, 20 * MIB])
+@pytest.mark.parametrize("speed", [1, 100_000, MIB, 20 * MIB])
 def test_speed_limit(speed: int) -> None:
     """Bytes started within t never exceed speed * t and one claim; and the limit is reached."""
     clock = Clock()
