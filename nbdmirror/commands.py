@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -91,14 +92,13 @@ class Commands:
             return [kept.bits_saved() if is_bitmap else kept.saved() for kept in lasting]
 
         futures: list[Future[None]] = (await self._on_loop(saves)).value
+        deadline_s = time.monotonic() + KEPT_S_MAX
         try:
             for future in futures:
-                await asyncio.wrap_future(future)
+                await _ended(asyncio.wrap_future(future), deadline_s)
         except OSError as error:
             if name in BITMAP_ACTIONS:
-                raise CommandError(
-                    f"Done, and not yet kept: the state directory cannot be written: {error}"
-                ) from error
+                raise CommandError(f"Done, and not yet kept: {error}") from error
 
     async def _on_loop(self, call: Callable[[], Any]) -> Reply:
         def step() -> Reply:
@@ -255,9 +255,24 @@ class Commands:
         return Reply({}, self._server.events.next_number)
 
 
+async def _ended(kept: asyncio.Future[None], deadline_s: float) -> None:
+    """Raises OSError: it cannot be kept, or not by then."""
+    kept.add_done_callback(lambda future: future.cancelled() or future.exception())  # is looked at
+    await asyncio.wait([kept], timeout=max(0.0, deadline_s - time.monotonic()))
+    if not kept.done():
+        raise TimeoutError("guests' writes that are under way do not end")
+    try:
+        kept.result()
+    except OSError as error:
+        raise OSError(f"the state directory cannot be written: {error}") from error
+
+
 def _verb(call: Callable[[MirrorJob], None]) -> Callable[[MirrorJob, Arguments], None]:
     return lambda job, arguments: call(job)
 
+
+KEPT_S_MAX = 5.0
+"""A client that is to cancel the job whose target hangs, with a guest's write, must be answered."""
 
 _CHANGES = {"drive-mirror", "blockdev-mirror", "transaction", *BITMAP_ACTIONS}
 """Commands that are answered when what they changed is on disk."""

@@ -170,6 +170,30 @@ def nbd_errno(call: Callable[..., Any], *arguments: Any, **options: Any) -> int:
     return 0
 
 
+class InThread:
+    """A call in a thread of its own; `result` waits for it and raises what it raised."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            self._error = error
+
+    def has_ended_within(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        assert self.has_ended_within(30), "the request does not return"
+        if self._error is not None:
+            raise self._error
+
+
 class Guest:
     """Writers that know what the disk holds: threads, each with a connection and a zone of its own.
 

@@ -127,8 +127,10 @@ class Proxy:
             near.close()
             far.close()
             return
-        near.setblocking(False)
-        far.setblocking(False)
+        for one in (near, far):
+            one.setblocking(False)
+            if one.family == socket.AF_INET:  # as libnbd and NBD servers: small ones do not wait
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._pairs.append((_End(near, is_target=False), _End(far, is_target=True)))
             self.connections += 1

@@ -11,8 +11,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "stress"))
 import soak
+from marathon import Marathon
 
 CELL = "guest, READY, busy"
+SEED = 7
 
 
 def run_soak(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -51,6 +53,19 @@ def test_it_ends_in_time(
     monkeypatch.setattr(soak.Soak, "round", lambda *_: None)
     assert run_soak(monkeypatch, "2m") == 0
     assert has_line(capfd.readouterr().out, r"rounds +0, and 0 that failed")
+
+
+def test_one_server_for_long(folder: Path) -> None:
+    """Some stretches of it; that it grows is told by hours of them."""
+    marathon = Marathon(folder, SEED)
+    marathon.run(lambda: len(marathon.rests) >= 3)
+    ended = {what: number for what, number in marathon.done.items() if "ended" in what}
+    assert sum(ended.values()) >= 24, ended
+    assert marathon.done["ended by pivot"] and marathon.requests, marathon.report()
+    marathon.rests = [{"resident KiB": 1 << 20, "threads": 6, "descriptors": 40}] * 20
+    marathon.rests += [{"resident KiB": 1 << 21, "threads": 6, "descriptors": 40}] * 20
+    with pytest.raises(AssertionError, match="resident KiB: 1048576, and later 2097152"):
+        marathon.assert_flat()
 
 
 def has_line(text: str, pattern: str) -> bool:

@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import errno
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import nbd
 import pytest
 from conftest import Start
-from tools import MiB, Nbdmirror, assert_identical, connected, make_noise, nbd_errno, wait_until
+from tools import (
+    InThread,
+    MiB,
+    Nbdmirror,
+    assert_identical,
+    connected,
+    make_noise,
+    nbd_errno,
+    wait_until,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "faults"))
 from losing import Lossy
@@ -20,30 +27,6 @@ from losing import Lossy
 BLOCK = 4096
 DATA = b"\x5a" * BLOCK
 LOST = r"connection lost|not flushed|lost: |Failed to connect"
-
-
-class InThread:
-    """A call in a thread of its own; `result` waits for it and raises what it raised."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
-        self._thread.start()
-
-    def _run(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 - raised again by `result`
-            self._error = error
-
-    def has_ended_within(self, seconds: float) -> bool:
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> None:
-        assert self.has_ended_within(30), "the request does not return"
-        if self._error is not None:
-            raise self._error
 
 
 @pytest.fixture(params=[True, False], ids=["multi-conn", "one connection"])

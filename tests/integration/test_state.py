@@ -23,6 +23,7 @@ from kept import Kept, power_cut, refusal
 from mounts import mounted
 from tools import (
     Guest,
+    InThread,
     KiB,
     MiB,
     Nbdmirror,
@@ -389,6 +390,37 @@ def test_commands_about_bitmaps_are_kept_when_they_are_answered(server: Kept) ->
     found = bitmaps(server)
     assert set(found) == {"a", "b"} and found["a"]["recording"]
     assert int(str(found["b"]["count"])) >= GRANULE
+
+
+def test_a_guests_write_that_hangs_does_not_keep_control_waiting(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path
+) -> None:
+    """What bitmaps have is put on disk when the writes under way have ended; those that wait for a
+    target that hangs do not, and the client that is to cancel the job must be answered."""
+    qmp = begin(server, target, copy_mode="write-blocking")
+    qmp.wait_ready()
+    with connected(server.uri()) as guest:
+        os.kill(target.pid, signal.SIGSTOP)
+        try:
+            write = InThread(lambda: guest.pwrite(b"x" * GRANULE, MiB))
+            wait_until(lambda: server.job_status()["in-flight-bytes"], "the write is under way")
+            name = {"node": "vda", "name": "b", "persistent": True}
+            text = qmp.refusal("block-dirty-bitmap-add", **name)
+            assert text == "Done, and not yet kept: guests' writes that are under way do not end"
+            assert set(bitmaps(server)) == {"b"}
+            qmp.execute("block-job-cancel", device="j", force=True)
+            qmp.wait_status("null")
+            write.result()
+        finally:
+            os.kill(target.pid, signal.SIGCONT)
+        qmp.execute("block-dirty-bitmap-clear", node="vda", name="b")
+        guest.pwrite(b"y", 0)
+    server.kill()
+    server.restart()
+    assert bitmaps(server)["b"]["count"] == GRANULE
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    identical(disk, target.image)
 
 
 def test_without_a_state_directory_bitmaps_are_refused_as_by_qemu(

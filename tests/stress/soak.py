@@ -1,4 +1,5 @@
-"""./run soak: the matrix of kills, again and again with other seeds, until the time is up.
+"""./run soak: the matrix of kills, again and again with other seeds, until the time is up; and
+beside it one server that lives as long, whose memory, threads and descriptors must stay flat.
 
 It goes on after a round that fails, which it tells at once and how to replay it; the report at the
 end, which SIGINT brings forward, has the rest. The exit status is 1 if a round has failed.
@@ -23,6 +24,7 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
 
 from conftest import temporary_folder  # noqa: E402 - found only now
+from marathon import MarathonThread  # noqa: E402
 from rounds import CALM, CELLS, Cell, KiB, Outcome, Round  # noqa: E402
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "": 60}
@@ -35,15 +37,18 @@ def main() -> int:
     seed = options.seed
     say(f"soak: {describe(options)}, seed {seed}")
     deadline_s = soak.began_s + options.time if options.time else None
-    try:
-        for cell, number in plan(options.cell, seed, options.passes):
-            if deadline_s is not None and time.monotonic() >= deadline_s:
-                break
-            if cell == options.cell[0] and number > seed:
-                say(f"soak: {soak.progress()}; on with seed {number}")
-            soak.round(cell, number)
-    except KeyboardInterrupt:
-        say("soak: interrupted; a report of what was done")
+    with contextlib.ExitStack() as stack:
+        if options.cell is MATRIX and deadline_s is not None:
+            stack.enter_context(soak.marathon(seed))
+        try:
+            for cell, number in plan(options.cell, seed, options.passes):
+                if deadline_s is not None and time.monotonic() >= deadline_s:
+                    break
+                if cell == options.cell[0] and number > seed:
+                    say(f"soak: {soak.progress()}; on with seed {number}")
+                soak.round(cell, number)
+        except KeyboardInterrupt:
+            say("soak: interrupted; a report of what was done")
     for line in soak.report(seed):
         say(line)
     return 1 if soak.failures else 0
@@ -56,6 +61,7 @@ class Soak:
         self.began_s = time.monotonic()
         self.outcomes: dict[Cell, list[Outcome]] = {}
         self.failures: list[str] = []
+        self._marathon: list[str] = []
 
     def round(self, cell: Cell, seed: int) -> None:
         said = io.StringIO()
@@ -74,6 +80,19 @@ class Soak:
                 return
         say(f"{said.getvalue()}{trace}FAILED; to replay: ./run soak --passes 1 --cell '{cell}' "
             f"--seed {seed}")  # fmt: skip
+
+    @contextlib.contextmanager
+    def marathon(self, seed: int) -> Iterator[None]:
+        """The server that lives as long as the rounds take."""
+        with temporary_folder() as folder:
+            thread = MarathonThread(folder, seed)
+            thread.start()
+            yield
+            thread.stop()
+        self._marathon = thread.marathon.report()
+        if thread.error is not None:
+            self.failures.append(f"the long-lived server, --seed {seed}: {thread.error}")
+            say("".join(traceback.format_exception(thread.error)))
 
     @property
     def _all(self) -> list[Outcome]:
@@ -99,6 +118,7 @@ class Soak:
             *(f"  {kind:24} {number}" for kind, number in sorted(hits.items())),
             f"hit in an ending           {len(ended)}",
             f"  had pivoted              {sum(outcome.had_pivoted for outcome in ended)}",
+            *self._marathon,
             *(f"FAILED: {failure}" for failure in self.failures),
         ]
 
