@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from kept import MEMORIES
 from tools import Content, Guest, Server, assert_identical
 
 AnyServer = TypeVar("AnyServer", bound=Server)
@@ -36,6 +37,9 @@ def temporary_folder() -> Iterator[Path]:
                 r'"memory": "(/dev/shm/nbdmirror-state-\w+)"', definition.read_text()
             ):
                 shutil.rmtree(match[1], ignore_errors=True)
+        for notes in path.rglob(MEMORIES):  # of others that were killed
+            for memory in set(notes.read_text().split()):
+                shutil.rmtree(memory, ignore_errors=True)
         shutil.rmtree(path)
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Self
 
 from tools import Nbdmirror, Qmp, run
+
+MEMORIES = "memories"
+MEMORY = re.compile(r"/dev/shm/nbdmirror-state-\w+")
 
 
 class Kept(Nbdmirror):
@@ -15,6 +20,22 @@ class Kept(Nbdmirror):
     def __init__(self, folder: Path, disk: Path | str, *options: str) -> None:
         self.state = folder / "state"
         super().__init__(folder, f"vda={disk}", options=("--state-dir", str(self.state), *options))
+
+    def start(self) -> Self:
+        super().start()
+        self._note_memory()
+        return self
+
+    def kill(self) -> None:
+        self._note_memory()
+        super().kill()
+
+    def _note_memory(self) -> None:
+        """For conftest's `temporary_folder`: what outlives a server that is not started again."""
+        if self.process is not None and self.process.poll() is None:
+            maps = Path(f"/proc/{self.pid}/maps").read_text()
+            with (self.folder / MEMORIES).open("a") as notes:
+                notes.writelines(f"{path}\n" for path in set(MEMORY.findall(maps)))
 
     def definition(self) -> dict[str, object]:
         content = (self.state / "vda.json").read_text().partition("\n")[2]
