@@ -15,6 +15,7 @@ from losing import GRANULE, SEED, SIZE, Lossy, end, wait_caught_up
 from mounts import loop_device, mounted
 from tools import (
     Guest,
+    KiB,
     MiB,
     NbdkitTarget,
     Nbdmirror,
@@ -279,7 +280,7 @@ def test_a_file_that_is_truncated(
         target,
         on_source_error=policy,
         auto_dismiss=False,
-        speed=MiB if phase == "first copy" else 0,
+        speed=64 * KiB if phase == "first copy" else 0,
     )
     if phase == "READY":
         qmp.wait_ready()
