@@ -75,8 +75,9 @@ class Proxy:
     def half_close(self) -> None:
         with self._lock:
             for near, far in self._pairs:
-                near.socket.shutdown(socket.SHUT_WR)
-                far.socket.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # closed at that moment
+                    near.socket.shutdown(socket.SHUT_WR)
+                    far.socket.shutdown(socket.SHUT_RDWR)
                 near.held.clear()
 
     def close(self) -> None:
