@@ -1,4 +1,4 @@
-"""Fixtures for tests with real processes; what they are made of is in tools.py."""
+"""Fixtures for tests with real processes: a folder, servers that are stopped, equal images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from guests import Guest
+from images import Content, assert_identical
 from kept import MEMORIES
-from tools import Content, Guest, Server, assert_identical
+from serverprocess import Server
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 Start = Callable[[AnyServer], AnyServer]

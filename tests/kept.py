@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Self
 
-from tools import Nbdmirror, Qmp, run
+from processes import run
+from qmpclient import Qmp
+from servers import Nbdmirror
 
 MEMORIES = "memories"
 MEMORY = re.compile(r"/dev/shm/nbdmirror-state-\w+")

@@ -6,7 +6,7 @@ import datetime as dt
 import os
 from pathlib import Path
 
-from tools import run
+from processes import run
 
 HERE = ("dns_name = localhost", "ip_address = 127.0.0.1")
 PAST = (

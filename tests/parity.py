@@ -27,21 +27,12 @@ from typing import Any, Literal
 
 import nbd
 import pytest
-from tools import (
-    KiB,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    Refused,
-    Server,
-    assert_identical,
-    connected,
-    make_empty,
-    make_image,
-    make_noise,
-    wait_until,
-)
+from clients import connected
+from images import KiB, MiB, assert_identical, make_empty, make_image, make_noise
+from qmpclient import Qmp, Refused
+from serverprocess import Server
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
 
 STEP_S_MAX = 20.0
 """For one step; the longest thing that a script waits for is a back-off of 5 s."""

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from tools import Nbdmirror, Qmp, Server, wait_until
+from qmpclient import Qmp
+from serverprocess import Server
+from servers import Nbdmirror
+from waiting import wait_until
 
 from nbdmirror.qmpschema import COMMANDS
 from nbdmirror.schema import Array, Enum, Plain, StringOr, Struct, Unsigned

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools import ROOT
+from processes import ROOT
 
 from bench import curves, results
 from bench.rows import ROWS, Figure, Goal, Row

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tools import NbdkitTarget
+from servers import NbdkitTarget
 
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.device import BlockDevice, BlockSize, Buffer, Extent, MemoryDevice

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tools import ROOT, nbdmirror_environment
+from processes import ROOT, nbdmirror_environment
 
 from nbdmirror.cli import build_parser
 from nbdmirror.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from manpages import DOCS, PAGES, Page, escape, manual_pages, signature, subparsers
-from tools import WAIT_S_MAX
+from waiting import WAIT_S_MAX
 
 from nbdmirror.qmpschema import COMMANDS
 

@@ -12,9 +12,11 @@ import jsonfuzz
 import pytest
 import qmpfuzz
 from conftest import Start
+from guests import Guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tools import Guest, MiB, NbdkitTarget, Nbdmirror, QemuNbd, make_image, make_noise
+from images import MiB, make_image, make_noise
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
 
 SIZE = MiB
 SALVOS, SALVO_MIN, SALVO_MAX = 150, 15, 40

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from tools import Nbdmirror, QemuNbd, Server, run
+from processes import run
+from serverprocess import Server
+from servers import Nbdmirror, QemuNbd
 
 NBD_PORT = 10809
 LINK = "link0"

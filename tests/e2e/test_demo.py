@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tools import ROOT, MiB
+from images import MiB
+from processes import ROOT
 
 DEMO = ROOT / "docs" / "demo.py"
 

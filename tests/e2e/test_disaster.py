@@ -10,7 +10,10 @@ import pytest
 from conftest import Start
 from guest import ALL_FILES, DISK_BYTES, WRITERS, Machine, check_disk, make_disk, nbd_drive
 from hosts import NBD_PORT, Host, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
-from tools import Nbdmirror, make_noise, nbdmirror, wait_until
+from images import make_noise
+from processes import nbdmirror
+from servers import Nbdmirror
+from waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Start
 from guest import ALL_FILES, WRITERS, Machine, check_disk, make_disk, nbd_drive
-from tools import Nbdmirror, QemuNbd, assert_identical, make_noise
+from images import assert_identical, make_noise
+from servers import Nbdmirror, QemuNbd
 
 pytestmark = pytest.mark.timeout(180)
 

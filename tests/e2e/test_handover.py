@@ -14,18 +14,10 @@ import pytest
 from conftest import Start
 from guest import ALL_FILES, Machine, check_disk, make_disk, nbd_drive
 from hosts import NBD_PORT, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
-from tools import (
-    ROOT,
-    WAIT_S_MAX,
-    Finished,
-    MiB,
-    Nbdmirror,
-    make_empty,
-    make_noise,
-    nbdmirror,
-    nbdmirror_environment,
-    wait_until,
-)
+from images import MiB, make_empty, make_noise
+from processes import ROOT, Finished, nbdmirror, nbdmirror_environment
+from servers import Nbdmirror
+from waiting import WAIT_S_MAX, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import Start
 from guest import ALL_FILES, WROTE, check_disk, make_disk
+from images import make_noise
 from libvirtd import Domain, Libvirtd, let_qemu_in
-from tools import ROOT, Nbdmirror, QemuNbd, make_noise, wait_until
+from processes import ROOT
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
 
 pytestmark = pytest.mark.timeout(240)
 

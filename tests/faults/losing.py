@@ -8,7 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
-from tools import KiB, MiB, NbdkitTarget, Nbdmirror, Qmp, connections, wait_until
+from clients import connections
+from images import KiB, MiB
+from qmpclient import Qmp
+from servers import NbdkitTarget, Nbdmirror
+from waiting import wait_until
 
 PLUGIN = Path(__file__).with_name("lossy.py")
 SEED = int(os.environ.get("NBDMIRROR_FAULTS_SEED") or random.SystemRandom().randrange(1000))

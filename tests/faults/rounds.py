@@ -23,25 +23,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from clients import connections
+from images import Content, KiB, MiB, assert_identical, make_image, make_noise
 from kept import Kept
 from losing import Lossy, Range, add_target
+from processes import nbdmirror_environment, patched
 from proxy import Proxy
-from tools import (
-    WAIT_S_MAX,
-    Content,
-    KiB,
-    MiB,
-    QemuNbd,
-    Qmp,
-    Server,
-    assert_identical,
-    connections,
-    make_image,
-    make_noise,
-    nbdmirror_environment,
-    patched,
-    wait_until,
-)
+from qmpclient import Qmp
+from serverprocess import Server
+from servers import QemuNbd
+from waiting import WAIT_S_MAX, wait_until
 from witness import Witness
 
 SIZE = 16 * MiB

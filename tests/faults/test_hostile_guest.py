@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Start
+from guests import Guest
 from hostile import (
     ACK,
     EXPORT_NAME,
@@ -32,17 +33,9 @@ from hostile import (
     WRITE,
     ZERO,
 )
-from tools import (
-    Guest,
-    KiB,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    assert_identical,
-    make_image,
-    make_noise,
-    wait_until,
-)
+from images import KiB, MiB, assert_identical, make_image, make_noise
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
 
 SEED = random.SystemRandom().randrange(1000)
 SIZE = 2 * MiB

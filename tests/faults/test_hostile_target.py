@@ -18,7 +18,9 @@ from pathlib import Path
 import hostile
 import nbd
 import pytest
+from clients import connected, nbd_errno
 from conftest import Identical, Start
+from guests import Guest
 from hostile import (
     ACK,
     FLAGS,
@@ -41,24 +43,11 @@ from hostile import (
     Trick,
     option_reply,
 )
-from tools import (
-    Guest,
-    KiB,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    Refused,
-    assert_identical,
-    connected,
-    make_empty,
-    make_image,
-    make_noise,
-    nbd_errno,
-    nbdmirror,
-    run,
-    wait_until,
-)
+from images import KiB, MiB, assert_identical, make_empty, make_image, make_noise
+from processes import nbdmirror, run
+from qmpclient import Qmp, Refused
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
 
 SEED = random.SystemRandom().randrange(1000)
 SIZE = 2 * MiB

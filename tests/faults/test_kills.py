@@ -12,9 +12,11 @@ from pathlib import Path
 import nbd
 import pytest
 from conftest import Identical, Start, temporary_folder
+from guests import Guest
+from images import MiB, make_image, make_noise
 from losing import Lossy, add_target
 from rounds import GUESTS, PHASES, SIZE, STEPS_MAX, WHATS, Cell, Mirror, Round
-from tools import Guest, MiB, make_image, make_noise, wait_until
+from waiting import wait_until
 
 SEED = int(os.environ.get("NBDMIRROR_KILL_SEED") or random.SystemRandom().randrange(1_000_000))
 """A new one each time, unless the environment has one."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import nbd
 import pytest
+from clients import connected
 from conftest import Start
+from images import MiB, make_noise
 from losing import Lossy
-from tools import MiB, connected, make_noise
 
 BLOCK = 4096
 NEW = b"\x11" * BLOCK

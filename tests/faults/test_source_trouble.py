@@ -10,25 +10,15 @@ import random
 from pathlib import Path
 
 import pytest
+from clients import connected, nbd_errno
 from conftest import Identical, Start
+from guests import Guest
+from images import KiB, MiB, assert_identical, make_empty, make_image, make_noise
 from losing import GRANULE, SEED, SIZE, Lossy, end, wait_caught_up
 from mounts import loop_device, mounted
-from tools import (
-    Guest,
-    KiB,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    assert_identical,
-    connected,
-    make_empty,
-    make_image,
-    make_noise,
-    nbd_errno,
-    wait_until,
-)
+from qmpclient import Qmp
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
 BLOCK = 4096

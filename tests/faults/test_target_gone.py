@@ -11,19 +11,14 @@ from pathlib import Path
 
 import pytest
 from conftest import Identical, Start
+from guests import Guest
+from images import MiB, make_image, make_noise
 from losing import SEED, SIZE, Lossy, end, start_mirror
+from processes import free_port
 from proxy import Proxy
-from tools import (
-    Guest,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    Qmp,
-    free_port,
-    make_image,
-    make_noise,
-    wait_until,
-)
+from qmpclient import Qmp
+from servers import NbdkitTarget, Nbdmirror
+from waiting import wait_until
 
 from nbdmirror import pool
 from nbdmirror.connection import Connection

@@ -6,18 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from clients import connected
 from conftest import Identical, Start
+from guests import Guest
+from images import assert_identical, make_image, make_noise
 from losing import GRANULE, SEED, SIZE, Lossy, end, start_mirror, wait_caught_up
-from tools import (
-    Guest,
-    Nbdmirror,
-    assert_identical,
-    connected,
-    make_image,
-    make_noise,
-    patched,
-    wait_until,
-)
+from processes import patched
+from servers import Nbdmirror
+from waiting import wait_until
 
 COMPLETE = "block-job-complete"
 ENDINGS = [COMPLETE, "block-job-cancel"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clients import connected
 from conftest import Identical, Start
-from tools import KiB, MiB, NbdkitTarget, Nbdmirror, connected, make_empty, wait_until
+from images import KiB, MiB, make_empty
+from servers import NbdkitTarget, Nbdmirror
+from waiting import wait_until
 
 SIZE = 4 * MiB
 ROUNDS = 20

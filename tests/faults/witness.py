@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import nbd
-from tools import WAIT_S_MAX, KiB, wait_until
+from images import KiB
+from waiting import WAIT_S_MAX, wait_until
 
 SECTOR = 512
 LENGTH_MAX = 32 * KiB

@@ -14,26 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from clients import connected
 from conftest import Identical, Start
-from tools import (
-    PLUGIN,
-    Finished,
-    Guest,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    Server,
-    assert_identical,
-    connected,
-    free_port,
-    make_image,
-    make_noise,
-    nbdmirror,
-    run,
-    wait_until,
-)
+from guests import Guest
+from images import MiB, assert_identical, make_image, make_noise
+from processes import Finished, free_port, nbdmirror, run
+from qmpclient import Qmp
+from serverprocess import Server
+from servers import PLUGIN, NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
 
 SIZE = 2 * MiB
 GARBAGE_BYTES = 100_000_000

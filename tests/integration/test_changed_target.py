@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clients import connected
 from conftest import Start
-from tools import MiB, Nbdmirror, QemuNbd, connected, make_image, make_noise
+from images import MiB, make_image, make_noise
+from servers import Nbdmirror, QemuNbd
 
 SIZE = 4 * MiB
 

@@ -14,19 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Identical, Start
-from tools import (
-    Finished,
-    KiB,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    make_image,
-    make_noise,
-    nbdmirror,
-    nbdmirror_environment,
-    wait_until,
-)
+from images import KiB, MiB, make_image, make_noise
+from processes import Finished, nbdmirror, nbdmirror_environment
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
 
 from nbdmirror.cli import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
 

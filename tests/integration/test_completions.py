@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from completions import PLACES, completions
-from tools import ROOT, WAIT_S_MAX, run, wait_until
+from processes import ROOT, run
+from waiting import WAIT_S_MAX, wait_until
 
 CASES = {
     "nbdmirror mirr": {"mirror"},

@@ -8,19 +8,13 @@ from typing import Any
 
 import pytest
 from conftest import Identical, Start
+from guests import Guest
+from images import MiB, assert_identical, make_image, make_noise
 from parity import Faulty
-from tools import (
-    Guest,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    Server,
-    assert_identical,
-    make_image,
-    make_noise,
-    wait_until,
-)
+from qmpclient import Qmp
+from serverprocess import Server
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
 
 SIZE = 4 * MiB
 JOBS = ("j0", "j1")

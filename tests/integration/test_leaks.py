@@ -10,8 +10,12 @@ from pathlib import Path
 
 import nbd
 import pytest
+from clients import connected
 from conftest import Start
-from tools import KiB, MiB, Nbdmirror, QemuNbd, Qmp, connected, make_empty, make_image, wait_until
+from images import KiB, MiB, make_empty, make_image
+from qmpclient import Qmp
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
 
 CONNECTS = 1000
 WARM_UP = 100

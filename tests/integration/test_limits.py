@@ -15,20 +15,11 @@ from typing import Any
 
 import pytest
 from conftest import Identical, Start
-from tools import (
-    Guest,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    Refused,
-    assert_identical,
-    make_empty,
-    make_image,
-    make_noise,
-    wait_until,
-)
+from guests import Guest
+from images import MiB, assert_identical, make_empty, make_image, make_noise
+from qmpclient import Qmp, Refused
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
 
 from nbdmirror.actions import ACTIONS_MAX, BUFFER_BYTES_MAX, JOB_ID_LENGTH_MAX
 from nbdmirror.bitmap import BITS_BYTES_MAX

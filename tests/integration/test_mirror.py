@@ -12,25 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import connected
 from conftest import Identical, Start
-from tools import (
-    Guest,
-    KiB,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    QsdTarget,
-    Server,
-    allocated_bytes,
-    connected,
-    make_empty,
-    make_image,
-    make_noise,
-    make_qcow2,
-    nbdmirror,
-    wait_until,
-)
+from guests import Guest
+from images import KiB, MiB, allocated_bytes, make_empty, make_image, make_noise, make_qcow2
+from processes import nbdmirror
+from serverprocess import Server
+from servers import NbdkitTarget, Nbdmirror, QemuNbd, QsdTarget
+from waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

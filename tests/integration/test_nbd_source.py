@@ -9,17 +9,11 @@ from pathlib import Path
 
 import nbd
 import pytest
+from clients import connected, nbd_errno
 from conftest import Start
-from tools import (
-    InThread,
-    MiB,
-    Nbdmirror,
-    assert_identical,
-    connected,
-    make_noise,
-    nbd_errno,
-    wait_until,
-)
+from images import MiB, assert_identical, make_noise
+from servers import Nbdmirror
+from waiting import InThread, wait_until
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "faults"))
 from losing import Lossy

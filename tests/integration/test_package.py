@@ -18,18 +18,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Start
+from images import MiB, assert_identical, make_image, make_noise
 from packaging.requirements import Requirement
-from tools import (
-    ROOT,
-    WAIT_S_MAX,
-    Finished,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    assert_identical,
-    make_image,
-    make_noise,
-)
+from processes import ROOT, Finished
+from servers import Nbdmirror, QemuNbd
+from waiting import WAIT_S_MAX
 
 from nbdmirror import __version__
 

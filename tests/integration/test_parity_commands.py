@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from images import MiB
 from parity import (
     CONNECT_TEXTS,
     NEVER_RAN,
@@ -37,7 +38,6 @@ from parity import (
     write,
     zero,
 )
-from tools import MiB
 
 FORCE = [do("block-job-cancel", device="j", force=True), status("concluded")]
 M = {"job-id": "j", "device": "src", "target": "tgt", "sync": "full"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from images import KiB, MiB
 from parity import (
     PROGRESS,
     SLOW,
@@ -37,7 +38,6 @@ from parity import (
     write,
     zero,
 )
-from tools import KiB, MiB
 
 PAUSE = do("block-job-pause", device="j")
 RESUME = do("block-job-resume", device="j")

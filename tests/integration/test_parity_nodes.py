@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from images import MiB
 from parity import (
     CONNECT_TEXTS,
     NEVER_RAN,
@@ -34,7 +35,6 @@ from parity import (
     without_step,
     write,
 )
-from tools import MiB
 
 DELETE = do("blockdev-del", node_name="tgt")
 FORCE = [do("block-job-cancel", device="j", force=True), status("concluded")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from images import KiB, MiB
 from parity import (
     BACK_OFF,
     ONE_ERROR_A_STOP,
@@ -42,7 +43,7 @@ from parity import (
     without,
     write,
 )
-from tools import KiB, MiB, wait_until
+from waiting import wait_until
 
 POLICIES = [
     ("report", "EIO"),

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import connected
 from conftest import Start
+from images import MiB, assert_identical, make_image, make_noise
 from parity import StorageDaemon
-from tools import MiB, Nbdmirror, QemuNbd, Qmp, assert_identical, connected, make_image, make_noise
+from qmpclient import Qmp
+from servers import Nbdmirror, QemuNbd
 
 from nbdmirror.introspection import SCHEMA_INFO
 from nbdmirror.qmpresults import EVENTS, RESULTS

@@ -20,25 +20,16 @@ from typing import Any
 
 import nbd
 import pytest
+from clients import connected
 from conftest import Identical, Start
+from guests import Guest
+from images import KiB, MiB, assert_identical, make_image, make_noise, make_qcow2
 from parity import PROGRESS, Setting, Side, assert_alike, call, do, ready, status
 from parity import start as start_of_job
-from tools import (
-    Guest,
-    KiB,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    assert_identical,
-    connected,
-    free_port,
-    make_image,
-    make_noise,
-    make_qcow2,
-    run,
-    wait_until,
-)
+from processes import free_port, run
+from qmpclient import Qmp
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
 
 SIZE = MiB
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from images import MiB
 from parity import (
     PROGRESS,
     Difference,
@@ -36,7 +37,7 @@ from parity import (
     without,
     write,
 )
-from tools import MiB, wait_until
+from waiting import wait_until
 
 JOB = "copy-vda-libvirt-1-format"
 LIBVIRT = {"job_id": JOB, "device": "src", "auto_finalize": True, "auto_dismiss": False}

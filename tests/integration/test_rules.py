@@ -17,24 +17,15 @@ from typing import Any
 
 import nbd
 import pytest
+from clients import connected, nbd_errno
 from conftest import Identical, Start
+from guests import Guest
+from images import KiB, MiB, make_empty, make_image, make_noise
 from parity import Faulty
-from tools import (
-    Guest,
-    KiB,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    Server,
-    connected,
-    make_empty,
-    make_image,
-    make_noise,
-    nbd_errno,
-    wait_until,
-)
+from qmpclient import Qmp
+from serverprocess import Server
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

@@ -19,27 +19,23 @@ from pathlib import Path
 
 import nbd
 import pytest
+from clients import connected, nbd_errno
 from conftest import Start
-from mounts import ON_DISK, loop_device, mounted
-from tools import (
-    Guest,
+from guests import Guest
+from images import (
     KiB,
     MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
     allocated_bytes,
     assert_identical,
-    connected,
     make_empty,
     make_image,
     make_noise,
     make_qcow2,
-    nbd_errno,
-    nbdmirror,
-    run,
-    wait_until,
 )
+from mounts import ON_DISK, loop_device, mounted
+from processes import nbdmirror, run
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
 
 SIZES = (0, 1, 511, 512, MiB, MiB + 1, 1025 * KiB)
 NO_HOLE, FAST_ZERO, FUA = nbd.CMD_FLAG_NO_HOLE, nbd.CMD_FLAG_FAST_ZERO, nbd.CMD_FLAG_FUA

@@ -18,24 +18,16 @@ from pathlib import Path
 
 import nbd
 import pytest
+from clients import connected
 from conftest import Identical, Start
+from guests import Guest
+from images import KiB, MiB, assert_identical, make_image, make_noise
 from kept import Kept, power_cut, refusal
 from mounts import mounted
-from tools import (
-    Guest,
-    InThread,
-    KiB,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    assert_identical,
-    connected,
-    make_image,
-    make_noise,
-    patched,
-    wait_until,
-)
+from processes import patched
+from qmpclient import Qmp
+from servers import Nbdmirror, QemuNbd
+from waiting import InThread, wait_until
 
 SIZE = 32 * MiB
 GRANULE = 64 * KiB

@@ -13,19 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clients import connected
 from conftest import Start
-from tools import (
-    WAIT_S_MAX,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    assert_identical,
-    connected,
-    make_image,
-    make_noise,
-    run,
-    wait_until,
-)
+from images import MiB, assert_identical, make_image, make_noise
+from processes import run
+from servers import Nbdmirror, QemuNbd
+from waiting import WAIT_S_MAX, wait_until
 
 from nbdmirror import logs
 

@@ -16,28 +16,15 @@ from typing import Self
 
 import nbd
 import pytest
+from clients import connected
 from conftest import Start
-from tools import (
-    ROOT,
-    START_S_MAX,
-    STOP_S_MAX,
-    Guest,
-    KiB,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    QsdTarget,
-    Refused,
-    Server,
-    allocated_bytes,
-    assert_identical,
-    connected,
-    free_port,
-    make_noise,
-    run,
-    wait_until,
-)
+from guests import Guest
+from images import KiB, MiB, allocated_bytes, assert_identical, make_noise
+from processes import ROOT, free_port, run
+from qmpclient import Refused
+from serverprocess import Server
+from servers import NbdkitTarget, Nbdmirror, QemuNbd, QsdTarget
+from waiting import START_S_MAX, STOP_S_MAX, wait_until
 
 SIZE = 8 * MiB
 DATA_BYTES = MiB

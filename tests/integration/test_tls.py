@@ -15,27 +15,16 @@ from typing import Any
 
 import nbd
 import pytest
+from clients import connected
 from conftest import Identical, Start
+from guests import Guest
+from images import MiB, assert_identical, make_image, make_noise
 from keys import HERE, PAST, Authority, psk, until
-from tools import (
-    ROOT,
-    Finished,
-    Guest,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    Qmp,
-    Server,
-    assert_identical,
-    connected,
-    free_port,
-    make_image,
-    make_noise,
-    nbdmirror,
-    run,
-    wait_until,
-)
+from processes import ROOT, Finished, free_port, nbdmirror, run
+from qmpclient import Qmp
+from serverprocess import Server
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
 
 from nbdmirror import tls
 from nbdmirror.errors import ConfigError

@@ -14,18 +14,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Start
-from tools import (
-    ROOT,
-    STOP_S_MAX,
-    Guest,
-    MiB,
-    Nbdmirror,
-    QemuNbd,
-    assert_identical,
-    make_image,
-    make_noise,
-    run,
-)
+from guests import Guest
+from images import MiB, assert_identical, make_image, make_noise
+from processes import ROOT, run
+from servers import Nbdmirror, QemuNbd
+from waiting import STOP_S_MAX
 
 from nbdmirror.cli import build_parser
 from nbdmirror.cli_serve import serve_command

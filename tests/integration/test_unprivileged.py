@@ -10,19 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Identical, Start
-from tools import (
-    STOP_S_MAX,
-    Guest,
-    MiB,
-    NbdkitTarget,
-    Nbdmirror,
-    QemuNbd,
-    assert_identical,
-    make_image,
-    make_noise,
-    nbdmirror,
-    wait_until,
-)
+from guests import Guest
+from images import MiB, assert_identical, make_image, make_noise
+from processes import nbdmirror
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import STOP_S_MAX, wait_until
 
 NOBODY = pwd.getpwnam("nobody")
 

@@ -15,20 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guests import Guest
+from images import KiB, MiB, assert_identical, make_image, make_noise
 from kept import Kept
 from proxy import Proxy
-from tools import (
-    WAIT_S_MAX,
-    Guest,
-    KiB,
-    MiB,
-    QemuNbd,
-    Refused,
-    assert_identical,
-    make_image,
-    make_noise,
-    wait_until,
-)
+from qmpclient import Refused
+from servers import QemuNbd
+from waiting import WAIT_S_MAX, wait_until
 
 SIZE = 16 * MiB
 MIRRORS_A_STRETCH = 8

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import qmpfuzz
 import test_qmp_fuzz
+from processes import ROOT
 from test_qmp_fuzz import session  # noqa: F401 - a fixture
-from tools import ROOT
 
 pytestmark = pytest.mark.stress
 

@@ -1,0 +1,62 @@
+"""Tools that run to their end, the command line among them, and what our processes are told of the
+checkout."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from waiting import WAIT_S_MAX
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def nbdmirror_environment() -> dict[str, str]:
+    """For the CLI, and for nbdkit's interpreter, which knows no virtual environment."""
+    environ = {k: v for k, v in os.environ.items() if k != "NBDMIRROR_QMP"}
+    places = [str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return {**environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))}
+
+
+def patched(environment: dict[str, str], folder: Path, code: str) -> dict[str, str]:
+    """`environment` for a server whose interpreter runs `code` first: it finds a sitecustomize of
+    ours."""
+    place = folder / "patched"
+    place.mkdir(exist_ok=True)
+    (place / "sitecustomize.py").write_text(code)
+    return environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
+
+
+def nbdmirror(*arguments: str | Path, timeout_s: float = WAIT_S_MAX) -> Finished:
+    """Run a command of the CLI to its end."""
+    return run(sys.executable, "-m", "nbdmirror", *arguments, timeout_s=timeout_s, check=False)
+
+
+def run(*command: str | Path, timeout_s: float = WAIT_S_MAX, check: bool = True) -> Finished:
+    """Run a tool to its end; if `check`, it must succeed."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=nbdmirror_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout_s,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, f"{' '.join(done.args)}: {done.stdout}{done.stderr}"
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
