@@ -1,4 +1,4 @@
-"""A world (model.py) whose mirror is kept in a state directory, and that may end at any moment.
+"""A world (world.py) whose mirror is kept in a state directory, and that may end at any moment.
 
 After each step two ends are looked at: the process is killed, and the power fails. For each the
 state is recovered by the real code from what is left, and must tell all that may differ then:
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from model import Guest, World
+from model import Guest
+from world import World
 
 import nbdmirror.intentlog
 import nbdmirror.journal

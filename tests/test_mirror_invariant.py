@@ -3,7 +3,7 @@
     target equals source, or the granule is dirty, or it is claimed by a copy in flight,
     or a guest write that covers it is under way
 
-is checked after each step of any guest and any request (tests/model.py). At the end everything is
+is checked after each step of any guest and any request (tests/world.py). At the end everything is
 let through, and source and target must be identical.
 
 The mutants below break one rule each; the same machine must catch each of them. A test that lets a
@@ -28,7 +28,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from model import EXTENT_UNIT_BYTES, Guest, World
+from model import EXTENT_UNIT_BYTES, Guest
+from world import World
 
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.copier import Copier, _Copy

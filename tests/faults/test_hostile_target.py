@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hostile
 import nbd
 import pytest
+import tricks
 from clients import connected, nbd_errno
 from conftest import Identical, Start
 from guests import Guest
@@ -304,16 +304,16 @@ def test_a_close_at_each_moment_of_the_handshake(server: Nbdmirror, target: Host
 # Requests of a mirror
 
 GARBAGE: list[Trick] = [
-    hostile.wrong_handle, hostile.wrong_magic, hostile.half_an_answer, hostile.hang_up,
-    hostile.error_with_a_wrong_length, hostile.error_elsewhere, hostile.unknown_chunk,
-    hostile.huge_chunk, hostile.none_with_data, hostile.data_for_nothing,
-    hostile.extents_for_nothing,
+    tricks.wrong_handle, tricks.wrong_magic, tricks.half_an_answer, tricks.hang_up,
+    tricks.error_with_a_wrong_length, tricks.error_elsewhere, tricks.unknown_chunk,
+    tricks.huge_chunk, tricks.none_with_data, tricks.data_for_nothing,
+    tricks.extents_for_nothing,
 ]  # fmt: skip
 """That end the connection."""
 
-ERRORS: list[Trick] = [hostile.unknown_error, hostile.error_zero, hostile.error_with_a_text]
-HANGING: list[Trick] = [hostile.silence, hostile.drip, hostile.endless_chunks]
-LATE: list[Trick] = [hostile.twice, hostile.longer]
+ERRORS: list[Trick] = [tricks.unknown_error, tricks.error_zero, tricks.error_with_a_text]
+HANGING: list[Trick] = [tricks.silence, tricks.drip, tricks.endless_chunks]
+LATE: list[Trick] = [tricks.twice, tricks.longer]
 """Right, and followed by what ends the connection."""
 
 KINDS = {"write": WRITE, "zero": ZERO, "flush": FLUSH}
@@ -424,7 +424,7 @@ def test_a_close_after_each_number_of_requests(
     """With a reconnect-delay the mirror gets through all the same."""
     server.allowed += [NO_WAY_OUT]
     add(server.qmp, target, reconnect_delay=60)
-    target.on_request[WRITE] = target.on_request[ZERO] = hostile.hang_up
+    target.on_request[WRITE] = target.on_request[ZERO] = tricks.hang_up
     target.after = 3  # of each connection
     mirror(server.qmp, on_target_error="ignore")
     wait_until(lambda: target.connections > 3, "some connections", 60)
@@ -482,19 +482,19 @@ def thread_count(server: Nbdmirror) -> int:
 # A disk that is served from such a server
 
 BAD_READS: list[Trick] = [
-    hostile.data_too_long, hostile.data_beyond, hostile.data_before, hostile.hole_beyond,
-    hostile.hole_of_a_wrong_length, hostile.short_data,
+    tricks.data_too_long, tricks.data_beyond, tricks.data_before, tricks.hole_beyond,
+    tricks.hole_of_a_wrong_length, tricks.short_data,
 ]  # fmt: skip
 NONSENSE: list[Trick] = [
-    hostile.extent_of_nothing, hostile.extents_beyond, hostile.unasked_context, hostile.no_status,
-    hostile.strange_flags, hostile.unknown_error, hostile.error_with_a_text,
+    tricks.extent_of_nothing, tricks.extents_beyond, tricks.unasked_context, tricks.no_status,
+    tricks.strange_flags, tricks.unknown_error, tricks.error_with_a_text,
 ]  # fmt: skip
 """About extents: taken for data."""
-LIES: list[Trick] = [hostile.extents_by_thousands, hostile.extent_too_long]
+LIES: list[Trick] = [tricks.extents_by_thousands, tricks.extent_too_long]
 """Well-formed, and so believed: of a lie about zeroes zeroes come."""
 BREAKING: list[Trick] = [
-    hostile.no_extents, hostile.extents_of_a_wrong_length, hostile.wrong_handle,
-    hostile.wrong_magic, hostile.half_an_answer, hostile.hang_up,
+    tricks.no_extents, tricks.extents_of_a_wrong_length, tricks.wrong_handle,
+    tricks.wrong_magic, tricks.half_an_answer, tricks.hang_up,
 ]  # fmt: skip
 
 
@@ -543,7 +543,7 @@ def test_a_hostile_source(start: Start, folder: Path, source: Hostile) -> None:
     assert "Traceback" not in server.stderr
 
 
-@pytest.mark.parametrize("trick", [hostile.no_data, hostile.empty_data, hostile.data_for_nothing])
+@pytest.mark.parametrize("trick", [tricks.no_data, tricks.empty_data, tricks.data_for_nothing])
 def test_data_that_was_left_out_reads_as_zeroes(
     start: Start, folder: Path, source: Hostile, trick: Trick
 ) -> None:
@@ -597,7 +597,7 @@ def test_a_hostile_source_about_its_extents(
     check_log(server)
 
 
-@pytest.mark.parametrize("trick", [hostile.silence, hostile.endless_chunks])
+@pytest.mark.parametrize("trick", [tricks.silence, tricks.endless_chunks])
 def test_the_server_ends_though_its_source_does_not_answer(
     start: Start, folder: Path, source: Hostile, trick: Trick
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from witness import SECTOR, Lost, Sectors
+from sectors import SECTOR, Lost, Sectors
 
 OLD, NEW, NEWER, OTHER = (bytes([n]) * SECTOR for n in range(1, 5))
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
-from parity import Faulty
+from paritysides import Faulty
 from qmpclient import Qmp
 from serverprocess import Server
 from servers import Nbdmirror, QemuNbd

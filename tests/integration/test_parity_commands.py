@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 from images import MiB
-from parity import (
+from parity import assert_alike
+from paritydifferences import (
     CONNECT_TEXTS,
     NEVER_RAN,
     PROGRESS,
-    SLOW,
     Difference,
+    substituted,
+    without_step,
+)
+from paritysides import Setting, Side
+from paritysteps import (
+    SLOW,
     Script,
-    Setting,
-    Side,
     Step,
     add,
-    assert_alike,
     bitmaps,
     call,
     dismiss,
@@ -33,8 +36,6 @@ from parity import (
     ready,
     start,
     status,
-    substituted,
-    without_step,
     write,
     zero,
 )

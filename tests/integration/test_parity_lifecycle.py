@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 from images import KiB, MiB
-from parity import (
-    PROGRESS,
+from parity import assert_alike
+from paritydifferences import PROGRESS, Difference, substituted, without
+from paritysides import Setting, Side
+from paritysteps import (
     SLOW,
-    Difference,
     Script,
-    Setting,
-    Side,
     Step,
     add,
-    assert_alike,
     call,
     dismiss,
     do,
@@ -31,10 +29,8 @@ from parity import (
     ready,
     start,
     status,
-    substituted,
     swapped,
     until,
-    without,
     write,
     zero,
 )

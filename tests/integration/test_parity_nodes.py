@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 from images import MiB
-from parity import (
+from parity import assert_alike
+from paritydifferences import (
     CONNECT_TEXTS,
     NEVER_RAN,
     PROGRESS,
     Difference,
+    substituted,
+    without_step,
+)
+from paritysides import Setting, Side
+from paritysteps import (
     Script,
-    Setting,
-    Side,
     Step,
     add,
-    assert_alike,
     call,
     do,
     drive,
@@ -30,9 +33,7 @@ from parity import (
     ready,
     start,
     status,
-    substituted,
     untold,
-    without_step,
     write,
 )
 

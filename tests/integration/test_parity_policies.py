@@ -12,16 +12,12 @@ from typing import Any
 
 import pytest
 from images import KiB, MiB
-from parity import (
-    BACK_OFF,
-    ONE_ERROR_A_STOP,
-    PROGRESS,
-    Difference,
+from parity import assert_alike
+from paritydifferences import BACK_OFF, ONE_ERROR_A_STOP, PROGRESS, Difference, substituted, without
+from paritysides import Setting, Side
+from paritysteps import (
     Script,
-    Setting,
-    Side,
     add,
-    assert_alike,
     call,
     dismiss,
     do,
@@ -36,11 +32,9 @@ from parity import (
     ready,
     start,
     status,
-    substituted,
     swapped,
     until,
     untold,
-    without,
     write,
 )
 from waiting import wait_until

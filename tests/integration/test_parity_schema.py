@@ -13,7 +13,7 @@ import pytest
 from clients import connected
 from conftest import Start
 from images import MiB, assert_identical, make_image, make_noise
-from parity import StorageDaemon
+from paritysides import StorageDaemon
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 

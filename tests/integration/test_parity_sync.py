@@ -24,8 +24,11 @@ from clients import connected
 from conftest import Identical, Start
 from guests import Guest
 from images import KiB, MiB, assert_identical, make_image, make_noise, make_qcow2
-from parity import PROGRESS, Setting, Side, assert_alike, call, do, ready, status
-from parity import start as start_of_job
+from parity import assert_alike
+from paritydifferences import PROGRESS
+from paritysides import Setting, Side
+from paritysteps import call, do, ready, status
+from paritysteps import start as start_of_job
 from processes import free_port, run
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd

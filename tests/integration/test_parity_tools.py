@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 from images import MiB
-from parity import (
-    PROGRESS,
-    Difference,
+from parity import assert_alike
+from paritydifferences import PROGRESS, Difference, without
+from paritysides import Setting, Side
+from paritysteps import (
     Script,
-    Setting,
-    Side,
     add,
-    assert_alike,
     call,
     do,
     drive,
@@ -34,7 +32,6 @@ from parity import (
     status,
     swapped,
     untold,
-    without,
     write,
 )
 from waiting import wait_until

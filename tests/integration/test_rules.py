@@ -21,7 +21,7 @@ from clients import connected, nbd_errno
 from conftest import Identical, Start
 from guests import Guest
 from images import KiB, MiB, make_empty, make_image, make_noise
-from parity import Faulty
+from paritysides import Faulty
 from qmpclient import Qmp
 from serverprocess import Server
 from servers import NbdkitTarget, Nbdmirror, QemuNbd
