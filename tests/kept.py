@@ -33,7 +33,7 @@ class Kept(Nbdmirror):
         super().kill()
 
     def _note_memory(self) -> None:
-        """For conftest's `temporary_folder`: what outlives a server that is not started again."""
+        """For `temporary_folder`: what outlives a server that is not started again."""
         if self.process is not None and self.process.poll() is None:
             maps = Path(f"/proc/{self.pid}/maps").read_text()
             with (self.folder / MEMORIES).open("a") as notes:

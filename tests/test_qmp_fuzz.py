@@ -11,7 +11,7 @@ from pathlib import Path
 import jsonfuzz
 import pytest
 import qmpfuzz
-from conftest import Start
+from fixtures import Start
 from guests import Guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

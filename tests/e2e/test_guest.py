@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Start
+from fixtures import Start
 from guest import ALL_FILES, WRITERS, Machine, check_disk, make_disk, nbd_drive
 from images import assert_identical, make_noise
 from servers import Nbdmirror, QemuNbd

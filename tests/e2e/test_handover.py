@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Start
+from fixtures import Start
 from guest import ALL_FILES, Machine, check_disk, make_disk, nbd_drive
 from hosts import NBD_PORT, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
 from images import MiB, make_empty, make_noise

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Start
+from fixtures import Start
 from guest import ALL_FILES, WROTE, check_disk, make_disk
 from images import make_noise
 from libvirtd import Domain, Libvirtd, let_qemu_in

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Start
+from fixtures import Start
 from guests import Guest
 from hostile import (
     ACK,

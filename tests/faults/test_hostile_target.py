@@ -19,7 +19,7 @@ import nbd
 import pytest
 import tricks
 from clients import connected, nbd_errno
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from hostile import (
     ACK,

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import nbd
 import pytest
-from conftest import Identical, Start, temporary_folder
+from fixtures import Identical, Start, temporary_folder
 from guests import Guest
 from images import MiB, make_image, make_noise
 from losing import Lossy, add_target
-from rounds import GUESTS, PHASES, SIZE, STEPS_MAX, WHATS, Cell, Mirror, Round
+from roundplan import GUESTS, PHASES, SIZE, STEPS_MAX, WHATS, Cell
+from rounds import Round
+from roundscene import Mirror
 from waiting import wait_until
 
 SEED = int(os.environ.get("NBDMIRROR_KILL_SEED") or random.SystemRandom().randrange(1_000_000))
@@ -106,6 +108,7 @@ import os, time
 fsync, flag = os.fsync, {flag!r}
 
 def slow(fd):
+    # The state directory is slow for as long as there is the file.
     while os.path.exists(flag):
         time.sleep(0.01)
     return fsync(fd)

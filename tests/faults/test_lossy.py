@@ -7,7 +7,7 @@ from pathlib import Path
 import nbd
 import pytest
 from clients import connected
-from conftest import Start
+from fixtures import Start
 from images import MiB, make_noise
 from losing import Lossy
 

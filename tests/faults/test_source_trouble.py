@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from clients import connected, nbd_errno
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import KiB, MiB, assert_identical, make_empty, make_image, make_noise
 from losing import GRANULE, SEED, SIZE, Lossy, end, wait_caught_up

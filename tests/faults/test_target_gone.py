@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, make_image, make_noise
 from losing import SEED, SIZE, Lossy, end, start_mirror

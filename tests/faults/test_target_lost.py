@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from clients import connected
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import assert_identical, make_image, make_noise
 from losing import GRANULE, SEED, SIZE, Lossy, end, start_mirror, wait_caught_up

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clients import connected
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from images import KiB, MiB, make_empty
 from servers import NbdkitTarget, Nbdmirror
 from waiting import wait_until

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from clients import connected
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
 from processes import Finished, free_port, nbdmirror, run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clients import connected
-from conftest import Start
+from fixtures import Start
 from images import MiB, make_image, make_noise
 from servers import Nbdmirror, QemuNbd
 

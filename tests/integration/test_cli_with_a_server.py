@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from images import KiB, MiB, make_image, make_noise
 from processes import Finished, nbdmirror, nbdmirror_environment
 from servers import NbdkitTarget, Nbdmirror, QemuNbd

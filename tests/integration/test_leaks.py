@@ -11,7 +11,7 @@ from pathlib import Path
 import nbd
 import pytest
 from clients import connected
-from conftest import Start
+from fixtures import Start
 from images import KiB, MiB, make_empty, make_image
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd

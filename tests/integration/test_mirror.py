@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from clients import connected
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import KiB, MiB, allocated_bytes, make_empty, make_image, make_noise, make_qcow2
 from processes import nbdmirror

@@ -4,19 +4,16 @@ back: what guests' requests make of it."""
 from __future__ import annotations
 
 import errno
-import sys
 from pathlib import Path
 
 import nbd
 import pytest
 from clients import connected, nbd_errno
-from conftest import Start
+from fixtures import Start
 from images import MiB, assert_identical, make_noise
+from losing import Lossy
 from servers import Nbdmirror
 from waiting import InThread, wait_until
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "faults"))
-from losing import Lossy
 
 BLOCK = 4096
 DATA = b"\x5a" * BLOCK

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import Start
+from fixtures import Start
 from images import MiB, assert_identical, make_image, make_noise
 from packaging.requirements import Requirement
 from processes import ROOT, Finished

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from clients import connected
-from conftest import Start
+from fixtures import Start
 from images import MiB, assert_identical, make_image, make_noise
 from paritysides import StorageDaemon
 from qmpclient import Qmp

@@ -21,7 +21,7 @@ from typing import Any
 import nbd
 import pytest
 from clients import connected
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import KiB, MiB, assert_identical, make_image, make_noise, make_qcow2
 from parity import assert_alike

@@ -18,7 +18,7 @@ from typing import Any
 import nbd
 import pytest
 from clients import connected, nbd_errno
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import KiB, MiB, make_empty, make_image, make_noise
 from paritysides import Faulty

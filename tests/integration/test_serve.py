@@ -20,7 +20,7 @@ from pathlib import Path
 import nbd
 import pytest
 from clients import connected, nbd_errno
-from conftest import Start
+from fixtures import Start
 from guests import Guest
 from images import (
     KiB,

@@ -19,7 +19,7 @@ from pathlib import Path
 import nbd
 import pytest
 from clients import connected
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import KiB, MiB, assert_identical, make_image, make_noise
 from kept import Kept, power_cut, refusal

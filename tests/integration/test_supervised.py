@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from clients import connected
-from conftest import Start
+from fixtures import Start
 from images import MiB, assert_identical, make_image, make_noise
 from processes import run
 from servers import Nbdmirror, QemuNbd

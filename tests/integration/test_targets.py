@@ -17,7 +17,7 @@ from typing import Self
 import nbd
 import pytest
 from clients import connected
-from conftest import Start
+from fixtures import Start
 from guests import Guest
 from images import KiB, MiB, allocated_bytes, assert_identical, make_noise
 from processes import ROOT, free_port, run

@@ -7,7 +7,6 @@ import datetime as dt
 import os
 import re
 import stat
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any
 import nbd
 import pytest
 from clients import connected
-from conftest import Identical, Start
+from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
 from keys import HERE, PAST, Authority, psk, until
 from processes import ROOT, Finished, free_port, nbdmirror, run
+from proxy import Proxy
 from qmpclient import Qmp
 from serverprocess import Server
 from servers import NbdkitTarget, Nbdmirror, QemuNbd
@@ -28,9 +28,6 @@ from waiting import wait_until
 
 from nbdmirror import tls
 from nbdmirror.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "faults"))
-from proxy import Proxy
 
 SIZE = 4 * MiB
 FIXED = "1.20.3"

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Start
+from fixtures import Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
 from processes import ROOT, run
