@@ -12,6 +12,12 @@ from guests import Guest
 from images import Content, assert_identical
 from serverprocess import Server
 
+# What tests of one topic share, with assertions that explain themselves as those of tests do.
+pytest.register_assert_rewrite(
+    "badparts", "cliparts", "copierparts", "devices", "ledgerthreads", "mirrormachine", "qmpparts",
+    "rulesparts",
+)  # fmt: skip
+
 HAS_PASSED = pytest.StashKey[bool]()
 
 

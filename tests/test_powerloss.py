@@ -1,5 +1,5 @@
 """Every moment is a moment at which the process may be killed, or the power may fail: the machine
-of test_mirror_invariant.py, with a state directory, and with both ends looked at after each step.
+of mirrormachine.py, with a state directory, and with both ends looked at after each step.
 
 The mutants break what journal.py and checkpoint.py say; the same machine must catch each of them.
 """
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from mirrormachine import MirrorMachine
 from powerloss import PowerWorld
-from test_mirror_invariant import MirrorMachine
 
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.diskstate import Found

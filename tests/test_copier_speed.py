@@ -1,0 +1,82 @@
+"""Copier: how fast."""
+
+from __future__ import annotations
+
+import pytest
+from copierparts import KIB, MIB, Clock, Devices, a_copier, data
+
+from nbdmirror.depth import QUICK_MAX
+from nbdmirror.device import MemoryDevice
+from nbdmirror.pace import SLICE_S
+
+# The speed limit. A claim is accounted for when the source has told its extents.
+
+
+@pytest.mark.parametrize("speed", [1, 100_000, MIB, 20 * MIB])
+def test_speed_limit(speed: int) -> None:
+    """Bytes started within t never exceed speed * t and one claim; and the limit is reached."""
+    clock = Clock()
+    devices = Devices(data(16 * MIB))
+    copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
+    copier.pace.set_speed(speed)
+    copier.start()
+    claim = max(4 * KIB, min(MIB, int(speed * SLICE_S)))
+    for _ in range(100):
+        clock.advance(0.007)
+        copier.pump()
+        started = sum(length for _, length in devices.of("read"))
+        assert started <= speed * clock.now_s + claim
+        # What is not used while nobody pumps is not made up for.
+        assert started >= 0.85 * min(16 * MIB, speed * clock.now_s) - claim
+
+
+def test_speed_limit_wakes_itself() -> None:
+    clock = Clock()
+    devices = Devices(data(MIB))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier.pace.set_speed(MIB)
+    copier.start()
+    for _ in range(30):
+        clock.advance(SLICE_S)
+        assert len(clock.timers) <= 1
+    assert tracker.in_sync
+
+
+def test_speed_limit_with_slow_extents() -> None:
+    """Several claims may begin before the first is accounted for: one for each slot, as in QEMU
+    (rule 32); what was too much is waited for afterwards."""
+    clock = Clock()
+    devices = Devices(data(32 * MIB), keeps=("extents",))
+    speed = MIB
+    copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
+    copier.pace.set_speed(speed)
+    copier.start()
+    claim = int(speed * SLICE_S)
+    for _ in range(200):
+        for end in list(devices.kept):
+            devices.kept.remove(end)
+            end()
+        clock.advance(0.05)
+        copier.pump()
+        started = sum(length for _, length in devices.of("read"))
+        assert started <= speed * clock.now_s + QUICK_MAX * claim
+    assert started >= speed * clock.now_s - QUICK_MAX * claim
+
+
+def test_no_speed_limit_where_guests_wait() -> None:
+    devices = Devices(data(4 * MIB))
+    copier, tracker, _ = a_copier(devices)
+    copier.pace.set_speed(1)
+    copier.pace.is_urgent = True
+    copier.start()
+    assert tracker.in_sync
+
+
+@pytest.mark.parametrize("unmap", [False, True])
+def test_zeroes_are_free_where_the_target_unmaps(unmap: bool) -> None:
+    """Rule 32."""
+    devices = Devices(MemoryDevice(4 * MIB))
+    copier, tracker, _ = a_copier(devices, unmap=unmap)
+    copier.pace.set_speed(MIB)
+    copier.start()
+    assert tracker.in_sync == unmap
