@@ -1,0 +1,37 @@
+"""A disk, its server, and targets that note what they are asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures import Start
+from images import make_image, make_noise
+from paritysides import Faulty
+from rulesparts import SIZE, Logged
+from servers import Nbdmirror
+
+
+@pytest.fixture
+def disk(folder: Path) -> Path:
+    return make_image(folder / "disk.img", SIZE)
+
+
+@pytest.fixture
+def image(folder: Path) -> Path:
+    return make_noise(folder / "target.img", SIZE)
+
+
+@pytest.fixture
+def logged(start: Start, folder: Path, image: Path) -> Logged:
+    return start(Logged(folder, image))
+
+
+@pytest.fixture
+def faulty(start: Start, folder: Path, image: Path) -> Faulty:
+    return start(Faulty(folder, image))
+
+
+@pytest.fixture
+def server(start: Start, disk: Path) -> Nbdmirror:
+    return start(Nbdmirror(disk.parent, f"src={disk}", bare=True))

@@ -1,0 +1,176 @@
+"""What cannot be believed in a state directory, and disks that are not what they were: what is
+refused, and what is copied again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from clients import connected
+from fixtures import Identical
+from images import MiB, assert_identical, make_image
+from kept import Kept, power_cut, refusal
+from servers import QemuNbd
+from stateparts import GRANULE, SIZE, TOLD, End, begin, ends, finish, settle
+from test_state_bitmaps import add, bitmaps
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def other_version(path: Path) -> None:
+    content = path.read_bytes()
+    for kind in (b"disk", b"bitmaps", b"pivoted"):
+        content = content.replace(b"nbdmirror %s 1 " % kind, b"nbdmirror %s 2 " % kind)
+    path.write_bytes(content.replace(b"NBMI\1", b"NBMI\2"))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGES = (truncate, flip, other_version, empty, Path.unlink)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_bitmaps_that_cannot_be_read_are_all_dirty(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path, damage: Callable[[Path], None]
+) -> None:
+    begin(server, target).wait_ready()
+    settle(server)
+    server.stop()
+    damage(server.state / "vda.bitmaps")
+    server.allowed.append(TOLD)
+    server.restart()
+    assert "everything counts as dirty" in server.stderr
+    assert finish(server) == SIZE
+    identical(disk, target.image)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_log_that_cannot_be_read(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path, damage: Callable[[Path], None]
+) -> None:
+    """After a power cut it is needed; after a killed process it is not."""
+    begin(server, target).wait_ready()
+    settle(server)
+    server.kill()
+    damage(server.state / "vda.intents")
+    server.restart()
+    with connected(server.uri()) as guest:
+        guest.pwrite(b"x" * GRANULE, 0)
+    power_cut(server)
+    damage(server.state / "vda.intents")
+    server.allowed.append(TOLD)
+    server.restart()
+    assert "everything counts as dirty" in server.stderr
+    assert finish(server) == SIZE
+    identical(disk, target.image)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_definition_that_cannot_be_read_is_put_aside(
+    server: Kept, target: QemuNbd, disk: Path, damage: Callable[[Path], None]
+) -> None:
+    """Nobody knows then what there was; it is told, and begins anew when asked to."""
+    begin(server, target).wait_ready()
+    settle(server)
+    server.kill()
+    damage(server.state / "vda.json")
+    server.allowed.append(TOLD)
+    qmp = server.restart()
+    if damage is not Path.unlink:
+        assert "put aside" in server.stderr
+        assert (server.state / "vda.json.refused").exists()
+    assert qmp.execute("query-block-jobs") == []
+    begin(server, target).wait_ready()
+    assert finish(server) == SIZE
+    assert_identical(disk, target.image)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, other_version, empty])
+def test_a_record_of_a_pivot_that_cannot_be_read(
+    server: Kept, target: QemuNbd, damage: Callable[[Path], None]
+) -> None:
+    """Which side is the disk is not guessed."""
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    server.kill()
+    damage(server.state / "vda.pivoted")
+    said = refusal(server)
+    assert "vda.pivoted" in said and "--accept-old-side" in said
+
+
+@ends
+def test_a_disk_that_somebody_else_has_written_to(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
+) -> None:
+    begin(server, target).wait_ready()
+    settle(server)
+    end(server)
+    later_s = time.time() + (120 if end is power_cut else 20)
+    with disk.open("r+b") as file:
+        file.seek(9 * MiB)
+        file.write(b"somebody else")
+    os.utime(disk, (later_s, later_s))  # a while after the server was last alive
+    server.allowed.append(TOLD)
+    server.restart()
+    assert "was written to since" in server.stderr
+    assert finish(server) == SIZE
+    identical(disk, target.image)
+
+
+def test_a_disk_that_was_replaced(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path
+) -> None:
+    begin(server, target).wait_ready()
+    settle(server)
+    server.stop()
+    disk.unlink()
+    make_image(disk, SIZE, seed=5)
+    server.allowed.append(TOLD)
+    server.restart()
+    assert "another file is there now" in server.stderr
+    assert finish(server) == SIZE
+    identical(disk, target.image)
+
+
+def test_a_disk_of_another_size(server: Kept, target: QemuNbd, disk: Path) -> None:
+    """Its mirror cannot go on, and its bitmaps know nothing."""
+    add(server.qmp)
+    begin(server, target).wait_ready()
+    server.stop()
+    os.truncate(disk, SIZE + MiB)
+    server.allowed.append(TOLD)
+    qmp = server.restart()
+    assert f"the disk had {SIZE} bytes, it has {SIZE + MiB}" in server.stderr
+    assert f"the target has {SIZE} bytes, the disk {SIZE + MiB}" in server.stderr
+    assert qmp.execute("query-block-jobs") == []
+    assert bitmaps(server)["b"]["count"] == SIZE + MiB
+
+
+def test_another_disk_of_the_same_name_is_refused(
+    server: Kept, target: QemuNbd, folder: Path, disk: Path
+) -> None:
+    """Its mirror would go on, onto the target of the first one."""
+    begin(server, target).wait_ready()
+    server.stop()
+    other = make_image(folder / "other.img", SIZE, seed=8)
+    server.disks = [f"vda={other}"]
+    said = refusal(server)
+    assert f"is of {disk}, not of {other}" in said and "another name" in said
+    disk.rename(folder / "moved.img")
+    server.disks = [f"vda={folder / 'moved.img'}"]  # the same file by another name is the same
+    server.restart()
+    assert finish(server) == 0
+    assert_identical(folder / "moved.img", target.image)

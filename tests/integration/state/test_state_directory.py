@@ -1,0 +1,171 @@
+"""The state directory itself: whose it is, what is left in it, and what comes of one that is full
+or fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+from fixtures import Identical, Start
+from guests import Guest
+from images import MiB, make_image
+from kept import Kept, power_cut, refusal
+from mounts import mounted
+from processes import patched
+from servers import QemuNbd
+from stateparts import SIZE, TOLD, begin, finish, settle
+from waiting import wait_until
+
+
+def test_one_server_at_a_time(server: Kept, folder: Path) -> None:
+    other = Kept(folder, make_image(folder / "other.img", MiB))
+    assert "is in use by another nbdmirror" in refusal(other)
+
+
+@pytest.mark.parametrize("kind", ["file", "missing parent", "dangling link"])
+def test_a_place_that_is_no_directory(folder: Path, disk: Path, kind: str) -> None:
+    server = Kept(folder, disk)
+    if kind == "file":
+        server.state.write_text("mine")
+    elif kind == "dangling link":
+        server.state.symlink_to(folder / "nowhere")
+    else:
+        server.options = ("--state-dir", str(folder / "a" / "b"))
+    assert "state-dir: " in refusal(server)
+    if kind == "file":
+        assert server.state.read_text() == "mine"
+
+
+def test_its_files_are_the_owners_alone(server: Kept, target: QemuNbd) -> None:
+    begin(server, target).wait_ready()
+    settle(server)
+    assert server.state.stat().st_mode & 0o777 == 0o700
+    files = {path.name: path.stat().st_mode & 0o777 for path in server.state.iterdir()}
+    assert files == dict.fromkeys(("lock", "vda.json", "vda.bitmaps", "vda.intents"), 0o600)
+    memory = Path(str(server.definition()["memory"]))
+    assert memory.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o077 == 0 for path in memory.iterdir())
+
+
+def test_links_in_it_are_not_followed(server: Kept, target: QemuNbd, folder: Path) -> None:
+    precious = folder / "precious"
+    precious.write_text("mine")
+    server.stop()
+    (server.state / "vda.intents").unlink(missing_ok=True)
+    (server.state / "vda.intents").symlink_to(precious)
+    assert "state-dir: " in refusal(server)
+    (server.state / "vda.intents").unlink()
+    (server.state / "vda.json.new").symlink_to(precious)
+    server.restart()
+    begin(server, target).wait_ready()
+    settle(server)
+    assert precious.read_text() == "mine"
+
+
+def test_nothing_is_left_of_what_has_ended(server: Kept, target: QemuNbd) -> None:
+    begin(server, target).wait_ready()
+    settle(server)
+    memory = Path(str(server.definition()["memory"]))
+    server.qmp.execute("block-job-cancel", device="j", force=True)
+    server.qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
+    assert {path.name for path in server.state.iterdir()} == {"lock", "vda.intents"}
+    assert {path.name for path in memory.iterdir()} == {"alive", "journal"}
+    server.stop()
+    assert not memory.exists()
+
+
+def test_a_state_directory_that_is_full(
+    identical: Identical, start: Start, folder: Path, target: QemuNbd, disk: Path
+) -> None:
+    """Guests go on, it is told, and when there is room again all is kept again."""
+    with mounted("tmpfs", "size=128k") as small:
+        server = start(Kept(folder, disk))
+        server.stop()
+        server.state = small / "state"
+        server.options = ("--state-dir", str(server.state))
+        server.restart()
+        begin(server, target).wait_ready()
+        settle(server)
+        filler = small / "filler"
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(os.urandom(4096))
+        server.allowed.append(TOLD + "|state cannot be saved")
+        with Guest(server.uri(), disk, connections=2) as guest:
+            identical(guest, target.image)
+            text = server.qmp.refusal(
+                "block-dirty-bitmap-add", node="vda", name="b", persistent=True
+            )
+            assert "No space left on device" in text
+            server.qmp.wait_for_event("X_NBDMIRROR_STATE_ERROR")
+            guest.wait_for_requests(100)
+            filler.unlink()
+            settle(server)
+            guest.wait_for_requests(100)
+        power_cut(server)
+        server.restart()
+        assert finish(server) <= SIZE
+        server.stop()
+
+
+FAILING = """
+import errno, os
+fsync, fdatasync, flag = os.fsync, os.fdatasync, {flag!r}
+
+def failing(call):
+    def wrapped(fd):
+        if os.path.exists(flag) and "/state" in os.readlink(f"/proc/self/fd/{{fd}}"):
+            raise OSError(errno.EIO, "as ordered")
+        return call(fd)
+    return wrapped
+
+os.fsync, os.fdatasync = failing(fsync), failing(fdatasync)
+"""
+
+
+class FailingState(Kept):
+    """Its state directory fails with EIO while the file `flag` exists."""
+
+    def environment(self) -> dict[str, str]:
+        self.flag = self.folder / "fail"
+        return patched(super().environment(), self.folder, FAILING.format(flag=str(self.flag)))
+
+
+@pytest.mark.parametrize("ending", ["block-job-complete", "block-job-cancel"])
+def test_a_state_directory_that_fails(
+    identical: Identical, start: Start, folder: Path, target: QemuNbd, disk: Path, ending: str
+) -> None:
+    """Guests go on; the job does not end before its end is on disk; a forced cancel is heard."""
+    server = start(FailingState(folder, disk))
+    qmp = begin(server, target)
+    qmp.wait_ready()
+    settle(server)
+    server.flag.touch()
+    server.allowed.append(TOLD + "|cannot be saved|cannot be written down")
+    with Guest(server.uri(), disk) as guest:
+        identical(guest, target.image if ending == "block-job-complete" else disk)
+        qmp.execute(ending, device="j")
+        qmp.wait_for_event("X_NBDMIRROR_STATE_ERROR")
+        guest.wait_for_requests(200)
+        assert qmp.job()["status"] in ("ready", "waiting", "pending")
+        server.flag.unlink()
+        qmp.wait_completed()
+        guest.wait_for_requests(50)
+    pivoted = (server.state / "vda.pivoted").exists()
+    assert pivoted == (ending == "block-job-complete")
+
+
+def test_a_forced_cancel_does_not_wait_for_a_state_directory_that_fails(
+    start: Start, folder: Path, target: QemuNbd, disk: Path
+) -> None:
+    server = start(FailingState(folder, disk))
+    qmp = begin(server, target)
+    qmp.wait_ready()
+    server.flag.touch()
+    server.allowed.append(TOLD + "|cannot be saved")
+    qmp.execute("block-job-cancel", device="j", force=True)
+    qmp.wait_for_event("BLOCK_JOB_CANCELLED", 5, device="j")
+    server.flag.unlink()
+    wait_until(lambda: not (server.state / "vda.json").exists(), "it is tried again")

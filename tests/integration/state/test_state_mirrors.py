@@ -1,0 +1,272 @@
+"""Mirrors that outlive the process (--state-dir), over orderly ends, killed processes and power
+cuts: what is copied again, and which side is served."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import nbd
+import pytest
+from clients import connected
+from fixtures import Identical, Start
+from guests import Guest
+from images import MiB, assert_identical, make_image, make_noise
+from kept import Kept, power_cut, refusal
+from servers import QemuNbd
+from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from test_state_bitmaps import add, bitmaps
+from waiting import wait_until
+
+
+@ends
+def test_a_mirror_goes_on_where_it_was(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
+) -> None:
+    begin(server, target).wait_ready()
+    settle(server)
+    end(server)
+    qmp = server.restart()
+    assert finish(server) == 0, "nothing had changed"
+    assert qmp.execute("query-block")[0]["inserted"]["file"] == target.uri()
+    identical(disk, target.image)
+
+
+@ends
+def test_what_was_written_while_the_target_hung_is_copied(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
+) -> None:
+    """Dirty, and in flight, when the process ends; and no more than that is copied again."""
+    begin(server, target).wait_ready()
+    settle(server)
+    os.kill(target.pid, signal.SIGSTOP)
+    try:
+        with connected(server.uri()) as guest:
+            for number in range(8):
+                guest.pwrite(bytes([number + 1]) * GRANULE, number * MiB)
+            guest.flush()
+        wait_until(lambda: server.job_status()["in-flight-bytes"], "copies are in flight")
+        end(server)
+    finally:
+        os.kill(target.pid, signal.SIGCONT)
+    server.restart()
+    again = finish(server)
+    assert 8 * GRANULE <= again <= (8 * GRANULE if end is not power_cut else 8 * MiB)
+    identical(disk, target.image)
+
+
+@ends
+@pytest.mark.parametrize("phase", ["first copy", "ready"])
+def test_a_guest_that_writes_when_it_ends(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End, phase: str
+) -> None:
+    slow = {"speed": 16 * MiB} if phase == "first copy" else {}
+    qmp = begin(server, target, **slow)
+    if phase == "ready":  # before the guest: its writes may be faster than a copy
+        qmp.wait_ready()
+    guest = Guest(server.uri(), disk, connections=2, pause_s=0).start()
+    guest.wait_for_requests(300)
+    server.allowed.append(".*")  # nbdkit complains of guests that it ends on
+    end(server)
+    with pytest.raises(nbd.Error):
+        guest.stop()
+    qmp = server.restart()
+    qmp.execute("block-job-set-speed", device="j", speed=0)
+    with connected(server.uri()) as other:
+        other.pwrite(b"later", 12345)
+    finish(server)
+    identical(disk, target.image)
+
+
+def test_an_orderly_end_in_the_first_copy_keeps_what_was_copied(
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path
+) -> None:
+    qmp = begin(server, target, speed=8 * MiB)
+    wait_until(lambda: qmp.job()["offset"] >= 8 * MiB, "a part is copied")
+    target_flushed = qmp.job()["offset"]
+    server.stop()
+    qmp = server.restart()
+    qmp.execute("block-job-set-speed", device="j", speed=0)
+    assert finish(server) <= SIZE, target_flushed
+    identical(disk, target.image)
+
+
+def test_what_a_job_is_told_is_kept(server: Kept, target: QemuNbd) -> None:
+    qmp = begin(server, target, auto_dismiss=False, on_target_error="stop", speed=MiB)
+    qmp.execute("block-job-set-speed", device="j", speed=2 * MiB)
+    qmp.execute("block-job-pause", device="j")
+    qmp.wait_status("paused")
+    settle(server)
+    server.kill()
+    qmp = server.restart()
+    job = qmp.job()
+    assert (job["speed"], job["status"], job["auto-dismiss"]) == (2 * MiB, "paused", False)
+    qmp.execute("block-job-cancel", device="j", force=True)
+    qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
+
+
+@pytest.mark.parametrize("how", ["pivot", "soft cancel", "forced cancel", "error"])
+def test_a_job_that_has_ended_does_not_go_on(
+    server: Kept, target: QemuNbd, disk: Path, how: str
+) -> None:
+    """Not even if the process is killed the moment after its last event."""
+    qmp = begin(server, target)
+    if how == "pivot":
+        qmp.wait_ready()
+        qmp.complete()
+    elif how == "soft cancel":
+        qmp.wait_ready()
+        qmp.execute("block-job-cancel", device="j")
+        qmp.wait_completed()
+    elif how == "forced cancel":
+        qmp.execute("block-job-cancel", device="j", force=True)
+        qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
+    else:
+        qmp.wait_ready()
+        server.allowed.append(".*")
+        target.kill()
+        assert "error" in qmp.wait_for_event("BLOCK_JOB_COMPLETED", device="j")
+    server.kill()
+    assert not (server.state / "vda.json").exists()
+    if how == "pivot":
+        server.disks = [f"vda={target.uri()}"]
+    assert server.restart().execute("query-block-jobs") == []
+    if how != "error":
+        assert_identical(disk, target.image) if how != "forced cancel" else None
+
+
+def test_the_old_side_is_not_served(server: Kept, target: QemuNbd, disk: Path) -> None:
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    with connected(server.uri()) as guest:
+        guest.pwrite(b"new", 0)
+        guest.flush()
+    server.kill()
+    refused = refusal(server)
+    assert f"{disk} is not the disk any more" in refused
+    assert target.uri() in refused and "--accept-old-side" in refused
+    hard_link = disk.with_name("other-name.img")
+    hard_link.hardlink_to(disk)
+    server.disks = [f"vda={hard_link}"]
+    assert "is not the disk any more" in refusal(server)
+
+    server.disks = [f"vda={target.uri()}"]
+    server.restart()
+    with connected(server.uri()) as guest:
+        assert guest.pread(3, 0) == b"new"
+    server.stop()
+
+    server.disks, server.options = [f"vda={disk}"], (*server.options, "--accept-old-side")
+    server.allowed.append("WARNING|removed")
+    server.restart()
+    with connected(server.uri()) as guest:
+        assert guest.pread(3, 0) != b"new"
+    server.stop()
+    server.options = server.options[:-1]
+    server.restart()  # it is the disk again, from then on
+
+
+@ends
+def test_the_way_back_goes_on(start: Start, target: QemuNbd, folder: Path, end: End) -> None:
+    """A mirror to the old source, which is a node of the disk's name: after a restart that name is
+    the disk's alone."""
+    source = start(QemuNbd(folder, make_image(folder / "source.img", SIZE)))
+    server = start(Kept(folder, source.uri()))
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    server.qmp.start_mirror("vda", device="t", granularity=GRANULE)
+    server.qmp.wait_ready()
+    settle(server)
+    end(server)
+    server.disks = [f"vda={target.uri()}"]
+    qmp = server.restart()
+    assert finish(server) == 0
+    assert qmp.execute("query-block")[0]["inserted"]["file"] == source.uri()
+    server.stop()
+    assert_identical(source.image, target.image)
+
+
+def test_back_and_forth(start: Start, server: Kept, target: QemuNbd, folder: Path) -> None:
+    """After a pivot to B and one to C, neither A nor B is the disk."""
+    third = start(QemuNbd(folder, make_noise(folder / "third.img", SIZE, 7)))
+    qmp = begin(server, target)
+    qmp.wait_ready()
+    qmp.complete()
+    qmp.add_target("c", third)
+    qmp.start_mirror("c", device="vda")
+    qmp.wait_ready()
+    qmp.complete()
+    a = server.disks
+    server.kill()
+    assert "not the disk any more" in refusal(server)
+    server.disks = [f"vda={target.uri()}"]
+    assert "not the disk any more" in refusal(server)
+    server.disks = [f"vda={third.uri()}"]
+    server.restart().start_mirror(target.uri(), device="vda")
+    server.qmp.wait_ready()
+    server.qmp.complete()
+    server.stop()
+    server.disks = [f"vda={third.uri()}"]
+    assert "not the disk any more" in refusal(server)
+    assert a != server.disks
+
+
+def test_a_target_that_comes_later_than_its_server(
+    identical: Identical, start: Start, server: Kept, target: QemuNbd, disk: Path
+) -> None:
+    """After a power cut on a whole site nobody knows who is up first: the mirror waits, whatever
+    the policy says."""
+    begin(server, target).wait_ready()
+    settle(server)
+    server.kill()
+    target.kill()
+    server.allowed.append("WARNING")
+    qmp = server.restart()
+    with connected(server.uri()) as guest:
+        guest.pwrite(b"x" * 5000, 70_000)
+    assert qmp.job()["status"] == "running"
+    target.socket.unlink(missing_ok=True)
+    target.start()
+    assert finish(server) == GRANULE
+    identical(disk, target.image)
+
+
+def test_mirror_to_does_not_begin_a_second_one(
+    start: Start, folder: Path, target: QemuNbd, disk: Path
+) -> None:
+    server = start(Kept(folder, disk, "--mirror-to", target.uri()))
+    wait_until(lambda: any(j["ready"] for j in server.qmp.execute("query-block-jobs")), "READY")
+    settle(server)
+    server.kill()
+    server.restart()
+    assert finish(server, "vda") == 0
+    assert_identical(disk, target.image)
+
+
+@pytest.mark.parametrize("has_bitmap", [False, True])
+def test_killed_between_the_files_of_a_pivot(
+    server: Kept, target: QemuNbd, disk: Path, has_bitmap: bool
+) -> None:
+    """The record of the pivot is there, and the definition is of before. The new side is served, as
+    the refusal of the old one says, and has the bitmaps."""
+    begin(server, target).wait_ready()
+    if has_bitmap:
+        add(server.qmp)
+        with connected(server.uri()) as guest:
+            guest.pwrite(b"x", 5 * MiB)
+    settle(server)
+    before = (server.state / "vda.json").read_bytes()
+    server.qmp.complete()
+    server.kill()
+    (server.state / "vda.json").write_bytes(before)
+    assert target.uri() in refusal(server)
+    server.disks = [f"vda={target.uri()}"]
+    qmp = server.restart()
+    assert qmp.execute("query-block-jobs") == []
+    if has_bitmap:
+        assert int(str(bitmaps(server)["b"]["count"])) >= GRANULE
+    assert (server.state / "vda.json").exists() == has_bitmap
+    server.stop()
+    server.disks = [f"vda={disk}"]
+    assert "is not the disk any more" in refusal(server)

@@ -1,0 +1,33 @@
+"""A server with one disk, a target, and its QMP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures import Start
+from images import make_image, make_noise
+from qmpclient import Qmp
+from servers import Nbdmirror, QemuNbd
+from syncparts import SIZE
+
+
+@pytest.fixture
+def disk(folder: Path) -> Path:
+    return make_image(folder / "disk.img", SIZE)
+
+
+@pytest.fixture
+def target(start: Start, folder: Path) -> QemuNbd:
+    return start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
+
+
+@pytest.fixture
+def server(start: Start, disk: Path, target: QemuNbd) -> Nbdmirror:
+    return start(Nbdmirror(disk.parent, f"src={disk}", bare=True))
+
+
+@pytest.fixture
+def qmp(server: Nbdmirror, target: QemuNbd) -> Qmp:
+    server.qmp.add_target("tgt", target)
+    return server.qmp
