@@ -1,0 +1,7 @@
+"""Sizes of disks that are served, as whole sectors and others."""
+
+from __future__ import annotations
+
+from images import KiB, MiB
+
+SIZES = (0, 1, 511, 512, MiB, MiB + 1, 1025 * KiB)
