@@ -228,7 +228,7 @@ def test_an_idle_job_whose_target_goes_away(
         return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
     before_s = processor_s()
-    time.sleep(0.5)
+    time.sleep(0.5)  # for so long it is looked at; nothing is waited for
     assert processor_s() - before_s < 0.2, "it spins"
     assert qmp.wait_for_event("BLOCK_JOB_ERROR", 3)["action"] == policy
 

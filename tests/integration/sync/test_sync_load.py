@@ -4,10 +4,11 @@ the mode; endings under load."""
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,19 @@ from servers import Nbdmirror, QemuNbd
 from syncparts import SIZE
 from waiting import wait_until
 
+WRITES = 300
+"""Of each writer, where they are to get into each other's way."""
 
-def scribble(uri: str, seed: int, stopping: threading.Event, errors: list[BaseException]) -> None:
+
+def scribble(
+    uri: str,
+    number: int,
+    stopping: threading.Event,
+    counts: list[int],
+    errors: list[BaseException],
+) -> None:
     """Random writes over a quarter of the disk, the same quarter for all: they overlap."""
-    noise = random.Random(seed)
+    noise = random.Random(number)
     try:
         with connected(uri) as guest:
             while not stopping.is_set():
@@ -39,21 +49,30 @@ def scribble(uri: str, seed: int, stopping: threading.Event, errors: list[BaseEx
                     guest.zero(length, offset)
                 else:
                     guest.pwrite(bytes([noise.randrange(256)]) * length, offset)
+                counts[number] += 1
     except BaseException as error:  # noqa: BLE001 - the test looks at it
         errors.append(error)
 
 
 @contextlib.contextmanager
-def scribblers(uri: str, number: int = 4) -> Iterator[None]:
-    stopping, errors = threading.Event(), list[BaseException]()
+def scribblers(uri: str, number: int = 4) -> Iterator[Callable[[int], None]]:
+    """Gives a function that waits until each of them has written so many times more."""
+    stopping, counts, errors = threading.Event(), [0] * number, list[BaseException]()
     threads = [
-        threading.Thread(target=scribble, args=(uri, n, stopping, errors), daemon=True)
+        threading.Thread(target=scribble, args=(uri, n, stopping, counts, errors), daemon=True)
         for n in range(number)
     ]
+
+    def wait_for_more(times: int) -> None:
+        goals = [count + times for count in counts]
+        wait_until(
+            lambda: errors or all(map(operator.ge, counts, goals)), f"{times} more writes of each"
+        )
+
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield wait_for_more
     finally:
         stopping.set()
         for thread in threads:
@@ -68,8 +87,8 @@ def test_overlapping_writers_in_write_blocking_mode(folder: Path, granularity: i
     testIntersectingActiveIO)."""
 
     def load(side: Side) -> None:
-        with scribblers(side.uri):
-            time.sleep(0.6)
+        with scribblers(side.uri) as wait_for_more:
+            wait_for_more(WRITES)
 
     ended = [do("block-job-cancel", device="j"), status("concluded")]
 
@@ -93,16 +112,16 @@ def test_the_copy_mode_changes_under_load(
     second = {"background": "write-blocking", "write-blocking": "background"}[first]
     qmp.start_mirror("tgt", device="src", copy_mode=first)
     qmp.wait_ready()
-    with scribblers(server.uri("src")):
+    with scribblers(server.uri("src")) as wait_for_more:
         for _ in range(5):
             for mode in (second, first):
                 qmp.execute("block-job-change", id="j", type="mirror", copy_mode=mode)
-                time.sleep(0.04)
+                wait_for_more(10)
         qmp.execute("block-job-change", id="j", type="mirror", copy_mode="write-blocking")
         wait_until(lambda: qmp.job()["actively-synced"], "actively synced", 10)
         qmp.complete()
         before = disk.read_bytes()
-        time.sleep(0.1)
+        wait_for_more(10)
     assert disk.read_bytes() == before
     with connected(server.uri("src")) as guest:
         identical(bytes(guest.pread(SIZE, 0)), target.image)
