@@ -216,6 +216,16 @@ def test_modules_stay_short(name: str) -> None:
     )
 
 
+def test_tests_and_tools_stay_short() -> None:
+    long = {}
+    for folder in ("bench", "docker", "docs", "packaging", "plugin", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = len(path.read_text().splitlines())
+            if lines >= MODULE_LINES_MAX:
+                long[str(path.relative_to(ROOT))] = lines
+    assert not long, "is there a room of its own in each?"
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
