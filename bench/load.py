@@ -90,7 +90,9 @@ class Load:
             raise BenchError("fio does not end: a request hangs") from error
         if self._popen.returncode:
             raise BenchError(f"fio failed: {said.decode(errors='replace')[-500:]}")
-        found: dict[str, Any] = json.loads(self._output.read_text())["jobs"][0][self._kind]
+        text = self._output.read_text()
+        text = text[text.index("{") :]  # with several jobs fio has notes before it
+        found: dict[str, Any] = json.loads(text)["jobs"][0][self._kind]
         latency = found["clat_ns"]
         return Result(
             iops=found["iops"],

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from nbdmirror.buffer import PageBuffer
@@ -282,9 +283,10 @@ class Copier:
         base = runs[0][0]
         start_s = self._clock()
 
-        def then(error: BaseException | None) -> None:
+        def then(is_zero: bool, error: BaseException | None) -> None:
             self.answers += 1
-            self._depth.answered(self._clock() - start_s)
+            if not is_zero:
+                self._depth.answered(self._clock() - start_s)
             copy.error = copy.error or error
             copy.pending -= 1
             if not copy.pending:
@@ -292,11 +294,11 @@ class Copier:
 
         for offset, length, is_zero in runs:
             if is_zero:
-                self.target.start_zero(offset, length, self.unmap, then)
+                self.target.start_zero(offset, length, self.unmap, partial(then, True))
             else:
                 self.written_bytes += length
                 view = copy.buffer.view[offset - base : offset - base + length]
-                self.target.start_write(view, offset, then)
+                self.target.start_write(view, offset, partial(then, False))
 
     def _settle(self, copy: _Copy) -> None:
         self.copied_bytes += self.tracker.settle(copy.claim, failed=copy.error is not None)

@@ -41,6 +41,6 @@ class Depth:
         return min(self._slots, gentle if self._is_quick else gentle + self._grown)
 
     def answered(self, took_s: float) -> None:
-        """A write was answered."""
+        """A write of data was answered. (Zeroing takes its time, and needs no buffers.)"""
         self._is_quick = self._is_quick or took_s < QUICK_WRITE_S
         self._grown += GROWTH

@@ -169,6 +169,22 @@ def test_a_slow_target_gets_all_that_buf_size_allows(took_s: float, slots: int) 
     assert tracker.in_sync
 
 
+def test_zeroing_that_takes_long_tells_nothing_of_the_link() -> None:
+    clock = Clock()
+    device = data(48 * MIB)
+    device.pwrite(bytes(16 * MIB), 0)
+    devices = Devices(device, keeps=("zero", "write"))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier.start()
+    while devices.kept:
+        assert copier.in_flight <= QUICK_MAX
+        if devices.started[-1][0] == "zero":
+            clock.advance(0.02)
+        devices.kept.pop(0)()
+    assert tracker.in_sync
+    assert devices.of("zero") and devices.target == device.data
+
+
 def test_what_is_in_flight_grows_with_each_round_trip() -> None:
     """Until one answer was quick: the target is near, and was busy."""
     clock = Clock()
