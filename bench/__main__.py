@@ -88,7 +88,7 @@ def _curves(args: argparse.Namespace) -> int:
                 print(curves.as_markdown(found), flush=True)
                 points += found
     if args.json:
-        results.save_points(args.json, points, about)
+        results.save(args.json, points, about, "points")
     if args.markdown:
         args.markdown.write_text(results.about_markdown(about) + curves.as_markdown(points))
     if args.plot:

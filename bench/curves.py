@@ -20,6 +20,7 @@ from bench import measures
 from bench.lab import GiB, KiB, Lab, MiB, TiB
 from bench.load import Load
 from bench.measures import READY, Figures
+from bench.results import short
 from bench.servers import QemuNbd
 
 ROUNDS = 3
@@ -191,7 +192,7 @@ def as_markdown(points: Sequence[Point]) -> str:
         for x in curve.points:
             values = [
                 next(
-                    f"{p.value:,.0f}" if p.value >= 100 else f"{p.value:.3g}"
+                    short(p.value)
                     for p in points
                     if (p.curve, p.figure, p.subject, p.x) == (curve.name, key, subject, x)
                 )

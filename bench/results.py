@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.curves import Point
 from bench.measures import Figures
 from bench.rows import Figure, Row
 
@@ -122,12 +121,12 @@ def as_markdown(found: Sequence[Line], about: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [
-        f"| {line.title} | {line.unit} | {_short(line.ours)} | {line.peer} | {_short(line.theirs)}"
+        f"| {line.title} | {line.unit} | {short(line.ours)} | {line.peer} | {short(line.theirs)}"
         f" | **{line.ratio:.2f}** | {min(line.ratios):.2f}-{max(line.ratios):.2f}"
         f" | {line.must:g} | {line.aim:g} | {line.verdict} |"
         if line.must
-        else f"| {line.title} | {line.unit} | {_short(line.ours)} | {line.peer}"
-        f" | {_short(line.theirs)} | **{line.ratio:.2f}**"
+        else f"| {line.title} | {line.unit} | {short(line.ours)} | {line.peer}"
+        f" | {short(line.theirs)} | **{line.ratio:.2f}**"
         f" | {min(line.ratios):.2f}-{max(line.ratios):.2f} | | | |"
         for line in found
     ]
@@ -142,7 +141,7 @@ def about_markdown(about: Mapping[str, Any]) -> str:
     )
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -171,13 +170,9 @@ def _first_line(command: list[str]) -> str:
     return found.stdout.splitlines()[0].split("(")[0].strip() if found.stdout else command[0]
 
 
-def save(path: Path, found: Sequence[Line], about: Mapping[str, Any]) -> None:
-    document = {"about": dict(about), "lines": [asdict(line) for line in found]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def save_points(path: Path, points: Sequence[Point], about: Mapping[str, Any]) -> None:
-    document = {"about": dict(about), "points": [asdict(point) for point in points]}
+def save(path: Path, found: Sequence[Any], about: Mapping[str, Any], name: str = "lines") -> None:
+    """`found` are dataclasses, called `name`."""
+    document = {"about": dict(about), name: [asdict(one) for one in found]}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 

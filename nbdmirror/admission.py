@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from nbdmirror.aligned import AlignedDevice
+from nbdmirror.aligned import raw_device
 from nbdmirror.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
 from nbdmirror.bitmaps import NamedBitmap
-from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
 from nbdmirror.nodes import Node
@@ -39,11 +38,6 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         raise CommandError(
             f"Parameter 'granularity' expects at least the block size {least} of the disks"
         )
-
-
-def raw_device(device: BlockDevice) -> BlockDevice:
-    """The device below an AlignedDevice."""
-    return device.inner if isinstance(device, AlignedDevice) else device
 
 
 def granularity_of(

@@ -298,3 +298,8 @@ class _Ranges:
 def _overlap(ranges: dict[int, tuple[int, int]], start: int, end: int) -> bool:
     # tuple() of a dict's values is one C call: other threads may change the dict meanwhile.
     return any(first < end and start < last for first, last in tuple(ranges.values()))
+
+
+def raw_device(device: BlockDevice) -> BlockDevice:
+    """The device below an AlignedDevice."""
+    return device.inner if isinstance(device, AlignedDevice) else device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from nbdmirror.aligned import AlignedDevice
+from nbdmirror.aligned import raw_device
 from nbdmirror.device import BlockDevice, Done, ExtentsDone
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.file import FileDevice
@@ -32,7 +32,7 @@ class FileSource:
         self.size = device.size
         self._device = device
         self._file = device if isinstance(device, FileDevice) else None
-        below = device.inner if isinstance(device, AlignedDevice) else device
+        below = raw_device(device)
         self._checked = below if isinstance(below, FileDevice) else None
         self._call_soon = call_soon
         self._readers: ThreadPoolExecutor | None = None

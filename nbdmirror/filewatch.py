@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Mapping
 
-from nbdmirror.admission import raw_device
+from nbdmirror.aligned import raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice

@@ -137,9 +137,10 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
     deadline_s = time.monotonic() + timeout_s
     try:
         handle.aio_connect_uri(uri)
+        peek = Peek(handle)
         while not handle.aio_is_ready():
             left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or Peek(handle).is_gone:
+            if left_s <= 0 or peek.is_gone:
                 raise ConfigError(f"{uri}: no answer from the NBD server within {timeout_s:g} s")
             handle.poll(int(left_s * 1000) + 1)
     except nbd.Error as error:

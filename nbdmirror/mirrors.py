@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from nbdmirror.admission import check_target, granularity_of, raw_device
-from nbdmirror.aligned import AlignedDevice
+from nbdmirror.admission import check_target, granularity_of
+from nbdmirror.aligned import AlignedDevice, raw_device
 from nbdmirror.bitmap import check_bits
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap
 from nbdmirror.connection import Connection

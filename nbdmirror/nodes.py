@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nbdmirror.aligned import raw_device
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
@@ -107,7 +108,7 @@ class Nodes:
         sources = {disk.name: disk.source for disk in self._disks.values()}
         busy = {node.name: node.device for node in self if node.job or node.disk}
         for name, other in {**sources, **busy}.items():
-            other = getattr(other, "inner", other)  # below an AlignedDevice
+            other = raw_device(other)
             if not isinstance(other, RemoteDevice) or other is device:
                 continue
             if device.is_same_export(other):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nbdmirror.aligned import raw_device
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
@@ -182,7 +183,7 @@ def _bitmap_info(
 
 def _device_info(name: str, device: BlockDevice) -> dict[str, Any]:
     """QEMU's BlockDeviceInfo, as far as it means anything here."""
-    is_remote = isinstance(getattr(device, "inner", device), RemoteDevice)  # below an AlignedDevice
+    is_remote = isinstance(raw_device(device), RemoteDevice)
     driver, filename = "nbd" if is_remote else "raw", device.description
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
     return {

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from nbdmirror.admission import raw_device
+from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Bitmaps
 from nbdmirror.disk import Disk, JournaledDisk
 from nbdmirror.diskstate import Found

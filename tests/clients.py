@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import nbd
+from waiting import InThread
 
 
 def connections(socket: Path) -> int:
@@ -30,6 +31,16 @@ def connected(uri: str) -> Iterator[nbd.NBD]:
     finally:
         if handle.aio_is_ready():
             handle.shutdown()
+
+
+def requested(uri: str, request: Callable[[nbd.NBD], object]) -> InThread:
+    """A guest's request, in a thread: it may hang for as long as the test wants."""
+
+    def call() -> None:
+        with connected(uri) as guest:
+            request(guest)
+
+    return InThread(call)
 
 
 def nbd_errno(call: Callable[..., Any], *arguments: Any, **options: Any) -> int:

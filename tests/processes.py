@@ -56,6 +56,14 @@ def run(*command: str | Path, timeout_s: float = WAIT_S_MAX, check: bool = True)
     return done
 
 
+def resources(pid: int) -> tuple[int, int, int]:
+    """Resident bytes, threads, descriptors."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return int(status["VmRSS"].split()[0]) * 1024, int(status["Threads"]), descriptors
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "imagelock": "errors",
     "file": "aligned device errors imagelock linux",
     "filesource": "aligned device errors file",
-    "filewatch": "admission disk events file",
+    "filewatch": "aligned disk events file",
     "aligned": "device errors",
     "loop": "errors",
     "peek": "",
@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "waits": "device loop",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
-    "nodes": "device disk errors mirror remote",
+    "nodes": "aligned device disk errors mirror remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors nodes options remote",
     "mirrors": "admission aligned bitmap bitmaps connection copier depth device disk diskstate"
@@ -86,10 +86,10 @@ MAY_IMPORT = {
     "transient": "bitmap device diskstate ledger",
     "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
     "statedir": "diskstate errors intentlog statefile store uri",
-    "server": "admission bitmaps disk diskstate errors events filewatch loop mirror mirrors nodes"
+    "server": "aligned bitmaps disk diskstate errors events filewatch loop mirror mirrors nodes"
     " pool remote statefile store transient writer",
     # The doors. They know what is below them, never each other.
-    "queries": "bitmap device disk mirror nodes remote server",
+    "queries": "aligned bitmap device disk mirror nodes remote server",
     "sockets": "errors",
     "schema": "errors",
     "qmpschema": "schema",

@@ -40,7 +40,7 @@ class InThread:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def result(self) -> None:
-        assert self.has_ended_within(30), "the request does not return"
+    def result(self, timeout_s: float = WAIT_S_MAX) -> None:
+        assert self.has_ended_within(timeout_s), "the request does not return"
         if self._error is not None:
             raise self._error

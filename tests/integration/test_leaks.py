@@ -13,6 +13,7 @@ import pytest
 from clients import connected
 from fixtures import Start
 from images import KiB, MiB, make_empty, make_image
+from processes import resources
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
@@ -20,14 +21,6 @@ from waiting import wait_until
 CONNECTS = 1000
 WARM_UP = 100
 GROWTH_BYTES_MAX = 1536 * KiB
-
-
-def resources(pid: int) -> tuple[int, int, int]:
-    """Resident bytes, threads, descriptors."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
-    descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    return int(status["VmRSS"].split()[0]) * 1024, int(status["Threads"]), descriptors
 
 
 def settled(pid: int, threads: int, descriptors: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from guests import Guest
 from images import KiB, MiB, assert_identical, make_image, make_noise
 from kept import Kept
+from processes import resources
 from proxy import Proxy
 from qmpclient import Refused
 from servers import QemuNbd
@@ -99,7 +100,10 @@ class Marathon:
         if self._here is not None:
             assert_identical(self._model, self._here.server.image)
             self.compared_bytes += SIZE
-        self.rests.append(measure(self._server.pid))
+        resident, threads, descriptors = resources(self._server.pid)
+        self.rests.append(
+            {"resident KiB": resident // KiB, "threads": threads, "descriptors": descriptors}
+        )
         self._server.qmp.forget()
 
     # A mirror to another side, whatever comes in between.
@@ -227,16 +231,6 @@ class Marathon:
             quarters = [values[len(values) * n // 4] for n in range(4)] + [values[-1]]
             lines.append(f"  {name + ', over time':26}{', '.join(map(str, quarters))}")
         return lines
-
-
-def measure(pid: int) -> Figures:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
-    return {
-        "resident KiB": int(status["VmRSS"].split()[0]),
-        "threads": int(status["Threads"]),
-        "descriptors": len(list(Path(f"/proc/{pid}/fd").iterdir())),
-    }
 
 
 class MarathonThread(threading.Thread):

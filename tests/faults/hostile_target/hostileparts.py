@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-from pathlib import Path
 
 from hostile import (
     ACK,
@@ -22,9 +21,8 @@ from hostile import (
     Talk,
     option_reply,
 )
-from images import KiB, MiB
+from images import MiB
 from qmpclient import Qmp, Refused
-from servers import Nbdmirror
 
 SEED = random.SystemRandom().randrange(1000)
 SIZE = 2 * MiB
@@ -64,19 +62,6 @@ def is_one_line(text: str) -> bool:
 
 
 KINDS = {"write": WRITE, "zero": ZERO, "flush": FLUSH}
-
-
-def resident(server: Nbdmirror) -> int:
-    status = Path(f"/proc/{server.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * KiB
-
-
-def descriptors(server: Nbdmirror) -> int:
-    return len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
-
-
-def thread_count(server: Nbdmirror) -> int:
-    return len(list(Path(f"/proc/{server.pid}/task").iterdir()))
 
 
 def replies(*answers: bytes) -> OptionTrick:

@@ -18,12 +18,11 @@ from hostileparts import (
     SIZE,
     SLACK_S,
     add,
-    descriptors,
     is_one_line,
     mirror,
     refusal,
 )
-from processes import nbdmirror
+from processes import nbdmirror, resources
 from servers import Nbdmirror
 from waiting import wait_until
 
@@ -111,4 +110,4 @@ def test_a_close_at_each_moment_of_the_handshake(server: Nbdmirror, target: Host
         assert is_through or (is_one_line(text) and target.uri in text)
         length += 1
     assert length > 60
-    assert descriptors(server) < 200
+    assert resources(server.pid)[2] < 200

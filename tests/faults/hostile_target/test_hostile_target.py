@@ -26,14 +26,11 @@ from hostileparts import (
     SEED,
     SIZE,
     add,
-    descriptors,
     is_one_line,
     mirror,
-    resident,
-    thread_count,
 )
 from images import MiB, assert_identical, make_noise
-from processes import run
+from processes import resources, run
 from qmpclient import Qmp
 from servers import Nbdmirror
 from waiting import wait_until
@@ -226,10 +223,10 @@ def test_no_trick_leaves_anything_behind(server: Nbdmirror, target: Hostile) -> 
 
     for _ in range(3):
         round_()
-    memory, files, threads = resident(server), descriptors(server), thread_count(server)
+    memory, threads, files = resources(server.pid)
     for _ in range(6):
         round_()
-    assert resident(server) - memory < 8 * MiB
+    assert resources(server.pid)[0] - memory < 8 * MiB
     # Python's collector closes some in its own time; 90 connections that leak would be 270.
-    wait_until(lambda: descriptors(server) < files + 60, "descriptors are closed")
-    wait_until(lambda: thread_count(server) <= threads + 2, "threads have ended")
+    wait_until(lambda: resources(server.pid)[2] < files + 60, "descriptors are closed")
+    wait_until(lambda: resources(server.pid)[1] <= threads + 2, "threads have ended")

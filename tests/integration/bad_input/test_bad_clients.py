@@ -16,6 +16,7 @@ from badparts import SIZE
 from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_noise
+from processes import resources
 from qmpclient import Qmp
 from serverprocess import Server
 from servers import Nbdmirror, QemuNbd
@@ -79,20 +80,16 @@ def test_half_a_line(server: Nbdmirror) -> None:
 
 @pytest.mark.usefixtures("bystanders")
 def test_a_hundred_megabytes_without_a_newline(server: Nbdmirror) -> None:
-    def resident() -> int:
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) * 1024
-
-    before = resident()
+    before = resources(server.pid)[0]
     for start_of_text in (b"x", b'"', b'{"execute": "', b"[" * 100, b" "):
         with raw_client(server) as client, contextlib.suppress(ConnectionError, TimeoutError):
             client.sendall(start_of_text)
             piece = start_of_text[-1:] * (1 << 20)
             for _ in range(GARBAGE_BYTES >> 20):
                 client.sendall(piece)
-                if resident() - before > 256 * MiB:
+                if resources(server.pid)[0] - before > 256 * MiB:
                     break
-        assert resident() - before < 64 * MiB
+        assert resources(server.pid)[0] - before < 64 * MiB
 
 
 @pytest.mark.usefixtures("bystanders")

@@ -4,15 +4,11 @@ may hang, and a mirror on its way."""
 from __future__ import annotations
 
 import re
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nbd
 import pytest
-from clients import connected
 from images import KiB, MiB
 from paritysides import Faulty
 from qmpclient import Qmp
@@ -60,28 +56,6 @@ class LoggedFaulty(Faulty):
         self.log = self.folder / f"faulty{self.number}.log"
         before, *rest = super().argv()
         return [before, "--filter=log", *rest, f"logfile={self.log}"]
-
-
-class InBackground:
-    """A guest's request in a thread: it may hang for as long as the test wants."""
-
-    def __init__(self, uri: str, request: Callable[[nbd.NBD], Any]) -> None:
-        self.failure: BaseException | None = None
-        self.is_done = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(uri, request), daemon=True)
-        self._thread.start()
-
-    def _run(self, uri: str, request: Callable[[nbd.NBD], Any]) -> None:
-        try:
-            with connected(uri) as guest:
-                request(guest)
-        except BaseException as error:  # noqa: BLE001 - told by `join`
-            self.failure = error
-        self.is_done.set()
-
-    def join(self, timeout_s: float = 5.0) -> None:
-        assert self.is_done.wait(timeout_s), "the guest's request hangs"
-        assert self.failure is None, self.failure
 
 
 def begin(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected
+from clients import connected, requested
 from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, make_empty, make_noise
@@ -21,7 +21,6 @@ from paritysides import Faulty
 from rulesparts import (
     GRANULE,
     SIZE,
-    InBackground,
     Logged,
     Options,
     begin,
@@ -56,12 +55,12 @@ def test_force_cancel_with_every_request_in_flight(
     begin(server, held, copy_mode="write-blocking")
     wait_until(lambda: status_of(qmp)["in-flight-bytes"] >= 4 * MiB, "all slots are taken", 5)
     guests = [
-        InBackground(server.uri("src"), lambda handle, n=n: handle.pwrite(b"\x61" * 100, n * MiB))
+        requested(server.uri("src"), lambda handle, n=n: handle.pwrite(b"\x61" * 100, n * MiB))
         for n in (0, 1, 12)
     ]
     assert cancel_by_force(qmp) < 1.0
     for guest in guests:
-        guest.join()
+        guest.result(5.0)
     identical(server.uri("src"), disk)
     identical(disk, other.image)
     qmp.start_mirror(other.uri(), device="src")

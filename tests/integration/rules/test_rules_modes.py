@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected, nbd_errno
+from clients import connected, nbd_errno, requested
 from fixtures import Identical, Start
 from guests import Guest
 from images import make_noise
@@ -18,7 +18,6 @@ from paritysides import Faulty
 from rulesparts import (
     GRANULE,
     SIZE,
-    InBackground,
     Logged,
     LoggedFaulty,
     begin,
@@ -74,16 +73,16 @@ def test_a_request_keeps_to_the_mode_that_it_began_in(
     begin(server, logged)
     qmp.wait_ready()
     source.set("write", "hold")
-    guest = InBackground(server.uri("src"), lambda handle: handle.pwrite(b"\x41" * 100, 70_000))
+    guest = requested(server.uri("src"), lambda handle: handle.pwrite(b"\x41" * 100, 70_000))
     wait_until(lambda: " Write id" in source.log.read_text(), "the write is under way", 5)
     qmp.execute("block-job-change", id="j", type="mirror", copy_mode="write-blocking")
     with connected(server.uri("src")) as other:
         for _ in range(100):
             other.pread(512, 0)
             assert not qmp.job()["actively-synced"]
-    assert not guest.is_done.is_set()
+    assert not guest.has_ended_within(0)
     source.heal("write")
-    guest.join()
+    guest.result(5.0)
     wait_synced(qmp, "write-blocking")
     assert (70_000, 100) not in [place[:2] for place in logged.requests("Write")]
     assert (GRANULE, GRANULE) in [place[:2] for place in logged.requests("Write")]

@@ -9,20 +9,20 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbd
 import pytest
-from clients import connected
+from clients import connected, requested
 from fixtures import Identical, Start
 from images import KiB
 from processes import free_port
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from syncparts import SIZE, soft_cancel
-from waiting import wait_until
+from waiting import InThread, wait_until
 
 FORCE_S_MAX = 1.0
 QUIT_S_MAX = 4.0
@@ -109,27 +109,6 @@ def hang(request: pytest.FixtureRequest, target: QemuNbd) -> Iterator[Hang]:
     hang.end()
 
 
-class Asynchronous:
-    """A guest's request in a thread, which may hang."""
-
-    def __init__(self, uri: str, request: Callable[[nbd.NBD], Any]) -> None:
-        self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(uri, request), daemon=True)
-        self._thread.start()
-
-    def _run(self, uri: str, request: Callable[[nbd.NBD], Any]) -> None:
-        try:
-            with connected(uri) as guest:
-                request(guest)
-        except BaseException as error:  # noqa: BLE001 - told by `join`
-            self.failure = error
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-        assert not self._thread.is_alive(), "the guest's request hangs"
-        assert self.failure is None, self.failure
-
-
 def write_4k(guest: nbd.NBD) -> None:
     guest.pwrite(b"\x44" * 4096, 8192)
 
@@ -137,13 +116,13 @@ def write_4k(guest: nbd.NBD) -> None:
 PHASES = ["first copy", "ready", "completing", "soft cancelling", "paused", "write-blocking"]
 
 
-def enter(phase: str, server: Nbdmirror, hang: Hang) -> Asynchronous:
+def enter(phase: str, server: Nbdmirror, hang: Hang) -> InThread:
     """The target hangs while the job is in `phase`, with a guest's write under way."""
     qmp = server.qmp
     if phase == "first copy":
         qmp.start_mirror(hang.uri, device="src", speed=SIZE // 4, buf_size=64 * KiB)
         hang.begin()
-        guest = Asynchronous(server.uri("src"), write_4k)
+        guest = requested(server.uri("src"), write_4k)
         wait_until(lambda: qmp.job()["busy"], "a copy hangs")
         return guest
     mode = "write-blocking" if phase == "write-blocking" else "background"
@@ -152,7 +131,7 @@ def enter(phase: str, server: Nbdmirror, hang: Hang) -> Asynchronous:
     if phase == "write-blocking":
         wait_until(lambda: qmp.job()["actively-synced"], "actively synced")
     hang.begin()
-    guest = Asynchronous(server.uri("src"), write_4k)
+    guest = requested(server.uri("src"), write_4k)
 
     def dirty() -> bool:
         (job,) = qmp.execute("x-nbdmirror-query-status")["disks"][0]["jobs"]
@@ -174,14 +153,14 @@ def test_force_cancel_of_a_hanging_target(
     qmp = server.qmp
     guest = enter(phase, server, hang)
     if phase != "write-blocking":
-        guest.join(10.0)  # while the target hangs: the guest never pays for it (rule 41)
+        guest.result(10.0)  # while the target hangs: the guest never pays for it (rule 41)
     began_s = time.monotonic()
     qmp.execute("block-job-cancel", device="j", force=True)
     told = [event["event"] for event in qmp.events]
     assert "BLOCK_JOB_CANCELLED" not in told, "the command itself does not wait"
     qmp.wait_for_event("BLOCK_JOB_CANCELLED")
     seconds = time.monotonic() - began_s
-    guest.join(10.0)
+    guest.result(10.0)
     assert seconds < FORCE_S_MAX
     assert disk.read_bytes()[8192:12288] == b"\x44" * 4096
     with connected(server.uri("src")) as other:
@@ -202,11 +181,11 @@ def test_the_same_node_again_after_it_hung(
     qmp.start_mirror("tgt", device="src", copy_mode=copy_mode)
     qmp.wait_ready()
     hang.begin()
-    guest = Asynchronous(server.uri("src"), write_4k)
+    guest = requested(server.uri("src"), write_4k)
     wait_until(lambda: qmp.job()["len"] > SIZE, "the write counts")
     qmp.execute("block-job-cancel", device="j", force=True)
     qmp.wait_for_event("BLOCK_JOB_CANCELLED")
-    guest.join(10.0)
+    guest.result(10.0)
     hang.end()
     qmp.start_mirror("tgt", device="src", copy_mode=copy_mode)
     qmp.wait_ready()
