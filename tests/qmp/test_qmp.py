@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qmpparts import EXPECTING, NOT_OBJECT, VERSION, WAIT_S_MAX, Raw, Server, listens, wait_until
+from qmpparts import EXPECTING, NOT_OBJECT, VERSION, WAIT_S_MAX, Server, first_client
+from waiting import wait_until
 
 from nbdmirror import sockets
 from nbdmirror.errors import ConfigError
@@ -169,8 +170,8 @@ def test_the_table_is_what_qemu_says(tmp_path: Path) -> None:
     chardev = f"socket,id=c,path={path},server=on,wait=off"
     process = subprocess.Popen([daemon, "--chardev", chardev, "--monitor", "chardev=c"])
     try:
-        wait_until(lambda: listens(path))
-        with contextlib.closing(Raw(path)) as client:
+        client = wait_until(lambda: first_client(path), "QEMU's monitor answers", WAIT_S_MAX)
+        with contextlib.closing(client):
             for data, texts in TABLE:
                 assert (data, client.errors(data)) == (data, texts)
     finally:

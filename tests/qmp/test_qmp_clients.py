@@ -17,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qemu.qmp import EventListener, ExecuteError, QMPClient
-from qmpparts import EXPECTING, WAIT_S_MAX, Raw, Server, wait_until
+from qmpparts import EXPECTING, WAIT_S_MAX, Raw, Server
+from waiting import wait_until
 
 from nbdmirror import qmp, qmp_json
 from nbdmirror.errors import CommandError
@@ -92,7 +93,7 @@ def test_many_clients_are_refused_not_served_badly(server: Server, connect: Any)
         with contextlib.closing(Raw(server.path, negotiate=False)) as client:
             return "QMP" in client.read()
 
-    wait_until(is_served)
+    wait_until(is_served, "it is served", WAIT_S_MAX)
 
 
 def test_half_a_command_and_gone(connect: Any) -> None:
