@@ -111,7 +111,7 @@ class Copier:
         # pieces.
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max)
-        self._crowd = crowd or Crowd()
+        self._crowd = crowd or Crowd(clock, lambda: 0)
         slots = max(1, buffer_bytes // self._request_bytes)
         self._depth = Depth(slots, self._crowd)
         self.pace = Pace(clock, call_later, self.pump)

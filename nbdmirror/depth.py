@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 QUICK_MAX = 4
 """Claims in flight to targets that answer quickly, of all mirrors together: 4 MiB stay in the
 processor's cache on their way to a local server, 16 do not, and copies take a tenth longer; with
@@ -16,11 +19,51 @@ GROWTH = 3
 """With 1 a copy over a link of 20 ms takes two round trips more to get going."""
 
 
-class Crowd:
-    """How many copiers have claims in flight: those of one event loop share it."""
+COPYING_PROCESSORS = 2
+"""What copies with more than one claim in flight keep busy: one reads and sends, one takes it at
+the target. Where there are no more than these, guests would wait for one of them."""
 
-    def __init__(self) -> None:
+LOOK_S = 0.1
+BUSY_REQUESTS = 10
+"""Guests are at work if they had so many requests within LOOK_S: not with a journal's write now and
+then."""
+
+
+class Crowd:
+    """What the copiers of one event loop share with each other, and with the guests.
+
+    `new_requests`: how many requests of guests have begun since it was last called.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        new_requests: Callable[[], int],
+        processors: int | None = None,
+    ) -> None:
+        """`processors`: None for what this process may run on."""
         self.count = 0
+        """How many copiers have claims in flight."""
+        self._clock = clock
+        self._new_requests = new_requests
+        self._processors = processors or len(os.sched_getaffinity(0))
+        self._next_look_s = 0.0
+        self._guests_are_busy = False
+
+    @property
+    def each_max(self) -> int:
+        """How many claims each copier may have in flight to a quick target."""
+        alone = 1 if self._guests_need_room() else QUICK_MAX
+        return max(1, alone // max(1, self.count))
+
+    def _guests_need_room(self) -> bool:
+        if self._processors > COPYING_PROCESSORS:
+            return False
+        now_s = self._clock()
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + LOOK_S
+            self._guests_are_busy = self._new_requests() >= BUSY_REQUESTS
+        return self._guests_are_busy
 
 
 class Depth:
@@ -37,7 +80,7 @@ class Depth:
 
     @property
     def now(self) -> int:
-        gentle = max(1, QUICK_MAX // max(1, self._crowd.count))
+        gentle = self._crowd.each_max
         return min(self._slots, gentle if self._is_quick else gentle + self._grown)
 
     def answered(self, took_s: float) -> None:

@@ -55,6 +55,7 @@ class Ledger:
         self.reading: set[int] = set()
         self.bitmaps: tuple[DirtyBitmap, ...] = ()
         self.gate: _Gate | None = None
+        self._token_asked_for = -1
 
     # Guest threads.
 
@@ -132,6 +133,13 @@ class Ledger:
             gate.admitted = frozenset(gate.waiting)
             self.writing |= gate.admitted
             gate.opened.set()
+
+    def new_requests(self) -> int:
+        """How many requests have begun since this was last asked."""
+        token = next(self.tokens)  # the only way to see where the count is
+        count = token - self._token_asked_for - 1
+        self._token_asked_for = token
+        return count
 
     @property
     def is_idle(self) -> bool:

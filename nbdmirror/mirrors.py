@@ -81,7 +81,7 @@ class Mirrors:
         """`kept`: what is to outlive the process of each disk."""
         self.jobs: dict[str, MirrorJob] = {}
         self._kept = kept
-        self._crowd = Crowd()
+        self._crowd = Crowd(loop.clock, lambda: sum(disk.ledger.new_requests() for disk in kept))
         self._nodes = nodes
         self._events = events
         self._loop = loop

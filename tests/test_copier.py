@@ -8,7 +8,7 @@ import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data, frames
 
 from nbdmirror.copier import REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
-from nbdmirror.depth import GROWTH, QUICK_MAX, QUICK_WRITE_S, Crowd
+from nbdmirror.depth import BUSY_REQUESTS, GROWTH, LOOK_S, QUICK_MAX, QUICK_WRITE_S, Crowd
 from nbdmirror.device import Extent, MemoryDevice
 
 
@@ -209,7 +209,7 @@ def test_what_is_in_flight_grows_with_each_round_trip() -> None:
 
 @pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 1), (9, 1)])
 def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int) -> None:
-    crowd = Crowd()
+    crowd = Crowd(Clock(), lambda: 0)
     all_devices = [Devices(data(8 * MIB), keeps=("write",)) for _ in range(count)]
     copiers = [a_copier(devices, crowd=crowd)[0] for devices in all_devices]
     for copier in copiers:
@@ -224,6 +224,35 @@ def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int)
             if devices.kept:
                 devices.kept.pop(0)()
     assert crowd.count == 0
+
+
+@pytest.mark.parametrize(
+    ("processors", "requests", "each"),
+    [(2, BUSY_REQUESTS, 1), (2, BUSY_REQUESTS - 1, 4), (3, 1000, 4), (1, BUSY_REQUESTS, 1)],
+)
+def test_guests_at_work_get_a_processor(processors: int, requests: int, each: int) -> None:
+    clock = Clock()
+    crowd = Crowd(clock, lambda: requests, processors)
+    devices = Devices(data(8 * MIB), keeps=("write",))
+    copier, tracker, _ = a_copier(devices, clock=clock, crowd=crowd)
+    copier.start()
+    assert copier.in_flight == each
+    while devices.kept:
+        clock.advance(QUICK_WRITE_S / 2)
+        devices.kept.pop(0)()
+        assert copier.in_flight <= each
+    assert tracker.in_sync
+
+
+def test_when_guests_rest_the_copy_takes_what_there_is() -> None:
+    clock = Clock()
+    asked = iter([BUSY_REQUESTS, 0, BUSY_REQUESTS])
+    crowd = Crowd(clock, lambda: next(asked), 2)
+    found = []
+    for _ in range(6):
+        found.append(crowd.each_max)
+        clock.advance(LOOK_S * 0.6)
+    assert found == [1, 1, 4, 4, 1, 1]
 
 
 def test_what_is_written_again_and_again_is_copied_once_a_round() -> None:

@@ -49,6 +49,16 @@ def test_reads_and_writes_under_way_are_told_by_token() -> None:
     assert ledger.writes() == {later[1]}
 
 
+def test_new_requests_are_counted_once() -> None:
+    ledger = Ledger()
+    for _ in range(3):
+        ledger.leave(ledger.enter(), 0, 1)
+    ledger.leave_read(ledger.enter_read())
+    assert [ledger.new_requests() for _ in range(2)] == [4, 0]
+    ledger.leave(ledger.enter(), 0, 1)
+    assert [ledger.new_requests() for _ in range(2)] == [1, 0]
+
+
 def test_the_gate_lets_reads_through() -> None:
     ledger = Ledger()
     ledger.close_gate(lambda: None)
