@@ -11,22 +11,22 @@ processor's cache on their way to a local server, 16 do not, and copies take a t
 four mirrors of 4 MiB each, half as long again."""
 
 QUICK_WRITE_S = 0.002
-"""What answers within this is quick: 4 MiB each 2 ms are more than such a link carries. To a slower
-one as much is in flight as fits into buf-size."""
-
+"""A target that has answered within this is quick: 4 MiB each 2 ms are more than such a link
+carries. Times the number of mirrors that copy just then, since they wait for each other. To a
+slower one as much is in flight as fits into buf-size."""
 
 GROWTH = 3
 """With 1 a copy over a link of 20 ms takes two round trips more to get going."""
-
 
 COPYING_PROCESSORS = 2
 """What copies with more than one claim in flight keep busy: one reads and sends, one takes it at
 the target. Where there are no more than these, guests would wait for one of them."""
 
 LOOK_S = 0.1
-BUSY_REQUESTS = 10
-"""Guests are at work if they had so many requests within LOOK_S: not with a journal's write now and
-then."""
+WORKING = range(10, 1000)
+"""So many requests within LOOK_S are of guests at work. Fewer are a journal's write now and then;
+more are of guests that keep a processor busy by themselves, and soil the disk as fast as it is
+copied: were the copy slowed down, it might never end."""
 
 
 class Crowd:
@@ -48,7 +48,7 @@ class Crowd:
         self._new_requests = new_requests
         self._processors = processors or len(os.sched_getaffinity(0))
         self._next_look_s = 0.0
-        self._guests_are_busy = False
+        self._guests_work = False
 
     @property
     def each_max(self) -> int:
@@ -62,14 +62,15 @@ class Crowd:
         now_s = self._clock()
         if now_s >= self._next_look_s:
             self._next_look_s = now_s + LOOK_S
-            self._guests_are_busy = self._new_requests() >= BUSY_REQUESTS
-        return self._guests_are_busy
+            self._guests_work = self._new_requests() in WORKING
+        return self._guests_work
 
 
 class Depth:
-    """Begins as for a quick target; to one that was never quick, GROWTH more with each answer, so
-    four times as many each round trip. On a busy machine a local target seems slow at first: were
-    all allowed at once, it would cost fresh memory for each."""
+    """Begins with one claim, whose answer tells how far the target is: several would wait for each
+    other, and a local target would be taken for a distant one, with fresh memory for each claim. To
+    one that was never quick, GROWTH more with each answer, so four times as many each round trip.
+    """
 
     def __init__(self, slots: int, crowd: Crowd) -> None:
         """`slots`: the most."""
@@ -80,10 +81,11 @@ class Depth:
 
     @property
     def now(self) -> int:
-        gentle = self._crowd.each_max
-        return min(self._slots, gentle if self._is_quick else gentle + self._grown)
+        if self._is_quick:
+            return min(self._slots, self._crowd.each_max)
+        return min(self._slots, 1 + self._grown)
 
     def answered(self, took_s: float) -> None:
         """A write of data was answered. (Zeroing takes its time, and needs no buffers.)"""
-        self._is_quick = self._is_quick or took_s < QUICK_WRITE_S
+        self._is_quick = self._is_quick or took_s < QUICK_WRITE_S * max(1, self._crowd.count)
         self._grown += GROWTH
