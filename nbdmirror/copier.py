@@ -64,6 +64,8 @@ class _Copy:
 
     claim: Claim
     buffer: PageBuffer
+    weight: int
+    """Bytes that it has in flight at most."""
     position: int = 0
     pending: int = 0
     operation: str = "read"
@@ -112,11 +114,12 @@ class Copier:
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max)
         self._crowd = crowd or Crowd(clock, lambda: 0)
-        slots = max(1, buffer_bytes // self._request_bytes)
-        self._depth = Depth(slots, self._crowd)
+        self._slots = max(1, buffer_bytes // self._request_bytes)
+        self._depth = Depth(self._request_bytes, self._crowd)
         self.pace = Pace(clock, call_later, self.pump)
         self._buffers: list[PageBuffer] = []
         self._copies: set[_Copy] = set()
+        self._in_flight_bytes = 0
         self._flushes = 0
         self._cursor = 0
         self._data_until = 0
@@ -166,7 +169,7 @@ class Copier:
         was_busy = bool(self._copies)
         self._is_pumping = True
         try:
-            while self.is_running and len(self._copies) < self._depth.now and self.pace.may_start():
+            while self.is_running and self._has_room() and self.pace.may_start():
                 claim = self._claim()
                 if claim is None:
                     break
@@ -176,6 +179,10 @@ class Copier:
             self._is_pumping = False
         if was_busy and not self._copies:
             self.observer.copy_settled()
+
+    def _has_room(self) -> bool:
+        is_a_slot_free = len(self._copies) < self._slots
+        return is_a_slot_free and self._depth.has_room(self._in_flight_bytes)
 
     def _claim(self) -> Claim | None:
         """The next dirty run in bulk order: once around, then from the start (rule 35 of QEMU's: a
@@ -189,15 +196,20 @@ class Copier:
             self._cursor = self._data_until = 0
             if self.pace.may_begin_round():
                 claim = self.tracker.claim(0, length_max)
+            if claim is not None:
+                dirty_bytes = claim.length + self.tracker.dirty.dirty_bytes
+                self._depth.begin_round(dirty_bytes, is_kept_in_sync=self.pace.lag_s > 0)
         if claim is not None:
             self._cursor = claim.end
         return claim
 
     def _begin(self, claim: Claim) -> None:
-        buffer = self._buffers.pop() if self._buffers else PageBuffer(self._request_bytes)
-        copy = _Copy(claim, buffer, position=claim.offset)
+        weight = min(claim.length, self._request_bytes)
+        buffer = self._buffers.pop() if self._buffers else PageBuffer(weight)
+        copy = _Copy(claim, buffer, weight, position=claim.offset)
         self._crowd.count += not self._copies
         self._copies.add(copy)
+        self._in_flight_bytes += weight
         if claim.end <= self._data_until:
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
             self.pace.account(claim.length)
@@ -303,8 +315,10 @@ class Copier:
     def _settle(self, copy: _Copy) -> None:
         self.copied_bytes += self.tracker.settle(copy.claim, failed=copy.error is not None)
         self._copies.discard(copy)
+        self._in_flight_bytes -= copy.weight
         self._crowd.count -= not self._copies
-        if len(self._copies) + len(self._buffers) < self._depth.now:
+        is_whole = len(copy.buffer.view) == self._request_bytes  # fit for any claim
+        if is_whole and self._depth.has_room(len(self._buffers) * self._request_bytes):
             self._buffers.append(copy.buffer)
         if copy.error is not None:
             self.observer.copy_failed(copy.operation, copy.error)

@@ -8,8 +8,10 @@ import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data, frames
 
 from nbdmirror.copier import REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
-from nbdmirror.depth import GROWTH, LOOK_S, QUICK_MAX, QUICK_WRITE_S, Crowd
+from nbdmirror.depth import GROWTH, LOOK_S, QUICK_BYTES, QUICK_WRITE_S, Crowd, Depth
 from nbdmirror.device import Extent, MemoryDevice
+
+QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
 
 
 @pytest.mark.parametrize(
@@ -199,15 +201,13 @@ def test_what_is_in_flight_grows_with_each_round_trip() -> None:
             devices.kept.pop(0)()
     clock.advance(QUICK_WRITE_S / 2)
     devices.kept.pop()()  # one that was sent last
-    while copier.in_flight > QUICK_MAX:
-        before = copier.in_flight
-        devices.kept.pop(0)()
-        assert copier.in_flight == before - 1
+    expected = min((1 + GROWTH) ** 3, QUICK_BYTES // (64 * KIB))
+    assert copier.in_flight == expected
     devices.kept.pop(0)()
-    assert copier.in_flight == QUICK_MAX
+    assert copier.in_flight == expected
 
 
-@pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 1), (9, 1)])
+@pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 2), (9, 1)])
 def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int) -> None:
     crowd = Crowd(Clock(), lambda: 0)
     all_devices = [Devices(data(8 * MIB), keeps=("write",)) for _ in range(count)]
@@ -245,15 +245,44 @@ def test_guests_at_work_get_a_processor(processors: int, requests: int, each: in
     assert tracker.in_sync
 
 
+def test_a_copy_that_does_not_converge_yields_to_nobody() -> None:
+    """Nor does one that is far behind. What it may have in flight is told in bytes."""
+    depth = Depth(MIB, Crowd(Clock(), lambda: 200, 2))
+    depth.answered(0.0001)
+
+    def yields(dirty_bytes: int, *, is_kept_in_sync: bool = False) -> bool:
+        depth.begin_round(dirty_bytes, is_kept_in_sync=is_kept_in_sync)
+        assert depth.has_room(99_999)
+        return not depth.has_room(100_000)
+
+    assert yields(1000 * MIB), "the first round"
+    assert not yields(601 * MIB)
+    assert yields(360 * MIB)
+    assert not yields(360 * MIB)
+    assert yields(64 * MIB, is_kept_in_sync=True)
+    assert yields(64 * MIB, is_kept_in_sync=True)
+    assert not yields(65 * MIB, is_kept_in_sync=True)
+    assert yields(64 * MIB), "to be completed"
+    assert not yields(64 * MIB)
+
+
+def test_over_a_network_a_copy_that_yields_has_more_in_flight() -> None:
+    depth = Depth(MIB, Crowd(Clock(), lambda: 200, 2))
+    depth.answered(QUICK_WRITE_S * 0.9)
+    depth.begin_round(100 * MIB, is_kept_in_sync=False)
+    assert depth.has_room(1_799_999)
+    assert not depth.has_room(1_800_000)
+
+
 def test_when_guests_rest_the_copy_takes_what_there_is() -> None:
     clock = Clock()
     asked = iter([200, 0, 200])
     crowd = Crowd(clock, lambda: next(asked), 2)
     found = []
     for _ in range(6):
-        found.append(crowd.each_max)
+        found.append(crowd.guests_need_room)
         clock.advance(LOOK_S * 0.6)
-    assert found == [1, 1, 4, 4, 1, 1]
+    assert found == [True, True, False, False, True, True]
 
 
 def test_what_is_written_again_and_again_is_copied_once_a_round() -> None:
