@@ -33,7 +33,7 @@ REQUEST_BYTES_MAX = 1 << 20
 
 BUFFER_BYTES_DEFAULT = 64 << 20
 """Of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A target that is near gets
-no more than depth.QUICK_MAX requests, so the rest is not even allocated for it."""
+no more than depth.QUICK_BYTES, so the rest is not even allocated for it."""
 
 WINDOW_BYTES_MAX = 32 << 30
 """Longest claim where nothing is known of the source: a hole of this length is one claim. Long
