@@ -65,7 +65,7 @@ class _Copy:
     claim: Claim
     buffer: PageBuffer
     weight: int
-    """Bytes that it has in flight at most."""
+    """Bytes for which it counts among those in flight: the most that it may have."""
     position: int = 0
     pending: int = 0
     operation: str = "read"
@@ -204,8 +204,10 @@ class Copier:
         return claim
 
     def _begin(self, claim: Claim) -> None:
-        weight = min(claim.length, self._request_bytes)
-        buffer = self._buffers.pop() if self._buffers else PageBuffer(weight)
+        length = min(claim.length, self._request_bytes)
+        buffer = self._buffers.pop() if self._buffers else PageBuffer(length)
+        # With a speed limit few claims begin before they are accounted for, small as they are.
+        weight = self._request_bytes if self.pace.speed_bytes_per_s else length
         copy = _Copy(claim, buffer, weight, position=claim.offset)
         self._crowd.count += not self._copies
         self._copies.add(copy)

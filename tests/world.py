@@ -247,7 +247,7 @@ class World:
         copied = self.copier.copied_bytes
         assert copied >= self._offset_before, "offset went back"
         self._offset_before = copied
-        assert self.copier.in_flight <= self.copier._depth._slots
+        assert self.copier.in_flight <= self.copier._slots
         assert not self.condition.is_held
         self._check_gate()
         if self.checks_overlap:
