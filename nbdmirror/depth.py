@@ -89,8 +89,8 @@ class Depth:
         self._round_bytes = math.inf
 
     def begin_round(self, dirty_bytes: int, *, is_kept_in_sync: bool) -> None:
-        """A round over the disk; `is_kept_in_sync`: it was in sync before, and need not be so as
-        soon as may be."""
+        """A round over the disk while guests need room; `is_kept_in_sync`: it was in sync before,
+        and need not be so as soon as may be."""
         if is_kept_in_sync:
             self._may_yield = dirty_bytes <= BACKLOG_BYTES
             self._round_bytes = math.inf
@@ -102,10 +102,11 @@ class Depth:
         """For a claim more."""
         if self._quickest_s >= QUICK_WRITE_S:
             return in_flight_bytes < self._request_bytes * (1 + self._grown)
-        room = QUICK_BYTES
+        mirrors = max(1, self._crowd.count)
+        room = max(1, QUICK_BYTES // mirrors // self._request_bytes) * self._request_bytes
         if self._may_yield and self._crowd.guests_need_room:
-            room = min(room, int(self._quickest_s * YIELDING_BYTES_PER_S))
-        return in_flight_bytes < max(1, room // max(1, self._crowd.count))
+            room = min(room, int(self._quickest_s * YIELDING_BYTES_PER_S) // mirrors)
+        return in_flight_bytes < max(1, room)
 
     def answered(self, took_s: float) -> None:
         """A write of data was answered. (Zeroing takes its time, and needs no buffers.)"""

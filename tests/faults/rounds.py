@@ -9,6 +9,8 @@ end.
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -187,9 +189,8 @@ class Round(Measured):
         """Until it has killed itself as ordered. It may never: there were fewer such moments."""
         process = server.process
         assert process is not None
-        deadline_s = time.monotonic() + 1
-        while process.poll() is None and time.monotonic() < deadline_s:
-            time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
 
     def _hit_link(self) -> None:
         proxy, trouble = self.proxy, self.plan.trouble

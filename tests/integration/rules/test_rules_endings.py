@@ -41,18 +41,21 @@ pytestmark = pytest.mark.usefixtures("identical")
 # 19, 22, 30, 34, 37, 42: endings and pauses
 
 
-def test_force_cancel_while_the_copy_and_guests_hang(
+def test_force_cancel_with_every_request_in_flight(
     start: Start, identical: Identical, folder: Path, faulty: Faulty
 ) -> None:
-    """Afterwards the disk goes to another target."""
+    """Each slot has a request that hangs, and guests' writes hang as well. Afterwards the disk goes
+    to another target."""
     disk = make_noise(folder / "large.img", 16 * MiB)
     held = start(Faulty(folder, make_noise(folder / "held.img", 16 * MiB)))
     other = start(QemuNbd(folder, make_noise(folder / "other.img", 16 * MiB)))
     server = start(Nbdmirror(folder, f"src={disk}", bare=True))
     qmp = server.qmp
+    begin(server, held, copy_mode="write-blocking", speed=1)
+    wait_until(lambda: qmp.job()["offset"], "the first answer, before which nothing else goes", 5)
     held.set("write", "hold")
-    begin(server, held, copy_mode="write-blocking")
-    wait_until(lambda: status_of(qmp)["in-flight-bytes"] >= MiB, "the copy hangs", 5)
+    qmp.execute("block-job-set-speed", device="j", speed=0)
+    wait_until(lambda: status_of(qmp)["in-flight-bytes"] >= 4 * MiB, "all slots are taken", 5)
     guests = [
         requested(server.uri("src"), lambda handle, n=n: handle.pwrite(b"\x61" * 100, n * MiB))
         for n in (0, 1, 12)
