@@ -117,7 +117,8 @@ class Copier:
         self._slots = max(1, buffer_bytes // self._request_bytes)
         self._depth = Depth(self._request_bytes, self._crowd)
         self.pace = Pace(clock, call_later, self.pump)
-        self._buffers: list[PageBuffer] = []
+        self._buffers: list[PageBuffer] = []  # at rest
+        self._resting_bytes = 0
         self._copies: set[_Copy] = set()
         self._in_flight_bytes = 0
         self._flushes = 0
@@ -188,7 +189,8 @@ class Copier:
         """The next dirty run in bulk order: once around, then from the start (rule 35 of QEMU's: a
         cursor that went back on each write would never reach the end under load)."""
         granularity = self.tracker.granularity
-        length_max = self._request_bytes if self._cursor < self._data_until else self._window
+        is_hole = self._cursor >= self._data_until and self._window > self._request_bytes
+        length_max = self._window if is_hole else self._depth.request_bytes
         length_max = min(length_max, self.pace.claim_bytes_max or length_max)
         length_max = max(granularity, length_max)
         claim = self.tracker.claim(self._cursor, length_max) if self._cursor else None
@@ -196,23 +198,22 @@ class Copier:
             self._cursor = self._data_until = 0
             if self.pace.may_begin_round():
                 claim = self.tracker.claim(0, length_max)
-            # Counting the bits of 16 TiB takes 13 ms, with the GIL held.
-            if claim is not None and self._crowd.guests_need_room:
-                dirty_bytes = claim.length + self.tracker.dirty.dirty_bytes
-                self._depth.begin_round(dirty_bytes, is_kept_in_sync=self.pace.lag_s > 0)
+            if claim is not None:
+                self._depth.begin_round(is_kept_in_sync=self.pace.lag_s > 0)
         if claim is not None:
             self._cursor = claim.end
         return claim
 
     def _begin(self, claim: Claim) -> None:
         length = min(claim.length, self._request_bytes)
-        buffer = self._buffers.pop() if self._buffers else PageBuffer(length)
+        buffer = self._take_buffer(length)
         # With a speed limit few claims begin before they are accounted for, small as they are.
         weight = self._request_bytes if self.pace.speed_bytes_per_s else length
         copy = _Copy(claim, buffer, weight, position=claim.offset)
         self._crowd.count += not self._copies
         self._copies.add(copy)
         self._in_flight_bytes += weight
+        self._depth.round_bytes += claim.length
         if claim.end <= self._data_until:
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
             self.pace.account(claim.length)
@@ -224,6 +225,16 @@ class Copier:
             self._have_extents(copy, extents or [Extent(claim.length, zero=False, hole=False)])
 
         self.source.start_extents(claim.offset, claim.length, then)
+
+    def _take_buffer(self, length: int) -> PageBuffer:
+        """One that was used before, if it can be: fresh memory is dear, and so is giving it back,
+        for guests' threads too. Those that are too small for what is copied now go."""
+        while self._buffers:
+            buffer = self._buffers.pop()
+            self._resting_bytes -= len(buffer.view)
+            if len(buffer.view) >= length:
+                return buffer
+        return PageBuffer(length)
 
     def _have_extents(self, copy: _Copy, extents: list[Extent]) -> None:
         """Keep of the claim what is of one kind: a run of zero granules, or a piece of data."""
@@ -300,8 +311,7 @@ class Copier:
 
         def then(is_zero: bool, error: BaseException | None) -> None:
             self.answers += 1
-            if not is_zero:
-                self._depth.answered(self._clock() - start_s)
+            self._depth.answered(self._clock() - start_s, is_zero=is_zero)
             copy.error = copy.error or error
             copy.pending -= 1
             if not copy.pending:
@@ -320,10 +330,9 @@ class Copier:
         self._copies.discard(copy)
         self._in_flight_bytes -= copy.weight
         self._crowd.count -= not self._copies
-        is_whole = len(copy.buffer.view) == self._request_bytes  # fit for any claim
-        in_use_bytes = self._in_flight_bytes + len(self._buffers) * self._request_bytes
-        if is_whole and self._depth.has_room(in_use_bytes):
+        if self._depth.has_room(self._in_flight_bytes + self._resting_bytes):
             self._buffers.append(copy.buffer)
+            self._resting_bytes += len(copy.buffer.view)
         if copy.error is not None:
             self.observer.copy_failed(copy.operation, copy.error)
         if not self._is_pumping:

@@ -11,6 +11,11 @@ QUICK_BYTES = 4 << 20
 cache on their way to a local server, 16 do not, and copies take a tenth longer; with four mirrors
 of 4 MiB each, half as long again."""
 
+PROBES = 16
+PROBE_BYTES = 64 << 10
+"""So many requests are small, or fewer, until one is answered quickly: the answer tells how far the
+target is then, not how much it takes a second, nor what fresh memory costs."""
+
 QUICK_WRITE_S = 0.002
 """A target that has answered within this is quick: 4 MiB each 2 ms are more than such a link
 carries. Times the number of mirrors that copy just then, since they wait for each other. To a
@@ -27,17 +32,21 @@ YIELDING_BYTES_PER_S = 1e9
 """What is in flight then carries so much, if the target answers as quickly as it did once: one
 large request to a local target, one or two small ones, more over a network."""
 
+YIELDING_REQUEST_BYTES = 512 << 10
+"""Of such requests: the kernel copies each in one go, for which a guest's request waits. Smaller
+ones gain nothing for guests, and the copy is slower; with 1 MiB both are slower, one at a time."""
+
 CONVERGING = 0.6
-"""A round that begins with more than this part of what the last one began with does not yield: with
-a guest that writes faster than that, no round would be the last."""
+"""After a round of more than this part of what the one before had, the next does not yield: with a
+guest that writes faster than that, no round would be the last."""
 
 BACKLOG_BYTES = 64 << 20
 """The same for a mirror that is only kept in sync, four rounds a second."""
 
 LOOK_S = 0.1
-WORKING = range(10, 1000)
-"""So many requests within LOOK_S are of guests at work. Fewer are a journal's write now and then;
-more are of guests that keep a processor busy by themselves."""
+WORKING_PER_S = range(100, 10_000)
+"""So many requests a second are of guests at work. Fewer are a journal's write now and then; more
+are of guests that keep a processor busy by themselves."""
 
 
 class Crowd:
@@ -58,7 +67,7 @@ class Crowd:
         self._clock = clock
         self._new_requests = new_requests
         self._processors = processors or len(os.sched_getaffinity(0))
-        self._next_look_s = 0.0
+        self._looked_s = clock()
         self._guests_work = False
 
     @property
@@ -67,9 +76,10 @@ class Crowd:
         if self._processors > COPYING_PROCESSORS:
             return False
         now_s = self._clock()
-        if now_s >= self._next_look_s:
-            self._next_look_s = now_s + LOOK_S
-            self._guests_work = self._new_requests() in WORKING
+        passed_s = now_s - self._looked_s
+        if passed_s >= LOOK_S:
+            self._looked_s = now_s
+            self._guests_work = int(self._new_requests() / passed_s) in WORKING_PER_S
         return self._guests_work
 
 
@@ -84,31 +94,56 @@ class Depth:
         self._request_bytes = request_bytes
         self._crowd = crowd
         self._quickest_s = math.inf
-        self._grown = 0
+        self._answers = 0
+        self._writes = 0
         self._may_yield = True
-        self._round_bytes = math.inf
+        self.round_bytes = 0
+        """Claimed in this round over the disk."""
+        self._before_bytes = math.inf
 
-    def begin_round(self, dirty_bytes: int, *, is_kept_in_sync: bool) -> None:
-        """A round over the disk while guests need room; `is_kept_in_sync`: it was in sync before,
-        and need not be so as soon as may be."""
+    def begin_round(self, *, is_kept_in_sync: bool) -> None:
+        """`is_kept_in_sync`: the mirror was in sync before, and need not be so as soon as may be.
+
+        What rounds have copied tells what guests write; counting the dirty bits of 16 TiB would
+        take 13 ms, with the GIL held."""
         if is_kept_in_sync:
-            self._may_yield = dirty_bytes <= BACKLOG_BYTES
-            self._round_bytes = math.inf
+            self._may_yield = self.round_bytes <= BACKLOG_BYTES
+            self._before_bytes = math.inf
         else:
-            self._may_yield = dirty_bytes <= self._round_bytes * CONVERGING
-            self._round_bytes = dirty_bytes
+            self._may_yield = self.round_bytes <= self._before_bytes * CONVERGING
+            self._before_bytes = self.round_bytes or math.inf
+        self.round_bytes = 0
+
+    @property
+    def request_bytes(self) -> int:
+        """Of the next request at most."""
+        if not self._is_quick and self._answers < PROBES:
+            return min(self._request_bytes, PROBE_BYTES)
+        if self._yields:
+            return min(self._request_bytes, YIELDING_REQUEST_BYTES)
+        return self._request_bytes
 
     def has_room(self, in_flight_bytes: int) -> bool:
         """For a claim more."""
-        if self._quickest_s >= QUICK_WRITE_S:
-            return in_flight_bytes < self._request_bytes * (1 + self._grown)
+        if not self._is_quick:
+            return in_flight_bytes < self.request_bytes * (1 + GROWTH * self._writes)
         mirrors = max(1, self._crowd.count)
         room = max(1, QUICK_BYTES // mirrors // self._request_bytes) * self._request_bytes
-        if self._may_yield and self._crowd.guests_need_room:
+        if self._yields:
             room = min(room, int(self._quickest_s * YIELDING_BYTES_PER_S) // mirrors)
         return in_flight_bytes < max(1, room)
 
-    def answered(self, took_s: float) -> None:
-        """A write of data was answered. (Zeroing takes its time, and needs no buffers.)"""
+    @property
+    def _yields(self) -> bool:
+        return self._is_quick and self._may_yield and self._crowd.guests_need_room
+
+    @property
+    def _is_quick(self) -> bool:
+        return self._quickest_s < QUICK_WRITE_S
+
+    def answered(self, took_s: float, *, is_zero: bool = False) -> None:
+        """A write was answered, or a write of zeroes: this may take its time at a target that is
+        near, so it never means that more should be in flight."""
         self._quickest_s = min(self._quickest_s, took_s / max(1, self._crowd.count))
-        self._grown += GROWTH
+        self._answers += 1
+        self._writes += not is_zero

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import random
 import threading
 from collections.abc import Callable
 
@@ -287,6 +288,70 @@ class PickyInner(Inner):
     def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
         self._check_memory(buf)
         super().pwrite(buf, offset, fua)
+
+
+def test_parts_are_whole_units_in_aligned_memory_or_nothing() -> None:
+    inner = Inner(2 * BOUNCE_BYTES + UNIT)
+    tail = MemoryDevice(inner.size)
+    tail.data, tail.allocated = inner.data, inner.allocated
+    inner.data[:] = random.Random(1).randbytes(inner.size)
+    taken: list[Buffer] = []
+
+    def read_part(bufs: tuple[memoryview], offset: int) -> int:
+        taken.append(bufs[0])
+        inner.pread(bufs[0], offset)
+        return len(bufs[0])
+
+    def write_part(buf: Buffer, offset: int) -> int:
+        taken.append(buf)
+        inner.pwrite(buf, offset)
+        return len(buf)
+
+    inner.read_part, inner.write_part = read_part, write_part
+    device = AlignedDevice(inner, bounce=True, tail=tail)
+    for offset, length, is_taken in [
+        (0, UNIT, True),
+        (UNIT, BOUNCE_BYTES, True),
+        (UNIT, BOUNCE_BYTES + UNIT, False),
+        (1, UNIT, False),
+        (0, UNIT - 1, False),
+        (2 * BOUNCE_BYTES - UNIT, UNIT, True),
+        (2 * BOUNCE_BYTES, UNIT, False),  # the tail's: one page of the page cache, one way
+        (2 * BOUNCE_BYTES - UNIT, 2 * UNIT, False),
+    ]:
+        buf, before = bytearray(length), len(taken)
+        assert device.read_part((memoryview(buf),), offset) == (length if is_taken else 0)
+        assert bytes(buf) == (inner.data[offset : offset + length] if is_taken else bytes(length))
+        data = random.Random(offset + length).randbytes(length)
+        expected = bytearray(inner.data)
+        if is_taken:
+            expected[offset : offset + length] = data
+        assert device.write_part(data, offset) == (length if is_taken else 0)
+        assert inner.data == expected
+        assert len(taken) == before + 2 * is_taken
+        assert not device._ranges._together, "nobody waits for it"
+    for part in taken:
+        assert ctypes.addressof(ctypes.c_char.from_buffer(part)) % mmap.PAGESIZE == 0
+
+
+def test_a_part_waits_for_the_odd_write_on_its_unit() -> None:
+    inner = Inner(4 * UNIT)
+    inner.write_part = lambda buf, offset: (inner.pwrite(buf, offset), len(buf))[1]
+    device = AlignedDevice(inner, bounce=True)
+    second_came = threading.Event()
+    device._ranges._changed = WatchedCondition(second_came.set)
+    second = threading.Thread(target=device.write_part, args=(b"B" * UNIT, 0), daemon=True)
+
+    def hold() -> None:
+        inner.after_pread = lambda: None
+        second.start()
+        assert second_came.wait(WAIT_S)
+        assert len(inner.calls) == 1, "it waits"
+
+    inner.after_pread = hold
+    device.pwrite(b"A" * 100, 0)
+    second.join(WAIT_S)
+    assert inner.data[:UNIT] == b"B" * UNIT
 
 
 def test_with_bounce_all_memory_is_aligned_and_bounded() -> None:

@@ -7,8 +7,10 @@ import errno
 import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data, frames
 
+from nbdmirror import copier as copier_module
+from nbdmirror.buffer import PageBuffer
 from nbdmirror.copier import REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
-from nbdmirror.depth import GROWTH, LOOK_S, QUICK_BYTES, QUICK_WRITE_S, Crowd, Depth
+from nbdmirror.depth import PROBE_BYTES, QUICK_BYTES
 from nbdmirror.device import Extent, MemoryDevice
 
 QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
@@ -152,138 +154,32 @@ def test_a_failed_copy_is_dirty_again_and_told(kind: str, operation: str, is_dat
     assert tracker.in_sync
 
 
-@pytest.mark.parametrize(
-    ("took_s", "slots"),
-    [(QUICK_WRITE_S / 2, QUICK_MAX), (QUICK_WRITE_S, 16)],
-)
-def test_a_slow_target_gets_all_that_buf_size_allows(took_s: float, slots: int) -> None:
-    clock = Clock()
+def test_small_claims_take_no_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def make(length: int) -> PageBuffer:
+        made.append(length)
+        return PageBuffer(length)
+
+    monkeypatch.setattr(copier_module, "PageBuffer", make)
     devices = Devices(data(48 * MIB), keeps=("write",))
-    copier, tracker, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
-    copier.start()
-    assert copier.in_flight == 1, "the first answer tells"
-    deepest = 0
-    while devices.kept:
-        clock.advance(took_s)
-        devices.kept.pop(0)()
-        deepest = max(deepest, copier.in_flight)
-    assert deepest == slots
-    assert tracker.in_sync
-
-
-def test_zeroing_that_takes_long_tells_nothing_of_the_link() -> None:
-    clock = Clock()
-    device = data(48 * MIB)
-    device.pwrite(bytes(16 * MIB), 0)
-    devices = Devices(device, keeps=("zero", "write"))
-    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier, tracker, _ = a_copier(devices)
+    tracker.dirty.clear(0, 48 * MIB)
+    for offset in range(0, 48 * MIB, 2 * ZERO_UNIT_BYTES):
+        tracker.dirty.mark(offset, 1)
     copier.start()
     while devices.kept:
-        assert copier.in_flight <= QUICK_MAX
-        if devices.started[-1][0] == "zero":
-            clock.advance(0.02)
         devices.kept.pop(0)()
-    assert tracker.in_sync
-    assert devices.of("zero") and devices.target == device.data
-
-
-def test_what_is_in_flight_grows_with_each_round_trip() -> None:
-    """Until one answer was quick: the target is near, and was busy."""
-    clock = Clock()
-    devices = Devices(data(48 * MIB), keeps=("write",))
-    copier, _, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
+    assert len(devices.of("write")) == 384
+    assert len(made) == QUICK_BYTES // ZERO_UNIT_BYTES
+    assert set(made) == {ZERO_UNIT_BYTES}
+    tracker.dirty.mark(0, 48 * MIB)
     copier.start()
-    for expected in (1, 1 + GROWTH, (1 + GROWTH) ** 2):
-        assert copier.in_flight == expected
-        clock.advance(0.02)
-        for _ in range(expected):
-            devices.kept.pop(0)()
-    clock.advance(QUICK_WRITE_S / 2)
-    devices.kept.pop()()  # one that was sent last
-    while copier.in_flight > QUICK_MAX:
-        before = copier.in_flight
-        devices.kept.pop(0)()
-        assert copier.in_flight == before - 1
-    devices.kept.pop(0)()
-    assert copier.in_flight == QUICK_MAX
-
-
-@pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 1), (9, 1)])
-def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int) -> None:
-    crowd = Crowd(Clock(), lambda: 0)
-    all_devices = [Devices(data(8 * MIB), keeps=("write",)) for _ in range(count)]
-    copiers = [a_copier(devices, crowd=crowd)[0] for devices in all_devices]
-    for copier in copiers:
-        copier.start()
-    assert crowd.count == count
-    for _ in range(QUICK_MAX):  # those that came first had the processor's cache for themselves
-        for devices in all_devices:
-            devices.kept.pop(0)()
-    assert [copier.in_flight for copier in copiers] == [each] * count
-    while any(devices.kept for devices in all_devices):
-        for devices in all_devices:
-            if devices.kept:
-                devices.kept.pop(0)()
-    assert crowd.count == 0
-
-
-@pytest.mark.parametrize(
-    ("processors", "requests", "each"),
-    [(2, 10, 1), (2, 999, 1), (2, 9, 4), (2, 1000, 4), (3, 200, 4), (1, 200, 1)],
-)
-def test_guests_at_work_get_a_processor(processors: int, requests: int, each: int) -> None:
-    clock = Clock()
-    crowd = Crowd(clock, lambda: requests, processors)
-    devices = Devices(data(8 * MIB), keeps=("write",))
-    copier, tracker, _ = a_copier(devices, clock=clock, crowd=crowd)
-    copier.start()
-    devices.kept.pop(0)()
-    assert copier.in_flight == each
     while devices.kept:
-        clock.advance(QUICK_WRITE_S / 2)
         devices.kept.pop(0)()
-        assert copier.in_flight <= each
-    assert tracker.in_sync
-
-
-def test_a_copy_that_does_not_converge_yields_to_nobody() -> None:
-    """Nor does one that is far behind. What it may have in flight is told in bytes."""
-    depth = Depth(MIB, Crowd(Clock(), lambda: 200, 2))
-    depth.answered(0.0001)
-
-    def yields(dirty_bytes: int, *, is_kept_in_sync: bool = False) -> bool:
-        depth.begin_round(dirty_bytes, is_kept_in_sync=is_kept_in_sync)
-        assert depth.has_room(99_999)
-        return not depth.has_room(100_000)
-
-    assert yields(1000 * MIB), "the first round"
-    assert not yields(601 * MIB)
-    assert yields(360 * MIB)
-    assert not yields(360 * MIB)
-    assert yields(64 * MIB, is_kept_in_sync=True)
-    assert yields(64 * MIB, is_kept_in_sync=True)
-    assert not yields(65 * MIB, is_kept_in_sync=True)
-    assert yields(64 * MIB), "to be completed"
-    assert not yields(64 * MIB)
-
-
-def test_over_a_network_a_copy_that_yields_has_more_in_flight() -> None:
-    depth = Depth(MIB, Crowd(Clock(), lambda: 200, 2))
-    depth.answered(QUICK_WRITE_S * 0.9)
-    depth.begin_round(100 * MIB, is_kept_in_sync=False)
-    assert depth.has_room(1_799_999)
-    assert not depth.has_room(1_800_000)
-
-
-def test_when_guests_rest_the_copy_takes_what_there_is() -> None:
-    clock = Clock()
-    asked = iter([200, 0, 200])
-    crowd = Crowd(clock, lambda: next(asked), 2)
-    found = []
-    for _ in range(6):
-        found.append(crowd.guests_need_room)
-        clock.advance(LOOK_S * 0.6)
-    assert found == [True, True, False, False, True, True]
+    assert made[-QUICK_MAX:] == [REQUEST_BYTES_MAX] * QUICK_MAX
+    assert len(made) == QUICK_BYTES // ZERO_UNIT_BYTES + QUICK_MAX
+    assert devices.target == devices.device.data
 
 
 def test_what_is_written_again_and_again_is_copied_once_a_round() -> None:
@@ -334,7 +230,7 @@ def test_after_stop_what_is_in_flight_ends_and_nothing_begins() -> None:
     assert len(devices.kept) == QUICK_MAX
     assert watcher.settled == 1
     assert copier.in_flight == 0
-    assert tracker.dirty.dirty_bytes == 24 * MIB - (1 + QUICK_MAX) * REQUEST_BYTES_MAX
+    assert tracker.dirty.dirty_bytes == 24 * MIB - PROBE_BYTES - QUICK_MAX * REQUEST_BYTES_MAX
 
 
 def test_new_writes_do_not_send_the_copier_back() -> None:
@@ -347,7 +243,7 @@ def test_new_writes_do_not_send_the_copier_back() -> None:
             tracker.dirty.mark(0, 1)
         devices.kept.pop(0)()
     offsets = [offset for offset, _ in devices.of("write")]
-    assert offsets == [*range(0, 8 * MIB, REQUEST_BYTES_MAX), 0]
+    assert offsets == [0, *range(PROBE_BYTES, 8 * MIB, REQUEST_BYTES_MAX), 0]
 
 
 def test_an_untouched_target_is_flushed() -> None:

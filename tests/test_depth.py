@@ -1,0 +1,262 @@
+"""Depth: how many requests are in flight, how large, beside guests and to targets near and far."""
+
+from __future__ import annotations
+
+import pytest
+from copierparts import MIB, Clock, Devices, a_copier, data
+
+from nbdmirror.copier import REQUEST_BYTES_MAX
+from nbdmirror.depth import (
+    GROWTH,
+    LOOK_S,
+    PROBE_BYTES,
+    PROBES,
+    QUICK_BYTES,
+    QUICK_WRITE_S,
+    YIELDING_REQUEST_BYTES,
+    Crowd,
+    Depth,
+)
+from nbdmirror.device import MemoryDevice
+
+QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
+
+
+@pytest.mark.parametrize(
+    ("took_s", "slots"),
+    [(QUICK_WRITE_S / 2, QUICK_MAX), (QUICK_WRITE_S, 16)],
+)
+def test_a_slow_target_gets_all_that_buf_size_allows(took_s: float, slots: int) -> None:
+    clock = Clock()
+    devices = Devices(data(48 * MIB), keeps=("write",))
+    copier, tracker, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
+    copier.start()
+    assert copier.in_flight == 1, "the first answer tells"
+    deepest = 0
+    while devices.kept:
+        clock.advance(took_s)
+        devices.kept.pop(0)()
+        deepest = max(deepest, copier.in_flight)
+    assert deepest == slots
+    assert tracker.in_sync
+
+
+def test_zeroing_that_takes_long_tells_nothing_of_the_link() -> None:
+    clock = Clock()
+    device = data(48 * MIB)
+    device.pwrite(bytes(16 * MIB), 0)
+    devices = Devices(device, keeps=("zero", "write"))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier.start()
+    while devices.kept:
+        assert copier.in_flight <= QUICK_MAX
+        if devices.started[-1][0] == "zero":
+            clock.advance(0.02)
+        devices.kept.pop(0)()
+    assert tracker.in_sync
+    assert devices.of("zero") and devices.target == device.data
+
+
+def test_zeroing_that_takes_long_is_not_done_in_small_pieces() -> None:
+    clock = Clock()
+    device = MemoryDevice(48 * MIB)
+    device.pwrite(bytes(48 * MIB), 0)
+    devices = Devices(device, keeps=("zero",))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    copier.start()
+    while devices.kept:
+        clock.advance(0.02)
+        devices.kept.pop(0)()
+    assert tracker.in_sync
+    assert len(devices.of("zero")) == PROBES + 47
+
+
+def test_zeroing_that_is_quick_tells_that_the_target_is_near() -> None:
+    device = MemoryDevice(48 * MIB)
+    device.pwrite(bytes(48 * MIB), 0)
+    devices = Devices(device, keeps=("zero",))
+    copier, _, _ = a_copier(devices)
+    copier.start()
+    devices.kept.pop(0)()
+    assert copier.in_flight == QUICK_MAX
+
+
+def test_what_is_in_flight_grows_with_each_round_trip() -> None:
+    """Until one answer was quick: the target is near, and was busy."""
+    clock = Clock()
+    devices = Devices(data(48 * MIB), keeps=("write",))
+    copier, _, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
+    copier.start()
+    for expected in (1, 1 + GROWTH, (1 + GROWTH) ** 2):
+        assert copier.in_flight == expected
+        clock.advance(0.02)
+        for _ in range(expected):
+            devices.kept.pop(0)()
+    clock.advance(QUICK_WRITE_S / 2)
+    devices.kept.pop()()  # one that was sent last
+    while copier.in_flight > QUICK_MAX:
+        before = copier.in_flight
+        devices.kept.pop(0)()
+        assert copier.in_flight == before - 1
+    devices.kept.pop(0)()
+    assert copier.in_flight == QUICK_MAX
+
+
+@pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 1), (9, 1)])
+def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int) -> None:
+    crowd = Crowd(Clock(), lambda: 0)
+    all_devices = [Devices(data(8 * MIB), keeps=("write",)) for _ in range(count)]
+    copiers = [a_copier(devices, crowd=crowd)[0] for devices in all_devices]
+    for copier in copiers:
+        copier.start()
+    assert crowd.count == count
+    for _ in range(QUICK_MAX):  # those that came first had the processor's cache for themselves
+        for devices in all_devices:
+            devices.kept.pop(0)()
+    assert [copier.in_flight for copier in copiers] == [each] * count
+    while any(devices.kept for devices in all_devices):
+        for devices in all_devices:
+            if devices.kept:
+                devices.kept.pop(0)()
+    assert crowd.count == 0
+
+
+@pytest.mark.parametrize(
+    ("processors", "requests", "each"),
+    [(2, 11, 1), (2, 999, 1), (2, 9, 4), (2, 1010, 4), (3, 200, 4), (1, 200, 1)],
+)
+def test_guests_at_work_get_a_processor(processors: int, requests: int, each: int) -> None:
+    clock = Clock()
+    crowd = Crowd(clock, lambda: requests, processors)
+    clock.advance(LOOK_S)
+    devices = Devices(data(8 * MIB), keeps=("write",))
+    copier, tracker, _ = a_copier(devices, clock=clock, crowd=crowd)
+    copier.start()
+    clock.advance(YIELDING_REQUEST_BYTES / 2e9)
+    devices.kept.pop(0)()
+    assert copier.in_flight == each
+    while devices.kept:
+        clock.advance(QUICK_WRITE_S / 2)
+        devices.kept.pop(0)()
+        assert copier.in_flight <= each
+    assert tracker.in_sync
+    largest = max(length for _, length in devices.of("write"))
+    assert largest == (YIELDING_REQUEST_BYTES if each == 1 else REQUEST_BYTES_MAX)
+
+
+def test_guests_at_work_do_not_make_holes_many_requests() -> None:
+    clock = Clock()
+    crowd = Crowd(clock, lambda: 200, 2)
+    clock.advance(LOOK_S)
+    device = MemoryDevice(64 * MIB)
+    device.pwrite(b"x" * MIB, 0)
+    devices = Devices(device)
+    copier, _, _ = a_copier(devices, clock=clock, crowd=crowd)
+    copier.start()
+    assert devices.target == device.data
+    assert len(devices.of("write")) == 1 + 2
+    assert len(devices.of("zero")) < 6
+
+
+def test_a_guest_that_was_at_work_all_along_is_seen() -> None:
+    """However long ago somebody looked."""
+    clock = Clock()
+    crowd = Crowd(clock, lambda: 20_000, 2)
+    clock.advance(10)
+    assert crowd.guests_need_room
+    clock.advance(1)
+    assert not crowd.guests_need_room, "it has become one that keeps a processor busy"
+
+
+def test_the_first_requests_are_small() -> None:
+    """Until one is answered quickly; a target that has not done it by then is far away."""
+    clock = Clock()
+    devices = Devices(data(48 * MIB), keeps=("write",))
+    copier, _, _ = a_copier(devices, clock=clock)
+    copier.start()
+    while copier.answers < PROBES:
+        clock.advance(QUICK_WRITE_S)
+        devices.kept.pop(0)()
+    lengths = [length for _, length in devices.of("write")]
+    assert set(lengths[: PROBES + GROWTH]) == {PROBE_BYTES}
+    assert lengths[-1] == REQUEST_BYTES_MAX
+
+    near = Devices(data(8 * MIB))
+    a_copier(near, clock=clock)[0].start()
+    first, *rest = [length for _, length in near.of("write")]
+    assert first == PROBE_BYTES
+    assert set(rest[:-1]) == {REQUEST_BYTES_MAX}
+
+
+def a_depth_beside_guests() -> Depth:
+    clock = Clock()
+    depth = Depth(MIB, Crowd(clock, lambda: 200, 2))
+    clock.advance(LOOK_S)
+    return depth
+
+
+def test_a_copy_that_does_not_converge_yields_to_nobody() -> None:
+    """Nor does one that is far behind. What it may have in flight is told in bytes."""
+    depth = a_depth_beside_guests()
+    depth.answered(0.0001)
+
+    def yields_after(round_bytes: int, *, is_kept_in_sync: bool = False) -> bool:
+        depth.round_bytes = round_bytes
+        depth.begin_round(is_kept_in_sync=is_kept_in_sync)
+        assert depth.has_room(99_999)
+        return not depth.has_room(100_000)
+
+    assert yields_after(0), "the first round"
+    assert yields_after(1000 * MIB)
+    assert not yields_after(601 * MIB)
+    assert yields_after(360 * MIB)
+    assert not yields_after(360 * MIB)
+    assert yields_after(64 * MIB, is_kept_in_sync=True)
+    assert yields_after(64 * MIB, is_kept_in_sync=True)
+    assert not yields_after(65 * MIB, is_kept_in_sync=True)
+    assert yields_after(64 * MIB), "to be completed"
+    assert not yields_after(64 * MIB)
+
+
+def test_rounds_are_told_by_what_they_claimed() -> None:
+    """A guest that dirties as much in each round as was copied in it."""
+    clock = Clock()
+    crowd = Crowd(clock, lambda: 200, 2)
+    clock.advance(LOOK_S)
+    devices = Devices(data(8 * MIB), keeps=("write",))
+    copier, tracker, _ = a_copier(devices, clock=clock, crowd=crowd)
+    copier.start()
+    depths, done = [], 0
+    for _ in range(5):
+        deepest, is_last = 0, False
+        while not is_last:
+            deepest = max(deepest, copier.in_flight)
+            offset, length = devices.of("write")[done]
+            is_last = offset + length == 8 * MIB
+            if is_last:
+                tracker.dirty.mark(0, 8 * MIB)
+            clock.advance(YIELDING_REQUEST_BYTES / 2e9)
+            devices.kept.pop(0)()
+            done += 1
+        depths.append(deepest)
+    assert depths[:2] == [1, 1]
+    assert min(depths[2:]) == QUICK_MAX
+
+
+def test_over_a_network_a_copy_that_yields_has_more_in_flight() -> None:
+    depth = a_depth_beside_guests()
+    depth.answered(QUICK_WRITE_S * 0.9)
+    depth.begin_round(is_kept_in_sync=False)
+    assert depth.has_room(1_799_999)
+    assert not depth.has_room(1_800_000)
+
+
+def test_when_guests_rest_the_copy_takes_what_there_is() -> None:
+    clock = Clock()
+    asked = iter([200, 0, 200])
+    crowd = Crowd(clock, lambda: next(asked), 2)
+    found = []
+    for _ in range(7):
+        found.append(crowd.guests_need_room)
+        clock.advance(LOOK_S * 0.6)
+    assert found == [False, False, True, True, False, False, True]
