@@ -205,7 +205,7 @@ def test_verbs_while_the_end_is_worked_off(folder: Path, verbs: list[str]) -> No
 
 @pytest.mark.parametrize("phase", ["first copy", "ready"])
 def test_pause_while_a_copy_hangs(folder: Path, phase: str) -> None:
-    """Told at once, true later."""
+    """Told at once, true later. The first copy is one request to both."""
     hold = fault("target", "write", "hold")
     is_first = phase == "first copy"
     script: list[Script] = [
@@ -215,7 +215,8 @@ def test_pause_while_a_copy_hangs(folder: Path, phase: str) -> None:
         [RESUME, [ready()] if is_first else [IN_SYNC], query()],
         [COMPLETE, status("concluded"), images()],
     ]
-    assert_alike(folder, Setting(target="faulty"), script)
+    size = 64 * KiB if is_first else MiB
+    assert_alike(folder, Setting(target="faulty", size=size), script)
 
 
 HUNG = Difference(
