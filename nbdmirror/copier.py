@@ -259,6 +259,7 @@ class Copier:
         self._next_piece(copy)
 
     def _give_back(self, copy: _Copy, length: int) -> None:
+        self._depth.round_bytes -= copy.claim.length - length
         self.tracker.shrink(copy.claim, length)
         self._cursor = min(self._cursor, copy.claim.end)
 

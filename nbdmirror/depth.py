@@ -84,9 +84,10 @@ class Crowd:
 
 
 class Depth:
-    """Begins with one request, whose answer tells how far the target is: several would wait for
-    each other, and a local target would be taken for a distant one, with fresh memory for each. To
-    one that was never quick, GROWTH more with each answer, so four times as many each round trip.
+    """Begins with one small request, whose answer tells how far the target is: several would wait
+    for each other, and a local target would be taken for a distant one, with fresh memory for each.
+    To one that was never quick, GROWTH more with each answer, so four times as many each round
+    trip.
     """
 
     def __init__(self, request_bytes: int, crowd: Crowd) -> None:
@@ -98,7 +99,7 @@ class Depth:
         self._writes = 0
         self._may_yield = True
         self.round_bytes = 0
-        """Claimed in this round over the disk."""
+        """Claimed, and not given back, in this round over the disk."""
         self._before_bytes = math.inf
 
     def begin_round(self, *, is_kept_in_sync: bool) -> None:

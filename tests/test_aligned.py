@@ -93,17 +93,19 @@ def with_tail(size: int, unit: int = UNIT) -> tuple[Inner, AlignedDevice]:
 # The guard of read, change, write.
 
 
-@pytest.mark.parametrize("change", ["write", "odd write", "zero", "trim"])
+@pytest.mark.parametrize("change", ["write", "part", "odd write", "zero", "trim"])
 def test_a_change_waits_for_the_odd_write_on_its_unit(change: str) -> None:
     """The odd write has read its unit and is held there; another change of that unit comes. If it
     went through now, the odd write would put the old bytes back over it."""
     inner = Inner(4 * UNIT)
-    device = AlignedDevice(inner)
+    inner.write_part = lambda buf, offset: (inner.pwrite(buf, offset), len(buf))[1]
+    device = AlignedDevice(inner, bounce=change == "part")
     inner.data[:] = b"o" * inner.size
     second_came = threading.Event()
     device._ranges._changed = WatchedCondition(second_came.set)
     seconds = {
         "write": lambda: device.pwrite(b"B" * UNIT, 0),
+        "part": lambda: device.write_part(b"B" * UNIT, 0),
         "odd write": lambda: device.pwrite(b"B" * 400, 100),
         "zero": lambda: device.zero(0, UNIT),
         "trim": lambda: device.trim(0, UNIT),
@@ -121,7 +123,8 @@ def test_a_change_waits_for_the_odd_write_on_its_unit(change: str) -> None:
     device.pwrite(b"A" * 100, 0)
     second.join(WAIT_S)
     assert not second.is_alive()
-    expected = {"write": b"B" * UNIT, "odd write": b"A" * 100 + b"B" * 400 + b"o" * 12}
+    whole = b"B" * UNIT
+    expected = {"write": whole, "part": whole, "odd write": b"A" * 100 + b"B" * 400 + b"o" * 12}
     assert inner.data[:UNIT] == expected.get(change, bytes(UNIT))
 
 
@@ -332,26 +335,6 @@ def test_parts_are_whole_units_in_aligned_memory_or_nothing() -> None:
         assert not device._ranges._together, "nobody waits for it"
     for part in taken:
         assert ctypes.addressof(ctypes.c_char.from_buffer(part)) % mmap.PAGESIZE == 0
-
-
-def test_a_part_waits_for_the_odd_write_on_its_unit() -> None:
-    inner = Inner(4 * UNIT)
-    inner.write_part = lambda buf, offset: (inner.pwrite(buf, offset), len(buf))[1]
-    device = AlignedDevice(inner, bounce=True)
-    second_came = threading.Event()
-    device._ranges._changed = WatchedCondition(second_came.set)
-    second = threading.Thread(target=device.write_part, args=(b"B" * UNIT, 0), daemon=True)
-
-    def hold() -> None:
-        inner.after_pread = lambda: None
-        second.start()
-        assert second_came.wait(WAIT_S)
-        assert len(inner.calls) == 1, "it waits"
-
-    inner.after_pread = hold
-    device.pwrite(b"A" * 100, 0)
-    second.join(WAIT_S)
-    assert inner.data[:UNIT] == b"B" * UNIT
 
 
 def test_with_bounce_all_memory_is_aligned_and_bounded() -> None:

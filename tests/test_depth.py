@@ -243,6 +243,18 @@ def test_rounds_are_told_by_what_they_claimed() -> None:
     assert min(depths[2:]) == QUICK_MAX
 
 
+def test_what_was_given_back_does_not_count_twice() -> None:
+    """Where a hole ends within a claim, the rest is claimed again."""
+    device = MemoryDevice(256 * MIB)
+    for offset in range(20 * MIB, 256 * MIB, 60 * MIB):
+        device.pwrite(b"x" * MIB, offset)
+    devices = Devices(device)
+    copier, tracker, _ = a_copier(devices)
+    copier.start()
+    assert tracker.in_sync
+    assert copier._depth.round_bytes == 256 * MIB
+
+
 def test_over_a_network_a_copy_that_yields_has_more_in_flight() -> None:
     depth = a_depth_beside_guests()
     depth.answered(QUICK_WRITE_S * 0.9)
