@@ -89,6 +89,7 @@ class Faulty(Server):
     """nbdkit with the plugin above. Faults outlive the server: they are files."""
 
     name = "faulty"
+    may_abort = True
 
     def __init__(self, folder: Path, image: Path) -> None:
         super().__init__(folder)

@@ -131,6 +131,7 @@ class NbdkitTarget(Server):
     filters=("delay",))."""
 
     name = "nbdkit"
+    may_abort = True
 
     def __init__(
         self,
