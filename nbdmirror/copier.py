@@ -23,13 +23,14 @@ from functools import partial
 from typing import Protocol
 
 from nbdmirror.buffer import PageBuffer
-from nbdmirror.depth import Crowd, Depth
+from nbdmirror.depth import OPENING_BYTES, Crowd, Depth
 from nbdmirror.device import AsyncSource, AsyncTarget, Done, Extent, round_out
 from nbdmirror.ledger import Claim, Tracker
 from nbdmirror.pace import Pace
 
 REQUEST_BYTES_MAX = 1 << 20
-"""Largest read and write, QEMU's MAX_IO_BYTES: larger ones gain nothing on a local socket."""
+"""Largest read and write but one (depth.OPENING_BYTES), QEMU's MAX_IO_BYTES: larger ones gain
+nothing on a local socket."""
 
 BUFFER_BYTES_DEFAULT = 64 << 20
 """Of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A target that is near gets
@@ -90,11 +91,12 @@ class Copier:
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], object],
         buffer_bytes: int = BUFFER_BYTES_DEFAULT,
-        request_bytes_max: int = REQUEST_BYTES_MAX,  # a power of two
+        request_bytes_max: int = OPENING_BYTES,  # a power of two
         unmap: bool = True,
         crowd: Crowd | None = None,
     ) -> None:
-        """`crowd`: of all copiers of this loop."""
+        """`crowd`: of all copiers of this loop. `request_bytes_max`: that source and target
+        take."""
         self.source = source
         self.target = target
         self.tracker = tracker
@@ -112,10 +114,11 @@ class Copier:
         # At least one granule, as in QEMU; one that is larger than a request goes in several
         # pieces.
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
-        self._request_bytes = min(buffer_bytes, request_bytes_max)
+        self._request_bytes = min(buffer_bytes, request_bytes_max, REQUEST_BYTES_MAX)
         self._crowd = crowd or Crowd(clock, lambda: 0)
         self._slots = max(1, buffer_bytes // self._request_bytes)
-        self._depth = Depth(self._request_bytes, self._crowd)
+        opening_bytes = min(self._slots * self._request_bytes, request_bytes_max)
+        self._depth = Depth(self._request_bytes, self._crowd, opening_bytes)
         self.pace = Pace(clock, call_later, self.pump)
         self._buffers: list[PageBuffer] = []  # at rest
         self._resting_bytes = 0
@@ -149,6 +152,7 @@ class Copier:
     def stop(self) -> None:
         """Claim no more. What is in flight ends by itself; then `copy_settled` is called."""
         self.is_running = False
+        self._depth.start_over()
 
     def close(self) -> None:
         """Stop for good; nothing is in flight. The buffers go soon, not when the garbage collector
@@ -182,15 +186,25 @@ class Copier:
             self.observer.copy_settled()
 
     def _has_room(self) -> bool:
-        is_a_slot_free = len(self._copies) < self._slots
+        is_a_slot_free = len(self._copies) < self._slots and self._free_bytes >= self._request_bytes
         return is_a_slot_free and self._depth.has_room(self._in_flight_bytes)
+
+    @property
+    def _free_bytes(self) -> int:
+        return self._slots * self._request_bytes - self._in_flight_bytes
+
+    @property
+    def _next_bytes(self) -> int:
+        """Of the next request at most."""
+        length = self._depth.request_bytes
+        return length if length <= self._free_bytes else self._request_bytes
 
     def _claim(self) -> Claim | None:
         """The next dirty run in bulk order: once around, then from the start (rule 35 of QEMU's: a
         cursor that went back on each write would never reach the end under load)."""
         granularity = self.tracker.granularity
         is_hole = self._cursor >= self._data_until and self._window > self._request_bytes
-        length_max = self._window if is_hole else self._depth.request_bytes
+        length_max = self._window if is_hole else self._next_bytes
         length_max = min(length_max, self.pace.claim_bytes_max or length_max)
         length_max = max(granularity, length_max)
         claim = self.tracker.claim(self._cursor, length_max) if self._cursor else None
@@ -205,7 +219,9 @@ class Copier:
         return claim
 
     def _begin(self, claim: Claim) -> None:
-        length = min(claim.length, self._request_bytes)
+        length = claim.length
+        if length > self._next_bytes:  # a large granule, or a window where there may be a hole
+            length = min(length, self._request_bytes)
         buffer = self._take_buffer(length)
         # With a speed limit few claims begin before they are accounted for, small as they are.
         weight = self._request_bytes if self.pace.speed_bytes_per_s else length
@@ -252,8 +268,9 @@ class Copier:
             data = _leading(extents, zero=False)
             self._data_until = max(claim.offset + data, claim.offset + granularity)
             self._window = max(self._request_bytes, granularity)
-            if claim.length > self._window:
-                self._give_back(copy, self._window)
+            length_max = max(self._window, len(copy.buffer.view))
+            if claim.length > length_max:
+                self._give_back(copy, length_max)
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
             self.pace.account(claim.length)
         self._next_piece(copy)
@@ -273,7 +290,7 @@ class Copier:
             self._write(copy, [(claim.offset, claim.length, True)])
         else:
             offset = copy.position
-            length = min(self._request_bytes, claim.end - offset)
+            length = min(len(copy.buffer.view), claim.end - offset)
             copy.position += length
             copy.operation = "read"
 
@@ -323,6 +340,7 @@ class Copier:
                 self.target.start_zero(offset, length, self.unmap, partial(then, True))
             else:
                 self.written_bytes += length
+                self._depth.began(length)
                 view = copy.buffer.view[offset - base : offset - base + length]
                 self.target.start_write(view, offset, partial(then, False))
 
@@ -331,7 +349,8 @@ class Copier:
         self._copies.discard(copy)
         self._in_flight_bytes -= copy.weight
         self._crowd.count -= not self._copies
-        if self._depth.has_room(self._in_flight_bytes + self._resting_bytes):
+        is_opening = len(copy.buffer.view) > self._request_bytes
+        if not is_opening and self._depth.has_room(self._in_flight_bytes + self._resting_bytes):
             self._buffers.append(copy.buffer)
             self._resting_bytes += len(copy.buffer.view)
         if copy.error is not None:

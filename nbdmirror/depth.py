@@ -16,6 +16,13 @@ PROBE_BYTES = 64 << 10
 """So many requests are small, or fewer, until one is answered quickly: the answer tells how far the
 target is then, not how much it takes a second, nor what fresh memory costs."""
 
+OPENING_BYTES = 4 << 20
+"""Of one write, the first large one to a target that is quick. A server with glibc's malloc, which
+qemu-nbd and QEMU are, gets a buffer that is larger than all before it from the kernel and gives it
+back after the request: 256 pages for each MiB, cleared and mapped anew, two thirds of what a copy
+costs such a target. Once it has freed a larger one it keeps what is smaller, and up to twice as
+much of it. (mallopt(3), M_MMAP_THRESHOLD; docs/performance.md.)"""
+
 QUICK_WRITE_S = 0.002
 """A target that has answered within this is quick: 4 MiB each 2 ms are more than such a link
 carries. Times the number of mirrors that copy just then, since they wait for each other. To a
@@ -90,9 +97,11 @@ class Depth:
     trip.
     """
 
-    def __init__(self, request_bytes: int, crowd: Crowd) -> None:
-        """`request_bytes`: the largest request."""
+    def __init__(self, request_bytes: int, crowd: Crowd, opening_bytes: int = 0) -> None:
+        """`request_bytes`: the largest request, but for one of `opening_bytes`."""
         self._request_bytes = request_bytes
+        self._opening_bytes = opening_bytes
+        self._largest_bytes = 0
         self._crowd = crowd
         self._quickest_s = math.inf
         self._answers = 0
@@ -118,11 +127,22 @@ class Depth:
     @property
     def request_bytes(self) -> int:
         """Of the next request at most."""
-        if not self._is_quick and self._answers < PROBES:
-            return min(self._request_bytes, PROBE_BYTES)
+        if not self._is_quick:
+            is_probe = self._answers < PROBES
+            return min(self._request_bytes, PROBE_BYTES) if is_probe else self._request_bytes
+        if self._largest_bytes <= self._request_bytes < self._opening_bytes:
+            return self._opening_bytes
         if self._yields:
             return min(self._request_bytes, YIELDING_REQUEST_BYTES)
         return self._request_bytes
+
+    def began(self, length: int) -> None:
+        """A write of data of so many bytes."""
+        self._largest_bytes = max(self._largest_bytes, length)
+
+    def start_over(self) -> None:
+        """Who answers next may be another server process, where this one was before."""
+        self._largest_bytes = 0
 
     def has_room(self, in_flight_bytes: int) -> bool:
         """For a claim more."""

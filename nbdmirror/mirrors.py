@@ -18,8 +18,8 @@ from nbdmirror.aligned import AlignedDevice, raw_device
 from nbdmirror.bitmap import check_bits
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap
 from nbdmirror.connection import Connection
-from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
-from nbdmirror.depth import Crowd
+from nbdmirror.copier import Copier
+from nbdmirror.depth import OPENING_BYTES, Crowd
 from nbdmirror.device import BlockDevice, Done, Extent
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import Found, MirrorRecord
@@ -118,7 +118,7 @@ class Mirrors:
         source = self._source(disk)
         target = node.device
         tracker = Tracker(disk.size, granularity, self._kept[disk].new_bitmap(key))
-        piece = min(REQUEST_BYTES_MAX, target.block_size.maximum, disk.source.block_size.maximum)
+        piece = min(OPENING_BYTES, target.block_size.maximum, disk.source.block_size.maximum)
 
         def copier(job: MirrorJob) -> Copier:
             return Copier(

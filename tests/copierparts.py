@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nbdmirror.copier import Copier
+from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
 from nbdmirror.device import Done, Extent, ExtentsDone, MemoryDevice
 from nbdmirror.ledger import Tracker
 
@@ -132,7 +132,9 @@ class Clock:
 def a_copier(
     devices: Devices, *, granularity: int = 64 * KIB, clock: Clock | None = None, **options: Any
 ) -> tuple[Copier, Tracker, Watcher]:
-    """All dirty, not started."""
+    """All dirty, not started. No request is larger than the others, unless `request_bytes_max` has
+    room for one."""
+    options.setdefault("request_bytes_max", REQUEST_BYTES_MAX)
     clock = clock or Clock()
     tracker = Tracker(devices.size, granularity)
     tracker.dirty.mark_all()

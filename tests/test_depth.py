@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from copierparts import MIB, Clock, Devices, a_copier, data
 
-from nbdmirror.copier import REQUEST_BYTES_MAX
+from nbdmirror import copier as copier_module
+from nbdmirror.buffer import PageBuffer
+from nbdmirror.copier import BUFFER_BYTES_DEFAULT, REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
 from nbdmirror.depth import (
     GROWTH,
     LOOK_S,
+    OPENING_BYTES,
     PROBE_BYTES,
     PROBES,
     QUICK_BYTES,
@@ -186,6 +191,77 @@ def test_the_first_requests_are_small() -> None:
     first, *rest = [length for _, length in near.of("write")]
     assert first == PROBE_BYTES
     assert set(rest[:-1]) == {REQUEST_BYTES_MAX}
+
+
+def opened(content: MemoryDevice, *, took_s: float = 0.0, **options: Any) -> list[int]:
+    """Lengths of the writes of a copy whose one large request may be of OPENING_BYTES."""
+    clock = Clock()
+    devices = Devices(content, keeps=("write",))
+    copier, tracker, _ = a_copier(devices, clock=clock, request_bytes_max=OPENING_BYTES, **options)
+    copier.start()
+    while devices.kept:
+        assert tracker.in_flight_bytes <= options.get("buffer_bytes", BUFFER_BYTES_DEFAULT)
+        clock.advance(took_s)
+        devices.kept.pop(0)()
+    assert tracker.in_sync
+    assert devices.target == content.data
+    return [length for _, length in devices.of("write")]
+
+
+@pytest.mark.parametrize("buffer_bytes", [OPENING_BYTES, 16 * MIB])
+def test_one_large_request_opens_a_quick_targets_memory(buffer_bytes: int) -> None:
+    first, opening, *rest = opened(data(32 * MIB + PROBE_BYTES), buffer_bytes=buffer_bytes)
+    assert (first, opening) == (PROBE_BYTES, OPENING_BYTES)
+    assert set(rest) == {REQUEST_BYTES_MAX}
+
+
+def test_a_slow_target_is_not_opened() -> None:
+    assert max(opened(data(48 * MIB), took_s=QUICK_WRITE_S)) == REQUEST_BYTES_MAX
+
+
+def test_the_large_request_is_within_buf_size_and_what_both_sides_take() -> None:
+    assert max(opened(data(24 * MIB), buffer_bytes=3 * MIB)) == 3 * MIB
+    assert max(opened(data(24 * MIB), buffer_bytes=MIB)) == MIB
+    assert max(opened(data(24 * MIB), granularity=8 * MIB)) == REQUEST_BYTES_MAX
+
+
+def test_zeroes_put_the_large_request_off() -> None:
+    """In the first 16 MiB there is no data that is long enough, so it comes after them."""
+    content = data(32 * MIB + PROBE_BYTES)
+    for offset in range(PROBE_BYTES, 16 * MIB, MIB):
+        content.pwrite(bytes(ZERO_UNIT_BYTES), offset)
+    lengths = opened(content)
+    large = [length for length in lengths if length > REQUEST_BYTES_MAX]
+    assert len(large) == 1
+    assert large[0] > OPENING_BYTES - MIB
+    assert sum(lengths[: lengths.index(large[0])]) > 14 * MIB
+
+
+def test_who_may_have_been_replaced_is_opened_again() -> None:
+    devices = Devices(data(32 * MIB))
+    copier, tracker, _ = a_copier(devices, request_bytes_max=OPENING_BYTES)
+    copier.start()
+    copier.stop()
+    tracker.dirty.mark_all()
+    copier.start()
+    lengths = [length for _, length in devices.of("write")]
+    assert lengths.count(OPENING_BYTES) == 2
+
+
+def test_holes_take_no_large_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeroing is a quick answer as well, so that the large request is due before any data."""
+    made: list[int] = []
+
+    def make(length: int) -> PageBuffer:
+        made.append(length)
+        return PageBuffer(length)
+
+    monkeypatch.setattr(copier_module, "PageBuffer", make)
+    content = MemoryDevice(64 * MIB)
+    content.pwrite(b"x" * 8 * MIB, 50 * MIB)
+    lengths = opened(content)
+    assert lengths.count(OPENING_BYTES) == made.count(OPENING_BYTES) == 1
+    assert max(length for length in made if length != OPENING_BYTES) == REQUEST_BYTES_MAX
 
 
 def a_depth_beside_guests() -> Depth:

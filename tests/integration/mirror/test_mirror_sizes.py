@@ -184,3 +184,26 @@ def test_write_blocking_to_a_target_of_large_blocks(
         server.qmp.complete()
         guest.wait_for_requests(100)
     assert not [e for e in server.qmp.events if e["event"] == "BLOCK_JOB_ERROR"]
+
+
+@pytest.mark.parametrize("kind", ["qemu-nbd", "qsd"])
+def test_the_targets_memory_is_used_again(
+    start: Start, identical: Identical, folder: Path, kind: str
+) -> None:
+    """glibc's malloc would map the buffer of each request anew, 256 pages for each MiB, had not one
+    request been larger than all others (depth.OPENING_BYTES)."""
+    size = 64 * MiB
+    disk = make_noise(folder / "disk.img", size)
+    target = start(TARGETS[kind](folder, size))
+    server = start(Nbdmirror(folder, disk, bare=True))
+    identical(disk, target.uri())
+    before = page_faults(target)
+    server.qmp.start_mirror(target.uri())
+    server.qmp.wait_ready()
+    assert page_faults(target) - before < size // 4096 / 2
+    server.qmp.complete()
+
+
+def page_faults(server: Server) -> int:
+    """That took memory, and no disk: minflt of proc_pid_stat(5)."""
+    return int(Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[7])
