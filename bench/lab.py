@@ -85,6 +85,16 @@ class Lab:
                 os.pwrite(file.fileno(), self._noise[:MiB], offset)
         return path
 
+    def touch(self, length: int) -> None:
+        """Use so much free memory once, or what there is: on a virtual machine whoever uses it
+        first waits for the host to give it, and that would be the first subject."""
+        if self.is_in_memory:
+            path = self.folder / "touched"
+            try:
+                self._fill(path, max(0, min(length, _room(self.folder) - SPARE_BYTES)))
+            finally:
+                path.unlink()
+
     def clear(self) -> None:
         """Delete all images: a larger one needs the room, or needed it."""
         for path in self._images.values():

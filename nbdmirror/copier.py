@@ -117,8 +117,12 @@ class Copier:
         self._request_bytes = min(buffer_bytes, request_bytes_max, REQUEST_BYTES_MAX)
         self._crowd = crowd or Crowd(clock, lambda: 0)
         self._slots = max(1, buffer_bytes // self._request_bytes)
-        opening_bytes = min(self._slots * self._request_bytes, request_bytes_max)
-        self._depth = Depth(self._request_bytes, self._crowd, opening_bytes)
+        self._depth = Depth(
+            self._request_bytes,
+            self._crowd,
+            opening_bytes=min(self._slots * self._request_bytes, request_bytes_max),
+            granularity=tracker.granularity,
+        )
         self.pace = Pace(clock, call_later, self.pump)
         self._buffers: list[PageBuffer] = []  # at rest
         self._resting_bytes = 0

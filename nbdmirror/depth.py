@@ -97,9 +97,13 @@ class Depth:
     trip.
     """
 
-    def __init__(self, request_bytes: int, crowd: Crowd, opening_bytes: int = 0) -> None:
-        """`request_bytes`: the largest request, but for one of `opening_bytes`."""
+    def __init__(
+        self, request_bytes: int, crowd: Crowd, *, opening_bytes: int = 0, granularity: int = 1
+    ) -> None:
+        """`request_bytes`: the largest request, but for one of `opening_bytes`; `granularity`: the
+        smallest."""
         self._request_bytes = request_bytes
+        self._probe_bytes = min(request_bytes, max(PROBE_BYTES, granularity))
         self._opening_bytes = opening_bytes
         self._largest_bytes = 0
         self._crowd = crowd
@@ -128,8 +132,7 @@ class Depth:
     def request_bytes(self) -> int:
         """Of the next request at most."""
         if not self._is_quick:
-            is_probe = self._answers < PROBES
-            return min(self._request_bytes, PROBE_BYTES) if is_probe else self._request_bytes
+            return self._probe_bytes if self._answers < PROBES else self._request_bytes
         if self._largest_bytes <= self._request_bytes < self._opening_bytes:
             return self._opening_bytes
         if self._yields:

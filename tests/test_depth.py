@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from copierparts import MIB, Clock, Devices, a_copier, data
+from copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
 from nbdmirror import copier as copier_module
 from nbdmirror.buffer import PageBuffer
@@ -86,11 +86,12 @@ def test_zeroing_that_is_quick_tells_that_the_target_is_near() -> None:
     assert copier.in_flight == QUICK_MAX
 
 
-def test_what_is_in_flight_grows_with_each_round_trip() -> None:
+@pytest.mark.parametrize("granularity", [64 * KIB, MIB])
+def test_what_is_in_flight_grows_with_each_round_trip(granularity: int) -> None:
     """Until one answer was quick: the target is near, and was busy."""
     clock = Clock()
     devices = Devices(data(48 * MIB), keeps=("write",))
-    copier, _, _ = a_copier(devices, clock=clock, buffer_bytes=16 * MIB)
+    copier, _, _ = a_copier(devices, clock=clock, granularity=granularity, buffer_bytes=16 * MIB)
     copier.start()
     for expected in (1, 1 + GROWTH, (1 + GROWTH) ** 2):
         assert copier.in_flight == expected
