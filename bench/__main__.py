@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import curves, results
-from bench.lab import GiB, Lab
+from bench.lab import Lab
 from bench.processes import BenchError
 from bench.rows import ROWS, Row
 
@@ -42,10 +42,8 @@ def main() -> int:
         images = "memory" if lab.is_in_memory else f"{lab.folder} (no room in /dev/shm)"
         about = results.about(rounds, images, is_quick=args.quick)
         print(f"{about['machine']}; {about['versions']}; images in {images}", flush=True)
-        rows = _chosen(args)
-        lab.touch(max(4 * lab.disk_bytes, 20 * GiB if any(row.is_slow for row in rows) else 0))
         try:
-            for row in rows:
+            for row in _chosen(args):
                 _measure(lab, row, rounds, found, failed)
         finally:  # interrupted: what there is
             _write(args, found, about)

@@ -86,12 +86,13 @@ class Lab:
         return path
 
     def touch(self, length: int) -> None:
-        """Use so much free memory once, or what there is: on a virtual machine whoever uses it
-        first waits for the host to give it, and that would be the first subject."""
+        """Use so much free memory, for a server that is about to take it: what has been free for
+        some seconds a virtual machine's host may have taken back, and whoever comes first waits."""
+        self.need(length)
         if self.is_in_memory:
             path = self.folder / "touched"
             try:
-                self._fill(path, max(0, min(length, _room(self.folder) - SPARE_BYTES)))
+                self._fill(path, length)
             finally:
                 path.unlink()
 

@@ -122,7 +122,7 @@ def copy(
     source = lab.image("source", size)
     target: Target
     if kind == "memory":
-        lab.need(size)
+        lab.touch(size)
         target = NbdkitMemory(lab.folder, size, is_tcp=is_tcp)
     else:
         target = QemuNbd(lab.folder, lab.image("target", size), is_tcp=is_tcp)
@@ -135,9 +135,10 @@ def delayed_copy(lab: Lab, subject: str) -> Figures:
     filters = ("-t", "64", "--filter=delay")
     parameters = ("rdelay=20ms", "wdelay=20ms")
     size = lab.disk_bytes
-    lab.need(size)
+    source = lab.image("source")
+    lab.touch(size)
     target = NbdkitMemory(lab.folder, size, filters=filters, parameters=parameters)
-    return _copy(lab, subject, lab.image("source"), target)
+    return _copy(lab, subject, source, target)
 
 
 def sparse(lab: Lab, subject: str, size: int = SPARSE_BYTES) -> Figures:

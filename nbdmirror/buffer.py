@@ -23,3 +23,31 @@ class PageBuffer:
     def has(self, content: bytes, start: int) -> bool:
         """`startswith` is a memcmp that ends at the first byte that differs."""
         return self._bytes.startswith(content, self._base + start)
+
+
+class Buffers:
+    """Those that were used before: fresh memory is dear, and so is giving it back, for guests'
+    threads too."""
+
+    def __init__(self) -> None:
+        self._at_rest: list[PageBuffer] = []
+        self.length = 0
+        """Bytes at rest."""
+
+    def take(self, length: int) -> PageBuffer:
+        """One of `length` bytes or more. Those that are too small for what is copied now go."""
+        while self._at_rest:
+            buffer = self.drop()
+            if len(buffer.view) >= length:
+                return buffer
+        return PageBuffer(length)
+
+    def keep(self, buffer: PageBuffer) -> None:
+        self._at_rest.append(buffer)
+        self.length += len(buffer.view)
+
+    def drop(self) -> PageBuffer:
+        """One that is at rest."""
+        buffer = self._at_rest.pop()
+        self.length -= len(buffer.view)
+        return buffer

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from nbdmirror.buffer import PageBuffer
+from nbdmirror.buffer import Buffers, PageBuffer
 from nbdmirror.depth import OPENING_BYTES, Crowd, Depth
 from nbdmirror.device import AsyncSource, AsyncTarget, Done, Extent, round_out
 from nbdmirror.ledger import Claim, Tracker
@@ -47,6 +47,9 @@ leave it out."""
 
 _ZEROES = bytes(ZERO_UNIT_BYTES)
 
+_Run = tuple[int, int, memoryview | None]
+"""Offset, length, and what is written there; None is zeroes."""
+
 
 class Observer(Protocol):
     """Who is told; called on the loop's thread."""
@@ -64,9 +67,11 @@ class _Copy:
     requests of this piece on the target."""
 
     claim: Claim
-    buffer: PageBuffer
+    request_bytes: int
     weight: int
     """Bytes for which it counts among those in flight: the most that it may have."""
+    buffer: PageBuffer | None = None
+    """Taken when there is data."""
     position: int = 0
     pending: int = 0
     operation: str = "read"
@@ -91,12 +96,11 @@ class Copier:
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], object],
         buffer_bytes: int = BUFFER_BYTES_DEFAULT,
-        request_bytes_max: int = OPENING_BYTES,  # a power of two
+        request_bytes_max: int = OPENING_BYTES,  # what both sides take; a power of two
         unmap: bool = True,
         crowd: Crowd | None = None,
     ) -> None:
-        """`crowd`: of all copiers of this loop. `request_bytes_max`: that source and target
-        take."""
+        """`crowd`: of all copiers of this loop."""
         self.source = source
         self.target = target
         self.tracker = tracker
@@ -111,8 +115,7 @@ class Copier:
         """Requests that the target has answered."""
         self._clock = clock
         self._call_later = call_later
-        # At least one granule, as in QEMU; one that is larger than a request goes in several
-        # pieces.
+        # At least one granule, as in QEMU; a larger one than a request goes in several pieces.
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max, REQUEST_BYTES_MAX)
         self._crowd = crowd or Crowd(clock, lambda: 0)
@@ -124,8 +127,7 @@ class Copier:
             granularity=tracker.granularity,
         )
         self.pace = Pace(clock, call_later, self.pump)
-        self._buffers: list[PageBuffer] = []  # at rest
-        self._resting_bytes = 0
+        self._buffers = Buffers()
         self._copies: set[_Copy] = set()
         self._in_flight_bytes = 0
         self._flushes = 0
@@ -167,8 +169,8 @@ class Copier:
     def _free_buffers(self) -> None:
         """One a turn of the loop: each holds the GIL, and so guests up, for a tenth of a
         millisecond."""
-        if self._buffers:
-            self._buffers.pop()
+        if self._buffers.length:
+            self._buffers.drop()
             self._call_later(0, self._free_buffers)
 
     def pump(self) -> None:
@@ -226,10 +228,9 @@ class Copier:
         length = claim.length
         if length > self._next_bytes:  # a large granule, or a window where there may be a hole
             length = min(length, self._request_bytes)
-        buffer = self._take_buffer(length)
         # With a speed limit few claims begin before they are accounted for, small as they are.
         weight = self._request_bytes if self.pace.speed_bytes_per_s else length
-        copy = _Copy(claim, buffer, weight, position=claim.offset)
+        copy = _Copy(claim, length, weight, position=claim.offset)
         self._crowd.count += not self._copies
         self._copies.add(copy)
         self._in_flight_bytes += weight
@@ -245,16 +246,6 @@ class Copier:
             self._have_extents(copy, extents or [Extent(claim.length, zero=False, hole=False)])
 
         self.source.start_extents(claim.offset, claim.length, then)
-
-    def _take_buffer(self, length: int) -> PageBuffer:
-        """One that was used before, if it can be: fresh memory is dear, and so is giving it back,
-        for guests' threads too. Those that are too small for what is copied now go."""
-        while self._buffers:
-            buffer = self._buffers.pop()
-            self._resting_bytes -= len(buffer.view)
-            if len(buffer.view) >= length:
-                return buffer
-        return PageBuffer(length)
 
     def _have_extents(self, copy: _Copy, extents: list[Extent]) -> None:
         """Keep of the claim what is of one kind: a run of zero granules, or a piece of data."""
@@ -272,7 +263,7 @@ class Copier:
             data = _leading(extents, zero=False)
             self._data_until = max(claim.offset + data, claim.offset + granularity)
             self._window = max(self._request_bytes, granularity)
-            length_max = max(self._window, len(copy.buffer.view))
+            length_max = max(self._window, min(copy.request_bytes, data - data % granularity))
             if claim.length > length_max:
                 self._give_back(copy, length_max)
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
@@ -291,27 +282,26 @@ class Copier:
             self._settle(copy)
         elif copy.extents[0].zero:
             copy.position = claim.end
-            self._write(copy, [(claim.offset, claim.length, True)])
+            self._write(copy, [(claim.offset, claim.length, None)])
         else:
             offset = copy.position
-            length = min(len(copy.buffer.view), claim.end - offset)
+            length = min(copy.request_bytes, claim.end - offset)
             copy.position += length
             copy.operation = "read"
+            buffer = copy.buffer = copy.buffer or self._buffers.take(length)
 
             def then(error: BaseException | None) -> None:
                 if error is not None:
                     copy.error = error
                     self._next_piece(copy)
                 else:
-                    self._write(copy, self._find_zeroes(copy.buffer, offset, length))
+                    self._write(copy, self._find_zeroes(buffer, offset, length))
 
-            self.source.start_read(copy.buffer.view[:length], offset, then)
+            self.source.start_read(buffer.view[:length], offset, then)
 
-    def _find_zeroes(
-        self, buffer: PageBuffer, offset: int, length: int
-    ) -> list[tuple[int, int, bool]]:
-        """Cut a piece into runs (offset, length, is zero) at multiples of ZERO_UNIT_BYTES of the
-        disk. Data costs nothing here: `has` ends at the first byte that differs."""
+    def _find_zeroes(self, buffer: PageBuffer, offset: int, length: int) -> list[_Run]:
+        """Cut a piece into runs at multiples of ZERO_UNIT_BYTES of the disk. Data costs nothing
+        here: `has` ends at the first byte that differs."""
         runs: list[tuple[int, int, bool]] = []
         start = 0
         while start < length:
@@ -323,12 +313,15 @@ class Copier:
             else:
                 runs.append((offset + start, span, is_zero))
             start += span
-        return runs
+        view = buffer.view
+        return [
+            (at, span, None if is_zero else view[at - offset : at - offset + span])
+            for at, span, is_zero in runs
+        ]
 
-    def _write(self, copy: _Copy, runs: list[tuple[int, int, bool]]) -> None:
+    def _write(self, copy: _Copy, runs: list[_Run]) -> None:
         copy.operation = "write"
         copy.pending = len(runs)
-        base = runs[0][0]
         start_s = self._clock()
 
         def then(is_zero: bool, error: BaseException | None) -> None:
@@ -339,24 +332,22 @@ class Copier:
             if not copy.pending:
                 self._next_piece(copy)
 
-        for offset, length, is_zero in runs:
-            if is_zero:
+        for offset, length, content in runs:
+            if content is None:
                 self.target.start_zero(offset, length, self.unmap, partial(then, True))
             else:
                 self.written_bytes += length
                 self._depth.began(length)
-                view = copy.buffer.view[offset - base : offset - base + length]
-                self.target.start_write(view, offset, partial(then, False))
+                self.target.start_write(content, offset, partial(then, False))
 
     def _settle(self, copy: _Copy) -> None:
         self.copied_bytes += self.tracker.settle(copy.claim, failed=copy.error is not None)
         self._copies.discard(copy)
         self._in_flight_bytes -= copy.weight
         self._crowd.count -= not self._copies
-        is_opening = len(copy.buffer.view) > self._request_bytes
-        if not is_opening and self._depth.has_room(self._in_flight_bytes + self._resting_bytes):
-            self._buffers.append(copy.buffer)
-            self._resting_bytes += len(copy.buffer.view)
+        has_room = self._depth.has_room(self._in_flight_bytes + self._buffers.length)
+        if has_room and copy.buffer and len(copy.buffer.view) <= self._request_bytes:
+            self._buffers.keep(copy.buffer)
         if copy.error is not None:
             self.observer.copy_failed(copy.operation, copy.error)
         if not self._is_pumping:

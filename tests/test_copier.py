@@ -7,7 +7,7 @@ import errno
 import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data, frames
 
-from nbdmirror import copier as copier_module
+from nbdmirror import buffer as buffer_module
 from nbdmirror.buffer import PageBuffer
 from nbdmirror.copier import REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
 from nbdmirror.depth import PROBE_BYTES, QUICK_BYTES
@@ -161,7 +161,7 @@ def test_small_claims_take_no_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> N
         made.append(length)
         return PageBuffer(length)
 
-    monkeypatch.setattr(copier_module, "PageBuffer", make)
+    monkeypatch.setattr(buffer_module, "PageBuffer", make)
     devices = Devices(data(48 * MIB), keeps=("write",))
     copier, tracker, _ = a_copier(devices)
     tracker.dirty.clear(0, 48 * MIB)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
-from nbdmirror import copier as copier_module
+from nbdmirror import buffer as buffer_module
 from nbdmirror.buffer import PageBuffer
 from nbdmirror.copier import BUFFER_BYTES_DEFAULT, REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
 from nbdmirror.depth import (
@@ -257,7 +257,7 @@ def test_holes_take_no_large_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(length)
         return PageBuffer(length)
 
-    monkeypatch.setattr(copier_module, "PageBuffer", make)
+    monkeypatch.setattr(buffer_module, "PageBuffer", make)
     content = MemoryDevice(64 * MIB)
     content.pwrite(b"x" * 8 * MIB, 50 * MIB)
     lengths = opened(content)
