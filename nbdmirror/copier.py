@@ -68,6 +68,7 @@ class _Copy:
 
     claim: Claim
     request_bytes: int
+    """The most of its data that is one request."""
     weight: int
     """Bytes for which it counts among those in flight: the most that it may have."""
     buffer: PageBuffer | None = None
