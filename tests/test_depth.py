@@ -209,6 +209,12 @@ def opened(content: MemoryDevice, *, took_s: float = 0.0, **options: Any) -> lis
     return [length for _, length in devices.of("write")]
 
 
+def test_a_large_granule_opens_memory_as_well() -> None:
+    lengths = opened(data(24 * MIB), granularity=8 * MIB)
+    assert lengths.count(OPENING_BYTES) == 2, "all of a granule's requests are of one size"
+    assert set(lengths) == {OPENING_BYTES, REQUEST_BYTES_MAX}
+
+
 @pytest.mark.parametrize("buffer_bytes", [OPENING_BYTES, 16 * MIB])
 def test_one_large_request_opens_a_quick_targets_memory(buffer_bytes: int) -> None:
     first, opening, *rest = opened(data(32 * MIB + PROBE_BYTES), buffer_bytes=buffer_bytes)
@@ -223,7 +229,6 @@ def test_a_slow_target_is_not_opened() -> None:
 def test_the_large_request_is_within_buf_size_and_what_both_sides_take() -> None:
     assert max(opened(data(24 * MIB), buffer_bytes=3 * MIB)) == 3 * MIB
     assert max(opened(data(24 * MIB), buffer_bytes=MIB)) == MIB
-    assert max(opened(data(24 * MIB), granularity=8 * MIB)) == REQUEST_BYTES_MAX
 
 
 def test_zeroes_put_the_large_request_off() -> None:
