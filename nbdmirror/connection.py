@@ -349,6 +349,9 @@ class Connection:
                     pass  # the leader before has read it
             else:
                 self._notify(mask)
+        if (loop := self._loop) is not None:
+            # It took over just now: what came may be its own, and it waits for something else now.
+            loop.call_soon(self._after_ready)
 
     def _notify(self, mask: int) -> None:
         handle = self.handle
