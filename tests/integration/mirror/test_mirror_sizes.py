@@ -191,8 +191,9 @@ def test_the_targets_memory_is_used_again(
     start: Start, identical: Identical, folder: Path, kind: str
 ) -> None:
     """glibc's malloc would map the buffer of each request anew, 256 pages for each MiB, had not one
-    request been larger than all others (depth.OPENING_BYTES)."""
-    size = 64 * MiB
+    request been larger than all others (depth.OPENING_BYTES). Some 10,000 pages it takes until then,
+    whatever the size."""
+    size = 192 * MiB
     disk = make_noise(folder / "disk.img", size)
     target = start(TARGETS[kind](folder, size))
     server = start(Nbdmirror(folder, disk, bare=True))
