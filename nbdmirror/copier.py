@@ -226,8 +226,9 @@ class Copier:
         return claim
 
     def _begin(self, claim: Claim) -> None:
-        is_window = claim.length > max(self._next_bytes, self.tracker.granularity)
-        length = min(claim.length, self._request_bytes if is_window else self._next_bytes)
+        next_bytes = self._next_bytes
+        is_window = claim.length > max(next_bytes, self.tracker.granularity)
+        length = min(claim.length, self._request_bytes if is_window else next_bytes)
         # With a speed limit few claims begin before they are accounted for, small as they are.
         weight = self._request_bytes if self.pace.speed_bytes_per_s else length
         copy = _Copy(claim, length, weight, position=claim.offset)

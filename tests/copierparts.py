@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from nbdmirror import buffer as buffer_module
+from nbdmirror.buffer import PageBuffer
 from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
 from nbdmirror.device import Done, Extent, ExtentsDone, MemoryDevice
 from nbdmirror.ledger import Tracker
@@ -149,6 +153,18 @@ def a_copier(
         **options,
     )
     return watcher.copier, tracker, watcher
+
+
+def buffers_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of all buffers that are made from now on, not of those that are used again."""
+    made: list[int] = []
+
+    def make(length: int) -> PageBuffer:
+        made.append(length)
+        return PageBuffer(length)
+
+    monkeypatch.setattr(buffer_module, "PageBuffer", make)
+    return made
 
 
 def data(size: int) -> MemoryDevice:

@@ -1,5 +1,5 @@
-"""Connection: whose reply is whose while driving changes hands. The rest is in test_remote and in
-the tests with lost servers."""
+"""Connection: whose reply is whose while driving changes hands. The rest is tested by what uses it:
+test_device_contract, integration/test_nbd_source, and the tests with lost servers."""
 
 from __future__ import annotations
 

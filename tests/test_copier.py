@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 
 import pytest
-from copierparts import KIB, MIB, Clock, Devices, a_copier, data, frames
+from copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data, frames
 
-from nbdmirror import buffer as buffer_module
-from nbdmirror.buffer import PageBuffer
 from nbdmirror.copier import REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
 from nbdmirror.depth import PROBE_BYTES, QUICK_BYTES
 from nbdmirror.device import Extent, MemoryDevice
@@ -155,13 +153,7 @@ def test_a_failed_copy_is_dirty_again_and_told(kind: str, operation: str, is_dat
 
 
 def test_small_claims_take_no_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-
-    def make(length: int) -> PageBuffer:
-        made.append(length)
-        return PageBuffer(length)
-
-    monkeypatch.setattr(buffer_module, "PageBuffer", make)
+    made = buffers_made(monkeypatch)
     devices = Devices(data(48 * MIB), keeps=("write",))
     copier, tracker, _ = a_copier(devices)
     tracker.dirty.clear(0, 48 * MIB)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from copierparts import KIB, MIB, Clock, Devices, a_copier, data
+from copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data
 
-from nbdmirror import buffer as buffer_module
-from nbdmirror.buffer import PageBuffer
 from nbdmirror.copier import BUFFER_BYTES_DEFAULT, REQUEST_BYTES_MAX, ZERO_UNIT_BYTES
 from nbdmirror.depth import (
     GROWTH,
@@ -256,13 +254,7 @@ def test_who_may_have_been_replaced_is_opened_again() -> None:
 
 def test_holes_take_no_large_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeroing is a quick answer as well, so that the large request is due before any data."""
-    made: list[int] = []
-
-    def make(length: int) -> PageBuffer:
-        made.append(length)
-        return PageBuffer(length)
-
-    monkeypatch.setattr(buffer_module, "PageBuffer", make)
+    made = buffers_made(monkeypatch)
     content = MemoryDevice(64 * MIB)
     content.pwrite(b"x" * 8 * MIB, 50 * MIB)
     lengths = opened(content)
