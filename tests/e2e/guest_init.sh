@@ -47,7 +47,13 @@ main() {
     done
 }
 
-load() { for module; do insmod "/modules/$module.ko" || say "FAILED to load $module"; done; }
+# What is not there is built in.
+load() {
+    for module; do
+        [ ! -e "/modules/$module.ko" ] || insmod "/modules/$module.ko" ||
+            say "FAILED to load $module"
+    done
+}
 
 connect_nbd() {
     load failover net_failover virtio_net nbd

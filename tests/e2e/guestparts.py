@@ -8,6 +8,7 @@ by running this file; the tests do it as well, for who calls pytest by hand.
 from __future__ import annotations
 
 import functools
+import lzma
 import os
 import re
 import shutil
@@ -38,7 +39,17 @@ MODULES = (
     "virtio_net",
     "nbd",
 )
-"""In the order in which they need one another; ext4 and the serial console are built in."""
+"""In the order in which they need one another. Some kernels have some of these built in; all have
+ext4 and the serial console."""
+
+KERNEL_PARTS = re.compile(r"linux-(image|base|binary|modules)-\d\S*")
+"""Of which packages a kernel of one version consists: of the first alone, or of all."""
+
+PICKED = re.compile(
+    rf"\./(?:.*/({'|'.join(MODULES)})\.ko(\.xz)?|.*/(vmlinuz)(?:-.*)?|.*/(modules\.builtin)"
+    r"|(?:usr/)?bin/(busybox))"
+)
+"""The files that a guest needs, in the packages."""
 
 COMMAND_S_MAX = 300.0
 TRIAL_S_MAX = 10.0
@@ -90,8 +101,11 @@ def _unpack_packages(place: Path) -> None:
         parts.mkdir()
         for package in folder.glob("*.deb"):
             _pick(package, parts)
-        wanted = {"vmlinuz", "busybox", *(f"{name}.ko" for name in MODULES)}
-        if missing := wanted - {path.name for path in parts.iterdir()}:
+        there = {path.name for path in parts.iterdir()}
+        if "modules.builtin" in there:
+            built_in = (parts / "modules.builtin").read_text().split()
+            there.update(Path(name).name for name in built_in)
+        if missing := {"vmlinuz", "busybox", *(f"{name}.ko" for name in MODULES)} - there:
             raise GuestPartsError(f"Debian's packages lack {', '.join(sorted(missing))}")
         try:
             parts.rename(place)
@@ -102,27 +116,27 @@ def _unpack_packages(place: Path) -> None:
 
 def _download(folder: Path) -> None:
     try:
-        names = [_kernel_package(), BUSYBOX_PACKAGE]
+        names = [*_kernel_packages(), BUSYBOX_PACKAGE]
         _command("apt-get", "-q", "download", *names, folder=folder)
     except GuestPartsError:
         # The lists of packages may be absent or stale.
         if os.geteuid() == 0:
             _command("apt-get", "-q", "update", folder=folder)
-        _command("apt-get", "-q", "download", _kernel_package(), BUSYBOX_PACKAGE, folder=folder)
+        names = [*_kernel_packages(), BUSYBOX_PACKAGE]
+        _command("apt-get", "-q", "download", *names, folder=folder)
 
 
-def _kernel_package() -> str:
-    """What the package of no version depends on."""
-    text = _command("apt-cache", "depends", KERNEL_PACKAGE, folder=ROOT)
-    found = re.search(r"Depends: (linux-image-\S+)", text)
+def _kernel_packages() -> list[str]:
+    """What the package of no version depends on, itself or by others."""
+    text = _command("apt-cache", "depends", "--recurse", "--important", KERNEL_PACKAGE, folder=ROOT)
+    found = [line for line in text.splitlines() if KERNEL_PARTS.fullmatch(line)]
     if not found:
         raise GuestPartsError(f"apt knows no package {KERNEL_PACKAGE}")
-    return found[1]
+    return found
 
 
 def _pick(package: Path, place: Path) -> None:
     """Take what the guest needs out of one package."""
-    wanted = re.compile(rf"\./(?:.*/({'|'.join(MODULES)})\.ko|boot/(vmlinuz)-.*|bin/(busybox))")
     with (
         subprocess.Popen(
             ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE
@@ -130,11 +144,13 @@ def _pick(package: Path, place: Path) -> None:
         tarfile.open(fileobj=unpack.stdout, mode="r|") as archive,
     ):
         for member in archive:
-            match = wanted.fullmatch(member.name)
+            match = PICKED.fullmatch(member.name)
             content = archive.extractfile(member) if match and member.isfile() else None
             if match and content:
-                name = f"{match[1]}.ko" if match[1] else match[2] or match[3]
-                (place / name).write_bytes(content.read())
+                module, compressed, *others = match.groups()
+                data = content.read()
+                name = f"{module}.ko" if module else next(filter(None, others))
+                (place / name).write_bytes(lzma.decompress(data) if compressed else data)
 
 
 def _command(*command: str, folder: Path) -> str:
@@ -164,7 +180,10 @@ def _initramfs(unpacked: Path) -> bytes:
     archive.append(_entry("init", stat.S_IFREG | 0o755, INIT.read_bytes()))
     archive.append(_entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"))
     files = [("bin/busybox", unpacked / "busybox")]
-    files += [(f"modules/{name}.ko", unpacked / f"{name}.ko") for name in MODULES]
+    modules = [f"{name}.ko" for name in MODULES]
+    files += [
+        (f"modules/{name}", unpacked / name) for name in modules if (unpacked / name).exists()
+    ]
     files += _nbd_client()
     for name, path in files:
         archive.append(_entry(name, stat.S_IFREG | 0o755, path.read_bytes()))
