@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from nbdmirror import __version__, introspection, queries
+from nbdmirror import __version__, introspection, queries, statusquery
 from nbdmirror.actions import BITMAP_ACTIONS, create_mirror, find_job, transact
 from nbdmirror.errors import CommandError, CommandNotFound, ConfigError
 from nbdmirror.events import Reply
@@ -301,7 +301,7 @@ _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
     "query-qmp-schema": lambda server, a: introspection.entries(),
     "query-status": lambda server, a: {"status": "running", "running": True, "singlestep": False},
     "query-version": lambda server, a: version_info(),
-    "x-nbdmirror-query-status": lambda server, a: queries.status(server),
+    "x-nbdmirror-query-status": lambda server, a: statusquery.status(server),
 }
 
 

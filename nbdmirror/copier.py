@@ -143,6 +143,11 @@ class Copier:
         return len(self._copies)
 
     @property
+    def is_writing(self) -> bool:
+        """An answer of the target's is waited for."""
+        return self._flushes > 0 or any(copy.operation == "write" for copy in self._copies)
+
+    @property
     def is_idle(self) -> bool:
         """No request of ours is in flight, flushes included."""
         return not self._copies and not self._flushes

@@ -26,7 +26,8 @@ class FileWatch:
     def __init__(self, disks: Mapping[str, Disk], events: EventRing) -> None:
         self._disks = disks
         self._events = events
-        self._told: dict[str, str] = {}
+        self.changes: dict[str, str] = {}
+        """What has become of each disk's file, by the disk's name; empty where it is as it was."""
         self._stopping = threading.Event()
 
     def start(self) -> None:
@@ -39,11 +40,11 @@ class FileWatch:
         for name, disk in self._disks.items():
             source = raw_device(disk.source)
             reason = source.change() if isinstance(source, FileDevice) else ""
-            if reason and reason != self._told.get(name):
+            if reason and reason != self.changes.get(name):
                 log.error("disk %s: %s", name, reason)
                 data = {"device": name, "reason": reason}
                 self._events.append("X_NBDMIRROR_SOURCE_CHANGED", data)
-            self._told[name] = reason
+            self.changes[name] = reason
 
     def _run(self) -> None:
         while not self._stopping.wait(LOOK_S):

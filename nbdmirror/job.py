@@ -10,6 +10,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from nbdmirror.device import Done
@@ -20,6 +21,15 @@ from nbdmirror.jobstate import JobStatus, check_transition, check_verb
 from nbdmirror.options import Ending, MirrorOptions
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """What BLOCK_JOB_ERROR told, and why."""
+
+    operation: str
+    action: str
+    reason: str
 
 
 class Job(ABC):
@@ -34,6 +44,11 @@ class Job(ABC):
         self.status = JobStatus.UNDEFINED
         self.io_status = "ok"
         self.error: str | None = None
+        self.failure: BaseException | None = None
+        """Why the job ended badly."""
+        self.last_error: JobError | None = None
+        self.quiesce_timeouts = 0
+        """How often guests were held in vain."""
         self.ending = Ending.NONE
         self.pause_wanted = False
         """By the user or by an error; the job may still be on its way to PAUSED or STANDBY."""
@@ -59,13 +74,15 @@ class Job(ABC):
     def complete(self) -> None:
         """After READY: end with a pivot. On a paused job it is remembered until it is resumed."""
         self.check_complete()
+        log.info("job %s: is to complete", self.id)
         self.ending = Ending.COMPLETE
         self.advance_soon()
 
-    def cancel(self, *, force: bool) -> None:
+    def cancel(self, *, force: bool, because: str = "cancelled by force") -> None:
         """Soft after READY: the job ends with a consistent target, unless `complete` came first.
-        Otherwise the target is left undefined."""
+        Otherwise the target is left undefined; `because` says why."""
         self.check_cancel(force=force)
+        log.info("job %s: is to be cancelled%s", self.id, " by force" if force else "")
         if self.status is JobStatus.READY and not force:
             if self.ending is Ending.NONE:
                 self.ending = Ending.CANCEL
@@ -74,7 +91,7 @@ class Job(ABC):
             return
         if self.pause_wanted:
             self.unpause()
-        self.abort()
+        self.abort(because if force else "cancelled before it was ready")
         if self.has_done_its_work:
             self.advance()
         else:
@@ -96,6 +113,7 @@ class Job(ABC):
         check_verb(self.id, self.status, "pause")
         if self.pause_wanted:
             raise CommandError("Job is already paused")
+        log.info("job %s: is to pause", self.id)
         self.pause_wanted = True
         self.hold()
         self.advance()
@@ -104,6 +122,7 @@ class Job(ABC):
         if not self.pause_wanted:
             raise CommandError("Can't resume a job that was not paused")
         check_verb(self.id, self.status, "resume")
+        log.info("job %s: is resumed", self.id)
         self.unpause()
         self.release()
         self.advance_soon()
@@ -188,7 +207,7 @@ class Job(ABC):
         """A pause ends: go on."""
 
     @abstractmethod
-    def abort(self) -> None:
+    def abort(self, because: str) -> None:
         """A forced cancel: give up, within a bound."""
 
     @abstractmethod
@@ -282,8 +301,13 @@ class Job(ABC):
 
     def tell_error(self, operation: str, action: str, error: BaseException) -> None:
         log.warning("job %s: %s error (%s): %s", self.id, operation, action, error)
+        self.last_error = JobError(operation, action, str(error))
         data = {"device": self.id, "operation": operation, "action": action}
         self._events.append("BLOCK_JOB_ERROR", data)
+
+    def tell_quiesce_timeout(self) -> None:
+        self.quiesce_timeouts += 1
+        self.tell("X_NBDMIRROR_QUIESCE_TIMEOUT")
 
     def tell_pivoted(self, disk: str, held_s: float) -> None:
         """`held_s`: how long guests' writes were held for it."""
@@ -292,6 +316,7 @@ class Job(ABC):
 
     def end_badly(self, reason: BaseException) -> None:
         """Cancelled by force, or failed; nothing is in flight any more."""
+        self.failure = reason
         self.to(JobStatus.ABORTING)
         self.detach()
 

@@ -225,6 +225,8 @@ class Tracker:
         """What is dirty for no other reason than that a flush has failed."""
         self.written_bytes = 0
         """Bytes that synchronous writes brought to the target."""
+        self.again_bytes = 0
+        """What became dirty since it may have been lost, not since a guest wrote it."""
         self._flushing: list[DirtyBitmap] = []
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # for those in `_waiting`, and only then
@@ -285,8 +287,7 @@ class Tracker:
                 self._changed.notify_all()
 
     def settle(self, claim: Claim, *, failed: bool) -> int:
-        """A copy ended. If it failed, its range is dirty again before it is anybody's. Returns the
-        bytes that count as progress."""
+        """A copy ended; if it failed, its range is dirty first. Returns the progress in bytes."""
         with self._lock:
             progress = 0
             if failed:
@@ -330,8 +331,7 @@ class Tracker:
                 self._changed.notify_all()
 
     def begin_flush(self) -> DirtyBitmap:
-        """A flush is about to be sent: what it covers, for `end_flush`. What is in flight, and
-        what is acknowledged later, is not covered."""
+        """A flush is about to be sent: what it covers, for `end_flush`; not what is in flight."""
         with self._lock:
             covered = self.unflushed
             self._flushing.append(covered)
@@ -356,8 +356,10 @@ class Tracker:
         """After a lost connection: what was not flushed may be lost, so it is dirty (rule 39); so
         is what is in flight, however it ends."""
         with self._lock:
+            before = self.dirty.dirty_bytes
             for bitmap in (self.unflushed, *self._flushing):
                 self.dirty.merge(bitmap)
+            self.again_bytes += self.dirty.dirty_bytes - before
             self.unflushed.clear_all()
             self._with_claims(self.unflushed)
 

@@ -1,8 +1,8 @@
 """Where the server's log lines go, and how they look there: to the same place as nbdkit's.
 
 In the foreground that is stderr. If stderr is the journal, each line begins with its priority as
-journald reads it, `<3>` for an error (sd-daemon(3)); elsewhere lines are plain. In the background
-nbdkit has put stderr away and writes to syslog, so we do.
+journald reads it, `<3>` for an error (sd-daemon(3)); elsewhere lines have the time. In the
+background nbdkit has put stderr away and writes to syslog, so we do.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def _handler(in_background: bool) -> logging.Handler:
 
 
 class _PlainFormatter(logging.Formatter):
+    """Nobody else adds the time."""
+
     def __init__(self) -> None:
-        super().__init__("nbdmirror: %(levelname)s: %(message)s")
+        super().__init__("nbdmirror: %(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _JournalFormatter(logging.Formatter):

@@ -246,8 +246,8 @@ class MirrorJob(Job):
         then = partial(self._do, self._owner.reconnect, self._go_on, "write")
         self._do(self._owner.reconnect_source, then, "read")
 
-    def abort(self) -> None:
-        self._fail(Cancelled())
+    def abort(self, because: str) -> None:
+        self._fail(Cancelled(because))
         if not self._waits.has("cut"):
             # A hung target: break its connection, so that what is in flight comes back.
             self._waits.after("cut", CANCEL_GRACE_S, self.target.kill)
@@ -320,7 +320,7 @@ class MirrorJob(Job):
     def _on_quiesce_timeout(self) -> None:
         """The guest writes faster than the rest could be copied: it goes on, and so do we."""
         self._release_guest()
-        self.tell("X_NBDMIRROR_QUIESCE_TIMEOUT")
+        self.tell_quiesce_timeout()
         self.advance_soon()
 
     def _on_level(self) -> None:

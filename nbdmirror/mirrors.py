@@ -17,6 +17,7 @@ from nbdmirror.admission import check_target, granularity_of
 from nbdmirror.aligned import AlignedDevice, raw_device
 from nbdmirror.bitmap import check_bits
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap
+from nbdmirror.chronicle import Chronicle
 from nbdmirror.connection import Connection
 from nbdmirror.copier import Copier
 from nbdmirror.depth import OPENING_BYTES, Crowd
@@ -77,10 +78,12 @@ class Mirrors:
         events: EventRing,
         loop: Loop,
         kept: Mapping[Disk, Transient],
+        chronicle: Chronicle,
     ) -> None:
         """`kept`: what is to outlive the process of each disk."""
         self.jobs: dict[str, MirrorJob] = {}
         self._kept = kept
+        self._chronicle = chronicle
         self._crowd = Crowd(loop.clock, lambda: sum(disk.ledger.new_requests() for disk in kept))
         self._nodes = nodes
         self._events = events
@@ -164,6 +167,7 @@ class Mirrors:
         target.pool.attach(self._loop, job.target_lost)
 
     def begin(self, job: MirrorJob) -> None:
+        self._chronicle.begin(job)
         size, other = job.disk.size, self._mirrors[job].node.device.size
         if size == other or (job.options.allow_larger and other > size):
             job.start()
@@ -191,6 +195,7 @@ class Mirrors:
         job = self._make(disk, node, options, bitmap, record.granularity, record.key)
         self._mirrors[job].is_met = False
         log.info("job %s: goes on, as an earlier process left it", job.id)
+        self._chronicle.begin(job)
         job.take_up(
             partial(found.restore, key=record.key),
             is_scanned=record.is_scanned,
@@ -321,14 +326,21 @@ class Mirrors:
             mirror.is_met = True
             job.tracker.target_came_back()
 
+        def ended(error: BaseException | None) -> None:
+            if is_wanted():
+                self._chronicle.target_waited_for(job, is_back=error is None)
+            done(error)
+
+        patience_s = job.options.reconnect_delay_s if mirror.is_met else math.inf
+        self._chronicle.target_lost(job, patience_s)
         reconnect(
             device,
             self._loop,
-            patience_s=job.options.reconnect_delay_s if mirror.is_met else math.inf,
+            patience_s=patience_s,
             is_wanted=is_wanted,
             difference=self._difference(job),
             came_back=came_back,
-            done=done,
+            done=ended,
         )
 
     def _difference(self, job: MirrorJob) -> Callable[[Connection], int | None]:
@@ -374,6 +386,7 @@ def _copy_all(job: MirrorJob) -> None:
     """From any thread: the source may have lost what guests had written, and the target has that.
     Nobody knows where."""
     log.warning("job %s: the source may have lost writes: everything is copied again", job.id)
+    job.tracker.again_bytes += job.tracker.size - job.tracker.dirty.dirty_bytes
     job.tracker.dirty.mark_all()
 
 

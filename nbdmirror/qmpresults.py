@@ -8,7 +8,7 @@ begins with `x-nbdmirror-` or `X_NBDMIRROR_`.
 from __future__ import annotations
 
 from nbdmirror.jobstate import JobStatus
-from nbdmirror.qmpschema import DETECT_ZEROES, JOB_TYPE
+from nbdmirror.qmpschema import COPY_MODE, DETECT_ZEROES, JOB_TYPE, SYNC
 from nbdmirror.schema import (
     BOOL,
     INT,
@@ -26,6 +26,8 @@ from nbdmirror.schema import (
 
 _IO_STATUS = Enum("BlockDeviceIoStatus", ("ok", "failed", "nospace"))
 _JOB_STATUS = Enum("JobStatus", tuple(map(str, JobStatus)))
+_OPERATION = Enum("IoOperationType", ("read", "write"))
+_ACTION = Enum("BlockErrorAction", ("ignore", "report", "stop"))
 
 _BLOCK_JOB_INFO_MEMBERS = named(
     type=STR,
@@ -111,24 +113,55 @@ _VERSION_INFO = struct(
     package=STR,
 )
 
-_DISK_STATUS = Struct(
-    "DiskStatus",
+_JOB_STATUS_INFO = Struct(
+    "JobStatusInfo",
     {
-        **named(name=STR, source=STR, size=INT, read_only=BOOL),
+        **_BLOCK_JOB_INFO_MEMBERS,
+        **named(target=STR, sync=SYNC, copy_mode=COPY_MODE, granularity=INT),
+        **named(dirty_bytes=INT, in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
+        **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
         **named(
-            jobs=Array(
-                Struct(
-                    "JobStatusInfo",
-                    {
-                        **_BLOCK_JOB_INFO_MEMBERS,
-                        **named(target=STR, granularity=INT, dirty_bytes=INT),
-                        **named(in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
-                        **named(pause_ms=optional(NUMBER)),
-                    },
-                )
-            )
+            ending=Enum("JobEnding", ("none", "complete", "cancel")),
+            ending_for_s=optional(NUMBER),
+            last_error=optional(
+                struct("JobError", operation=_OPERATION, action=_ACTION, reason=STR),
+            ),
+            target_connected=BOOL,
+            target_lost_for_s=optional(NUMBER),
+            target_wait_left_s=optional(NUMBER),
+            target_silent_for_s=optional(NUMBER),
+            source_silent_for_s=optional(NUMBER),
+            copy_bytes_per_s=optional(INT),
+            zero_bytes_per_s=optional(INT),
+            dirty_bytes_per_s=optional(INT),
+            left_s=optional(NUMBER),
+            falling_behind=BOOL,
         ),
     },
+)
+
+_LAST_JOB = struct(
+    "LastJobInfo",
+    id=STR,
+    target=STR,
+    result=Enum("JobResult", ("completed", "cancelled", "failed")),
+    reason=optional(STR),
+    pivoted=BOOL,
+    pause_ms=optional(NUMBER),
+    ended_at_s=NUMBER,
+)
+
+_DISK_STATUS = struct(
+    "DiskStatus",
+    name=STR,
+    source=STR,
+    size=INT,
+    read_only=BOOL,
+    connected=BOOL,
+    problem=optional(STR),
+    bitmaps=Array(_DIRTY_INFO),
+    jobs=Array(_JOB_STATUS_INFO),
+    last_job=optional(_LAST_JOB),
 )
 
 RESULTS: dict[str, Type] = {
@@ -142,7 +175,9 @@ RESULTS: dict[str, Type] = {
         "StatusInfo", running=BOOL, singlestep=BOOL, status=Enum("RunState", ("running",))
     ),
     "query-version": _VERSION_INFO,
-    "x-nbdmirror-query-status": struct("Status", disks=Array(_DISK_STATUS)),
+    "x-nbdmirror-query-status": struct(
+        "Status", disks=Array(_DISK_STATUS), state_error=optional(STR)
+    ),
 }
 """All others return nothing. (What query-qmp-schema returns is said by `introspection`.)"""
 
@@ -154,8 +189,8 @@ EVENTS: dict[str, Struct] = {
     "BLOCK_JOB_ERROR": struct(
         "BlockJobError",
         device=STR,
-        operation=Enum("IoOperationType", ("read", "write")),
-        action=Enum("BlockErrorAction", ("ignore", "report", "stop")),
+        operation=_OPERATION,
+        action=_ACTION,
     ),
     "BLOCK_JOB_PENDING": struct("BlockJobPending", type=JOB_TYPE, id=STR),
     "BLOCK_JOB_READY": Struct("BlockJobReady", _ENDED),
@@ -166,5 +201,9 @@ EVENTS: dict[str, Struct] = {
     "X_NBDMIRROR_STATE_ERROR": struct("StateError", reason=STR),
     "X_NBDMIRROR_SIZES_DIFFER": struct(
         "SizesDiffer", device=STR, id=STR, size=INT, target_size=INT
+    ),
+    "X_NBDMIRROR_TARGET_BACK": struct("TargetBack", device=STR, id=STR, lost_for_s=NUMBER),
+    "X_NBDMIRROR_TARGET_LOST": struct(
+        "TargetLost", device=STR, id=STR, target=STR, wait_s=optional(NUMBER)
     ),
 }

@@ -110,35 +110,6 @@ def block_exports(server: Server) -> list[dict[str, Any]]:
     ]
 
 
-def status(server: Server) -> dict[str, Any]:
-    """x-nbdmirror-query-status, and `nbdmirror status --json`."""
-    return {"disks": [_disk_status(server, disk) for disk in server.disks.values()]}
-
-
-def _disk_status(server: Server, disk: Disk) -> dict[str, Any]:
-    jobs = [_job_status(job) for job in server.mirrors.jobs.values() if job.disk is disk]
-    return {
-        "name": disk.name,
-        "source": disk.source.description,
-        "size": disk.size,
-        "read-only": disk.read_only,
-        "jobs": jobs,
-    }
-
-
-def _job_status(job: MirrorJob) -> dict[str, Any]:
-    info = block_job_info(job)
-    info["target"] = job.target.description
-    info["granularity"] = job.tracker.granularity
-    info["dirty-bytes"] = 0 if job.is_over else job.tracker.dirty.dirty_bytes
-    info["in-flight-bytes"] = job.tracker.in_flight_bytes
-    info["copied-bytes"] = job.copier.copied_bytes
-    info["written-bytes"] = job.copier.written_bytes
-    if job.pause_s is not None:
-        info["pause-ms"] = round(job.pause_s * 1000, 3)
-    return info
-
-
 def _target_info(node: Node) -> dict[str, Any]:
     info = _device_info(node.name, node.device)
     info["ro"] = node.is_read_only
@@ -157,15 +128,20 @@ def _disk_info(server: Server, disk: Disk) -> dict[str, Any]:
         info = _device_info(disk.name, disk.source)
     info["ro"] = disk.read_only
     info["image"]["virtual-size"] = disk.size  # the device may be larger, where that was allowed
-    bitmaps = [
+    bitmaps = named_bitmaps(server, disk)
+    if (job := server.mirrors.of(disk)) is not None:
+        bitmaps.insert(0, _bitmap_info(job.tracker.dirty, recording=True, busy=False))
+    return {**info, "dirty-bitmaps": bitmaps} if bitmaps else info
+
+
+def named_bitmaps(server: Server, disk: Disk) -> list[dict[str, Any]]:
+    """QEMU's BlockDirtyInfo of each named bitmap of `disk`."""
+    return [
         _bitmap_info(
             b.bitmap, recording=b.is_recording, busy=b.is_busy, persistent=bool(b.key), name=b.name
         )
         for b in server.bitmaps.of(disk)
     ]
-    if (job := server.mirrors.of(disk)) is not None:
-        bitmaps.insert(0, _bitmap_info(job.tracker.dirty, recording=True, busy=False))
-    return {**info, "dirty-bitmaps": bitmaps} if bitmaps else info
 
 
 def _bitmap_info(

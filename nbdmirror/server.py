@@ -13,6 +13,7 @@ from functools import partial
 
 from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Bitmaps
+from nbdmirror.chronicle import Chronicle
 from nbdmirror.disk import Disk, JournaledDisk
 from nbdmirror.diskstate import Found
 from nbdmirror.errors import IO_ERRORS
@@ -50,12 +51,15 @@ class Server:
         self.events = events
         self.loop = loop
         self._stores = stores or {}
-        self._writer = Writer(loop, events, time.time)
+        self.writer = Writer(loop, events, time.time)
         self.kept = {disk: self._stores.get(name, Transient()) for name, disk in disks.items()}
         self.nodes = Nodes(disks)
         self.bitmaps = Bitmaps(self.kept)
-        self._watch = FileWatch(disks, events)
-        self.mirrors = Mirrors(nodes=self.nodes, events=events, loop=loop, kept=self.kept)
+        self.files = FileWatch(disks, events)
+        self.chronicle = Chronicle(loop, events, time.time)
+        self.mirrors = Mirrors(
+            nodes=self.nodes, events=events, loop=loop, kept=self.kept, chronicle=self.chronicle
+        )
 
     def start(self) -> None:
         """Start the loop's thread, and what an earlier process has left; after nbdkit has forked,
@@ -63,14 +67,14 @@ class Server:
         self.loop.start()
         for name, store in self._stores.items():
             disk = self.disks[name]
-            store.begin(self._writer, disk.sync)
+            store.begin(self.writer, disk.sync)
             assert isinstance(disk, JournaledDisk)
             disk.journal = store.journal
             if store.found is not None:
                 self.loop.run(partial(self._take_up, disk, store.found)).result()
             store.begun()
             self.loop.call_soon(store.start)
-        self._watch.start()
+        self.files.start()
 
     def _take_up(self, disk: Disk, found: Found) -> None:
         self.bitmaps.take_up(disk, found)
@@ -95,7 +99,7 @@ class Server:
         for job in list(self.mirrors.jobs.values()):
             if job in left:
                 job.when_ended(partial(ended, job))
-                job.cancel(force=True)
+                job.cancel(force=True, because="the server ends")
             else:
                 job.dismiss()
         if not was_running:
@@ -126,7 +130,7 @@ class Server:
     def stop(self) -> None:
         """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have
         ended and no guest request is under way."""
-        self._watch.stop()
+        self.files.stop()
         self.loop.stop(STOP_S_MAX)
         for disk in self.disks.values():
             try:
@@ -135,7 +139,7 @@ class Server:
                 disk.source.close()
             except IO_ERRORS as error:
                 log.error("%s: flush at the end failed: %s", disk.name, error)
-        self._writer.stop()
+        self.writer.stop()
         for name, store in self._stores.items():
             try:
                 store.finish()

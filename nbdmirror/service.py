@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from nbdmirror import logs, systemd
+from nbdmirror import __version__, logs, systemd
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
@@ -137,6 +137,7 @@ class Service:
     def start(self, shut_down: Callable[[], None]) -> None:
         """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
         logs.set_up(in_background=os.getpid() != self._pid)
+        self._log_what_is_served()
         self._end_on_signal(shut_down)
         loop, events = Loop(time.monotonic), EventRing(time.time)
         status = systemd.Status(self.disks, events)  # of jobs that go on as well
@@ -155,6 +156,16 @@ class Service:
             threading.Thread(target=self._start_mirror, daemon=True).start()
         # nbdkit has bound its sockets already: whoever connects now is served.
         status.start()
+
+    def _log_what_is_served(self) -> None:
+        log.info("nbdmirror %s, process %d", __version__, os.getpid())
+        for disk in self.disks.values():
+            access = "read-only" if disk.read_only else "read-write"
+            where = disk.source.description
+            log.info("disk %s: served from %s, %d bytes, %s", disk.name, where, disk.size, access)
+        log.info("control socket: %s", self._qmp_path or "none")
+        if self._state_path:
+            log.info("state directory: %s", self._state_path)
 
     def _end_on_signal(self, shut_down: Callable[[], None]) -> None:
         def end() -> None:

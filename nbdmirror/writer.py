@@ -30,6 +30,8 @@ class Writer:
         self._events = events
         self._thread = ThreadPoolExecutor(1, "nbdmirror-state")
         self._told_s = 0.0
+        self.error = ""
+        """Why what is on disk is older than it should be; empty where it is not."""
 
     def submit(self, call: Callable[[], None]) -> Future[None]:
         """Do it soon. An error of the directory, or of a disk that is flushed, is told of."""
@@ -49,6 +51,7 @@ class Writer:
     def failed(self, error: BaseException) -> None:
         """Tell that the state directory cannot be written. From any thread."""
         now_s = self.clock()
+        self.error = str(error)
         if now_s - self._told_s > QUIET_S:
             self._told_s = now_s
             log.error("state cannot be saved: %s; guests go on", error)
@@ -64,3 +67,4 @@ class Writer:
         except IO_ERRORS as error:
             self.failed(error)
             raise
+        self.error = ""

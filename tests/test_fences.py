@@ -64,14 +64,16 @@ MAY_IMPORT = {
     "mirror": "bitmap copier copymode device disk errors events group job jobstate ledger loop"
     " options owner pace quiesce targetwatch waits",
     "waits": "device loop",
+    "rates": "",
+    "chronicle": "disk events job loop mirror options rates",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
     "nodes": "aligned device disk errors mirror remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors nodes options remote",
-    "mirrors": "admission aligned bitmap bitmaps connection copier depth device disk diskstate"
-    " errors events filesource jobstate ledger loop mirror nodes options pool reconnect records"
-    " remote sameness scan statefile transient",
+    "mirrors": "admission aligned bitmap bitmaps chronicle connection copier depth device"
+    " disk diskstate errors events filesource jobstate ledger loop mirror nodes options pool"
+    " reconnect records remote sameness scan statefile transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",
     "records": "connection diskstate handshake mirror nodes options remote statefile",
@@ -86,8 +88,8 @@ MAY_IMPORT = {
     "transient": "bitmap device diskstate ledger",
     "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
     "statedir": "diskstate errors intentlog statefile store uri",
-    "server": "aligned bitmaps disk diskstate errors events filewatch loop mirror mirrors nodes"
-    " pool remote statefile store transient writer",
+    "server": "aligned bitmaps chronicle disk diskstate errors events filewatch loop mirror"
+    " mirrors nodes pool remote statefile store transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "aligned bitmap device disk mirror nodes remote server",
     "sockets": "errors",
@@ -96,16 +98,17 @@ MAY_IMPORT = {
     "qmpresults": "jobstate qmpschema schema",
     "introspection": "qmpresults qmpschema schema",
     "actions": "bitmap bitmaps copier disk errors group mirror options server",
+    "statusquery": "aligned chronicle device disk mirror queries remote server",
     "commands": "__init__ actions errors events introspection job mirror nodes options qmpschema"
-    " queries remote server uri",
+    " queries remote server statusquery uri",
     "qmp_json": "errors",
     "qmp": "errors events qmp_json sockets",
     "http": "errors events job server",
     "cli*": "__init__ cli* errors logs sockets tls",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
-    "service": "aligned commands device disk errors events file hangup loop logs qmp remote server"
-    " sockets statedir store systemd uri",
+    "service": "__init__ aligned commands device disk errors events file hangup loop logs qmp"
+    " remote server sockets statedir store systemd uri",
     "plugin/*": ANYTHING,
 }
 

@@ -1,0 +1,223 @@
+"""What the server knows and an operator needs is in its status, in events and in its log: how a job
+ended though nobody was there, a target that is lost, an ending that is asked for, the copy mode."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures import Identical, Start
+from images import MiB, make_image, make_noise
+from qmpclient import Qmp
+from servers import Nbdmirror, QemuNbd
+from waiting import wait_until
+
+SIZE = 4 * MiB
+SLOW = {"speed": 64 << 10, "buf_size": 64 << 10}
+
+
+@pytest.fixture
+def disk(folder: Path) -> Path:
+    return make_image(folder / "disk.img", SIZE)
+
+
+@pytest.fixture
+def target(start: Start, folder: Path) -> QemuNbd:
+    return start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
+
+
+@pytest.fixture
+def server(start: Start, disk: Path, target: QemuNbd) -> Nbdmirror:
+    return start(Nbdmirror(disk.parent, f"vda={disk}", bare=True))
+
+
+@pytest.fixture
+def qmp(server: Nbdmirror) -> Qmp:
+    return server.qmp
+
+
+def disk_of(qmp: Qmp) -> dict[str, Any]:
+    (found,) = qmp.execute("x-nbdmirror-query-status")["disks"]
+    return dict(found)
+
+
+def job_of(qmp: Qmp) -> dict[str, Any]:
+    (found,) = disk_of(qmp)["jobs"]
+    return dict(found)
+
+
+def begin(qmp: Qmp, target: QemuNbd, **options: Any) -> None:
+    arguments = {"device": "vda", "target": target.uri(), "mode": "existing", "sync": "full"}
+    qmp.execute("drive-mirror", **arguments, **options)
+
+
+def ended(qmp: Qmp) -> dict[str, Any]:
+    """How the last job ended, when it has."""
+    return dict(wait_until(lambda: disk_of(qmp).get("last-job"), "the job has ended"))
+
+
+# How the last job of a disk ended
+
+
+def test_a_job_that_completed(
+    qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd, identical: Identical
+) -> None:
+    assert "last-job" not in disk_of(qmp)
+    begin(qmp, target)
+    qmp.wait_ready("vda")
+    qmp.execute("job-complete", id="vda")
+    told = ended(qmp)
+    assert told.pop("ended-at-s") > 1.7e9
+    pause_ms = told.pop("pause-ms")
+    said = {"id": "vda", "target": target.uri(), "result": "completed", "pivoted": True}
+    assert told == said
+    assert disk_of(qmp)["source"] == target.uri()
+    line = f"disk vda is served from {target.uri()}, before from {disk}; writes held {pause_ms:.1f}"
+    wait_until(lambda: line in server.stderr, "the log has it")
+    identical(disk, target.image)
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_a_job_that_was_cancelled(
+    qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd, is_ready: bool
+) -> None:
+    begin(qmp, target, **({} if is_ready else SLOW))
+    if is_ready:
+        qmp.wait_ready("vda")
+        qmp.execute("block-job-cancel", device="vda")
+    else:
+        qmp.execute("job-cancel", id="vda")
+    told = ended(qmp)
+    assert (told["result"], told["pivoted"]) == ("completed" if is_ready else "cancelled", False)
+    assert told.get("reason") == (None if is_ready else "cancelled by force")
+    line = "is a copy" if is_ready else "cancelled by force; "
+    wait_until(lambda: line in server.stderr, "the log has it")
+    assert f"disk vda is served from {disk} as before" in server.stderr
+
+
+def test_a_job_that_failed_while_nobody_looked(
+    qmp: Qmp, server: Nbdmirror, target: QemuNbd
+) -> None:
+    begin(qmp, target, **SLOW)
+    target.kill()
+    told = ended(qmp)
+    assert (told["result"], told["pivoted"]) == ("failed", False)
+    assert told["reason"] == f"{target.uri()}: connection lost"
+    wait_until(lambda: f"failed: {told['reason']}; " in server.stderr, "the log has it")
+
+
+def test_a_job_that_never_fitted(qmp: Qmp, server: Nbdmirror, start: Start, folder: Path) -> None:
+    server.allowed = ["the source has"]
+    small = start(QemuNbd(folder, make_noise(folder / "small.img", SIZE // 2)))
+    begin(qmp, small)
+    assert ended(qmp)["reason"] == "Source and target image have different sizes"
+
+
+def test_the_server_that_ends_is_why(
+    qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd
+) -> None:
+    begin(qmp, target, **SLOW)
+    server.stop()
+    assert "job vda: cancelled: the server ends; " in server.stderr
+
+
+# What is under way
+
+
+def test_a_target_that_is_lost_and_comes_back(
+    qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd, identical: Identical
+) -> None:
+    begin(qmp, target, **SLOW, x_nbdmirror_reconnect_delay=60)
+    wait_until(lambda: "copy-bytes-per-s" in job_of(qmp), "a rate is known")
+    target.kill()
+    lost = qmp.wait_for_event("X_NBDMIRROR_TARGET_LOST")
+    assert lost == {"device": "vda", "id": "vda", "target": target.uri(), "wait-s": 60.0}
+    job = job_of(qmp)
+    assert (job["status"], job["target-connected"]) == ("running", False)
+    assert 0 <= job["target-lost-for-s"] < 60
+    assert 0 < job["target-wait-left-s"] <= 60
+    assert "copy-bytes-per-s" not in job
+    qmp.execute("block-job-set-speed", device="vda", speed=0)
+    target.socket.unlink()
+    target.start()
+    assert qmp.wait_for_event("X_NBDMIRROR_TARGET_BACK")["lost-for-s"] > 0
+    qmp.wait_ready("vda")
+    job = job_of(qmp)
+    assert job["target-connected"]
+    assert not {"target-lost-for-s", "target-wait-left-s"} & set(job)
+    for line in (f"target {target.uri()} is lost: tried for 60 s", f"{target.uri()} is back after"):
+        assert line in server.stderr
+    qmp.execute("block-job-cancel", device="vda")
+    ended(qmp)
+    identical(disk, target.image)
+
+
+@pytest.mark.parametrize("ending", ["complete", "cancel"])
+def test_an_ending_that_waits_for_a_target_that_hangs(
+    qmp: Qmp, disk: Path, target: QemuNbd, ending: str, identical: Identical
+) -> None:
+    begin(qmp, target)
+    qmp.wait_ready("vda")
+    assert job_of(qmp)["ending"] == "none"
+    os.kill(target.pid, signal.SIGSTOP)
+    try:
+        qmp.execute(f"block-job-{ending}", device="vda")
+        job = wait_until(
+            lambda: (job := job_of(qmp)).get("target-silent-for-s") and job, "that it hangs is seen"
+        )
+        assert (job["ending"], job["status"]) == (ending, "ready")
+        assert job["ending-for-s"] >= 0
+        assert "source-silent-for-s" not in job
+    finally:
+        os.kill(target.pid, signal.SIGCONT)
+    assert ended(qmp)["pivoted"] is (ending == "complete")
+    identical(disk, target.image)
+
+
+def test_an_error_that_stopped_the_job(qmp: Qmp, target: QemuNbd) -> None:
+    begin(qmp, target, **SLOW, on_target_error="stop")
+    target.kill()
+    qmp.wait_for_event("BLOCK_JOB_ERROR")
+    qmp.wait_status("paused", "vda")
+    reason = f"{target.uri()}: connection lost"
+    job = job_of(qmp)
+    assert job["last-error"] == {"operation": "write", "action": "stop", "reason": reason}
+    assert not job["target-connected"]
+
+
+def test_the_copy_mode(qmp: Qmp, disk: Path, target: QemuNbd, identical: Identical) -> None:
+    begin(qmp, target)
+    qmp.wait_ready("vda")
+    assert (job_of(qmp)["copy-mode"], job_of(qmp)["actively-synced"]) == ("background", False)
+    qmp.execute("block-job-change", id="vda", type="mirror", copy_mode="write-blocking")
+    wait_until(lambda: job_of(qmp)["actively-synced"], "writes reach both sides")
+    assert job_of(qmp)["copy-mode"] == "write-blocking"
+    qmp.execute("block-job-cancel", device="vda")
+    ended(qmp)
+    identical(disk, target.image)
+
+
+def test_bitmaps(qmp: Qmp) -> None:
+    qmp.execute("block-dirty-bitmap-add", node="vda", name="monday", granularity=65536)
+    (bitmap,) = disk_of(qmp)["bitmaps"]
+    assert (bitmap["name"], bitmap["count"], bitmap["granularity"]) == ("monday", 0, 65536)
+
+
+def test_a_file_that_is_gone(qmp: Qmp, disk: Path, server: Nbdmirror) -> None:
+    assert "problem" not in disk_of(qmp)
+    disk.rename(disk.with_name("moved"))
+    assert wait_until(lambda: disk_of(qmp).get("problem"), "it is noticed")
+    server.allowed = ["disk vda: "]
+
+
+# The log
+
+
+def test_the_log_says_what_is_served_and_when(server: Nbdmirror, disk: Path) -> None:
+    time = r"nbdmirror: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO: "
+    assert re.search(f"^{time}disk vda: served from {disk}, {SIZE} bytes", server.stderr, re.M)
+    assert f"control socket: {server.qmp_path}" in server.stderr
