@@ -2,13 +2,20 @@
 
 nbdkit wraps each callback in PyGILState_Ensure and PyGILState_Release. Its threads are not
 Python's, so that builds and destroys a thread state, with its frame stack, for every request. One
-more Ensure without a Release keeps the state. The price: it must be given back when the thread's
-connection ends, or each connection leaks some kilobytes.
+more Ensure without a Release keeps the state. The price: the state must be deleted after the
+thread's connection has ended, or each connection leaks some kilobytes.
+
+The states are deleted in one thread, `start_deleting`'s. Since CPython 3.12, deleting the state of
+another thread also clears the deleting thread's own slot for PyGILState (`unbind_gilstate_tstate`
+in pystate.c). In a thread of nbdkit's the next PyGILState_Release would then abort the process. A
+thread that Python started needs no such slot, as long as it calls nothing that calls PyGILState:
+this one only waits for states and deletes them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import queue
 import threading
 
 _api = ctypes.pythonapi
@@ -21,6 +28,9 @@ _STATE_WAS_THERE = 0  # PyGILState_LOCKED: give back one level only
 
 local = threading.local()
 """`local.is_kept` exists in threads whose state is kept; attribute look-up is the cheapest test."""
+
+_ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+"""States whose threads have ended."""
 
 
 class KeptStates:
@@ -37,12 +47,26 @@ class KeptStates:
         local.is_kept = True
 
     def give_back(self) -> None:
+        """Have the states deleted: this thread's by nbdkit's own release, which follows; the
+        others' soon, by the thread that `start_deleting` has started."""
         current = _api.PyThreadState_Get()
         for state in self._states:
             if state == current:
                 _api.PyGILState_Release(_STATE_WAS_THERE)
                 del local.is_kept
             else:
-                _api.PyThreadState_Clear(state)
-                _api.PyThreadState_Delete(state)
+                _ended.put(state)
         self._states.clear()
+
+
+def start_deleting() -> None:
+    """Start the thread that deletes the states of ended threads. Call it after nbdkit has forked,
+    once; states that are given back before wait for it."""
+    threading.Thread(target=_delete_ended, name="nbdmirror-thread-states", daemon=True).start()
+
+
+def _delete_ended() -> None:
+    while True:
+        state = _ended.get()
+        _api.PyThreadState_Clear(state)
+        _api.PyThreadState_Delete(state)

@@ -23,7 +23,7 @@ import nbdkit
 from nbdmirror.errors import IO_ERRORS, ConfigError, errno_of
 from nbdmirror.logs import complain
 from nbdmirror.service import Service
-from nbdmirror.threadstate import KeptStates, local
+from nbdmirror.threadstate import KeptStates, local, start_deleting
 
 API_VERSION = 2
 service = Service()
@@ -101,7 +101,8 @@ def get_ready():
 
 
 def after_fork():
-    service.start(nbdkit.shutdown)
+    service.start(nbdkit.shutdown)  # first: it blocks the signals that threads would take
+    start_deleting()
 
 
 def cleanup():

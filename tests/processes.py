@@ -56,6 +56,12 @@ def run(*command: str | Path, timeout_s: float = WAIT_S_MAX, check: bool = True)
     return done
 
 
+def nbdkit_version() -> tuple[int, ...]:
+    """Major and minor: nbdkit 1.32.5 is (1, 32)."""
+    said = run("nbdkit", "--version").stdout.split()[1]
+    return tuple(int(number) for number in said.split(".")[:2])
+
+
 def resources(pid: int) -> tuple[int, int, int]:
     """Resident bytes, threads, descriptors."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
