@@ -24,9 +24,10 @@ from nbdmirror.ledger import Ledger, Tracker
 class Disk:
     """A named disk of a fixed size. The guest operations have the meaning of BlockDevice's."""
 
-    def __init__(self, name: str, source: BlockDevice) -> None:
+    def __init__(self, name: str, source: BlockDevice, size: int | None = None) -> None:
+        """`size` in bytes, if the device is larger than the disk."""
         self.name = name
-        self.size = source.size
+        self.size = source.size if size is None else size
         self.read_only = source.read_only
         self.ledger = Ledger()
         self.synchronous: SynchronousWrites | None = None
@@ -144,8 +145,8 @@ class JournaledDisk(Disk):
     """One whose changes under way are written down, so that a crash leaves none out (rule 47).
     `journal` is set before guests come."""
 
-    def __init__(self, name: str, source: BlockDevice, journal: Journal) -> None:
-        super().__init__(name, source)
+    def __init__(self, name: str, source: BlockDevice, journal: Journal, size: int) -> None:
+        super().__init__(name, source, size)
         self.journal = journal
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool) -> None:

@@ -16,9 +16,6 @@ If the disk was written to without us, or what is needed is damaged, everything 
 from __future__ import annotations
 
 import json
-import os
-import stat
-import struct
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -26,6 +23,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from nbdmirror.bitmap import DirtyBitmap, bytes_of
+from nbdmirror.diskfile import (
+    Identity,
+    LastSeen,
+    check_unchanged,
+    check_unchanged_since_killed,
+    check_unchanged_since_saved,
+)
 from nbdmirror.intentlog import IntentLog, slot_bytes
 from nbdmirror.journal import ranges_left
 from nbdmirror.lasting import Memory
@@ -36,38 +40,7 @@ KIND_DEFINITION, KIND_BITMAPS, KIND_PIVOTED = "disk", "bitmaps", "pivoted"
 
 JOURNAL = "journal"
 ALIVE = "alive"
-"""Files of memory: the requests under way; when the process was last alive (a double)."""
-ALIVE_BYTES = 8
-
-ALIVE_SLACK_S = 10.0
-"""A disk that was changed later than this after its server was last alive was changed by somebody
-else. The server notes each second that it lives."""
-
-SAVED_SLACK_S = 60.0
-"""The same after a power cut, where what is known is when bitmaps or intents were last saved."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """A disk as it can be told from others. For regular files; what has none of this is told by its
-    name and size alone."""
-
-    source: str
-    size: int
-    device: int = 0
-    inode: int = 0
-
-    @classmethod
-    def of(cls, source: str, size: int) -> Identity:
-        status = _status(source)
-        if status is None:
-            return cls(source, size)
-        return cls(source, size, status.st_dev, status.st_ino)
-
-    def is_same(self, other: Identity) -> bool:
-        """The same path, or the same file under another one."""
-        is_one_file = bool(self.inode) and (self.device, self.inode) == (other.device, other.inode)
-        return is_same_place(self.source, other.source) or is_one_file
+"""Files of memory: the requests under way; when the process was last alive (LastSeen)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +110,18 @@ class Saved:
     disk_id: str
     time_s: float
     bits: dict[str, bytes]
+    mtime_ns: int = 0
+    """Of the disk's file then; 0 if it has none, or where an older version saved it."""
 
     def to_bytes(self) -> bytes:
         packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
         lengths = {key: len(one) for key, one in packed.items()}
-        head = {"disk": self.disk_id, "time": self.time_s, "bitmaps": lengths}
+        head = {
+            "disk": self.disk_id,
+            "time": self.time_s,
+            "mtime": self.mtime_ns,
+            "bitmaps": lengths,
+        }
         return seal(
             KIND_BITMAPS, b"\n".join([json.dumps(head).encode(), b"".join(packed.values())])
         )
@@ -157,7 +137,7 @@ class Saved:
                 if key in sizes:
                     bits[key] = zlib.decompressobj().decompress(rest[:length], sizes[key] + 1)
                 rest = rest[length:]
-            return cls(said["disk"], float(said["time"]), bits)
+            return cls(said["disk"], float(said["time"]), bits, int(said.get("mtime", 0)))
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             raise StateError(f"makes no sense: {error}") from error
 
@@ -171,13 +151,15 @@ class Pivoted:
     left: tuple[Identity, ...]
     """What it was served from before: not the disk any more."""
     time_s: float
+    size: int = 0
+    """The disk's, which a larger target does not change; 0 in records of older versions."""
 
     @classmethod
     def after(cls, before: Pivoted | None, left: Identity, truth: str, time_s: float) -> Self:
         """A pivot from `left` to `truth`, perhaps back to where it came from."""
         sides = (*(before.left if before else ()), left)
         kept = tuple(side for side in sides if not is_same_place(side.source, truth))
-        return cls(truth, kept, time_s)
+        return cls(truth, kept, time_s, left.size)
 
     def has_left(self, side: Identity, source: str) -> bool:
         """`side` was the disk before it was `source`."""
@@ -193,7 +175,7 @@ class Pivoted:
         try:
             said = json.loads(unseal(KIND_PIVOTED, content))
             left = tuple(Identity(**one) for one in said["left"])
-            return cls(said["truth"], left, float(said["time_s"]))
+            return cls(said["truth"], left, float(said["time_s"]), int(said.get("size", 0)))
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"makes no sense: {error}") from error
 
@@ -260,14 +242,24 @@ def examine(
     before = definition.identity
     if not before.is_same(identity):
         raise OtherDisk(f"{files['definition']}: is of {before.source}, not of {identity.source}")
-    found = Found(definition)
+    found = Found(replace(definition, identity=identity))  # it may have another path by now
     if before.size != identity.size:
         found.problem = f"the disk had {before.size} bytes, it has {identity.size}"
-    elif before != identity and before.source == identity.source:
+    elif before.source == identity.source and before.is_one_file(identity) is False:
         found.problem = "another file is there now"
     else:
         _believe(folder, files, found)
     return found
+
+
+def last_size(folder: Folder, name: str, source: str) -> int:
+    """The size that the disk `name` had when it was last served from `source`; 0 if that is not
+    known. Raises OSError."""
+    try:
+        identity = Definition.from_bytes(folder.read(names(name)["definition"]) or b"").identity
+    except StateError:
+        return 0
+    return identity.size if is_same_place(identity.source, source) else 0
 
 
 class OtherDisk(StateError):
@@ -277,11 +269,13 @@ class OtherDisk(StateError):
 def _believe(folder: Folder, files: dict[str, str], found: Found) -> None:
     """Fill `found` with the best that there is, or with the reason why there is nothing."""
     definition = found.definition
+    source = definition.identity.source
     sizes = _sizes(definition)
     memory = Memory.find(definition.memory) if definition.clean_mtime_ns is None else None
     try:
-        if memory is not None and (alive_s := _time_alive(memory)) is not None:
-            _check_unchanged_since(definition, alive_s + ALIVE_SLACK_S)
+        last = LastSeen.from_bytes(memory.read(ALIVE) or b"") if memory is not None else None
+        if memory is not None and last is not None:
+            check_unchanged_since_killed(source, last)
             _take_from_memory(memory, found, sizes)
             # Where guests may have written stays on disk until bitmaps have been saved again.
             found.is_log_needed = True
@@ -291,10 +285,10 @@ def _believe(folder: Folder, files: dict[str, str], found: Found) -> None:
         saved = _saved(folder, files, found, sizes)
         found.bits = {key: [bits] for key, bits in saved.bits.items()}
         if definition.clean_mtime_ns is not None:
-            _check_unchanged(definition)
+            check_unchanged(source, definition.clean_mtime_ns)
             return
         found.log = log = _log(folder, files, definition)
-        _check_unchanged_since(definition, max(saved.time_s, log.time_s) + SAVED_SLACK_S)
+        check_unchanged_since_saved(source, max(saved.time_s, log.time_s), saved.mtime_ns)
         found.ranges = list(log.ranges())
     except StateError as error:
         found.problem = str(error)
@@ -336,42 +330,6 @@ def _log(folder: Folder, files: dict[str, str], definition: Definition) -> Inten
         raise StateError(f"{files['intents']}: {error}") from error
     finally:
         slots.close()
-
-
-def _check_unchanged(definition: Definition) -> None:
-    status = _status(definition.identity.source)
-    if status is not None and status.st_mtime_ns != definition.clean_mtime_ns:
-        raise StateError("the disk was written to since its server ended")
-
-
-def _check_unchanged_since(definition: Definition, limit_s: float) -> None:
-    status = _status(definition.identity.source)
-    if status is not None and status.st_mtime > limit_s:
-        raise StateError("the disk was written to since its server was killed")
-
-
-def mtime_ns(source: str) -> int:
-    """For Definition.clean_mtime_ns."""
-    status = _status(source)
-    return status.st_mtime_ns if status is not None else 0
-
-
-def write_alive(memory: memoryview, time_s: float) -> None:
-    struct.pack_into("d", memory, 0, time_s)
-
-
-def _time_alive(memory: Memory) -> float | None:
-    content = memory.read(ALIVE)
-    return struct.unpack_from("d", content)[0] if content and len(content) >= ALIVE_BYTES else None
-
-
-def _status(source: str) -> os.stat_result | None:
-    """Of a regular file; None for what tells nothing of its changes."""
-    try:
-        status = os.stat(source)
-    except OSError:
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def _sizes(definition: Definition) -> dict[str, int]:

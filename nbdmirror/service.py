@@ -122,7 +122,7 @@ class Service:
                 self.disks[name] = Disk(name, source)
                 continue
             store = state.open(name, path, source.size)
-            self.disks[name] = JournaledDisk(name, source, store.journal)
+            self.disks[name] = JournaledDisk(name, source, store.journal, store.size)
             if not self._is_read_only:  # else its state is left as it is
                 self._stores[name] = store
         if self._qmp_path:

@@ -10,13 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from nbdmirror.diskfile import Identity
 from nbdmirror.diskstate import (
     Definition,
     Found,
-    Identity,
     OtherDisk,
     Pivoted,
     examine,
+    last_size,
     names,
 )
 from nbdmirror.errors import ConfigError
@@ -36,13 +37,15 @@ class StateDirectory:
         self._accepts_old_side = accepts_old_side
 
     def open(self, name: str, source: str, size: int) -> DiskStore:
-        """What is kept of the disk `name`, a path or URI. Raises ConfigError if it must not be
-        served, or if nothing can be kept."""
+        """What is kept of the disk `name`, a path or URI whose device has `size` bytes. Raises
+        ConfigError if it must not be served, or if nothing can be kept."""
         identity = Identity.of(source, size)
         files = names(name)
         where = self._folder.path
         try:
             pivoted = self._check_side(files["pivoted"], identity)
+            size = self._size(name, identity, pivoted)
+            identity = replace(identity, size=size)
             found = self._examine(name, identity, pivoted)
             slots = self._folder.slots(files["intents"], slot_bytes(size), 2)
         except OSError as error:
@@ -83,6 +86,20 @@ class StateDirectory:
         if not is_same_place(identity.source, pivoted.truth):
             log.warning("%s: the disk was moved to %s, they say", path, pivoted.truth)
         return pivoted
+
+    def _size(self, name: str, identity: Identity, pivoted: Pivoted | None) -> int:
+        """The disk's, which is smaller than the device that it was moved to if that is larger:
+        guests know it, and a mirror home fits only so."""
+        if pivoted is None or not is_same_place(identity.source, pivoted.truth):
+            return identity.size
+        kept = pivoted.size or last_size(self._folder, name, identity.source)
+        if kept > identity.size:
+            text = "disk %s: %s has %d bytes, and the disk had %d"
+            log.error(text, name, identity.source, identity.size, kept)
+        elif 0 < kept < identity.size:
+            text = "disk %s: keeps its size of %d bytes, though %s has %d"
+            log.info(text, name, kept, identity.source, identity.size)
+        return min(kept or identity.size, identity.size)
 
     def _examine(self, name: str, identity: Identity, pivoted: Pivoted | None) -> Found | None:
         """What can be used; a definition that is damaged is put aside."""

@@ -26,21 +26,19 @@ from functools import partial
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.checkpoint import Bits, Checkpoints
 from nbdmirror.device import Done
+from nbdmirror.diskfile import ALIVE_BYTES, Identity, mtime_ns
 from nbdmirror.diskstate import (
     ALIVE,
-    ALIVE_BYTES,
     JOURNAL,
     BitmapRecord,
     Definition,
     Found,
-    Identity,
     MirrorRecord,
     Pivoted,
     Saved,
-    mtime_ns,
     names,
-    write_alive,
 )
+from nbdmirror.heartbeat import Heartbeat
 from nbdmirror.journal import JOURNAL_BYTES, Journal, Regions
 from nbdmirror.lasting import Memory
 from nbdmirror.ledger import Ledger, Tracker
@@ -100,7 +98,7 @@ class DiskStore(Transient):
         self._files = names(name)
         self._disk_id = found.definition.disk_id if found else uuid.uuid4().hex
         self._memory: Memory | None = None
-        self._alive: memoryview | None = None
+        self._heartbeat: Heartbeat | None = None
         self._mirror: _Mirror | None = None
         self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
         self._ending: _Ending | None = None
@@ -113,6 +111,11 @@ class DiskStore(Transient):
         self._is_suspended = False
         self._since: DirtyBitmap | None = None
 
+    @property
+    def size(self) -> int:
+        """The disk's, in bytes."""
+        return self._identity.size
+
     # The start.
 
     def begin(self, writer: Writer, flush: Callable[[], None]) -> None:
@@ -121,8 +124,9 @@ class DiskStore(Transient):
         self._writer = writer
         try:
             self._memory = Memory.create()
-            self._alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
-            self.note_alive()
+            alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
+            self._heartbeat = Heartbeat(alive, writer)
+            self._heartbeat.note_alive()
             self.journal = Journal(memoryview(self._memory.map(JOURNAL, JOURNAL_BYTES)))
         except OSError as error:
             self._give_memory_up(error)
@@ -178,10 +182,6 @@ class DiskStore(Transient):
         if self._memory is not None:
             self._memory.discard()
         self._memory = None
-
-    def note_alive(self) -> None:
-        if self._alive is not None:
-            write_alive(self._alive, self._writer.clock())
 
     # What is kept.
 
@@ -347,7 +347,8 @@ class DiskStore(Transient):
 
     def _tick(self) -> None:
         self._writer.call_later(TICK_S, self._tick)
-        self.note_alive()
+        if self._heartbeat is not None:
+            self._heartbeat.beat(self._identity)
         self._ticks += 1
         if self._is_needed and not self._is_suspended and self._ticks % CHECKPOINT_TICKS == 0:
             self._checkpoints.tick()
@@ -357,7 +358,9 @@ class DiskStore(Transient):
 
     def _write_bits(self, bits: Bits) -> None:
         name = self._files["bitmaps"]
-        self._folder.prepare(name, Saved(self._disk_id, self._writer.clock(), bits).to_bytes())
+        changed_ns = mtime_ns(self._identity.source)
+        saved = Saved(self._disk_id, self._writer.clock(), bits, changed_ns)
+        self._folder.prepare(name, saved.to_bytes())
         self._folder.commit([name])
 
     def _bits(self) -> Bits:

@@ -29,7 +29,7 @@ class Writer:
         self._loop = loop
         self._events = events
         self._thread = ThreadPoolExecutor(1, "nbdmirror-state")
-        self._told_s = 0.0
+        self._told_s = -QUIET_S
         self.error = ""
         """Why what is on disk is older than it should be; empty where it is not."""
 
@@ -50,7 +50,7 @@ class Writer:
 
     def failed(self, error: BaseException) -> None:
         """Tell that the state directory cannot be written. From any thread."""
-        now_s = self.clock()
+        now_s = self._loop.clock()
         self.error = str(error)
         if now_s - self._told_s > QUIET_S:
             self._told_s = now_s

@@ -24,7 +24,8 @@ import nbdmirror.journal
 import nbdmirror.store
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import Done
-from nbdmirror.diskstate import Found, Identity, MirrorRecord, examine, names
+from nbdmirror.diskfile import Identity
+from nbdmirror.diskstate import Found, MirrorRecord, examine, names
 from nbdmirror.intentlog import slot_bytes
 from nbdmirror.journal import Journal, Regions, ranges_left
 from nbdmirror.statefile import Folder, Slots

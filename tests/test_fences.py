@@ -82,12 +82,15 @@ MAY_IMPORT = {
     "statefile": "errors",
     "intentlog": "statefile",
     "journal": "intentlog statefile",
-    "diskstate": "bitmap intentlog journal lasting statefile uri",
+    "diskfile": "statefile uri",
+    "diskstate": "bitmap diskfile intentlog journal lasting statefile uri",
     "writer": "device errors events loop",
+    "heartbeat": "diskfile writer",
     "checkpoint": "journal writer",
     "transient": "bitmap device diskstate ledger",
-    "store": "bitmap checkpoint device diskstate journal lasting ledger statefile transient writer",
-    "statedir": "diskstate errors intentlog statefile store uri",
+    "store": "bitmap checkpoint device diskfile diskstate heartbeat journal lasting ledger"
+    " statefile transient writer",
+    "statedir": "diskfile diskstate errors intentlog statefile store uri",
     "server": "aligned bitmaps chronicle disk diskstate errors events filewatch loop mirror"
     " mirrors nodes pool remote statefile store transient writer",
     # The doors. They know what is below them, never each other.

@@ -1,0 +1,188 @@
+"""A reboot, or a file system that is mounted again: what is remembered of a disk is of this file,
+not of the number that its device had; and a disk keeps its size on a larger target."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from clients import connected
+from fixtures import Start
+from images import MiB, assert_identical, make_empty, make_image
+from kept import Kept, power_cut
+from mounts import ON_DISK, loop_device
+from servers import Nbdmirror, QemuNbd
+from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from test_state_bitmaps import add, bitmaps
+
+from nbdmirror.statefile import seal, unseal
+
+
+@contextmanager
+def mounted_image(image: Path, place: Path) -> Iterator[None]:
+    with loop_device(image) as device:
+        subprocess.run(["mount", device, str(place)], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=ON_DISK, prefix="nbdmirror-test-") as folder:
+        yield Path(folder)
+
+
+@ends
+def test_a_file_system_with_another_number(
+    start: Start, folder: Path, target: QemuNbd, place: Path, end: End
+) -> None:
+    image, occupied = make_empty(folder / "fs.img", 3 * SIZE), make_empty(folder / "o.img", MiB)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    with mounted_image(image, place):
+        disk = make_image(place / "disk.img", SIZE)
+        before = disk.stat().st_dev
+        server = start(Kept(folder, disk))
+        add(server.qmp)
+        begin(server, target).wait_ready()
+        with connected(server.uri()) as guest:
+            guest.pwrite(b"x" * GRANULE, 5 * MiB)
+            guest.flush()
+        settle(server)
+        end(server)
+    with loop_device(occupied), mounted_image(image, place):
+        assert disk.stat().st_dev != before, "the same number: this test says nothing"
+        server.restart()
+        count = int(str(bitmaps(server)["b"]["count"]))
+        assert count == GRANULE or (end is power_cut and count <= 2 * MiB)
+        assert finish(server) <= (2 * MiB if end is power_cut else GRANULE)
+        server.stop()
+        assert_identical(disk, target.image)
+
+
+def test_the_old_side_after_a_reboot_under_another_name(
+    start: Start, folder: Path, target: QemuNbd, place: Path
+) -> None:
+    """It is not the disk any more, whatever its device's number and its own name are."""
+    image, occupied = make_empty(folder / "fs.img", 3 * SIZE), make_empty(folder / "o.img", MiB)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    with mounted_image(image, place):
+        server = start(Kept(folder, make_image(place / "disk.img", SIZE)))
+        begin(server, target).wait_ready()
+        server.qmp.complete()
+        server.kill()
+    with loop_device(occupied), mounted_image(image, place):
+        moved = (place / "disk.img").rename(place / "other.img")
+        server.disks = [f"vda={moved}"]
+        said = subprocess.run(server.argv(), capture_output=True, text=True, check=False)
+        assert said.returncode == 1 and "is not the disk any more" in said.stderr
+
+
+@ends
+def test_a_file_that_was_moved_and_written_to(
+    start: Start, server: Kept, target: QemuNbd, disk: Path, end: End
+) -> None:
+    """The file under its new name is looked at, not the name that is gone."""
+    begin(server, target).wait_ready()
+    settle(server)
+    end(server)
+    moved = disk.rename(disk.with_name("moved.img"))
+    subprocess.run(["touch", "-d", "now + 1 hour", str(moved)], check=True)
+    server.disks = [f"vda={moved}"]
+    server.allowed.append("counts as dirty")
+    server.restart()
+    assert "was written to since" in server.stderr
+    assert finish(server) == SIZE
+    assert_identical(moved, target.image)
+
+
+# A larger target.
+
+
+def pivot_to_larger(start: Start, folder: Path, server: Kept) -> QemuNbd:
+    larger = start(QemuNbd(folder, make_empty(folder / "larger.img", SIZE + 4 * MiB)))
+    qmp = server.qmp
+    qmp.add_target("t", larger)
+    allow = {"x-nbdmirror-allow-larger-target": True}
+    qmp.start_mirror("t", device="vda", granularity=GRANULE, **allow)
+    qmp.wait_ready()
+    qmp.complete()
+    server.disks = [f"vda={larger.uri()}"]
+    return larger
+
+
+def size_of(server: Nbdmirror) -> int:
+    with connected(server.uri()) as guest:
+        return int(guest.get_size())
+
+
+@ends
+def test_the_disk_keeps_its_size_on_a_larger_target(
+    start: Start, folder: Path, server: Kept, disk: Path, end: End
+) -> None:
+    """And its bitmaps what they know, and there is a way home."""
+    add(server.qmp)
+    larger = pivot_to_larger(start, folder, server)
+    settle(server)
+    end(server)
+    server.restart()
+    assert size_of(server) == SIZE
+    assert int(str(bitmaps(server)["b"]["count"])) <= (MiB if end is power_cut else 0)
+    with connected(server.uri()) as guest:
+        guest.pwrite(b"at the end", SIZE - 10)
+    home = start(QemuNbd(folder, disk))
+    begin(server, home).wait_ready()
+    server.qmp.complete()
+    server.stop()
+    home.stop()
+    with disk.open("rb") as old, larger.image.open("rb") as new:
+        assert old.read() == new.read(SIZE)
+
+
+def test_a_second_pivot_and_restart_keeps_it_too(start: Start, folder: Path, server: Kept) -> None:
+    pivot_to_larger(start, folder, server)
+    server.kill()
+    server.restart()
+    third = start(QemuNbd(folder, make_empty(folder / "third.img", SIZE + 8 * MiB)))
+    allow = {"x-nbdmirror-allow-larger-target": True}
+    server.qmp.add_target("third", third)
+    server.qmp.start_mirror("third", device="vda", **allow)
+    server.qmp.wait_ready()
+    server.qmp.complete()
+    server.stop()
+    server.disks = [f"vda={third.uri()}"]
+    server.restart()
+    assert size_of(server) == SIZE
+
+
+@pytest.mark.parametrize("has_bitmap", [True, False])
+def test_a_record_of_an_older_version_has_no_size(
+    start: Start, folder: Path, server: Kept, has_bitmap: bool
+) -> None:
+    """Then the disk's definition tells it, where there is one. Otherwise the disk may have been
+    served larger since, so what it has now is what the device has."""
+    if has_bitmap:
+        add(server.qmp)
+    pivot_to_larger(start, folder, server)
+    server.stop()
+    record = server.state / "vda.pivoted"
+    said = json.loads(unseal("pivoted", record.read_bytes()))
+    del said["size"]
+    record.write_bytes(seal("pivoted", json.dumps(said).encode()))
+    server.restart()
+    assert size_of(server) == (SIZE if has_bitmap else SIZE + 4 * MiB)
+
+
+def test_a_larger_device_that_is_no_target_of_a_pivot(server: Kept, disk: Path) -> None:
+    """Who makes the file larger wants a larger disk."""
+    server.stop()
+    with disk.open("r+b") as file:
+        file.truncate(SIZE + MiB)
+    server.restart()
+    assert size_of(server) == SIZE + MiB
