@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from waiting import WAIT_S_MAX
+from waiting import WAIT_S_MAX, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +68,17 @@ def resources(pid: int) -> tuple[int, int, int]:
     status = dict(line.split(":", 1) for line in lines)
     descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return int(status["VmRSS"].split()[0]) * 1024, int(status["Threads"]), descriptors
+
+
+def settled(pid: int, threads: int, descriptors: int) -> int:
+    """Resident bytes once the threads and descriptors of the last connections have gone."""
+
+    def is_flat() -> bool:
+        _, now_threads, now_descriptors = resources(pid)
+        return now_threads <= threads and now_descriptors <= descriptors
+
+    wait_until(is_flat, f"{threads} threads and {descriptors} descriptors again")
+    return resources(pid)[0]
 
 
 def free_port() -> int:
