@@ -231,8 +231,22 @@ def _run(args: argparse.Namespace) -> int:
     return cli_control.run(args)
 
 
+def _open_standard_streams() -> None:
+    """Those that whoever started us has closed: else what is opened next, a disk or a socket, gets
+    the number that messages are written to."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            os.set_inheritable(fd, True)
+            setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
+    _open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     extra: list[str] = []
     if argv[:1] == ["serve"] and "--" in argv:

@@ -44,7 +44,8 @@ _PLUGIN_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=")
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Does not return where all is well: the process is nbdkit then."""
+    """Does not return where all is well: the process is nbdkit then. With --daemonize it does, when
+    the server serves."""
     argv, env = serve_command(args)
     try:
         if _check_nbdkit(env) < ORDERLY_NBDKIT and len(args.disks) > 1 and args.threads is None:
@@ -55,6 +56,10 @@ def serve(args: argparse.Namespace) -> int:
     except ConfigError as error:
         raise CliError(str(error)) from error
     sys.stdout.flush()
+    if args.daemonize:
+        from nbdmirror import cli_daemon
+
+        return cli_daemon.run(argv, env)
     os.execvpe(argv[0], argv, env)
 
 

@@ -1,57 +1,53 @@
-"""Ending on a signal even while guests are connected and idle.
+"""Hanging up on guests when the server ends.
 
 nbdkit 1.32 waits at its end for every connection's threads, and those wait in read(2) for the
 guest's next request: a guest that stays connected and says nothing keeps the process for ever. So
-the signals are taken here, by a thread that waits for them (no handler is installed), and at the
-end the guests' sockets are shut for reading: requests under way are still answered.
+the guests' sockets are shut for reading: requests under way are still answered.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 HANG_UP_PAUSE_S = 0.05
 """Between looks for guests that have just connected; until the process has ended."""
 
 
-def end_on_signal(end: Callable[[], None], *, spare: socket.socket | None) -> None:
-    """Have `end` called, once, in a thread of its own, when a signal asks the process to end; then
-    hang up on the guests: on everybody but those that `spare`, a listening socket, has accepted.
-    Call it before any other thread is started: threads inherit what is blocked."""
-    spared = None if spare is None else _door(spare)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+class Guests:
+    """The connections that listening sockets of this process have accepted; but for those of
+    `spare`, a listening socket. From any thread, one at a time."""
 
-    def wait() -> None:
-        signal.sigwait(SIGNALS)
-        end()
+    def __init__(self, *, spare: socket.socket | None) -> None:
+        self._spared = None if spare is None else _door(spare)
+
+    def hang_up(self) -> None:
+        """Again and again, on those that have connected meanwhile. Does not return: the process
+        ends."""
         pause = threading.Event()
         while not pause.wait(HANG_UP_PAUSE_S):
-            _hang_up(spared)
+            for sock in self._connections():
+                with sock, suppress(OSError):
+                    sock.shutdown(socket.SHUT_RD)
 
-    threading.Thread(target=wait, name="nbdmirror-signals", daemon=True).start()
-
-
-def _hang_up(spared: object) -> None:
-    """Shut the connections that listening sockets of this process have accepted."""
-    doors, connections = set(), []
-    for sock in _sockets():
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            doors.add(_door(sock))
-            sock.close()
-        else:
-            connections.append(sock)
-    for sock in connections:
-        with sock, suppress(OSError):
-            if _door(sock) in doors - {spared}:
-                sock.shutdown(socket.SHUT_RD)
+    def _connections(self) -> Iterator[socket.socket]:
+        """Duplicates, to be closed."""
+        doors, connections = set(), []
+        for sock in _sockets():
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                doors.add(_door(sock))
+                sock.close()
+            else:
+                connections.append(sock)
+        for sock in connections:
+            if _door(sock) in doors - {self._spared}:
+                yield sock
+            else:
+                sock.close()
 
 
 def _door(sock: socket.socket) -> object:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from nbdmirror import __version__, logs, systemd
+from nbdmirror import __version__, logs, startup, systemd
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
@@ -26,11 +26,12 @@ from nbdmirror.disk import Disk, JournaledDisk
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
-from nbdmirror.hangup import end_on_signal
+from nbdmirror.hangup import Guests
 from nbdmirror.loop import Loop
 from nbdmirror.qmp import QmpServer
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.server import Server
+from nbdmirror.signals import Signals, leave_terminal
 from nbdmirror.sockets import bind_unix_socket, remove_socket
 from nbdmirror.statedir import StateDirectory
 from nbdmirror.store import DiskStore
@@ -71,6 +72,7 @@ class Service:
         self._commands: Commands | None = None
         self._qmp: QmpServer | None = None
         self._pid = os.getpid()
+        self._signals = Signals()
 
     def configure(self, key: str, value: str) -> None:
         """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
@@ -136,7 +138,10 @@ class Service:
 
     def start(self, shut_down: Callable[[], None]) -> None:
         """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
-        logs.set_up(in_background=os.getpid() != self._pid)
+        in_background = os.getpid() != self._pid
+        if in_background:
+            leave_terminal()
+        logs.set_up(in_background=in_background)
         self._log_what_is_served()
         self._end_on_signal(shut_down)
         loop, events = Loop(time.monotonic), EventRing(time.time)
@@ -156,6 +161,7 @@ class Service:
             threading.Thread(target=self._start_mirror, daemon=True).start()
         # nbdkit has bound its sockets already: whoever connects now is served.
         status.start()
+        startup.tell(startup.READY)
 
     def _log_what_is_served(self) -> None:
         log.info("nbdmirror %s, process %d", __version__, os.getpid())
@@ -168,6 +174,8 @@ class Service:
             log.info("state directory: %s", self._state_path)
 
     def _end_on_signal(self, shut_down: Callable[[], None]) -> None:
+        guests = Guests(spare=self._listener)
+
         def end() -> None:
             systemd.notify(systemd.STOPPING)
             if self._server is not None:
@@ -176,8 +184,9 @@ class Service:
                 timer.daemon = True
                 timer.start()
             shut_down()
+            guests.hang_up()
 
-        end_on_signal(end, spare=self._listener)
+        self._signals.end(end)
 
     def stop(self) -> None:
         """Jobs within a bound, while clients can still see their events; then the doors, then the

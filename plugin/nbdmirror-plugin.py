@@ -12,6 +12,7 @@ Callbacks only; what they do is in the package. The table of callbacks is nbdkit
 is its life cycle.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -20,7 +21,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
-from nbdmirror.errors import IO_ERRORS, ConfigError, errno_of
+from nbdmirror import startup
+from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
 from nbdmirror.logs import complain
 from nbdmirror.service import Service
 from nbdmirror.threadstate import KeptStates, local, start_deleting
@@ -50,10 +52,11 @@ def format_briefly(kind, error, trace):
 traceback.format_exception = format_briefly
 
 
-def refuse(error):
-    """Nothing is started yet: one line where the user looks, and exit status 1, as nbdkit has
+def refuse(error, *, say=complain):
+    """The server does not start: one line where the user looks, and exit status 1, as nbdkit has
     it."""
-    complain(str(error))
+    say(str(error))
+    startup.tell(str(error))
     service.abandon()
     os._exit(1)
 
@@ -101,8 +104,11 @@ def get_ready():
 
 
 def after_fork():
-    service.start(nbdkit.shutdown)  # first: it blocks the signals that threads would take
-    start_deleting()
+    try:
+        service.start(nbdkit.shutdown)  # first: it blocks the signals that threads would take
+        start_deleting()
+    except (Error, OSError, RuntimeError) as error:  # the last one: no thread can be had
+        refuse(error, say=logging.getLogger("nbdmirror").error)
 
 
 def cleanup():

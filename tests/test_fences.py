@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "linux": "",
     "threadstate": "",
     "hangup": "",
+    "signals": "",
+    "startup": "",
     "logs": "",
     "systemd": "events",
     "uri": "errors tls",
@@ -107,11 +109,11 @@ MAY_IMPORT = {
     "qmp_json": "errors",
     "qmp": "errors events qmp_json sockets",
     "http": "errors events job server",
-    "cli*": "__init__ cli* errors logs sockets tls",
+    "cli*": "__init__ cli* errors logs sockets startup tls",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
     "service": "__init__ aligned commands device disk errors events file hangup loop logs qmp"
-    " remote server sockets statedir store systemd uri",
+    " remote server signals sockets startup statedir store systemd uri",
     "plugin/*": ANYTHING,
 }
 
