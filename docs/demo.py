@@ -119,7 +119,7 @@ def demonstrate(stack: contextlib.ExitStack) -> None:
     say("the pivot")
     nbdmirror("complete")
     source_at_pivot = digest(Path("source.img"))
-    source = nbdmirror("status").split()[-1]
+    source = nbdmirror("status").splitlines()[0].split()[-1]
     check(source == uri, f"after the pivot the disk is served from {source}")
     check(fio.poll() is None, "fio ended before the pivot: this machine is too busy for a demo")
 

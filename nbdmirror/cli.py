@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from nbdmirror import __version__, cli_parsers
+
 DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 THREADS_DEFAULT, THREADS_DIRECT_DEFAULT = 8, 16
@@ -94,6 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"nbdmirror {__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version, help="print it")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, text: str, *, qmp: bool = True) -> argparse.ArgumentParser:
@@ -122,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     wait = add("wait", "wait for a job")
     until = wait.add_mutually_exclusive_group(required=True)
     until.add_argument("--ready", action="store_true", help="until source and target are in sync")
@@ -137,7 +141,8 @@ def _add_job_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> Non
         "rate", type=parse_size, metavar="RATE", help="bytes per second; 0: no limit"
     )
     pause, resume = add("pause", "pause a job"), add("resume", "resume a paused job")
-    for command in (wait, complete, cancel, pause, resume, speed):
+    more = cli_parsers.add_commands(add, parse_size=parse_size)
+    for command in (wait, complete, cancel, pause, resume, speed, *more):
         which = command.add_mutually_exclusive_group()
         which.add_argument("--device", metavar="NAME", help="the disk whose job is meant")
         which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
@@ -150,22 +155,26 @@ def _add_timeout(command: argparse.ArgumentParser) -> None:
 
 def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add = mirror.add_argument
-    add("target", metavar="TARGET_URI", help="NBD URI of the target, at least as large as the disk")
+    add("target", metavar="TARGET_URI", help="NBD URI of the target, of the disk's size")
     add("--device", metavar="NAME", help="the disk to mirror (default: the only one)")
     add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
-    add("--copy-mode", choices=("background", "write-blocking"))
+    mode = "write-blocking: the guest's writes wait for the target (default: background)"
+    add("--copy-mode", choices=cli_parsers.COPY_MODES, help=mode)
     add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
     add("--speed", type=parse_size, metavar="RATE", help="bytes per second; 0: no limit")
     delay = "a lost target is waited for that long before it is an error"
     add("--reconnect-delay", type=_whole_seconds, metavar="S", help=delay)
-    add("--on-source-error", choices=_POLICIES)
-    add("--on-target-error", choices=_POLICIES)
+    for side in ("source", "target"):
+        policy = f"what becomes of the job if the {side} fails (default: report, which ends it)"
+        add(f"--on-{side}-error", choices=_POLICIES, help=policy)
     add("--bitmap", metavar="NAME", help="for --sync bitmap or incremental")
-    add("--target-cluster-size", type=parse_size, metavar="SIZE")
+    cluster = "cluster size of a target whose backing file is attached later"
+    add("--target-cluster-size", type=parse_size, metavar="SIZE", help=cluster)
     add("--no-unmap", action="store_true", help="write zeroes rather than trim the target")
     add("--target-is-zero", action="store_true", help="the target reads as zeroes: trust me")
-    add("--allow-larger-target", action="store_true")
+    larger = "the target may be larger than the disk; its end is left alone"
+    add("--allow-larger-target", action="store_true", help=larger)
     add("--job", metavar="ID", help="a name for the job (default: the disk's)")
     add("--wait", choices=("ready", "completed"), help="completed: complete it when it is ready")
     _add_timeout(mirror)
@@ -188,7 +197,7 @@ def _add_handover(handover: argparse.ArgumentParser) -> None:
 
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:
-    serve.usage = "nbdmirror serve [NAME=]DISK [[NAME=]DISK ...] [options] [-- NBDKIT ARGS]"
+    serve.usage = "nbdmirror serve DISK|NAME=DISK ... [options] [-- NBDKIT ARGS]"
     add = serve.add_argument
     disk = "raw file, block device or NBD URI; a file whose name has a '=' is written ./a=b.img"
     add("disks", metavar="[NAME=]DISK", nargs="+", help=disk)
@@ -197,10 +206,10 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     where.add_argument("--address", metavar="HOST", help="listen there (default: 127.0.0.1)")
     add("--port", type=int, metavar="N", help="TCP port (default: 10809)")
     add("--tls", choices=("off", "on", "require"), help="default: require if given keys, else off")
-    add("--tls-certificates", metavar="DIR")
-    add("--tls-psk", metavar="FILE")
+    add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
+    add("--tls-psk", metavar="FILE", help="pre-shared keys")
     add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
-    add("--read-only", action="store_true")
+    add("--read-only", action="store_true", help="guests cannot write")
     threads = f"requests at once of one connection (default: {THREADS_DEFAULT}; with --cache none "
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
     add("--threads", type=int, metavar="N", help=threads)
@@ -209,7 +218,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--accept-old-side", action="store_true", help="serve a disk that was pivoted away from")
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
     add("--daemonize", action="store_true", help="go into the background")
-    add("--pidfile", metavar="PATH")
+    add("--pidfile", metavar="PATH", help="write the process's number there")
     add("--user", metavar="NAME", help="run as this user once the disks are open (needs root)")
     add("--group", metavar="NAME", help="and as this group (default: the user's own)")
 
@@ -226,6 +235,10 @@ def _run(args: argparse.Namespace) -> int:
         from nbdmirror import cli_handover
 
         return cli_handover.run(args)
+    if args.command == "list":
+        from nbdmirror import cli_list
+
+        return cli_list.run(args)
     from nbdmirror import cli_control
 
     return cli_control.run(args)
@@ -269,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.command == "events" or getattr(args, "watch", False):
             return DONE  # the way these are meant to end
-        print("nbdmirror: interrupted; jobs on the server go on", file=sys.stderr)
+        print("nbdmirror: interrupted; nothing was taken back", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,13 +9,20 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 
-from nbdmirror import cli_status
-from nbdmirror.cli import DONE, NO_SERVER, TIMED_OUT, CliError
-from nbdmirror.cli_jobs import NoJob, Watch, find_job, only_disk
-from nbdmirror.cli_progress import open_display
-from nbdmirror.cli_session import Session, connect, run_interruptible, server_path
+from nbdmirror import cli_bitmaps, cli_status, cli_words
+from nbdmirror.cli import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
+from nbdmirror.cli_jobs import NoJob, Watch, find_job, last_jobs, only_disk
+from nbdmirror.cli_progress import Meter, PlainDisplay, open_display
+from nbdmirror.cli_session import Job, Session, connect, run_interruptible, server_path
 
 WATCH_S = 2.0
+PAUSE_S_MAX = 10.0
+"""A pause comes about when the requests in flight have ended: within seconds, if their servers
+answer."""
+RESUME_S_MAX = 5.0
+"""For the first thing that a resumed job does."""
+OUTLOOK_S_MAX = 2.0
+"""For a last look at a job whose command ends before it does."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,8 +35,30 @@ async def _run(args: argparse.Namespace) -> int:
             async with asyncio.timeout(getattr(args, "timeout", None)):
                 return await _COMMANDS[args.command](session, args)
         except TimeoutError as error:
-            text = f"time ran out after {args.timeout:g} s; jobs on the server go on"
+            text = f"time ran out after {args.timeout:g} s; {await _outlook(session)}"
             raise CliError(text, TIMED_OUT) from error
+        except asyncio.CancelledError:
+            if not session.job:
+                raise
+            raise CliError(f"interrupted; {await _outlook(session)}", INTERRUPTED) from None
+
+
+async def _outlook(session: Session) -> str:
+    """What becomes of the job that nobody waits for any more, as a last look finds it."""
+    if not session.job:
+        return "jobs on the server go on"
+    try:
+        async with asyncio.timeout(OUTLOOK_S_MAX):
+            job = (await session.jobs()).get(session.job)
+    except (CliError, TimeoutError):
+        return f"what job {session.job} does now is not known: see nbdmirror status"
+    if job is None:
+        return f"job {session.job} has ended; see: nbdmirror status"
+    parts = [f"job {Meter(time.monotonic).update(job)}"]
+    parts += [remark.text for remark in cli_words.remarks(job)]
+    if job.get("ending", "none") != "none":
+        parts.append("nbdmirror cancel --force takes that back")
+    return "; ".join(parts)
 
 
 # Waiting
@@ -39,43 +68,57 @@ async def _wait(session: Session, args: argparse.Namespace) -> int:
     try:
         job = await find_job(session, args)
     except NoJob as error:
-        job = _ended_job(session, args, str(error))
+        return await _report_last(session, args, str(error))
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
         await watch.until(ready=args.ready)
-    return watch.report(verb="wait")
+    return await watch.report(verb="wait")
 
 
-def _ended_job(session: Session, args: argparse.Namespace, what: str) -> str:
-    """The job that is meant, if its end was told since this command began. The events stay to be
-    heard by a watch."""
-    if job := cli_status.ended_job(session.events.history, args.job, args.device):
-        return job
-    text = "if there was one, it ended before this command looked, and how is not known"
-    raise CliError(f"{what}; {text}; what is served shows: nbdmirror status")
+async def _report_last(session: Session, args: argparse.Namespace, what: str) -> int:
+    """There is no job: how the last one ended that may be meant."""
+    lasts = last_jobs(await session.status(), args)
+    if len(lasts) != 1:
+        raise CliError(what)
+    watch = Watch(session, str(lasts[0]["id"]), PlainDisplay(time.monotonic))
+    return await watch.report(verb="wait")
 
 
 async def _complete(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
-    if not (await session.jobs()).get(job, {}).get("ready", True):
-        raise CliError(f"job {job} is not ready yet; wait for it with: nbdmirror wait --ready")
-    await session.execute("block-job-complete", device=job)
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
-        state = await watch.look()
-        if state and state.get("paused") and state.get("ready"):
-            display.note(f"{job}: paused; it will complete after: nbdmirror resume")
+        await session.execute("job-complete", id=job)
         await watch.until(ready=False)
-    return watch.report(verb="complete")
+    return await watch.report(verb="complete")
 
 
 async def _cancel(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
-    await session.execute("block-job-cancel", device=job, force=args.force or None)
+    state = (await session.jobs()).get(job, {})
+    if state.get("ending") == "complete" and not args.force:
+        raise CliError(
+            f"job {job} is being completed already, and a soft cancel does not stop that;"
+            " take it back with: nbdmirror cancel --force (the target is of no use then)"
+        )
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
+        if args.force:
+            await session.execute("job-cancel", id=job)
+        else:  # which job-cancel cannot do softly
+            await session.execute("block-job-cancel", device=job)
         await watch.until(ready=False)
-    return watch.report(verb="cancel")
+    return await watch.report(verb="cancel")
+
+
+async def _finalize(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    with open_display(time.monotonic) as display:
+        watch = Watch(session, job, display)
+        await watch.look()
+        await session.execute("job-finalize", id=job)
+        await watch.until(ready=False)
+    return await watch.report(verb="finalize")
 
 
 # Starting
@@ -106,33 +149,111 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
         x_nbdmirror_allow_larger_target=args.allow_larger_target or None,
     )
     if not args.wait:
-        with open_display(time.monotonic) as display:
-            watch = Watch(session, job, display)
-            await watch.look()  # what fails at once has been told by now
-        if watch.end:
-            return watch.report(verb="mirror")
-        print(f"job {job} mirrors {device} to {args.target}; see: nbdmirror status")
+        watch = Watch(session, job, PlainDisplay(time.monotonic))
+        state = await watch.look()  # what fails at once has been told by now
+        if watch.end or not state:
+            return await watch.report(verb="mirror")
+        text = cli_words.state(state)
+        print(f"job {job} mirrors {device} to {args.target}: {text}; see: nbdmirror status")
         return DONE
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
         await watch.until(ready=True)
+        verb = "mirror"
         if args.wait == "completed" and not watch.end:
-            await session.execute("block-job-complete", device=job)
+            verb = "complete"
+            await session.execute("job-complete", id=job)
             await watch.until(ready=False)
-    return watch.report(verb="mirror")
+    return await watch.report(verb=verb)
 
 
 # The small ones
 
 
-def _verb(command: str, done: str) -> Callable[[Session, argparse.Namespace], Awaitable[int]]:
-    async def act(session: Session, args: argparse.Namespace) -> int:
-        job = await find_job(session, args)
-        await session.execute(command, device=job, speed=getattr(args, "rate", None))
-        print(f"job {job} {done}")
-        return DONE
+async def _pause(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    watch = Watch(session, job, PlainDisplay(time.monotonic))
+    await session.execute("job-pause", id=job)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PAUSE_S_MAX):
+            while (state := await watch.look()) and not _is_paused(state):
+                await watch.news()
+    state = await watch.look()
+    if watch.end or not state:
+        return await watch.report(verb="pause")
+    if not _is_paused(state):
+        raise CliError(f"not yet: {await _outlook(session)}", TIMED_OUT)
+    print(f"job {job} is paused; go on with: nbdmirror resume")
+    return DONE
 
-    return act
+
+def _is_paused(job: Job) -> bool:
+    return job.get("status") in ("paused", "standby")
+
+
+async def _resume(session: Session, args: argparse.Namespace) -> int:
+    """Until it is seen that the job goes on, or that it has stopped again."""
+    job = await find_job(session, args)
+    watch = Watch(session, job, PlainDisplay(time.monotonic))
+    before = await watch.look() or {}
+    await session.execute("job-resume", id=job)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RESUME_S_MAX):
+            while (state := await watch.look()) and not _has_moved(state, before):
+                await watch.news()
+    state = await watch.look()
+    if watch.end or not state:
+        return await watch.report(verb="resume")
+    if state.get("paused") and state.get("status") not in ("waiting", "pending"):
+        reason = cli_words.last_error(state)
+        raise CliError(f"job {job} has stopped again: {reason}", FAILED)
+    if not _has_moved(state, before):
+        raise CliError(f"resumed, and nothing was copied yet: {await _outlook(session)}", TIMED_OUT)
+    print(f"job {job} goes on: {cli_words.state(state)}")
+    return DONE
+
+
+def _has_moved(job: Job, before: Job) -> bool:
+    """It has done something, or has nothing to do, or is paused."""
+    if job.get("paused"):
+        return True
+    is_there = job.get("target-connected", True)
+    has_copied = job.get("offset", 0) > before.get("offset", 0)
+    return is_there and (has_copied or job.get("len") == job.get("offset"))
+
+
+async def _set_speed(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    await session.execute("block-job-set-speed", device=job, speed=args.rate)
+    state = await _state_of(session, job)
+    speed = state.get("speed")
+    text = f"copies {cli_words.size(speed)}/s at most" if speed else "copies without a limit"
+    print(f"job {job} {text} from now on")
+    return DONE
+
+
+async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    await session.execute("block-job-change", id=job, type="mirror", copy_mode=args.mode)
+    state = await _state_of(session, job)
+    text = f"job {job}: copy mode {cli_words.mode(state)}"
+    if args.mode == "write-blocking" and not state.get("actively-synced"):
+        text += "; nbdmirror status shows when it is"
+    print(text)
+    return DONE
+
+
+async def _dismiss(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    await session.execute("job-dismiss", id=job)
+    print(f"job {job} is forgotten")
+    return DONE
+
+
+async def _state_of(session: Session, job: str) -> Job:
+    if (state := (await session.jobs()).get(job)) is None:
+        raise CliError(f"job {job} has ended meanwhile; see: nbdmirror status")
+    return state
 
 
 async def _status(session: Session, args: argparse.Namespace) -> int:
@@ -168,8 +289,12 @@ _COMMANDS: dict[str, Callable[[Session, argparse.Namespace], Awaitable[int]]] = 
     "wait": _wait,
     "complete": _complete,
     "cancel": _cancel,
-    "pause": _verb("block-job-pause", "is paused; go on with: nbdmirror resume"),
-    "resume": _verb("block-job-resume", "goes on"),
-    "set-speed": _verb("block-job-set-speed", "has its new speed"),
+    "pause": _pause,
+    "resume": _resume,
+    "set-speed": _set_speed,
+    "copy-mode": _copy_mode,
+    "finalize": _finalize,
+    "dismiss": _dismiss,
+    "bitmap": cli_bitmaps.run,
     "events": _events,
 }

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from qemu.qmp import QMPError
 
+from nbdmirror import cli_words
 from nbdmirror.cli import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
 from nbdmirror.cli_jobs import Watch
 from nbdmirror.cli_progress import Display, open_display
@@ -56,6 +57,8 @@ async def _run(args: argparse.Namespace) -> int:
         connect(server_path(args)) as server,
         connect(args.qemu, what="QEMU", advice=QEMU_ADVICE) as qemu,
     ):
+        if qemu.package.startswith("nbdmirror "):
+            raise CliError(f"at {args.qemu} is an nbdmirror and no QEMU: {QEMU_ADVICE}")
         with open_display(time.monotonic) as display:
             handover = _Handover(args, server, _Qemu(qemu, args.qemu), display)
             await handover.check()
@@ -170,13 +173,15 @@ class _Handover:
         """Raises CliError if the target is not the disk then: what was undone, or is unknown."""
         assert self._watch
         try:
-            await self._server.execute("block-job-complete", device=self._job)
+            await self._server.execute("job-complete", id=self._job)
             if not await self._job_is_over(PIVOT_S_MAX):
                 self._display.note(f"{self._job}: no pivot within {PIVOT_S_MAX:g} s, given up")
-                await self._server.execute("block-job-cancel", device=self._job, force=True)
+                await self._server.execute("job-cancel", id=self._job)
                 if not await self._job_is_over(CANCEL_S_MAX):
                     raise CliError("it does not end the job", TIMED_OUT)
             self._still_mirrors(is_over=True)
+            if not self._watch.pivoted:
+                raise CliError(f"job {self._job} was cancelled by somebody else: no pivot")
         except QMPError as error:
             raise self._unknown(error) from error
         except CliError as error:
@@ -208,13 +213,24 @@ class _Handover:
             parts.append(await self._qemu.undo())
         except CliError as second:
             parts.append(f"the migration could not be cancelled ({second})")
-        disk = self._disk
+        disk = await self._disk_now()
+        if disk is None:
+            text = "its disk was {} before; what the server serves now is not known"
+            parts.append(text.format(self._disk["source"]))
+        else:
+            parts.append(f"its disk is {disk['source']}")
+            jobs = disk.get("jobs", [])
+            parts += [
+                f"the mirror {job['device']} goes on ({cli_words.state(job)})" for job in jobs
+            ]
+        return CliError("; ".join(parts), status)
+
+    async def _disk_now(self) -> dict[str, Any] | None:
+        """As the server has it; None if it does not say."""
         with contextlib.suppress(CliError, QMPError):
             disks = (await self._server.status())["disks"]
-            disk = next(found for found in disks if found["name"] == disk["name"])
-        parts.append(f"its disk is {disk['source']}")
-        parts += [f"the mirror {job['device']} goes on" for job in disk.get("jobs", [])]
-        return CliError("; ".join(parts), status)
+            return dict(next(one for one in disks if one["name"] == self._disk["name"]))
+        return None
 
     def _told(self, error: BaseException) -> tuple[str, int]:
         if isinstance(error, CliError):
@@ -239,7 +255,9 @@ class _Handover:
     async def _stayed(self, error: BaseException) -> CliError:
         """After the pivot, and the guest did not get away. Returns what to say."""
         reason, status = self._told(error)
-        truth = f"the disk is {self._args.target} now, and the server here serves it from there"
+        truth = f"the disk is {self._args.target} now"
+        if (disk := await self._disk_now()) is not None:
+            truth += f", and the server here serves it from {disk['source']}"
         try:
             state = await self._qemu.guest_state()
         except CliError:

@@ -1,8 +1,8 @@
 """Which job a command means, and following one to its end.
 
-A waiting command listens for events before it issues anything, and asks query-block-jobs at each
-event and every POLL_S. The server sends events before the reply of a later command, so what was
-heard when a reply came is complete up to it: nothing can end unseen in between.
+A waiting command asks for the server's status at each event and every POLL_S, and hears the events
+after that. What it says at last comes from what it asked for last: a job's end is told by the
+server, with what the disk is served from since, whoever ended it and however long ago.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import asyncio
 import contextlib
 from typing import Any
 
-from nbdmirror import cli_status
+from nbdmirror import cli_status, cli_words
 from nbdmirror.cli import DONE, CliError
 from nbdmirror.cli_progress import Display
 from nbdmirror.cli_session import Job, Session
 
 POLL_S = 0.5
-_CANCELLED = "job {} was cancelled; the target may not be consistent"
 
 
 class NoJob(CliError):
@@ -26,29 +25,47 @@ class NoJob(CliError):
 
 
 async def find_job(session: Session, args: argparse.Namespace) -> str:
-    jobs = await session.jobs()
-    running = f"jobs: {', '.join(jobs)}" if jobs else "there is no job at all"
+    status = await session.status()
+    jobs = {job["device"]: disk for disk in status["disks"] for job in disk.get("jobs") or []}
     if args.job:
         if args.job in jobs:
             return str(args.job)
-        raise NoJob(f"there is no job {args.job} ({running})")
+        raise _no_job(f"there is no job {args.job}", status, args)
     if args.device:
-        for disk in (await session.status()).get("disks", []):
-            for job in disk.get("jobs", []) if disk.get("name") == args.device else []:
-                return str(job["device"])
-        if args.device in jobs:
-            return str(args.device)
-        raise NoJob(f"disk {args.device} has no job ({running})")
+        if args.device not in [disk.get("name") for disk in status["disks"]]:
+            names = ", ".join(str(disk.get("name")) for disk in status["disks"])
+            raise CliError(f"there is no disk {args.device}; the server's disks are: {names}")
+        for job, disk in jobs.items():
+            if disk.get("name") == args.device:
+                return str(job)
+        raise _no_job(f"disk {args.device} has no job", status, args)
     if not jobs:
-        raise NoJob("there is no job (start one with: nbdmirror mirror TARGET_URI)")
+        raise _no_job("there is no job", status, args)
     if len(jobs) > 1:
         raise CliError(f"there are several jobs ({', '.join(jobs)}): choose one with --job")
-    return next(iter(jobs))
+    return str(next(iter(jobs)))
+
+
+def _no_job(what: str, status: dict[str, Any], args: argparse.Namespace) -> NoJob:
+    last = [f"the last job {cli_status.result_text(one)}" for one in last_jobs(status, args)]
+    others = [str(job["device"]) for disk in status["disks"] for job in disk.get("jobs") or []]
+    last += [f"the jobs are: {', '.join(others)}"] if others else []
+    start = "start one with: nbdmirror mirror TARGET_URI"
+    return NoJob("; ".join([what, *last]) if last else f"{what} ({start})")
+
+
+def last_jobs(status: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The last jobs of the disks that may be meant."""
+    found = [
+        {**disk["last-job"], "disk": disk.get("name")}
+        for disk in status.get("disks", [])
+        if disk.get("last-job") and args.device in (None, disk.get("name"))
+    ]
+    return [last for last in found if args.job in (None, last.get("id"))]
 
 
 async def only_disk(session: Session) -> str:
-    disks = cli_status.from_query_block(await session.execute("query-block"))
-    names = [disk["name"] for disk in disks]
+    names = [disk["name"] for disk in (await session.status()).get("disks", [])]
     if len(names) != 1:
         listed = f"several disks ({', '.join(names)})" if names else "no disks"
         raise CliError(f"the server has {listed}: choose one with --device")
@@ -60,12 +77,17 @@ class Watch:
 
     def __init__(self, session: Session, job: str, display: Display) -> None:
         self.end: dict[str, Any] | None = None
-        self.pause_ms: float | None = None
+        self.pivoted = False
         self._session = session
+        session.job = job
         self._job = job
         self._display = display
-        self._ready = False
+        self._is_ready = False
         self._sizes: tuple[int, int] | None = None
+        self._result: dict[str, Any] = {}
+        self._disk: dict[str, Any] = {}
+        self._heard: list[Any] = []
+        self._told: set[str] = set()
 
     async def until(self, *, ready: bool) -> None:
         """Return when the job has ended, or, if `ready`, when it is ready."""
@@ -73,41 +95,79 @@ class Watch:
             state = await self.look()
             if state and not self.end:
                 self._display.update(state)
-                self._ready = self._ready or bool(state.get("ready"))
-                if state.get("status") == "concluded":  # kept for block-job-dismiss
-                    self.end = {"event": cli_status.ENDS[0], "data": state}
-            if self.end or (ready and self._ready):
+                self._tell(state)
+                is_ready = state.get("ready") or state.get("status") in ("waiting", "pending")
+                self._is_ready = self._is_ready or bool(is_ready)
+            if self.end or (ready and self._is_ready):
                 return
             if not state:
                 raise CliError(f"job {self._job} is gone and its result was not seen")
-            with contextlib.suppress(TimeoutError):
-                self._hear(await asyncio.wait_for(self._session.events.get(), POLL_S))
+            await self.news()
+
+    async def news(self) -> None:
+        """Return when something has happened, or POLL_S later."""
+        with contextlib.suppress(TimeoutError):
+            self._heard.append(await asyncio.wait_for(self._session.events.get(), POLL_S))
 
     async def look(self) -> Job | None:
-        """Hear what was told so far, and return the job's state, if it is there."""
-        jobs = await self._session.jobs()
-        for event in self._session.events.clear():
-            self._hear(event)
-        return jobs.get(self._job)
+        """Ask for the job's state, and hear what was told so far. None: the job is gone."""
+        status = await self._session.status()
+        found = None
+        for disk in status.get("disks", []):
+            for job in disk.get("jobs") or []:
+                if job["device"] == self._job:
+                    self._disk, found = disk, job
+            is_last = (disk.get("last-job") or {}).get("id") == self._job
+            if not found and (is_last or disk.get("name") == self._disk.get("name")):
+                self._disk = disk
+        heard, self._heard = [*self._heard, *self._session.events.clear()], []
+        for event in heard:
+            self._hear(event, found or {})
+        if found is None or found.get("status") == "concluded":
+            self._see_the_end(found)
+        return found
 
-    def _hear(self, event: Any) -> None:
+    def _see_the_end(self, job: Job | None) -> None:
+        last = self._disk.get("last-job") or {}
+        if last.get("id") == self._job:
+            self._result = last
+            self.pivoted = bool(last.get("pivoted"))
+        if self.end is None and (job or self._result):
+            is_cancelled = self._result.get("result") == "cancelled"
+            failure = self._result.get("reason") if not is_cancelled else None
+            data = job or ({"error": failure} if failure else {})
+            self.end = {"event": cli_status.ENDS[is_cancelled], "data": data}
+
+    def _hear(self, event: Any, job: Job) -> None:
         name, data = event["event"], event.get("data") or {}
-        if name == "X_NBDMIRROR_SIZES_DIFFER" and data.get("id") == self._job:
-            self._sizes = data.get("size", 0), data.get("target-size", 0)
-        if name == cli_status.PIVOTED:
-            self.pause_ms = data.get("pause-ms", self.pause_ms)
-        if data.get("device") != self._job:
+        if self._job not in (data.get("device"), data.get("id")):
             return
-        if name == "BLOCK_JOB_READY":
-            self._ready = True
-        elif name == "BLOCK_JOB_ERROR":
-            text = f"{self._job}: {data.get('operation', 'I/O')} error, {data.get('action')}"
-            more = "; go on with: nbdmirror resume" if data.get("action") == "stop" else ""
-            self._display.note(text + more)
-        elif name == "BLOCK_JOB_PENDING":
-            self._display.note(f"{self._job}: waits for block-job-finalize")
-        elif name in cli_status.ENDS:
+        if name == "X_NBDMIRROR_SIZES_DIFFER":
+            self._sizes = data.get("size", 0), data.get("target-size", 0)
+        elif name == cli_status.PIVOTED and data.get("id", self._job) == self._job:
+            self.pivoted = True
+            self._result = {**self._result, "pause-ms": data.get("pause-ms")}
+        elif name == "BLOCK_JOB_READY":
+            self._is_ready = True
+        elif name == "BLOCK_JOB_ERROR" and data.get("action") != "report":
+            what = f"{data.get('operation', 'I/O')} error: {cli_words.last_error(job)}"
+            then = "it is tried again"
+            if data.get("action") == "stop":
+                then = "go on with: nbdmirror resume"
+            self._display.note(f"{self._job}: {what}; {then}")
+        elif name in cli_status.ENDS and data.get("device") == self._job:
             self.end = dict(event)
+
+    def _tell(self, job: Job) -> None:
+        """What is to be known of it; each kind once while it lasts."""
+        silent = {"error", "failure"}  # of which events tell
+        if job.get("ending-for-s", 0) < cli_words.SILENT_S and job.get("status") != "standby":
+            silent.add("ending")  # as it was asked for
+        remarks = [one for one in cli_words.remarks(job) if one.kind not in silent]
+        for remark in remarks:
+            if remark.kind not in self._told:
+                self._display.note(f"{self._job}: {remark.text}")
+        self._told = {remark.kind for remark in remarks}
 
     def raise_failure(self, *, verb: str) -> None:
         """Raises CliError if the job has ended, and not as whoever gave the command `verb` wants
@@ -117,7 +177,7 @@ class Watch:
         data = self.end.get("data") or {}
         if self.end["event"] == "BLOCK_JOB_CANCELLED":
             if verb != "cancel":
-                raise CliError(_CANCELLED.format(self._job))
+                raise CliError(f"{self._cancelled}{self._served}")
         elif self._sizes:
             raise CliError(
                 f"job {self._job} failed: the disk has {self._sizes[0]} bytes, the target"
@@ -125,21 +185,44 @@ class Watch:
                 " --allow-larger-target, larger"
             )
         elif data.get("error"):
-            raise CliError(f"job {self._job} failed: {data['error']}")
+            reason = self._result.get("reason") or data["error"]
+            raise CliError(f"job {self._job} failed: {reason}{self._served}")
 
-    def report(self, *, verb: str) -> int:
-        """Print how it ended, as seen from `verb`; returns the exit status."""
+    @property
+    def _cancelled(self) -> str:
+        why = self._result.get("reason") or "cancelled"
+        return f"job {self._job} was cancelled ({why}); the target may not be consistent"
+
+    @property
+    def _served(self) -> str:
+        """As the last look found it."""
+        name, source = self._disk.get("name"), self._disk.get("source")
+        return f"; disk {name} is served from {source}" if source else ""
+
+    async def report(self, *, verb: str) -> int:
+        """Print how it ended, as seen from `verb`, and what the disk is served from now; returns
+        the exit status."""
+        state = await self.look()
         self.raise_failure(verb=verb)
         if not self.end:
-            print(f"job {self._job} is ready: source and target are in sync")
+            state_text = cli_words.state(state or {})
+            if state_text == "ready":
+                print(f"job {self._job} is ready: the target follows the source")
+            else:
+                print(f"job {self._job} was ready, and is {state_text} now")
             return DONE
-        pause_ms = (self.end.get("data") or {}).get("pause-ms", self.pause_ms)
         if self.end["event"] == "BLOCK_JOB_CANCELLED":
-            print(_CANCELLED.format(self._job))
-        elif verb == "cancel":
-            print(f"job {self._job} ended; the target is a consistent copy, the source is served")
-        elif pause_ms is not None:
-            print(f"job {self._job} completed; the pivot held the guest for {pause_ms:.1f} ms")
+            print(f"{self._cancelled}{self._served}")
+            return DONE
+        held = cli_status.held_text(self._result) if self.pivoted else ""
+        copy = f"{self._result.get('target', 'the target')} is a consistent copy"
+        if self.pivoted and verb == "cancel":
+            raise CliError(f"job {self._job} had been completed before{held}{self._served}")
+        if not self.pivoted and verb in ("complete", "completed"):
+            text = f"job {self._job} was cancelled by somebody else, after it was ready; {copy}"
+            raise CliError(f"{text}{self._served}")
+        if self.pivoted:
+            print(f"job {self._job} completed{held}{self._served}")
         else:
-            print(f"job {self._job} completed")
+            print(f"job {self._job} ended; {copy}{self._served}")
         return DONE

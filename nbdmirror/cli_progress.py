@@ -1,7 +1,8 @@
-"""How the command line shows a job: rates from successive queries, plain lines, or a bar.
+"""How the command line shows a job: plain lines, or a bar.
 
-What QEMU's numbers mean: `offset` is what was copied so far, `len` is `offset` and what is dirty
-now. So between two queries `offset` grows by what was copied and `len` by what the guest dirtied.
+Rates are the server's. Of one that says none (an older one, QEMU's migration) they come from
+successive queries: `offset` is what was copied so far, `len` is `offset` and what is dirty now, so
+between two queries `offset` grows by what was copied and `len` by what the guest dirtied.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nbdmirror.cli_words import duration, size, state
+
 RATE_WINDOW_S = 5.0
 PLAIN_S = 5.0
 """A plain line is printed this often, or at each PLAIN_PERCENT, whichever comes first."""
@@ -20,15 +23,13 @@ PLAIN_PERCENT = 5
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A job at one moment. Rates are None until two samples exist; `left_s` where unknown."""
+    """A job at one moment. Rates are None where they are not known, or nothing is copied."""
 
     job: str
-    status: str
+    state: str
     offset: int
     length: int
-    copied_bytes_per_s: float | None
-    dirtied_bytes_per_s: float | None
-    left_s: float | None
+    rates: Rates | None
 
     @property
     def left(self) -> int:
@@ -39,41 +40,38 @@ class Progress:
         return 100 * self.offset / self.length if self.length else 100.0
 
     def __str__(self) -> str:
-        parts = [f"{self.job}: {self.status}, {self.percent:.1f}%, {size(self.left)} left"]
-        return ", ".join(parts + rates(self))
+        parts = [f"{self.job}: {self.state}, {self.percent:.1f}%", *self.moves]
+        return ", ".join(parts)
+
+    @property
+    def moves(self) -> list[str]:
+        """What is left, and how fast that becomes less."""
+        parts = [f"{size(self.left)} left"]
+        if self.rates is not None:
+            parts += self.rates.texts(is_following=self.state == "ready")
+        return parts
 
 
-def rates(progress: Progress) -> list[str]:
-    if progress.copied_bytes_per_s is None or progress.dirtied_bytes_per_s is None:
-        return []
-    parts = [
-        f"copying {size(progress.copied_bytes_per_s)}/s",
-        f"dirtied {size(progress.dirtied_bytes_per_s)}/s",
-    ]
-    if progress.left:
-        parts.append(left_time(progress))
-    return parts
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """All but the time are bytes per second."""
 
+    copied: float
+    """Data alone, where `zeroed` is known."""
+    zeroed: float
+    dirtied: float
+    left_s: float | None
 
-def left_time(progress: Progress) -> str:
-    if progress.left_s is not None:
-        return f"{duration(progress.left_s)} to go"
-    return "not converging" if progress.copied_bytes_per_s else "not copying"
-
-
-def size(number: float) -> str:
-    units = ["TiB", "GiB", "MiB", "KiB", "B"]
-    while number >= 1024 and len(units) > 1:
-        number /= 1024
-        units.pop()
-    digits = 1 if number % 1 and number < 100 else 0
-    return f"{number:.{digits}f} {units[-1]}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    def texts(self, *, is_following: bool) -> list[str]:
+        """`is_following`: the job was ready, and goes on as long as it is let."""
+        parts = [f"copying {size(self.copied)}/s"]
+        if self.zeroed:
+            parts.append(f"zeroing {size(self.zeroed)}/s")
+        parts.append(f"dirtied {size(self.dirtied)}/s")
+        if self.left_s and not is_following:
+            at_most = " at most" if self.zeroed else ""
+            parts.append(f"{duration(self.left_s)} to go{at_most}")
+        return parts
 
 
 class Meter:
@@ -84,23 +82,30 @@ class Meter:
         self._samples: deque[tuple[float, int, int]] = deque(maxlen=256)
 
     def update(self, job: dict[str, Any]) -> Progress:
-        now_s = self._clock()
         offset, length = int(job.get("offset", 0)), int(job.get("len", 0))
+        name = str(job.get("device", "?"))
+        return Progress(name, state(job), offset, length, self._rates(job, offset, length))
+
+    def _rates(self, job: dict[str, Any], offset: int, length: int) -> Rates | None:
+        if "falling-behind" in job:  # the server measures
+            if "copy-bytes-per-s" not in job:
+                return None
+            copied, zeroed, dirtied = (job[f"{w}-bytes-per-s"] for w in ("copy", "zero", "dirty"))
+            return Rates(copied, zeroed, dirtied, job.get("left-s"))
+        if job.get("paused"):
+            self._samples.clear()
+            return None
+        now_s = self._clock()
         self._samples.append((now_s, offset, length))
         while len(self._samples) > 2 and now_s - self._samples[0][0] > RATE_WINDOW_S:
             self._samples.popleft()
         then_s, old_offset, old_length = self._samples[0]
-        copied = dirtied = left_s = None
-        if now_s > then_s:
-            copied = max(0, offset - old_offset) / (now_s - then_s)
-            dirtied = max(0, length - old_length) / (now_s - then_s)
-            if copied > dirtied:
-                left_s = max(0, length - offset) / (copied - dirtied)
-        status = str(job.get("status", "running"))
-        if job.get("paused") and status not in ("waiting", "pending"):  # these count, in QEMU
-            status = "paused"
-        name = str(job.get("device", "?"))
-        return Progress(name, status, offset, length, copied, dirtied, left_s)
+        if now_s <= then_s:
+            return None
+        copied = max(0, offset - old_offset) / (now_s - then_s)
+        dirtied = max(0, length - old_length) / (now_s - then_s)
+        left_s = max(0, length - offset) / (copied - dirtied) if copied > dirtied else None
+        return Rates(copied, 0, dirtied, left_s)
 
 
 class Display(Protocol):
@@ -129,11 +134,11 @@ class PlainDisplay:
         progress = self._meter.update(job)
         now_s = self._clock()
         if self._last:
-            last_s, percent, status = self._last
+            last_s, percent, before = self._last
             moved = abs(progress.percent - percent) >= PLAIN_PERCENT
-            if not moved and now_s - last_s < PLAIN_S and status == progress.status:
+            if not moved and now_s - last_s < PLAIN_S and before == progress.state:
                 return
-        self._last = now_s, progress.percent, progress.status
+        self._last = now_s, progress.percent, progress.state
         self.note(str(progress))
 
     def note(self, text: str) -> None:
@@ -170,10 +175,10 @@ class RichDisplay:
         progress = self._meter.update(job)
         self._bar.update(
             self._task,
-            description=f"{progress.job} {progress.status}",
+            description=f"{progress.job} {progress.state}",
             total=progress.length or 1,
             completed=progress.offset if progress.length else 1,
-            rates=", ".join([f"{size(progress.left)} left", *rates(progress)]),
+            rates=", ".join(progress.moves),
         )
 
     def note(self, text: str) -> None:

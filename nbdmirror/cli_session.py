@@ -13,7 +13,7 @@ from typing import Any
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-from nbdmirror import cli_status
+from nbdmirror import cli_status, cli_words
 from nbdmirror.cli import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 
 CONNECT_S_MAX = 10.0
@@ -21,6 +21,7 @@ REPLY_S_MAX = 60.0
 """For commands that answer at once. What may wait for the target's network says so by events."""
 DISCONNECT_S_MAX = 2.0
 SERVER_ADVICE = "start one, or name its control socket with --qmp or NBDMIRROR_QMP"
+FOREIGN_ADVICE = "the socket is another user's; run this as the one who started it, or as root"
 
 Job = dict[str, Any]
 
@@ -60,6 +61,8 @@ class Session:
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
+        self.job = ""
+        """The job that the command is about, once it is known."""
         self.events = EventListener()
         client.register_listener(self.events)
 
@@ -72,15 +75,23 @@ class Session:
             async with asyncio.timeout(REPLY_S_MAX) as limit:
                 return await self._client.execute(command, given or None)
         except ExecuteError as error:
-            raise CliError(f"{command}: {error}{cli_status.advice(str(error))}") from error
+            raise CliError(cli_words.refusal(str(error))) from error
         except TimeoutError as error:
             if not limit.expired():
                 raise
             text = f"{command}: no answer within {REPLY_S_MAX:g} s; the server may be stuck"
             raise CliError(text, TIMED_OUT) from error
 
+    @property
+    def package(self) -> str:
+        """What the server says that it is."""
+        greeting = self._client.greeting
+        return str(greeting.QMP.version.get("package", "")) if greeting else ""
+
     async def jobs(self) -> dict[str, Job]:
-        return {job["device"]: job for job in await self.execute("query-block-jobs")}
+        """By their ids."""
+        disks = (await self.status()).get("disks", [])
+        return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
 
     async def status(self) -> dict[str, Any]:
         try:
@@ -89,7 +100,7 @@ class Session:
             if getattr(error.__cause__, "error_class", "") != "CommandNotFound":
                 raise
             disks = cli_status.from_query_block(await self.execute("query-block"))
-            jobs = await self.jobs()
+            jobs = {job["device"]: job for job in await self.execute("query-block-jobs")}
             for disk in disks:
                 disk["jobs"] = [jobs[disk["name"]]] if disk["name"] in jobs else []
             return {"disks": disks}
@@ -111,6 +122,9 @@ async def connect(
         await asyncio.wait_for(client.connect(path), CONNECT_S_MAX)
     except (ConnectError, TimeoutError) as error:
         reason = getattr(error, "exc", None)
+        if isinstance(reason, PermissionError):
+            text = f"{what} at {path}: {reason.strerror}: {FOREIGN_ADVICE}"
+            raise CliError(text, NO_SERVER) from error
         text = getattr(reason, "strerror", None) or "it does not answer as a QMP server does"
         raise CliError(f"no {what} at {path} ({text}): {advice}", NO_SERVER) from error
     try:

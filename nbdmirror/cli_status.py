@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
-from collections.abc import Iterable
 from typing import Any
 
-from nbdmirror.cli_progress import Meter, size
+from nbdmirror.cli_progress import Meter
+from nbdmirror.cli_words import limit, mode, remarks, size
 
 WATCH_TERMINAL_S = 0.5
 ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 PIVOTED = "X_NBDMIRROR_PIVOTED"
-
-
-_ADVICE = {
-    r"is currently paused$": "resume it, or give it up with: nbdmirror cancel --force",
-    r"is busy: block device is in use by block job": "see: nbdmirror status",
-}
-"""Refusals of the server's, and what to do about them."""
-
-
-def advice(refusal: str) -> str:
-    """To be put behind `refusal`; empty where none is known."""
-    found = (text for pattern, text in _ADVICE.items() if re.search(pattern, refusal))
-    return "".join(f"; {text}" for text in found)
 
 
 def from_query_block(blocks: Any) -> list[dict[str, Any]]:
@@ -46,7 +32,8 @@ def from_query_block(blocks: Any) -> list[dict[str, Any]]:
 
 
 def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
-    """A line a disk and one a job; `meters`, kept between calls, give rates."""
+    """Lines for each disk, and below it for each job; `meters`, kept between calls, give rates
+    where the server does not."""
     meters = {} if meters is None else meters
     lines: list[str] = []
     for disk in status.get("disks", []):
@@ -56,7 +43,19 @@ def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
         parts.append("read-only" if disk.get("read-only") else "read-write")
         parts.append(str(disk.get("source") or disk.get("file") or ""))
         lines.append("  ".join(part for part in parts if part))
-        lines += [f"  {_job_text(job, meters)}" for job in disk.get("jobs") or []]
+        if disk.get("connected") is False:
+            lines.append(
+                "  its NBD server is lost: requests wait for that, and fail if it stays away"
+            )
+        if disk.get("problem"):
+            lines.append(f"  {disk['problem']}")
+        for job in disk.get("jobs") or []:
+            lines.append(f"  {_job_text(job, meters)}")
+            lines += [f"    {remark.text}" for remark in remarks(job)]
+        if disk.get("last-job") and not disk.get("jobs"):
+            lines.append(f"  last job {result_text(disk['last-job'])}")
+    if status.get("state-error"):
+        lines.append(f"the state directory cannot be written: {status['state-error']}")
     return "\n".join(lines) or "no disks"
 
 
@@ -65,15 +64,26 @@ def _job_text(job: dict[str, Any], meters: dict[str, Meter]) -> str:
     parts = [f"job {meter.update(job)}"]
     if job.get("target"):
         parts.append(f"to {job['target']}")
-    if job.get("speed"):
-        parts.append(f"limit {size(job['speed'])}/s")
+    parts += [part for part in (mode(job), limit(job)) if part]
     if job.get("pause-ms") is not None:
-        parts.append(f"pivot held the guest for {job['pause-ms']:.1f} ms")
-    if job.get("io-status", "ok") != "ok":
-        parts.append(f"I/O error ({job['io-status']})")
-    if job.get("error"):
-        parts.append(f"error: {job['error']}")
+        parts.append(f"guest writes were held for {job['pause-ms']:.1f} ms")
     return ", ".join(parts)
+
+
+def result_text(last: dict[str, Any]) -> str:
+    """How a job ended, and when."""
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last.get("ended-at-s", 0)))
+    text = f"{last.get('id')}: {last.get('result')} {moment}"
+    if last.get("reason"):
+        return f"{text}: {last['reason']}"
+    if last.get("pivoted"):
+        return f"{text}, pivoted to {last.get('target')}{held_text(last)}"
+    return f"{text}, {last.get('target')} was left as a copy"
+
+
+def held_text(last: dict[str, Any]) -> str:
+    pause_ms = last.get("pause-ms")
+    return "" if pause_ms is None else f"; the pivot held the guest for {pause_ms:.1f} ms"
 
 
 def event_text(event: dict[str, Any]) -> str:
@@ -86,20 +96,6 @@ def event_text(event: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def ended_job(events: Iterable[Any], job: str | None, device: str | None) -> str | None:
-    """The job that ended last in `events`, of those that are meant: `job`, that of the disk
-    `device`, or any."""
-    told = [(event["event"], event.get("data") or {}) for event in events]
-    meant = {job or device}
-    meant |= {
-        data.get("id") for name, data in told if (name, data.get("device")) == (PIVOTED, device)
-    }
-    for name, data in reversed(told):
-        if name in ENDS and (data.get("device") in meant or meant == {None}):
-            return str(data["device"])
-    return None
 
 
 class _Lines:

@@ -45,6 +45,9 @@ class Fake(QmpFake):
         self.queried = threading.Event()
         self.plan: dict[str, Any] = {}
         self.extension = True
+        self.last: dict[str, Any] = {}
+        self.source = "a.img"
+        self.pivots: dict[str, float] = {}
 
     def add_job(self, job: str, **fields: Any) -> None:
         self.jobs[job] = {
@@ -60,8 +63,25 @@ class Fake(QmpFake):
         }
 
     def end(self, job: str, event: str, **data: Any) -> None:
+        """It ends, as the server tells it in an event and remembers it."""
+        pivot = self.pivots.pop(job, None)
+        last = {"id": job, "target": URI, "pivoted": pivot is not None, "ended-at-s": 1.7e9}
+        last |= {"pause-ms": pivot} if pivot is not None else {}
+        if event == "BLOCK_JOB_CANCELLED":
+            last |= {"result": "cancelled", "reason": "cancelled by force"}
+        elif "error" in data:
+            last |= {"result": "failed", "reason": f"{URI}: {data['error']}"}
+        else:
+            last["result"] = "completed"
+        self.last = last
         del self.jobs[job]
         self.ring.append(event, {"device": job, "len": 400, "offset": 400, **data})
+
+    def pivot(self, job: str, pause_ms: float = 3.25) -> None:
+        self.pivots[job] = pause_ms
+        self.source = URI
+        data = {"device": "disk0", "id": job, "pause-ms": pause_ms}
+        self.ring.append("X_NBDMIRROR_PIVOTED", data)
 
     def do_query_block(self, arguments: dict[str, Any]) -> Any:
         return [
@@ -86,7 +106,7 @@ class Fake(QmpFake):
         elif job["offset"] == 200 and self.plan.get("vanish"):
             del self.jobs[name]
         elif job["status"] == "completing":
-            self.ring.append("X_NBDMIRROR_PIVOTED", {"device": name, "pause-ms": 3.25})
+            self.pivot(name)
             self.end(name, "BLOCK_JOB_COMPLETED")
         elif job["offset"] < 400:
             job["offset"] += 100
@@ -97,9 +117,15 @@ class Fake(QmpFake):
     def do_x_nbdmirror_query_status(self, arguments: dict[str, Any]) -> Any:
         if not self.extension:
             raise CommandNotFound("The command x-nbdmirror-query-status has not been found")
-        self.queried.set()
-        jobs = [{**job, "target": URI} for job in self.jobs.values()]
-        return {"disks": [{"name": "disk0", "size": 1 << 30, "source": "a.img", "jobs": jobs}]}
+        jobs = [{**job, "target": URI} for job in self.do_query_block_jobs({})]
+        disks: list[dict[str, Any]] = [
+            {"name": name, "size": 1 << 30, "source": self.source, "jobs": []}
+            for name in self.disks
+        ]
+        if disks:
+            disks[0]["jobs"] = jobs
+            disks[0] |= {"last-job": self.last} if self.last else {}
+        return {"disks": disks}
 
     def do_drive_mirror(self, arguments: dict[str, Any]) -> Any:
         if self.plan.get("refuse"):
@@ -108,24 +134,61 @@ class Fake(QmpFake):
         return {}
 
     def _job(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        if arguments["device"] not in self.jobs:
-            raise DeviceNotActive(f"Block job '{arguments['device']}' not found")
-        return self.jobs[arguments["device"]]
+        name = arguments.get("id") or arguments["device"]
+        if name not in self.jobs:
+            raise DeviceNotActive(f"Block job '{name}' not found")
+        return self.jobs[name]
 
-    def do_block_job_complete(self, arguments: dict[str, Any]) -> Any:
-        self._job(arguments)["status"] = "completing"
+    def do_job_complete(self, arguments: dict[str, Any]) -> Any:
+        job = self._job(arguments)
+        if not job["ready"]:
+            text = "Job '{}' in state '{}' cannot accept command verb 'complete'"
+            raise CommandError(text.format(arguments["id"], job["status"]))
+        job["status"] = "completing"
         return {}
 
     def do_block_job_cancel(self, arguments: dict[str, Any]) -> Any:
-        ready = self._job(arguments)["ready"] and not arguments.get("force")
-        self.end(arguments["device"], f"BLOCK_JOB_{'COMPLETED' if ready else 'CANCELLED'}")
+        is_ready = self._job(arguments)["ready"]
+        self.end(arguments["device"], f"BLOCK_JOB_{'COMPLETED' if is_ready else 'CANCELLED'}")
         return {}
 
-    def do_block_job_pause(self, arguments: dict[str, Any]) -> Any:
+    def do_job_cancel(self, arguments: dict[str, Any]) -> Any:
         self._job(arguments)
+        self.end(arguments["id"], "BLOCK_JOB_CANCELLED")
         return {}
 
-    do_block_job_resume = do_block_job_set_speed = do_block_job_pause
+    def do_job_pause(self, arguments: dict[str, Any]) -> Any:
+        job = self._job(arguments)
+        job["paused"] = True
+        if not self.plan.get("slow to pause"):
+            job["status"] = "standby" if job["ready"] else "paused"
+        return {}
+
+    def do_job_resume(self, arguments: dict[str, Any]) -> Any:
+        job = self._job(arguments)
+        if not self.plan.get("stops again"):
+            job.update(paused=False, status="ready" if job["ready"] else "running")
+            job["offset"] += 0 if self.plan.get("silent") else 1
+        return {}
+
+    def do_block_job_set_speed(self, arguments: dict[str, Any]) -> Any:
+        self._job(arguments)["speed"] = arguments["speed"]
+        return {}
+
+    def do_block_job_change(self, arguments: dict[str, Any]) -> Any:
+        self._job(arguments)["copy-mode"] = arguments["copy-mode"]
+        return {}
+
+    def do_job_finalize(self, arguments: dict[str, Any]) -> Any:
+        self._job(arguments)
+        self.pivot(arguments["id"])
+        self.end(arguments["id"], "BLOCK_JOB_COMPLETED")
+        return {}
+
+    def do_job_dismiss(self, arguments: dict[str, Any]) -> Any:
+        self._job(arguments)
+        del self.jobs[arguments["id"]]
+        return {}
 
 
 class FakeQemu(QmpFake):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import URI, Fake, FakeQemu
+from fakes import URI, VERSION, Fake, FakeQemu
 
 from nbdmirror import cli, cli_handover, cli_jobs
 
@@ -128,13 +128,13 @@ def test_which_disk(handover: Handover) -> None:
 @pytest.mark.parametrize("is_ready", [False, True])
 def test_the_order(fake: Fake, qemu: FakeQemu, handover: Handover, is_ready: bool) -> None:
     states = []
-    complete = fake.do_block_job_complete
+    complete = fake.do_job_complete
 
     def completes(arguments: dict[str, Any]) -> Any:
         states.append((qemu.migration, qemu.guest))
         return complete(arguments)
 
-    fake.do_block_job_complete = completes  # type: ignore[method-assign]
+    fake.do_job_complete = completes  # type: ignore[method-assign]
     if is_ready:
         add_ready_job(fake)
     status, out, _ = handover()
@@ -142,7 +142,7 @@ def test_the_order(fake: Fake, qemu: FakeQemu, handover: Handover, is_ready: boo
     assert out.startswith(f"handed over: the guest runs at {TO} on {URI}; it was stopped for 7 ms")
     assert states == [("pre-switchover", "finish-migrate")]
     mirror = [] if is_ready else ["drive-mirror"]
-    assert changes(fake) == [*mirror, "block-job-complete"]
+    assert changes(fake) == [*mirror, "job-complete"]
     assert changes(qemu) == ["migrate-set-capabilities", "migrate", "migrate-continue"]
 
 
@@ -198,19 +198,61 @@ def test_the_pivot_fails(fake: Fake, qemu: FakeQemu, handover: Handover) -> None
         fake.end("disk0", "BLOCK_JOB_COMPLETED", error="Input/output error")
         return {}
 
-    fake.do_block_job_complete = completes  # type: ignore[method-assign]
+    fake.do_job_complete = completes  # type: ignore[method-assign]
     status, _, line = handover()
     assert status == cli.FAILED
-    assert "job disk0 failed: Input/output error; the guest runs on here" in line
+    assert "job disk0 failed: nbd://target/export: Input/output error; disk disk0 is served" in line
+    assert "the guest runs on here" in line
     assert is_undone(qemu)
+
+
+def test_somebody_cancels_softly_right_at_the_pivot(
+    fake: Fake, qemu: FakeQemu, handover: Handover
+) -> None:
+    """The job ended well, and nothing was pivoted: the guest must not go on there."""
+    add_ready_job(fake)
+
+    def completes(arguments: dict[str, Any]) -> Any:
+        fake.end("disk0", "BLOCK_JOB_COMPLETED")
+        return {}
+
+    fake.do_job_complete = completes  # type: ignore[method-assign]
+    status, _, line = handover()
+    assert status == cli.FAILED
+    assert "no pivot; the guest runs on here; its disk is a.img" in line
+    assert is_undone(qemu)
+
+
+def test_another_disk_pivots_at_that_moment(fake: Fake, qemu: FakeQemu, handover: Handover) -> None:
+    """It is not this one's pivot."""
+    add_ready_job(fake)
+
+    def completes(arguments: dict[str, Any]) -> Any:
+        fake.ring.append("X_NBDMIRROR_PIVOTED", {"device": "b", "id": "b", "pause-ms": 1.0})
+        fake.end("disk0", "BLOCK_JOB_COMPLETED")
+        return {}
+
+    fake.do_job_complete = completes  # type: ignore[method-assign]
+    status, _, line = handover()
+    assert (status, "no pivot" in line) == (cli.FAILED, True)
+    assert is_undone(qemu)
+
+
+def test_the_socket_is_another_nbdmirrors(
+    qemu: FakeQemu, handover: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VERSION, "package", "nbdmirror 1.2.3")
+    status, _, line = handover()
+    assert (status, "is an nbdmirror and no QEMU" in line) == (cli.FAILED, True)
+    assert not changes(qemu)
 
 
 def test_the_pivot_is_refused(fake: Fake, qemu: FakeQemu, handover: Handover) -> None:
     add_ready_job(fake)
-    fake.do_block_job_complete = None  # type: ignore[assignment]
+    fake.do_job_complete = None  # type: ignore[assignment]
     status, _, line = handover()
     assert status == cli.FAILED
-    assert "block-job-complete: The command" in line
+    assert "it has no job-complete" in line
     assert "the guest runs on here" in line
     assert is_undone(qemu)
 
@@ -229,11 +271,13 @@ def test_the_pivot_takes_too_long(
     fake.plan["stuck"] = True
 
     def cancels(arguments: dict[str, Any]) -> Any:
-        assert arguments == {"device": "disk0", "force": True}
+        assert arguments == {"id": "disk0"}
+        if is_late:
+            fake.pivot("disk0")
         fake.end("disk0", "BLOCK_JOB_COMPLETED" if is_late else "BLOCK_JOB_CANCELLED")
         return {}
 
-    fake.do_block_job_cancel = cancels  # type: ignore[method-assign]
+    fake.do_job_cancel = cancels  # type: ignore[method-assign]
     status, _, line = handover()
     if is_late:
         assert status == cli.DONE
@@ -251,7 +295,7 @@ def test_the_pivot_cannot_be_given_up(
     monkeypatch.setattr(cli_handover, "CANCEL_S_MAX", 0.1)
     add_ready_job(fake)
     fake.plan["stuck"] = True
-    fake.do_block_job_cancel = fake.do_block_job_pause  # type: ignore[method-assign]
+    fake.do_job_cancel = fake.do_job_pause  # type: ignore[method-assign]
     status, _, line = handover()
     assert status == cli.NO_SERVER
     assert "the server did not tell whether it has pivoted" in line
@@ -260,13 +304,13 @@ def test_the_pivot_cannot_be_given_up(
 
 def test_an_interrupt_at_the_pivot_waits_for_the_outcome(fake: Fake, handover: Handover) -> None:
     add_ready_job(fake)
-    complete = fake.do_block_job_complete
+    complete = fake.do_job_complete
 
     def completes(arguments: dict[str, Any]) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return complete(arguments)
 
-    fake.do_block_job_complete = completes  # type: ignore[method-assign]
+    fake.do_job_complete = completes  # type: ignore[method-assign]
     status, out, _ = handover()
     assert status == cli.DONE
     assert out.startswith("handed over: ")

@@ -14,6 +14,10 @@ from fakes import URI, Fake
 
 from nbdmirror import cli, cli_session, sockets
 
+COMPLETED = (
+    f"job {{}} completed; the pivot held the guest for 3.2 ms; disk disk0 is served from {URI}\n"
+)
+
 # Usage, and nobody there
 
 
@@ -132,7 +136,7 @@ def test_mirror_wants_one_disk(fake: Fake, run: Main, disks: list[str]) -> None:
 
 def test_mirror_and_wait(fake: Fake, run: Main) -> None:
     status, out, err = run("mirror", URI, "--wait", "ready")
-    assert (status, out) == (cli.DONE, "job disk0 is ready: source and target are in sync\n")
+    assert (status, out) == (cli.DONE, "job disk0 is ready: the target follows the source\n")
     assert re.search(r"^disk0: running, 25\.0%, 300 B left", err, re.MULTILINE)
     assert fake.jobs["disk0"]["ready"]
 
@@ -140,14 +144,17 @@ def test_mirror_and_wait(fake: Fake, run: Main) -> None:
 def test_mirror_and_complete(fake: Fake, run: Main) -> None:
     status, out, _ = run("mirror", URI, "--wait", "completed")
     assert status == cli.DONE
-    assert out == "job disk0 completed; the pivot held the guest for 3.2 ms\n"
+    assert out == COMPLETED.format("disk0")
     assert not fake.jobs
 
 
 @pytest.mark.parametrize(
     ("plan", "text"),
     [
-        ({"fail": True}, "failed: No space left on device"),
+        (
+            {"fail": True},
+            f"failed: {URI}: No space left on device; disk disk0 is served from a.img",
+        ),
         ({"refuse": True}, "smaller than the source"),
         ({"vanish": True}, "gone"),
     ],
@@ -202,7 +209,7 @@ def test_wait_ready_and_concluded(fake: Fake, run: Main) -> None:
     fake.add_job("j")
     assert run("wait", "--ready")[:2] == (
         cli.DONE,
-        "job j is ready: source and target are in sync\n",
+        "job j is ready: the target follows the source\n",
     )
     fake.jobs["j"]["status"] = "completing"
     status, out, _ = run("wait", "--concluded", "--job", "j")
@@ -226,8 +233,7 @@ def test_wait_for_a_job_that_ends_as_it_begins(
 
     def answer(arguments: dict[str, Any]) -> Any:
         if "j" in fake.jobs:
-            pivot = {"device": "disk0", "id": "j", "pause-ms": 3.25}
-            fake.ring.append("X_NBDMIRROR_PIVOTED", pivot)
+            fake.pivot("j")
             fake.end("j", "BLOCK_JOB_COMPLETED", **({"error": error} if error else {}))
         return []
 
@@ -245,7 +251,7 @@ def test_wait_for_a_job_that_ends_as_it_begins(
 def test_wait_for_a_job_of_which_nothing_is_known(fake: Fake, run: Main, which: list[str]) -> None:
     status, out, err = run("wait", "--concluded", *which)
     assert (status, out) == (cli.FAILED, "")
-    assert "how is not known" in one_line(err)
+    assert "no job" in one_line(err)
 
 
 def test_time_runs_out(fake: Fake, run: Main) -> None:
@@ -253,13 +259,15 @@ def test_time_runs_out(fake: Fake, run: Main) -> None:
     fake.add_job("j")
     status, _, err = run("wait", "--ready", "--timeout", "0.1")
     assert status == cli.TIMED_OUT
-    assert err.splitlines()[-1] == ("nbdmirror: time ran out after 0.1 s; jobs on the server go on")
+    assert err.splitlines()[-1] == (
+        "nbdmirror: time ran out after 0.1 s; job j: running, 0.0%, 400 B left"
+    )
 
 
 def test_complete(fake: Fake, run: Main) -> None:
     fake.add_job("j", offset=400, ready=True, status="ready")
     status, out, _ = run("complete", "--timeout", "20")
-    assert (status, out) == (cli.DONE, "job j completed; the pivot held the guest for 3.2 ms\n")
+    assert (status, out) == (cli.DONE, COMPLETED.format("j"))
 
 
 def test_complete_of_a_paused_job_says_what_it_waits_for(fake: Fake, run: Main) -> None:
@@ -268,12 +276,13 @@ def test_complete_of_a_paused_job_says_what_it_waits_for(fake: Fake, run: Main) 
     fake.add_job("j", offset=400, ready=True, status="standby", paused=True)
 
     def complete(arguments: dict[str, Any]) -> Any:
+        fake.jobs["j"]["ending"] = "complete"
         return {}
 
-    fake.do_block_job_complete = complete  # type: ignore[method-assign]
+    fake.do_job_complete = complete  # type: ignore[method-assign]
     status, out, err = run("complete", "--timeout", "0.2")
     assert (status, out) == (cli.TIMED_OUT, "")
-    assert err.count("it will complete after: nbdmirror resume\n") == 1
+    assert err.count("is to complete after: nbdmirror resume\n") == 1
 
 
 def test_complete_before_ready_is_refused_with_advice(fake: Fake, run: Main) -> None:
@@ -305,9 +314,9 @@ def test_choosing_a_job(fake: Fake, run: Main) -> None:
     assert run("pause")[:2] == (cli.DONE, "job j is paused; go on with: nbdmirror resume\n")
     assert run("resume", "--job", "j")[0] == cli.DONE
     assert run("set-speed", "10M", "--device", "disk0")[0] == cli.DONE
-    assert fake.calls[-1] == ("block-job-set-speed", {"device": "j", "speed": 10 << 20})
+    assert ("block-job-set-speed", {"device": "j", "speed": 10 << 20}) in fake.calls
     fake.add_job("k")
     status, _, err = run("resume")
     assert (status, "several jobs (j, k)" in one_line(err)) == (cli.FAILED, True)
     assert "no job x" in one_line(run("resume", "--job", "x")[2])
-    assert "disk x has no job" in one_line(run("resume", "--device", "x")[2])
+    assert "no disk x" in one_line(run("resume", "--device", "x")[2])

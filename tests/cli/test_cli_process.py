@@ -27,6 +27,7 @@ def test_status(fake: Fake, run: Main) -> None:
     fake.add_job("j", offset=100)
     line = "  job j: running, 25.0%, 300 B left, to nbd://target/export"
     assert run("status")[1].splitlines()[1] == line
+    fake.plan["stuck"] = True
     status = json.loads(run("status", "--json")[1])
     assert status == fake.do_x_nbdmirror_query_status({})
     fake.extension = False
@@ -40,22 +41,54 @@ def test_status_tolerates_what_is_missing() -> None:
     assert cli_status.from_query_block([{"inserted": {"node-name": "n"}}])[0]["name"] == "n"
 
 
-def test_rates() -> None:
+def test_rates_of_a_server_that_says_none() -> None:
     now_s = 0.0
     meter = cli_progress.Meter(lambda: now_s)
-    first = meter.update({"device": "j", "offset": 0, "len": 1000})
-    assert first.copied_bytes_per_s is None
+    assert meter.update({"device": "j", "offset": 0, "len": 1000}).rates is None
     now_s = 2.0
     progress = meter.update({"device": "j", "offset": 400, "len": 1100, "status": "running"})
-    assert (progress.copied_bytes_per_s, progress.dirtied_bytes_per_s) == (200, 50)
-    assert progress.left_s == 700 / 150
+    assert progress.rates == cli_progress.Rates(200, 0, 50, 700 / 150)
     assert str(progress) == (
         "j: running, 36.4%, 700 B left, copying 200 B/s, dirtied 50 B/s, 0:05 to go"
     )
     now_s = 60.0
-    stalled = meter.update({"device": "j", "offset": 400, "len": 2100, "paused": True})
-    assert "paused" in str(stalled)
-    assert "not co" in str(stalled)
+    paused = {"device": "j", "offset": 400, "len": 2100, "paused": True, "status": "paused"}
+    assert str(meter.update(paused)) == "j: paused, 19.0%, 1.7 KiB left"
+    now_s = 61.0
+    again = meter.update({"device": "j", "offset": 400, "len": 2100, "status": "running"})
+    assert again.rates is None, "those of before are none of now"
+
+
+SAYS = {"falling-behind": False, "copy-bytes-per-s": 0, "zero-bytes-per-s": 0}
+SAYS |= {"dirty-bytes-per-s": 0, "device": "j", "offset": 0, "len": 2048, "status": "running"}
+
+
+@pytest.mark.parametrize(
+    ("job", "text"),
+    [
+        ({"copy-bytes-per-s": 1024, "left-s": 2.0}, "copying 1 KiB/s, dirtied 0 B/s, 0:02 to go"),
+        ({"zero-bytes-per-s": 1 << 30}, "copying 0 B/s, zeroing 1 GiB/s, dirtied 0 B/s"),
+        (
+            {"copy-bytes-per-s": 1024, "zero-bytes-per-s": 1 << 30, "left-s": 2.0},
+            "copying 1 KiB/s, zeroing 1 GiB/s, dirtied 0 B/s, 0:02 to go at most",
+        ),
+        (
+            {"status": "ready", "copy-bytes-per-s": 1024, "dirty-bytes-per-s": 1000, "left-s": 9.0},
+            "copying 1 KiB/s, dirtied 1000 B/s",
+        ),
+    ],
+)
+def test_rates_are_the_servers(job: dict[str, Any], text: str) -> None:
+    """It has looked all the while, and tells data from holes."""
+    meter = cli_progress.Meter(lambda: 0.0)
+    said = str(meter.update(SAYS | job))
+    assert said.endswith(f"2 KiB left, {text}")
+
+
+def test_a_server_that_copies_nothing_has_no_rates() -> None:
+    meter = cli_progress.Meter(lambda: 0.0)
+    job = {"device": "j", "offset": 0, "len": 2048, "falling-behind": False}
+    assert str(meter.update(job)) == "j: running, 0.0%, 2 KiB left"
 
 
 def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +122,7 @@ def test_interrupting_a_wait_leaves_the_job(fake: Fake) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=WAIT_S_MAX)
     assert process.returncode == cli.INTERRUPTED
-    assert err == "nbdmirror: interrupted; jobs on the server go on\n"
+    assert err == "nbdmirror: interrupted; job j: running, 0.0%, 400 B left\n"
     assert "j" in fake.jobs
 
 

@@ -1,0 +1,190 @@
+"""What the server's answers are called on the command line: its refusals, which are QEMU's, and a
+job's state, with what to do about it. Tolerant of missing keys: servers differ in age."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+SILENT_S = 5.0
+"""A server that answers nothing for so long is spoken of."""
+
+_REFUSALS = (
+    (
+        r"Job '(.*)' in state '(?:created|running|paused)' cannot accept command verb 'complete'",
+        r"job \1 is not ready yet; wait for it with: nbdmirror wait --ready",
+    ),
+    (
+        r"Job '(.*)' in state 'concluded' cannot accept command verb '.*'",
+        r"job \1 has ended already; forget it with: nbdmirror dismiss",
+    ),
+    (
+        r"Job '(.*)' in state 'pending' cannot accept command verb '.*'",
+        r"job \1 has done its work and cannot do that any more; end it with: nbdmirror finalize",
+    ),
+    (
+        r"Job '(.*)' in state '(.*)' cannot accept command verb '(.*)'",
+        r"job \1 is \2, and does not \3 then; see: nbdmirror status",
+    ),
+    (
+        r"Job ID '(.*)' already in use",
+        r"there is a job \1 already; if it has ended, forget it with: nbdmirror dismiss --job \1",
+    ),
+    (
+        r"Node '(.*)' is busy: block device is in use by block job: mirror",
+        r"disk \1 is mirrored already; see: nbdmirror status",
+    ),
+    (
+        r"The block job for device '(.*)' is currently paused",
+        r"job \1 is paused; resume it, or give it up with: nbdmirror cancel --force",
+    ),
+    (
+        r"The active block job '(.*)' cannot be completed",
+        r"job \1 is being cancelled already, and cannot be completed any more",
+    ),
+    (r"Job is already paused", "the job is paused already; go on with: nbdmirror resume"),
+    (r"Can't resume a job that was not paused", "the job is not paused; see: nbdmirror status"),
+    (r"(?:Block job '.*'|Job) not found", "the job has ended meanwhile; see: nbdmirror status"),
+    (
+        r"Cannot find device='(.*)' nor node-name='.*'",
+        r"there is no disk \1; see: nbdmirror status",
+    ),
+    (
+        r"Node '(.*)' is read-only: it does not change",
+        r"disk \1 is read-only and does not change: copy it with nbdcopy",
+    ),
+    (
+        r"(?:Dirty bitmap|Bitmap) '(.*)' (?:could )?not (?:be )?found",
+        r"there is no bitmap \1; see: nbdmirror bitmap list",
+    ),
+    (r"Bitmap already exists: (.*)", r"there is a bitmap \1 already"),
+    (
+        r"Bitmap '(.*)' is currently in use by another operation and cannot be used",
+        r"bitmap \1 is used by a job; see: nbdmirror status",
+    ),
+    (
+        r"Can't store persistent bitmaps to .*: Operation not supported",
+        "the server keeps nothing over its end: start it with --state-dir for that",
+    ),
+    (
+        r"Parameter '(?:x-nbdmirror-)?(granularity|buf-size|speed|target-cluster-size)' (.*)",
+        r"--\1 \2",
+    ),
+    (r"The command (\S+) has not been found", r"the server is too old: it has no \1"),
+)
+"""The server's text, and ours."""
+
+
+def size(number: float) -> str:
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    while number >= 1024 and len(units) > 1:
+        number /= 1024
+        units.pop()
+    digits = 1 if number % 1 and number < 100 else 0
+    return f"{number:.{digits}f} {units[-1]}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def refusal(text: str) -> str:
+    """What the server refused, in the words of the command line."""
+    for pattern, ours in _REFUSALS:
+        if match := re.fullmatch(pattern, text):
+            return match.expand(ours)
+    return text
+
+
+def state(job: dict[str, Any]) -> str:
+    """QMP's word for the state, but while a pause is not there yet."""
+    status = str(job.get("status", "running"))
+    if job.get("paused") and status in ("created", "running", "ready"):
+        return "pausing"
+    return "standby (paused after READY)" if status == "standby" else status
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """What is to be known of a job beside its state. `kind`: those of one kind say the same."""
+
+    kind: str
+    text: str
+
+
+def remarks(job: dict[str, Any]) -> list[Remark]:
+    found = [*_of_the_end(job), *_of_the_servers(job)]
+    if state(job) == "pausing":
+        found.append(Remark("pausing", "pauses when its requests in flight have ended"))
+    if job.get("falling-behind") and not any(one.kind in ("target", "source") for one in found):
+        found.append(Remark("behind", f"falls behind: the guest writes faster; {_faster(job)}"))
+    return found
+
+
+def _faster(job: dict[str, Any]) -> str:
+    if job.get("speed"):
+        return "raise its limit with: nbdmirror set-speed"
+    if job.get("copy-mode") == "write-blocking":
+        return "the target is too slow for it"
+    return "have its writes wait for the target with: nbdmirror copy-mode write-blocking"
+
+
+def _of_the_end(job: dict[str, Any]) -> list[Remark]:
+    status, found = job.get("status"), []
+    if status == "pending":
+        found.append(Remark("pending", "has done its work; end it with: nbdmirror finalize"))
+    elif status == "waiting":
+        found.append(Remark("waiting", "has done its work, and waits for the others of its group"))
+    elif status == "concluded":
+        found.append(Remark("concluded", "has ended; forget it with: nbdmirror dismiss"))
+    elif (ending := job.get("ending", "none")) != "none":
+        since = duration(job.get("ending-for-s", 0))
+        what, then = "being cancelled, softly,", "ends"
+        if ending == "complete":
+            what, then = "completing", "pivots"
+        text = f"{what} for {since}: it {then} as soon as it can"
+        if status == "standby":
+            text = f"is to {'complete' if ending == 'complete' else 'end'} after: nbdmirror resume"
+        if vain := job.get("quiesce-timeouts"):
+            text += f"; the guest was held in vain {vain} times"
+        found.append(Remark("ending", text))
+    return found
+
+
+def _of_the_servers(job: dict[str, Any]) -> list[Remark]:
+    found = []
+    give_up = "or give up with: nbdmirror cancel --force"
+    if (lost_s := job.get("target-lost-for-s")) is not None:
+        left_s = job.get("target-wait-left-s")
+        how_long = "as long as it takes" if left_s is None else f"{duration(left_s)} more"
+        text = f"the target is lost since {duration(lost_s)}, and tried for {how_long}; "
+        found.append(Remark("target", f"{text}see to its server, {give_up}"))
+    for side in ("source", "target"):
+        if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:
+            text = f"the {side} has not answered for {duration(silent_s)}; see to it, {give_up}"
+            found.append(Remark(side, text))
+    if job.get("io-status", "ok") != "ok":
+        text = "I/O error ({}): {}; try again with: nbdmirror resume"
+        found.append(Remark("error", text.format(job["io-status"], last_error(job))))
+    if job.get("error"):
+        found.append(Remark("failure", f"error: {job['error']}"))
+    return found
+
+
+def last_error(job: dict[str, Any]) -> str:
+    error = job.get("last-error") or {}
+    return error.get("reason") or "the log has the reason"
+
+
+def mode(job: dict[str, Any]) -> str:
+    """The copy mode; empty where it is not known."""
+    if job.get("copy-mode") != "write-blocking":
+        return str(job.get("copy-mode") or "")
+    return f"write-blocking ({'' if job.get('actively-synced') else 'not '}actively synced)"
+
+
+def limit(job: dict[str, Any]) -> str:
+    return f"limit {size(job['speed'])}/s" if job.get("speed") else ""
