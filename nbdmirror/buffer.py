@@ -1,12 +1,22 @@
-"""Memory for the copier's requests."""
+"""Memory for the copier's requests, and where it holds zeroes."""
 
 from __future__ import annotations
 
 import ctypes
 
+ZERO_UNIT_BYTES = 64 << 10
+"""Zeroes in data are looked for in units of this size: the usual cluster, so that a target can
+leave it out."""
+
 BUFFER_ALIGNMENT = 4096
 """malloc gives large blocks at 16 bytes after a page's start. There `read` copies 3 times slower
 than at a multiple of 32 (an AMD EPYC's `rep movsb`: 2.0 GB/s instead of 6.3)."""
+
+
+_ZEROES = bytes(ZERO_UNIT_BYTES)
+
+Run = tuple[int, int, memoryview | None]
+"""Offset, length, and what is written there; None is zeroes."""
 
 
 class PageBuffer:
@@ -23,6 +33,27 @@ class PageBuffer:
     def has(self, content: bytes, start: int) -> bool:
         """`startswith` is a memcmp that ends at the first byte that differs."""
         return self._bytes.startswith(content, self._base + start)
+
+    def runs(self, offset: int, length: int) -> list[Run]:
+        """The first `length` bytes, read from `offset`, as runs of data and of zeroes, cut at
+        multiples of ZERO_UNIT_BYTES of the disk. Data costs nothing here: `has` ends at the first
+        byte that differs."""
+        runs: list[tuple[int, int, bool]] = []
+        start = 0
+        while start < length:
+            span = min(ZERO_UNIT_BYTES - (offset + start) % ZERO_UNIT_BYTES, length - start)
+            zeroes = _ZEROES if span == ZERO_UNIT_BYTES else bytes(span)
+            is_zero = self.has(zeroes, start)
+            if runs and runs[-1][2] == is_zero:
+                runs[-1] = (runs[-1][0], runs[-1][1] + span, is_zero)
+            else:
+                runs.append((offset + start, span, is_zero))
+            start += span
+        view = self.view
+        return [
+            (at, span, None if is_zero else view[at - offset : at - offset + span])
+            for at, span, is_zero in runs
+        ]
 
 
 class Buffers:

@@ -2,17 +2,17 @@
 
 The life of a claim (the ledger's `Claim`: its bits are already clear):
 
-    extents of the source  ->  zero: write-zeroes on the target
+    extents of the source  ->  zero: write-zeroes on the target, piece after piece
                            ->  data: read, look for zeroes, write; piece after piece, one buffer
     -> settle: done, or dirty again
 
-Many claims run at once, each with one slot; a slot is a buffer of `request_bytes`. So requests and
-bytes are both bounded. What the source says of its extents is asked after the bits are cleared, and
-a "zero" is believed only for the claim that asked; "data" is believed for later claims as well,
-since treating zeroes as data is never wrong.
+Pieces are as large as can be and yet answered soon (depth.ANSWER_S): each is progress, and none is
+begun after `stop`. Many claims run at once, each with one slot; a slot is a buffer of
+`request_bytes`. So requests and bytes are both bounded. What the source says of its extents is
+asked after the bits are cleared, and a "zero" is believed only for the claim that asked; "data" is
+believed for later claims as well, since treating zeroes as data is never wrong.
 
-The copier has no opinion about errors: it makes the claim dirty again and tells its observer, which
-may pause it.
+It has no opinion about errors: it makes the claim dirty again and tells its observer.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from nbdmirror.buffer import Buffers, PageBuffer
-from nbdmirror.depth import OPENING_BYTES, Crowd, Depth
-from nbdmirror.device import AsyncSource, AsyncTarget, Done, Extent, round_out
+from nbdmirror.buffer import Buffers, PageBuffer, Run
+from nbdmirror.depth import OPENING_BYTES, Crowd, Depth, Holes
+from nbdmirror.device import AsyncSource, AsyncTarget, Done, Extent, leading_bytes, round_out
 from nbdmirror.ledger import Claim, Tracker
 from nbdmirror.pace import Pace
 
@@ -35,20 +35,6 @@ nothing on a local socket."""
 BUFFER_BYTES_DEFAULT = 64 << 20
 """Of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A target that is near gets
 no more than depth.QUICK_BYTES, so the rest is not even allocated for it."""
-
-WINDOW_BYTES_MAX = 32 << 30
-"""Longest claim where nothing is known of the source: a hole of this length is one claim. Long
-enough that the bitmap can give back whole pages."""
-
-ZERO_UNIT_BYTES = 64 << 10
-"""Zeroes in data are looked for in units of this size: the usual cluster, so that a target can
-leave it out."""
-
-
-_ZEROES = bytes(ZERO_UNIT_BYTES)
-
-_Run = tuple[int, int, memoryview | None]
-"""Offset, length, and what is written there; None is zeroes."""
 
 
 class Observer(Protocol):
@@ -75,6 +61,8 @@ class _Copy:
     """Taken when there is data."""
     position: int = 0
     pending: int = 0
+    piece_bytes: int = 0
+    """Of data, being read or written."""
     operation: str = "read"
     error: BaseException | None = None
     extents: list[Extent] = field(default_factory=list)
@@ -109,7 +97,7 @@ class Copier:
         self.unmap = unmap
         self.is_running = False
         self.copied_bytes = 0
-        """Bytes settled well since the start: QEMU's `offset`, which never goes back."""
+        """Bytes copied since the start: QEMU's `offset`, which never goes back."""
         self.written_bytes = 0
         """Bytes of data sent to the target, zeroes not counted."""
         self.answers = 0
@@ -128,13 +116,11 @@ class Copier:
             granularity=tracker.granularity,
         )
         self.pace = Pace(clock, call_later, self.pump)
+        self._holes = Holes(self._request_bytes)
         self._buffers = Buffers()
         self._copies: set[_Copy] = set()
-        self._in_flight_bytes = 0
-        self._flushes = 0
-        self._cursor = 0
-        self._data_until = 0
-        self._window = self._request_bytes
+        self._in_flight_bytes = self._piece_bytes = self._flushes = 0
+        self._cursor = self._data_until = 0
         self._is_pumping = False
 
     @property
@@ -162,13 +148,22 @@ class Copier:
         self.pump()
 
     def stop(self) -> None:
-        """Claim no more. What is in flight ends by itself; then `copy_settled` is called."""
+        """Claim no more, and begin no more pieces. What is in flight ends by itself; then
+        `copy_settled` is called."""
         self.is_running = False
         self._depth.start_over()
+        self._holes.zeroed.start_over()
+
+    def disown(self) -> None:
+        """After `stop`: wait no longer for the source. What it was asked for is dirty again, and if
+        its answer comes it is nobody's: the buffer is not used again, nothing is written."""
+        for copy in [copy for copy in self._copies if copy.operation == "read"]:
+            copy.buffer = None
+            self._piece_bytes -= copy.piece_bytes
+            self._settle(copy, failed=True)
 
     def close(self) -> None:
-        """Stop for good; nothing is in flight. The buffers go soon, not when the garbage collector
-        finds the job."""
+        """Stop for good; nothing is in flight. The buffers go soon."""
         self.stop()
         self._free_buffers()
 
@@ -215,8 +210,8 @@ class Copier:
         """The next dirty run in bulk order: once around, then from the start (rule 35 of QEMU's: a
         cursor that went back on each write would never reach the end under load)."""
         granularity = self.tracker.granularity
-        is_hole = self._cursor >= self._data_until and self._window > self._request_bytes
-        length_max = self._window if is_hole else self._next_bytes
+        is_hole = self._cursor >= self._data_until and self._holes.is_inside
+        length_max = self._holes.claim_bytes if is_hole else self._next_bytes
         length_max = min(length_max, self.pace.claim_bytes_max or length_max)
         length_max = max(granularity, length_max)
         claim = self.tracker.claim(self._cursor, length_max) if self._cursor else None
@@ -236,6 +231,8 @@ class Copier:
         length = min(claim.length, self._request_bytes if is_window else next_bytes)
         # With a speed limit few claims begin before they are accounted for, small as they are.
         weight = self._request_bytes if self.pace.speed_bytes_per_s else length
+        if self._depth.is_late:  # a large granule, whose pieces come one after the other
+            weight = max(weight, min(claim.length, self.tracker.granularity))
         copy = _Copy(claim, length, weight, position=claim.offset)
         self._crowd.count += not self._copies
         self._copies.add(copy)
@@ -246,30 +243,34 @@ class Copier:
             self.pace.account(claim.length)
             self._next_piece(copy)
             return
+        start_s = self._clock()
 
         def then(extents: list[Extent] | None, error: BaseException | None) -> None:
             # Rule 31: an error means "treat as data", it is no failure of the copy.
-            self._have_extents(copy, extents or [Extent(claim.length, zero=False, hole=False)])
+            extents = extents or [Extent(claim.length, zero=False, hole=False)]
+            took_s = self._clock() - start_s
+            self._holes.found(claim.length, took_s, is_hole=extents[0].zero)
+            if copy in self._copies:  # else it is disowned
+                self._have_extents(copy, extents)
 
         self.source.start_extents(claim.offset, claim.length, then)
 
     def _have_extents(self, copy: _Copy, extents: list[Extent]) -> None:
         """Keep of the claim what is of one kind: a run of zero granules, or a piece of data."""
         claim, granularity = copy.claim, self.tracker.granularity
-        zero = _leading(extents, zero=True)
+        zero = leading_bytes(extents, zero=True)
         if zero < claim.length:
             zero -= zero % granularity
         if zero:
-            self._window = min(WINDOW_BYTES_MAX, self._window * 8)
             copy.extents = [Extent(zero, zero=True, hole=extents[0].hole)]
             if zero < claim.length:
                 self._give_back(copy, zero)
             self.pace.account(0 if self.unmap else zero)
         else:
-            data = _leading(extents, zero=False)
+            data = leading_bytes(extents, zero=False)
             self._data_until = max(claim.offset + data, claim.offset + granularity)
-            self._window = max(self._request_bytes, granularity)
-            length_max = max(self._window, min(copy.request_bytes, data - data % granularity))
+            length_max = min(copy.request_bytes, data - data % granularity)
+            length_max = max(self._request_bytes, granularity, length_max)
             if claim.length > length_max:
                 self._give_back(copy, length_max)
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
@@ -284,70 +285,86 @@ class Copier:
     def _next_piece(self, copy: _Copy) -> None:
         """Zero or copy what comes next of the claim; at its end, or after an error, settle it."""
         claim = copy.claim
-        if copy.error is not None or copy.position >= claim.end:
-            self._settle(copy)
+        if copy.error is None and copy.position < claim.end:
+            self._note_progress(copy)
+        is_left = copy.position < claim.end
+        if copy.error is not None or not is_left or not self.is_running:
+            self._settle(copy, failed=copy.error is not None or is_left)
         elif copy.extents[0].zero:
-            copy.position = claim.end
-            self._write(copy, [(claim.offset, claim.length, None)])
+            length = min(self._holes.zeroed.length, claim.end - copy.position)
+            self._write(copy, [(copy.position, length, None)], self._clock())
         else:
-            offset = copy.position
-            length = min(copy.request_bytes, claim.end - offset)
-            copy.position += length
-            copy.operation = "read"
-            buffer = copy.buffer = copy.buffer or self._buffers.take(length)
+            self._read(copy)
 
-            def then(error: BaseException | None) -> None:
-                if error is not None:
-                    copy.error = error
-                    self._next_piece(copy)
-                else:
-                    self._write(copy, self._find_zeroes(buffer, offset, length))
+    def _note_progress(self, copy: _Copy) -> None:
+        """Some of the claim is copied. The rest waits for another one if the copier was stopped, or
+        if a zeroing target has become slow: a guest may wait for its granules."""
+        copied = copy.position - copy.claim.offset
+        whole = copied - copied % self.tracker.granularity
+        is_slow = copy.extents[0].zero and not self._holes.zeroed.is_longest
+        if whole and (is_slow or not self.is_running):
+            self._give_back(copy, whole)
+        else:
+            self.copied_bytes += self.tracker.progress(copy.claim, copied)
 
-            self.source.start_read(buffer.view[:length], offset, then)
+    def _read(self, copy: _Copy) -> None:
+        offset, start_s = copy.position, self._clock()
+        length = min(copy.request_bytes, self._depth.piece_bytes_max, copy.claim.end - offset)
+        if copy.buffer is None:
+            copy.buffer = self._buffers.take(length)
+        buffer = copy.buffer
+        length = min(length, len(buffer.view))
+        copy.operation, copy.piece_bytes = "read", length
+        self._piece_bytes += length
 
-    def _find_zeroes(self, buffer: PageBuffer, offset: int, length: int) -> list[_Run]:
-        """Cut a piece into runs at multiples of ZERO_UNIT_BYTES of the disk. Data costs nothing
-        here: `has` ends at the first byte that differs."""
-        runs: list[tuple[int, int, bool]] = []
-        start = 0
-        while start < length:
-            span = min(ZERO_UNIT_BYTES - (offset + start) % ZERO_UNIT_BYTES, length - start)
-            zeroes = _ZEROES if span == ZERO_UNIT_BYTES else bytes(span)
-            is_zero = buffer.has(zeroes, start)
-            if runs and runs[-1][2] == is_zero:
-                runs[-1] = (runs[-1][0], runs[-1][1] + span, is_zero)
+        def then(error: BaseException | None) -> None:
+            if copy not in self._copies:
+                return  # disowned
+            if error is not None:
+                self._piece_ended(copy, error)
             else:
-                runs.append((offset + start, span, is_zero))
-            start += span
-        view = buffer.view
-        return [
-            (at, span, None if is_zero else view[at - offset : at - offset + span])
-            for at, span, is_zero in runs
-        ]
+                self._write(copy, buffer.runs(offset, length), start_s)
 
-    def _write(self, copy: _Copy, runs: list[_Run]) -> None:
+        self.source.start_read(buffer.view[:length], offset, then)
+
+    def _write(self, copy: _Copy, runs: list[Run], start_s: float) -> None:
+        """`runs`: the next piece, which began at `start_s`."""
         copy.operation = "write"
         copy.pending = len(runs)
-        start_s = self._clock()
+        write_s, piece_bytes = self._clock(), self._piece_bytes
 
-        def then(is_zero: bool, error: BaseException | None) -> None:
+        def then(length: int, is_zero: bool, error: BaseException | None) -> None:
+            now_s = self._clock()
             self.answers += 1
-            self._depth.answered(self._clock() - start_s, is_zero=is_zero)
+            self._depth.answered(now_s - write_s, is_zero=is_zero)
             copy.error = copy.error or error
             copy.pending -= 1
-            if not copy.pending:
-                self._next_piece(copy)
+            if copy.pending:
+                return
+            if copy.extents[0].zero:
+                self._holes.zeroed.answered(length, now_s - write_s)
+            else:
+                self._depth.copied(now_s - start_s, copy.piece_bytes, piece_bytes)
+            copy.position = runs[-1][0] + runs[-1][1]
+            self._piece_ended(copy, copy.error)
 
         for offset, length, content in runs:
             if content is None:
-                self.target.start_zero(offset, length, self.unmap, partial(then, True))
+                self.target.start_zero(offset, length, self.unmap, partial(then, length, True))
             else:
                 self.written_bytes += length
                 self._depth.began(length)
-                self.target.start_write(content, offset, partial(then, False))
+                self.target.start_write(content, offset, partial(then, length, False))
 
-    def _settle(self, copy: _Copy) -> None:
-        self.copied_bytes += self.tracker.settle(copy.claim, failed=copy.error is not None)
+    def _piece_ended(self, copy: _Copy, error: BaseException | None) -> None:
+        copy.error = error
+        self._piece_bytes -= copy.piece_bytes
+        copy.piece_bytes = 0
+        self._next_piece(copy)
+
+    def _settle(self, copy: _Copy, *, failed: bool) -> None:
+        """`failed`, with an error or without: its range is dirty again."""
+        self.copied_bytes += self.tracker.settle(copy.claim, failed=failed)
         self._copies.discard(copy)
         self._in_flight_bytes -= copy.weight
         self._crowd.count -= not self._copies
@@ -362,9 +379,8 @@ class Copier:
                 self.observer.copy_settled()
 
     def flush(self, done: Done) -> None:
-        """Make durable what the target holds: also what was written to it before this mirror, which
-        may have little to copy because of that. A disk of no bytes may be on a target that has no
-        flush."""
+        """Make durable what the target holds, also from before this mirror, which may have little
+        to copy because of that. A disk of no bytes may be on a target that has no flush."""
         if not self.tracker.size:
             done(None)
             return
@@ -380,13 +396,3 @@ class Copier:
                 self.observer.copy_settled()  # who waited for it may have given up waiting
 
         self.target.start_flush(then)
-
-
-def _leading(extents: list[Extent], *, zero: bool) -> int:
-    """The length of the extents at the front that are (not) zero."""
-    length = 0
-    for extent in extents:
-        if extent.zero != zero:
-            break
-        length += extent.length
-    return length

@@ -21,6 +21,10 @@ Buffer = bytes | bytearray | memoryview
 REQUEST_BYTES_MAX = 64 << 20
 """Largest read or write that nbdkit takes from a guest."""
 
+ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
+"""Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
+of every granularity."""
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -164,6 +168,16 @@ def merge_extents(extents: list[Extent]) -> list[Extent]:
             extent = Extent(merged.pop().length + extent.length, extent.zero, extent.hole)
         merged.append(extent)
     return merged
+
+
+def leading_bytes(extents: list[Extent], *, zero: bool) -> int:
+    """The length of the extents at the front that are (not) zero."""
+    length = 0
+    for extent in extents:
+        if extent.zero != zero:
+            break
+        length += extent.length
+    return length
 
 
 def round_out(offset: int, length: int, unit: int) -> tuple[int, int]:

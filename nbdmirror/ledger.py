@@ -90,11 +90,9 @@ class Ledger:
 
     def wait_at_gate(self, token: int) -> None:
         """Of a changing request that has announced itself and then seen the gate. Whoever waits
-        when it opens goes in, even if the next gate closes at once: no request is held twice.
-
-        It withdraws its announcement before it is among the waiting: the other way round it could
-        be let in between the two steps, and then withdraw that.
-        """
+        when it opens goes in, even if the next gate closes at once: no request is held twice. It
+        withdraws its announcement before it is among the waiting: the other way round it could be
+        let in between the two steps, and then withdraw that."""
         while (gate := self.gate) is not None:
             self.writing.discard(token)
             gate.waiting.add(token)
@@ -106,8 +104,7 @@ class Ledger:
 
     def tell_gate(self) -> None:
         """A request left, or stands at the gate."""
-        gate = self.gate
-        if gate is not None and not self.writing:
+        if (gate := self.gate) is not None and not self.writing:
             gate.on_idle()
 
     # The owner of the disk's jobs (one thread).
@@ -136,10 +133,8 @@ class Ledger:
 
     def new_requests(self) -> int:
         """How many requests have begun since this was last asked."""
-        token = next(self.tokens)  # the only way to see where the count is
-        count = token - self._token_asked_for - 1
-        self._token_asked_for = token
-        return count
+        before, self._token_asked_for = self._token_asked_for, next(self.tokens)  # no other way
+        return self._token_asked_for - before - 1
 
     @property
     def is_idle(self) -> bool:
@@ -186,7 +181,8 @@ class Claim:
     offset: int
     length: int
     progress: int = 0
-    """Bytes of a synchronous write that count as done at its end: those that were written."""
+    """Bytes of a synchronous write that count as done at its end: those that were written. Of a
+    copy, those that have counted."""
 
     @property
     def end(self) -> int:
@@ -246,14 +242,14 @@ class Tracker:
         with self._lock:
             left = self.dirty.dirty_bytes + sum(c.length for c in self._writes)
             if self._repeated is None:
-                return left + sum(c.length for c in self._copies)
+                return left + sum(c.length - c.progress for c in self._copies)
             left -= self._repeated.common_bytes(self.dirty)
-            return left + sum(self._news(c) for c in self._copies)
+            return left + sum(max(0, self._news(c) - c.progress) for c in self._copies)
 
     @property
     def in_sync(self) -> bool:
-        """Nothing dirty and nothing in flight. Both under the lock, which a synchronous write takes
-        to turn dirty into in flight: between two looks it would be missed by both."""
+        """Nothing dirty and nothing in flight, under the lock that a synchronous write takes to
+        turn one into the other: between two looks it would be missed by both."""
         with self._lock:
             return not (self._copies or self._writes) and self.dirty.is_empty
 
@@ -288,12 +284,12 @@ class Tracker:
 
     def settle(self, claim: Claim, *, failed: bool) -> int:
         """A copy ended; if it failed, its range is dirty first. Returns the progress in bytes."""
+        progress = 0
         with self._lock:
-            progress = 0
             if failed:
                 self.dirty.mark(claim.offset, claim.length)
             else:
-                progress = self._news(claim)
+                progress = max(0, self._news(claim) - claim.progress)
                 if self._repeated is not None:
                     self._repeated.clear(claim.offset, claim.length)
             self._copies.remove(claim)
@@ -301,13 +297,23 @@ class Tracker:
                 self._changed.notify_all()
         return progress
 
+    def progress(self, claim: Claim, copied: int) -> int:
+        """So many bytes from its start have reached the target, of a copy that goes on. Returns the
+        bytes that count as progress now."""
+        with self._lock:
+            if self._repeated is not None:
+                return 0  # `settle` counts
+            news, claim.progress = copied - claim.progress, copied
+        return news
+
     def begin_write(self, offset: int, length: int) -> Claim:
         """A guest thread's synchronous write begins: waits until no copy and no such write overlaps
         its granules, then owns them all at once, so that nobody holds a part while waiting for the
         rest (no deadlock). First come, first served among writes, and copies keep off a range that
         a write waits for (no starvation). Granules covered whole are clean from here on (point
         6)."""
-        claim = Claim(*self._round_out(offset, length), progress=length)
+        start, span = round_out(offset, length, self.granularity)
+        claim = Claim(start, min(span, self.size - start), progress=length)
         with self._lock:
             self._waiting.append(claim)
             if not self._is_free_for(claim):
@@ -340,8 +346,8 @@ class Tracker:
 
     def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
         """After one that failed what it was to cover is dirty: the target may have lost it, and a
-        second flush would not tell. (Linux tells of a failed write-back once.) To QEMU that is no
-        work of the job's, and to who looks at its numbers neither."""
+        second flush would not tell. (Linux tells of a failed write-back once.) In QEMU's numbers
+        that is no work of the job's, and so not in ours."""
         with self._lock:
             if failed:
                 if self._repeated is None:
@@ -364,8 +370,8 @@ class Tracker:
             self._with_claims(self.unflushed)
 
     def may_differ(self) -> DirtyBitmap:
-        """What source and the target's storage may differ in, and more; a copy. Not what guest
-        writes under way may have changed. On the thread that claims and flushes."""
+        """What source and the target's storage may differ in, and more; a copy. Without guests'
+        writes under way. On the thread that claims and flushes."""
         # In the order in which a range goes through them: it is never missed in between.
         found = self.dirty.copy()
         with self._lock:
@@ -389,11 +395,5 @@ class Tracker:
         return claim.length - self._repeated.bytes_in(claim.offset, claim.length)
 
     def _is_free_for(self, claim: Claim) -> bool:
-        if any(c.overlaps(claim) for owners in (self._copies, self._writes) for c in owners):
-            return False
         earlier = self._waiting[: self._waiting.index(claim)]
-        return not any(c.overlaps(claim) for c in earlier)
-
-    def _round_out(self, offset: int, length: int) -> tuple[int, int]:
-        start, span = round_out(offset, length, self.granularity)
-        return start, min(span, self.size - start)
+        return not any(c.overlaps(claim) for c in (*self._copies, *self._writes, *earlier))

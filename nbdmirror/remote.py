@@ -17,6 +17,7 @@ import nbd
 from nbdmirror import tls
 from nbdmirror.connection import Connection
 from nbdmirror.device import (
+    ZERO_BYTES_MAX,
     AsyncSource,
     AsyncTarget,
     BlockDevice,
@@ -32,10 +33,6 @@ from nbdmirror.link import Link
 from nbdmirror.pool import ConnectionPool
 
 log = logging.getLogger(__name__)
-
-ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
-"""Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
-of every granularity."""
 
 EXTENTS_MAX = 1 << 16
 """Of one answer that are believed; what is behind them is asked for again. A byte each, the largest

@@ -31,6 +31,19 @@ REQUEST_ACTIONS = (
     "unchanged",
     "torn",
 )
+COPIER_ACTIONS = (
+    "copy",
+    "copy",
+    "copy",
+    "pump",
+    "start",
+    "stop",
+    "disown",
+    "speed",
+    "flush",
+)
+"""`disown`: wait no longer for what the source was asked."""
+
 GATE_ACTIONS = ("in sync", "hold", "announcement")
 
 slots = st.sampled_from((0, 0, 1, 2, 3, 5, 11))
@@ -184,7 +197,7 @@ class MirrorMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.w.is_tracking)
     @rule(
-        action=st.sampled_from(("copy", "copy", "copy", "pump", "start", "stop", "speed", "flush")),
+        action=st.sampled_from(COPIER_ACTIONS),
         at_once=st.lists(st.sampled_from(("well", "unchanged", "torn", "later")), max_size=6),
         speed=st.sampled_from((0, 1000, 100_000)),
     )
@@ -198,6 +211,9 @@ class MirrorMachine(RuleBasedStateMachine):
             copier.pace.set_speed(speed)
         elif action == "flush":
             copier.flush(lambda error: None)
+        elif action == "disown":
+            copier.stop()
+            copier.disown()
         else:
             {"pump": copier.pump, "start": copier.start, "stop": copier.stop}[action]()
         self.w.devices.at_once = []

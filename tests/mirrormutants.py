@@ -7,10 +7,13 @@ are those at the top of nbdmirror/ledger.py (L).
 
 from __future__ import annotations
 
+from typing import Any
+
 from model import Guest
 from world import World
 
 from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.buffer import Run
 from nbdmirror.copier import Copier, _Copy
 from nbdmirror.device import Extent
 from nbdmirror.ledger import Claim, Ledger, Tracker
@@ -209,6 +212,62 @@ class ForgetsAFailedFlush(World):
             super().end_flush(covered, failed=False)
 
 
+class StoppedCountsAsCopied(World):
+    """M22, L5: of a claim that a pause cuts short, what was not copied is dirty again."""
+
+    class copier_class(Copier):  # noqa: N801
+        def _settle(self, copy: _Copy, *, failed: bool) -> None:
+            super()._settle(copy, failed=failed and copy.error is not None)
+
+        def _give_back(self, copy: _Copy, length: int) -> None:
+            if self.is_running:
+                super()._give_back(copy, length)
+
+
+class CountsThePieceAhead(World):
+    """L4: a claim lets go of no more than what the target has answered."""
+
+    class copier_class(Copier):  # noqa: N801
+        def _write(self, copy: _Copy, runs: list[Run], start_s: float) -> None:
+            if copy.extents[0].zero and runs[-1][0] + runs[-1][1] < copy.claim.end:
+                self.tracker._copies.remove(copy.claim)
+                copy.claim.offset = runs[-1][0]
+                self.tracker._copies.append(copy.claim)
+            super()._write(copy, runs, start_s)
+
+
+class DisownedCountsAsCopied(World):
+    """L5: what the source was not waited for is dirty again."""
+
+    class copier_class(Copier):  # noqa: N801
+        def disown(self) -> None:
+            for copy in [copy for copy in self._copies if copy.operation == "read"]:
+                copy.buffer = None
+                self._settle(copy, failed=False)
+
+
+class WritesWhatWasDisowned(World):
+    """L4: an answer that comes late is written over what was copied since."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def settle(self, claim: Claim, *, failed: bool) -> int:
+            return super().settle(claim, failed=failed) if claim in self._copies else 0
+
+        def shrink(self, claim: Claim, length: int) -> None:
+            if claim in self._copies:
+                super().shrink(claim, length)
+
+    class copier_class(Copier):  # noqa: N801
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self._copies = _Everything()
+
+
+class _Everything(set[_Copy]):
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
 class LooksAtTheGateFirst(World):
     """The gate is Dekker's: a guest that looks before it announces itself gets through."""
 
@@ -240,5 +299,9 @@ MUTANTS = (
     FlushCoversWhatIsInFlight,
     UnflushedWhenItEnds,
     ForgetsAFailedFlush,
+    StoppedCountsAsCopied,
+    CountsThePieceAhead,
+    DisownedCountsAsCopied,
+    WritesWhatWasDisowned,
     LooksAtTheGateFirst,
 )

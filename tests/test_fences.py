@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "ledger": "bitmap device errors",
     "disk": "bitmap device errors journal ledger",
     "buffer": "",
-    "depth": "",
+    "depth": "device",
     "pace": "",
     "copier": "bitmap buffer depth device errors ledger pace",
     "targetwatch": "copier",

@@ -21,12 +21,16 @@ from model import (
     WouldBlock,
 )
 
-import nbdmirror.copier
+import nbdmirror.buffer
+import nbdmirror.depth
 from nbdmirror.copier import Copier
 from nbdmirror.ledger import Claim, Ledger, Tracker
 
 ZERO_UNIT_BYTES = 256
 """Instead of the copier's 64 KiB: one piece becomes several requests."""
+
+ZERO_BYTES_MAX = 1024
+"""Instead of NBD's: a claim of zeroes is several pieces, also where the target is quick."""
 
 DRAIN_STEPS_MAX = 5000
 
@@ -74,8 +78,10 @@ class World:
         self._offset_before = 0
         self._guests_made = 0
         self._patches = [
-            patch.object(nbdmirror.copier, "ZERO_UNIT_BYTES", ZERO_UNIT_BYTES),
-            patch.object(nbdmirror.copier, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
+            patch.object(nbdmirror.buffer, "ZERO_UNIT_BYTES", ZERO_UNIT_BYTES),
+            patch.object(nbdmirror.buffer, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
+            patch.object(nbdmirror.depth, "ZERO_BYTES_MAX", ZERO_BYTES_MAX),
+            patch.object(nbdmirror.depth, "PROBE_BYTES", ZERO_UNIT_BYTES),
         ]
         for each in self._patches:
             each.start()
