@@ -96,7 +96,7 @@ async def _complete(session: Session, args: argparse.Namespace) -> int:
 async def _cancel(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     state = (await session.jobs()).get(job, {})
-    if state.get("ending") == "complete" and not args.force:
+    if (state.get("status"), state.get("ending"), args.force) == ("ready", "complete", False):
         raise CliError(
             f"job {job} is being completed already, and a soft cancel does not stop that;"
             " take it back with: nbdmirror cancel --force (the target is of no use then)"

@@ -60,7 +60,7 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["copied-bytes"] = job.copier.copied_bytes
     info["written-bytes"] = job.copier.written_bytes
     info["again-bytes"] = job.tracker.again_bytes
-    info["ending"] = job.ending.value
+    info["ending"] = "none" if job.is_over else job.ending.value
     info["quiesce-timeouts"] = job.quiesce_timeouts
     info["target-connected"] = _is_connected(job.target)
     info["falling-behind"] = False
