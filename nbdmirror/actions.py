@@ -5,7 +5,6 @@ On the event loop's thread, with arguments that the schema has checked.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError, DeviceNotActive
 from nbdmirror.group import Group
 from nbdmirror.mirror import MirrorJob
+from nbdmirror.names import default_job_id, is_job_id
 from nbdmirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.server import Server
 
@@ -32,7 +32,6 @@ slow, beside the guests."""
 JOB_ID_LENGTH_MAX = 255
 """It is in every event, and up to JOBS_MAX jobs are kept."""
 
-_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BITMAP_SYNCS = ("incremental", "bitmap")
 
 
@@ -68,7 +67,8 @@ def create_mirror(server: Server, arguments: Arguments) -> MirrorJob:
     if "filter-node-name" in arguments:
         server.nodes.check_name(arguments["filter-node-name"])
     delay_s = node.options.reconnect_delay_s
-    options = _options(arguments, disk.name, reconnect_delay_s=delay_s)
+    job_id = arguments.get("job-id", default_job_id(disk.name, server.disks))
+    options = _options(arguments, job_id, reconnect_delay_s=delay_s)
     return server.mirrors.create(disk, node, options, bitmap)
 
 
@@ -221,10 +221,9 @@ def _sync_bitmap(server: Server, disk: Disk, arguments: Arguments) -> NamedBitma
         raise
 
 
-def _options(arguments: Arguments, disk_name: str, *, reconnect_delay_s: float) -> MirrorOptions:
+def _options(arguments: Arguments, job_id: str, *, reconnect_delay_s: float) -> MirrorOptions:
     """The job's options; raises CommandError with QEMU's text."""
-    job_id = arguments.get("job-id", disk_name)
-    if not _JOB_ID.fullmatch(job_id):
+    if not is_job_id(job_id):
         raise CommandError(f"Invalid job ID '{job_id}'")
     if len(job_id) > JOB_ID_LENGTH_MAX:
         raise CommandError(f"Job ID is longer than {JOB_ID_LENGTH_MAX} characters")

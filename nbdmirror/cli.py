@@ -29,6 +29,9 @@ _POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
 
 
+SLOW_BYTES_PER_S = 64 << 10
+
+
 class CliError(Exception):
     """One line for stderr that says what to do, and the exit status."""
 
@@ -44,16 +47,43 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_size(text: str) -> int:
-    """Bytes. `text` is a number with an optional K, M, G or T, a power of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:iB|B)?", text, re.IGNORECASE)
+    """Bytes. `text` is a number with an optional K, M, G or T, a power of 1024. KB and the like are
+    refused: to some they are powers of 1000."""
+    match = re.fullmatch(
+        r"([0-9]+)(?:\.([0-9]+))?([KMGT]?)(?:(?<=[KMGTkmgt])iB)?", text, re.IGNORECASE
+    )
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size (examples: 65536, 64K, 1.5G)")
-    number, unit = match.groups()
+        text = f"{text!r} is not a size (examples: 65536, 64K, 1.5G, 10MiB; powers of 1024)"
+        raise argparse.ArgumentTypeError(text)
+    whole, part, unit = match.groups(default="")
     scale: int = 1024 ** " KMGT".index(unit.upper() or " ")
-    size = int(float(number) * scale) if "." in number else int(number) * scale
+    size, rest = divmod(int(whole + part) * scale, int("1" + "0" * len(part)))
+    if rest:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of bytes")
     if size >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is more than 8 EiB")
     return size
+
+
+def _rate(text: str) -> int:
+    """Bytes per second. So few that nobody can mean them get a word."""
+    rate = parse_size(text)
+    if 0 < rate < SLOW_BYTES_PER_S:
+        word = f"{text} means {rate} bytes per second; 1M is one MiB per second"
+        print(f"nbdmirror: warning: {word}", file=sys.stderr)
+    return rate
+
+
+def absolute_uri(text: str, option: str = "") -> str:
+    """An NBD URI whose paths do not depend on this directory any more. Raises CliError, whose text
+    begins with `option`."""
+    from nbdmirror.errors import ConfigError
+    from nbdmirror.uri import absolute
+
+    try:
+        return absolute(text)
+    except ConfigError as error:
+        raise CliError(f"{option}{error}") from error
 
 
 def _seconds(text: str) -> float:
@@ -71,9 +101,10 @@ def _whole_seconds(text: str) -> int:
 
 
 def _migration_uri(text: str) -> str:
-    if not re.fullmatch(r"[a-z]+:.+", text):
+    kind, colon, where = text.partition(":")
+    if not (re.fullmatch("[a-z]+", kind) and colon and where):
         raise argparse.ArgumentTypeError(f"{text!r} is not an address (example: tcp:HOST:4444)")
-    return text
+    return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
 
 
 def default_qmp_paths() -> list[str]:
@@ -137,15 +168,16 @@ def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     for command in (wait, complete, cancel):
         _add_timeout(command)
     speed = add("set-speed", "limit the copying of a job")
-    speed.add_argument(
-        "rate", type=parse_size, metavar="RATE", help="bytes per second; 0: no limit"
-    )
+    speed.add_argument("rate", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
     pause, resume = add("pause", "pause a job"), add("resume", "resume a paused job")
     more = cli_parsers.add_commands(add, parse_size=parse_size)
     for command in (wait, complete, cancel, pause, resume, speed, *more):
         which = command.add_mutually_exclusive_group()
-        which.add_argument("--device", metavar="NAME", help="the disk whose job is meant")
-        which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
+        disk = "the disk whose job is meant"
+        which.add_argument("--device", type=cli_parsers.name, metavar="NAME", help=disk)
+        which.add_argument(
+            "--job", type=cli_parsers.name, metavar="ID", help="the job (default: the only one)"
+        )
 
 
 def _add_timeout(command: argparse.ArgumentParser) -> None:
@@ -156,13 +188,14 @@ def _add_timeout(command: argparse.ArgumentParser) -> None:
 def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add = mirror.add_argument
     add("target", metavar="TARGET_URI", help="NBD URI of the target, of the disk's size")
-    add("--device", metavar="NAME", help="the disk to mirror (default: the only one)")
+    device = "the disk to mirror (default: the only one)"
+    add("--device", type=cli_parsers.name, metavar="NAME", help=device)
     add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
     mode = "write-blocking: the guest's writes wait for the target (default: background)"
     add("--copy-mode", choices=cli_parsers.COPY_MODES, help=mode)
     add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
-    add("--speed", type=parse_size, metavar="RATE", help="bytes per second; 0: no limit")
+    add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
     delay = "a lost target is waited for that long before it is an error"
     add("--reconnect-delay", type=_whole_seconds, metavar="S", help=delay)
     for side in ("source", "target"):
@@ -175,7 +208,12 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--target-is-zero", action="store_true", help="the target reads as zeroes: trust me")
     larger = "the target may be larger than the disk; its end is left alone"
     add("--allow-larger-target", action="store_true", help=larger)
-    add("--job", metavar="ID", help="a name for the job (default: the disk's)")
+    add(
+        "--job",
+        type=cli_parsers.name,
+        metavar="ID",
+        help="a name for the job (default: the disk's)",
+    )
     add("--wait", choices=("ready", "completed"), help="completed: complete it when it is ready")
     _add_timeout(mirror)
 
@@ -191,7 +229,8 @@ def _add_handover(handover: argparse.ArgumentParser) -> None:
         required=True,
         help="where a QEMU waits for it, as QEMU's migrate takes it: tcp:HOST:PORT",
     )
-    add("--device", metavar="NAME", help="the guest's disk (default: the only one)")
+    disk = "the guest's disk (default: the only one)"
+    add("--device", type=cli_parsers.name, metavar="NAME", help=disk)
     text = "undo it if the guest could not be stopped for the pivot within S seconds"
     add("--timeout", type=_seconds, metavar="S", help=text)
 
@@ -231,6 +270,8 @@ def _run(args: argparse.Namespace) -> int:
             return cli_serve.serve(args)
         print(cli_serve.plugin_path())
         return DONE
+    if hasattr(args, "target"):
+        args.target = absolute_uri(args.target)
     if args.command == "handover":
         from nbdmirror import cli_handover
 
@@ -265,7 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["serve"] and "--" in argv:
         cut = argv.index("--")
         argv, extra = argv[:cut], argv[cut + 1 :]
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command == "mirror" and args.timeout is not None and not args.wait:
+        parser.error("--timeout means nothing without --wait")
     args.nbdkit_args = extra
     try:
         status = _run(args)

@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable
 
 from nbdmirror import cli_bitmaps, cli_status, cli_words
 from nbdmirror.cli import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
-from nbdmirror.cli_jobs import NoJob, Watch, find_job, last_jobs, only_disk
+from nbdmirror.cli_jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
 from nbdmirror.cli_progress import Meter, PlainDisplay, open_display
 from nbdmirror.cli_session import Job, Session, connect, run_interruptible, server_path
+from nbdmirror.names import default_job_id
 
 WATCH_S = 2.0
 PAUSE_S_MAX = 10.0
@@ -126,7 +127,7 @@ async def _finalize(session: Session, args: argparse.Namespace) -> int:
 
 async def _mirror(session: Session, args: argparse.Namespace) -> int:
     device = args.device or await only_disk(session)
-    job = args.job or device
+    job = args.job or default_job_id(device, await disk_names(session))
     session.events.clear()  # an earlier job of this name is not ours
     await session.execute(
         "drive-mirror",

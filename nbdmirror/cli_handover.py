@@ -29,6 +29,8 @@ from nbdmirror.cli import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliEr
 from nbdmirror.cli_jobs import Watch
 from nbdmirror.cli_progress import Display, open_display
 from nbdmirror.cli_session import Session, connect, run_interruptible, server_path
+from nbdmirror.identity import Same, same_place
+from nbdmirror.names import default_job_id
 
 Result = TypeVar("Result")
 
@@ -93,6 +95,7 @@ class _Handover:
         self._qemu = qemu
         self._display = display
         self._disk: dict[str, Any] = {}
+        self._names: list[str] = []
         self._job = ""
         self._watch: Watch | None = None
 
@@ -105,11 +108,11 @@ class _Handover:
         name = self._args.device or next(iter(disks))
         if name not in disks:
             raise CliError(f"there is no disk {name}; the server's disks are: {names}")
-        self._disk = disks[name]
+        self._disk, self._names = disks[name], list(disks)
         for job in self._disk.get("jobs", []):
             self._job = job["device"]
             target = job.get("target", self._args.target)
-            if target != self._args.target:
+            if same_place(target, self._args.target, resolves=True) is not Same.YES:
                 text = f"job {self._job} mirrors {name} to {target}, not to {self._args.target}"
                 raise CliError(f"{text}: name that one, or end the job")
             if job.get("paused"):
@@ -122,17 +125,19 @@ class _Handover:
 
     async def mirror(self) -> None:
         """Until source and target are in sync; a mirror that is there already is used."""
-        self._watch = Watch(self._server, self._job or self._disk["name"], self._display)
-        if not self._job:
+        is_new = not self._job
+        self._job = self._job or default_job_id(self._disk["name"], self._names)
+        self._watch = Watch(self._server, self._job, self._display)
+        if is_new:
             self._server.events.clear()  # an earlier job of this name is not ours
             await self._server.execute(
                 "drive-mirror",
                 device=self._disk["name"],
                 target=self._args.target,
+                job_id=self._job,
                 mode="existing",
                 sync="full",
             )
-            self._job = self._disk["name"]
         await self._watch.until(ready=True)
         self._still_mirrors()
         self._display.note(f"{self._job}: the target is in sync")

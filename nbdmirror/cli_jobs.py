@@ -64,12 +64,16 @@ def last_jobs(status: dict[str, Any], args: argparse.Namespace) -> list[dict[str
     return [last for last in found if args.job in (None, last.get("id"))]
 
 
+async def disk_names(session: Session) -> list[str]:
+    return [str(disk["name"]) for disk in (await session.status()).get("disks", [])]
+
+
 async def only_disk(session: Session) -> str:
-    names = [disk["name"] for disk in (await session.status()).get("disks", [])]
+    names = await disk_names(session)
     if len(names) != 1:
         listed = f"several disks ({', '.join(names)})" if names else "no disks"
         raise CliError(f"the server has {listed}: choose one with --device")
-    return str(names[0])
+    return names[0]
 
 
 class Watch:

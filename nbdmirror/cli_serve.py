@@ -23,14 +23,21 @@ from nbdmirror.cli import (
     THREADS_DIRECT_DEFAULT,
     USAGE,
     CliError,
+    absolute_uri,
     default_qmp_paths,
 )
 from nbdmirror.errors import ConfigError
+from nbdmirror.names import DISK_RULE, is_too_long, split_disk
+from nbdmirror.uri import DEFAULT_PORT, is_uri, parse
 
-NBD_PORT = 10809
 LOOPBACK = "127.0.0.1"
 """Not "localhost": where that names ::1 too and IPv6 is off, nbdkit refuses to start."""
 DUMP_PLUGIN_S_MAX = 30
+
+TARGET_S_MAX = 3.0
+
+THREADS_MAX = 256
+"""Of one connection. More than a few dozen have never been faster."""
 
 ORDERLY_NBDKIT = (1, 34)
 """Before it, an assertion fails, and the process ends, when a guest hangs up while replies of
@@ -38,8 +45,6 @@ several threads wait for it: 28 of 30 guests that were killed with 16 reads of 6
 the server along. With one thread a connection none did. So several disks, which are several
 guests', are served with one: nobody's end is to cost another his disk."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_URI = re.compile(r"nbds?(\+(unix|vsock))?:")
 _PLUGIN_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=")
 
 
@@ -87,8 +92,8 @@ def serve_command(
     threads = THREADS_DIRECT_DEFAULT if args.cache == "none" else THREADS_DEFAULT
     if args.threads is not None:
         threads = args.threads
-    if threads < 1:
-        raise CliError("--threads must be at least 1", USAGE)
+    if not 1 <= threads <= THREADS_MAX:
+        raise CliError(f"--threads must be between 1 and {THREADS_MAX}", USAGE)
     argv += ["-t", str(threads)]
     if args.pidfile:
         argv += ["-P", os.path.abspath(args.pidfile)]
@@ -107,7 +112,7 @@ def serve_command(
     if args.accept_old_side:
         argv.append("accept-old-side=true")
     if args.mirror_to:
-        argv.append(f"mirror-to={args.mirror_to}")
+        argv.append(f"mirror-to={absolute_uri(args.mirror_to, '--mirror-to ')}")
     if args.read_only:  # nbdkit's -r is for guests; this is for how the disks are opened
         argv.append("read-only=true")
     environ = os.environ if environ is None else environ
@@ -121,10 +126,20 @@ def _listen_options(args: argparse.Namespace) -> list[str]:
         if args.port is not None:
             raise CliError("--port: not allowed with --socket", USAGE)
         return ["-U", os.path.abspath(args.socket)]
-    port = NBD_PORT if args.port is None else args.port
+    port = DEFAULT_PORT if args.port is None else args.port
     if not 0 < port < 65536:
         raise CliError("--port must be between 1 and 65535", USAGE)
-    return ["-i", args.address or LOOPBACK, "-p", str(port)]
+    return ["-i", _address(args), "-p", str(port)]
+
+
+def _address(args: argparse.Namespace) -> str:
+    """An IPv6 address may stand in brackets, as in a URI."""
+    address = LOOPBACK if args.address is None else str(args.address)
+    if address.startswith("[") and address.endswith("]"):
+        address = address[1:-1]
+    if not address:
+        raise CliError("--address: names no address; to listen on all it is 0.0.0.0 or ::", USAGE)
+    return address
 
 
 def _identity_options(args: argparse.Namespace) -> list[str]:
@@ -200,15 +215,16 @@ def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     names: set[str] = set()
     for index, text in enumerate(args.disks):
-        before, equals, rest = text.partition("=")
-        name, disk = (before, rest) if equals and _NAME.fullmatch(before) else ("", text)
+        name, disk = split_disk(text) if not is_uri(text) else ("", text)
         if not disk:
-            raise CliError(f"{text}: names no disk after the '='", USAGE)
+            raise CliError(f"'{text}' names no disk", USAGE)
+        if is_too_long(name):
+            raise CliError(f"{text[:40]}...: the name is too long: {DISK_RULE}", USAGE)
         full_name = name or f"disk{index}"
         if full_name in names:
             raise CliError(f"{text}: the name {full_name} is taken; give each disk its own NAME=")
         names.add(full_name)
-        found.append((name, disk if _URI.match(disk) else os.path.abspath(disk)))
+        found.append((name, absolute_uri(disk) if is_uri(disk) else os.path.abspath(disk)))
     return found
 
 
@@ -264,8 +280,11 @@ def _check_places(args: argparse.Namespace) -> None:
     from nbdmirror.sockets import claim_pidfile, remove_stale_socket
 
     for _, disk in _disks(args):
-        if not _URI.match(disk) and not os.path.exists(disk):
-            raise ConfigError(f"{disk}: no such disk; create it first (truncate -s SIZE FILE)")
+        if not is_uri(disk) and not os.path.exists(disk):
+            text = f"{disk}: no such disk; create it first (truncate -s SIZE FILE)"
+            if "=" in disk:
+                text += f"; if what is before the '=' was to be a name: {DISK_RULE}"
+            raise ConfigError(text)
         if os.path.isdir(disk):
             raise ConfigError(f"{disk}: is a directory, not a disk")
     qmp = _qmp_path(args)
@@ -282,9 +301,28 @@ def _check_places(args: argparse.Namespace) -> None:
         remove_stale_socket(path, parameter)
     _check_places_of_user(args)
     if not args.socket:
-        _check_port(args.address or LOOPBACK, args.port or NBD_PORT)
+        _check_port(_address(args), args.port or DEFAULT_PORT)
+    if args.mirror_to and args.daemonize:
+        _warn_of_target(absolute_uri(args.mirror_to, "--mirror-to "))
     if args.pidfile:
         claim_pidfile(os.path.abspath(args.pidfile), "--pidfile")
+
+
+def _warn_of_target(uri: str) -> None:
+    """In the background only the log tells that a mirror could not be started."""
+    where = parse(uri)
+    if where.transport == "vsock":
+        return
+    try:
+        if where.socket:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(TARGET_S_MAX)
+                probe.connect(where.socket)
+        else:
+            socket.create_connection((where.host, where.port), TARGET_S_MAX).close()
+    except OSError as error:
+        text = f"--mirror-to {uri}: {error.strerror or error}; so far the disk has no mirror"
+        print(f"nbdmirror: warning: {text}", file=sys.stderr)
 
 
 def _check_places_of_user(args: argparse.Namespace) -> None:

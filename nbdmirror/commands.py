@@ -20,6 +20,7 @@ from typing import Any
 
 from nbdmirror import __version__, introspection, queries, statusquery
 from nbdmirror.actions import BITMAP_ACTIONS, create_mirror, find_job, transact
+from nbdmirror.endpoints import nbd_uri, target_uri
 from nbdmirror.errors import CommandError, CommandNotFound, ConfigError
 from nbdmirror.events import Reply
 from nbdmirror.job import Job
@@ -29,16 +30,12 @@ from nbdmirror.options import CopyMode
 from nbdmirror.qmpschema import COMMANDS
 from nbdmirror.remote import CONNECT_TIMEOUT_S, RemoteDevice
 from nbdmirror.server import Server
-from nbdmirror.uri import nbd_uri, target_uri
 
 Arguments = dict[str, Any]
 
 OPEN_TIMEOUT_S_MAX = 3600
 """A command that waits for a handshake keeps its client's place among qmp.CLIENTS_MAX, even if the
 client has gone. So no more handshakes are under way than clients are allowed."""
-
-URI_BYTES_MAX = 8192
-"""Of a target: an export's name has at most 4,096, and queries list the URIs of all nodes."""
 
 
 def version_info() -> dict[str, Any]:
@@ -342,8 +339,6 @@ def _node_options(arguments: Arguments) -> NodeOptions:
 async def _open(uri: str, timeout_s: float) -> RemoteDevice:
     """Connect in a thread of its own: a server that does not answer holds nobody up. Not in
     asyncio's pool, which has six, and whose threads the process waits for at its end."""
-    if len(uri.encode()) > URI_BYTES_MAX:
-        raise CommandError(f"The target's URI is longer than {URI_BYTES_MAX} bytes")
     loop = asyncio.get_running_loop()
     opened: asyncio.Future[RemoteDevice] = loop.create_future()
 

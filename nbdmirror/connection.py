@@ -21,7 +21,6 @@ import logging
 import os
 import select
 import socket
-import stat
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +30,8 @@ import nbd
 
 from nbdmirror.device import Buffer, Done
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.handshake import connect, reason
+from nbdmirror.handshake import connect, export_of, reason
+from nbdmirror.identity import Peer
 from nbdmirror.loop import Loop
 from nbdmirror.peek import Peek
 
@@ -112,18 +112,16 @@ class Connection:
         """The pool's."""
         self.on_lost: Callable[[], None] | None = None
         """Called on the loop's thread when the connection broke while attached."""
-        self.identity: tuple[object, str] | None = None
-        """The server's address and the export's name: the same disk has the same (rule 44). They
-        are known when the connection has broken, too; None if there never was one."""
-        self._addresses: tuple[object, object] = ("", "")
-        """This end's and the other one's."""
+        self.peer: Peer | None = None
+        """What is at the other end (rule 44). It is known when the connection has broken, too; None
+        if there never was one."""
         self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
         _widen(self._socket)
         with suppress(OSError, nbd.Error):  # it is lost again
-            self._addresses = (self._socket.getsockname(), self._socket.getpeername())
-            self.identity = (self._addresses[1], str(handle.get_export_name()))
+            name, label = export_of(handle)
+            self.peer = Peer.of(self._socket, description, export=name, label=label)
         self._requests: set[Request] = set()
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches
@@ -155,22 +153,6 @@ class Connection:
     def is_attached(self) -> bool:
         """A loop drives it."""
         return self._loop is not None
-
-    def peer_is_this_process(self) -> bool:
-        """Whether one of this process's sockets is the other end: for TCP the pair of addresses in
-        reverse, for Unix sockets the name that a listener of ours is bound to."""
-        here, there = self._addresses
-        for name in os.listdir("/proc/self/fd"):
-            try:
-                if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
-                    continue
-                with socket.socket(fileno=os.dup(int(name))) as other:
-                    is_pair = other.family != socket.AF_UNIX and other.getpeername() == here
-                    if other.getsockname() == there and (other.family == socket.AF_UNIX or is_pair):
-                        return bool(there)
-            except OSError:
-                continue  # closed meanwhile, or a listener, which has no peer
-        return False
 
     # Requests, from any thread.
 

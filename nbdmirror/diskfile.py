@@ -18,8 +18,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdmirror.identity import Same, same_place
 from nbdmirror.statefile import StateError
-from nbdmirror.uri import is_same_place
 
 ALIVE_SLACK_S = 10.0
 """A disk that was changed later than this after its server was last alive was changed by somebody
@@ -51,8 +51,8 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A disk as it can be told from others. For regular files; what has none of this is told by its
-    name and size alone."""
+    """A disk as it can be told from others. Files and block devices; what has none of this is told
+    by its name and size alone."""
 
     source: str
     size: int
@@ -63,12 +63,15 @@ class Identity:
     """In which `device` is good. "" in records of older versions."""
     filesystem: str = ""
     """Its id (statvfs), hexadecimal; "" if it has none."""
+    number: int = 0
+    """A block device's, which all of its nodes have; as good as `device`."""
 
     @classmethod
     def of(cls, source: str, size: int) -> Identity:
         status = status_of(source)
         if status is None:
-            return cls(source, size)
+            number = _block_number(source)
+            return cls(source, size, boot=boot_id() if number else "", number=number)
         return cls(
             source,
             size,
@@ -79,7 +82,9 @@ class Identity:
         )
 
     def is_one_file(self, other: Identity) -> bool | None:
-        """The same file, whatever its path; None if that cannot be known."""
+        """The same file or block device, whatever its path; None if that cannot be known."""
+        if self.number and self.number == other.number and self.boot == other.boot:
+            return True
         if not self.inode or not other.inode:
             return None
         if self.inode != other.inode:
@@ -91,8 +96,17 @@ class Identity:
         return None
 
     def is_same(self, other: Identity) -> bool:
-        """The same path, or surely the same file under another one."""
-        return is_same_place(self.source, other.source) or bool(self.is_one_file(other))
+        """The same path, or surely the same file or device under another one."""
+        is_same = same_place(self.source, other.source) is Same.YES
+        return is_same or bool(self.is_one_file(other))
+
+
+def _block_number(source: str) -> int:
+    try:
+        status = os.stat(source)
+    except OSError:
+        return 0
+    return status.st_rdev if stat.S_ISBLK(status.st_mode) else 0
 
 
 def _filesystem(path: str, device: int) -> str:

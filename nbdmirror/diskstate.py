@@ -30,11 +30,11 @@ from nbdmirror.diskfile import (
     check_unchanged_since_killed,
     check_unchanged_since_saved,
 )
+from nbdmirror.identity import Same, same_place
 from nbdmirror.intentlog import IntentLog, slot_bytes
 from nbdmirror.journal import ranges_left
 from nbdmirror.lasting import Memory
 from nbdmirror.statefile import Folder, StateError, seal, unseal
-from nbdmirror.uri import is_same_place
 
 KIND_DEFINITION, KIND_BITMAPS, KIND_PIVOTED = "disk", "bitmaps", "pivoted"
 
@@ -158,12 +158,12 @@ class Pivoted:
     def after(cls, before: Pivoted | None, left: Identity, truth: str, time_s: float) -> Self:
         """A pivot from `left` to `truth`, perhaps back to where it came from."""
         sides = (*(before.left if before else ()), left)
-        kept = tuple(side for side in sides if not is_same_place(side.source, truth))
+        kept = tuple(side for side in sides if same_place(side.source, truth) is not Same.YES)
         return cls(truth, kept, time_s, left.size)
 
     def has_left(self, side: Identity, source: str) -> bool:
         """`side` was the disk before it was `source`."""
-        is_truth = is_same_place(source, self.truth)
+        is_truth = same_place(source, self.truth) is Same.YES
         return is_truth and any(left.is_same(side) for left in self.left)
 
     def to_bytes(self) -> bytes:
@@ -259,7 +259,7 @@ def last_size(folder: Folder, name: str, source: str) -> int:
         identity = Definition.from_bytes(folder.read(names(name)["definition"]) or b"").identity
     except StateError:
         return 0
-    return identity.size if is_same_place(identity.source, source) else 0
+    return identity.size if same_place(identity.source, source) is Same.YES else 0
 
 
 class OtherDisk(StateError):

@@ -15,12 +15,14 @@ import errno
 import mmap
 import os
 import stat
+from contextlib import suppress
 from functools import partial
 
 from nbdmirror import linux
 from nbdmirror.aligned import AlignedDevice
 from nbdmirror.device import BlockDevice, BlockSize, Buffer, Extent
 from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.identity import is_same_file
 from nbdmirror.imagelock import lock_image
 
 ZEROES_BYTES = 1 << 20
@@ -235,7 +237,7 @@ class FileDevice(BlockDevice):
         except OSError:
             return ""  # it cannot be told
         else:
-            if os.path.samestat(opened, there):
+            if is_same_file(opened, there):
                 return ""
             what = "is another file now"
         return f"{self.description}: {what}; guests go on with the one that was opened"
@@ -349,10 +351,15 @@ def _open(path: str, flags: int) -> int:
     """A descriptor of a regular file or block device, or ConfigError. A FIFO is not even opened:
     that would wait for its other end."""
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
+        status = os.stat(path)
+        kind = stat.S_IFMT(status.st_mode)
         if kind not in (stat.S_IFREG, stat.S_IFBLK):
             what = "a directory" if kind == stat.S_IFDIR else "a special file"
             raise ConfigError(f"{path}: is {what}, not a regular file or block device")
+        if kind == stat.S_IFBLK and (node := linux.node_of(status.st_rdev)):
+            # Locks belong to the node: a second one of the same device would not show them.
+            with suppress(PermissionError):
+                return os.open(node, flags)
         return os.open(path, flags)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: does not exist; create it first") from error

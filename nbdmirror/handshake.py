@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import nbd
 from nbdmirror import tls
 from nbdmirror.errors import ConfigError
 from nbdmirror.peek import Peek
+from nbdmirror.uri import parse
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
 """qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more its backing files."""
@@ -119,16 +121,17 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
     storage for holes before it answers a read with a structured reply: reads then cost a fifth
     more.
     """
-    if not uri.isprintable():
-        raise ConfigError(f"{uri!r} is no NBD URI: it has control characters")
+    where = parse(uri)
     handle = nbd.NBD()
     keys = tls.client_keys(uri, handle.get_version())
     if keys is not None and keys.user:
         handle.set_tls_username(keys.user)
+    handle.set_tls_verify_peer(where.verifies_peer)  # libnbd before 1.16 does not read it in a URI
     if for_data_alone:
         handle.set_request_structured_replies(False)
         handle.set_pread_initialize(False)  # a reply has all of the data, or the connection ends
     else:
+        handle.set_full_info(True)  # for `export_of`
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         handle.add_meta_context(DEPTH_CONTEXT)  # a server that has no such gives none
     handle.set_uri_allow_local_file(True)
@@ -136,7 +139,7 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
     # buffer is zeroed before it is read to, so that nobody gets to see what was in it before.
     deadline_s = time.monotonic() + timeout_s
     try:
-        handle.aio_connect_uri(uri)
+        handle.aio_connect_uri(where.exact)
         peek = Peek(handle)
         while not handle.aio_is_ready():
             left_s = deadline_s - time.monotonic()
@@ -148,6 +151,17 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
         raise ConfigError(f"Failed to connect to '{uri}': {why}") from error
     _watch_peer(handle)
     return handle
+
+
+def export_of(handle: nbd.NBD) -> tuple[str, str]:
+    """The export's name and its description, as the server has them: a server with a default export
+    tells what that is called. Raises nbd.Error: there is no connection."""
+    name, description = str(handle.get_export_name()), ""
+    with suppress(nbd.Error):
+        name = str(handle.get_canonical_export_name())
+    with suppress(nbd.Error):
+        description = str(handle.get_export_description())
+    return name, description
 
 
 def _watch_peer(handle: nbd.NBD) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import os
 import stat
 import struct
 from os import fstat
@@ -52,6 +53,18 @@ def change(fd: int, what: int, offset: int, length: int) -> int:
         if code != errno.EINTR:
             return code
     return 0
+
+
+def node_of(number: int) -> str:
+    """The kernel's own node of the block device `number`, which all that name it can have in
+    common; "" if there is none."""
+    try:
+        link = os.readlink(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        node = "/dev/" + os.path.basename(link).replace("!", "/")
+        status = os.stat(node)
+    except OSError:
+        return ""
+    return node if stat.S_ISBLK(status.st_mode) and status.st_rdev == number else ""
 
 
 def is_in_memory(fd: int) -> bool:

@@ -29,6 +29,7 @@ from nbdmirror.device import (
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
+from nbdmirror.identity import Same, same_place
 from nbdmirror.link import Link
 from nbdmirror.pool import ConnectionPool
 
@@ -267,12 +268,15 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def is_same_export(self, other: RemoteDevice) -> bool:
         """Whether both are the same export of the same server (rule 44)."""
-        identity = self.pool.shared.identity
-        return identity is not None and identity == other.pool.shared.identity
+        one, another = self.pool.shared.peer, other.pool.shared.peer
+        if one is None or another is None:
+            return same_place(self.uri, other.uri) is Same.YES
+        return one.same(another) is Same.YES
 
     def is_own_export(self) -> bool:
         """Whether the server at the other end is this very process (rule 44)."""
-        return self.pool.shared.peer_is_this_process()
+        peer = self.pool.shared.peer
+        return peer is not None and peer.is_this_process
 
     # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 

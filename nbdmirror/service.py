@@ -11,7 +11,6 @@ import asyncio
 import errno
 import logging
 import os
-import re
 import resource
 import socket
 import threading
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable
 
 from nbdmirror import __version__, logs, startup, systemd
-from nbdmirror.aligned import AlignedDevice
+from nbdmirror.aligned import AlignedDevice, raw_device
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk, JournaledDisk
@@ -28,6 +27,7 @@ from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
 from nbdmirror.hangup import Guests
 from nbdmirror.loop import Loop
+from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.qmp import QmpServer
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.server import Server
@@ -35,18 +35,16 @@ from nbdmirror.signals import Signals, leave_terminal
 from nbdmirror.sockets import bind_unix_socket, remove_socket
 from nbdmirror.statedir import StateDirectory
 from nbdmirror.store import DiskStore
-from nbdmirror.uri import is_uri
+from nbdmirror.uri import absolute, is_uri
 
 log = logging.getLogger("nbdmirror")
 
-_NAMED_DISK = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
 _BOOLEANS = {"true": True, "yes": True, "1": True, "on": True} | {
     "false": False,
     "no": False,
     "0": False,
     "off": False,
 }
-EXPORT_NAME_BYTES_MAX = 4096
 
 GIVE_UP_S = 5.0
 """How long, at the end, guests' requests may wait for a disk's NBD server that does not answer."""
@@ -91,11 +89,7 @@ class Service:
         elif key == "accept-old-side":
             self._accepts_old_side = _boolean(key, value)
         elif key == "mirror-to":
-            if not is_uri(value):
-                raise ConfigError(
-                    f"mirror-to={value}: expected an NBD URI, such as nbd://host/export"
-                )
-            self._mirror_to = value
+            self._mirror_to = _absolute(key, value)
         else:
             raise ConfigError(
                 f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
@@ -120,6 +114,9 @@ class Service:
             state = StateDirectory(self._state_path, accepts_old_side=self._accepts_old_side)
         for name, path in self._paths.items():
             source = self._open_disk(path)
+            self._check_other_disks(path, source)
+            if not source.size:
+                logs.complain(f"warning: {path}: has 0 bytes; guests get an empty disk")
             if state is None:
                 self.disks[name] = Disk(name, source)
                 continue
@@ -208,13 +205,15 @@ class Service:
         return self.disks[export]
 
     def _add_disk(self, value: str) -> None:
-        match = _NAMED_DISK.fullmatch(value) if not is_uri(value) else None
-        name, path = match.groups() if match else (f"disk{len(self._paths)}", value)
+        name, path = split_disk(value) if not is_uri(value) else ("", value)
+        name = name or f"disk{len(self._paths)}"
+        if not path:
+            raise ConfigError(f"file={value}: names no disk")
         if name in self._paths:
             raise ConfigError(f"file={value}: there are two disks called '{name}'")
-        if len(name.encode()) > EXPORT_NAME_BYTES_MAX:
-            raise ConfigError(f"file={value[:40]}...: the name is longer than NBD allows")
-        self._paths[name] = path if is_uri(path) else os.path.abspath(path)
+        if is_too_long(name):
+            raise ConfigError(f"file={value[:40]}...: the name is too long: {DISK_RULE}")
+        self._paths[name] = _absolute("file", path) if is_uri(path) else os.path.abspath(path)
 
     def _open_disk(self, path: str) -> BlockDevice:
         if not is_uri(path):
@@ -224,6 +223,20 @@ class Service:
             raise ConfigError(f"file={path}: the export is read-only; use read-only=true")
         device.read_only = self._is_read_only
         return AlignedDevice(device) if device.block_size.minimum > 1 else device
+
+    def _check_other_disks(self, path: str, source: BlockDevice) -> None:
+        """What is written to one disk would change another one, and no mirror would know. (Files
+        have locks.)"""
+        device = raw_device(source)
+        for name, disk in self.disks.items():
+            other = raw_device(disk.source)
+            if (
+                isinstance(device, RemoteDevice)
+                and isinstance(other, RemoteDevice)
+                and not self._is_read_only
+                and device.is_same_export(other)
+            ):
+                raise ConfigError(f"file={path}: is the same export as disk '{name}'")
 
     def _start_mirror(self) -> None:
         """As `drive-mirror` would; in daemon mode nobody sees an exception, so it is logged."""
@@ -241,6 +254,14 @@ class Service:
             asyncio.run(self._commands.dispatch("drive-mirror", arguments))
         except Error as error:
             log.error("mirror-to: %s; the disk is served without a mirror", error)
+
+
+def _absolute(key: str, uri: str) -> str:
+    """Its paths belong to this directory: nbdkit leaves it when it goes into the background."""
+    try:
+        return absolute(uri)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={error}") from error
 
 
 def _boolean(key: str, value: str) -> bool:

@@ -21,10 +21,10 @@ from nbdmirror.diskstate import (
     names,
 )
 from nbdmirror.errors import ConfigError
+from nbdmirror.identity import Same, same_place
 from nbdmirror.intentlog import slot_bytes
 from nbdmirror.statefile import DiskFolder, Folder, StateError
 from nbdmirror.store import DiskStore
-from nbdmirror.uri import is_same_place
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class StateDirectory:
         where = self._folder.path
         try:
             pivoted = self._check_side(files["pivoted"], identity)
+            if pivoted is not None:
+                identity = replace(identity, source=pivoted.truth)  # the name that all files have
             size = self._size(name, identity, pivoted)
             identity = replace(identity, size=size)
             found = self._examine(name, identity, pivoted)
@@ -60,7 +62,8 @@ class StateDirectory:
         )
 
     def _check_side(self, file: str, identity: Identity) -> Pivoted | None:
-        """Raise ConfigError if the disk was pivoted away from `identity`."""
+        """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
+        data under a running guest is worse than a start that is refused."""
         content = self._folder.read(file)
         if content is None:
             return None
@@ -76,21 +79,24 @@ class StateDirectory:
                 f"{path}: {error}; the disk was moved to another server, and this file said where: "
                 f"serve it from there, or say --accept-old-side if {identity.source} is the disk"
             ) from error
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pivoted.time_s))
+        where = f"since {when} it is served from {pivoted.truth} ({path}); serve that, or say"
         if any(left.is_same(identity) for left in pivoted.left):
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pivoted.time_s))
             raise ConfigError(
-                f"{identity.source} is not the disk any more: since {when} it is served from "
-                f"{pivoted.truth} ({path}); serve that, or say --accept-old-side and lose what was "
-                f"written there"
+                f"{identity.source} is not the disk any more: {where} --accept-old-side and lose "
+                f"what was written there"
             )
-        if not is_same_place(identity.source, pivoted.truth):
-            log.warning("%s: the disk was moved to %s, they say", path, pivoted.truth)
+        if same_place(identity.source, pivoted.truth, resolves=True) is not Same.YES:
+            raise ConfigError(
+                f"{identity.source}: cannot be told from the disk's old side: {where} "
+                f"--accept-old-side if {identity.source} is the disk"
+            )
         return pivoted
 
     def _size(self, name: str, identity: Identity, pivoted: Pivoted | None) -> int:
         """The disk's, which is smaller than the device that it was moved to if that is larger:
         guests know it, and a mirror home fits only so."""
-        if pivoted is None or not is_same_place(identity.source, pivoted.truth):
+        if pivoted is None:
             return identity.size
         kept = pivoted.size or last_size(self._folder, name, identity.source)
         if kept > identity.size:

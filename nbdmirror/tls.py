@@ -16,15 +16,14 @@ import stat
 import struct
 import time
 from dataclasses import dataclass
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from nbdmirror.errors import ConfigError
+from nbdmirror.uri import parse
 
 AUTHORITY = "ca-cert.pem"
 PSK_NAME = "keys.psk"
 """What QEMU calls the file of pre-shared keys in a directory."""
 
-NBD_PORT = 10809
 LOOK_S_MAX = 2.0
 """For the connection that finds out what is wrong with a server's certificate."""
 
@@ -55,29 +54,22 @@ class ClientKeys:
 def client_keys(uri: str, libnbd_version: str) -> ClientKeys | None:
     """The keys of an NBD URI; None if it has no TLS. Raises ConfigError where they cannot be used,
     or where this libnbd would not verify the server."""
-    if not uri.startswith("nbds"):
+    where = parse(uri)
+    if not where.is_tls:
         return None
-    try:
-        parts = urlsplit(uri)
-        port = parts.port or NBD_PORT
-    except ValueError as error:
-        raise ConfigError(f"{uri}: {error}") from error
-    transport, query = parts.scheme.partition("+")[2], _query(uri)
-    address: tuple[str, int] | str = (parts.hostname or "localhost", port)
-    if transport == "unix":
-        address = query.get("socket", "")
-    if psk_file := query.get("tls-psk-file", ""):
-        return ClientKeys(address, psk_file=psk_file, user=_user(psk_file, parts.username))
-    certificates = query.get("tls-certificates", "") or _default_certificates()
+    address = where.socket or (where.host, where.port)
+    if psk_file := where.psk_file:
+        return ClientKeys(address, psk_file=psk_file, user=_user(psk_file, where.user))
+    certificates = where.certificates or _default_certificates()
     if certificates:
         _check_certificates(certificates, "client")
-    if not _verifies_always(libnbd_version) and query.get("tls-verify-peer") != "false":
+    if not _verifies_always(libnbd_version) and where.verifies_peer:
         if not certificates:
             raise ConfigError(
                 f"{uri}: libnbd {libnbd_version} does not verify the server without keys: add "
                 f"?tls-certificates=DIRECTORY or ?tls-psk-file=FILE"
             )
-        if transport == "unix":
+        if where.transport == "unix":
             raise ConfigError(
                 f"{uri}: libnbd {libnbd_version} does not verify the certificate of a server on a "
                 f"Unix socket: use pre-shared keys there (?tls-psk-file=FILE), or TCP"
@@ -102,8 +94,8 @@ def check_server_keys(*, certificates: str = "", psk: str = "") -> list[str]:
 
 def exposed_keys(uri: str) -> list[str]:
     """`exposed` of the keys that an NBD URI names."""
-    query = _query(uri)
-    paths = [query.get("tls-psk-file", ""), query.get("tls-certificates", "")]
+    where = parse(uri)
+    paths = (where.psk_file, where.certificates)
     return [warning for path in paths if path for warning in exposed(path)]
 
 
@@ -145,10 +137,6 @@ def explain(keys: ClientKeys | None, reason: str) -> str:
     else:
         text = f"TLS: the server does not accept us: {_own_problem(keys)}"
     return f"{text} ({reason})"
-
-
-def _query(uri: str) -> dict[str, str]:
-    return {name: values[-1] for name, values in parse_qs(uri.partition("?")[2]).items()}
 
 
 # Files.
@@ -209,10 +197,10 @@ def _users(psk_file: str) -> list[str]:
     return users
 
 
-def _user(psk_file: str, wanted: str | None) -> str:
+def _user(psk_file: str, wanted: str) -> str:
     """Whom we are to say that we are: as told, or the only one there is."""
     users = _users(psk_file)
-    user = unquote(wanted) if wanted else users[0]
+    user = wanted or users[0]
     if user not in users:
         raise ConfigError(f"{psk_file}: has no key of user '{user}'")
     if not wanted and len(users) > 1:

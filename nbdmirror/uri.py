@@ -1,84 +1,275 @@
-"""NBD URIs from QMP's structured addresses, and whether two are the same. To connect, libnbd reads
-them."""
+"""NBD URIs: the one place that reads them, says what is wrong with them, and writes them.
+
+libnbd is given what was read here (`NbdUri.exact`), not what a user wrote: so both mean the same
+server. What libnbd lets pass is refused here: it takes a port modulo 65536, of a parameter that
+stands there twice the last one, and of parameters that it does not know nothing at all.
+
+A path in a URI belongs to whoever wrote it. `absolute` is for the program that he started, in his
+directory; everywhere else (`parse`) a relative path is refused: the server has another directory.
+
+Pure, from any thread.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+import re
+import socket
+from dataclasses import dataclass, replace
+from urllib.parse import quote, unquote_to_bytes
 
-from nbdmirror.errors import CommandError
-from nbdmirror.tls import AUTHORITY, PSK_NAME
+from nbdmirror.errors import ConfigError
 
 DEFAULT_PORT = 10809
 """IANA's, where a URI names none."""
 
+URI_BYTES_MAX = 8192
+"""An export's name has at most 4,096, and queries list the URIs of all nodes."""
+
+EXPORT_BYTES_MAX = 4096
+"""The NBD specification's limit of a string."""
+
+SOCKET_BYTES_MAX = 107
+"""Of sockaddr_un's path, with its zero byte 108. (unix(7))"""
+
+SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
+
+_PARAMETERS = ("socket", "tls-certificates", "tls-psk-file", "tls-verify-peer")
+_FILES = ("socket", "tls-certificates", "tls-psk-file")
+_FORM = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
+_HOST = re.compile(r"\[(?P<six>[^\[\]]*)\]|(?P<name>[^\[\]:@]*)")
+_OLD_FORM = re.compile(r"nbd:(?!//)(.*?)(?::exportname=(.*))?", re.DOTALL | re.IGNORECASE)
+_ADVICE = "an NBD URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH"
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True, slots=True)
+class NbdUri:
+    """An export of a server, and how to reach it. All but `text` is decoded."""
+
+    text: str
+    """As it is shown to people, who wrote it so."""
+    transport: str
+    """tcp, unix or vsock."""
+    is_tls: bool
+    host: str = ""
+    """A name or an address, without brackets; of vsock the number of a machine (CID)."""
+    port: int = DEFAULT_PORT
+    socket: str = ""
+    export: str = ""
+    user: str = ""
+    certificates: str = ""
+    psk_file: str = ""
+    verifies_peer: bool = True
+
+    @property
+    def exact(self) -> str:
+        """The URI with everything that could be read in two ways escaped."""
+        scheme = ("nbds" if self.is_tls else "nbd") + (
+            "" if self.transport == "tcp" else f"+{self.transport}"
+        )
+        authority = f"{_quote(self.user)}@" if self.user else ""
+        if self.transport != "unix":
+            host = f"[{_quote(self.host, ':')}]" if ":" in self.host else _quote(self.host)
+            authority += f"{host}:{self.port}"
+        paths = (self.socket, self.certificates, self.psk_file)
+        query = [f"{key}={_quote(path, '/')}" for key, path in zip(_FILES, paths, strict=True)]
+        query = [one for one in query if not one.endswith("=")]
+        if not self.verifies_peer:
+            query.append("tls-verify-peer=false")
+        uri = f"{scheme}://{authority}/{_quote(self.export)}"
+        return f"{uri}?{'&'.join(query)}" if query else uri
+
 
 def is_uri(disk: str) -> bool:
-    """Whether a disk is named by an NBD URI, not by a path."""
+    """Whether a disk is named by an NBD URI, good or bad, not by a path."""
     scheme, separator, _ = disk.partition(":")
-    return bool(separator) and scheme.split("+")[0] in ("nbd", "nbds")
+    return bool(separator) and scheme.lower().split("+")[0] in ("nbd", "nbds")
 
 
-def target_uri(target: str) -> str:
-    """The URI of a drive-mirror's target. QEMU's older form, which management tools still send, is
-    taken as well: nbd:HOST:PORT[:exportname=NAME], nbd:unix:PATH[:exportname=NAME]."""
-    if not target.startswith("nbd:") or target.startswith("nbd://"):
-        return target
-    address, _, export = target.removeprefix("nbd:").partition(":exportname=")
-    if address.startswith("unix:"):
-        server = {"type": "unix", "path": address.removeprefix("unix:")}
+def parse(text: str) -> NbdUri:
+    """What a URI means. QEMU's older form, which management tools still send, is taken as well:
+    nbd:HOST:PORT[:exportname=NAME], nbd:unix:PATH[:exportname=NAME]. Raises ConfigError with one
+    line that says what is allowed."""
+    uri = _read(text)
+    for path in (uri.socket, uri.certificates, uri.psk_file):
+        if path and not os.path.isabs(path):
+            raise ConfigError(
+                f"{text}: '{path}' is a relative path, and the server's directory is another one: "
+                f"write the absolute path"
+            )
+    return uri
+
+
+def absolute(text: str) -> str:
+    """The same URI with paths that are relative to this process's directory made absolute. Raises
+    ConfigError as `parse` does."""
+    uri = _read(text)
+    paths = [uri.socket, uri.certificates, uri.psk_file]
+    if all(not path or os.path.isabs(path) for path in paths):
+        return uri.text
+    made = [path and os.path.abspath(path) for path in paths]
+    uri = replace(uri, socket=made[0], certificates=made[1], psk_file=made[2])
+    _check_socket(text, uri.socket)
+    return uri.exact
+
+
+def _read(text: str) -> NbdUri:
+    if not text.isprintable():
+        raise ConfigError(f"{text!r} is no NBD URI: it has control characters")
+    if len(os.fsencode(text)) > URI_BYTES_MAX:
+        raise ConfigError(f"{text[:40]}...: an NBD URI has at most {URI_BYTES_MAX} bytes")
+    if old := _OLD_FORM.fullmatch(text):
+        return _old_form(text, *old.groups(default=""))
+    form = _FORM.fullmatch(text)
+    if form is None:
+        raise ConfigError(f"'{text}' is no NBD URI: {_ADVICE}")
+    scheme, authority, path, query, fragment = form.groups(default="")
+    if scheme.lower() not in SCHEMES:
+        raise ConfigError(f"{text}: the scheme is one of {', '.join(SCHEMES)}")
+    if fragment:
+        raise ConfigError(f"{text}: an NBD URI has no fragment; a '#' in a name is written %23")
+    start, _, transport = scheme.lower().partition("+")
+    transport = transport or "tcp"
+    user, host, port = _authority(text, authority, transport)
+    given = _parameters(text, query)
+    return _checked(
+        NbdUri(
+            text=text,
+            transport=transport,
+            is_tls=start == "nbds",
+            host=host,
+            port=port,
+            user=user,
+            export=_decode(text, path.removeprefix("/"), "the export's name"),
+            socket=given.get("socket", ""),
+            certificates=given.get("tls-certificates", ""),
+            psk_file=given.get("tls-psk-file", ""),
+            verifies_peer=given.get("tls-verify-peer", "true").lower() in _TRUE,
+        )
+    )
+
+
+def _checked(uri: NbdUri) -> NbdUri:
+    """What its parts are to one another. Raises ConfigError."""
+    text = uri.text
+    if uri.transport == "unix" and not uri.socket:
+        raise ConfigError(f"{text}: names no socket: {_ADVICE}")
+    if uri.transport != "unix" and uri.socket:
+        raise ConfigError(f"{text}: 'socket' is for nbd+unix:// and nbds+unix://")
+    _check_socket(text, uri.socket)
+    if len(uri.export.encode()) > EXPORT_BYTES_MAX:
+        raise ConfigError(
+            f"{text[:40]}...: the export's name has more than NBD's {EXPORT_BYTES_MAX} bytes"
+        )
+    if not uri.is_tls and (uri.certificates or uri.psk_file or not uri.verifies_peer):
+        raise ConfigError(f"{text}: keys are for TLS: write nbds:// or nbds+unix://")
+    if uri.certificates and uri.psk_file:
+        raise ConfigError(f"{text}: tls-certificates or tls-psk-file, not both")
+    if uri.user and not uri.psk_file:
+        raise ConfigError(f"{text}: a user name is for TLS with pre-shared keys (tls-psk-file)")
+    return uri
+
+
+def _check_socket(text: str, path: str) -> None:
+    if len(os.fsencode(path)) > SOCKET_BYTES_MAX:
+        raise ConfigError(f"{text}: a Unix socket's path has at most {SOCKET_BYTES_MAX} bytes")
+
+
+def _old_form(text: str, address: str, export: str) -> NbdUri:
+    if address.lower().startswith("unix:") and address[5:]:
+        uri = NbdUri(text=text, transport="unix", is_tls=False, socket=address[5:], export=export)
     else:
         host, _, port = address.rpartition(":")
         if not host or not port:
-            raise CommandError(f"error parsing address '{address}' in '{target}'")
-        server = {"type": "inet", "host": host.strip("[]"), "port": port}
-    return nbd_uri({"server": server, "export": export})
+            raise ConfigError(f"error parsing address '{address}' in '{text}': {_ADVICE}")
+        host = _host(text, host)
+        port_ = _port(text, port)
+        uri = NbdUri(text=text, transport="tcp", is_tls=False, host=host, port=port_, export=export)
+    return _checked(replace(uri, text=uri.exact))
 
 
-def is_same_place(one: str, other: str) -> bool:
-    """Whether two paths, or two NBD URIs, name the same by themselves: nothing is asked."""
-    if not (is_uri(one) and is_uri(other)):
-        return one == other
-    return one == other or _place(one) == _place(other)
+def _authority(text: str, authority: str, transport: str) -> tuple[str, str, int]:
+    user, at, address = authority.rpartition("@")
+    if at and (not user or "@" in user or ":" in user):
+        raise ConfigError(
+            f"{text}: before the '@' stands one user name, without a password; ':' and '@' in it "
+            f"are written %3A and %40"
+        )
+    user = _decode(text, user, "the user's name")
+    if transport == "unix":
+        if address:
+            raise ConfigError(f"{text}: a Unix socket has no host '{address}': write three slashes")
+        return user, "", DEFAULT_PORT
+    port = DEFAULT_PORT
+    bracket = address.rfind("]")
+    if (colon := address.rfind(":")) > bracket and address.count(":", bracket + 1) == 1:
+        port = _port(text, address[colon + 1 :], 2**31 if transport == "vsock" else 65536)
+        address = address[:colon]
+    if transport == "vsock":
+        if address and not (re.fullmatch("[0-9]{1,10}", address) and int(address) < 2**32):
+            raise ConfigError(f"{text}: the host of a vsock is a machine's number (CID)")
+        return user, address or "2", port
+    return user, _host(text, address), port
 
 
-def _place(uri: str) -> tuple[str, str]:
-    """Where the server is, and which export. With TLS or without, it is the same."""
+def _host(text: str, host: str) -> str:
+    """Without brackets. An empty one is this machine, as libnbd has it."""
+    form = _HOST.fullmatch(host)
+    if form is None:
+        raise ConfigError(
+            f"{text}: '{host}' is no host; an IPv6 address is written in brackets: nbd://[::1]/"
+        )
+    if form["six"] is not None:
+        host = _decode(text, form["six"], "the host")
+        try:
+            socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        except OSError as error:
+            raise ConfigError(f"{text}: '[{host}]' is no IPv6 address") from error
+        return host
+    host = _decode(text, host, "the host")
+    if re.search(r"[\s/\\?#@\[\]:,]", host):
+        raise ConfigError(f"{text}: '{host}' is no host: a name or an address is")
+    return host or "localhost"
+
+
+def _port(text: str, port: str, end: int = 65536) -> int:
+    if not re.fullmatch("[0-9]{1,12}", port) or not 0 < int(port) < end:
+        raise ConfigError(f"{text}: the port '{port}' is no number from 1 to {end - 1}")
+    return int(port)
+
+
+def _parameters(text: str, query: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pair in query.split("&") if query else []:
+        key, _, value = pair.partition("=")
+        key = _decode(text, key, "a parameter")
+        if key not in _PARAMETERS:
+            allowed = ", ".join(_PARAMETERS)
+            raise ConfigError(f"{text}: the parameter '{key}' is unknown; there are {allowed}")
+        if key in found:
+            raise ConfigError(f"{text}: the parameter '{key}' stands there twice")
+        found[key] = _decode(text, value, f"'{key}'", is_path=key in _FILES)
+        if not found[key]:
+            raise ConfigError(f"{text}: the parameter '{key}' has no value")
+    if found.get("tls-verify-peer", "true").lower() not in _TRUE + _FALSE:
+        raise ConfigError(f"{text}: tls-verify-peer is true or false")
+    return found
+
+
+def _decode(text: str, part: str, what: str, *, is_path: bool = False) -> str:
+    """Percent escapes alone: a plus sign is one. A path may have any bytes, as os.fsdecode has
+    them."""
+    if re.search("%(?![0-9A-Fa-f]{2})", part):
+        raise ConfigError(f"{text}: a '%' in {what} is written %25")
+    data = unquote_to_bytes(part)
+    if b"\0" in data:
+        raise ConfigError(f"{text}: {what} has a zero byte")
     try:
-        parts = urlsplit(uri)
-        export = unquote(parts.path.removeprefix("/"))
-        if parts.scheme.endswith("+unix"):
-            return os.path.abspath(parse_qs(parts.query)["socket"][0]), export
-        return f"{parts.hostname}:{parts.port or DEFAULT_PORT}", export
-    except (ValueError, KeyError):
-        return uri, ""
+        return os.fsdecode(data) if is_path else data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{text}: {what} is not UTF-8") from error
 
 
-def nbd_uri(options: dict[str, Any]) -> str:
-    """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
-    or a file of pre-shared keys, or a directory with nothing but that, as QEMU has it."""
-    query = {}
-    scheme, user = "nbd", quote(options.get("x-nbdmirror-tls-username", ""), safe="")
-    if creds := options.get("tls-creds"):
-        if not os.path.exists(creds):
-            raise CommandError(f"No TLS credentials with id '{creds}': it is the path of them here")
-        scheme = "nbds"
-        psk_file = os.path.join(creds, PSK_NAME)
-        if os.path.exists(psk_file) and not os.path.exists(os.path.join(creds, AUTHORITY)):
-            creds = psk_file
-        query["tls-certificates" if os.path.isdir(creds) else "tls-psk-file"] = creds
-    elif user:
-        raise CommandError("Parameter 'x-nbdmirror-tls-username' needs 'tls-creds'")
-    user += "@" if user else ""
-    server, export = options["server"], quote(options.get("export", ""), safe="")
-    if server["type"] == "unix":
-        query["socket"] = server["path"]
-        base = f"{scheme}+unix://{user}/{export}"
-    else:
-        if not server["host"] or not server["port"].isdecimal():
-            address = f"{server['host']}:{server['port']}"
-            raise CommandError(f"address resolution failed for {address}: a host and a number")
-        host = f"[{server['host']}]" if ":" in server["host"] else server["host"]
-        base = f"{scheme}://{user}{host}:{server['port']}/{export}"
-    return base + ("?" + urlencode(query, safe="/", quote_via=quote) if query else "")
+def _quote(part: str, safe: str = "") -> str:
+    return quote(os.fsencode(part), safe=safe)

@@ -23,6 +23,7 @@ import nbdkit
 
 from nbdmirror import startup
 from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
+from nbdmirror.identity import label
 from nbdmirror.logs import complain
 from nbdmirror.service import Service
 from nbdmirror.threadstate import KeptStates, local, start_deleting
@@ -129,6 +130,10 @@ def open(readonly):
 
 def close(h):
     h.kept.give_back()
+
+
+def export_description(h):
+    return label(h.disk.name)
 
 
 def get_size(h):

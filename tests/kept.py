@@ -61,7 +61,7 @@ def power_cut(server: Kept) -> None:
     server.lose_memory()
 
 
-def refusal(server: Kept) -> str:
+def refusal(server: Nbdmirror) -> str:
     """What it says, on one line, where it refuses to start."""
     done = run(*server.argv(), check=False)
     assert done.returncode == 1, done.stderr

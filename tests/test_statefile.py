@@ -9,7 +9,6 @@ import pytest
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.statefile import DiskFolder, StateError, seal, unseal
-from nbdmirror.uri import is_same_place
 
 BODY = b'{"a": 1}\n\0binary'
 
@@ -77,24 +76,3 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         DiskFolder(tmp_path)
     first.close()
     DiskFolder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "is_same"),
-    [
-        ("nbd://host", "nbd://HOST:10809/", True),
-        ("nbd://host/vda", "nbds://host/vda?tls-certificates=/etc/pki", True),
-        ("nbd://[::1]:1234/a%20b", "nbd://[::1]:1234/a b", True),
-        ("nbd+unix:///?socket=/run/a", "nbds+unix:///?socket=/run/../run/a", True),
-        ("nbd://host/vda", "nbd://host/vdb", False),
-        ("nbd://host:1/vda", "nbd://host/vda", False),
-        ("nbd+unix:///?socket=/run/a", "nbd+unix:///vda?socket=/run/a", False),
-        ("nbd+unix:///?socket=/run/a", "nbd+unix:///?socket=/run/b", False),
-        ("nbd://host:port/", "nbd://host:port/", True),
-        ("nbd://host:port/", "nbd://host:harbour/", False),
-        ("/srv/disk", "/srv/disk", True),
-        ("/srv/disk", "nbd://srv/disk", False),
-    ],
-)
-def test_the_same_place_under_two_names(one: str, other: str, is_same: bool) -> None:
-    assert is_same_place(one, other) == is_same_place(other, one) == is_same

@@ -80,11 +80,77 @@ def test_default_paths(monkeypatch: pytest.MonkeyPatch) -> None:
         ("64k", 65536),
         ("1.5G", 3 << 29),
         ("2TiB", 2 << 40),
-        ("1MB", 1 << 20),
+        ("1.5K", 1536),
+        ("0.001953125k", 2),
     ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1.5",
+        "1.3K",
+        "10MB",
+        "1B",
+        "5iB",
+        "K",
+        "-1",
+        "+1",
+        "1e3",
+        "1,5G",
+        " 1",
+        "1 M",
+        "٣",
+        "0x10",
+    ],
+)
+def test_sizes_that_may_mean_something_else(run: Main, text: str) -> None:
+    for arguments in (("set-speed", "--", text), ("mirror", "nbd://h", f"--speed={text}")):
+        status, _, err = run(*arguments)
+        assert status == cli.USAGE
+        one_line(err)
+
+
+def test_a_rate_that_nobody_means_gets_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, words in (("100", "100 means 100 bytes per second"), ("64K", ""), ("0", "")):
+        assert cli.build_parser().parse_args(["set-speed", text]).rate == cli.parse_size(text)
+        assert words in (err := capsys.readouterr().err)
+        assert bool(err) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("mirror", "nbd://h", "--timeout", "5"), "--timeout means nothing without --wait"),
+        (("mirror", "nbd://h", "--device", ""), "--device: an empty name"),
+        (("mirror", "nbd://h", "--job", ""), "--job: an empty name"),
+        (("cancel", "--device", ""), "--device: an empty name"),
+        (("wait", "--ready", "--job", ""), "--job: an empty name"),
+        (("handover", "nbd://h", "--qemu", "q", "--to", "unix:"), "is not an address"),
+    ],
+)
+def test_what_would_mean_nothing(run: Main, arguments: tuple[str, ...], words: str) -> None:
+    status, _, err = run(*arguments)
+    assert (status, words in one_line(err)) == (cli.USAGE, True)
+
+
+@pytest.mark.parametrize("target", ["t.img", "nbd://h:99999/", "nbd+unix:///?sokcet=/s"])
+def test_a_target_is_looked_at_before_anything_else(run: Main, target: str) -> None:
+    for arguments in (("mirror", target), ("handover", target, "--qemu", "q", "--to", "tcp:h:1")):
+        status, _, err = run(*arguments)
+        assert (status, target in one_line(err)) == (cli.FAILED, True)
+
+
+def test_where_a_guest_goes_is_named_from_here() -> None:
+    parse = cli.build_parser().parse_args
+    for text, to in (("unix:s", f"unix:{os.getcwd()}/s"), ("tcp:h:1", "tcp:h:1")):
+        assert parse(["handover", "nbd://h", "--qemu", "q", "--to", text]).to == to
 
 
 def test_a_size_that_no_server_takes(run: Main) -> None:

@@ -49,9 +49,33 @@ def test_serve_command(plugin: str) -> None:
     assert argv == [
         *["nbdkit", "-U", f"{here}/s", "--tls=require", f"--tls-psk={here}/k", "-t", "4"],
         *["-P", f"{here}/p", "-r", "--filter", "delay", "-v", "python", plugin, "file=vm=/d/a"],
-        *["file=b=nbd+unix:///x?socket=s", f"file={here}/c=d.img", "file=nbd://h/e=f"],
+        *[f"file=b=nbd+unix:///x?socket={here}/s", f"file={here}/c=d.img", "file=nbd://h/e=f"],
         *[f"qmp={here}/q", "cache=none", "mirror-to=nbd://t", "read-only=true", "rdelay=1"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nbd://h:99999/"], "from 1 to 65535"),
+        (["a.img", "--mirror-to", "t.img"], "--mirror-to 't.img' is no NBD URI"),
+        (["a.img", "--threads", "100000"], "between 1 and 256"),
+        (["a.img", "--address", ""], "names no address"),
+        (["a.img", "--address", "[]"], "names no address"),
+        (["vda="], "names no disk"),
+        ([""], "names no disk"),
+        ([f"{'n' * 201}=a.img"], "the name is too long: a disk's name begins"),
+    ],
+)
+def test_what_it_refuses(plugin: str, arguments: list[str], words: str) -> None:
+    with pytest.raises(cli.CliError) as caught:
+        command(*arguments)
+    assert words in str(caught.value)
+
+
+def test_an_address_in_brackets(plugin: str) -> None:
+    argv, _ = command("a.img", "--address", "[::1]")
+    assert argv[1:3] == ["-i", "::1"]
 
 
 def test_who_it_becomes(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,162 @@
+"""Whether two things are the same, whatever they are called: files, block devices, NBD exports.
+
+A file is told by its device and inode, a block device by its number, a Unix socket as a file is; an
+export by what its server says of it (`label`), else by who serves it and its name. A name tells
+where to look, and decides only where nothing better is known. Where nothing can be known the answer
+is UNKNOWN, and the caller has to say which mistake would be the worse one.
+
+From any thread. `same_place` may wait: it looks at files, and with `resolves` asks for addresses.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+import stat
+import struct
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+
+from nbdmirror.errors import ConfigError
+from nbdmirror.uri import NbdUri, is_uri, parse
+
+LABEL = "nbdmirror"
+SERVER_ID = uuid.uuid4().hex
+"""Of this process."""
+
+_UCRED = struct.Struct("iII")  # unix(7): struct ucred
+_MAPPED = "::ffff:"
+_INIT = 1
+"""A socket that the process 1 listens on may be any server's: systemd hands it on."""
+
+
+class Same(enum.Enum):
+    YES = "yes"
+    NO = "no"
+    UNKNOWN = "unknown"
+
+
+def label(disk: str) -> str:
+    """What this server says of its export: whoever connects, on whatever way, can tell it."""
+    return f"{LABEL} {SERVER_ID} {disk}"
+
+
+def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Two that exist now. A block device may have several nodes, in several file systems."""
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)
+
+
+def same_place(one: str, other: str, *, resolves: bool = False) -> Same:
+    """Two paths, or two NBD URIs, as they were named. `resolves`: look for the addresses of hosts,
+    which takes the time that the resolver takes."""
+    if is_uri(one) != is_uri(other):
+        return Same.UNKNOWN  # the export may be of that file
+    if not is_uri(one):
+        return _same_path(one, other)
+    try:
+        first, second = parse(one), parse(other)
+    except ConfigError:
+        return Same.YES if one == other else Same.UNKNOWN
+    server = _same_server(first, second, resolves=resolves)
+    if server is Same.YES and first.export != second.export:
+        return Same.UNKNOWN  # many servers have one disk under each name
+    return server
+
+
+def _same_path(one: str, other: str) -> Same:
+    if os.path.realpath(one) == os.path.realpath(other):
+        return Same.YES
+    try:
+        return Same.YES if is_same_file(os.stat(one), os.stat(other)) else Same.NO
+    except OSError:
+        return Same.UNKNOWN
+
+
+def _same_server(one: NbdUri, other: NbdUri, *, resolves: bool) -> Same:
+    if one.transport != other.transport:
+        return Same.UNKNOWN
+    if one.transport == "unix":
+        return _same_path(one.socket, other.socket)
+    if one.port != other.port:
+        return Same.NO
+    hosts = _plain_host(one.host), _plain_host(other.host)
+    if hosts[0] == hosts[1]:
+        return Same.YES
+    if one.transport == "vsock":
+        return Same.NO
+    if resolves:
+        first, second = (_addresses(host, one.port) for host in hosts)
+        if first and first == second:
+            return Same.YES
+    return Same.UNKNOWN
+
+
+def _plain_host(host: str) -> str:
+    """The one spelling of an address or a name."""
+    host = host.lower().removesuffix(".")
+    address, percent, zone = host.partition("%")
+    with suppress(OSError):
+        host = socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, address))
+        host = host.removeprefix(_MAPPED) if "." in host else host
+        if percent:
+            with suppress(OSError):
+                zone = str(socket.if_nametoindex(zone))
+        return host + percent + zone
+    with suppress(OSError):
+        return socket.inet_ntoa(socket.inet_aton(host))  # 127.1 as well
+    return host
+
+
+def _addresses(host: str, port: int) -> set[str]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return set()
+    return {_plain_host(str(address[0])) for *_, address in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The export at the other end of a connection, as far as it can be found out."""
+
+    server: tuple[object, ...]
+    """The file of its Unix socket, or the address."""
+    process: int
+    """Which process listens there, of a Unix socket; 0 if that is not known."""
+    export: str
+    label: str = ""
+    """Of a server of ours; others' descriptions are their users' and tell nothing."""
+
+    @classmethod
+    def of(cls, connected: socket.socket, uri: str, *, export: str, label: str) -> Peer:
+        """`uri` led there. Raises OSError: the connection is lost again."""
+        label = label if label.startswith(f"{LABEL} ") else ""
+        name = connected.getpeername()
+        if connected.family != socket.AF_UNIX:
+            host, *rest = name if isinstance(name, tuple) else (name,)
+            return cls((_plain_host(str(host)), *rest[:1]), 0, export, label)
+        said = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        process, *_ = _UCRED.unpack(said)
+        server: tuple[object, ...] = (name, process)
+        with suppress(OSError, ConfigError):
+            file = os.stat(parse(uri).socket)
+            server = (file.st_dev, file.st_ino)
+        return cls(server, process if process != _INIT else 0, export, label)
+
+    @property
+    def is_this_process(self) -> bool:
+        return self.label.startswith(f"{LABEL} {SERVER_ID} ")
+
+    def same(self, other: Peer) -> Same:
+        """The same export."""
+        if self.label and other.label:
+            return Same.YES if self.label == other.label else Same.NO
+        if self.server == other.server:
+            return Same.YES if self.export == other.export else Same.UNKNOWN
+        if self.process and other.process and self.process != other.process:
+            return Same.NO
+        return Same.UNKNOWN

@@ -1,0 +1,42 @@
+"""What a disk may be called, and its job where nobody says so: whatever `serve` takes, each command
+and each file of a state directory takes as well."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+DISK_LENGTH_MAX = 200
+"""A file's name has 255 bytes, and those of a state directory have suffixes; a job's ID has 255."""
+
+DISK_RULE = (
+    f"a disk's name begins with a letter or digit and has letters, digits, '.', '_' and '-', "
+    f"{DISK_LENGTH_MAX} at most"
+)
+
+_DISK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_JOB = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+
+def split_disk(text: str) -> tuple[str, str]:
+    """The name, "" if none is given, and the disk of a [NAME=]DISK that is no URI by itself."""
+    name, equals, disk = text.partition("=")
+    return (name, disk) if equals and _DISK.fullmatch(name) else ("", text)
+
+
+def is_too_long(name: str) -> bool:
+    return len(name) > DISK_LENGTH_MAX
+
+
+def is_job_id(text: str) -> bool:
+    """QEMU's rule (id_wellformed)."""
+    return bool(_JOB.fullmatch(text))
+
+
+def default_job_id(disk: str, disks: Collection[str]) -> str:
+    """The job of a disk is called as the disk is; where no job may be called so, `job-` is put
+    before it, as often as it takes to be no other disk's name."""
+    job = disk
+    while not is_job_id(job) or (job != disk and job in disks):
+        job = f"job-{job}"
+    return job
