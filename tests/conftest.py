@@ -15,7 +15,7 @@ from serverprocess import Server
 # What tests of one topic share, with assertions that explain themselves as those of tests do.
 pytest.register_assert_rewrite(
     "badparts", "cliparts", "copierparts", "devices", "ledgerthreads", "mirrormachine", "qmpparts",
-    "rulesparts",
+    "rulesparts", "targettrial",
 )  # fmt: skip
 
 HAS_PASSED = pytest.StashKey[bool]()

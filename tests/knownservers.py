@@ -281,3 +281,6 @@ TARGETS = (
     Target("nbd-server, flush, fua", server("flush", "fua")),
     Target("nbd-server, flush, fua, trim", server("flush", "fua", "trim")),
 )
+
+RBD = "qemu-nbd, a Ceph RBD image"
+"""A row like these, but its server needs a Ceph: `tests/integration/test_ceph.py` has that."""
