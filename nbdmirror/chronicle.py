@@ -14,7 +14,7 @@ from functools import partial
 
 from nbdmirror.disk import Disk
 from nbdmirror.events import EventRing
-from nbdmirror.job import Cancelled
+from nbdmirror.job import Cancelled, JobError
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.options import Ending
@@ -63,6 +63,8 @@ class Course:
         self._ending_since_s: float | None = None
         self._answers: tuple[int, ...] = ()
         self._answered_s = clock()
+        self._error: JobError | None = None
+        self._error_s = 0.0
 
     def look(self) -> None:
         """About once a second."""
@@ -74,6 +76,8 @@ class Course:
         answers = job.copier.answers, job.copier.copied_bytes, job.tracker.written_bytes
         if answers != self._answers or not self._waits_for("read") | self._waits_for("write"):
             self._answers, self._answered_s = answers, now_s
+        if job.last_error is not self._error:
+            self._error, self._error_s = job.last_error, now_s
         if job.copier.is_running:
             self._meter.add(self._sample())
         else:
@@ -89,6 +93,11 @@ class Course:
         """How long ago the ending was asked for; exact to LOOK_S."""
         since_s = self._ending_since_s
         return 0.0 if since_s is None else self._clock() - since_s
+
+    @property
+    def error_ago_s(self) -> float:
+        """How long ago the last error was told; exact to LOOK_S."""
+        return self._clock() - self._error_s if self._job.last_error is self._error else 0.0
 
     def silent_for_s(self, operation: str) -> float:
         """How long requests have waited for an answer: "read" for the source's, "write" for the

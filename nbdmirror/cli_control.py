@@ -48,6 +48,8 @@ async def _outlook(session: Session) -> str:
     """What becomes of the job that nobody waits for any more, as a last look finds it."""
     if not session.job:
         return "jobs on the server go on"
+    if session.is_starting:  # the server answers one client's commands one after the other
+        return f"job {session.job} may still begin, when its target answers; see: nbdmirror status"
     try:
         async with asyncio.timeout(OUTLOOK_S_MAX):
             job = (await session.jobs()).get(session.job)
@@ -129,6 +131,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
     device = args.device or await only_disk(session)
     job = args.job or default_job_id(device, await disk_names(session))
     session.events.clear()  # an earlier job of this name is not ours
+    session.job, session.is_starting = job, True
     await session.execute(
         "drive-mirror",
         device=device,
@@ -149,6 +152,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
         x_nbdmirror_target_cluster_size=args.target_cluster_size,
         x_nbdmirror_allow_larger_target=args.allow_larger_target or None,
     )
+    session.is_starting = False
     if not args.wait:
         watch = Watch(session, job, PlainDisplay(time.monotonic))
         state = await watch.look()  # what fails at once has been told by now

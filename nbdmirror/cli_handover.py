@@ -140,7 +140,7 @@ class _Handover:
             )
         await self._watch.until(ready=True)
         self._still_mirrors()
-        self._display.note(f"{self._job}: the target is in sync")
+        self._display.note(f"{self._job}: the target follows the source")
 
     async def migrate(self) -> None:
         """Until QEMU has stopped the guest, with nothing of its memory left but the rest."""
@@ -164,7 +164,7 @@ class _Handover:
     async def switch(self) -> str:
         """Pivot and continue. Returns what to tell."""
         await self._pivot()
-        self._display.note(f"{self._job}: pivoted; the guest goes on at {self._args.to}")
+        self._display.note(f"{self._job}: pivoted; the guest is let go on at {self._args.to}")
         try:
             downtime_ms = await self._qemu.finish()
         except CliError as error:

@@ -164,7 +164,7 @@ class Watch:
 
     def _tell(self, job: Job) -> None:
         """What is to be known of it; each kind once while it lasts."""
-        silent = {"error", "failure"}  # of which events tell
+        silent = {"error", "retry", "failure"}  # of which events tell
         if job.get("ending-for-s", 0) < cli_words.SILENT_S and job.get("status") != "standby":
             silent.add("ending")  # as it was asked for
         remarks = [one for one in cli_words.remarks(job) if one.kind not in silent]

@@ -63,6 +63,8 @@ class Session:
         self._client = client
         self.job = ""
         """The job that the command is about, once it is known."""
+        self.is_starting = False
+        """That job was asked for, and whether it has begun was not answered yet."""
         self.events = EventListener()
         client.register_listener(self.events)
 

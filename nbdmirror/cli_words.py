@@ -10,6 +10,9 @@ from typing import Any
 SILENT_S = 5.0
 """A server that answers nothing for so long is spoken of."""
 
+RETRIED_S = 10.0
+"""What is ignored is tried again more often than that."""
+
 _REFUSALS = (
     (
         r"Job '(.*)' in state '(?:created|running|paused)' cannot accept command verb 'complete'",
@@ -117,6 +120,9 @@ class Remark:
 
 def remarks(job: dict[str, Any]) -> list[Remark]:
     found = [*_of_the_end(job), *_of_the_servers(job)]
+    is_paused = state(job).split()[0] in ("paused", "standby")
+    if is_paused and job.get("io-status", "ok") == "ok" and job.get("ending", "none") == "none":
+        found.append(Remark("paused", "go on with: nbdmirror resume"))
     if state(job) == "pausing":
         found.append(Remark("pausing", "pauses when its requests in flight have ended"))
     if job.get("falling-behind") and not any(one.kind in ("target", "source") for one in found):
@@ -166,6 +172,10 @@ def _of_the_servers(job: dict[str, Any]) -> list[Remark]:
         if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:
             text = f"the {side} has not answered for {duration(silent_s)}; see to it, {give_up}"
             found.append(Remark(side, text))
+    error = job.get("last-error") or {}
+    if error.get("action") == "ignore" and error.get("ago-s", RETRIED_S) < RETRIED_S:
+        text = f"{error['operation']} error: {error.get('reason')}; it is tried again"
+        found.append(Remark("retry", text))
     if job.get("io-status", "ok") != "ok":
         text = "I/O error ({}): {}; try again with: nbdmirror resume"
         found.append(Remark("error", text.format(job["io-status"], last_error(job))))

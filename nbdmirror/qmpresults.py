@@ -124,7 +124,13 @@ _JOB_STATUS_INFO = Struct(
             ending=Enum("JobEnding", ("none", "complete", "cancel")),
             ending_for_s=optional(NUMBER),
             last_error=optional(
-                struct("JobError", operation=_OPERATION, action=_ACTION, reason=STR),
+                struct(
+                    "JobError",
+                    operation=_OPERATION,
+                    action=_ACTION,
+                    reason=STR,
+                    ago_s=optional(NUMBER),
+                ),
             ),
             target_connected=BOOL,
             target_lost_for_s=optional(NUMBER),
@@ -176,7 +182,12 @@ RESULTS: dict[str, Type] = {
     ),
     "query-version": _VERSION_INFO,
     "x-nbdmirror-query-status": struct(
-        "Status", disks=Array(_DISK_STATUS), state_error=optional(STR)
+        "Status",
+        package=STR,
+        pid=INT,
+        started_at_s=NUMBER,
+        disks=Array(_DISK_STATUS),
+        state_error=optional(STR),
     ),
 }
 """All others return nothing. (What query-qmp-schema returns is said by `introspection`.)"""

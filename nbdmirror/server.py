@@ -47,6 +47,7 @@ class Server:
         stores: Mapping[str, DiskStore] | None = None,
     ) -> None:
         """`stores`: what is kept of each disk, by its name, where there is a state directory."""
+        self.started_at_s = round(time.time(), 3)
         self.disks = disks
         self.events = events
         self.loop = loop

@@ -173,7 +173,8 @@ class Service:
     def _end_on_signal(self, shut_down: Callable[[], None]) -> None:
         guests = Guests(spare=self._listener)
 
-        def end() -> None:
+        def end(why: str) -> None:
+            log.info("%s: the server ends", why)
             systemd.notify(systemd.STOPPING)
             if self._server is not None:
                 self._server.end_jobs()  # a guest's write may hang on a target

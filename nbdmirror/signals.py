@@ -50,16 +50,15 @@ class Signals:
         self._ending = ENDING - ignored
         _outlive_parent()
 
-    def end(self, end: Callable[[], None]) -> None:
-        """Have `end` called, once, in a thread of its own, when a signal asks the process to
-        end."""
+    def end(self, end: Callable[[str], None]) -> None:
+        """Have `end` called, once, in a thread of its own, when a signal asks the process to end;
+        with the signal's name."""
         for number in MEANINGLESS:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._ending)
 
         def wait() -> None:
-            signal.sigwait(self._ending)
-            end()
+            end(signal.Signals(signal.sigwait(self._ending)).name)
 
         threading.Thread(target=wait, name="nbdmirror-signals", daemon=True).start()
 

@@ -7,8 +7,10 @@ Keys end in their unit where that is not plain. On the event loop's thread.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
+from nbdmirror import __version__
 from nbdmirror.aligned import raw_device
 from nbdmirror.chronicle import Course, Result
 from nbdmirror.device import BlockDevice
@@ -20,7 +22,12 @@ from nbdmirror.server import Server
 
 
 def status(server: Server) -> dict[str, Any]:
-    info: dict[str, Any] = {"disks": [_disk(server, disk) for disk in server.disks.values()]}
+    info: dict[str, Any] = {
+        "package": f"nbdmirror {__version__}",
+        "pid": os.getpid(),
+        "started-at-s": server.started_at_s,
+        "disks": [_disk(server, disk) for disk in server.disks.values()],
+    }
     if server.writer.error:
         info["state-error"] = server.writer.error
     return info
@@ -80,6 +87,8 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
 def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
     if info["ending"] != "none":
         info["ending-for-s"] = round(course.ending_for_s, 3)
+    if "last-error" in info:
+        info["last-error"]["ago-s"] = round(course.error_ago_s, 3)
     if (lost := course.lost) is not None:
         info["target-lost-for-s"] = round(now_s - lost.since_s, 3)
         if math.isfinite(lost.until_s):

@@ -106,7 +106,7 @@ MAY_IMPORT = {
     "qmpresults": "jobstate qmpschema schema",
     "introspection": "qmpresults qmpschema schema",
     "actions": "bitmap bitmaps copier disk errors group mirror names options server",
-    "statusquery": "aligned chronicle device disk mirror queries remote server",
+    "statusquery": "__init__ aligned chronicle device disk mirror queries remote server",
     "commands": "__init__ actions endpoints errors events introspection job mirror nodes options"
     " qmpschema queries remote server statusquery",
     "qmp_json": "errors",

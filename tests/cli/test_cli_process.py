@@ -195,6 +195,7 @@ def test_on_a_terminal(fake: Fake, argv: list[str]) -> None:
 def test_what_help_imports() -> None:
     for argv, status in (
         (["--help"], 0),
+        (["--version"], 0),
         (["wait"], 2),
         (["mirror", "--help"], 0),
         (["plugin-path"], None),

@@ -3,6 +3,7 @@ job is paused, whether it goes on, how the last one ended. Its exit status tells
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -249,6 +250,7 @@ def test_wait_for_a_job_that_ended_long_ago(
         ({"falling-behind": True, "copy-mode": "background"}, "copy-mode write-blocking"),
         ({"falling-behind": True, "speed": 1 << 20}, "nbdmirror set-speed"),
         ({"status": "pending"}, "nbdmirror finalize"),
+        ({"status": "standby", "paused": True}, "nbdmirror resume"),
         (
             {"ending": "complete", "ending-for-s": 9.0, "quiesce-timeouts": 3},
             "held in vain 3 times",
@@ -268,6 +270,30 @@ def test_a_hint_stands_where_one_is_stuck(
     assert text in last
     if "target" in text or "source" in text:
         assert "cancel --force" in last
+
+
+def test_an_error_that_is_tried_again(fake: Fake, run: Main, ready: dict[str, Any]) -> None:
+    """Policy ignore: the job looks as if it ran."""
+    error = {"operation": "write", "action": "ignore", "reason": "no space", "ago-s": 2.0}
+    ready["last-error"] = error
+    assert "write error: no space; it is tried again" in run("status")[1]
+    error["ago-s"] = 99.0
+    assert "no space" not in run("status")[1]
+
+
+def test_time_runs_out_before_the_target_answers(fake: Fake, run: Main, monkeypatch: Any) -> None:
+    """The server may start the mirror yet; nobody says that it has, or has not."""
+    dispatch = fake.dispatch
+
+    async def slow(name: str, arguments: dict[str, Any]) -> Any:
+        if name == "drive-mirror":
+            await asyncio.sleep(5)
+        return await dispatch(name, arguments)
+
+    fake.server._dispatch = slow
+    status, _, err = run("mirror", URI, "--wait", "ready", "--timeout", "0.3")
+    assert status == cli.TIMED_OUT
+    assert "may still begin" in one_line(err)
 
 
 def test_a_short_silence_is_no_news(fake: Fake, run: Main, ready: dict[str, Any]) -> None:

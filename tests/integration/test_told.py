@@ -185,7 +185,9 @@ def test_an_error_that_stopped_the_job(qmp: Qmp, target: QemuNbd) -> None:
     qmp.wait_status("paused", "vda")
     reason = f"{target.uri()}: connection lost"
     job = job_of(qmp)
-    assert job["last-error"] == {"operation": "write", "action": "stop", "reason": reason}
+    error = job["last-error"]
+    assert error.pop("ago-s") >= 0
+    assert error == {"operation": "write", "action": "stop", "reason": reason}
     assert not job["target-connected"]
 
 
@@ -215,6 +217,18 @@ def test_a_file_that_is_gone(qmp: Qmp, disk: Path, server: Nbdmirror) -> None:
 
 
 # The log
+
+
+def test_the_server_itself(qmp: Qmp, server: Nbdmirror) -> None:
+    status = qmp.execute("x-nbdmirror-query-status")
+    assert status["pid"] == server.pid
+    assert status["package"].startswith("nbdmirror ")
+    assert status["started-at-s"] > 1.7e9
+
+
+def test_the_log_says_which_signal_ended_it(server: Nbdmirror) -> None:
+    os.kill(server.pid, signal.SIGHUP)
+    wait_until(lambda: "SIGHUP: the server ends" in server.stderr, "it says why")
 
 
 def test_the_log_says_what_is_served_and_when(server: Nbdmirror, disk: Path) -> None:
