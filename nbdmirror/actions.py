@@ -5,7 +5,7 @@ On the event loop's thread, with arguments that the schema has checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from nbdmirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.server import Server
 
 Arguments = dict[str, Any]
+Action = Callable[[Server, Arguments], Change]
 
 ACTIONS_MAX = 1024
 """Of one transaction: some for each of many disks. All are done in one step of the event loop."""
@@ -78,26 +79,31 @@ def transact(server: Server, arguments: Arguments) -> None:
     if len(arguments["actions"]) > ACTIONS_MAX:
         raise CommandError(f"Parameter 'actions' expects at most {ACTIONS_MAX} actions")
     mode = arguments.get("properties", {}).get("completion-mode", "individual")
-    group = Group() if mode == "grouped" else None
+    do = _ACTIONS if mode == "individual" else _grouped_actions(arguments["actions"])
     done: list[Change] = []
     try:
         for action in arguments["actions"]:
             name, data = action["type"], action["data"]
-            if group is not None and name in _GROUPED_ACTIONS:
-                done.append(_GROUPED_ACTIONS[name](server, data, group))
-                continue
-            if group is not None and name != "abort":
-                raise CommandError(
-                    f"Action '{name}' does not support Transaction property "
-                    f"completion-mode = grouped"
-                )
-            done.append(_ACTIONS[name](server, data))
+            done.append(do[name](server, data))
     except CommandError:
         for change in reversed(done):
             change.undo()
         raise
     for change in done:
         change.commit()
+
+
+def _grouped_actions(actions: list[Arguments]) -> Mapping[str, Action]:
+    """What the actions of one group do. Raises CommandError, with QEMU's text, if one of `actions`
+    starts no job: only jobs can end together."""
+    group = Group()
+    grouped: dict[str, Action] = {"blockdev-mirror": partial(_mirror, group=group)}
+    for action in actions:
+        if (name := action["type"]) not in grouped:
+            raise CommandError(
+                f"Action '{name}' does not support transaction property completion-mode = grouped"
+            )
+    return grouped
 
 
 def _abort(server: Server, data: Arguments) -> Change:
@@ -111,8 +117,8 @@ def _mirror(server: Server, data: Arguments, group: Group | None = None) -> Chan
     return Change(job.discard, partial(server.mirrors.begin, job))
 
 
-def _complete(server: Server, data: Arguments) -> Change:
-    job = find_job(server, "block-job-complete", data)
+def _complete(command: str, server: Server, data: Arguments) -> Change:
+    job = find_job(server, command, data)
     job.check_complete()
     return Change(_nothing, job.complete)
 
@@ -171,7 +177,7 @@ def _merge(server: Server, data: Arguments) -> Change:
     return server.bitmaps.merge(disk, data["target"], sources)
 
 
-BITMAP_ACTIONS: dict[str, Callable[[Server, Arguments], Change]] = {
+BITMAP_ACTIONS: dict[str, Action] = {
     "block-dirty-bitmap-add": _add,
     "block-dirty-bitmap-remove": _remove,
     "block-dirty-bitmap-clear": _clear,
@@ -180,19 +186,14 @@ BITMAP_ACTIONS: dict[str, Callable[[Server, Arguments], Change]] = {
     "block-dirty-bitmap-merge": _merge,
 }
 
-_ACTIONS: dict[str, Callable[[Server, Arguments], Change]] = {
+_ACTIONS: dict[str, Action] = {
     **BITMAP_ACTIONS,
     "abort": _abort,
     "blockdev-mirror": _mirror,
-    "block-job-complete": _complete,
+    "job-complete": partial(_complete, "job-complete"),
+    "block-job-complete": partial(_complete, "block-job-complete"),
     "block-job-cancel": _cancel,
 }
-
-
-_GROUPED_ACTIONS: dict[str, Callable[[Server, Arguments, Group], Change]] = {
-    "blockdev-mirror": _mirror,
-}
-"""Those that start a job: only jobs can end together."""
 
 
 def _sync_bitmap(server: Server, disk: Disk, arguments: Arguments) -> NamedBitmap | None:

@@ -22,6 +22,8 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
     source = raw_device(disk.source)
     if isinstance(source, RemoteDevice) and source.is_same_export(target):
         raise CommandError(f"Target '{target.uri}' is the disk itself")
+    if not node.is_active:
+        raise CommandError("Permission 'write' unavailable on inactive node")
     if node.is_read_only:
         raise CommandError("Block node is read-only")
     if not target.can_flush and disk.size:

@@ -42,7 +42,7 @@ def version_info() -> dict[str, Any]:
     """query-version: the QEMU whose commands and texts are followed, and what this really is."""
     major, minor, micro = (int(part) for part in __version__.split("."))
     return {
-        "qemu": {"major": 7, "minor": 2, "micro": 0},
+        "qemu": {"major": 11, "minor": 1, "micro": 0},
         "package": f"nbdmirror {major}.{minor}.{micro}",
     }
 
@@ -121,8 +121,9 @@ class Commands:
         await self._on_loop(lambda: self._server.nodes.check_name(name))
         await self._on_loop(self._server.nodes.check_room)
         options, file = _node_options(arguments), arguments.get("file")
+        is_active = arguments.get("active", True)
         if isinstance(file, str):
-            return await self._on_loop(lambda: self._add_on(file, name, options))
+            return await self._on_loop(lambda: self._add_on(file, name, options, is_active))
         if file is None:
             node = await _open_node(name, arguments)
         else:
@@ -131,16 +132,17 @@ class Commands:
             inherited = {key: arguments[key] for key in _INHERITED if key in arguments}
             below = await _open_node(file.get("node-name", ""), {**inherited, **file})
             below.is_inline = True
-            node = Node(name, below.device, options, file=below)
+            node = Node(name, below.device, options, file=below, is_active=is_active)
         try:
             return await self._on_loop(lambda: self._server.nodes.add(node))
         except CommandError:
             node.device.close()
             raise
 
-    def _add_on(self, file: str, name: str, options: NodeOptions) -> None:
+    def _add_on(self, file: str, name: str, options: NodeOptions, is_active: bool) -> None:
         below = self._server.nodes.find_file(file)
-        self._server.nodes.add(Node(name, below.device, options, file=below))
+        node = Node(name, below.device, options, file=below, is_active=is_active)
+        self._server.nodes.add(node)
 
     async def _bring_back(self, arguments: Arguments) -> None:
         """A target that was the source before a pivot, or that a job before lost, is closed."""
@@ -289,6 +291,9 @@ _JOB_VERBS: dict[str, Callable[[MirrorJob, Arguments], None]] = {
 
 _QUERIES: dict[str, Callable[[Server, Arguments], Any]] = {
     "blockdev-del": lambda server, a: server.nodes.remove(a["node-name"]),
+    "blockdev-set-active": lambda server, a: server.nodes.set_active(
+        a.get("node-name"), a["active"]
+    ),
     "query-block": lambda server, a: queries.block(server),
     "query-block-exports": lambda server, a: queries.block_exports(server),
     "query-block-jobs": lambda server, a: queries.block_jobs(server),
@@ -317,7 +322,7 @@ async def _open_node(name: str, arguments: Arguments) -> Node:
     if device.read_only and wants_writes:
         device.close()
         raise CommandError("Could not open image: Permission denied")
-    return Node(name, device, options)
+    return Node(name, device, options, is_active=arguments.get("active", True))
 
 
 def _node_options(arguments: Arguments) -> NodeOptions:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from nbdmirror.qmpresults import EVENTS, RESULTS
-from nbdmirror.qmpschema import COMMANDS
+from nbdmirror.qmpschema import COMMANDS, DEPRECATED
 from nbdmirror.schema import (
     ANY,
     NOTHING,
@@ -38,7 +38,11 @@ _MEMBER = struct("SchemaInfoObjectMember", name=STR, type=STR, default=optional(
 
 SCHEMA_INFO = Struct(
     "SchemaInfo",
-    named(name=STR, meta_type=Enum("SchemaMetaType", _META_TYPES)),
+    named(
+        name=STR,
+        meta_type=Enum("SchemaMetaType", _META_TYPES),
+        features=optional(Array(STR)),
+    ),
     tag="meta-type",
     branches={
         "builtin": struct("SchemaInfoBuiltin", json_type=Enum("JSONType", _JSON_TYPE_NAMES)),
@@ -80,12 +84,13 @@ def entries() -> list[Entry]:
     types = _Types()
     commands = {"qmp_capabilities": _CAPABILITIES, **COMMANDS}
     results: dict[str, Type] = {**RESULTS, "query-qmp-schema": Array(SCHEMA_INFO)}
-    found = [
+    found: list[Entry] = [
         {
             "name": name,
             "meta-type": "command",
             "arg-type": types.name(arguments),
             "ret-type": types.name(results.get(name, NOTHING)),
+            **({"features": ["deprecated"]} if name in DEPRECATED else {}),
         }
         for name, arguments in commands.items()
     ]

@@ -19,6 +19,7 @@ NODES_MAX = 256
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 NAME_LENGTH_MAX = 31
+_SERVED = "Failed to inactivate node: Operation not permitted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Node:
     """The node below, of a `raw` one: both are the same device."""
     is_inline: bool = False
     """Made with the `raw` node above it, and goes with that."""
+    is_active: bool = True
+    """An inactive one is not written to, so no mirror's target; see `Nodes.set_active`."""
     job: MirrorJob | None = None
     disk: Disk | None = None
     """The disk that is served from this node since a pivot."""
@@ -56,12 +59,20 @@ class Node:
         return below or self.options.read_only or self.device.read_only
 
 
+@dataclass(slots=True, eq=False)
+class OldFile:
+    """The file that a disk was served from before its first pivot: a node still, though closed."""
+
+    device: BlockDevice
+    is_active: bool = True
+
+
 class Nodes:
     """The nodes of a server. The disks' names count as names of nodes."""
 
     def __init__(self, disks: dict[str, Disk]) -> None:
         self._disks = disks
-        self._files: dict[str, BlockDevice] = {}
+        self._files: dict[str, OldFile] = {}
         self._nodes: dict[str, Node] = {}
 
     def __iter__(self) -> Iterator[Node]:
@@ -181,19 +192,25 @@ class Nodes:
     def add(self, node: Node) -> None:
         """Under its name, which was checked; without one it gets one of QEMU's generated kind,
         which no user can take. What it was made with, below it, is added as well."""
+        node.name = node.name or self._generated_name()
+        added = [node]
         if node.file is not None and node.file.is_inline:
+            node.file.name = node.file.name or self._generated_name()
+            added.insert(0, node.file)
             if node.file.name == node.name:
                 raise CommandError(f"Duplicate nodes with node-name='{node.name}'")
-            self._check_free(node.name)
-            self.check_room(2)
-            self.add(node.file)
-        self.check_room()
-        if node.name:
-            self._check_free(node.name)
-        else:
-            numbers = (f"#block{number:03}" for number in itertools.count())
-            node.name = next(name for name in numbers if name not in self._nodes)
-        self._nodes[node.name] = node
+        self.check_room(len(added))
+        for one in added:
+            self._check_free(one.name)
+        if node.file is not None and node.is_active and not node.file.is_active:
+            raise CommandError(
+                f"Inactive '{node.file.name}' can't be a file child of active '{node.name}'"
+            )
+        self._nodes |= {one.name: one for one in added}
+
+    def _generated_name(self) -> str:
+        numbers = (f"#block{number:03}" for number in itertools.count())
+        return next(name for name in numbers if name not in self._nodes)
 
     def add_again(self, node: Node) -> None:
         """One of an earlier process. If a disk has its name now, as where that was mirrored back to
@@ -210,12 +227,48 @@ class Nodes:
         elif isinstance(old, RemoteDevice):
             self._nodes = {disk.name: Node(disk.name, old), **self._nodes}  # the oldest
         else:
-            self._files[disk.name] = old
+            self._files[disk.name] = OldFile(old)
         node.disk = disk
 
-    def file_of(self, disk: Disk) -> BlockDevice | None:
-        """The file that `disk` was served from before its first pivot, if it is a node still."""
+    def file_of(self, disk: Disk) -> OldFile | None:
+        """What `disk` was served from before its first pivot, if that is a file and still a
+        node."""
         return self._files.get(disk.name)
+
+    def set_active(self, name: str | None, active: bool) -> None:
+        """blockdev-set-active: of the node `name` and what is below it; None: of all. Raises
+        CommandError, with QEMU's text, for a node that has to stay active."""
+        if name is None and not active and self._disks:
+            raise CommandError("Failed to inactivate all nodes: Operation not permitted")
+        if name is None:
+            changed: list[Node | OldFile] = [*self, *self._files.values()]
+        else:
+            changed = self._with_file(name)
+            reason = self._needed_by(changed[0]) if changed else _SERVED
+            if reason and not active:
+                raise CommandError(reason)
+        for node in changed:
+            if active or not self._needed_by(node):
+                node.is_active = active
+
+    def _with_file(self, name: str) -> list[Node | OldFile]:
+        """The node `name` and that below it; none for a disk's own, which is always active."""
+        node = self._nodes.get(name)
+        if node is not None:
+            return [node] if node.file is None else [node, node.file]
+        if self._served_from(name) is None and name not in self._files:
+            raise CommandError(f"Failed to find node with node-name='{name}'")
+        return [self._files[name]] if name in self._files else []
+
+    def _needed_by(self, node: Node | OldFile) -> str:
+        """Why `node` has to stay active; "" if nothing needs it."""
+        if any(other.file is node and other.is_active for other in self):
+            return "Node has active parent node"
+        if isinstance(node, Node) and node.disk is not None:
+            return _SERVED
+        if isinstance(node, Node) and node.job is not None:
+            return f"Node {node.name} is in use"
+        return ""
 
     def remove(self, name: str) -> None:
         """Take a node away and close it."""

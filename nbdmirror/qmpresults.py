@@ -30,7 +30,7 @@ _OPERATION = Enum("IoOperationType", ("read", "write"))
 _ACTION = Enum("BlockErrorAction", ("ignore", "report", "stop"))
 
 _BLOCK_JOB_INFO_MEMBERS = named(
-    type=STR,
+    type=JOB_TYPE,
     device=STR,
     len=INT,
     offset=INT,
@@ -42,9 +42,10 @@ _BLOCK_JOB_INFO_MEMBERS = named(
     status=_JOB_STATUS,
     auto_finalize=BOOL,
     auto_dismiss=BOOL,
-    actively_synced=BOOL,
     error=optional(STR),
 )
+
+_MIRROR_INFO = struct("BlockJobInfoMirror", actively_synced=BOOL)
 
 _JOB_INFO = struct(
     "JobInfo",
@@ -66,6 +67,16 @@ _DIRTY_INFO = struct(
     persistent=BOOL,
 )
 
+_IO_LIMITS = struct(
+    "BlockLimitsInfo",
+    request_alignment=INT,
+    opt_transfer=optional(INT),
+    max_transfer=optional(INT),
+    min_mem_alignment=INT,
+    opt_mem_alignment=INT,
+    max_iov=INT,
+)
+
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 
 _NODE_INFO = Struct(
@@ -73,11 +84,15 @@ _NODE_INFO = Struct(
     {
         **named(
             node_name=STR,
+            active=BOOL,
+            children=Array(struct("BlockdevChild", child=STR, node_name=STR)),
             drv=STR,
             file=STR,
             ro=BOOL,
             encrypted=BOOL,
-            image=struct("ImageInfo", filename=STR, format=STR, virtual_size=INT),
+            image=struct(
+                "ImageInfo", filename=STR, format=STR, virtual_size=INT, limits=optional(_IO_LIMITS)
+            ),
             cache=struct("BlockdevCacheInfo", writeback=BOOL, direct=BOOL, no_flush=BOOL),
             dirty_bitmaps=optional(Array(_DIRTY_INFO)),
         ),
@@ -117,6 +132,7 @@ _JOB_STATUS_INFO = Struct(
     "JobStatusInfo",
     {
         **_BLOCK_JOB_INFO_MEMBERS,
+        **_MIRROR_INFO.members,
         **named(target=STR, sync=SYNC, copy_mode=COPY_MODE, granularity=INT),
         **named(dirty_bytes=INT, in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
         **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
@@ -173,7 +189,14 @@ _DISK_STATUS = struct(
 RESULTS: dict[str, Type] = {
     "query-block": Array(_BLOCK_INFO),
     "query-block-exports": Array(_EXPORT_INFO),
-    "query-block-jobs": Array(Struct("BlockJobInfo", _BLOCK_JOB_INFO_MEMBERS)),
+    "query-block-jobs": Array(
+        Struct(
+            "BlockJobInfo",
+            _BLOCK_JOB_INFO_MEMBERS,
+            tag="type",
+            branches={"mirror": _MIRROR_INFO},
+        )
+    ),
     "query-commands": Array(struct("CommandInfo", name=STR)),
     "query-jobs": Array(_JOB_INFO),
     "query-named-block-nodes": Array(_NODE_INFO),

@@ -44,6 +44,7 @@ ADDRESS = Struct(
 # that of these only read-only means something.
 _NODE = named(
     node_name=optional(STR),
+    active=optional(BOOL),
     discard=optional(Enum("BlockdevDiscardOptions", ("ignore", "unmap"))),
     cache=optional(struct("BlockdevCacheOptions", direct=optional(BOOL), no_flush=optional(BOOL))),
     read_only=optional(BOOL),
@@ -103,6 +104,7 @@ _MIRROR: dict[str, Member] = named(
 
 _DEVICE = struct("BlockJob", device=STR)
 _ID = struct("Job", id=STR)
+_FLAT = struct("Flat", flat=optional(BOOL))
 
 _BITMAP = struct("BlockDirtyBitmap", node=STR, name=STR)
 _BITMAP_ADD = struct(
@@ -130,6 +132,7 @@ _ACTIONS = {
     "block-dirty-bitmap-disable": _BITMAP,
     "block-dirty-bitmap-merge": _BITMAP_MERGE,
     "blockdev-mirror": _BLOCKDEV_MIRROR,
+    "job-complete": _ID,
     "block-job-complete": _DEVICE,
     "block-job-cancel": struct("BlockJobCancel", device=STR, force=optional(BOOL)),
 }
@@ -144,8 +147,9 @@ _ACTION = Struct(
 COMMANDS: dict[str, Struct] = {
     "blockdev-add": NODE,
     "blockdev-del": struct("BlockdevDel", node_name=STR),
-    "query-named-block-nodes": struct("QueryNamedBlockNodes", flat=optional(BOOL)),
-    "query-block": NOTHING,
+    "blockdev-set-active": struct("BlockdevSetActive", node_name=optional(STR), active=BOOL),
+    "query-named-block-nodes": _FLAT,
+    "query-block": _FLAT,
     "query-block-exports": NOTHING,
     "blockdev-mirror": _BLOCKDEV_MIRROR,
     "drive-mirror": Struct(
@@ -166,7 +170,12 @@ COMMANDS: dict[str, Struct] = {
     "block-job-pause": _DEVICE,
     "block-job-resume": _DEVICE,
     "block-job-set-speed": struct("BlockJobSetSpeed", device=STR, speed=INT),
-    "block-job-change": struct("BlockJobChange", id=STR, type=JOB_TYPE, copy_mode=COPY_MODE),
+    "block-job-change": Struct(
+        "BlockJobChangeOptions",
+        named(id=STR, type=JOB_TYPE),
+        tag="type",
+        branches={"mirror": struct("BlockJobChangeOptionsMirror", copy_mode=COPY_MODE)},
+    ),
     "block-job-finalize": _ID,
     "block-job-dismiss": _ID,
     "query-jobs": NOTHING,
@@ -199,3 +208,8 @@ COMMANDS: dict[str, Struct] = {
     "quit": NOTHING,
     "x-nbdmirror-query-status": NOTHING,
 }
+
+DEPRECATED = {
+    f"block-job-{verb}" for verb in ("complete", "pause", "resume", "finalize", "dismiss")
+}
+"""Commands that QEMU deprecates since 10.1, for job-complete and so on. Both are kept here."""

@@ -5,6 +5,7 @@ On the event loop's thread.
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 from nbdmirror.aligned import raw_device
@@ -75,7 +76,7 @@ def named_block_nodes(server: Server) -> list[dict[str, Any]]:
         if server.nodes.root_of(disk) is None:
             nodes.append(_disk_info(server, disk))
         elif (file := server.nodes.file_of(disk)) is not None:
-            nodes.append(_device_info(disk.name, file))
+            nodes.append(_device_info(disk.name, file.device) | {"active": file.is_active})
     return nodes
 
 
@@ -113,8 +114,10 @@ def block_exports(server: Server) -> list[dict[str, Any]]:
 def _target_info(node: Node) -> dict[str, Any]:
     info = _device_info(node.name, node.device)
     info["ro"] = node.is_read_only
+    info["active"] = node.is_active
     if node.file is not None:
         info["drv"] = info["image"]["format"] = "raw"
+        info["children"] = [{"child": "file", "node-name": node.file.name}]
     info["detect_zeroes"] = node.options.detect_zeroes
     info["cache"] |= {"direct": node.options.direct, "no-flush": node.options.no_flush}
     return info
@@ -164,14 +167,31 @@ def _device_info(name: str, device: BlockDevice) -> dict[str, Any]:
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
     return {
         "node-name": name,
+        "active": True,
+        "children": [],
         "drv": driver,
         "file": filename,
         "ro": device.read_only,
         "encrypted": False,
         "detect_zeroes": "off",
         "backing_file_depth": 0,
-        "image": {"filename": filename, "format": driver, "virtual-size": device.size},
+        "image": {
+            "filename": filename,
+            "format": driver,
+            "virtual-size": device.size,
+            "limits": _io_limits(device),
+        },
         "cache": {"writeback": True, "direct": False, "no-flush": False},
         "write_threshold": 0,
         **limits,
     }
+
+
+def _io_limits(device: BlockDevice) -> dict[str, int]:
+    """QEMU's BlockLimitsInfo: an NBD export's block sizes. That memory is aligned to a page is best
+    is all that is known of the rest, which is about QEMU's buffers."""
+    size = device.block_size
+    limits = {"request-alignment": size.minimum}
+    if isinstance(raw_device(device), RemoteDevice):
+        limits |= {"opt-transfer": size.preferred, "max-transfer": size.maximum}
+    return {**limits, "min-mem-alignment": 1, "opt-mem-alignment": mmap.PAGESIZE, "max-iov": 1024}

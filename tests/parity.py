@@ -3,7 +3,8 @@
 A script is a list of steps (paritysteps.py). `converse` holds it with qemu-storage-daemon and with
 nbdmirror at the same time (paritysides.py), and returns two transcripts: every answer and every
 event in the order of arrival, by step. `assert_alike` demands that they are the same, but for what
-is meant to differ (paritydifferences.py).
+is meant to differ (paritydifferences.py), and what differs between QEMU's own versions
+(parityversions.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 from paritydifferences import ALWAYS, Difference
 from paritysides import KINDS, Kind, Setting, Side
 from paritysteps import WAIT, Script, Step, shown
+from parityversions import CHANGED
 
 SCRIPT_S_MAX = 50.0
 
@@ -95,7 +97,7 @@ def assert_alike(
     """Both sides did every step, and said the same, but for the named differences."""
     both = converse(folder, setting, script)
     for transcript in both:
-        for difference in (*ALWAYS, *differences):
+        for difference in (*ALWAYS, *CHANGED, *differences):
             transcript.lines = difference.rewrite(transcript.lines)
     qsd, ours = both
     for transcript in both:

@@ -98,10 +98,15 @@ PROGRESS = Difference(
     "how much was copied when the job was stopped is timing",
     substituted(r"\b(len|offset|current-progress|total-progress)=\d+", r"\1=?"),
 )
-ACTIVELY_SYNCED = Difference(
-    "actively-synced",
-    "query-block-jobs has it since QEMU 8.2, the comparison is with 7.2; `query` leaves it out",
-    lambda lines: lines,
+ACTIVELY_SYNCED_AT_THE_END = Difference(
+    "actively-synced of a job that is over",
+    "QEMU goes on saying what it said last; nbdmirror says false, since no write is synchronous",
+    substituted(r'actively-synced=\w+(.*status="concluded")', r"actively-synced=?\1"),
+)
+DRIVER_OF_A_FILE = Difference(
+    "drv of a disk that is a file",
+    "a disk of nbdmirror is one node, not two, so it is called `raw`",
+    substituted(r'(node src: .*drv=)"file"', r'\1"raw"'),
 )
 BACK_OFF = Difference(
     "back-off under `ignore`",
@@ -139,4 +144,4 @@ START_ANSWER = Difference(
     _answer_third,
 )
 
-ALWAYS = (BUSY, ACTIVELY_SYNCED, RESUME_ANSWER, START_ANSWER)
+ALWAYS = (BUSY, RESUME_ANSWER, START_ANSWER, ACTIVELY_SYNCED_AT_THE_END, DRIVER_OF_A_FILE)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,9 +115,7 @@ def flush() -> Step:
 def query(*, progress: bool = True) -> Step:
     """query-block-jobs and query-jobs, in a state that lasts; `progress`: len and offset too."""
 
-    left_out = {"actively-synced"}  # since 8.2; see ACTIVELY_SYNCED
-    if not progress:
-        left_out |= {"len", "offset", "current-progress", "total-progress"}
+    left_out = set() if progress else {"len", "offset", "current-progress", "total-progress"}
 
     def run(side: Side) -> None:
         for command in ("query-block-jobs", "query-jobs"):
@@ -127,6 +126,39 @@ def query(*, progress: bool = True) -> Step:
                 note(side, f"{command}: {shown(kept)}")
 
     return Step("query", run)
+
+
+def node(name: str = "tgt", *, image: bool = False) -> Step:
+    """What query-named-block-nodes says of it, but for names of files. `image`: its size and its
+    block sizes."""
+
+    def run(side: Side) -> None:
+        with untold(side):
+            nodes = side.qmp.execute("query-named-block-nodes", flat=True)
+        found = [info for info in nodes if info["node-name"] == name]
+        for info in found:
+            sizes = {key: value for key, value in info["image"].items() if key in IMAGE_SIZES}
+            if "limits" in sizes:
+                sizes["limits"] = {key: sizes["limits"].get(key) for key in BLOCK_SIZES}
+            told = sizes if image else {key: value for key, value in info.items() if key != "image"}
+            note(side, f"node {name}: {_words(told)}")
+        if not found:
+            note(side, f"no node {name}")
+
+    return Step(f"query node {name}", run)
+
+
+IMAGE_SIZES = ("virtual-size", "limits")
+BLOCK_SIZES = ("request-alignment", "opt-transfer", "max-transfer")
+
+
+def _words(info: Mapping[str, Any]) -> str:
+    """One word a member; generated names and those of files are all alike."""
+    words = {
+        key: json.dumps(value, separators=(",", ":"), sort_keys=True) for key, value in info.items()
+    }
+    words |= {"file": "?"} if "file" in words else {}
+    return re.sub(r"#block\d+", "#block", " ".join(f"{key}={words[key]}" for key in sorted(words)))
 
 
 def until(is_so: Callable[[Mapping[str, Any]], bool], what: str, job: str = "j") -> Step:

@@ -352,17 +352,20 @@ def test_what_is_refused(start: Start, folder: Path) -> None:
     mirror = {"device": "d0", "target": "t0", "sync": "full", "job-id": "j0"}
     first = {"type": "blockdev-mirror", "data": mirror}
     for name, data in {
+        "job-complete": {"id": "j0"},
         "block-job-complete": {"device": "j0"},
         "block-job-cancel": {"device": "j0"},
         "block-dirty-bitmap-add": {"node": "d0", "name": "b"},
+        "abort": {},
     }.items():
         actions = [first, {"type": name, "data": data}]
-        text = f"Action '{name}' does not support Transaction property completion-mode = grouped"
+        text = f"Action '{name}' does not support transaction property completion-mode = grouped"
         assert pair.qmp.refusal("transaction", actions=actions, properties=GROUPED) == text
-        tail(pair.steps("j0"), ["created", "aborting", "concluded", "null"])
-    abort = {"type": "abort", "data": {}}
-    text = pair.qmp.refusal("transaction", actions=[first, abort], properties=GROUPED)
-    assert text == "Transaction aborted using Abort action"
+    assert pair.steps("j0") == []
+    second = {"type": "blockdev-mirror", "data": {**mirror, "device": "d1", "target": "t1"}}
+    text = pair.qmp.refusal("transaction", actions=[first, second], properties=GROUPED)
+    assert text == "Job ID 'j0' already in use"
+    tail(pair.steps("j0"), ["created", "aborting", "concluded", "null"])
     assert pair.qmp.execute("query-jobs") == []
     pair.begin()
     pair.wait_ready()

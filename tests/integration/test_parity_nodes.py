@@ -27,6 +27,7 @@ from paritysteps import (
     images,
     is_served,
     mirror,
+    node,
     note,
     query,
     raw_node,
@@ -40,22 +41,6 @@ from paritysteps import (
 DELETE = do("blockdev-del", node_name="tgt")
 FORCE = [do("block-job-cancel", device="j", force=True), status("concluded")]
 DISMISS = do("job-dismiss", id="j")
-
-
-def node(name: str = "tgt") -> Step:
-    """What query-named-block-nodes says of it, but for names of files."""
-
-    def run(side: Side) -> None:
-        with untold(side):
-            nodes = side.qmp.execute("query-named-block-nodes")
-        found = [info for info in nodes if info["node-name"] == name]
-        for info in found:
-            shown = {key: info[key] for key in ("ro", "drv", "detect_zeroes")}
-            note(side, f"{name}: {shown} {sorted(info['cache'].items())}")
-        if not found:
-            note(side, f"no node {name}")
-
-    return Step(f"query node {name}", run)
 
 
 # blockdev-add
