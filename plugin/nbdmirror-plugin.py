@@ -21,12 +21,24 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
-from nbdmirror import startup
-from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
-from nbdmirror.identity import label
-from nbdmirror.logs import complain
-from nbdmirror.service import Service
-from nbdmirror.threadstate import KeptStates, local, start_deleting
+try:
+    from nbdmirror import startup
+    from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
+    from nbdmirror.identity import label
+    from nbdmirror.logs import complain
+    from nbdmirror.service import Service
+    from nbdmirror.threadstate import KeptStates, local, start_deleting
+except SystemExit as refusal:  # one line, and not a traceback
+    sys.stderr.write(f"{refusal}\n")
+    os._exit(1)
+except ImportError as error:
+    # What is compiled is for one version of Python: nbdkit's may be another one than that which
+    # nbdmirror is installed for.
+    sys.stderr.write(
+        f"nbdmirror: nbdkit's Python {sys.version.split()[0]} cannot load what nbdmirror needs "
+        f"({error}): install nbdmirror for this Python, and have PYTHONPATH or PATH lead there\n"
+    )
+    os._exit(1)
 
 API_VERSION = 2
 service = Service()
