@@ -30,7 +30,7 @@ import nbd
 
 from nbdmirror.device import Buffer, Done
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.handshake import connect, export_of, reason
+from nbdmirror.handshake import connect, export_of, has_wide_lengths, reason
 from nbdmirror.identity import Peer
 from nbdmirror.loop import Loop
 from nbdmirror.peek import Peek
@@ -115,6 +115,8 @@ class Connection:
         self.peer: Peer | None = None
         """What is at the other end (rule 44). It is known when the connection has broken, too; None
         if there never was one."""
+        self.is_wide = False
+        """Lengths have 64 bits."""
         self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
@@ -122,6 +124,7 @@ class Connection:
         with suppress(OSError, nbd.Error):  # it is lost again
             name, label = export_of(handle)
             self.peer = Peer.of(self._socket, description, export=name, label=label)
+            self.is_wide = has_wide_lengths(handle)
         self._requests: set[Request] = set()
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches

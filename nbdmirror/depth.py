@@ -6,8 +6,6 @@ import math
 import os
 from collections.abc import Callable
 
-from nbdmirror.device import ZERO_BYTES_MAX
-
 QUICK_BYTES = 4 << 20
 """In flight to targets that answer quickly, of all mirrors together: 4 MiB stay in the processor's
 cache on their way to a local server, 16 do not, and copies take a tenth longer; with four mirrors
@@ -38,6 +36,9 @@ progress shows, a pause comes about, and nobody takes it for one that hangs."""
 WINDOW_BYTES_MAX = 32 << 30
 """Longest claim where nothing is known of the source: a hole of this length is one claim, if the
 target zeroes as quickly as that. Long enough that the bitmap can give back whole pages."""
+
+ZERO_BYTES_MAX = WINDOW_BYTES_MAX
+"""Largest zero request. To a target whose lengths have 32 bits it goes in pieces."""
 
 STRIDE_GROWTH = 8
 

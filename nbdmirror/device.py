@@ -21,10 +21,6 @@ Buffer = bytes | bytearray | memoryview
 REQUEST_BYTES_MAX = 64 << 20
 """Largest read or write that nbdkit takes from a guest."""
 
-ZERO_BYTES_MAX = (2 << 30) - (64 << 20)
-"""Largest zero or trim request: below 2 GiB, which servers with signed lengths take, and a multiple
-of every granularity."""
-
 
 @dataclass(frozen=True, slots=True)
 class Extent:

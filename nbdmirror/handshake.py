@@ -164,6 +164,13 @@ def export_of(handle: nbd.NBD) -> tuple[str, str]:
     return name, description
 
 
+def has_wide_lengths(handle: nbd.NBD) -> bool:
+    """Whether lengths have 64 bits on this connection, which is ready, and not 32: extended headers
+    are in libnbd from 1.18 on, in QEMU's servers from 8.2 on, in nbdkit not yet."""
+    negotiated = getattr(handle, "get_extended_headers_negotiated", None)  # libnbd 1.18
+    return negotiated is not None and bool(negotiated())
+
+
 def _watch_peer(handle: nbd.NBD) -> None:
     """Have the kernel find out when nobody is at the other end of a TCP connection any more, or the
     network swallows everything: by itself it tries for a quarter of an hour, and without data under

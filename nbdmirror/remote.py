@@ -1,7 +1,7 @@
 """RemoteDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones
 for the copier, on the same connections (see connection.py for how they share).
 
-With this, connection.py and pool.py are the only places that know libnbd.
+With this, the modules that connections are made of are the only places that know libnbd.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import errno
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import nbd
 
 from nbdmirror import tls
+from nbdmirror.blockstatus import LENGTH_MAX, collector, status_method
 from nbdmirror.connection import Connection
 from nbdmirror.device import (
-    ZERO_BYTES_MAX,
     AsyncSource,
     AsyncTarget,
     BlockDevice,
@@ -34,10 +33,6 @@ from nbdmirror.link import Link
 from nbdmirror.pool import ConnectionPool
 
 log = logging.getLogger(__name__)
-
-EXTENTS_MAX = 1 << 16
-"""Of one answer that are believed; what is behind them is asked for again. A byte each, the largest
-answer would take gigabytes."""
 
 LOSSES_MAX = 5
 """How often a request is lost with its connection until it fails: one that ends its server each
@@ -84,6 +79,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self._losses = 0
         """Counts the times that acknowledged changes may have been lost."""
         self._losses_told = 0
+        self._zeroes_fast = self.can_zero and self.can_fast_zero
+        """As far as is known: a server that can tell may find that it cannot do it."""
 
     @classmethod
     def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> RemoteDevice:
@@ -148,7 +145,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             return
         flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
         flags |= nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
-        for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
+        for start, span in _pieces(offset, length, LENGTH_MAX):
             self._change(lambda link, *at: link.zero(*at, flags), span, start)
         if fua and not self.can_fua:
             self.flush()
@@ -157,7 +154,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self._refuse_if_read_only()
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
         if self.can_trim:
-            for start, span in _pieces(offset, length, ZERO_BYTES_MAX):
+            for start, span in _pieces(offset, length, LENGTH_MAX):
                 self._change(lambda link, *at: link.trim(*at, flags), span, start)
         if fua and not (self.can_trim and self.can_fua):
             self.flush()
@@ -189,7 +186,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def extents(self, offset: int, length: int) -> list[Extent]:
         if not self.can_extents or not length:
             return [Extent(length, zero=False, hole=False)]
-        span = min(length, ZERO_BYTES_MAX)
+        span = min(length, LENGTH_MAX)
         try:
             found = self._extents(offset, span)
         except DeviceLost:
@@ -203,8 +200,9 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def _extents(self, offset: int, length: int) -> list[Extent]:
         found: list[Extent] = []
         connection = self.pool.pick_shared()
-        status = connection.handle.aio_block_status
-        connection.call(status, length, offset, _collector(found, length))
+        collect = collector(found, length)
+        status, take = status_method(connection.handle, collect, is_wide=connection.is_wide)
+        connection.call(status, length, offset, take)
         return found
 
     def _connected_again(self) -> None:
@@ -291,8 +289,11 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
         """Any length. Without write-zeroes, zeroes are written."""
         connection = self.pool.shared
+        if length > LENGTH_MAX and connection.is_wide and self._zeroes_fast:
+            self._start_wide_zero(offset, length, may_trim, done)
+            return
         if self.can_zero:
-            length_max, flags = ZERO_BYTES_MAX, self._zero_flags(may_trim)
+            length_max, flags = LENGTH_MAX, self._zero_flags(may_trim)
         else:
             length_max, flags = min(self.block_size.maximum, 1 << 20), 0
             zeroes = memoryview(bytes(min(length, length_max)))
@@ -313,6 +314,21 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
         step(None)
 
+    def _start_wide_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
+        """In one request, if the server can do that without writing zeroes: else it may take as
+        long as if it hung, and pieces tell that it does not."""
+        connection = self.pool.shared
+
+        def finish(error: BaseException | None) -> None:
+            if isinstance(error, DeviceError) and error.errno == errno.ENOTSUP:
+                self._zeroes_fast = False
+                self.start_zero(offset, length, may_trim, done)
+            else:
+                done(error)
+
+        flags = self._zero_flags(may_trim) | nbd.CMD_FLAG_FAST_ZERO
+        connection.start(connection.handle.aio_zero, length, offset, flags=flags, done=finish)
+
     def start_flush(self, done: Done) -> None:
         connection = self.pool.shared
         changed = self._changed
@@ -328,27 +344,23 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         if not self.can_extents:
             done([Extent(length, zero=False, hole=False)], None)
             return
-        connection = self.pool.shared
-        found: list[Extent] = []
-        span = min(length, ZERO_BYTES_MAX)
-
-        def finish(error: BaseException | None) -> None:
-            done(None if error else found, error)
-
-        collect = _collector(found, span)
-        connection.start(connection.handle.aio_block_status, span, offset, collect, done=finish)
+        self._start_status(offset, length, nbd.CONTEXT_BASE_ALLOCATION, done)
 
     def start_top_layer(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Like `start_extents`; a hole is what the top layer of the image does not hold."""
+        self._start_status(offset, length, DEPTH_CONTEXT, done)
+
+    def _start_status(self, offset: int, length: int, context: str, done: ExtentsDone) -> None:
         connection = self.pool.shared
         found: list[Extent] = []
-        span = min(length, ZERO_BYTES_MAX)
+        span = length if connection.is_wide else min(length, LENGTH_MAX)
 
         def finish(error: BaseException | None) -> None:
             done(None if error else found, error)
 
-        collect = _collector(found, span, DEPTH_CONTEXT)
-        connection.start(connection.handle.aio_block_status, span, offset, collect, done=finish)
+        collect = collector(found, span, context)
+        status, take = status_method(connection.handle, collect, is_wide=connection.is_wide)
+        connection.start(status, span, offset, take, done=finish)
 
     def _zero_flags(self, may_trim: bool) -> int:
         return 0 if may_trim else int(nbd.CMD_FLAG_NO_HOLE)
@@ -362,29 +374,3 @@ def _pieces(offset: int, length: int, length_max: int) -> list[tuple[int, int]]:
     """The range cut into pieces of at most `length_max`."""
     end = offset + length
     return [(start, min(length_max, end - start)) for start in range(offset, end, length_max)]
-
-
-def _collector(
-    found: list[Extent], length: int, wanted: str = nbd.CONTEXT_BASE_ALLOCATION
-) -> Callable[[str, int, list[int], Any], int]:
-    """libnbd's extent callback that fills `found` with one meta context, cut at `length`.
-
-    Servers may tell more than was asked for, or less. Entries are pairs of a length and flags.
-    """
-
-    def collect(context: str, offset: int, entries: list[int], error: Any) -> int:
-        left = length - sum(extent.length for extent in found)
-        if context == wanted and len(found) < EXTENTS_MAX:
-            for span, flags in zip(entries[::2], entries[1::2], strict=True):
-                kept = min(span, left)
-                if kept and wanted == DEPTH_CONTEXT:
-                    found.append(Extent(kept, zero=False, hole=flags != 1))
-                elif kept:
-                    zero, hole = bool(flags & nbd.STATE_ZERO), bool(flags & nbd.STATE_HOLE)
-                    found.append(Extent(kept, zero, hole))
-                left -= kept
-                if len(found) >= EXTENTS_MAX:
-                    break
-        return 0
-
-    return collect

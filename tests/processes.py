@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import nbd
 from waiting import WAIT_S_MAX, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,10 @@ def settled(pid: int, threads: int, descriptors: int) -> int:
 
     wait_until(is_flat, f"{threads} threads and {descriptors} descriptors again")
     return resources(pid)[0]
+
+
+def libnbd_version() -> tuple[int, ...]:
+    return tuple(int(number) for number in nbd.NBD().get_version().split(".")[:3])
 
 
 def free_port() -> int:

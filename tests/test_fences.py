@@ -50,11 +50,12 @@ MAY_IMPORT = {
     "link": "device errors handshake peek",
     "connection": "device errors handshake identity loop peek",
     "pool": "connection errors handshake link loop",
-    "remote": "aligned connection device errors handshake identity link pool tls",
+    "blockstatus": "device handshake",
+    "remote": "aligned blockstatus connection device errors handshake identity link pool tls",
     "ledger": "bitmap device errors",
     "disk": "bitmap device errors journal ledger",
     "buffer": "",
-    "depth": "device",
+    "depth": "",
     "pace": "",
     "copier": "bitmap buffer depth device errors ledger pace",
     "targetwatch": "copier",
@@ -122,7 +123,7 @@ MAY_IMPORT = {
 
 # Module from outside -> the only places that may import it.
 ONLY_IN = {
-    "nbd": "remote pool connection link handshake peek",
+    "nbd": "blockstatus remote pool connection link handshake peek",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
     "socket": "qmp http cli* connection handshake identity link sockets service hangup systemd tls"
@@ -230,7 +231,7 @@ def test_modules_stay_short(name: str) -> None:
 
 def test_tests_and_tools_stay_short() -> None:
     long = {}
-    for folder in ("bench", "docker", "docs", "packaging", "plugin", "tests"):
+    for folder in ("bench", "docker", "docs", "matrix", "packaging", "plugin", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
             lines = len(path.read_text().splitlines())
             if lines >= MODULE_LINES_MAX:

@@ -9,7 +9,7 @@ import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
 from nbdmirror.depth import ANSWER_S
-from nbdmirror.device import ZERO_BYTES_MAX as LARGEST
+from nbdmirror.depth import ZERO_BYTES_MAX as LARGEST
 from nbdmirror.device import Extent, MemoryDevice
 
 GIB = 1 << 30

@@ -20,7 +20,7 @@ from hostile import FLAGS, FLUSH, MULTI_CONN, READ, STATUS, TRIM, WRITE, ZERO, H
 from hostileparts import NO_WAY_OUT, SEED, SIZE, add, is_one_line, mirror
 from images import KiB, assert_identical, make_empty, make_image, make_noise
 from servers import Nbdmirror, QemuNbd
-from test_hostile_target import ERRORS, GARBAGE, check_log
+from test_hostile_target import ENDS_STRAY, ERRORS, GARBAGE, STRAY, check_log
 from waiting import wait_until
 
 BAD_READS: list[Trick] = [
@@ -35,7 +35,7 @@ NONSENSE: list[Trick] = [
 LIES: list[Trick] = [tricks.extents_by_thousands, tricks.extent_too_long]
 """Well-formed, and so believed: of a lie about zeroes zeroes come."""
 BREAKING: list[Trick] = [
-    tricks.no_extents, tricks.extents_of_a_wrong_length, tricks.wrong_handle,
+    tricks.no_extents, tricks.extents_of_a_wrong_length, *(STRAY if ENDS_STRAY else []),
     tricks.wrong_magic, tricks.half_an_answer, tricks.hang_up,
 ]  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_a_hostile_source(start: Start, folder: Path, source: Hostile) -> None:
         Guest(server.uri("disk1"), other, seed=SEED) as bystander,
         connected(server.uri("disk0")) as guest,
     ):
-        for trick in [*GARBAGE[:9], *ERRORS, *BAD_READS]:
+        for trick in [*GARBAGE[:-2], *ERRORS, *BAD_READS]:
             assert not nbd_errno(guest.pread, 4096, 0), trick
             source.on_request[READ] = source.on_request[WRITE] = trick
             assert nbd_errno(guest.pread, 64 * KiB, 0), trick
