@@ -59,7 +59,8 @@ connect_nbd() {
     load failover net_failover virtio_net nbd
     ip address add 10.0.2.15/24 dev eth0
     ip link set eth0 up
-    nbd-client "$1" "$2" /dev/nbd0 || say "FAILED to connect"
+    # From 3.26 on its sectors are 4 KiB otherwise, larger than the blocks of this file system.
+    nbd-client -b 512 "$1" "$2" /dev/nbd0 || say "FAILED to connect"
     disk=nbd0
 }
 
