@@ -87,8 +87,7 @@ def serve_command(
     rest before it.
     """
     argv = ["nbdkit", *_listen_options(args), *_tls_options(args)]
-    if not args.daemonize:
-        argv.append("-f")
+    argv.append("--log=stderr" if args.daemonize else "-f")  # there it goes through our own log
     threads = THREADS_DIRECT_DEFAULT if args.cache == "none" else THREADS_DEFAULT
     if args.threads is not None:
         threads = args.threads

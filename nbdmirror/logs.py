@@ -12,9 +12,11 @@ import logging.handlers
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+
+from nbdmirror.quiet import STDERR, CallbackErrors, Quiet, QuietFilter, Relay
 
 SYSLOG_SOCKET = "/dev/log"
-STDERR = 2
 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 """Levels of logging, and syslog's priorities from there on."""
@@ -45,12 +47,46 @@ def complain(text: str) -> None:
     sys.stderr.flush()
 
 
-def set_up(*, in_background: bool) -> None:
-    """Let everything from info on be logged. Once in a process."""
-    root = logging.getLogger("nbdmirror")
-    root.addHandler(_handler(in_background))
-    root.setLevel(logging.INFO)
-    root.propagate = False
+class Log:
+    """The server's log, from its making on. Once in a process."""
+
+    def __init__(self, *, in_background: bool) -> None:
+        """Lets everything from info on be logged."""
+        self._handler = _handler(in_background)
+        self._quiet = Quiet(self._emit)
+        self._handler.addFilter(QuietFilter(self._quiet))
+        if in_background:
+            # stderr is /dev/null; nbdkit writes there, if it is told to, and not to syslog.
+            self._relay = Relay(self._pass_on)
+            self._relay.start()
+        else:
+            self._relay = Relay()
+            self._quiet.on_calm.append(self._relay.stop)
+        self._callbacks = CallbackErrors(self._quiet, self._relay)
+        root = logging.getLogger("nbdmirror")
+        root.addHandler(self._handler)
+        root.setLevel(logging.INFO)
+        root.propagate = False
+
+    def text_of(self, error: BaseException, text: str) -> str:
+        """What nbdkit is to write of a callback that failed with `error`, of which it would write
+        `text`."""
+        return self._callbacks.text(error, text)
+
+    def stop(self) -> None:
+        """What is still to be said is said."""
+        self._quiet.stop()
+        self._relay.stop()
+
+    def _emit(self, level: int, text: str) -> None:
+        """Past the filter."""
+        record = logging.LogRecord("nbdmirror", level, "", 0, text, None, None)
+        with suppress(Exception), self._handler.lock or nullcontext():
+            self._handler.emit(record)
+
+    def _pass_on(self, lines: bytes) -> None:
+        for line in lines.decode(errors="replace").splitlines():
+            self._emit(logging.ERROR, line)
 
 
 def _handler(in_background: bool) -> logging.Handler:
@@ -61,7 +97,9 @@ def _handler(in_background: bool) -> logging.Handler:
         )
         handler.setFormatter(logging.Formatter(f"nbdmirror[{os.getpid()}]: %(message)s"))
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        # Of its own: what stands for stderr while it is a relay's pipe may be full.
+        stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8", errors="backslashreplace")
+        handler = logging.StreamHandler(stream)
         handler.setFormatter(_JournalFormatter() if goes_to_journal() else _PlainFormatter())
     return handler
 

@@ -57,6 +57,7 @@ and nbdkit does not answer anybody any more when it has run out of them."""
 class Service:
     def __init__(self) -> None:
         self.disks: dict[str, Disk] = {}
+        self.log: logs.Log | None = None
         self._paths: dict[str, str] = {}
         self._qmp_path = ""
         self._is_direct = False
@@ -138,7 +139,7 @@ class Service:
         in_background = os.getpid() != self._pid
         if in_background:
             leave_terminal()
-        logs.set_up(in_background=in_background)
+        self.log = logs.Log(in_background=in_background)
         self._log_what_is_served()
         self._end_on_signal(shut_down)
         loop, events = Loop(time.monotonic), EventRing(time.time)
@@ -196,6 +197,8 @@ class Service:
             self._qmp.stop()
         if self._server is not None:
             self._server.stop()
+        if self.log is not None:
+            self.log.stop()
 
     def find(self, export: str) -> Disk:
         """The disk of an export name; the first one is also the default export, ""."""

@@ -58,8 +58,10 @@ format_exception = traceback.format_exception
 
 def format_briefly(kind, error, trace):
     """nbdkit logs a callback's exception with this. What a disk or a guest did is no bug of ours:
-    one line, without a traceback."""
-    return [str(error)] if isinstance(error, IO_ERRORS) else format_exception(kind, error, trace)
+    one line, without a traceback; and of a lasting cause not each time."""
+    is_ours = not isinstance(error, IO_ERRORS)
+    text = "".join(format_exception(kind, error, trace)) if is_ours else str(error)
+    return [text if service.log is None else service.log.text_of(error, text)]
 
 
 traceback.format_exception = format_briefly

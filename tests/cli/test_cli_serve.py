@@ -47,8 +47,20 @@ def test_serve_command(plugin: str) -> None:
     options += " --tls-psk k --read-only --cache none --mirror-to nbd://t --daemonize --pidfile p"
     argv, _ = command(*options.split(), extra=("--filter", "delay", "rdelay=1", "-v"))
     assert argv == [
-        *["nbdkit", "-U", f"{here}/s", "--tls=require", f"--tls-psk={here}/k", "-t", "4"],
-        *["-P", f"{here}/p", "-r", "--filter", "delay", "-v", "python", plugin, "file=vm=/d/a"],
+        *["nbdkit", "-U", f"{here}/s", "--tls=require", f"--tls-psk={here}/k", "--log=stderr"],
+        *[
+            "-t",
+            "4",
+            "-P",
+            f"{here}/p",
+            "-r",
+            "--filter",
+            "delay",
+            "-v",
+            "python",
+            plugin,
+            "file=vm=/d/a",
+        ],
         *[f"file=b=nbd+unix:///x?socket={here}/s", f"file={here}/c=d.img", "file=nbd://h/e=f"],
         *[f"qmp={here}/q", "cache=none", "mirror-to=nbd://t", "read-only=true", "rdelay=1"],
     ]

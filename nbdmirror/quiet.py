@@ -1,0 +1,219 @@
+"""A quiet log: of one lasting cause the first lines, then a count now and then.
+
+`Quiet` decides. What our own loggers say passes through it (`QuietFilter`). What nbdkit says of a
+callback that has failed does not: its Python plugin writes a line for each exception, and has no
+way to be told otherwise. It asks Python for the text, though, just before it writes. So such a line
+is marked there, and while there are marked lines nbdkit's stderr is a pipe (`Relay`), from which
+all but those go where they would have gone. The pipe never blocks: nbdkit writes to it with the
+GIL held, which its reader needs.
+
+From any thread. A request that succeeds comes by none of this.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+PERIOD_S = 10.0
+"""Of a cause that lasts there is a count this often; one that is not heard of for as long has
+ended."""
+
+LINES_MAX = 5
+"""Of one cause, before it is only counted."""
+
+CAUSES_MAX = 256
+"""Which are remembered; of further ones everything is said."""
+
+MARK = "(one of many)"
+"""The text of a line that nobody is to see."""
+
+STDERR = 2
+_PIPE_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
+_ATTENDED = re.compile(rb"\(one of many\)(\x1b\[0m)?\s*$")
+_NUMBER = re.compile(r"(?<![\w./:-])\d+(?![\w./-])")
+_QUOTED = re.compile(r"'[^']*'")
+
+Tell = Callable[[int, str], None]
+
+
+@dataclass(slots=True)
+class _Cause:
+    level: int
+    text: str
+    last_s: float
+    lines: int = 1
+    left_out: int = 0
+
+
+class Quiet:
+    """`tell` is given the counts."""
+
+    def __init__(self, tell: Tell, clock: Callable[[], float] = time.monotonic) -> None:
+        self.on_calm: list[Callable[[], None]] = []
+        """Called when no cause has lines left out any more."""
+        self._tell = tell
+        self._clock = clock
+        self._causes: dict[str, _Cause] = {}
+        self._lock = threading.Lock()  # a leaf: nothing is called under it
+        self._timer: threading.Timer | None = None
+
+    def admits(self, cause: str, level: int, text: str) -> bool:
+        """Whether a line of `cause` is to be said; if not, it is counted."""
+        now_s = self._clock()
+        with self._lock:
+            known = self._causes.get(cause)
+            if known is None or (not known.left_out and now_s - known.last_s > PERIOD_S):
+                if known is not None or self._has_room(now_s):
+                    self._causes[cause] = _Cause(level, text, now_s)
+                return True
+            known.last_s = now_s
+            if known.lines < LINES_MAX:
+                known.lines += 1
+                return True
+            known.left_out += 1
+            if self._timer is None:
+                self._start_timer()
+            return False
+
+    def tick(self) -> None:
+        """Tell what was left out. Once in PERIOD_S while there is something."""
+        with self._lock:
+            counted = [(c.level, c.text, c.left_out) for c in self._causes.values() if c.left_out]
+            for cause in self._causes.values():
+                cause.left_out = 0
+            self._timer = None
+            if counted:
+                self._start_timer()
+        for level, text, number in counted:
+            self._tell(level, f"{text} ({number} more within {PERIOD_S:g} s)")
+        if not counted:
+            for call in self.on_calm:
+                call()
+
+    def stop(self) -> None:
+        """Tell what is left, and nothing later."""
+        self._forget_timer()
+        self.tick()
+        self._forget_timer()
+
+    def _forget_timer(self) -> None:
+        with self._lock:
+            timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _has_room(self, now_s: float) -> bool:
+        if len(self._causes) < CAUSES_MAX:
+            return True
+        for key, cause in list(self._causes.items()):
+            if not cause.left_out and now_s - cause.last_s > PERIOD_S:
+                del self._causes[key]
+        return len(self._causes) < CAUSES_MAX
+
+    def _start_timer(self) -> None:
+        self._timer = threading.Timer(PERIOD_S, self.tick)
+        self._timer.daemon = True
+        self._timer.name = "nbdmirror-log"
+        self._timer.start()
+
+
+class QuietFilter(logging.Filter):
+    """For warnings and errors: how jobs go on (INFO) is always said."""
+
+    def __init__(self, quiet: Quiet) -> None:
+        super().__init__()
+        self._quiet = quiet
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        text = record.getMessage()
+        cause = str(record.msg) if record.exc_info else _NUMBER.sub("#", text)
+        return self._quiet.admits(cause, record.levelno, text)
+
+
+class Relay:
+    """Has what is written to stderr, by C too, pass through here, without the marked lines."""
+
+    def __init__(self, write: Callable[[bytes], None] | None = None) -> None:
+        """`write`: where the rest goes; by default to what stderr was."""
+        self._write = write
+        self._before = -1
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Idempotent."""
+        with self._lock:
+            if self._thread is not None:
+                return
+            reader, writer = os.pipe()
+            with suppress(OSError):  # more than the system lets us have
+                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            os.set_blocking(writer, False)
+            before = self._before = os.dup(STDERR)
+            os.dup2(writer, STDERR)
+            os.close(writer)
+            write = self._write or (lambda data: _write_all(before, data))
+            self._thread = threading.Thread(
+                target=_pass_on, args=(reader, write), name="nbdmirror-relay", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stderr is what it was; what is in the pipe goes there first. Idempotent."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is None:
+                return
+            os.dup2(self._before, STDERR)  # the pipe's only writing end
+            thread.join(1.0)
+            if not thread.is_alive():
+                os.close(self._before)
+
+
+def _pass_on(reader: int, write: Callable[[bytes], None]) -> None:
+    rest = b""
+    try:
+        while data := os.read(reader, _READ_BYTES):
+            *lines, rest = (rest + data).split(b"\n")
+            kept = [line + b"\n" for line in lines if not _ATTENDED.search(line)]
+            if kept:
+                write(b"".join(kept))
+        if rest:
+            write(rest)
+    except OSError:
+        pass  # nobody can be told
+    finally:
+        os.close(reader)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+class CallbackErrors:
+    """What nbdkit says of callbacks that have failed."""
+
+    def __init__(self, quiet: Quiet, relay: Relay) -> None:
+        self._quiet = quiet
+        self._relay = relay
+
+    def text(self, error: BaseException, text: str) -> str:
+        """What nbdkit is to write: `text`, or the mark of a line that is left out."""
+        line = text.strip().rpartition("\n")[2]
+        cause = f"{type(error).__name__}: {_QUOTED.sub('#', _NUMBER.sub('#', line))}"
+        if self._quiet.admits(cause, logging.ERROR, f"a guest's request failed: {line}"):
+            return text
+        self._relay.start()
+        return MARK

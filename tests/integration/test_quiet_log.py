@@ -1,0 +1,91 @@
+"""A disk that fails each request of a guest that tries again and again: the log has the first
+lines and a count, in the foreground and in syslog, and all else that is to be said."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import nbd
+import pytest
+from clients import connected
+from fixtures import Start
+from images import MiB, make_image
+from processes import WAIT_S_MAX, patched
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from waiting import wait_until
+
+REQUESTS = 2000
+LINE = r"pread: error: "
+COUNT = re.compile(r"a guest's request failed: .* \((\d+) more within")
+
+
+@pytest.fixture
+def trouble(folder: Path) -> Path:
+    """While this file is there reads of the source fail."""
+    return folder / "trouble"
+
+
+@pytest.fixture
+def source(start: Start, folder: Path, trouble: Path) -> NbdkitTarget:
+    image = make_image(folder / "source.img", MiB)
+    parameters = (str(image), "error=EIO", "error-pread-rate=100%", f"error-pread-file={trouble}")
+    return start(NbdkitTarget(folder, "file", *parameters, filters=("error",)))
+
+
+def fail(uri: str) -> None:
+    with connected(uri) as guest:
+        for _ in range(REQUESTS):
+            with pytest.raises(nbd.Error):
+                guest.pread(512, 0)
+
+
+def count(said: str) -> int:
+    """How many failures were said or counted."""
+    return len(re.findall(LINE, said)) + sum(map(int, COUNT.findall(said)))
+
+
+def test_in_the_foreground(start: Start, folder: Path, source: NbdkitTarget, trouble: Path) -> None:
+    target = start(QemuNbd(folder, make_image(folder / "target.img", MiB)))
+    server = start(Nbdmirror(folder, source.uri()))
+    server.allowed = [LINE, "request failed", "read error", "ended"]
+    trouble.touch()
+    fail(server.uri())
+    server.qmp.add_target("t", target)
+    server.qmp.start_mirror("t")
+    assert "error" in server.qmp.wait_for_event("BLOCK_JOB_COMPLETED", device="j")
+    fail(server.uri())
+    trouble.unlink()
+    with connected(server.uri()) as guest:
+        assert guest.pread(512, 0) is not None
+    server.stop()
+    said = server.stderr
+    assert count(said) == 2 * REQUESTS
+    assert "job j" in said, "what a mirror does is said in between"
+    assert len(said.splitlines()) < 40
+
+
+def test_in_the_background(folder: Path, source: NbdkitTarget, trouble: Path) -> None:
+    place = f"from nbdmirror import logs\nlogs.SYSLOG_SOCKET = {str(folder / 'log')!r}\n"
+    pidfile = folder / "pid"
+    server = Nbdmirror(folder, source.uri(), options=("--daemonize", "--pidfile", str(pidfile)))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        syslog.bind(str(folder / "log"))
+        syslog.settimeout(WAIT_S_MAX)
+        environment = patched(server.environment(), folder, place)
+        subprocess.run(server.argv(), env=environment, check=True, timeout=WAIT_S_MAX)
+        try:
+            trouble.touch()
+            fail(server.uri())
+        finally:
+            os.kill(int(pidfile.read_text()), signal.SIGTERM)
+        said: list[str] = []
+        while count("\n".join(said)) < REQUESTS:
+            said.append(syslog.recv(1 << 16).decode())
+        wait_until(lambda: not os.path.exists(server.qmp_path), "it ends")
+    assert count("\n".join(said)) == REQUESTS
+    assert len(said) < 40
