@@ -248,6 +248,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
     add("--tls-psk", metavar="FILE", help="pre-shared keys")
     add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
+    text = "give up guests on TCP without a sign of life for S seconds (default: 300; 0: never)"
+    add("--keepalive", type=_whole_seconds, metavar="S", help=text)
     add("--read-only", action="store_true", help="guests cannot write")
     threads = f"requests at once of one connection (default: {THREADS_DEFAULT}; with --cache none "
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"

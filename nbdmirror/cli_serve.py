@@ -108,6 +108,8 @@ def serve_command(
         argv.append(f"cache={args.cache}")
     if args.state_dir:
         argv.append(f"state-dir={os.path.abspath(args.state_dir)}")
+    if args.keepalive is not None:
+        argv.append(f"keepalive={args.keepalive}")
     if args.accept_old_side:
         argv.append("accept-old-side=true")
     if args.mirror_to:

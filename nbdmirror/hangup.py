@@ -2,20 +2,28 @@
 
 nbdkit 1.32 waits at its end for every connection's threads, and those wait in read(2) for the
 guest's next request: a guest that stays connected and says nothing keeps the process for ever. So
-the guests' sockets are shut for reading: requests under way are still answered.
+the guests' sockets are shut for reading: requests under way are still answered. A guest that takes
+none of its answers keeps threads in send(2) as well, and is not waited for.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
+import struct
+import termios
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 HANG_UP_PAUSE_S = 0.05
 """Between looks for guests that have just connected; until the process has ended."""
+
+TAKES_NOTHING_S = 5.0
+"""How long answers may wait for a guest that takes none of them."""
 
 
 class Guests:
@@ -25,20 +33,28 @@ class Guests:
     def __init__(self, *, spare: socket.socket | None) -> None:
         self._spared = None if spare is None else _door(spare)
 
-    def hang_up(self) -> None:
-        """Again and again, on those that have connected meanwhile. Does not return: the process
-        ends."""
-        pause = threading.Event()
-        while not pause.wait(HANG_UP_PAUSE_S):
-            for sock in self._connections():
-                with sock, suppress(OSError):
-                    sock.shutdown(socket.SHUT_RD)
+    def hang_up(self, leave: Callable[[], None]) -> None:
+        """Again and again, on those that have connected meanwhile. `leave` is called when those
+        that are left take nothing. Does not return: the process ends.
 
-    def _connections(self) -> Iterator[socket.socket]:
+        Shutting such a connection for writing too would end the wait, but also, before nbdkit 1.34,
+        the process with a failed assertion.
+        """
+        pause, waiting = threading.Event(), _Waiting()
+        while not pause.wait(HANG_UP_PAUSE_S):
+            times_s = []
+            for sock in self.connections():
+                with sock, suppress(OSError):  # it has ended meanwhile
+                    times_s.append(waiting.time_s(sock))
+                    sock.shutdown(socket.SHUT_RD)
+            if times_s and min(times_s) > TAKES_NOTHING_S:
+                leave()
+
+    def connections(self) -> Iterator[socket.socket]:
         """Duplicates, to be closed."""
         doors, connections = set(), []
         for sock in _sockets():
-            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if _is_listening(sock):
                 doors.add(_door(sock))
                 sock.close()
             else:
@@ -48,6 +64,35 @@ class Guests:
                 yield sock
             else:
                 sock.close()
+
+    def listeners(self) -> Iterator[socket.socket]:
+        """What guests connect to. Duplicates, to be closed."""
+        for sock in _sockets():
+            if _is_listening(sock) and _door(sock) != self._spared:
+                yield sock
+            else:
+                sock.close()
+
+
+class _Waiting:
+    """For how long what waits to be sent has been the same, for each connection."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def time_s(self, sock: socket.socket) -> float:
+        """0 if nothing waits."""
+        (unsent,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
+        key, now_s = os.fstat(sock.fileno()).st_ino, time.monotonic()
+        before, since_s = self._seen.get(key, (0, now_s))
+        if unsent != before:
+            since_s = now_s
+        self._seen[key] = (unsent, since_s)
+        return now_s - since_s if unsent else 0.0
+
+
+def _is_listening(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _door(sock: socket.socket) -> object:

@@ -128,6 +128,15 @@ class Server:
                 log.error("%s: does not answer; requests under way fail", device.uri)
                 device.pool.abandon()
 
+    def hold_changes(self) -> bool:
+        """Begin no request of a guest any more that changes a disk; whether none is under way. From
+        any thread; the jobs have ended."""
+        ledgers = [disk.ledger for disk in self.disks.values()]
+        for ledger in ledgers:
+            if ledger.gate is None:
+                ledger.close_gate(lambda: None)
+        return all(ledger.is_idle for ledger in ledgers)
+
     def stop(self) -> None:
         """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have
         ended and no guest request is under way."""

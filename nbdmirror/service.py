@@ -26,6 +26,7 @@ from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
 from nbdmirror.hangup import Guests
+from nbdmirror.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
 from nbdmirror.loop import Loop
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.qmp import QmpServer
@@ -72,6 +73,10 @@ class Service:
         self._qmp: QmpServer | None = None
         self._pid = os.getpid()
         self._signals = Signals()
+        self._keepalive_s = KEEPALIVE_S
+        self._is_keepalive_said = False
+        self._stopping = threading.Lock()
+        self._is_stopped = False
 
     def configure(self, key: str, value: str) -> None:
         """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
@@ -89,12 +94,16 @@ class Service:
             self._state_path = os.path.abspath(value)
         elif key == "accept-old-side":
             self._accepts_old_side = _boolean(key, value)
+        elif key == "keepalive":
+            if not value.isdecimal() or int(value) > KEEPALIVE_S_MAX:
+                raise ConfigError(f"{key}={value}: expected seconds, 0 to {KEEPALIVE_S_MAX}")
+            self._keepalive_s, self._is_keepalive_said = int(value), True
         elif key == "mirror-to":
             self._mirror_to = _absolute(key, value)
         else:
             raise ConfigError(
                 f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
-                f"state-dir or accept-old-side"
+                f"state-dir, accept-old-side or keepalive"
             )
 
     def check(self) -> None:
@@ -141,7 +150,10 @@ class Service:
             leave_terminal()
         self.log = logs.Log(in_background=in_background)
         self._log_what_is_served()
-        self._end_on_signal(shut_down)
+        guests = Guests(spare=self._listener)
+        self._end_on_signal(guests, shut_down)
+        if self._keepalive_s:
+            Watch(guests, self._keepalive_s, is_exact=self._is_keepalive_said).start()
         loop, events = Loop(time.monotonic), EventRing(time.time)
         status = systemd.Status(self.disks, events)  # of jobs that go on as well
         self._server = Server(self.disks, events, loop, self._stores)
@@ -171,9 +183,7 @@ class Service:
         if self._state_path:
             log.info("state directory: %s", self._state_path)
 
-    def _end_on_signal(self, shut_down: Callable[[], None]) -> None:
-        guests = Guests(spare=self._listener)
-
+    def _end_on_signal(self, guests: Guests, shut_down: Callable[[], None]) -> None:
         def end(why: str) -> None:
             log.info("%s: the server ends", why)
             systemd.notify(systemd.STOPPING)
@@ -183,13 +193,26 @@ class Service:
                 timer.daemon = True
                 timer.start()
             shut_down()
-            guests.hang_up()
+            guests.hang_up(self._leave_guests)
 
         self._signals.end(end)
 
+    def _leave_guests(self) -> None:
+        """The guests that are left take none of their answers, so nbdkit would wait for ever."""
+        if self._server is not None and self._server.hold_changes():
+            log.warning("the server ends without guests that take no answers")
+            self.stop()
+            os._exit(0)
+
     def stop(self) -> None:
         """Jobs within a bound, while clients can still see their events; then the doors, then the
-        disks, flushed and closed."""
+        disks, flushed and closed. Once."""
+        with self._stopping:
+            if not self._is_stopped:
+                self._is_stopped = True
+                self._stop()
+
+    def _stop(self) -> None:
         systemd.notify(systemd.STOPPING)  # again, if a signal has led here
         if self._server is not None:
             self._server.end_jobs()

@@ -6,6 +6,7 @@
     read-only=true     open the disks for reading only
     mirror-to=URI      start mirroring the first disk at once
     state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
+    keepalive=SECONDS  give up guests on TCP without a sign of life for so long (default: 300)
     accept-old-side=true   serve a disk that was pivoted away from
 
 Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "linux": "",
     "threadstate": "",
     "hangup": "",
+    "keepalive": "hangup",
     "signals": "",
     "startup": "",
     "quiet": "",
@@ -117,8 +118,8 @@ MAY_IMPORT = {
     "cli*": "__init__ cli* errors identity logs names sockets startup tls uri",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
-    "service": "__init__ aligned commands device disk errors events file hangup loop logs names qmp"
-    " remote server signals sockets startup statedir store systemd uri",
+    "service": "__init__ aligned commands device disk errors events file hangup keepalive loop logs"
+    " names qmp remote server signals sockets startup statedir store systemd uri",
     "plugin/*": ANYTHING,
 }
 
@@ -127,7 +128,8 @@ ONLY_IN = {
     "nbd": "blockstatus remote pool connection link handshake peek",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
-    "socket": "qmp http cli* connection handshake identity link sockets service hangup systemd tls"
+    "socket": "qmp http cli* connection handshake identity link sockets service hangup keepalive"
+    " systemd tls"
     " uri",
     "socketserver": "",
     "select": "qmp http cli* loop connection",
