@@ -4,7 +4,6 @@ qemu-nbd. It needs no privileges, and everything of it is in one folder."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,11 +34,10 @@ mon host = [v2:127.0.0.1:{port}]
 ms bind msgr1 = false
 public addr = 127.0.0.1
 cluster addr = 127.0.0.1
-keyring = {folder}/$name.keyring
+keyring = {folder}/ceph.$name.keyring
 log file = {folder}/$name.log
 run dir = {folder}
 admin socket =
-chdir =
 # One copy of each object, since there is one OSD to keep it.
 osd pool default size = 1
 osd pool default min size = 1
@@ -211,14 +209,15 @@ class Ceph:
         run("ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", name, *words)
 
     def _keyring(self, name: str) -> Path:
-        return self.folder / f"{name}.keyring"
+        return self.folder / f"ceph.{name}.keyring"
 
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
-        """A daemon in the foreground, so that it is ours to end."""
+        """A daemon in the foreground, so that it is ours to end. It works at the root, as it would
+        in the background: Debian 13's finds its RBD code from there."""
         with (self.folder / f"{command[0]}.output").open("ab") as output:
             return subprocess.Popen(
                 [*command, "-f", "--conf", str(self.configuration)],
-                env=dict(os.environ),
+                cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

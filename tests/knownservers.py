@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from images import MiB
-from processes import free_port, run
+from processes import free_port, has_ended, run
 from serverprocess import Server
 from servers import NbdkitTarget, Nbdmirror, QemuNbd, QsdTarget
 from waiting import START_S_MAX, STOP_S_MAX, wait_until
@@ -58,14 +58,6 @@ class NbdServer(Server):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
             wait_until(lambda: has_ended(pid), "nbd-server ends", STOP_S_MAX)
-
-
-def has_ended(pid: int) -> bool:
-    """Also if nobody has reaped it: that is the affair of process 1."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 Make = Callable[[Path, Path], Server]

@@ -6,18 +6,15 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, nbdmirror_environment
+from images import assert_identical
+from processes import ROOT
+from recipes import ran, script_of
 
 from nbdmirror.cli import build_parser
 from nbdmirror.errors import ConfigError
@@ -202,43 +199,9 @@ def names_in(file: str) -> set[str]:
 
 
 def test_the_tour_of_the_readme(folder: Path) -> None:
-    match = re.search(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
-    assert match
-    environ = nbdmirror_environment()
-    environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environ["PATH"]])
-    output = folder / "output"  # no pipe: what goes into the background would hold it
-    try:
-        with output.open("w") as file:
-            done = subprocess.run(
-                ["sh", "-eu", "-c", match[1]],
-                cwd=folder,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                timeout=40,
-                check=False,
-            )
-        text = output.read_text(errors="replace")  # nbdinfo without file(1) prints bytes
-        assert done.returncode == 0, text
+    with ran(script_of(ROOT / "README.md"), folder) as text:
         served = re.findall(r"^disk0 .*  (\S+)$", text, flags=re.MULTILINE)
         uri = f"nbd+unix:///?socket={folder}/target.sock"
         assert served == [f"{folder}/disk.img", uri]
         assert "the pivot held the guest for" in text
-    finally:
-        end_all(folder)
-    with (folder / "disk.img").open("rb") as disk, (folder / "target.img").open("rb") as target:
-        while block := disk.read(1 << 20):
-            assert block == target.read(1 << 20)
-
-
-def end_all(folder: Path) -> None:
-    """What the tour left running, if it failed."""
-    for pidfile in folder.glob("*.pid"):
-        pid = int(pidfile.read_text() or 0)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.kill(pid, number)
-            except (ProcessLookupError, PermissionError):
-                break
-            time.sleep(0.3)
+    assert_identical(folder / "disk.img", folder / "target.img")

@@ -5,6 +5,8 @@ keeps it until it can, and says nothing: it is neither dead nor does it fail."""
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +15,11 @@ import pytest
 from ceph import Ceph, RbdNbd, missing
 from fixtures import Identical, Start
 from guests import Guest
-from images import MiB, make_image, make_noise
+from images import MiB, assert_identical, make_image, make_noise
 from knownservers import RBD, Target
+from processes import ROOT
 from qmpclient import Qmp
+from recipes import ran, script_of
 from servers import Nbdmirror, QemuNbd
 from targettrial import try_target
 from waiting import wait_until
@@ -27,6 +31,8 @@ if lacking := missing():
 pytestmark = pytest.mark.timeout(120)
 
 SIZE = 8 * MiB
+RECIPE_SIZE = 1 << 30
+"""What docs/ceph.md gives its disk."""
 REQUESTS = 40
 FORCE_S_MAX = 3.0
 """Of a forced cancel, with a target that does not answer; it takes 0.3 s."""
@@ -107,6 +113,19 @@ def test_its_row(ceph: Ceph, folder: Path, start: Start) -> None:
         return RbdNbd(folder, ceph, "row")
 
     try_target(Target(RBD, make, file=""), folder, start)
+
+
+def test_the_recipe(ceph: Ceph, folder: Path) -> None:
+    """Commands of docs/ceph.md, as they stand there but for the places of files."""
+    script = script_of(ROOT / "docs" / "ceph.md")
+    for place, ours in {"/etc/ceph": ceph.folder, "/run/nbdmirror": folder, "/srv": folder}.items():
+        script = script.replace(place, str(ours))
+    disk = make_image(folder / "disk.img", SIZE)
+    os.truncate(disk, RECIPE_SIZE)
+    with ran(script, folder, CEPH_CONF=str(ceph.configuration)) as text:
+        served = re.findall(r"^disk0 .*  (\S+)$", text, flags=re.MULTILINE)
+        assert served == [f"nbd+unix:///?socket={folder}/guest1.sock"]
+        assert_identical(disk, f"nbd+unix:///?socket={folder}/disk.sock")
 
 
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
@@ -195,7 +214,8 @@ def test_a_full_pool_with_a_time_limit(
     """With `rados_osd_op_timeout` a request that waits becomes an error, which a flush reports. It
     stops the job. Once there is room, and the job is resumed, what the image lacks is copied."""
     qmp = server.qmp
-    qmp.start_mirror(rbd(rados_osd_op_timeout="3").uri(), on_target_error="stop")
+    target = rbd(rados_osd_op_timeout="3")
+    qmp.start_mirror(target.uri(), on_target_error="stop")
     qmp.wait_ready()
     ceph.fill()
     guest.wait_for_requests(REQUESTS)
@@ -209,6 +229,7 @@ def test_a_full_pool_with_a_time_limit(
     qmp.wait_completed()
     guest.wait_for_requests(REQUESTS)
     bring_home()
+    target.kill()  # after time-outs it may take ten seconds to end in order
 
 
 def is_over(qmp: Qmp) -> bool:
