@@ -8,9 +8,11 @@ import time
 from typing import Any
 
 from nbdmirror.cli_progress import Meter
-from nbdmirror.cli_words import limit, mode, remarks, size
+from nbdmirror.cli_words import duration, limit, mode, remarks, size
 
 WATCH_TERMINAL_S = 0.5
+LAG_TOLD_S = 1.0
+"""A mirror that follows lags behind by less."""
 ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 PIVOTED = "X_NBDMIRROR_PIVOTED"
 
@@ -65,6 +67,8 @@ def _job_text(job: dict[str, Any], meters: dict[str, Meter]) -> str:
     if job.get("target"):
         parts.append(f"to {job['target']}")
     parts += [part for part in (mode(job), limit(job)) if part]
+    if job.get("lag-s", 0) >= LAG_TOLD_S:
+        parts.append(f"the target is {duration(job['lag-s'])} behind")
     if job.get("pause-ms") is not None:
         parts.append(f"guest writes were held for {job['pause-ms']:.1f} ms")
     return ", ".join(parts)

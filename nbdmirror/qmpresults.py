@@ -157,6 +157,7 @@ _JOB_STATUS_INFO = Struct(
             zero_bytes_per_s=optional(INT),
             dirty_bytes_per_s=optional(INT),
             left_s=optional(NUMBER),
+            lag_s=optional(NUMBER),
             falling_behind=BOOL,
         ),
     },

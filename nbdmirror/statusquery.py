@@ -89,6 +89,8 @@ def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
         info["ending-for-s"] = round(course.ending_for_s, 3)
     if "last-error" in info:
         info["last-error"]["ago-s"] = round(course.error_ago_s, 3)
+    if (lag_s := course.lag_s) is not None:
+        info["lag-s"] = round(lag_s, 3)
     if (lost := course.lost) is not None:
         info["target-lost-for-s"] = round(now_s - lost.since_s, 3)
         if math.isfinite(lost.until_s):

@@ -34,6 +34,15 @@ def test_status(fake: Fake, run: Main) -> None:
     assert run("status")[1].startswith("disk0  1 GiB  read-write  /d")
 
 
+def test_a_lag_is_told_from_a_second_on() -> None:
+    def said(lag_s: float) -> str:
+        job = {"device": "j", "status": "ready", "lag-s": lag_s}
+        return cli_status.text({"disks": [{"name": "d", "jobs": [job]}]})
+
+    assert "behind" not in said(0.3)
+    assert "the target is 1:05 behind" in said(65)
+
+
 def test_status_tolerates_what_is_missing() -> None:
     assert cli_status.text({}) == "no disks"
     assert cli_status.text({"disks": [{}]}) == "?  read-write"

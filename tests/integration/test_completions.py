@@ -21,6 +21,8 @@ CASES = {
     "nbdmirror mirror --copy-mode ": {"background", "write-blocking"},
     "nbdmirror mirror --sync f": {"full"},
     "nbdmirror wait --co": {"--concluded"},
+    "nbdmirror copy-mode ": {"background", "write-blocking"},
+    "nbdmirror bitmap rem": {"remove"},
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fixtures import Identical, Start
 from images import MiB, make_image, make_noise
+from processes import run
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
@@ -198,6 +199,25 @@ def test_the_copy_mode(qmp: Qmp, disk: Path, target: QemuNbd, identical: Identic
     qmp.execute("block-job-change", id="vda", type="mirror", copy_mode="write-blocking")
     wait_until(lambda: job_of(qmp)["actively-synced"], "writes reach both sides")
     assert job_of(qmp)["copy-mode"] == "write-blocking"
+    qmp.execute("block-job-cancel", device="vda")
+    ended(qmp)
+    identical(disk, target.image)
+
+
+def test_how_far_the_target_is_behind(
+    qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd, identical: Identical
+) -> None:
+    begin(qmp, target, **SLOW)
+    assert "lag-s" not in job_of(qmp), "before READY the target is nothing yet"
+    qmp.execute("block-job-set-speed", device="vda", speed=0)
+    qmp.wait_ready("vda")
+    wait_until(lambda: job_of(qmp)["lag-s"] == 0, "nobody writes")
+    qmp.execute("job-pause", id="vda")
+    qmp.wait_status("standby", "vda")
+    run("qemu-io", "-f", "raw", "-c", "write -P 0x33 0 64k", server.uri("vda"))
+    wait_until(lambda: job_of(qmp)["lag-s"] > 0.5, "the write gets older")
+    qmp.execute("job-resume", id="vda")
+    wait_until(lambda: job_of(qmp)["lag-s"] == 0, "it is copied")
     qmp.execute("block-job-cancel", device="vda")
     ended(qmp)
     identical(disk, target.image)
