@@ -61,6 +61,8 @@ class Rates:
     zeroed: float
     dirtied: float
     left_s: float | None
+    has_zeroes: bool = False
+    """Some of the disk was, so that some of what is left may be, and then takes less."""
 
     def texts(self, *, is_following: bool) -> list[str]:
         """`is_following`: the job was ready, and goes on as long as it is let."""
@@ -69,7 +71,7 @@ class Rates:
             parts.append(f"zeroing {size(self.zeroed)}/s")
         parts.append(f"dirtied {size(self.dirtied)}/s")
         if self.left_s and not is_following:
-            at_most = " at most" if self.zeroed else ""
+            at_most = " at most" if self.has_zeroes else ""
             parts.append(f"{duration(self.left_s)} to go{at_most}")
         return parts
 
@@ -91,7 +93,8 @@ class Meter:
             if "copy-bytes-per-s" not in job:
                 return None
             copied, zeroed, dirtied = (job[f"{w}-bytes-per-s"] for w in ("copy", "zero", "dirty"))
-            return Rates(copied, zeroed, dirtied, job.get("left-s"))
+            has_zeroes = job.get("copied-bytes", 0) > job.get("written-bytes", 0)
+            return Rates(copied, zeroed, dirtied, job.get("left-s"), has_zeroes)
         if job.get("paused"):
             self._samples.clear()
             return None

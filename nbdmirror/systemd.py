@@ -41,7 +41,7 @@ class Status:
         self._lock = threading.Lock()  # a leaf: guards all below, and the order of what is sent
         self._next = events.next_number
         self._jobs: dict[str, str] = {}
-        self._pivoted: list[str] = []
+        self._pivoted: dict[str, None] = {}  # as an ordered set
 
     def start(self) -> None:
         """The server serves. What has happened since this was made is counted in."""
@@ -68,7 +68,7 @@ class Status:
         for event in self._events.pull(self._next):
             self._next = event.number + 1
             if event.name == "X_NBDMIRROR_PIVOTED":
-                self._pivoted.append(event.data["device"])
+                self._pivoted[event.data["device"]] = None
             elif event.name == "JOB_STATUS_CHANGE":
                 self._jobs[event.data["id"]] = event.data["status"]
                 if event.data["status"] == "null":
