@@ -178,9 +178,12 @@ class Chronicle:
             self._loop.call_later(LOOK_S, self._look)
 
     def target_lost(self, job: MirrorJob, patience_s: float) -> None:
-        """It is waited for."""
+        """It is waited for; if it was so already, from now on for so long."""
         course, now_s = self.courses[job], self._loop.clock()
-        course.lost = Lost(now_s, now_s + patience_s)
+        before, course.lost = course.lost, Lost(now_s, now_s + patience_s)
+        if before is not None:
+            course.lost = Lost(before.since_s, now_s + patience_s)
+            return
         data: dict[str, object] = {"device": job.disk.name, "id": job.id, "target": course.target}
         if math.isfinite(patience_s):
             data["wait-s"] = float(patience_s)
