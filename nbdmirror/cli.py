@@ -87,23 +87,26 @@ def absolute_uri(text: str, option: str = "") -> str:
 
 
 def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds < float("inf"):
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,9})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return seconds
+    return float(text)
 
 
-def _whole_seconds(text: str) -> int:
-    return int(_seconds(text))
+def _count(text: str) -> int:
+    """Python's int() takes spaces, underscores and other scripts' digits as well."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 def _migration_uri(text: str) -> str:
     kind, colon, where = text.partition(":")
     if not (re.fullmatch("[a-z]+", kind) and colon and where):
         raise argparse.ArgumentTypeError(f"{text!r} is not an address (example: tcp:HOST:4444)")
+    address = where.partition(",")[0]
+    port = address.rpartition(":")[2]
+    if kind == "tcp" and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r}: the port is no number from 1 to 65535")
     return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
 
 
@@ -174,10 +177,8 @@ def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     for command in (wait, complete, cancel, pause, resume, speed, *more):
         which = command.add_mutually_exclusive_group()
         disk = "the disk whose job is meant"
-        which.add_argument("--device", type=cli_parsers.name, metavar="NAME", help=disk)
-        which.add_argument(
-            "--job", type=cli_parsers.name, metavar="ID", help="the job (default: the only one)"
-        )
+        which.add_argument("--device", metavar="NAME", help=disk)
+        which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
 
 
 def _add_timeout(command: argparse.ArgumentParser) -> None:
@@ -189,7 +190,7 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add = mirror.add_argument
     add("target", metavar="TARGET_URI", help="NBD URI of the target, of the disk's size")
     device = "the disk to mirror (default: the only one)"
-    add("--device", type=cli_parsers.name, metavar="NAME", help=device)
+    add("--device", metavar="NAME", help=device)
     add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
     mode = "write-blocking: the guest's writes wait for the target (default: background)"
     add("--copy-mode", choices=cli_parsers.COPY_MODES, help=mode)
@@ -197,7 +198,7 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
     add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
     delay = "a lost target is waited for that long before it is an error"
-    add("--reconnect-delay", type=_whole_seconds, metavar="S", help=delay)
+    add("--reconnect-delay", type=_count, metavar="S", help=delay)
     for side in ("source", "target"):
         policy = f"what becomes of the job if the {side} fails (default: report, which ends it)"
         add(f"--on-{side}-error", choices=_POLICIES, help=policy)
@@ -208,12 +209,7 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--target-is-zero", action="store_true", help="the target reads as zeroes: trust me")
     larger = "the target may be larger than the disk; its end is left alone"
     add("--allow-larger-target", action="store_true", help=larger)
-    add(
-        "--job",
-        type=cli_parsers.name,
-        metavar="ID",
-        help="a name for the job (default: the disk's)",
-    )
+    add("--job", metavar="ID", help="a name for the job (default: the disk's)")
     add("--wait", choices=("ready", "completed"), help="completed: complete it when it is ready")
     _add_timeout(mirror)
 
@@ -230,7 +226,7 @@ def _add_handover(handover: argparse.ArgumentParser) -> None:
         help="where a QEMU waits for it, as QEMU's migrate takes it: tcp:HOST:PORT",
     )
     disk = "the guest's disk (default: the only one)"
-    add("--device", type=cli_parsers.name, metavar="NAME", help=disk)
+    add("--device", metavar="NAME", help=disk)
     text = "undo it if the guest could not be stopped for the pivot within S seconds"
     add("--timeout", type=_seconds, metavar="S", help=text)
 
@@ -243,17 +239,17 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="serve on a Unix socket")
     where.add_argument("--address", metavar="HOST", help="listen there (default: 127.0.0.1)")
-    add("--port", type=int, metavar="N", help="TCP port (default: 10809)")
+    add("--port", type=_count, metavar="N", help="TCP port (default: 10809)")
     add("--tls", choices=("off", "on", "require"), help="default: require if given keys, else off")
     add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
     add("--tls-psk", metavar="FILE", help="pre-shared keys")
     add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
     text = "give up guests on TCP without a sign of life for S seconds (default: 300; 0: never)"
-    add("--keepalive", type=_whole_seconds, metavar="S", help=text)
+    add("--keepalive", type=_count, metavar="S", help=text)
     add("--read-only", action="store_true", help="guests cannot write")
     threads = f"requests at once of one connection (default: {THREADS_DEFAULT}; with --cache none "
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
-    add("--threads", type=int, metavar="N", help=threads)
+    add("--threads", type=_count, metavar="N", help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
     add("--accept-old-side", action="store_true", help="serve a disk that was pivoted away from")
@@ -312,6 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "mirror" and args.timeout is not None and not args.wait:
         parser.error("--timeout means nothing without --wait")
+    for name, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            parser.error(f"{name.replace('_', '-')}: is empty")
     args.nbdkit_args = extra
     try:
         status = _run(args)

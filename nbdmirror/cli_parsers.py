@@ -12,12 +12,6 @@ BITMAP_ACTIONS = ("list", "add", "remove", "clear", "enable", "disable", "merge"
 Add = Callable[..., argparse.ArgumentParser]
 
 
-def name(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("an empty name")
-    return text
-
-
 def add_commands(add: Add, *, parse_size: Callable[[str], int]) -> list[argparse.ArgumentParser]:
     """Returns those that take --device or --job."""
     copy_mode = add("copy-mode", "change whether the guest's writes wait for the target")
@@ -43,7 +37,7 @@ def _add_bitmap(bitmap: argparse.ArgumentParser, parse_size: Callable[[str], int
     add("action", metavar="ACTION", choices=BITMAP_ACTIONS, help=", ".join(BITMAP_ACTIONS))
     names = "the bitmap; for merge, those that are added to it"
     add("names", metavar="NAME", nargs="*", help=names)
-    add("--device", type=name, metavar="NAME", help="the disk (default: the only one; list: all)")
+    add("--device", metavar="NAME", help="the disk (default: the only one; list: all)")
     add("--granularity", type=parse_size, metavar="SIZE", help="add: its unit (default: 64K)")
     add("--persistent", action="store_true", help="add: keep it over the server's end")
     add("--disabled", action="store_true", help="add: do not record yet")

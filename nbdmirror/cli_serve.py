@@ -27,6 +27,7 @@ from nbdmirror.cli import (
     default_qmp_paths,
 )
 from nbdmirror.errors import ConfigError
+from nbdmirror.identity import Same, same_place
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.uri import DEFAULT_PORT, is_uri, parse
 
@@ -292,7 +293,7 @@ def _check_places(args: argparse.Namespace) -> None:
     places = {"--qmp": qmp}
     if args.socket:
         places["--socket"] = os.path.abspath(args.socket)
-        if places["--socket"] == qmp:
+        if same_place(places["--socket"], qmp) is Same.YES:
             raise ConfigError(f"--socket and --qmp are the same path: {qmp}")
     for parameter, path in places.items():
         if not os.path.isdir(os.path.dirname(path)):

@@ -245,7 +245,7 @@ def examine(
     found = Found(replace(definition, identity=identity))  # it may have another path by now
     if before.size != identity.size:
         found.problem = f"the disk had {before.size} bytes, it has {identity.size}"
-    elif before.source == identity.source and before.is_one_file(identity) is False:
+    elif before.is_one_file(identity) is False:  # the same name alone
         found.problem = "another file is there now"
     else:
         _believe(folder, files, found)

@@ -22,6 +22,9 @@ def nbd_uri(options: dict[str, Any]) -> str:
     """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
     or a file of pre-shared keys, or a directory with nothing but that, as QEMU has it. Raises
     CommandError."""
+    for name in ("tls-creds", "x-nbdmirror-tls-username"):
+        if options.get(name) == "":
+            raise CommandError(f"Parameter '{name}' is empty")
     creds, user = options.get("tls-creds", ""), options.get("x-nbdmirror-tls-username", "")
     certificates = psk_file = ""
     if creds:

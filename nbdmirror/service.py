@@ -60,6 +60,7 @@ class Service:
         self.disks: dict[str, Disk] = {}
         self.log: logs.Log | None = None
         self._paths: dict[str, str] = {}
+        self._given: set[str] = set()
         self._qmp_path = ""
         self._is_direct = False
         self._is_read_only = False
@@ -80,6 +81,11 @@ class Service:
 
     def configure(self, key: str, value: str) -> None:
         """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
+        if not value:
+            raise ConfigError(f"{key}=: is empty")
+        if key in self._given and key != "file":
+            raise ConfigError(f"{key}={value}: is given twice")
+        self._given.add(key)
         if key == "file":
             self._add_disk(value)
         elif key == "qmp":

@@ -93,6 +93,7 @@ def claim_pidfile(path: str, parameter: str) -> None:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                     os.close(os.open(name, flags, 0o644, dir_fd=directory))
             file = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            is_pidfile = stat.S_ISREG(file.st_mode) and _has_a_number(name, directory)
     except FileNotFoundError:
         if os.path.isdir(os.path.dirname(path)):
             return  # nbdkit makes it
@@ -106,6 +107,17 @@ def claim_pidfile(path: str, parameter: str) -> None:
             f"{parameter}: {path}: is a file of user {_name_of(file.st_uid)}, or has another name; "
             f"it was left alone"
         )
+    if not is_pidfile:
+        raise ConfigError(f"{parameter}: {path}: has no process number in it; it was left alone")
+
+
+def _has_a_number(name: str, directory: int) -> bool:
+    """Whether it is a pid file, or empty: it might be somebody's disk."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return not os.read(fd, 64).strip(b"0123456789\n ")
+    finally:
+        os.close(fd)
 
 
 def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:

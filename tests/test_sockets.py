@@ -208,6 +208,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, shared: Path) -> Path:
     return tmp_path if request.param == "own" else shared
 
 
+@pytest.mark.parametrize("content", [b"\0" * 4096, b"QFI\xfb", b"12 of my files"])
+def test_a_pidfile_that_may_be_somebodys_disk(place: Path, content: bytes) -> None:
+    path = place / "disk.img"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="no process number in it; it was left alone"):
+        sockets.claim_pidfile(str(path), "--pidfile")
+    assert path.read_bytes() == content
+    path.write_text(" 4711\n")
+    sockets.claim_pidfile(str(path), "--pidfile")
+
+
 def test_a_pidfile_that_is_there_or_not(place: Path) -> None:
     assert not claim(place / "pid")
     (place / "pid").write_text("123\n")

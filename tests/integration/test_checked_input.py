@@ -50,6 +50,8 @@ def test_over_qmp_a_relative_path_is_refused(start: Start, folder: Path) -> None
     inet = {"type": "inet", "host": "127.0.0.1", "port": "1"}
     text = refusal("blockdev-add", server=inet, tls_creds="keys", **node)
     assert "expects an absolute path, not 'keys'" in text
+    text = refusal("blockdev-add", server=inet, tls_creds="", **node)
+    assert "'tls-creds' is empty" in text, "or else it would be plain text"
     mirror = {"device": "disk0", "sync": "full", "mode": "existing"}
     for target in ("nbd+unix:///?socket=t", "nbd:unix:t", "nbds://h/?tls-psk-file=k"):
         assert "absolute path" in refusal("drive-mirror", target=target, **mirror)

@@ -218,3 +218,17 @@ def test_no_server_there(folder: Path) -> None:
     for command in ("status", "complete", "cancel", "pause", "resume", "events"):
         done = nbdmirror(command, "--qmp", folder / "nope")
         one_line(done, str(folder / "nope"), status=3)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        (["state-dir="], "state-dir=: is empty"),
+        (["qmp=/a", "qmp=/b"], "qmp=/b: is given twice"),
+        (["mirror-to=nbd://h:99999/"], "from 1 to 65535"),
+        (["file=nbd+unix:///?sokcet=s"], "'sokcet' is unknown"),
+        ([f"file={'n' * 201}=/x"], "the name is too long"),
+    ],
+)
+def test_what_the_plugin_refuses(disk: Path, parameters: list[str], words: str) -> None:
+    one_line(bare(disk.parent, f"file={disk}", *parameters), words)

@@ -130,14 +130,19 @@ def test_a_disk_that_somebody_else_has_written_to(
     identical(disk, target.image)
 
 
+@pytest.mark.parametrize("by_link", [False, True], ids=["same name", "by a link"])
 def test_a_disk_that_was_replaced(
-    identical: Identical, server: Kept, target: QemuNbd, disk: Path
+    identical: Identical, server: Kept, target: QemuNbd, disk: Path, by_link: bool
 ) -> None:
     begin(server, target).wait_ready()
     settle(server)
     server.stop()
     disk.unlink()
     make_image(disk, SIZE, seed=5)
+    if by_link:
+        link = disk.with_name("link.img")
+        link.symlink_to(disk)
+        server.disks = [f"vda={link}"]
     server.allowed.append(TOLD)
     server.restart()
     assert "another file is there now" in server.stderr

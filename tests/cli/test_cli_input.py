@@ -1,0 +1,88 @@
+"""What would mean nothing, or something else than was meant, is refused by the command line before
+it connects, in one line."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from cliparts import Main, one_line
+
+from nbdmirror import cli
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1.5",
+        "1.3K",
+        "10MB",
+        "1B",
+        "5iB",
+        "K",
+        "-1",
+        "+1",
+        "1e3",
+        "1,5G",
+        " 1",
+        "1 M",
+        "٣",
+        "0x10",
+    ],
+)
+def test_sizes_that_may_mean_something_else(run: Main, text: str) -> None:
+    for arguments in (("set-speed", "--", text), ("mirror", "nbd://h", f"--speed={text}")):
+        status, _, err = run(*arguments)
+        assert status == cli.USAGE
+        one_line(err)
+
+
+def test_a_rate_that_nobody_means_gets_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, words in (("100", "100 means 100 bytes per second"), ("64K", ""), ("0", "")):
+        assert cli.build_parser().parse_args(["set-speed", text]).rate == cli.parse_size(text)
+        assert words in (err := capsys.readouterr().err)
+        assert bool(err) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("mirror", "nbd://h", "--timeout", "5"), "--timeout means nothing without --wait"),
+        (("mirror", "nbd://h", "--device", ""), "device: is empty"),
+        (("mirror", "nbd://h", "--job", ""), "job: is empty"),
+        (("cancel", "--device", ""), "device: is empty"),
+        (("wait", "--ready", "--job", ""), "job: is empty"),
+        (("handover", "nbd://h", "--qemu", "q", "--to", "unix:"), "is not an address"),
+        (("handover", "nbd://h", "--qemu", "q", "--to", "tcp:h:99999"), "from 1 to 65535"),
+        (("handover", "nbd://h", "--qemu", "", "--to", "tcp:h:1"), "qemu: is empty"),
+        (("serve", "a.img", "--socket", ""), "socket: is empty"),
+        (("serve", "a.img", "--tls-certificates", ""), "tls-certificates: is empty"),
+        (("serve", "a.img", "--state-dir="), "state-dir: is empty"),
+        (("serve", "a.img", ""), "disks: is empty"),
+        (("serve", "a.img", "--port", "1_0"), "is not a whole number"),
+        (("serve", "a.img", "--threads", " 4"), "is not a whole number"),
+        (("status", "--qmp", ""), "qmp: is empty"),
+        (("mirror", ""), "target: is empty"),
+        (("mirror", "nbd://h", "--reconnect-delay", "1.5"), "is not a whole number"),
+        (("wait", "--ready", "--timeout", "1_0"), "is not a number of seconds"),
+    ],
+)
+def test_what_would_mean_nothing(run: Main, arguments: tuple[str, ...], words: str) -> None:
+    status, _, err = run(*arguments)
+    assert (status, words in one_line(err)) == (cli.USAGE, True)
+
+
+@pytest.mark.parametrize("target", ["t.img", "nbd://h:99999/", "nbd+unix:///?sokcet=/s"])
+def test_a_target_is_looked_at_before_anything_else(run: Main, target: str) -> None:
+    for arguments in (("mirror", target), ("handover", target, "--qemu", "q", "--to", "tcp:h:1")):
+        status, _, err = run(*arguments)
+        assert (status, target in one_line(err)) == (cli.FAILED, True)
+
+
+def test_where_a_guest_goes_is_named_from_here() -> None:
+    parse = cli.build_parser().parse_args
+    for text, to in (("unix:s", f"unix:{os.getcwd()}/s"), ("tcp:h:1", "tcp:h:1")):
+        assert parse(["handover", "nbd://h", "--qemu", "q", "--to", text]).to == to
