@@ -178,7 +178,9 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
 async def _pause(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     watch = Watch(session, job, PlainDisplay(time.monotonic))
-    await session.execute("job-pause", id=job)
+    before = await watch.look() or {}
+    if cli_words.state(before) != "pausing":  # else it is only to be waited for
+        await session.execute("job-pause", id=job)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PAUSE_S_MAX):
             while (state := await watch.look()) and not _is_paused(state):

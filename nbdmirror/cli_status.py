@@ -66,7 +66,8 @@ def _job_text(job: dict[str, Any], meters: dict[str, Meter]) -> str:
     parts = [f"job {meter.update(job)}"]
     if job.get("target"):
         parts.append(f"to {job['target']}")
-    parts += [part for part in (mode(job), limit(job)) if part]
+    sync = f"sync {job['sync']}" if job.get("sync", "full") != "full" else ""
+    parts += [part for part in (sync, mode(job), limit(job)) if part]
     if job.get("lag-s", 0) >= LAG_TOLD_S:
         parts.append(f"the target is {duration(job['lag-s'])} behind")
     if job.get("pause-ms") is not None:

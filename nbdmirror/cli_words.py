@@ -28,7 +28,7 @@ _REFUSALS = (
     ),
     (
         r"Job '(.*)' in state '(.*)' cannot accept command verb '(.*)'",
-        r"job \1 is \2, and does not \3 then; see: nbdmirror status",
+        r"job \1 is \2, and does not take '\3' now; see: nbdmirror status",
     ),
     (
         r"Job ID '(.*)' already in use",

@@ -131,6 +131,7 @@ class Job(ABC):
         check_verb(self.id, self.status, "set-speed")
         if speed_bytes_per_s < 0:
             raise CommandError("Parameter 'speed' expects a non-negative value")
+        log.info("job %s: speed limit %d bytes per second", self.id, speed_bytes_per_s)
         self.limit_speed(speed_bytes_per_s)
 
     def finalize(self) -> None:

@@ -8,7 +8,7 @@ begins with `x-nbdmirror-` or `X_NBDMIRROR_`.
 from __future__ import annotations
 
 from nbdmirror.jobstate import JobStatus
-from nbdmirror.qmpschema import COPY_MODE, DETECT_ZEROES, JOB_TYPE, SYNC
+from nbdmirror.qmpschema import COPY_MODE, DETECT_ZEROES, JOB_TYPE, ON_ERROR, SYNC
 from nbdmirror.schema import (
     BOOL,
     INT,
@@ -134,6 +134,7 @@ _JOB_STATUS_INFO = Struct(
         **_BLOCK_JOB_INFO_MEMBERS,
         **_MIRROR_INFO.members,
         **named(target=STR, sync=SYNC, copy_mode=COPY_MODE, granularity=INT),
+        **named(on_source_error=ON_ERROR, on_target_error=ON_ERROR, reconnect_delay_s=NUMBER),
         **named(dirty_bytes=INT, in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
         **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
         **named(
@@ -181,6 +182,7 @@ _DISK_STATUS = struct(
     size=INT,
     read_only=BOOL,
     connected=BOOL,
+    lasting=BOOL,
     problem=optional(STR),
     bitmaps=Array(_DIRTY_INFO),
     jobs=Array(_JOB_STATUS_INFO),

@@ -40,6 +40,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         "size": disk.size,
         "read-only": disk.read_only,
         "connected": _is_connected(disk.source),
+        "lasting": server.kept[disk].is_lasting,
         "bitmaps": named_bitmaps(server, disk),
     }
     if problem := server.files.changes.get(disk.name):
@@ -61,6 +62,9 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["target"] = job.target.description
     info["sync"] = job.options.sync
     info["copy-mode"] = str(job.copy_mode)
+    info["on-source-error"] = str(job.options.on_source_error)
+    info["on-target-error"] = str(job.options.on_target_error)
+    info["reconnect-delay-s"] = float(job.options.reconnect_delay_s)
     info["granularity"] = job.tracker.granularity
     info["dirty-bytes"] = 0 if job.is_over else job.tracker.dirty.dirty_bytes
     info["in-flight-bytes"] = job.tracker.in_flight_bytes

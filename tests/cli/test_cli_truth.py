@@ -15,6 +15,7 @@ from cliparts import WAIT_S_MAX, Main, one_line
 from fakes import URI, Fake
 
 from nbdmirror import cli, cli_control
+from nbdmirror.errors import CommandError
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,22 @@ def test_a_pause_that_takes_its_time(fake: Fake, run: Main) -> None:
     status, out, err = run("pause")
     assert (status, out) == (cli.TIMED_OUT, "")
     assert "not yet: job j: pausing" in one_line(err)
+
+
+def test_a_second_pause_waits_for_the_first(fake: Fake, run: Main) -> None:
+    """To the server it is paused already, as soon as it is to be."""
+    fake.plan["stuck"] = True
+    fake.add_job("j", paused=True)
+    assert run("pause")[0] == cli.TIMED_OUT
+    fake.jobs["j"]["status"] = "paused"
+    fake.calls.clear()
+
+    def refuse(arguments: dict[str, Any]) -> Any:
+        raise CommandError("Job is already paused")
+
+    fake.do_job_pause = refuse  # type: ignore[method-assign]
+    status, _, err = run("pause")
+    assert (status, "paused already" in one_line(err)) == (cli.FAILED, True)
 
 
 def test_a_pause_that_the_job_does_not_live_to_see(fake: Fake, run: Main) -> None:
