@@ -2,6 +2,7 @@
 
     Error                       has an errno (for guests) and a QMP error class (for tools)
     ├── ConfigError             a parameter is wrong: names it; nothing was started
+    │   └── Unreachable         an NBD server does not answer, or not yet
     ├── CommandError            a QMP command cannot be done: nothing was changed
     │   ├── CommandNotFound     no such command (QMP class CommandNotFound)
     │   ├── DeviceNotActive     no such block job (QMP class DeviceNotActive)
@@ -29,6 +30,10 @@ class ConfigError(Error):
     """A parameter is missing, misspelt or has a bad value. Nothing has been started."""
 
     errno = _errno.EINVAL
+
+
+class Unreachable(ConfigError):
+    """No connection to an NBD server could be had: another attempt may succeed."""
 
 
 class CommandError(Error):

@@ -15,7 +15,7 @@ from typing import Any
 import nbd
 
 from nbdmirror import tls
-from nbdmirror.errors import ConfigError
+from nbdmirror.errors import ConfigError, Unreachable
 from nbdmirror.peek import Peek
 from nbdmirror.uri import parse
 
@@ -144,11 +144,11 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
         while not handle.aio_is_ready():
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or peek.is_gone:
-                raise ConfigError(f"{uri}: no answer from the NBD server within {timeout_s:g} s")
+                raise Unreachable(f"{uri}: no answer from the NBD server within {timeout_s:g} s")
             handle.poll(int(left_s * 1000) + 1)
     except nbd.Error as error:
         why = tls.explain(keys, reason(error))
-        raise ConfigError(f"Failed to connect to '{uri}': {why}") from error
+        raise Unreachable(f"Failed to connect to '{uri}': {why}") from error
     _watch_peer(handle)
     return handle
 

@@ -39,10 +39,10 @@ def with_priority(text: str, level: int) -> str:
     return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
 
 
-def complain(text: str) -> None:
-    """One line on stderr, where there is no log yet: the server does not start."""
+def complain(text: str, level: int = logging.ERROR) -> None:
+    """One line on stderr, where there is no log yet: why the server does not start, or waits."""
     text = f"nbdmirror: {text}"
-    line = with_priority(text, logging.ERROR) if goes_to_journal() else text
+    line = with_priority(text, level) if goes_to_journal() else text
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 

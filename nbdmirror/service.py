@@ -27,6 +27,7 @@ from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
 from nbdmirror.hangup import Guests
 from nbdmirror.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
+from nbdmirror.latecomers import OPEN_TIMEOUT_S_MAX, Opening
 from nbdmirror.loop import Loop
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.qmp import QmpServer
@@ -74,6 +75,7 @@ class Service:
         self._qmp: QmpServer | None = None
         self._pid = os.getpid()
         self._signals = Signals()
+        self._open_timeout_s = 0
         self._keepalive_s = KEEPALIVE_S
         self._is_keepalive_said = False
         self._stopping = threading.Lock()
@@ -101,15 +103,16 @@ class Service:
         elif key == "accept-old-side":
             self._accepts_old_side = _boolean(key, value)
         elif key == "keepalive":
-            if not value.isdecimal() or int(value) > KEEPALIVE_S_MAX:
-                raise ConfigError(f"{key}={value}: expected seconds, 0 to {KEEPALIVE_S_MAX}")
-            self._keepalive_s, self._is_keepalive_said = int(value), True
+            self._keepalive_s = _seconds(key, value, KEEPALIVE_S_MAX)
+            self._is_keepalive_said = True
+        elif key == "open-timeout":
+            self._open_timeout_s = _seconds(key, value, OPEN_TIMEOUT_S_MAX)
         elif key == "mirror-to":
             self._mirror_to = _absolute(key, value)
         else:
             raise ConfigError(
                 f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
-                f"state-dir, accept-old-side or keepalive"
+                f"state-dir, accept-old-side, keepalive or open-timeout"
             )
 
     def check(self) -> None:
@@ -128,8 +131,9 @@ class Service:
         state = None
         if self._state_path:
             state = StateDirectory(self._state_path, accepts_old_side=self._accepts_old_side)
+        opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
-            source = self._open_disk(path)
+            source = self._open_disk(path, opening)
             self._check_other_disks(path, source)
             if not source.size:
                 logs.complain(f"warning: {path}: has 0 bytes; guests get an empty disk")
@@ -248,10 +252,10 @@ class Service:
             raise ConfigError(f"file={value[:40]}...: the name is too long: {DISK_RULE}")
         self._paths[name] = _absolute("file", path) if is_uri(path) else os.path.abspath(path)
 
-    def _open_disk(self, path: str) -> BlockDevice:
+    def _open_disk(self, path: str, opening: Opening) -> BlockDevice:
         if not is_uri(path):
             return FileDevice.open(path, read_only=self._is_read_only, direct=self._is_direct)
-        device = RemoteDevice.open(path)
+        device = opening.open(path)
         if device.read_only and not self._is_read_only:
             raise ConfigError(f"file={path}: the export is read-only; use read-only=true")
         device.read_only = self._is_read_only
@@ -295,6 +299,12 @@ def _absolute(key: str, uri: str) -> str:
         return absolute(uri)
     except ConfigError as error:
         raise ConfigError(f"{key}={error}") from error
+
+
+def _seconds(key: str, value: str, most: int) -> int:
+    if not (value.isascii() and value.isdigit() and int(value) <= most):
+        raise ConfigError(f"{key}={value}: expected a whole number of seconds, {most} at most")
+    return int(value)
 
 
 def _boolean(key: str, value: str) -> bool:

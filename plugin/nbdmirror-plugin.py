@@ -6,6 +6,7 @@
     read-only=true     open the disks for reading only
     mirror-to=URI      start mirroring the first disk at once
     state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
+    open-timeout=SECONDS   try so long to connect to disks' NBD servers (default: once)
     keepalive=SECONDS  give up guests on TCP without a sign of life for so long (default: 300)
     accept-old-side=true   serve a disk that was pivoted away from
 

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "threadstate": "",
     "hangup": "",
     "keepalive": "hangup",
+    "latecomers": "errors logs remote systemd",
     "signals": "",
     "startup": "",
     "quiet": "",
@@ -118,8 +119,9 @@ MAY_IMPORT = {
     "cli*": "__init__ cli* errors identity logs names sockets startup tls uri",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
-    "service": "__init__ aligned commands device disk errors events file hangup keepalive loop logs"
-    " names qmp remote server signals sockets startup statedir store systemd uri",
+    "service": "__init__ aligned commands device disk errors events file hangup keepalive"
+    " latecomers loop logs names qmp remote server signals sockets startup statedir store"
+    " systemd uri",
     "plugin/*": ANYTHING,
 }
 

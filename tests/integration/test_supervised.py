@@ -9,13 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from clients import connected
 from fixtures import Start
+from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
+from kept import Kept
 from processes import run
 from servers import Nbdmirror, QemuNbd
 from waiting import WAIT_S_MAX, wait_until
@@ -165,6 +168,14 @@ class Supervisor:
         while not wanted.items() <= self.next().items():
             pass
 
+    def drain(self) -> None:
+        """Forget what has been said."""
+        self.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.next()
+        self.socket.settimeout(WAIT_S_MAX)
+
     def __enter__(self) -> Supervisor:
         return self
 
@@ -215,6 +226,36 @@ def test_the_status_follows_jobs_and_pivots(disk: Path, start: Start) -> None:
         assert_identical(disk, target.image)
         server.qmp.execute("quit")
         supervisor.wait_for(STOPPING="1")
+
+
+def test_a_server_that_was_killed_is_back_with_its_mirror(folder: Path, start: Start) -> None:
+    """As the unit has it: started again by the same command, over what the killed one has left.
+    What that takes is printed; the unit waits for half a second more."""
+    disk = make_image(folder / "disk.img", 4 * MiB)
+    target = start(QemuNbd(folder, make_noise(folder / "target.img", 4 * MiB)))
+
+    class Service(Kept):
+        def environment(self) -> dict[str, str]:
+            return {**super().environment(), "NOTIFY_SOCKET": str(folder / "notify")}
+
+    with Supervisor(folder) as supervisor:
+        server = start(Service(folder, disk))
+        server.qmp.start_mirror(target.uri(), device="vda")
+        server.qmp.wait_ready()
+        with Guest(server.uri(), disk) as guest:
+            guest.wait_for_requests(50)
+        for _ in range(2):  # however often
+            server.kill()
+            supervisor.drain()
+            killed_s = time.monotonic()
+            server.spawn()
+            supervisor.wait_for(READY="1")
+            sys.stdout.write(f"back after {time.monotonic() - killed_s:.2f} s\n")
+            with Guest(server.uri(), guest.model, seed=2) as guest:  # at once
+                guest.wait_for_requests(50)
+            wait_until(lambda: server.qmp.job()["ready"], "the mirror went on")
+        server.qmp.complete()
+        assert_identical(guest.model, target.uri())
 
 
 def test_a_service_that_cannot_start_does_not_say_that_it_serves(folder: Path) -> None:

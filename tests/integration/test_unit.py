@@ -71,6 +71,90 @@ def test_systemd_finds_no_fault_with_the_drop_in_of_the_docs(tmp_path: Path) -> 
     assert "maybe" in run("systemd-analyze", "verify", "--man=no", unit, check=False).stderr
 
 
+# The order of a host's start, which at its end is the other way round. A file system on a disk of
+# ours, by the kernel's client; one that our images are on; and libvirt with a guest.
+AROUND = {
+    "nbdclient.service": """[Unit]
+Wants=nbdmirror@vm1.service
+After=nbdmirror@vm1.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+""",
+    "mnt.mount": """[Unit]
+Requires=nbdclient.service
+After=nbdclient.service remote-fs-pre.target network-online.target
+Before=remote-fs.target
+[Mount]
+What=/dev/nbd0
+Where=/mnt
+Options=_netdev
+""",
+    "images.mount": """[Unit]
+After=remote-fs-pre.target network-online.target
+Before=remote-fs.target
+[Mount]
+What=storage:/images
+Where=/images
+Type=nfs
+""",
+    "remote-fs.target": """[Unit]
+Wants=mnt.mount images.mount
+After=remote-fs-pre.target
+""",
+    "libvirtd.service": """[Unit]
+After=remote-fs.target network.target
+Before=libvirt-guests.service
+[Service]
+ExecStart=/bin/true
+""",
+    "libvirt-guests.service": """[Unit]
+Wants=libvirtd.service
+After=network.target libvirtd.service virt-guest-shutdown.target
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+""",
+    "virt-guest-shutdown.target": "[Unit]\nDescription=guests have been shut down\n",
+    "nbdmirror@vm1.service.d/images.conf": "[Unit]\nRequiresMountsFor=/images\n",
+}
+
+
+def circles(folder: Path, unit: str, drop_in: str = "") -> str:
+    """What systemd says of circles in the order of `unit` and all around it."""
+    folder.mkdir()
+    text = re.sub("^ExecStart(Post)?=.*", "ExecStart\\1=/bin/true", unit, flags=re.MULTILINE)
+    files = {**AROUND, "nbdmirror@.service": text}
+    if drop_in:
+        files["nbdmirror@vm1.service.d/more.conf"] = drop_in
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    units = [name for name in files if "/" not in name and "@." not in name]
+    done = run(
+        *("env", f"SYSTEMD_UNIT_PATH={folder}:", "systemd-analyze", "verify", "--man=no"),
+        *(*units, "nbdmirror@vm1.service", "multi-user.target"),
+        check=False,
+    )
+    return "\n".join(line for line in done.stderr.splitlines() if "cycle" in line)
+
+
+def test_mounts_guests_and_disks_start_and_end_in_an_order(tmp_path: Path) -> None:
+    unit = UNIT.read_text()
+    assert circles(tmp_path / "units", unit) == ""
+    # It would have found one.
+    assert "cycle" in circles(tmp_path / "circle", unit, "[Unit]\nAfter=remote-fs.target\n")
+
+
+def test_guests_start_after_their_disks_and_end_before_them() -> None:
+    before = " ".join(settings(UNIT.read_text())["Before"]).split()
+    guests = ["libvirtd.service", "virtqemud.service"]  # whichever the system has
+    ends = ["libvirt-guests.service", "virt-guest-shutdown.target", "remote-fs.target"]
+    assert sorted(before) == sorted([*guests, *ends])
+
+
 def test_little_is_exposed() -> None:
     threshold = f"--threshold={round(EXPOSURE_MAX * 10)}"
     done = run("systemd-analyze", "security", "--offline=true", threshold, "--no-pager", UNIT)
