@@ -244,10 +244,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
     add("--tls-psk", metavar="FILE", help="pre-shared keys")
     add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
-    text = (
-        "repeat attempts to connect to a disk's NBD server for S seconds (default: 0, one attempt)"
-    )
-    add("--open-timeout", type=_whole_seconds, metavar="S", help=text)
+    text = "repeat attempts to connect to disks' NBD servers for S seconds (default: 0)"
+    add("--open-timeout", type=_count, metavar="S", help=text)
     text = "give up guests on TCP without a sign of life for S seconds (default: 300; 0: never)"
     add("--keepalive", type=_count, metavar="S", help=text)
     add("--read-only", action="store_true", help="guests cannot write")
