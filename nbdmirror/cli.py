@@ -298,6 +298,18 @@ def _open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
 
 
+def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """An empty value is an unset variable of a shell, mostly. The rest nbdkit cannot hand on to its
+    Python, or a line of the log would be two."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if text == "":
+                parser.error(f"{name.replace('_', '-')}: is empty")
+            if isinstance(text, str) and re.search("[\0-\x1f\x7f\ud800-\udfff]", text):
+                what = "has control characters, or is not UTF-8"
+                parser.error(f"{name.replace('_', '-')}: {text!r} {what}; a link can name the file")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
     _open_standard_streams()
@@ -310,9 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "mirror" and args.timeout is not None and not args.wait:
         parser.error("--timeout means nothing without --wait")
-    for name, value in vars(args).items():
-        if value == "" or (isinstance(value, list) and "" in value):
-            parser.error(f"{name.replace('_', '-')}: is empty")
+    _check_texts(parser, args)
     args.nbdkit_args = extra
     try:
         status = _run(args)

@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ SERVER_ID = uuid.uuid4().hex
 
 _UCRED = struct.Struct("iII")  # unix(7): struct ucred
 _MAPPED = "::ffff:"
+_LISTENS = "0A"  # proc(5): /proc/net/tcp
 _INIT = 1
 """A socket that the process 1 listens on may be any server's: systemd hands it on."""
 
@@ -130,6 +132,9 @@ class Peer:
     export: str
     label: str = ""
     """Of a server of ours; others' descriptions are their users' and tell nothing."""
+    listener: int = 0
+    """The inode of the listening TCP socket, of a server on this host: it may have several
+    addresses. 0 if it is not known."""
 
     @classmethod
     def of(cls, connected: socket.socket, uri: str, *, export: str, label: str) -> Peer:
@@ -137,8 +142,11 @@ class Peer:
         label = label if label.startswith(f"{LABEL} ") else ""
         name = connected.getpeername()
         if connected.family != socket.AF_UNIX:
-            host, *rest = name if isinstance(name, tuple) else (name,)
-            return cls((_plain_host(str(host)), *rest[:1]), 0, export, label)
+            host, port, *_ = name
+            address = _plain_host(str(host)), port
+            is_local = _plain_host(str(connected.getsockname()[0])) == address[0]
+            listener = _listener(*address) if is_local or address[0].startswith("127.") else 0
+            return cls(address, 0, export, label, listener)
         said = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         process, *_ = _UCRED.unpack(said)
         server: tuple[object, ...] = (name, process)
@@ -155,8 +163,38 @@ class Peer:
         """The same export."""
         if self.label and other.label:
             return Same.YES if self.label == other.label else Same.NO
-        if self.server == other.server:
+        is_one_listener = bool(self.listener) and self.listener == other.listener
+        if self.server == other.server or is_one_listener:
             return Same.YES if self.export == other.export else Same.UNKNOWN
         if self.process and other.process and self.process != other.process:
             return Same.NO
         return Same.UNKNOWN
+
+
+def _listener(host: str, port: int) -> int:
+    """The inode of the socket on this host that takes connections to `host`; 0 if that is not
+    known, or several do."""
+    wildcards = ("::",) if ":" in host else ("0.0.0.0", "::")
+    exact, any_address = set(), set()
+    for file in ("tcp", "tcp6"):
+        with suppress(OSError), open(f"/proc/net/{file}", encoding="ascii") as table:
+            for row in list(table)[1:]:
+                _, local, _, state, *rest = row.split()
+                address, _, number = local.partition(":")
+                if state != _LISTENS or int(number, 16) != port:
+                    continue
+                address = _address_of(address)
+                if address == host:
+                    exact.add(int(rest[5]))
+                elif address in wildcards:
+                    any_address.add(int(rest[5]))
+    found = exact or any_address
+    return found.pop() if len(found) == 1 else 0
+
+
+def _address_of(words: str) -> str:
+    """From the kernel's table: 32-bit words in the machine's order."""
+    parts = (words[start : start + 8] for start in range(0, len(words), 8))
+    packed = b"".join(int(part, 16).to_bytes(4, sys.byteorder) for part in parts)
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    return _plain_host(socket.inet_ntop(family, packed))

@@ -14,7 +14,8 @@ from fixtures import Start
 from images import MiB, make_image
 from kept import refusal
 from mounts import loop_device
-from servers import Nbdmirror, QemuNbd
+from processes import free_port
+from servers import NbdkitTarget, Nbdmirror, QemuNbd
 
 from nbdmirror import linux
 from nbdmirror.errors import ConfigError
@@ -143,6 +144,32 @@ def test_exports_of_real_servers(start: Start, folder: Path) -> None:
         assert device.is_same_export(same[0]) and same[0].is_same_export(device)
         assert not device.is_same_export(different) and not device.is_own_export()
     for device in devices:
+        device.close()
+
+
+class OnTcp(NbdkitTarget):
+    """Listening on all addresses of this host."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        self.port = free_port()
+        super().__init__(folder, "file", str(image))
+
+    def argv(self) -> list[str]:
+        return [*super().argv()[:2], "-i", "0.0.0.0", "-p", str(self.port), *super().argv()[4:]]
+
+    def uri(self, export: str = "", host: str = "127.0.0.1") -> str:
+        return f"nbd://{host}:{self.port}/{export}"
+
+
+def test_a_server_with_several_addresses(start: Start, folder: Path) -> None:
+    one, other = (start(OnTcp(folder, make_image(folder / name, MiB))) for name in "ab")
+    hosts = ("127.0.0.1", "127.0.0.2", "[::ffff:127.0.0.1]", "127.1")
+    devices = [RemoteDevice.open(one.uri(host=host)) for host in hosts]
+    different = RemoteDevice.open(other.uri())
+    for device in devices:
+        assert device.is_same_export(devices[0])
+        assert not device.is_same_export(different)
+    for device in (*devices, different):
         device.close()
 
 
