@@ -229,7 +229,7 @@ class Connection:
     def finished(self, request: Request) -> None:
         """A request tells its end; its `done` is called later, outside of libnbd."""
         self._requests.discard(request)
-        if request.done is not None:
+        if request.done is not None and request.done is not _nobody:
             self._reaped.append(request)
 
     def error(self, code: int, reason: str = "") -> DeviceError:
@@ -250,11 +250,15 @@ class Connection:
             loop.attach(self)
 
     def detach(self) -> None:
-        """Leave driving to the threads that wait; on the loop's thread, nothing with `done` in
-        flight."""
+        """Leave driving to the threads that wait; on the loop's thread, or when that has ended.
+        Nobody hears any more of requests with a `done` that are in flight."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.detach(self)
+        for request in [request for request in tuple(self._requests) if request.done is not None]:
+            request.done = _nobody
+            self._requests.discard(request)
+        self._reaped.clear()
         self.is_lost = self.is_lost or self._is_killed
         self._appoint_leader()
 
@@ -366,6 +370,10 @@ class Connection:
                 continue  # changed under the iterator: look again
             request.wake()
             return
+
+
+def _nobody(error: BaseException | None) -> None:
+    """The `done` of a request that is not waited for any more. Its buffer is its own until then."""
 
 
 def _widen(own: socket.socket) -> None:

@@ -8,6 +8,7 @@ left. On the event loop's thread.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk, SynchronousWrites
@@ -28,27 +29,40 @@ class CopyModeSwitch:
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._disk = disk
-        self._tracker = tracker
-        self._writes = SynchronousWrites(
-            tracker=tracker, target=target, whole_granules=whole_granules, on_error=on_error
+        self._new_writes = partial(
+            SynchronousWrites,
+            tracker=tracker,
+            target=target,
+            whole_granules=whole_granules,
+            on_error=on_error,
         )
+        self._writes = self._new_writes()
+        self._is_given_up = False
         self._leaving: frozenset[int] = frozenset()
         self._is_actively_synced = False
 
     def turn(self, *, synchronous: bool) -> None:
         if synchronous != (self._disk.synchronous is not None):
+            if synchronous and self._is_given_up:
+                self._writes, self._is_given_up = self._new_writes(), False
             self._disk.synchronous = self._writes if synchronous else None
             self._leaving = self._disk.ledger.writes()
             self._is_actively_synced = False
 
     def has_drained(self) -> bool:
-        """The requests that began before the last switch have left."""
+        """The requests that began before the last switch have left, or are none of this mirror's
+        any more."""
         self._leaving = self._disk.ledger.writes_left(self._leaving)
-        return not self._leaving
+        return not self._leaving or (self._is_given_up and self._writes.give_up())
+
+    def disown(self) -> None:
+        """Background mode: wait no longer for requests that are at the source, which may hang."""
+        self._is_given_up = True
 
     def note_in_sync(self) -> None:
         """Nothing is dirty or in flight: once older requests have left, it stays so."""
-        if self._disk.synchronous is not None and self.has_drained():
+        self.has_drained()
+        if self._disk.synchronous is not None and not self._leaving:
             self._is_actively_synced = True
 
     def note_error(self) -> None:

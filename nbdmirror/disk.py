@@ -18,7 +18,7 @@ from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import BlockDevice, Buffer, Extent
 from nbdmirror.errors import IO_ERRORS, DeviceError
 from nbdmirror.journal import Journal
-from nbdmirror.ledger import Ledger, Tracker
+from nbdmirror.ledger import Claim, Ledger, Tracker
 
 
 class Disk:
@@ -177,7 +177,10 @@ class SynchronousWrites:
 
     The guest gets the source's result. Where the target fails, the range is dirty again and
     `on_error` is told, from the guest's thread (rule 10); where the source fails, the target is not
-    written at all. Each method returns the bitmap that needs no mark any more, or raises.
+    written at all. `pwrite` and `zero` return the bitmap that needs no mark any more, or raise.
+
+    A source may hang. Then `give_up` takes the granules from requests that are still at it: they
+    are dirty, the target does not get them, and the request marks once more when it leaves.
 
     `whole_granules`: parts of granules are left to the copier, which copies whole ones. The target
     has large blocks, or may have a backing file that is not in place yet (sync top and none), so
@@ -196,8 +199,22 @@ class SynchronousWrites:
         self._target = target
         self._whole_granules = whole_granules
         self._on_error = on_error
+        self._is_over = False
+        self._at_source: dict[Claim, bool] = {}
+        self._at_target: set[object] = set()
 
-    def pwrite(self, source: BlockDevice, buf: Buffer, offset: int, fua: bool) -> DirtyBitmap:
+    def give_up(self) -> bool:
+        """Let no request get at the target any more, for good; False while one is there. To be
+        called until then."""
+        self._is_over = True
+        for claim in tuple(self._at_source):
+            if self._at_source.pop(claim, False):  # one call of C: the request, or we
+                self._tracker.end_write(claim, failed=True)
+        return not self._at_target
+
+    def pwrite(
+        self, source: BlockDevice, buf: Buffer, offset: int, fua: bool
+    ) -> DirtyBitmap | None:
         view = memoryview(buf)
 
         def to_target(start: int, length: int) -> None:
@@ -207,7 +224,7 @@ class SynchronousWrites:
 
     def zero(
         self, source: BlockDevice, offset: int, length: int, may_trim: bool, fua: bool
-    ) -> DirtyBitmap:
+    ) -> DirtyBitmap | None:
         def to_source() -> None:
             source.zero(offset, length, may_trim=may_trim, fua=fua)
 
@@ -218,10 +235,7 @@ class SynchronousWrites:
 
     def flush(self) -> None:
         """Rule 45: an acknowledged flush holds on both sides."""
-        try:
-            self._target.flush()
-        except IO_ERRORS as error:
-            self._on_error(error)
+        self._fails(object(), self._target.flush)
 
     def _both(
         self,
@@ -229,28 +243,40 @@ class SynchronousWrites:
         length: int,
         to_source: Callable[[], None],
         to_target: Callable[[int, int], None],
-    ) -> DirtyBitmap:
+    ) -> DirtyBitmap | None:
         tracker = self._tracker
         start, span = self._whole(offset, length) if self._whole_granules else (offset, length)
         claim = tracker.begin_write(offset, length)
-        failed = True
+        self._at_source[claim] = True
+        failed, is_ours = True, False
         try:
-            to_source()
-            if span > 0:
-                failed = self._fails(to_target, start, span)
+            try:
+                to_source()
+            finally:
+                is_ours = self._at_source.pop(claim, False)
+            if is_ours and span > 0:
+                failed = self._fails(claim, lambda: to_target(start, span))
             if not failed and span < length:
                 tracker.dirty.mark(offset, start - offset)
                 tracker.dirty.mark(start + span, offset + length - start - span)
         finally:
-            tracker.end_write(claim, failed=failed)
-        return tracker.dirty
+            if is_ours:
+                tracker.end_write(claim, failed=failed)
+        return tracker.dirty if is_ours else None
 
-    def _fails(self, to_target: Callable[[int, int], None], start: int, span: int) -> bool:
+    def _fails(self, request: object, call: Callable[[], None]) -> bool:
+        """The request says that it is at the target and then looks whether it may be; `give_up`
+        forbids it and then looks who is: one of the two sees the other."""
+        self._at_target.add(request)
         try:
-            to_target(start, span)
+            if self._is_over:
+                return True
+            call()
         except IO_ERRORS as error:
             self._on_error(error)
             return True
+        finally:
+            self._at_target.discard(request)
         return False
 
     def _whole(self, offset: int, length: int) -> tuple[int, int]:

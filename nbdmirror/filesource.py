@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from nbdmirror.aligned import raw_device
-from nbdmirror.device import BlockDevice, Done, ExtentsDone
+from nbdmirror.device import BlockDevice, Done, Extent, ExtentsDone
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.file import FileDevice
+from nbdmirror.workers import Workers
 
 READERS = 4
 """Threads that read what is not cached. 512 MiB from a local disk: 0.8 GB/s with 1 thread, 2.2 with
@@ -21,8 +22,10 @@ class FileSource:
     What a file has in memory is read at once, on the loop's thread: that only copies memory, and
     handing it to a thread would cost two context switches a request. The rest goes to READERS
     threads; so does all of a device that is no plain file (an O_DIRECT file in its AlignedDevice).
+    The loop is all disks': no call on it may wait for a storage, so not even a look at the size of
+    the file or at its holes, which a network's file system may have to ask for.
 
-    `call_soon` posts a call to the loop's thread, from any thread. The device stays the caller's.
+    `call_soon` posts a call to the loop's thread, from any thread. `close` closes the device.
     """
 
     def __init__(
@@ -35,53 +38,61 @@ class FileSource:
         below = raw_device(device)
         self._checked = below if isinstance(below, FileDevice) else None
         self._call_soon = call_soon
-        self._readers: ThreadPoolExecutor | None = None
+        self._readers = Workers("nbdmirror-reader", READERS)
 
     def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
         count = 0
         if self._file is not None:
             try:
                 count = self._file.read_now(buf, offset)
-                self._check()
+                if count == len(buf) and self._file.is_whole_now():
+                    done(None)
+                    return
             except IO_ERRORS as error:
                 done(error)
                 return
-        if count == len(buf):
-            done(None)
-        else:
-            self._read_in_pool(buf[count:], offset + count, done)
+
+        def read() -> None:
+            self._device.pread(buf[count:], offset + count)
+            self._check()
+
+        self._ask(read, done)
 
     def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Asked at once: it is a look-up of metadata, bounded by EXTENTS_MAX."""
-        try:
-            found = self._device.extents(offset, length)
-            self._check()
-        except IO_ERRORS as error:
-            done(None, error)
+        """Asked at once only if the answer is known."""
+        if self._file is not None and (known := self._file.known_extents(offset, length)):
+            done(known, None)
             return
-        done(found, None)
+        found: list[Extent] = []
+
+        def ask() -> None:
+            found.extend(self._device.extents(offset, length))
+            self._check()
+
+        self._ask(ask, lambda error: done(None if error else found, error))
 
     def close(self) -> None:
-        """Wait for the reads under way; their `done` is posted by then."""
-        if self._readers is not None:
-            self._readers.shutdown()
+        """Nothing more is asked. Closes the device once what it was asked before has ended; nobody
+        waits for that, since close(2) may wait as well."""
+
+        def close() -> None:
+            with suppress(OSError):  # of a descriptor that is gone all the same
+                self._device.close()
+
+        self._readers.submit_last(close)
 
     def _check(self) -> None:
         """After it was read or asked: a file that was truncated must not be copied as zeroes."""
-        if self._checked is not None:
+        if self._checked is not None and not self._checked.is_whole_now():
             self._checked.check_whole()
 
-    def _read_in_pool(self, buf: memoryview, offset: int, done: Done) -> None:
+    def _ask(self, call: Callable[[], None], done: Done) -> None:
         def work() -> None:
             error: BaseException | None = None
             try:
-                self._device.pread(buf, offset)
-                self._check()
+                call()
             except BaseException as caught:  # noqa: BLE001 - untold, the copy would never end
                 error = caught
             self._call_soon(lambda: done(error))
 
-        if self._readers is None:
-            # Not before the first read that needs it: nbdkit forks after the start (FACTS 5).
-            self._readers = ThreadPoolExecutor(READERS, "nbdmirror-reader")
         self._readers.submit(work)

@@ -1,7 +1,7 @@
 """FileWatch: notices what becomes of disks' files underneath: truncated, deleted, replaced.
 
 Requests tell of none of these, or of the first one late: a server goes on with the file that it has
-opened. So they are looked at now and then, by a thread of its own, since a file system may hang.
+opened. So they are looked at now and then, by a thread for each file system, since one may hang.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from functools import partial
 
 from nbdmirror.aligned import raw_device
 from nbdmirror.disk import Disk
@@ -31,13 +32,20 @@ class FileWatch:
         self._stopping = threading.Event()
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="nbdmirror-files", daemon=True).start()
+        """After the fork."""
+        storages: dict[int, dict[str, Disk]] = {}
+        for name, disk in self._disks.items():
+            if isinstance(source := raw_device(disk.source), FileDevice):
+                storages.setdefault(source.storage, {})[name] = disk
+        for disks in storages.values():
+            run = partial(self._run, disks)
+            threading.Thread(target=run, name="nbdmirror-files", daemon=True).start()
 
     def stop(self) -> None:
         self._stopping.set()
 
-    def look(self) -> None:
-        for name, disk in self._disks.items():
+    def look(self, disks: Mapping[str, Disk]) -> None:
+        for name, disk in disks.items():
             source = raw_device(disk.source)
             reason = source.change() if isinstance(source, FileDevice) else ""
             if reason and reason != self.changes.get(name):
@@ -46,6 +54,6 @@ class FileWatch:
                 self._events.append("X_NBDMIRROR_SOURCE_CHANGED", data)
             self.changes[name] = reason
 
-    def _run(self) -> None:
+    def _run(self, disks: Mapping[str, Disk]) -> None:
         while not self._stopping.wait(LOOK_S):
-            self.look()
+            self.look(disks)

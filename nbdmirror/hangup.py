@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import stat
 import struct
 import termios
 import threading
@@ -53,7 +52,7 @@ class Guests:
     def connections(self) -> Iterator[socket.socket]:
         """Duplicates, to be closed."""
         doors, connections = set(), []
-        for sock in _sockets():
+        for sock in own_sockets():
             if _is_listening(sock):
                 doors.add(_door(sock))
                 sock.close()
@@ -67,7 +66,7 @@ class Guests:
 
     def listeners(self) -> Iterator[socket.socket]:
         """What guests connect to. Duplicates, to be closed."""
-        for sock in _sockets():
+        for sock in own_sockets():
             if _is_listening(sock) and _door(sock) != self._spared:
                 yield sock
             else:
@@ -101,11 +100,12 @@ def _door(sock: socket.socket) -> object:
     return name if sock.family == socket.AF_UNIX else name[1]
 
 
-def _sockets() -> Iterator[socket.socket]:
-    """Duplicates of this process's sockets, with a name."""
+def own_sockets() -> Iterator[socket.socket]:
+    """Duplicates of this process's sockets, to be closed. No descriptor is asked what it is, as
+    fstat(2) does: a disk's file system may hang."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # closed meanwhile
-            if stat.S_ISSOCK(os.stat(int(name)).st_mode):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 sock = socket.socket(fileno=os.dup(int(name)))
                 if sock.family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
                     yield sock

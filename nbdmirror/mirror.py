@@ -28,6 +28,7 @@ from nbdmirror.options import CopyMode, Ending, MirrorOptions, Policy
 from nbdmirror.owner import Owner, Target
 from nbdmirror.pace import LAG_S
 from nbdmirror.quiesce import Quiesce, Step
+from nbdmirror.stopping import Stopping
 from nbdmirror.targetwatch import TargetWatch
 from nbdmirror.waits import Waits
 
@@ -35,10 +36,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 """How often new guest writes are looked for when all was in sync."""
-
-CANCEL_GRACE_S = 0.3
-"""How long a forced cancel lets requests on the target end by themselves before their connection is
-cut."""
 
 
 OwnersStep = Callable[["MirrorJob", Done], None]
@@ -94,6 +91,7 @@ class MirrorJob(Job):
             # Waited for: no write that follows this one's answer may be on the target.
             on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
+        self._stopping = Stopping(self.copier, self._mode, self._waits, target.kill)
 
     def start(self) -> None:
         """Tracking is on before anything is marked or looked at (rule 33)."""
@@ -217,10 +215,10 @@ class MirrorJob(Job):
         if self.status is JobStatus.ABORTING:
             pass  # until that is written down
         elif self._abort is not None:
-            if self._nothing_in_flight():
+            if self._stopping.is_over():
                 self.end_badly(self._abort)
         elif self.pause_wanted:
-            if self._nothing_in_flight():
+            if self._stopping.is_over():
                 self.paused()
         elif self._waits.is_for_step or self._waits.is_for_retry:
             pass
@@ -248,9 +246,7 @@ class MirrorJob(Job):
 
     def abort(self, because: str) -> None:
         self._fail(Cancelled(because))
-        if not self._waits.has("cut"):
-            # A hung target: break its connection, so that what is in flight comes back.
-            self._waits.after("cut", CANCEL_GRACE_S, self.target.kill)
+        self._stopping.hurry()
 
     def limit_speed(self, speed_bytes_per_s: int) -> None:
         self.copier.pace.set_speed(speed_bytes_per_s)
@@ -301,10 +297,6 @@ class MirrorJob(Job):
     def _do(self, step: OwnersStep, then: Callable[[], None], operation: str) -> None:
         """Do `step`, and `then` if it ends well; its error is one of `operation`."""
         self._waits.do(partial(step, self), then, partial(self.copy_failed, operation))
-
-    def _nothing_in_flight(self) -> bool:
-        """No copies, no flush, and no write that may have been decided as a synchronous one."""
-        return self.copier.is_idle and self._mode.has_drained()
 
     def _begin_quiesce(self) -> None:
         self._quiesce = Quiesce(

@@ -89,6 +89,8 @@ class Mirrors:
         self._events = events
         self._loop = loop
         self._mirrors: dict[MirrorJob, _Mirror] = {}
+        self._file_sources: dict[BlockDevice, FileSource] = {}
+        """Kept for later mirrors: a disk that hangs has so many threads and no more."""
 
     @property
     def running(self) -> list[MirrorJob]:
@@ -224,7 +226,8 @@ class Mirrors:
         device = raw_device(disk.source)
         if isinstance(device, RemoteDevice):
             return device
-        return FileSource(disk.source, self._loop.call_soon)
+        new = FileSource(disk.source, self._loop.call_soon)
+        return self._file_sources.setdefault(disk.source, new)
 
     # The jobs' owner.
 
@@ -276,9 +279,7 @@ class Mirrors:
         job.tracker.close()
         if mirror.bitmap is not None:
             mirror.bitmap.is_busy = False
-        if isinstance(mirror.source, FileSource):
-            mirror.source.close()
-        else:
+        if isinstance(mirror.source, RemoteDevice):
             mirror.source.on_lost_writes = None
             if mirror.retired is None:
                 mirror.source.pool.detach()
@@ -372,7 +373,7 @@ class Mirrors:
             if reads:
                 self._loop.call_later(RETIRE_POLL_S, look)
             else:
-                device.close()
+                self._file_sources.pop(device, device).close()
                 raw = raw_device(device)
                 # As in QEMU a node that the user added stays until blockdev-del, closed as it is.
                 for node in self._nodes:

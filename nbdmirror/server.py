@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 STOP_S_MAX = 2.0
 """How long a server that ends waits for its jobs: a forced cancel takes less than one second."""
 
+END_S_MAX = 5.0
+"""How long, at the end, a disk's storage may take to flush and close it, and its state directory.
+What is not flushed then is where the storage has it, as after a server that was killed."""
+
 
 class Server:
     """Its parts are for the loop's thread; its own methods say which thread they are for."""
@@ -52,7 +56,7 @@ class Server:
         self.events = events
         self.loop = loop
         self._stores = stores or {}
-        self.writer = Writer(loop, events, time.time)
+        self.writers = {name: Writer(loop, events, time.time) for name in self._stores}
         self.kept = {disk: self._stores.get(name, Transient()) for name, disk in disks.items()}
         self.nodes = Nodes(disks)
         self.bitmaps = Bitmaps(self.kept)
@@ -68,7 +72,7 @@ class Server:
         self.loop.start()
         for name, store in self._stores.items():
             disk = self.disks[name]
-            store.begin(self.writer, disk.sync)
+            store.begin(self.writers[name], disk.sync)
             assert isinstance(disk, JournaledDisk)
             disk.journal = store.journal
             if store.found is not None:
@@ -138,23 +142,44 @@ class Server:
         return all(ledger.is_idle for ledger in ledgers)
 
     def stop(self) -> None:
-        """Stop the loop; flush and close the disks. From any thread but the loop's; the jobs have
-        ended and no guest request is under way."""
+        """Stop the loop; flush and close the disks, and write down what is kept of them, within
+        bounds. From any thread but the loop's; the jobs have ended and no guest request is under
+        way, or they are given up."""
         self.files.stop()
         self.loop.stop(STOP_S_MAX)
-        for disk in self.disks.values():
-            try:
-                if not disk.read_only:
-                    disk.source.flush()
-                disk.source.close()
-            except IO_ERRORS as error:
-                log.error("%s: flush at the end failed: %s", disk.name, error)
-        self.writer.stop()
-        for name, store in self._stores.items():
-            try:
-                store.finish()
-            except OSError as error:
-                log.error("disk %s: its state cannot be saved: %s", name, error)
+        # A job that did not end has left its disks to a loop that is no more.
+        for device in self._remote_devices():
+            device.pool.detach()
+        deadline_s = self.loop.clock() + END_S_MAX
+        ends = {name: threading.Thread(target=self._end, args=(name,)) for name in self.disks}
+        for thread in ends.values():
+            thread.daemon = True
+            thread.start()
+        for name, thread in ends.items():
+            thread.join(max(0.0, deadline_s - self.loop.clock()))
+            if thread.is_alive():
+                what = "does not answer; it is left as it is, not flushed"
+                log.error("disk %s: %s: %s", name, self.disks[name].source.description, what)
         for node in self.nodes:
             node.device.kill()
         wait_for_handshakes()
+
+    def _remote_devices(self) -> list[RemoteDevice]:
+        sources = [raw_device(disk.source) for disk in self.disks.values()]
+        devices = [*sources, *(node.device for node in self.nodes)]
+        return [device for device in devices if isinstance(device, RemoteDevice)]
+
+    def _end(self, name: str) -> None:
+        """Of a disk, in a thread of its own: nobody but its storage is waited for."""
+        disk = self.disks[name]
+        try:
+            if not disk.read_only:
+                disk.source.flush()
+            disk.source.close()
+        except IO_ERRORS as error:
+            log.error("%s: flush at the end failed: %s", name, error)
+        if name in self._stores and self.writers[name].stop(END_S_MAX):
+            try:
+                self._stores[name].finish()
+            except OSError as error:
+                log.error("disk %s: its state cannot be saved: %s", name, error)

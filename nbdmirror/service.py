@@ -51,6 +51,10 @@ _BOOLEANS = {"true": True, "yes": True, "1": True, "on": True} | {
 GIVE_UP_S = 5.0
 """How long, at the end, guests' requests may wait for a disk's NBD server that does not answer."""
 
+LEAVE_S = 8.0
+"""How long nbdkit may wait, at the end, for guests' requests on a file that does not answer; then
+the process ends without them."""
+
 FILES_MAX = 65536
 """Descriptors that we ask for. The usual soft limit of 1,024 is for programs that use select(2),
 and nbdkit does not answer anybody any more when it has run out of them."""
@@ -199,13 +203,20 @@ class Service:
             systemd.notify(systemd.STOPPING)
             if self._server is not None:
                 self._server.end_jobs()  # a guest's write may hang on a target
-                timer = threading.Timer(GIVE_UP_S, self._server.give_up)
-                timer.daemon = True
-                timer.start()
+                for delay_s, call in ((GIVE_UP_S, self._server.give_up), (LEAVE_S, self._leave)):
+                    timer = threading.Timer(delay_s, call)
+                    timer.daemon = True
+                    timer.start()
             shut_down()
             guests.hang_up(self._leave_guests)
 
         self._signals.end(end)
+
+    def _leave(self) -> None:
+        if not self._is_stopped:  # else nbdkit has let all guests go
+            log.error("guests' requests do not end; the server ends without them")
+            self.stop()
+            os._exit(1)
 
     def _leave_guests(self) -> None:
         """The guests that are left take none of their answers, so nbdkit would wait for ever."""

@@ -28,8 +28,8 @@ def status(server: Server) -> dict[str, Any]:
         "started-at-s": server.started_at_s,
         "disks": [_disk(server, disk) for disk in server.disks.values()],
     }
-    if server.writer.error:
-        info["state-error"] = server.writer.error
+    if error := next((writer.error for writer in server.writers.values() if writer.error), ""):
+        info["state-error"] = error
     return info
 
 

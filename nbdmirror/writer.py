@@ -1,4 +1,5 @@
-"""Writer: the thread that writes to the state directory, and what becomes of its errors.
+"""Writer: the thread that writes a disk's state, and what becomes of its errors. Each disk has its
+own, since it flushes the disk as well, and a disk may hang.
 
 Calls are done one after the other, in the order of `submit`. From the event loop's thread, but for
 `failed`.
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 from nbdmirror.device import Done
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
 from nbdmirror.loop import Loop
+from nbdmirror.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +30,16 @@ class Writer:
         self.clock = clock
         self._loop = loop
         self._events = events
-        self._thread = ThreadPoolExecutor(1, "nbdmirror-state")
+        self._thread = Workers("nbdmirror-state", 1)
         self._told_s = -QUIET_S
         self.error = ""
         """Why what is on disk is older than it should be; empty where it is not."""
 
     def submit(self, call: Callable[[], None]) -> Future[None]:
         """Do it soon. An error of the directory, or of a disk that is flushed, is told of."""
-        return self._thread.submit(self._do, call)
+        future: Future[None] = Future()
+        self._thread.submit(partial(self._do, call, future))
+        return future
 
     def then(self, future: Future[None], done: Done) -> None:
         """Have `done` called on the loop's thread when that is done."""
@@ -57,14 +61,18 @@ class Writer:
             log.error("state cannot be saved: %s; guests go on", error)
             self._events.append("X_NBDMIRROR_STATE_ERROR", {"reason": str(error)})
 
-    def stop(self) -> None:
-        """Wait for what was submitted. From any thread but the loop's."""
-        self._thread.shutdown()
+    def stop(self, timeout_s: float) -> bool:
+        """Wait for what was submitted; False if that takes longer. From any thread but the
+        loop's."""
+        return self._thread.wait(timeout_s)
 
-    def _do(self, call: Callable[[], None]) -> None:
+    def _do(self, call: Callable[[], None], future: Future[None]) -> None:
         try:
             call()
-        except IO_ERRORS as error:
-            self.failed(error)
-            raise
-        self.error = ""
+        except BaseException as error:  # noqa: BLE001 - the future's owner gets it
+            if isinstance(error, IO_ERRORS):
+                self.failed(error)
+            future.set_exception(error)
+        else:
+            self.error = ""
+            future.set_result(None)

@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "device": "errors",
     "imagelock": "errors",
     "file": "aligned device errors identity imagelock linux",
-    "filesource": "aligned device errors file",
+    "filesource": "aligned device errors file workers",
+    "workers": "",
     "filewatch": "aligned disk events file",
     "aligned": "device errors",
     "loop": "errors",
@@ -66,12 +67,13 @@ MAY_IMPORT = {
     "options": "copier",
     "jobstate": "errors",
     "quiesce": "copier ledger loop",
+    "stopping": "copier copymode waits",
     "copymode": "device disk ledger",
     "group": "job jobstate options",  # the first for types only
     "job": "device errors events group jobstate options",
     "owner": "device mirror",  # the latter for types only
     "mirror": "bitmap copier copymode device disk errors events group job jobstate ledger loop"
-    " options owner pace quiesce targetwatch waits",
+    " options owner pace quiesce stopping targetwatch waits",
     "waits": "device loop",
     "rates": "",
     "chronicle": "disk events job loop mirror options rates",
@@ -93,7 +95,7 @@ MAY_IMPORT = {
     "journal": "intentlog statefile",
     "diskfile": "identity statefile",
     "diskstate": "bitmap diskfile identity intentlog journal lasting statefile",
-    "writer": "device errors events loop",
+    "writer": "device errors events loop workers",
     "heartbeat": "diskfile writer",
     "checkpoint": "journal writer",
     "transient": "bitmap device diskstate ledger",

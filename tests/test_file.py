@@ -330,8 +330,14 @@ def test_a_cold_file_is_read_right(tmp_path: Path) -> None:
     source.close()
 
 
-def test_any_device_is_a_source_and_close_waits() -> None:
-    device = MemoryDevice(1 << 20)
+def test_any_device_is_a_source_and_is_closed_after_its_reads() -> None:
+    closed = threading.Event()
+
+    class Closable(MemoryDevice):
+        def close(self) -> None:
+            closed.set()
+
+    device = Closable(1 << 20)
     device.pwrite(b"m" * (1 << 20), 0)
     posted = Posted()
     source = FileSource(device, posted.call_soon)
@@ -342,6 +348,7 @@ def test_any_device_is_a_source_and_close_waits() -> None:
         posted.loop_step()
     assert told == [[(None, threading.get_ident())]] * 20
     assert all(buf == b"m" * 4096 for buf in buffers)
+    assert closed.wait(WAIT_S)
 
 
 def test_errors_come_through_done(disk: Path) -> None:
@@ -350,11 +357,12 @@ def test_errors_come_through_done(disk: Path) -> None:
     source = FileSource(device, posted.call_soon)
     os.truncate(disk, 0)
     told = start(source, bytearray(4096), 0)
+    posted.loop_step()
     assert isinstance(told[0][0], DeviceError) and told[0][0].errno == errno.EIO
-    source.close()
     device.close()
     told = start(source, bytearray(4096), 0)
     assert isinstance(told[0][0], OSError), "EBADF, at once"
     answers: list[tuple[list[Extent] | None, BaseException | None]] = []
     source.start_extents(0, 4096, lambda found, error: answers.append((found, error)))
+    posted.loop_step()
     assert answers[0][0] is None and isinstance(answers[0][1], OSError)
