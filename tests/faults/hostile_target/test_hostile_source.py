@@ -20,22 +20,24 @@ from hostile import FLAGS, FLUSH, MULTI_CONN, READ, STATUS, TRIM, WRITE, ZERO, H
 from hostileparts import NO_WAY_OUT, SEED, SIZE, add, is_one_line, mirror
 from images import KiB, assert_identical, make_empty, make_image, make_noise
 from servers import Nbdmirror, QemuNbd
-from test_hostile_target import ENDS_STRAY, ERRORS, GARBAGE, STRAY, check_log
+from test_hostile_target import ERRORS, GARBAGE, IS_STRICT, STRAY, check_log
 from waiting import wait_until
 
 BAD_READS: list[Trick] = [
     tricks.data_too_long, tricks.data_beyond, tricks.data_before, tricks.hole_beyond,
     tricks.hole_of_a_wrong_length, tricks.short_data,
 ]  # fmt: skip
+MALFORMED: list[Trick] = [tricks.no_extents, tricks.extents_of_a_wrong_length]
 NONSENSE: list[Trick] = [
     tricks.extent_of_nothing, tricks.extents_beyond, tricks.unasked_context, tricks.no_status,
     tricks.strange_flags, tricks.unknown_error, tricks.error_with_a_text,
+    *([] if IS_STRICT else MALFORMED),
 ]  # fmt: skip
 """About extents: taken for data."""
 LIES: list[Trick] = [tricks.extents_by_thousands, tricks.extent_too_long]
 """Well-formed, and so believed: of a lie about zeroes zeroes come."""
 BREAKING: list[Trick] = [
-    tricks.no_extents, tricks.extents_of_a_wrong_length, *(STRAY if ENDS_STRAY else []),
+    *([*MALFORMED, *STRAY] if IS_STRICT else []),
     tricks.wrong_magic, tricks.half_an_answer, tricks.hang_up,
 ]  # fmt: skip
 

@@ -71,13 +71,14 @@ def test_without_tricks_a_whole_mirror(
     identical(guest.model, server.uri())
 
 
+IS_STRICT = libnbd_version() < (1, 16)
+"""Such a libnbd ends the connection at whatever a server does wrong. Later ones, where they use
+structured replies, go on behind a chunk that makes no sense, with an error for its request, and
+pass over an answer to nothing: that is as good as silence."""
 STRAY: list[Trick] = [tricks.wrong_handle]
-ENDS_STRAY = libnbd_version() < (1, 16)
-"""From then on libnbd lets answers to nothing pass where it uses structured replies, and waits on:
-they are as good as silence."""
 
 GARBAGE: list[Trick] = [
-    *(STRAY if ENDS_STRAY else []), tricks.wrong_magic, tricks.half_an_answer, tricks.hang_up,
+    *(STRAY if IS_STRICT else []), tricks.wrong_magic, tricks.half_an_answer, tricks.hang_up,
     tricks.error_with_a_wrong_length, tricks.error_elsewhere, tricks.unknown_chunk,
     tricks.huge_chunk, tricks.none_with_data, tricks.data_for_nothing,
     tricks.extents_for_nothing,
@@ -86,7 +87,7 @@ GARBAGE: list[Trick] = [
 
 ERRORS: list[Trick] = [tricks.unknown_error, tricks.error_zero, tricks.error_with_a_text]
 HANGING: list[Trick] = [
-    tricks.silence, tricks.drip, tricks.endless_chunks, *([] if ENDS_STRAY else STRAY),
+    tricks.silence, tricks.drip, tricks.endless_chunks, *([] if IS_STRICT else STRAY),
 ]  # fmt: skip
 LATE: list[Trick] = [tricks.twice, tricks.longer]
 """Right, and followed by what ends the connection."""
@@ -175,20 +176,27 @@ def test_more_than_an_answer(
     target.on_request[KINDS[kind]] = trick
     add(qmp, target, reconnect_delay=20)
     mirror(qmp, on_target_error="ignore")
-    wait_until(lambda: target.connections > 1 or kind == "flush", "a second connection")
+    if kind == "write" and (IS_STRICT or trick is not tricks.twice):
+        wait_until(lambda: target.connections > 1, "a second connection")
     target.behave()
     qmp.wait_ready()
     qmp.execute("job-cancel", id="j")
     qmp.wait_status("concluded")
 
 
-def test_a_reply_before_the_request(server: Nbdmirror, target: Hostile) -> None:
+def test_a_reply_before_the_request(server: Nbdmirror, target: Hostile, disk: Path) -> None:
     target.at_start = struct.pack(">IIQ", SIMPLE_MAGIC, 0, 1)
     server.allowed += [NO_WAY_OUT]
     add(server.qmp, target)
     mirror(server.qmp)
-    assert server.qmp.wait_for_event("BLOCK_JOB_COMPLETED", device="j")["error"]
+    if IS_STRICT:
+        assert server.qmp.wait_for_event("BLOCK_JOB_COMPLETED", device="j")["error"]
+        server.qmp.wait_status("concluded")
+        return
+    server.qmp.wait_ready()
+    server.qmp.execute("block-job-cancel", device="j")
     server.qmp.wait_status("concluded")
+    assert_identical(disk, bytes(target.image))
 
 
 def test_a_close_after_each_number_of_requests(
