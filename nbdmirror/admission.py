@@ -24,6 +24,10 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         raise CommandError(f"Target '{target.uri}' is the disk itself")
     if not node.is_active:
         raise CommandError("Permission 'write' unavailable on inactive node")
+    if not isinstance(source, RemoteDevice) and target.is_of_file(source.description):
+        raise CommandError(
+            f"The server of target '{target.uri}' writes to '{source.description}' itself"
+        )
     if node.is_read_only:
         raise CommandError("Block node is read-only")
     if not target.can_flush and disk.size:

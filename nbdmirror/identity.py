@@ -19,6 +19,7 @@ import sys
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.uri import NbdUri, is_uri, parse
@@ -50,6 +51,26 @@ def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
     if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
         return one.st_rdev == other.st_rdev
     return os.path.samestat(one, other)
+
+
+def writes_to(process: int, path: str) -> bool:
+    """Whether a process of this host has the file or device `path` open for writing, as far as we
+    may look. What it has open is asked of the kernel, and of `path`'s storage only where the names
+    say so."""
+    folder = f"/proc/{process}"
+    with suppress(OSError):
+        for fd in os.listdir(f"{folder}/fd"):
+            with suppress(OSError):
+                name = os.readlink(f"{folder}/fd/{fd}")
+                is_device = name.startswith("/dev/") and path.startswith("/dev/")
+                if name != path and not is_device:
+                    continue
+                flags = Path(f"{folder}/fdinfo/{fd}").read_text().partition("flags:")[2].split()[0]
+                if int(flags, 8) & os.O_ACCMODE == os.O_RDONLY:
+                    continue
+                if is_same_file(os.stat(f"{folder}/fd/{fd}"), os.stat(path)):
+                    return True
+    return False
 
 
 def same_place(one: str, other: str, *, resolves: bool = False) -> Same:

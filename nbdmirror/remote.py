@@ -28,7 +28,7 @@ from nbdmirror.device import (
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
-from nbdmirror.identity import Same, same_place
+from nbdmirror.identity import Same, same_place, writes_to
 from nbdmirror.link import Link
 from nbdmirror.pool import ConnectionPool
 
@@ -275,6 +275,11 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         """Whether the server at the other end is this very process (rule 44)."""
         peer = self.pool.shared.peer
         return peer is not None and peer.is_this_process
+
+    def is_of_file(self, path: str) -> bool:
+        """Whether its server is a process of this host that writes to the file or device `path`."""
+        peer = self.pool.shared.peer
+        return peer is not None and bool(peer.process) and writes_to(peer.process, path)
 
     # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 

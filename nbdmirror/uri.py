@@ -123,7 +123,9 @@ def _read(text: str) -> NbdUri:
         return _old_form(text, *old.groups(default=""))
     form = _FORM.fullmatch(text)
     if form is None:
-        raise ConfigError(f"'{text}' is no NBD URI: {_ADVICE}")
+        raise ConfigError(
+            f"'{text}' is no NBD URI: {_ADVICE}; a file has one when qemu-nbd or nbdkit serves it"
+        )
     scheme, authority, path, query, fragment = form.groups(default="")
     if scheme.lower() not in SCHEMES:
         raise ConfigError(f"{text}: the scheme is one of {', '.join(SCHEMES)}")

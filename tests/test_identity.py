@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from clients import connected
 from fixtures import Start
-from images import MiB, make_image
+from images import MiB, assert_identical, make_image
 from kept import refusal
 from mounts import loop_device
 from processes import free_port
@@ -189,6 +189,22 @@ def test_our_exports_say_who_they_are(start: Start, folder: Path) -> None:
     with connected(server.uri("vda")) as guest:
         assert guest.get_size() == MiB
     assert label("x") == f"nbdmirror {SERVER_ID} x"
+
+
+def test_a_target_that_is_the_disks_own_file(start: Start, folder: Path) -> None:
+    """By a server that knows nothing of image locks: what guests write meanwhile would be lost."""
+    disk = make_image(folder / "disk.img", MiB)
+    other = make_image(folder / "other.img", MiB)
+    server = start(Nbdmirror(folder, disk))
+    mirror = {"device": "disk0", "sync": "full", "mode": "existing"}
+    same = start(NbdkitTarget(folder, "file", str(disk)))
+    text = server.qmp.refusal("drive-mirror", target=same.uri(), **mirror)
+    assert f"writes to '{disk}' itself" in text
+    backing = start(NbdkitTarget(folder, "file", str(other), "fadvise=normal"))
+    server.qmp.execute("drive-mirror", target=backing.uri(), **mirror)
+    server.qmp.wait_ready("disk0")
+    server.qmp.complete("disk0")
+    assert_identical(disk, other)
 
 
 def test_one_export_is_not_two_disks(start: Start, folder: Path) -> None:

@@ -69,6 +69,26 @@ def test_in_the_foreground(start: Start, folder: Path, source: NbdkitTarget, tro
     assert len(said.splitlines()) < 40
 
 
+def test_clients_and_guests_that_send_rubbish(start: Start, folder: Path) -> None:
+    server = start(Nbdmirror(folder, make_image(folder / "disk.img", MiB)))
+    server.allowed = ["no export is called", "request failed"]
+    for number in range(30):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(server.qmp_path))
+            client.sendall(b"]" * 2000)
+            while client.recv(1 << 16):
+                pass
+        with pytest.raises(nbd.Error), connected(server.uri(f"rubbish{number}")):
+            pass
+    server.stop()
+    said = server.stderr
+    for words in ("sends garbage", "no export is called"):
+        lines = [line for line in said.splitlines() if words in line]
+        counts = [int(n) for line in lines for n in re.findall(r"\((\d+) more within", line)]
+        assert len(lines) - len(counts) + sum(counts) == 30
+        assert len(lines) < 20
+
+
 def test_in_the_background(folder: Path, source: NbdkitTarget, trouble: Path) -> None:
     place = f"from nbdmirror import logs\nlogs.SYSLOG_SOCKET = {str(folder / 'log')!r}\n"
     pidfile = folder / "pid"
