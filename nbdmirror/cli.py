@@ -253,6 +253,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
     add("--threads", type=_count, metavar="N", help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
+    add("--connections", metavar="N", help="to an NBD server, at most (default: 9)")
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
     add("--accept-old-side", action="store_true", help="serve a disk that was pivoted away from")
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")

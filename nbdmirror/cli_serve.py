@@ -113,6 +113,8 @@ def serve_command(
         argv.append(f"open-timeout={args.open_timeout}")
     if args.keepalive is not None:
         argv.append(f"keepalive={args.keepalive}")
+    if args.connections is not None:
+        argv.append(f"connections={args.connections}")
     if args.accept_old_side:
         argv.append("accept-old-side=true")
     if args.mirror_to:

@@ -27,8 +27,9 @@ from nbdmirror.job import Job
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node, NodeOptions
 from nbdmirror.options import CopyMode
+from nbdmirror.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmpschema import COMMANDS
-from nbdmirror.remote import CONNECT_TIMEOUT_S, RemoteDevice
+from nbdmirror.remote import RemoteDevice
 from nbdmirror.server import Server
 
 Arguments = dict[str, Any]
@@ -155,7 +156,7 @@ class Commands:
 
         found: list[Node] = (await self._on_loop(look)).value
         for node in found:
-            device = await _open(node.device.uri, CONNECT_TIMEOUT_S)
+            device = await _open(node.device.uri, node.device.pool.timeout_s)
             if not (await self._on_loop(partial(nodes.reopen, node, device))).value:
                 device.close()
 

@@ -22,6 +22,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -110,6 +111,8 @@ class Connection:
         self.is_lost = not handle.aio_is_ready()
         self.generation = 0
         """The pool's."""
+        self.handshake_s = 0.0
+        """How long it took to connect."""
         self.on_lost: Callable[[], None] | None = None
         """Called on the loop's thread when the connection broke while attached."""
         self.peer: Peer | None = None
@@ -140,7 +143,10 @@ class Connection:
     def open(cls, uri: str, timeout_s: float) -> Connection:
         """Connect within `timeout_s`, the handshake included. Raises ConfigError with one clear
         line."""
-        return cls(connect(uri, timeout_s), uri)
+        began_s = time.monotonic()
+        connection = cls(connect(uri, timeout_s), uri)
+        connection.handshake_s = time.monotonic() - began_s
+        return connection
 
     @classmethod
     def absent(cls, uri: str) -> Connection:

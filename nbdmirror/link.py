@@ -33,6 +33,8 @@ class Link:
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         self.description = description
         self.is_lost = False
+        self.is_used = True
+        """Since its pool last looked whether it is idle."""
         self.generation = 0
         """The pool's."""
         self._handle = handle

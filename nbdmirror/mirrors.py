@@ -243,8 +243,6 @@ class Mirrors:
 
     def prepare(self, job: MirrorJob, done: Done) -> None:
         device = self._mirrors[job].node.device
-        if job.ending is Ending.COMPLETE:
-            device.pool.open_links()  # for the guests that come
         uri = device.uri if job.ending is Ending.COMPLETE else ""
         self._kept[job.disk].prepare_end(uri, done)
 

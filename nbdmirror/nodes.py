@@ -11,6 +11,7 @@ from nbdmirror.aligned import raw_device
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
+from nbdmirror.linkset import CONNECTIONS_DEFAULT
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.remote import RemoteDevice
 
@@ -70,9 +71,11 @@ class OldFile:
 class Nodes:
     """The nodes of a server. The disks' names count as names of nodes."""
 
-    def __init__(self, disks: dict[str, Disk]) -> None:
+    def __init__(self, disks: dict[str, Disk], connections: int = CONNECTIONS_DEFAULT) -> None:
+        """`connections`: to a target, at most."""
         self._disks = disks
         self._files: dict[str, OldFile] = {}
+        self._connections = connections
         self._nodes: dict[str, Node] = {}
 
     def __iter__(self) -> Iterator[Node]:
@@ -141,6 +144,7 @@ class Nodes:
         if self._nodes.get(node.name) is not node or not self.is_closed(node):
             return False
         old.close()
+        device.pool.limit(self._connections)
         for other in self:
             if other.device is old:
                 other.device = device
@@ -207,6 +211,7 @@ class Nodes:
                 f"Inactive '{node.file.name}' can't be a file child of active '{node.name}'"
             )
         self._nodes |= {one.name: one for one in added}
+        node.device.pool.limit(self._connections)
 
     def _generated_name(self) -> str:
         numbers = (f"#block{number:03}" for number in itertools.count())

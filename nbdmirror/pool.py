@@ -1,10 +1,10 @@
 """ConnectionPool: the connections of one NBD device: who uses which, and what becomes of lost ones.
 
 One Connection is always there: the event loop's, and everybody's where there is no other. If the
-server announces multi-conn, guests' threads get Links beside it, opened by a thread of their own
-when the first guest asks. A lost connection of a device that guests are served from is opened again
-by the guest's thread that finds it lost; of a mirror's target, by the job (`reopen`, `replace`),
-which has to know (rule 39).
+server announces multi-conn, guests' threads get Links beside it, as many as they need (linkset.py).
+A device that guests are served from and that has lost its connection is connected to again by a
+thread of its own, for as long as it takes, while guests' requests wait for a bounded time; the
+target of a mirror is brought back by the job (`reopen`, `replace`), which has to know (rule 39).
 """
 
 from __future__ import annotations
@@ -22,36 +22,28 @@ from nbdmirror.connection import Connection
 from nbdmirror.errors import ConfigError, DeviceLost
 from nbdmirror.handshake import Announcement, connect
 from nbdmirror.link import Link
+from nbdmirror.linkset import CONNECTIONS_DEFAULT, LinkSet
 from nbdmirror.loop import Loop
 
 log = logging.getLogger(__name__)
 
-LINKS_MAX = 8
-"""As many as `nbdmirror serve` has threads a guest. Servers have limits of their own, and who takes
-the last connection leaves none for others (qemu-nbd -e)."""
+CONNECT_TIMEOUT_S = 10.0
+"""For the whole handshake, unless `open-timeout` says otherwise. To connect again takes as long as
+to connect."""
 
 LINK_TIMEOUT_S = 1.0
-"""For opening a further one: a server that is full answers late or never."""
+LINK_PATIENCE = 3
+"""For opening a further connection: so long, or so many times what a handshake took, if that is
+longer. A server that is full answers late or never."""
 
 PATIENCE_S = 2.0
 """How long guests' requests wait for a lost server before they fail, unless more was asked for."""
 
-REVIVE_TIMEOUT_S = 2.0
-"""For one attempt to connect again."""
-
 REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
-"""Between attempts; and how long requests fail at once after the last of them."""
+"""Between attempts to connect again."""
 
-
-_LINKING = "nbdmirror-links"
-
-
-def wait_for_handshakes() -> None:
-    """Of a process that ends, when all pools are closed: a server that is left in the middle of a
-    handshake complains."""
-    for thread in threading.enumerate():
-        if thread.name == _LINKING:
-            thread.join(LINK_TIMEOUT_S)
+REQUESTS_ALONE = 64
+"""A guest that has made so many requests on the shared connection gets a link: it is at work."""
 
 
 class ConnectionPool:
@@ -65,26 +57,31 @@ class ConnectionPool:
         announced: Announcement,
         *,
         on_revived: Callable[[], None],
+        timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        """`on_revived`: a guest's thread has connected again; what was not flushed may be lost."""
+        """`on_revived`: it was connected to again; what was not flushed may be lost. `timeout_s` is
+        for a handshake."""
         self.shared = first
         self._uri = uri
         self._announced = announced
         self._retired: Connection | None = None
         """The one before `shared`, which a thread may still be leaving."""
-        self._links: tuple[Link, ...] = ()
+        self.links = LinkSet(uri, self._connect_link, is_wanted=self._may_link)
+        self.limit(CONNECTIONS_DEFAULT)
+        self._alone = 0
+        """Requests on the shared connection for lack of a link."""
         self._turns = itertools.count()
         self._sticky = threading.local()
         self._loop: Loop | None = None
         self._on_lost: Callable[[], None] | None = None
-        self._lock = threading.Lock()  # guards changes of the connections; one thread opens them
-        self._linking: threading.Thread | None = None
-        self.patience_s = PATIENCE_S
-        self.generation = 0
-        """Counts the times that a lost connection was opened again; one that works is of the last
-        generation."""
+        self._changed = threading.Condition()  # guards what follows
+        self._reviver: threading.Thread | None = None
         self._lost_at_s = 0.0
-        self._revive_not_before_s = 0.0
+        self.patience_s = PATIENCE_S
+        self.timeout_s = timeout_s
+        self.generation = 0
+        """Counts the times that a lost device was connected to again; a connection that works is of
+        the last generation."""
         self._on_revived = on_revived
         self._closing = threading.Event()
 
@@ -100,25 +97,37 @@ class ConnectionPool:
 
     @property
     def _all(self) -> tuple[Link | Connection, ...]:
-        return (self.shared, *self._links)
+        return (self.shared, *self.links.open)
 
     def pick(self) -> Link | Connection:
         """This thread's connection for a blocking request: with as many as threads, nobody waits
         for another one's reply. Raises DeviceLost if there is none."""
-        links = self._links
+        links = self.links.open
         if not links:
-            self.open_links()
-            return self.pick_shared()
+            return self._pick_without_links()
         try:
             number: int = self._sticky.number
         except AttributeError:
             number = self._sticky.number = next(self._turns)
         link = links[number % len(links)]
-        return self._revive_link(number) if link.is_lost else link
+        if self.links.may_grow and link.is_busy:
+            self.links.ask()
+        link.is_used = True
+        return self._revive(link) if link.is_lost else link
+
+    def _pick_without_links(self) -> Connection:
+        shared = self.shared
+        if shared.is_lost:
+            return self._revive(shared)
+        self._alone += 1
+        if shared.is_busy or self._alone > REQUESTS_ALONE:
+            self._alone = 0
+            self.links.ask()
+        return shared
 
     def pick_shared(self) -> Connection:
         """The connection with structured replies, for block status."""
-        return self._revive_shared() if self.shared.is_lost else self.shared
+        return self._revive(self.shared) if self.shared.is_lost else self.shared
 
     # The loop.
 
@@ -137,51 +146,25 @@ class ConnectionPool:
 
     # Coming and going.
 
-    def open_links(self) -> None:
-        """Begin to open links for guests' threads, unless that was done before, or the server
-        supports no more than one connection."""
-        if self._may_link:
-            with self._lock:
-                if self._may_link:
-                    self._linking = threading.Thread(
-                        target=self._open_links, name=_LINKING, daemon=True
-                    )
-                    self._linking.start()
+    def limit(self, connections: int) -> None:
+        """Open so many at most; one if the server does not announce multi-conn."""
+        self.links.connections_max = connections if self._announced.can_multi_conn else 1
 
-    @property
     def _may_link(self) -> bool:
-        return (
-            self._linking is None and self._announced.can_multi_conn and not self._closing.is_set()
-        )
+        return not self._closing.is_set() and not self.shared.is_lost
 
-    def _open_links(self) -> None:
-        for number in range(LINKS_MAX):
-            if self._closing.is_set() or self.shared.is_lost:
-                return
-            try:
-                handle = self._connect(LINK_TIMEOUT_S, for_data_alone=True)
-            except ConfigError as error:
-                # It may announce multi-conn and yet take only so many.
-                log.info("%s: goes on with %d connections: %s", self._uri, number + 1, error)
-                return
-            if not self._add_link(Link(handle, self._uri)):
-                return
+    def _connect_link(self) -> nbd.NBD:
+        timeout_s = max(LINK_TIMEOUT_S, LINK_PATIENCE * self.shared.handshake_s)
+        return self._connect(min(self.timeout_s, timeout_s), for_data_alone=True)
 
-    def _add_link(self, link: Link) -> bool:
-        """False if links are not wanted any more, or not this thread's."""
-        with self._lock:
-            is_wanted = not self._closing.is_set() and self._linking is threading.current_thread()
-            if is_wanted:
-                link.generation = self.generation
-                self._links = (*self._links, link)
-        if not is_wanted:
-            link.close()
-        return is_wanted
-
-    def reopen(self, *, timeout_s: float) -> Connection:
-        """A new connection to the same disk as before, for `replace`; blocking. Raises ConfigError:
-        a disk that has changed is not written to (rule 40)."""
-        return Connection(self._connect(timeout_s), self._uri)
+    def reopen(self) -> Connection:
+        """A new connection to the same disk as before, for `replace`; blocking, as long as it could
+        have taken at first. Raises ConfigError: a disk that has changed is not written to (rule
+        40)."""
+        began_s = time.monotonic()
+        connection = Connection(self._connect(self.timeout_s), self._uri)
+        connection.handshake_s = time.monotonic() - began_s
+        return connection
 
     def _connect(self, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
         handle = connect(self._uri, timeout_s, for_data_alone=for_data_alone)
@@ -195,12 +178,12 @@ class ConnectionPool:
         """Use `connection` instead of all that there were; nothing is in flight (`is_busy`)."""
         loop, on_lost = self._loop, self._on_lost
         self.detach()
-        with self._lock:
-            old = self._all
+        with self._changed:
+            old, self.shared = self.shared, connection
             connection.generation = self.generation
-            self.shared, self._links, self._linking = connection, (), None
-        for one in old:
-            one.close()
+        old.close()
+        for link in self.links.begin_anew(self.generation):
+            link.close()
         if loop is not None:
             self.attach(loop, on_lost)
 
@@ -217,102 +200,107 @@ class ConnectionPool:
 
     def abandon(self) -> None:
         """Break every connection, for good: what is in flight fails, and is not tried again."""
-        self._closing.set()
+        self._end()
         self.kill()
 
     def close(self) -> None:
         """Nothing may be in flight. Idempotent."""
-        self._closing.set()
-        for connection in self._all:
-            connection.close()
+        self._end()
+        self.links.close()
+        self.shared.close()
         if self._retired is not None:
             self._retired.close()
 
+    def _end(self) -> None:
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+
     # A guest's thread that finds its connection lost.
 
-    def _revive_link(self, number: int) -> Link | Connection:
-        with self._lock:
-            links = self._links
-            if not links:  # the job has replaced all
-                return self.shared
-            index = number % len(links)
-            lost = links[index]
-            if not lost.is_lost:
-                return lost  # opened again by another thread
-            link = Link(self._connect_again(for_data_alone=True), self._uri)
-            is_first = self._is_first_found(lost)
-            link.generation = self.generation
-            self._links = (*links[:index], link, *links[index + 1 :])
-            if is_first:
-                self._lose_all_but(link)
-        lost.close()
-        return link
-
-    def _revive_shared(self) -> Connection:
-        with self._lock:
-            lost = self.shared
-            if not lost.is_lost:
-                return lost
-            connection = Connection(self._connect_again(for_data_alone=False), self._uri)
-            is_first = self._is_first_found(lost)
-            connection.generation = self.generation
-
-            def swap() -> None:
-                """On the loop's thread."""
-                lost.detach()
-                self.shared = connection
-                if self._loop is not None and not connection.is_attached:
-                    connection.attach(self._loop)
-
-            if self._loop is None:
-                self.shared = connection
-            # A loop that is attached meanwhile has been set by then, or finds the new one.
-            if (loop := self._loop) is not None:
-                loop.run(swap).result()
-            retired, self._retired = self._retired, lost
-            if retired is not None:
-                retired.close()
-            if is_first:
-                self._lose_all_but(connection)
-            return connection
-
-    def _is_first_found(self, lost: Link | Connection) -> bool:
+    def _revive(self, lost: Link | Connection) -> Connection:
         """What breaks one connection breaks the others as a rule, and each is found lost when it is
         used next. That must not look like another loss, of what was written since. So there is one
-        loss for all, when the first is found; those that still seem to work go as well."""
-        is_first = lost.generation == self.generation
-        if is_first:
-            self.generation += 1
-        return is_first
+        loss for all, when the first is found; those that still seem to work go as well.
 
-    def _lose_all_but(self, one: Link | Connection) -> None:
-        for other in self._all:
-            if other is not one:
-                other.kill()
-        self._on_revived()
+        Until `patience_s` after that, requests wait for the server; then they fail at once, until
+        it is there again. (As `reconnect-delay` of QEMU's driver.)"""
+        with self._changed:
+            if lost not in self._all:
+                return self.shared  # it was idle, or all were replaced
+            if self._on_lost is not None:
+                raise DeviceLost(f"{self._uri}: connection lost")
+            if self._reviver is None:
+                self._lost_at_s = time.monotonic()
+                self._reviver = threading.Thread(
+                    target=self._connect_again, name="nbdmirror-revive", daemon=True
+                )
+                self._reviver.start()
+            self._wait_until_revived()
+            return self.shared
 
-    def _connect_again(self, *, for_data_alone: bool) -> nbd.NBD:
-        """Until `patience_s` after the loss was found, requests wait for the server; after that
-        they fail, each after one attempt in a second. (As `reconnect-delay` of QEMU's driver.)"""
-        now_s = time.monotonic()
-        if self._on_lost is not None or now_s < self._revive_not_before_s:
+    def _wait_until_revived(self) -> None:
+        while self._reviver is not None and not self._closing.is_set():
+            left_s = self._lost_at_s + self.patience_s - time.monotonic()
+            if left_s <= 0:
+                break
+            self._changed.wait(left_s)
+        if self._reviver is not None or self._closing.is_set() or self.shared.is_lost:
             raise DeviceLost(f"{self._uri}: connection lost")
-        deadline_s = self._lost_at_s = self._lost_at_s or now_s
-        deadline_s += self.patience_s
-        pause_s = REVIVE_PAUSE_S_MIN
-        while not self._closing.is_set():
+
+    def _connect_again(self) -> None:
+        """On a thread of its own. An attempt that is under way when requests begin to fail goes on
+        to its end: the server may be slow and not gone."""
+        pause_s, told = REVIVE_PAUSE_S_MIN, ""
+        for one in self._all:
+            one.kill()
+        connection = None
+        while not self._closing.is_set() and self._on_lost is None:
             try:
-                handle = self._connect(REVIVE_TIMEOUT_S, for_data_alone=for_data_alone)
+                connection = self.reopen()
                 break
             except ConfigError as error:
-                if time.monotonic() >= deadline_s:
-                    self._revive_not_before_s = time.monotonic() + REVIVE_PAUSE_S_MAX
+                is_late = time.monotonic() >= self._lost_at_s + self.patience_s
+                if is_late and str(error) != told:
+                    told = str(error)
                     log.error("%s: lost: %s", self._uri, error)
-                    raise DeviceLost(f"{self._uri}: {error}") from error
             self._closing.wait(pause_s)
             pause_s = min(REVIVE_PAUSE_S_MAX, pause_s * 2)
+        if connection is not None:
+            self._adopt(connection)
+        with self._changed:
+            self._reviver = None
+            self._changed.notify_all()
+
+    def _adopt(self, connection: Connection) -> None:
+        """Serve guests from `connection`, unless a job has taken over, or it is the end."""
+        lost, loop = self.shared, self._loop
+        is_adopted = False
+
+        def swap() -> None:
+            """On the loop's thread, if there is one."""
+            nonlocal is_adopted
+            if self._closing.is_set() or self._on_lost is not None or self.shared is not lost:
+                return
+            self.generation += 1
+            connection.generation = self.generation
+            lost.detach()
+            self._on_revived()  # before anything is acknowledged on the new one
+            self.shared = connection
+            if self._loop is not None:
+                connection.attach(self._loop)
+            is_adopted = True
+
+        if loop is None:
+            swap()
         else:
-            raise DeviceLost(f"{self._uri}: connection lost")
+            loop.run(swap).result()
+        if not is_adopted:
+            connection.close()
+            return
+        for link in self.links.begin_anew(self.generation):
+            link.close()
+        retired, self._retired = self._retired, lost
+        if retired is not None:
+            retired.close()
         log.warning("%s: connected again", self._uri)
-        self._lost_at_s = 0.0
-        return handle

@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 5.0
 """Back-off between attempts."""
 
-TIMEOUT_S = 5.0
-"""For one attempt."""
-
 DRAIN_POLL_S = 0.005
 """How often broken connections are looked at until their requests have come back."""
 
@@ -110,7 +107,7 @@ def _connect(
 
 def _reopen(device: RemoteDevice, difference: Callable[[Connection], int | None]) -> Connection:
     """Raises ConfigError or DeviceError."""
-    connection = device.pool.reopen(timeout_s=TIMEOUT_S)
+    connection = device.pool.reopen()
     try:
         offset = difference(connection)
     except BaseException:

@@ -10,6 +10,7 @@ from nbdmirror.diskstate import MirrorRecord
 from nbdmirror.handshake import Announcement
 from nbdmirror.nodes import Node, NodeOptions
 from nbdmirror.options import CopyMode, MirrorOptions, Policy
+from nbdmirror.pool import CONNECT_TIMEOUT_S
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.statefile import StateError
 
@@ -32,6 +33,7 @@ def mirror_record(job: MirrorJob, node: Node, *, key: str, bitmap: str) -> Mirro
             "uri": node.device.uri,
             "is_owned": node.is_owned,
             "reconnect_delay_s": node.options.reconnect_delay_s,
+            "open_timeout_s": node.device.pool.timeout_s,
             "announced": asdict(node.device.announced),
         },
     )
@@ -58,7 +60,8 @@ def node_of(record: MirrorRecord) -> Node:
         announced = Announcement(**said.pop("announced"))
         uri = said.pop("uri")
         options = NodeOptions(reconnect_delay_s=said.pop("reconnect_delay_s"))
-        device = RemoteDevice(uri, Connection.absent(uri), announced)
+        timeout_s = said.pop("open_timeout_s", CONNECT_TIMEOUT_S)
+        device = RemoteDevice(uri, Connection.absent(uri), announced, timeout_s=timeout_s)
         return Node(device=device, options=options, **said)
     except (TypeError, ValueError, KeyError) as error:
         raise StateError(f"the target makes no sense: {error}") from error

@@ -30,16 +30,13 @@ from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
 from nbdmirror.identity import Same, same_place, writes_to
 from nbdmirror.link import Link
-from nbdmirror.pool import ConnectionPool
+from nbdmirror.pool import CONNECT_TIMEOUT_S, ConnectionPool
 
 log = logging.getLogger(__name__)
 
 LOSSES_MAX = 5
 """How often a request is lost with its connection until it fails: one that ends its server each
 time is not done for ever."""
-
-CONNECT_TIMEOUT_S = 10.0
-"""For the whole handshake, unless told otherwise."""
 
 
 class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
@@ -50,7 +47,15 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     flushed may be lost then, and nobody would know: so the next flush fails.
     """
 
-    def __init__(self, uri: str, first: Connection, announced: Announcement) -> None:
+    def __init__(
+        self,
+        uri: str,
+        first: Connection,
+        announced: Announcement,
+        *,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        """`timeout_s` is for a handshake, whenever there is one."""
         self.uri = uri
         self.description = uri
         self.announced = announced
@@ -68,7 +73,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.can_cache = announced.can_cache
         self.can_extents = announced.can_extents
         self.can_depth = announced.can_depth
-        self.pool = ConnectionPool(uri, first, announced, on_revived=self._connected_again)
+        revived = self._connected_again
+        self.pool = ConnectionPool(uri, first, announced, on_revived=revived, timeout_s=timeout_s)
         self.on_lost_writes: Callable[[], None] | None = None
         """Called, from any thread, when changes that were acknowledged may be lost."""
         self._numbers = itertools.count(1)
@@ -89,7 +95,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             log.warning("%s", warning)
         connection = Connection.open(uri, timeout_s)
         try:
-            return cls(uri, connection, Announcement.of(connection.handle, uri))
+            announced = Announcement.of(connection.handle, uri)
+            return cls(uri, connection, announced, timeout_s=timeout_s)
         except ConfigError:
             connection.close()
             raise

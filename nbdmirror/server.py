@@ -19,11 +19,11 @@ from nbdmirror.diskstate import Found
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
 from nbdmirror.filewatch import FileWatch
+from nbdmirror.linkset import CONNECTIONS_DEFAULT, wait_for_handshakes
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.mirrors import Mirrors
 from nbdmirror.nodes import Nodes
-from nbdmirror.pool import wait_for_handshakes
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.statefile import StateError
 from nbdmirror.store import DiskStore
@@ -49,8 +49,11 @@ class Server:
         events: EventRing,
         loop: Loop,
         stores: Mapping[str, DiskStore] | None = None,
+        *,
+        connections: int = CONNECTIONS_DEFAULT,
     ) -> None:
-        """`stores`: what is kept of each disk, by its name, where there is a state directory."""
+        """`stores`: what is kept of each disk, by its name, where there is a state directory.
+        `connections`: to a target, at most."""
         self.started_at_s = round(time.time(), 3)
         self.disks = disks
         self.events = events
@@ -58,7 +61,7 @@ class Server:
         self._stores = stores or {}
         self.writers = {name: Writer(loop, events, time.time) for name in self._stores}
         self.kept = {disk: self._stores.get(name, Transient()) for name, disk in disks.items()}
-        self.nodes = Nodes(disks)
+        self.nodes = Nodes(disks, connections)
         self.bitmaps = Bitmaps(self.kept)
         self.files = FileWatch(disks, events)
         self.chronicle = Chronicle(loop, events, time.time)
@@ -128,7 +131,7 @@ class Server:
         """Have guests' requests fail that wait for another server. From any thread."""
         for disk in self.disks.values():
             device = raw_device(disk.source)
-            if isinstance(device, RemoteDevice) and device.pool.is_busy:
+            if isinstance(device, RemoteDevice) and (device.pool.is_busy or device.is_lost):
                 log.error("%s: does not answer; requests under way fail", device.uri)
                 device.pool.abandon()
 
@@ -161,7 +164,7 @@ class Server:
                 what = "does not answer; it is left as it is, not flushed"
                 log.error("disk %s: %s: %s", name, self.disks[name].source.description, what)
         for node in self.nodes:
-            node.device.kill()
+            node.device.pool.abandon()
         wait_for_handshakes()
 
     def _remote_devices(self) -> list[RemoteDevice]:

@@ -28,6 +28,7 @@ from nbdmirror.file import FileDevice
 from nbdmirror.hangup import Guests
 from nbdmirror.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
 from nbdmirror.latecomers import OPEN_TIMEOUT_S_MAX, Opening
+from nbdmirror.linkset import CONNECTIONS_DEFAULT, CONNECTIONS_MAX
 from nbdmirror.loop import Loop
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.qmp import QmpServer
@@ -72,6 +73,7 @@ class Service:
         self._mirror_to = ""
         self._state_path = ""
         self._accepts_old_side = False
+        self._connections = CONNECTIONS_DEFAULT
         self._stores: dict[str, DiskStore] = {}
         self._listener: socket.socket | None = None
         self._server: Server | None = None
@@ -111,12 +113,14 @@ class Service:
             self._is_keepalive_said = True
         elif key == "open-timeout":
             self._open_timeout_s = _seconds(key, value, OPEN_TIMEOUT_S_MAX)
+        elif key == "connections":
+            self._connections = _number(key, value)
         elif key == "mirror-to":
             self._mirror_to = _absolute(key, value)
         else:
             raise ConfigError(
                 f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
-                f"state-dir, accept-old-side, keepalive or open-timeout"
+                f"state-dir, accept-old-side, connections, keepalive or open-timeout"
             )
 
     def check(self) -> None:
@@ -170,7 +174,7 @@ class Service:
             Watch(guests, self._keepalive_s, is_exact=self._is_keepalive_said).start()
         loop, events = Loop(time.monotonic), EventRing(time.time)
         status = systemd.Status(self.disks, events)  # of jobs that go on as well
-        self._server = Server(self.disks, events, loop, self._stores)
+        self._server = Server(self.disks, events, loop, self._stores, connections=self._connections)
         self._server.start()
         self._commands = Commands(self._server)
         if self._listener is not None:
@@ -267,6 +271,7 @@ class Service:
         if not is_uri(path):
             return FileDevice.open(path, read_only=self._is_read_only, direct=self._is_direct)
         device = opening.open(path)
+        device.pool.limit(self._connections)
         if device.read_only and not self._is_read_only:
             raise ConfigError(f"file={path}: the export is read-only; use read-only=true")
         device.read_only = self._is_read_only
@@ -315,6 +320,12 @@ def _absolute(key: str, uri: str) -> str:
 def _seconds(key: str, value: str, most: int) -> int:
     if not (value.isascii() and value.isdigit() and int(value) <= most):
         raise ConfigError(f"{key}={value}: expected a whole number of seconds, {most} at most")
+    return int(value)
+
+
+def _number(key: str, value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 0 < int(value) <= CONNECTIONS_MAX:
+        raise ConfigError(f"{key}={value}: expected a number from 1 to {CONNECTIONS_MAX}")
     return int(value)
 
 

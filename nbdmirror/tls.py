@@ -24,9 +24,6 @@ AUTHORITY = "ca-cert.pem"
 PSK_NAME = "keys.psk"
 """What QEMU calls the file of pre-shared keys in a directory."""
 
-LOOK_S_MAX = 2.0
-"""For the connection that finds out what is wrong with a server's certificate."""
-
 _MAGIC, _OPTION_MAGIC, _REPLY_MAGIC = 0x4E42444D41474943, 0x49484156454F5054, 0x3E889045565A9
 _FIXED_NEWSTYLE, _STARTTLS, _ACK = 1, 5, 1
 
@@ -116,8 +113,9 @@ def exposed(path: str) -> list[str]:
     return found
 
 
-def explain(keys: ClientKeys | None, reason: str) -> str:
-    """What libnbd said of a connection that failed, in words that tell what to do."""
+def explain(keys: ClientKeys | None, reason: str, timeout_s: float) -> str:
+    """What libnbd said of a connection that failed, in words that tell what to do. `timeout_s` is
+    for a look at the server's certificate."""
     if "server requires TLS" in reason:
         return "the server demands TLS: use nbds:// (over QMP: tls-creds), and keys"
     if keys is None:
@@ -133,7 +131,7 @@ def explain(keys: ClientKeys | None, reason: str) -> str:
             f"it has another key for that user, does not know him, or takes certificates"
         )
     elif "certificate verification" in reason:
-        text = f"TLS: the server's certificate is not accepted: {_look(keys)}"
+        text = f"TLS: the server's certificate is not accepted: {_look(keys, timeout_s)}"
     else:
         text = f"TLS: the server does not accept us: {_own_problem(keys)}"
     return f"{text} ({reason})"
@@ -272,14 +270,14 @@ def _problem(certificate: str, key: str, authority: str, *, is_server: bool) -> 
     return ""
 
 
-def _look(keys: ClientKeys) -> str:
+def _look(keys: ClientKeys, timeout_s: float) -> str:
     """Connect once more, with a library that tells why a certificate is not accepted."""
     authority = os.path.join(keys.certificates, AUTHORITY) if keys.certificates else ""
     try:
         context = ssl.create_default_context(cafile=authority or None)
         context.check_hostname = bool(keys.host)
-        with _connect(keys.address) as sock:
-            _start_tls(sock)
+        with _connect(keys.address, timeout_s) as sock:
+            _start_tls(sock, timeout_s)
             with context.wrap_socket(sock, server_hostname=keys.host or None):
                 pass
     except ssl.SSLCertVerificationError as error:
@@ -289,11 +287,11 @@ def _look(keys: ClientKeys) -> str:
     return f"is it signed by {authority or 'an authority of the system'}, and for this host?"
 
 
-def _connect(address: tuple[str, int] | str) -> socket.socket:
+def _connect(address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
     if isinstance(address, tuple):
-        return socket.create_connection(address, timeout=LOOK_S_MAX)
+        return socket.create_connection(address, timeout=timeout_s)
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(LOOK_S_MAX)
+    sock.settimeout(timeout_s)
     sock.connect(address)
     return sock
 
@@ -311,22 +309,22 @@ def _reason(error: ssl.SSLCertVerificationError, authority: str, host: str) -> s
     return str(error.verify_message)
 
 
-def _start_tls(sock: socket.socket) -> None:
+def _start_tls(sock: socket.socket, timeout_s: float) -> None:
     """NBD's handshake up to where TLS begins. Raises ValueError where it does not."""
-    magic, option_magic, _ = struct.unpack(">QQH", _receive(sock, 18))
+    magic, option_magic, _ = struct.unpack(">QQH", _receive(sock, 18, timeout_s))
     if (magic, option_magic) != (_MAGIC, _OPTION_MAGIC):
         raise ValueError
     sock.sendall(struct.pack(">IQII", _FIXED_NEWSTYLE, _OPTION_MAGIC, _STARTTLS, 0))
-    magic, option, answer, length = struct.unpack(">QIII", _receive(sock, 20))
+    magic, option, answer, length = struct.unpack(">QIII", _receive(sock, 20, timeout_s))
     if (magic, option, answer, length) != (_REPLY_MAGIC, _STARTTLS, _ACK, 0):
         raise ValueError
 
 
-def _receive(sock: socket.socket, length: int) -> bytes:
+def _receive(sock: socket.socket, length: int, timeout_s: float) -> bytes:
     """Exactly so many bytes, in time; fewer if the other end closes."""
-    data, deadline_s = b"", time.monotonic() + LOOK_S_MAX
+    data, deadline_s = b"", time.monotonic() + timeout_s
     while len(data) < length and (part := sock.recv(length - len(data))):
         data += part
         sock.settimeout(max(0.001, deadline_s - time.monotonic()))
-    sock.settimeout(LOOK_S_MAX)
+    sock.settimeout(timeout_s)
     return data

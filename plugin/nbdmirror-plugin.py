@@ -5,6 +5,7 @@
     cache=none         O_DIRECT instead of the page cache (default: writeback)
     read-only=true     open the disks for reading only
     mirror-to=URI      start mirroring the first disk at once
+    connections=N      to an NBD server, at most (default: 9)
     state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
     open-timeout=SECONDS   try so long to connect to disks' NBD servers (default: once)
     keepalive=SECONDS  give up guests on TCP without a sign of life for so long (default: 300)

@@ -23,7 +23,7 @@ from nbdmirror.aligned import AlignedDevice
 from nbdmirror.device import BlockDevice, BlockSize, MemoryDevice
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.file import FileDevice
-from nbdmirror.pool import wait_for_handshakes
+from nbdmirror.linkset import wait_for_handshakes
 from nbdmirror.remote import RemoteDevice
 
 SIZES = (0, 1, 511, 512, 4096, 1 << 20, 1025 << 10, (1 << 20) + 1)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "threadstate": "",
     "hangup": "",
     "keepalive": "hangup",
-    "latecomers": "errors logs remote systemd",
+    "latecomers": "errors logs pool remote systemd",
     "signals": "",
     "startup": "",
     "quiet": "",
@@ -53,7 +53,8 @@ MAY_IMPORT = {
     "handshake": "errors peek tls uri",
     "link": "device errors handshake peek",
     "connection": "device errors handshake identity loop peek",
-    "pool": "connection errors handshake link loop",
+    "linkset": "errors link",
+    "pool": "connection errors handshake link linkset loop",
     "blockstatus": "device handshake",
     "remote": "aligned blockstatus connection device errors handshake identity link pool tls",
     "ledger": "bitmap device errors",
@@ -79,7 +80,7 @@ MAY_IMPORT = {
     "chronicle": "disk events job loop mirror options rates",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
-    "nodes": "aligned device disk errors mirror remote",
+    "nodes": "aligned device disk errors linkset mirror remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors nodes options remote",
     "mirrors": "admission aligned bitmap bitmaps chronicle connection copier depth device"
@@ -87,7 +88,7 @@ MAY_IMPORT = {
     " reconnect records remote sameness scan statefile transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",
-    "records": "connection diskstate handshake mirror nodes options remote statefile",
+    "records": "connection diskstate handshake mirror nodes options pool remote statefile",
     # What outlives the process.
     "lasting": "bitmap",
     "statefile": "errors",
@@ -102,8 +103,8 @@ MAY_IMPORT = {
     "store": "bitmap checkpoint device diskfile diskstate heartbeat journal lasting ledger"
     " statefile transient writer",
     "statedir": "diskfile diskstate errors identity intentlog statefile store",
-    "server": "aligned bitmaps chronicle disk diskstate errors events filewatch loop mirror"
-    " mirrors nodes pool remote statefile store transient writer",
+    "server": "aligned bitmaps chronicle disk diskstate errors events filewatch linkset loop mirror"
+    " mirrors nodes remote statefile store transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "aligned bitmap device disk mirror nodes remote server",
     "sockets": "errors",
@@ -114,7 +115,7 @@ MAY_IMPORT = {
     "actions": "bitmap bitmaps copier disk errors group mirror names options server",
     "statusquery": "__init__ aligned chronicle device disk mirror queries remote server",
     "commands": "__init__ actions endpoints errors events introspection job mirror nodes options"
-    " qmpschema queries remote server statusquery",
+    " pool qmpschema queries remote server statusquery",
     "qmp_json": "errors",
     "qmp": "errors events qmp_json sockets",
     "http": "errors events job server",
@@ -122,21 +123,21 @@ MAY_IMPORT = {
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
     "service": "__init__ aligned commands device disk errors events file hangup keepalive"
-    " latecomers loop logs names qmp remote server signals sockets startup statedir store"
+    " latecomers linkset loop logs names qmp remote server signals sockets startup statedir store"
     " systemd uri",
     "plugin/*": ANYTHING,
 }
 
 # Module from outside -> the only places that may import it.
 ONLY_IN = {
-    "nbd": "blockstatus remote pool connection link handshake peek",
+    "nbd": "blockstatus remote pool connection link linkset handshake peek",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
     "socket": "qmp http cli* connection handshake identity link sockets service hangup keepalive"
     " systemd tls"
     " uri",
     "socketserver": "",
-    "select": "qmp http cli* loop connection",
+    "select": "qmp http cli* loop connection handshake",
     "selectors": "qmp http cli* loop connection",
     "qemu": "cli*",
     "rich": "cli*",

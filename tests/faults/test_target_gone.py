@@ -20,7 +20,7 @@ from qmpclient import Qmp
 from servers import NbdkitTarget, Nbdmirror
 from waiting import wait_until
 
-from nbdmirror import pool
+from nbdmirror import linkset, pool
 from nbdmirror.connection import Connection
 from nbdmirror.errors import DeviceLost
 from nbdmirror.handshake import PEER_LOST_S
@@ -365,10 +365,10 @@ def test_closing_does_not_wait_for_a_handshake(
         device = RemoteDevice.open(proxy.uri)
         assert device.can_multi_conn
         proxy.stall()
-        device.pool.open_links()
+        device.pool.links.ask()
         wait_until(lambda: proxy.connections == 2, "a further connection hangs in its handshake")
         began_s = time.monotonic()
         device.close()
         assert time.monotonic() - began_s < 10.0
         proxy.forward()
-        pool.wait_for_handshakes()
+        linkset.wait_for_handshakes()

@@ -94,12 +94,26 @@ def test_a_server_that_dies_in_a_flush(target: Lossy, server: Nbdmirror) -> None
             flush.result()
 
 
+def have_links(guest: nbd.NBD, target: Lossy) -> None:
+    """Keep several requests under way until they have connections of their own."""
+
+    def has_links() -> bool:
+        reads = [guest.aio_pread(nbd.Buffer(BLOCK), 0) for _ in range(8)]
+        while reads:
+            guest.poll(-1)
+            reads = [read for read in reads if not guest.aio_command_completed(read)]
+        return target.connections() > 4
+
+    if target.settings["multi-conn"]:
+        wait_until(has_links, "the guest's threads have links")
+
+
 def test_a_server_that_lost_nothing_costs_no_flush(target: Lossy, server: Nbdmirror) -> None:
     """All connections broke with the server; each is opened again when a thread of the guest's
     first uses it. That is one loss, of before the writes that follow."""
     with connected(server.uri()) as guest:
         guest.pwrite(DATA, 0)
-        wait_until(lambda: target.connections() > 4 or not target.settings["multi-conn"], "links")
+        have_links(guest, target)
         guest.flush()
         target.kill()
         target.come_back()
@@ -156,7 +170,7 @@ def test_a_server_that_is_lost_again_and_again(target: Lossy, server: Nbdmirror)
     """Each time the request is done again."""
     with connected(server.uri()) as guest:
         guest.pwrite(DATA, 0)
-        wait_until(lambda: target.connections() > 4 or not target.settings["multi-conn"], "links")
+        have_links(guest, target)
         guest.flush()
         target.order("kill write 1")
         write = InThread(lambda: guest.pwrite(DATA, BLOCK, nbd.CMD_FLAG_FUA))

@@ -1,0 +1,180 @@
+"""To connect again takes as long as to connect, and each address of a name is tried."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbd
+import pytest
+from fixtures import Start
+from images import KiB, MiB, make_image
+from processes import free_port
+from servers import NbdkitTarget, QemuNbd
+from waiting import wait_until
+
+from nbdmirror import handshake, pool, tls
+from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.handshake import connect
+from nbdmirror.remote import RemoteDevice
+
+HANDSHAKE_S = 3
+"""Longer than guests' requests wait, and than an attempt to connect again once took."""
+
+
+def slow_server(folder: Path) -> NbdkitTarget:
+    image = make_image(folder / "image.img", MiB)
+    delay = f"delay-open={HANDSHAKE_S}"
+    return NbdkitTarget(folder, "file", str(image), delay, filters=("delay",))
+
+
+def reads(device: RemoteDevice) -> bool:
+    try:
+        device.pread(memoryview(bytearray(4 * KiB)), 0)
+    except DeviceError:
+        return False
+    return True
+
+
+def test_a_server_with_a_slow_handshake_is_had_again(start: Start, folder: Path) -> None:
+    """Requests fail after the time that they wait, and the attempt that is under way goes on."""
+    server = slow_server(folder)
+    start(server)
+    device = RemoteDevice.open(server.uri())
+    assert reads(device)
+    server.kill()
+    server.socket.unlink()
+    device.pool.patience_s = 0.2
+    began_s = time.monotonic()
+    assert not reads(device)
+    assert time.monotonic() - began_s < HANDSHAKE_S
+    server.start()
+    wait_until(lambda: reads(device), "the server is used again")
+    device.close()
+
+
+def test_requests_that_wait_long_enough_see_nothing_of_it(start: Start, folder: Path) -> None:
+    server = slow_server(folder)
+    start(server)
+    device = RemoteDevice.open(server.uri())
+    device.pool.patience_s = 60.0
+    server.kill()
+    server.socket.unlink()
+    server.spawn()
+    assert reads(device)
+    device.close()
+
+
+def test_the_time_for_a_handshake_counts_everywhere(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = QemuNbd(folder, make_image(folder / "image.img", MiB))
+    start(server)
+    device = RemoteDevice.open(server.uri(), timeout_s=77.0)
+    asked: list[float] = []
+
+    def connected(uri: str, timeout_s: float, **options: Any) -> nbd.NBD:
+        asked.append(timeout_s)
+        return connect(uri, timeout_s, **options)
+
+    monkeypatch.setattr(pool, "connect", connected)
+    device.pool.replace(device.pool.reopen())  # as a job does
+    device.pool.kill()
+    assert reads(device)  # as guests do
+    device.pool.shared.handshake_s = 20.0
+    device.pool._connect_link()
+    assert asked == [77.0, 77.0, 60.0]
+    device.close()
+
+
+def test_a_server_that_is_gone_fails_at_once(folder: Path) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(ConfigError, match="No such file"):
+        connect(f"nbd+unix:///?socket={folder}/nobody", 60.0)
+    with pytest.raises(ConfigError, match="Connection refused"):
+        connect(f"nbd://127.0.0.1:{free_port()}", 60.0)
+    assert time.monotonic() - began_s < 30.0
+
+
+def test_a_look_at_a_certificate_has_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def connect_to(address: object, timeout_s: float) -> socket.socket:
+        asked.append(timeout_s)
+        raise OSError
+
+    monkeypatch.setattr(tls, "_connect", connect_to)
+    keys = tls.ClientKeys(("host", 1))
+    tls.explain(keys, "gnutls_handshake: certificate verification", 33.0)
+    assert asked == [33.0]
+
+
+# Several addresses of a name.
+
+FIRST, SECOND = "127.0.0.2", "127.0.0.1"
+Trouble = Callable[[ExitStack, int], object]
+
+
+def refuses(stack: ExitStack, port: int) -> None:
+    """Nobody listens there."""
+
+
+def hangs(stack: ExitStack, port: int) -> None:
+    """It accepts, and says nothing."""
+    stack.enter_context(socket.create_server((FIRST, port)))
+
+
+def swallows(stack: ExitStack, port: int) -> None:
+    """It drops what comes: its queue is full."""
+    listener = stack.enter_context(socket.create_server((FIRST, port), backlog=0))
+    for _ in range(3):
+        client = stack.enter_context(socket.socket())
+        client.setblocking(False)
+        client.connect_ex((FIRST, port))
+    assert listener.fileno() >= 0
+
+
+def hangs_up(stack: ExitStack, port: int) -> None:
+    """It is no NBD server: here, one that ends each connection in the middle."""
+    listener = stack.enter_context(socket.create_server((FIRST, port)))
+    listener.shutdown(socket.SHUT_RD)
+
+
+@contextmanager
+def names(monkeypatch: pytest.MonkeyPatch, port: int, *hosts: str) -> Iterator[None]:
+    """Every name has these addresses."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in hosts]
+    with monkeypatch.context() as patch:
+        patch.setattr(handshake.socket, "getaddrinfo", lambda *_, **__: found)
+        yield
+
+
+@pytest.mark.parametrize("trouble", [refuses, hangs, swallows, hangs_up])
+@pytest.mark.parametrize("is_last", [False, True], ids=["first", "last"])
+def test_each_address_is_tried(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch, trouble: Trouble, is_last: bool
+) -> None:
+    port = free_port()
+    server = NbdkitTarget(folder, "memory", "1M")
+    server.argv = lambda: ["nbdkit", "-f", "-i", SECOND, "-p", str(port), "memory", "1M"]  # type: ignore[method-assign]
+    server.uri = lambda export="": f"nbd://{SECOND}:{port}/{export}"  # type: ignore[method-assign]
+    start(server)
+    hosts = (SECOND, FIRST) if is_last else (FIRST, SECOND)
+    with ExitStack() as stack, names(monkeypatch, port, *hosts):
+        trouble(stack, port)
+        handle = connect(f"nbd://a-name:{port}", 30.0)
+        assert handle.get_size() == MiB
+        handle.shutdown()
+
+
+def test_all_addresses_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    with names(monkeypatch, port, FIRST, SECOND):
+        began_s = time.monotonic()
+        with pytest.raises(ConfigError, match="Connection refused"):
+            connect(f"nbd://a-name:{port}", 60.0)
+        assert time.monotonic() - began_s < 30.0
