@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from nbdmirror.bitmap import check_granularity
-from nbdmirror.bitmaps import Change, NamedBitmap
+from nbdmirror.bitmaps import Change, NamedBitmap, Place
 from nbdmirror.copier import BUFFER_BYTES_DEFAULT
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError, DeviceNotActive
@@ -137,44 +137,60 @@ def _nothing() -> None:
 # Bitmaps.
 
 
-def _bitmap_disk(server: Server, name: str) -> Disk:
+def _place(server: Server, name: str) -> Place:
+    if (job := server.nodes.mirror_to(name)) is not None:
+        return Place(job.disk, name)
     try:
-        return server.nodes.find_disk(name)
+        return Place(server.nodes.find_disk(name))
     except CommandError as error:
         raise CommandError(f"Node '{name}' not found") from error
 
 
 def _add(server: Server, data: Arguments) -> Change:
-    return server.bitmaps.add(
-        server.nodes.find_disk(data["node"]),
+    job = server.nodes.mirror_to(data["node"])
+    disk = job.disk if job is not None else server.nodes.find_disk(data["node"])
+    place = Place(disk, data["node"] if job is not None else "")
+    change = server.bitmaps.add(
+        place,
         data["name"],
         data.get("granularity"),
         persistent=data.get("persistent", False),
         disabled=data.get("disabled", False),
     )
+    if job is not None:
+        if not data.get("disabled", False) and not job.tracker.in_sync:
+            server.bitmaps.find(place, data["name"]).bitmap.merge(job.tracker.may_differ())
+        job.when_ended(partial(_target_released, server, place))
+    return change
+
+
+def _target_released(server: Server, place: Place) -> None:
+    root = server.nodes.root_of(place.disk)
+    is_pivoted = root is not None and root.name == place.target
+    server.bitmaps.target_released(place, is_pivoted=is_pivoted)
 
 
 def _remove(server: Server, data: Arguments) -> Change:
-    return server.bitmaps.remove(_bitmap_disk(server, data["node"]), data["name"])
+    return server.bitmaps.remove(_place(server, data["node"]), data["name"])
 
 
 def _clear(server: Server, data: Arguments) -> Change:
-    return server.bitmaps.clear(_bitmap_disk(server, data["node"]), data["name"])
+    return server.bitmaps.clear(_place(server, data["node"]), data["name"])
 
 
 def _record(recording: bool, server: Server, data: Arguments) -> Change:
-    return server.bitmaps.record(_bitmap_disk(server, data["node"]), data["name"], recording)
+    return server.bitmaps.record(_place(server, data["node"]), data["name"], recording)
 
 
 def _merge(server: Server, data: Arguments) -> Change:
-    disk = _bitmap_disk(server, data["node"])
+    place = _place(server, data["node"])
     sources = [
-        (disk, source)
+        (place, source)
         if isinstance(source, str)
-        else (_bitmap_disk(server, source["node"]), source["name"])
+        else (_place(server, source["node"]), source["name"])
         for source in data["bitmaps"]
     ]
-    return server.bitmaps.merge(disk, data["target"], sources)
+    return server.bitmaps.merge(place, data["target"], sources)
 
 
 BITMAP_ACTIONS: dict[str, Action] = {
@@ -215,7 +231,7 @@ def _sync_bitmap(server: Server, disk: Disk, arguments: Arguments) -> NamedBitma
     if mode == "always":
         raise CommandError("Bitmap Sync Mode 'always' is not supported by Mirror")
     try:
-        return server.bitmaps.find_idle(disk, name)
+        return server.bitmaps.find_idle(Place(disk), name)
     except CommandError as error:
         if "not found" in str(error):
             raise CommandError(f"Bitmap '{name}' could not be found") from error

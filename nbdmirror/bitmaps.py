@@ -2,6 +2,10 @@
 
 A bitmap that records is attached to the disk's ledger. While a job uses one it is busy: it goes on
 recording, and no command may touch it. On the event loop's thread.
+
+The target of a running mirror can have bitmaps as well: management tools put one there before they
+pivot. Such a bitmap records what reaches the target from then on, which is what guests change and
+what the mirror had yet to copy. A pivot makes it the disk's.
 """
 
 from __future__ import annotations
@@ -47,6 +51,16 @@ class NamedBitmap:
     key: str = ""
     """If persistent: the one under which its content is kept."""
     is_busy: bool = False
+    target: str = ""
+    """The name of the mirror's target that it is on; "": it is the disk's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What bitmaps are on: a disk, or the node that it is mirrored to, by its name."""
+
+    disk: Disk
+    target: str = ""
 
 
 class Bitmaps:
@@ -66,18 +80,19 @@ class Bitmaps:
             found.restore(bitmap, record.key)
             self._add(disk, NamedBitmap(record.name, bitmap, record.is_recording, record.key))
 
-    def of(self, disk: Disk) -> list[NamedBitmap]:
+    def of(self, place: Place) -> list[NamedBitmap]:
         """Newest first."""
-        return list(reversed(self._of.get(disk, {}).values()))
+        there = self._of.get(place.disk, {}).values()
+        return [bitmap for bitmap in reversed(there) if bitmap.target == place.target]
 
-    def find(self, disk: Disk, name: str) -> NamedBitmap:
-        bitmap = self._of.get(disk, {}).get(name)
-        if bitmap is None:
+    def find(self, place: Place, name: str) -> NamedBitmap:
+        bitmap = self._of.get(place.disk, {}).get(name)
+        if bitmap is None or bitmap.target != place.target:
             raise CommandError(f"Dirty bitmap '{name}' not found")
         return bitmap
 
-    def find_idle(self, disk: Disk, name: str) -> NamedBitmap:
-        bitmap = self.find(disk, name)
+    def find_idle(self, place: Place, name: str) -> NamedBitmap:
+        bitmap = self.find(place, name)
         if bitmap.is_busy:
             raise CommandError(
                 f"Bitmap '{name}' is currently in use by another operation and cannot be used"
@@ -85,8 +100,10 @@ class Bitmaps:
         return bitmap
 
     def add(
-        self, disk: Disk, name: str, granularity: int | None, *, persistent: bool, disabled: bool
+        self, place: Place, name: str, granularity: int | None, *, persistent: bool, disabled: bool
     ) -> Change:
+        """A name is taken once, on a disk or on its mirror's target."""
+        disk = place.disk
         if not name:
             raise CommandError("Bitmap name cannot be empty")
         if len(name.encode()) > NAME_BYTES_MAX:
@@ -100,27 +117,38 @@ class Bitmaps:
             raise CommandError(f"There are {BITMAPS_MAX} bitmaps already; remove some")
         self._check_bytes(disk.size, granularity)
         kept, key = self._kept[disk], f"bitmap-{uuid.uuid4().hex}" if persistent else ""
-        if persistent and not kept.is_lasting:
+        if persistent and (place.target or not kept.is_lasting):
             raise CommandError(
-                f"Can't store persistent bitmaps to {disk.name}: Operation not supported"
+                f"Can't store persistent bitmaps to {place.target or disk.name}: "
+                f"Operation not supported"
             )
         make = kept.new_bitmap(key) if persistent else DirtyBitmap
-        bitmap = NamedBitmap(name, make(disk.size, granularity), not disabled, key)
+        bitmap = NamedBitmap(
+            name, make(disk.size, granularity), not disabled, key, target=place.target
+        )
         self._add(disk, bitmap)
         return Change(lambda: self._drop(disk, bitmap))
 
-    def remove(self, disk: Disk, name: str) -> Change:
+    def target_released(self, place: Place, *, is_pivoted: bool) -> None:
+        """The mirror to that target has ended: its bitmaps are the disk's, or go."""
+        for bitmap in self.of(place):
+            if is_pivoted:
+                bitmap.target = ""
+            else:
+                self._drop(place.disk, bitmap)
+
+    def remove(self, place: Place, name: str) -> Change:
         """Carried out at the commit; until then the name is taken, as in QEMU."""
-        bitmap = self.find_idle(disk, name)
+        bitmap = self.find_idle(place, name)
         bitmap.is_busy = True
 
         def undo() -> None:
             bitmap.is_busy = False
 
-        return Change(undo, lambda: self._drop(disk, bitmap))
+        return Change(undo, lambda: self._drop(place.disk, bitmap))
 
-    def clear(self, disk: Disk, name: str) -> Change:
-        bitmap = self.find_idle(disk, name).bitmap
+    def clear(self, place: Place, name: str) -> Change:
+        bitmap = self.find_idle(place, name).bitmap
         taken = self._take_copies(bitmap, 1)
         before = bitmap.copy()
         bitmap.clear_all()
@@ -131,15 +159,15 @@ class Bitmaps:
 
         return Change(undo, taken)
 
-    def record(self, disk: Disk, name: str, recording: bool) -> Change:
+    def record(self, place: Place, name: str, recording: bool) -> Change:
         """block-dirty-bitmap-enable and -disable."""
-        bitmap = self.find_idle(disk, name)
+        bitmap = self.find_idle(place, name)
         before = bitmap.is_recording
-        self._set_recording(disk, bitmap, recording)
-        return Change(lambda: self._set_recording(disk, bitmap, before))
+        self._set_recording(place.disk, bitmap, recording)
+        return Change(lambda: self._set_recording(place.disk, bitmap, before))
 
-    def merge(self, disk: Disk, target: str, sources: list[tuple[Disk, str]]) -> Change:
-        into = self.find_idle(disk, target).bitmap
+    def merge(self, place: Place, target: str, sources: list[tuple[Place, str]]) -> Change:
+        into, ledger = self.find_idle(place, target).bitmap, place.disk.ledger
         found = [self.find_idle(*source).bitmap for source in sources]
         for bitmap in found:
             if bitmap.size != into.size:
@@ -149,8 +177,8 @@ class Bitmaps:
                 )
         taken = self._take_copies(into, 2)
         since = DirtyBitmap(into.size, into.granularity)
-        if self.find(disk, target).is_recording:
-            disk.ledger.attach(since)  # a guest's marks outlive an undo
+        if self.find(place, target).is_recording:
+            ledger.attach(since)  # a guest's marks outlive an undo
         before = into.copy()
         for bitmap in found:
             into.merge(bitmap)
@@ -162,7 +190,7 @@ class Bitmaps:
             commit()
 
         def commit() -> None:
-            disk.ledger.detach(since)
+            ledger.detach(since)
             taken()
 
         return Change(undo, commit)

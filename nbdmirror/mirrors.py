@@ -16,7 +16,7 @@ from functools import partial
 from nbdmirror.admission import check_target, granularity_of
 from nbdmirror.aligned import AlignedDevice, raw_device
 from nbdmirror.bitmap import check_bits
-from nbdmirror.bitmaps import Bitmaps, NamedBitmap
+from nbdmirror.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.chronicle import Chronicle
 from nbdmirror.connection import Connection
 from nbdmirror.copier import Copier
@@ -191,7 +191,7 @@ class Mirrors:
         size, other = disk.size, node.device.size
         if other != size and not (options.allow_larger and other > size):
             raise StateError(f"the target has {other} bytes, the disk {size}")
-        named = bitmaps.of(disk)
+        named = bitmaps.of(Place(disk))
         bitmap = next((one for one in named if one.name == record.bitmap), None)
         self._nodes.add_again(node)
         job = self._make(disk, node, options, bitmap, record.granularity, record.key)

@@ -112,6 +112,11 @@ class Nodes:
             raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
         return disk
 
+    def mirror_to(self, name: str) -> MirrorJob | None:
+        """The job whose target is the node `name`, until that is what the disk is served from."""
+        node = self._nodes.get(name)
+        return node.job if node is not None and node.disk is None else None
+
     def root_of(self, disk: Disk) -> Node | None:
         """The node that `disk` is served from since a pivot."""
         return next((node for node in self if node.disk is disk), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from nbdmirror.aligned import raw_device
 from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.bitmaps import Place
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.mirror import MirrorJob
@@ -69,7 +70,7 @@ def named_block_nodes(server: Server) -> list[dict[str, Any]]:
     """query-named-block-nodes: newest first. A disk is a node of its name, and what it was served
     from stays one after a pivot."""
     nodes = [
-        _disk_info(server, node.disk) if node.disk else _target_info(node)
+        _disk_info(server, node.disk) if node.disk else _node_info(server, node)
         for node in reversed(list(server.nodes))
     ]
     for disk in reversed(server.disks.values()):
@@ -111,6 +112,14 @@ def block_exports(server: Server) -> list[dict[str, Any]]:
     ]
 
 
+def _node_info(server: Server, node: Node) -> dict[str, Any]:
+    """Of a node that no disk is served from."""
+    info = _target_info(node)
+    if node.job is not None and (bitmaps := named_bitmaps(server, Place(node.job.disk, node.name))):
+        info["dirty-bitmaps"] = bitmaps
+    return info
+
+
 def _target_info(node: Node) -> dict[str, Any]:
     info = _device_info(node.name, node.device)
     info["ro"] = node.is_read_only
@@ -131,19 +140,19 @@ def _disk_info(server: Server, disk: Disk) -> dict[str, Any]:
         info = _device_info(disk.name, disk.source)
     info["ro"] = disk.read_only
     info["image"]["virtual-size"] = disk.size  # the device may be larger, where that was allowed
-    bitmaps = named_bitmaps(server, disk)
+    bitmaps = named_bitmaps(server, Place(disk))
     if (job := server.mirrors.of(disk)) is not None:
         bitmaps.insert(0, _bitmap_info(job.tracker.dirty, recording=True, busy=False))
     return {**info, "dirty-bitmaps": bitmaps} if bitmaps else info
 
 
-def named_bitmaps(server: Server, disk: Disk) -> list[dict[str, Any]]:
-    """QEMU's BlockDirtyInfo of each named bitmap of `disk`."""
+def named_bitmaps(server: Server, place: Place) -> list[dict[str, Any]]:
+    """QEMU's BlockDirtyInfo of each named bitmap there."""
     return [
         _bitmap_info(
             b.bitmap, recording=b.is_recording, busy=b.is_busy, persistent=bool(b.key), name=b.name
         )
-        for b in server.bitmaps.of(disk)
+        for b in server.bitmaps.of(place)
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nbdmirror import __version__
 from nbdmirror.aligned import raw_device
+from nbdmirror.bitmaps import Place
 from nbdmirror.chronicle import Course, Result
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
@@ -41,7 +42,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         "read-only": disk.read_only,
         "connected": _is_connected(disk.source),
         "lasting": server.kept[disk].is_lasting,
-        "bitmaps": named_bitmaps(server, disk),
+        "bitmaps": named_bitmaps(server, Place(disk)),
     }
     if problem := server.files.changes.get(disk.name):
         info["problem"] = problem

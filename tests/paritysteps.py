@@ -16,6 +16,7 @@ import nbd
 from clients import connected
 from images import KiB, assert_identical
 from paritysides import STEP_S_MAX, Side
+from parityversions import has
 from qmpclient import Refused
 from waiting import wait_until
 
@@ -174,6 +175,15 @@ def until(is_so: Callable[[Mapping[str, Any]], bool], what: str, job: str = "j")
     return Step(f"{WAIT}until {what}", run)
 
 
+def change(job: str = "j") -> Step:
+    """The copy mode, while it runs: to the only other one that QEMU changes to."""
+    return do("block-job-change", id=job, type="mirror", copy_mode="write-blocking")
+
+
+ACTIVELY_SYNCED = until(lambda job: job.get("actively-synced", True), "it is actively synced")
+"""Of a QEMU that does not tell it is believed."""
+
+
 def in_sync(job: str = "j") -> Step:
     """Until everything that a guest has written so far is on the target. `len` alone does not tell:
     QEMU looks at its bitmap only now and then."""
@@ -200,14 +210,14 @@ def dirty_bytes(side: Side) -> int:
     return sum(job["dirty-bytes"] + job["in-flight-bytes"] for job in jobs)
 
 
-def bitmaps() -> Step:
-    """The named bitmaps of src, as query-named-block-nodes has them."""
+def bitmaps(name: str = "src") -> Step:
+    """The named bitmaps of a node, as query-named-block-nodes has them."""
 
     def run(side: Side) -> None:
         with untold(side):
             nodes = side.qmp.execute("query-named-block-nodes")
         for node in nodes:
-            if node["node-name"] == "src":
+            if node["node-name"] == name:
                 found = [b for b in node.get("dirty-bitmaps", ()) if b.get("name")]
                 note(side, f"bitmaps: {[shown(b) for b in found]}")
 
@@ -273,6 +283,14 @@ def mirror(*, extra: Mapping[str, Any] | None = None, **options: Any) -> Step:
     """blockdev-mirror of src to tgt as the job "j", to be dismissed by hand."""
     given = {"job_id": "j", "device": "src", "target": "tgt", "sync": "full"}
     return do("blockdev-mirror", extra=extra, **{**given, "auto_dismiss": False, **options})
+
+
+def known(options: Mapping[str, bool]) -> dict[str, Any]:
+    """For `mirror`: of `options`, what the installed QEMU knows for both sides, the rest for
+    nbdmirror alone."""
+    shared = {"target-is-zero"} if has("target-is-zero") else set()
+    both = {key.replace("-", "_"): options[key] for key in options if key in shared}
+    return {**both, "extra": {key: options[key] for key in options if key not in shared}}
 
 
 def raw_node(name: str, file: Any, **options: Any) -> Step:

@@ -106,14 +106,14 @@ MAY_IMPORT = {
     "server": "aligned bitmaps chronicle disk diskstate errors events filewatch linkset loop mirror"
     " mirrors nodes remote statefile store transient writer",
     # The doors. They know what is below them, never each other.
-    "queries": "aligned bitmap device disk mirror nodes remote server",
+    "queries": "aligned bitmap bitmaps device disk mirror nodes remote server",
     "sockets": "errors",
     "schema": "errors",
     "qmpschema": "schema",
     "qmpresults": "jobstate qmpschema schema",
     "introspection": "qmpresults qmpschema schema",
     "actions": "bitmap bitmaps copier disk errors group mirror names options server",
-    "statusquery": "__init__ aligned chronicle device disk mirror queries remote server",
+    "statusquery": "__init__ aligned bitmaps chronicle device disk mirror queries remote server",
     "commands": "__init__ actions endpoints errors events introspection job mirror nodes options"
     " pool qmpschema queries remote server statusquery",
     "qmp_json": "errors",

@@ -7,7 +7,7 @@ from typing import Any
 
 from images import MiB
 from parity import assert_alike
-from paritydifferences import PROGRESS, Difference
+from paritydifferences import PROGRESS, Difference, substituted, without_step
 from paritysides import Setting, Side
 from paritysteps import (
     SLOW,
@@ -75,6 +75,55 @@ def test_bitmaps_go_on_during_a_mirror_and_stay_with_the_old_node(folder: Path) 
     assert_alike(folder, Setting(), script)
 
 
+def on_target(verb: str, name: str, **more: Any) -> Step:
+    return do(f"block-dirty-bitmap-{verb}", node="tgt", name=name, **more)
+
+
+def test_bitmaps_of_a_mirrors_target(folder: Path) -> None:
+    """They record what reaches the target, and after the pivot what guests write to it."""
+    moved = do("block-dirty-bitmap-merge", node="tgt", target="b", bitmaps=["a"])
+    from_source = {"node": "src", "name": "s"}
+    merged = do("block-dirty-bitmap-merge", node="tgt", target="a", bitmaps=[from_source])
+    script: list[Script] = [
+        [bitmap("add", "s"), start(), ready(), on_target("add", "a"), bitmaps("tgt"), bitmaps()],
+        [on_target("add", "a"), on_target("add", ""), on_target("add", "b", disabled=True)],
+        [bitmap("clear", "a"), on_target("clear", "s"), on_target("remove", "nob")],
+        [write(), in_sync(), bitmaps("tgt"), moved, bitmaps("tgt"), on_target("clear", "a")],
+        [write(131072), in_sync(), merged, bitmaps("tgt"), on_target("disable", "b")],
+        [transaction(target_action("add", "c"), ABORT), bitmaps("tgt")],
+        [transaction(target_action("clear", "a"), ABORT), bitmaps("tgt")],
+        [on_target("enable", "b"), on_target("add", "p", persistent=True)],
+        [transaction(target_action("add", "c"), target_action("remove", "b")), bitmaps("tgt")],
+        [do("job-complete", id="j"), status("concluded"), images(), bitmaps("tgt")],
+        [write(262144), bitmaps("tgt"), on_target("remove", "a"), bitmaps("tgt")],
+    ]
+    assert_alike(folder, Setting(), script, OF_THE_DISK)
+
+
+OF_THE_DISK = Difference(
+    "the disk's own bitmaps",
+    "after a pivot they are those of the node that it is served from, in QEMU of the old one",
+    substituted(r"(, )?'[^']*name=\"s\"[^']*'", ""),
+)
+
+
+def test_a_bitmap_of_a_target_that_is_not_the_disk_after_all(folder: Path) -> None:
+    """A soft cancel, and then another job."""
+    script: list[Script] = [
+        [start(), ready(), on_target("add", "a"), write(), in_sync(), bitmaps("tgt")],
+        [do("block-job-cancel", device="j"), status("concluded"), images(), dismiss()],
+        [bitmaps(), on_target("remove", "a"), do("blockdev-del", node_name="tgt")],
+    ]
+    assert_alike(folder, Setting(), script, GONE)
+
+
+GONE = Difference(
+    "bitmaps of a target whose job is over",
+    "in QEMU they stay with the node, on which nothing is recorded any more",
+    without_step("block-dirty-bitmap-remove"),
+)
+
+
 # Transactions
 
 
@@ -83,6 +132,10 @@ def action(verb: str, name: str = "", **more: Any) -> dict[str, Any]:
         return {"type": "abort", "data": {}}
     data = {"node": "src", **({"name": name} if name else {}), **more}
     return {"type": f"block-dirty-bitmap-{verb}", "data": data}
+
+
+def target_action(verb: str, name: str) -> dict[str, Any]:
+    return action(verb, name, node="tgt")
 
 
 def transaction(*actions: dict[str, Any], mode: str = "") -> Step:

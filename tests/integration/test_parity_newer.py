@@ -12,9 +12,11 @@ from parity import assert_alike
 from paritydifferences import NEVER_RAN, PROGRESS
 from paritysides import Setting
 from paritysteps import (
+    ACTIVELY_SYNCED,
     Script,
     Step,
     add,
+    change,
     dismiss,
     do,
     images,
@@ -27,7 +29,6 @@ from paritysteps import (
     start,
     status,
     swapped,
-    until,
     write,
 )
 from parityversions import SINCE, has
@@ -43,13 +44,6 @@ def only_with(what: str) -> None:
 
 
 # block-job-change
-
-
-def change(job: str = "j", mode: str = "write-blocking") -> Step:
-    return do("block-job-change", id=job, type="mirror", copy_mode=mode)
-
-
-ACTIVELY_SYNCED = until(lambda job: job.get("actively-synced", True), "it is actively synced")
 
 
 def test_a_job_changes_to_write_blocking(folder: Path) -> None:

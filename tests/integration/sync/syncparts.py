@@ -16,11 +16,11 @@ def add_bitmap(qmp: Qmp, name: str = "b", **options: Any) -> None:
     qmp.execute("block-dirty-bitmap-add", node="src", name=name, **options)
 
 
-def marks(qmp: Qmp, name: str = "b") -> dict[str, Any]:
+def marks(qmp: Qmp, name: str = "b", node: str = "src") -> dict[str, Any]:
     """The bitmap as query-named-block-nodes has it."""
     nodes = qmp.execute("query-named-block-nodes")
-    (node,) = [node for node in nodes if node["node-name"] == "src"]
-    (found,) = [bitmap for bitmap in node["dirty-bitmaps"] if bitmap.get("name") == name]
+    (info,) = [info for info in nodes if info["node-name"] == node]
+    (found,) = [bitmap for bitmap in info["dirty-bitmaps"] if bitmap.get("name") == name]
     return dict(found)
 
 

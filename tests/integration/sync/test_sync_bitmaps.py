@@ -197,8 +197,12 @@ def test_jobs_in_a_transaction(start: Start, folder: Path) -> None:
             for d, t in pairs
         ]
 
-    def complete(*ids: str) -> list[dict[str, Any]]:
-        return [{"type": "block-job-complete", "data": {"device": name}} for name in ids]
+    def complete(first: str, second: str) -> list[dict[str, Any]]:
+        """By either name of the command."""
+        return [
+            {"type": "job-complete", "data": {"id": first}},
+            {"type": "block-job-complete", "data": {"device": second}},
+        ]
 
     qmp.forget()
     assert "t9" in qmp.refusal("transaction", actions=begin((0, 0), (1, 9)))
@@ -213,6 +217,7 @@ def test_jobs_in_a_transaction(start: Start, folder: Path) -> None:
     for job in ("j0", "j1"):
         wait_until(lambda job=job: qmp.job(job)["ready"], "READY")
     assert qmp.refusal("transaction", actions=complete("j0", "nope"))
+    assert qmp.refusal("transaction", actions=complete("nope", "j0")) == "Job not found"
     assert qmp.job("j0")["ready"]
     qmp.execute("transaction", actions=complete("j0", "j1"))
     wait_until(lambda: not qmp.execute("query-jobs"), "both have ended")
