@@ -6,6 +6,7 @@ What must not go on is refused here, where the user still looks: before nbdkit f
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ class StateDirectory:
         ConfigError."""
         self._folder: Folder = DiskFolder(Path(path))
         self._accepts_old_side = accepts_old_side
+        self._disks: dict[tuple[int, int], str] = {}
+        """Which disk has which file."""
 
     def open(self, name: str, source: str, size: int) -> DiskStore:
         """What is kept of the disk `name`, a path or URI whose device has `size` bytes. Raises
@@ -50,8 +53,15 @@ class StateDirectory:
             identity = replace(identity, size=size)
             found = self._examine(name, identity, pivoted)
             slots = self._folder.slots(files["intents"], slot_bytes(size), 2)
+            status = os.stat(where / files["intents"])
         except OSError as error:
             raise ConfigError(f"state-dir: {where}: {error.strerror}") from error
+        other = self._disks.setdefault((status.st_dev, status.st_ino), name)
+        if other != name:
+            raise ConfigError(
+                f"state-dir: {where}: disks {other} and {name} have one file there, of upper or "
+                f"lower case: give one of them another name"
+            )
         return DiskStore(
             name=name,
             identity=identity,

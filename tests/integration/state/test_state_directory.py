@@ -38,6 +38,16 @@ def test_a_place_that_is_no_directory(folder: Path, disk: Path, kind: str) -> No
         assert server.state.read_text() == "mine"
 
 
+def test_two_disks_that_share_a_file(folder: Path, disk: Path) -> None:
+    """As on a file system that takes VDA for vda; here by a hard link."""
+    server = Kept(folder, disk)
+    server.disks.append(f"VDA={make_image(folder / 'other.img', MiB)}")
+    server.state.mkdir(mode=0o700)
+    (server.state / "vda.intents").touch()
+    (server.state / "VDA.intents").hardlink_to(server.state / "vda.intents")
+    assert "disks vda and VDA have one file there" in refusal(server)
+
+
 def test_its_files_are_the_owners_alone(server: Kept, target: QemuNbd) -> None:
     begin(server, target).wait_ready()
     settle(server)
