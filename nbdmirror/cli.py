@@ -255,7 +255,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
     add("--connections", metavar="N", help="to an NBD server, at most (default: 9)")
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
-    add("--accept-old-side", action="store_true", help="serve a disk that was pivoted away from")
+    accept = "serve a disk that was pivoted away from; the refusal shows the ID of that pivot"
+    add("--accept-old-side", action="append", default=[], metavar="ID", help=accept)
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
     add("--daemonize", action="store_true", help="go into the background")
     add("--pidfile", metavar="PATH", help="write the process's number there")

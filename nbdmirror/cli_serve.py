@@ -115,8 +115,7 @@ def serve_command(
         argv.append(f"keepalive={args.keepalive}")
     if args.connections is not None:
         argv.append(f"connections={args.connections}")
-    if args.accept_old_side:
-        argv.append("accept-old-side=true")
+    argv += [f"accept-old-side={record}" for record in args.accept_old_side]
     if args.mirror_to:
         argv.append(f"mirror-to={absolute_uri(args.mirror_to, '--mirror-to ')}")
     if args.read_only:  # nbdkit's -r is for guests; this is for how the disks are opened

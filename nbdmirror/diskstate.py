@@ -15,6 +15,7 @@ If the disk was written to without us, or what is needed is damaged, everything 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable
@@ -37,6 +38,8 @@ from nbdmirror.lasting import Memory
 from nbdmirror.statefile import Folder, StateError, seal, unseal
 
 KIND_DEFINITION, KIND_BITMAPS, KIND_PIVOTED = "disk", "bitmaps", "pivoted"
+
+RECORD_ID_LENGTH = 8
 
 JOURNAL = "journal"
 ALIVE = "alive"
@@ -178,6 +181,11 @@ class Pivoted:
             return cls(said["truth"], left, float(said["time_s"]), int(said.get("size", 0)))
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"makes no sense: {error}") from error
+
+
+def record_id(content: bytes) -> str:
+    """Names one record of a pivot, sound or damaged: a later one has another."""
+    return hashlib.sha256(content).hexdigest()[:RECORD_ID_LENGTH]
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import logging
 import os
+import re
 import resource
 import socket
 import threading
@@ -22,6 +23,7 @@ from nbdmirror.aligned import AlignedDevice, raw_device
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk, JournaledDisk
+from nbdmirror.diskstate import RECORD_ID_LENGTH
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
@@ -72,7 +74,7 @@ class Service:
         self._is_read_only = False
         self._mirror_to = ""
         self._state_path = ""
-        self._accepts_old_side = False
+        self._accepted: set[str] = set()
         self._connections = CONNECTIONS_DEFAULT
         self._stores: dict[str, DiskStore] = {}
         self._listener: socket.socket | None = None
@@ -107,7 +109,7 @@ class Service:
         elif key == "state-dir":
             self._state_path = os.path.abspath(value)
         elif key == "accept-old-side":
-            self._accepts_old_side = _boolean(key, value)
+            self._accepted.add(_record_id(key, value))
         elif key == "keepalive":
             self._keepalive_s = _seconds(key, value, KEEPALIVE_S_MAX)
             self._is_keepalive_said = True
@@ -127,7 +129,7 @@ class Service:
         """The parameters together. Raises ConfigError."""
         if not self._paths:
             raise ConfigError("parameter file=DISK is missing: which disk is to be served?")
-        if self._accepts_old_side and not self._state_path:
+        if self._accepted and not self._state_path:
             raise ConfigError("accept-old-side: means nothing without state-dir")
         if self._mirror_to and self._is_read_only:
             raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
@@ -138,7 +140,7 @@ class Service:
         _allow_many_files()
         state = None
         if self._state_path:
-            state = StateDirectory(self._state_path, accepts_old_side=self._accepts_old_side)
+            state = StateDirectory(self._state_path, accepted=self._accepted)
         opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
             source = self._open_disk(path, opening)
@@ -327,6 +329,15 @@ def _number(key: str, value: str) -> int:
     if not value.isascii() or not value.isdigit() or not 0 < int(value) <= CONNECTIONS_MAX:
         raise ConfigError(f"{key}={value}: expected a number from 1 to {CONNECTIONS_MAX}")
     return int(value)
+
+
+def _record_id(key: str, value: str) -> str:
+    if not re.fullmatch(f"[0-9a-f]{{{RECORD_ID_LENGTH}}}", value):
+        raise ConfigError(
+            f"{key}={value}: expected the {RECORD_ID_LENGTH} digits that the refusal to serve the "
+            f"old side shows"
+        )
+    return value
 
 
 def _boolean(key: str, value: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nbdmirror.diskstate import (
     examine,
     last_size,
     names,
+    record_id,
 )
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
@@ -31,11 +33,11 @@ log = logging.getLogger(__name__)
 
 
 class StateDirectory:
-    def __init__(self, path: str, *, accepts_old_side: bool) -> None:
-        """`accepts_old_side`: serve a disk although it was pivoted away from. Raises
+    def __init__(self, path: str, *, accepted: Collection[str]) -> None:
+        """`accepted`: ids of records of pivots (`record_id`) that do not count any more. Raises
         ConfigError."""
         self._folder: Folder = DiskFolder(Path(path))
-        self._accepts_old_side = accepts_old_side
+        self._accepted = accepted
         self._disks: dict[tuple[int, int], str] = {}
         """Which disk has which file."""
 
@@ -46,7 +48,7 @@ class StateDirectory:
         files = names(name)
         where = self._folder.path
         try:
-            pivoted = self._check_side(files["pivoted"], identity)
+            pivoted = self._check_side(name, identity)
             if pivoted is not None:
                 identity = replace(identity, source=pivoted.truth)  # the name that all files have
             size = self._size(name, identity, pivoted)
@@ -71,37 +73,55 @@ class StateDirectory:
             pivoted=pivoted,
         )
 
-    def _check_side(self, file: str, identity: Identity) -> Pivoted | None:
+    def _check_side(self, name: str, identity: Identity) -> Pivoted | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
         data under a running guest is worse than a start that is refused."""
+        file = names(name)["pivoted"]
         content = self._folder.read(file)
         if content is None:
             return None
-        if self._accepts_old_side:
+        if record_id(content) in self._accepted:
             log.warning("%s: removed, as asked for: %s is the disk", file, identity.source)
-            self._folder.commit([], [file])
+            self._forget(name, identity)
             return None
-        path = self._folder.path / file
+        path, accept = self._folder.path / file, f"--accept-old-side {record_id(content)}"
         try:
             pivoted = Pivoted.from_bytes(content)
         except StateError as error:
             raise ConfigError(
                 f"{path}: {error}; the disk was moved to another server, and this file said where: "
-                f"serve it from there, or say --accept-old-side if {identity.source} is the disk"
+                f"serve it from there, or say {accept} if {identity.source} is the disk"
             ) from error
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pivoted.time_s))
         where = f"since {when} it is served from {pivoted.truth} ({path}); serve that, or say"
         if any(left.is_same(identity) for left in pivoted.left):
             raise ConfigError(
-                f"{identity.source} is not the disk any more: {where} --accept-old-side and lose "
-                f"what was written there"
+                f"{identity.source} is not the disk any more: {where} {accept} and lose what was "
+                f"written there"
             )
         if same_place(identity.source, pivoted.truth, resolves=True) is not Same.YES:
             raise ConfigError(
                 f"{identity.source}: cannot be told from the disk's old side: {where} "
-                f"--accept-old-side if {identity.source} is the disk"
+                f"{accept} if {identity.source} is the disk"
             )
         return pivoted
+
+    def _forget(self, name: str, identity: Identity) -> None:
+        """The record of the pivot, last of all. Of persistent bitmaps everything is dirty, since
+        they were of the other side; a mirror was from there."""
+        files = names(name)
+        kept, removed = [], [files["bitmaps"], files["pivoted"]]
+        try:
+            definition = Definition.from_bytes(self._folder.read(files["definition"]) or b"")
+        except StateError:
+            definition = None  # put aside when it is looked at
+        if definition is not None and definition.bitmaps:
+            now = replace(definition, identity=identity, memory="", mirror=None)
+            self._folder.prepare(files["definition"], now.to_bytes())
+            kept = [files["definition"]]
+        elif definition is not None:
+            removed.insert(0, files["definition"])
+        self._folder.commit(kept, removed)
 
     def _size(self, name: str, identity: Identity, pivoted: Pivoted | None) -> int:
         """The disk's, which is smaller than the device that it was moved to if that is larger:

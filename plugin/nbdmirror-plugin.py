@@ -9,7 +9,7 @@
     state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
     open-timeout=SECONDS   try so long to connect to disks' NBD servers (default: once)
     keepalive=SECONDS  give up guests on TCP without a sign of life for so long (default: 300)
-    accept-old-side=true   serve a disk that was pivoted away from
+    accept-old-side=ID   serve a disk that was pivoted away from; the refusal shows the ID
 
 Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order
 is its life cycle.

@@ -122,7 +122,7 @@ MAY_IMPORT = {
     "cli*": "__init__ cli* errors identity logs names sockets startup tls uri",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
-    "service": "__init__ aligned commands device disk errors events file hangup keepalive"
+    "service": "__init__ aligned commands device disk diskstate errors events file hangup keepalive"
     " latecomers linkset loop logs names qmp remote server signals sockets startup statedir store"
     " systemd uri",
     "plugin/*": ANYTHING,

@@ -4,6 +4,7 @@ cuts: what is copied again, and which side is served."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -136,6 +137,15 @@ def test_a_job_that_has_ended_does_not_go_on(
         assert_identical(disk, target.image) if how != "forced cancel" else None
 
 
+def accept(server: Kept) -> str:
+    """Have the next start accept the old side that this one refuses; returns the id."""
+    found = re.search(r"--accept-old-side ([0-9a-f]{8})\b", refusal(server))
+    assert found is not None
+    server.options = (*server.options, "--accept-old-side", found[1])
+    server.allowed.append("WARNING|removed|counts as dirty")
+    return found[1]
+
+
 def test_the_old_side_is_not_served(server: Kept, target: QemuNbd, disk: Path) -> None:
     begin(server, target).wait_ready()
     server.qmp.complete()
@@ -157,14 +167,71 @@ def test_the_old_side_is_not_served(server: Kept, target: QemuNbd, disk: Path) -
         assert guest.pread(3, 0) == b"new"
     server.stop()
 
-    server.disks, server.options = [f"vda={disk}"], (*server.options, "--accept-old-side")
-    server.allowed.append("WARNING|removed")
+    server.disks = [f"vda={disk}"]
+    accept(server)
     server.restart()
     with connected(server.uri()) as guest:
         assert guest.pread(3, 0) != b"new"
     server.stop()
-    server.options = server.options[:-1]
+    server.options = server.options[:-2]
     server.restart()  # it is the disk again, from then on
+
+
+def test_what_is_accepted_is_one_pivot(
+    start: Start, server: Kept, target: QemuNbd, disk: Path
+) -> None:
+    """There and back again, with the switch left in the command: the next pivot counts, after a
+    crash too."""
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    server.kill()
+    first = accept(server)
+    begin_again = server.restart()
+    begin_again.add_target("t", target)
+    begin_again.start_mirror("t", device="vda", granularity=GRANULE)
+    begin_again.wait_ready()
+    begin_again.complete()
+    server.kill()
+    said = refusal(server)
+    assert "is not the disk any more" in said and first not in said
+    server.disks = [f"vda={target.uri()}"]
+    server.restart()  # where it does not matter
+    server.stop()
+    assert_identical(disk, target.image)
+
+
+@ends
+def test_a_disk_with_bitmaps_is_accepted(server: Kept, target: QemuNbd, end: End) -> None:
+    """They know nothing of what was written on the other side: all of them is dirty."""
+    add(server.qmp)
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    end(server)
+    accept(server)
+    server.restart()
+    nodes = server.qmp.execute("query-named-block-nodes")
+    bitmap = next(n for n in nodes if n["node-name"] == "vda")["dirty-bitmaps"][0]
+    assert (bitmap["name"], bitmap["count"]) == ("b", SIZE)
+    end(server)
+    server.restart()
+
+
+def test_a_record_that_cannot_be_read_is_accepted_by_its_id(server: Kept, target: QemuNbd) -> None:
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    server.kill()
+    record = server.state / "vda.pivoted"
+    record.write_bytes(record.read_bytes()[:-9])
+    accept(server)
+    server.restart()
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("said", ["true", "yes", "3F9A60C2", "3f9a60c", "all", "*"])
+def test_what_is_no_id_is_refused(server: Kept, said: str) -> None:
+    server.stop()
+    server.options = (*server.options, "--accept-old-side", said)
+    assert "expected the 8 digits that the refusal" in refusal(server)
 
 
 @ends
