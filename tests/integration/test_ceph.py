@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ceph import Ceph, RbdNbd, missing
+from cephnode import Ceph, RbdNbd, missing
 from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
