@@ -19,26 +19,16 @@ from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.options import Ending
 from nbdmirror.rates import Meter, Rates, Sample
+from nbdmirror.results import Result
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a job ended."""
-
-    job: str
-    target: str
-    result: str
-    """"completed", "cancelled" or "failed"."""
-    pivoted: bool
-    reason: str
-    """Why it did not end well; else empty."""
-    ended_at_s: float
-    """Seconds since 1970."""
-    pause_s: float | None
+SERVER_ENDS = "the server ends"
+GOES_ON = "the server ends, and takes the mirror up again when it starts"
+"""Why jobs are cancelled then; the latter with a state directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +140,16 @@ class Course:
 
 
 class Chronicle:
-    """Of all jobs of a server. `time_s`: seconds since 1970."""
+    """Of all jobs of a server."""
 
-    def __init__(self, loop: Loop, events: EventRing, time_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        events: EventRing,
+        time_s: Callable[[], float],
+        keep: Callable[[Disk, Result], None],
+    ) -> None:
+        """`time_s`: seconds since 1970. `keep`: have a result outlive the process, if it can."""
         self.results: dict[Disk, Result] = {}
         """Of the job of each disk that ended last."""
         self.courses: dict[MirrorJob, Course] = {}
@@ -160,6 +157,7 @@ class Chronicle:
         self._loop = loop
         self._events = events
         self._time_s = time_s
+        self._keep = keep
         self._is_looking = False
 
     def begin(self, job: MirrorJob) -> None:
@@ -208,6 +206,9 @@ class Chronicle:
     def _ended(self, job: MirrorJob) -> None:
         course = self.courses.pop(job)
         failure = job.failure
+        if str(failure) == GOES_ON:
+            log.info("job %s: %s", job.id, failure)
+            return
         kind = "completed" if failure is None else "failed"
         if isinstance(failure, Cancelled):
             kind = "cancelled"
@@ -220,6 +221,7 @@ class Chronicle:
             ended_at_s=round(self._time_s(), 3),
             pause_s=job.pause_s,
         )
+        self._keep(job.disk, result)
         if job.pivoted:
             text = "job %s: pivoted: disk %s is served from %s, before from %s; writes held %.1f ms"
             pause_ms = 1000 * (job.pause_s or 0)

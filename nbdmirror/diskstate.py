@@ -220,12 +220,13 @@ class Found:
 
 
 def names(disk: str) -> dict[str, str]:
-    """The files of a disk: definition, bitmaps, intents, pivoted."""
+    """The files of a disk: definition, bitmaps, intents, pivoted, last."""
     return {
         "definition": f"{disk}.json",
         "bitmaps": f"{disk}.bitmaps",
         "intents": f"{disk}.intents",
         "pivoted": f"{disk}.pivoted",
+        "last": f"{disk}.last",
     }
 
 

@@ -13,7 +13,7 @@ from functools import partial
 
 from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Bitmaps
-from nbdmirror.chronicle import Chronicle
+from nbdmirror.chronicle import GOES_ON, SERVER_ENDS, Chronicle
 from nbdmirror.disk import Disk, JournaledDisk
 from nbdmirror.diskstate import Found
 from nbdmirror.errors import IO_ERRORS
@@ -25,6 +25,7 @@ from nbdmirror.mirror import MirrorJob
 from nbdmirror.mirrors import Mirrors
 from nbdmirror.nodes import Nodes
 from nbdmirror.remote import RemoteDevice
+from nbdmirror.results import Result
 from nbdmirror.statefile import StateError
 from nbdmirror.store import DiskStore
 from nbdmirror.transient import Transient
@@ -64,7 +65,7 @@ class Server:
         self.nodes = Nodes(disks, connections)
         self.bitmaps = Bitmaps(self.kept)
         self.files = FileWatch(disks, events)
-        self.chronicle = Chronicle(loop, events, time.time)
+        self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
         self.mirrors = Mirrors(
             nodes=self.nodes, events=events, loop=loop, kept=self.kept, chronicle=self.chronicle
         )
@@ -80,9 +81,28 @@ class Server:
             disk.journal = store.journal
             if store.found is not None:
                 self.loop.run(partial(self._take_up, disk, store.found)).result()
+            self._recall_result(disk, store)
             store.begun()
             self.loop.call_soon(store.start)
         self.files.start()
+
+    def _keep_result(self, disk: Disk, result: Result) -> None:
+        if (store := self._stores.get(disk.name)) is not None:
+            name = store.files["last"]
+
+            def write() -> None:
+                store.folder.prepare(name, result.to_bytes())
+                store.folder.commit([name])
+
+            self.writers[disk.name].submit(write)
+
+    def _recall_result(self, disk: Disk, store: DiskStore) -> None:
+        name = store.files["last"]
+        try:
+            if (content := store.folder.read(name)) is not None:
+                self.chronicle.results[disk] = Result.from_bytes(content)
+        except (OSError, StateError) as error:
+            log.warning("disk %s: how its last job ended is not known: %s", disk.name, error)
 
     def _take_up(self, disk: Disk, found: Found) -> None:
         self.bitmaps.take_up(disk, found)
@@ -107,7 +127,8 @@ class Server:
         for job in list(self.mirrors.jobs.values()):
             if job in left:
                 job.when_ended(partial(ended, job))
-                job.cancel(force=True, because="the server ends")
+                goes_on = job.disk.name in self._stores
+                job.cancel(force=True, because=GOES_ON if goes_on else SERVER_ENDS)
             else:
                 job.dismiss()
         if not was_running:

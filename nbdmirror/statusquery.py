@@ -13,12 +13,13 @@ from typing import Any
 from nbdmirror import __version__
 from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Place
-from nbdmirror.chronicle import Course, Result
+from nbdmirror.chronicle import Course
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.queries import block_job_info, named_bitmaps
 from nbdmirror.remote import RemoteDevice
+from nbdmirror.results import Result
 from nbdmirror.server import Server
 
 

@@ -93,9 +93,9 @@ class DiskStore(Transient):
         self.journal = Journal(memoryview(mmap.mmap(-1, JOURNAL_BYTES)))
         self._identity = identity
         self._pivoted = pivoted
-        self._folder = folder
+        self.folder = folder
         self._slots = slots
-        self._files = names(name)
+        self.files = names(name)
         self._disk_id = found.definition.disk_id if found else uuid.uuid4().hex
         self._memory: Memory | None = None
         self._heartbeat: Heartbeat | None = None
@@ -168,8 +168,8 @@ class DiskStore(Transient):
     def _put_aside(self, found: Found) -> None:
         """First of all: with a new log of intents it would be believed the next time."""
         for name in found.refused:
-            self._folder.refuse(name)
-        self._folder.commit([], [self._files["bitmaps"]])
+            self.folder.refuse(name)
+        self.folder.commit([], [self.files["bitmaps"]])
 
     def start(self) -> None:
         """On the loop's thread, from when on guests may come."""
@@ -261,22 +261,22 @@ class DiskStore(Transient):
     def _write_pivoted(self, pivoted: Pivoted | None, definition: Definition | None) -> None:
         self._prepare(definition, pivoted)
         if pivoted is None:
-            self._folder.commit([], [self._files["pivoted"]])
+            self.folder.commit([], [self.files["pivoted"]])
         self._commit(definition, pivoted)
 
     def _prepare(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
         if pivoted is not None:
-            self._folder.prepare(self._files["pivoted"], pivoted.to_bytes())
+            self.folder.prepare(self.files["pivoted"], pivoted.to_bytes())
         if definition is not None:
-            self._folder.prepare(self._files["definition"], definition.to_bytes())
+            self.folder.prepare(self.files["definition"], definition.to_bytes())
 
     def _commit(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
         """The pivot first: it tells where the disk is, whatever the other file says."""
-        names = [self._files["pivoted"]] if pivoted is not None else []
+        names = [self.files["pivoted"]] if pivoted is not None else []
         if definition is not None:
-            self._folder.commit([*names, self._files["definition"]])
+            self.folder.commit([*names, self.files["definition"]])
         else:
-            self._folder.commit(names, [self._files["definition"], self._files["bitmaps"]])
+            self.folder.commit(names, [self.files["definition"], self.files["bitmaps"]])
 
     # A mirror's end.
 
@@ -357,11 +357,11 @@ class DiskStore(Transient):
         return self._checkpoints.make()
 
     def _write_bits(self, bits: Bits) -> None:
-        name = self._files["bitmaps"]
+        name = self.files["bitmaps"]
         changed_ns = mtime_ns(self._identity.source)
         saved = Saved(self._disk_id, self._writer.clock(), bits, changed_ns)
-        self._folder.prepare(name, saved.to_bytes())
-        self._folder.commit([name])
+        self.folder.prepare(name, saved.to_bytes())
+        self.folder.commit([name])
 
     def _bits(self) -> Bits:
         bits = {key: bitmap.to_bytes() for key, (_, bitmap) in self._bitmaps.items()}

@@ -77,7 +77,8 @@ MAY_IMPORT = {
     " options owner pace quiesce stopping targetwatch waits",
     "waits": "device loop",
     "rates": "",
-    "chronicle": "disk events job loop mirror options rates",
+    "results": "statefile",
+    "chronicle": "disk events job loop mirror options rates results",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
     "nodes": "aligned device disk errors linkset mirror remote",
@@ -104,7 +105,7 @@ MAY_IMPORT = {
     " statefile transient writer",
     "statedir": "diskfile diskstate errors identity intentlog statefile store",
     "server": "aligned bitmaps chronicle disk diskstate errors events filewatch linkset loop mirror"
-    " mirrors nodes remote statefile store transient writer",
+    " mirrors nodes remote results statefile store transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "aligned bitmap bitmaps device disk mirror nodes remote server",
     "sockets": "errors",
@@ -113,7 +114,8 @@ MAY_IMPORT = {
     "qmpresults": "jobstate qmpschema schema",
     "introspection": "qmpresults qmpschema schema",
     "actions": "bitmap bitmaps copier disk errors group mirror names options server",
-    "statusquery": "__init__ aligned bitmaps chronicle device disk mirror queries remote server",
+    "statusquery": "__init__ aligned bitmaps chronicle device disk mirror queries remote results"
+    " server",
     "commands": "__init__ actions endpoints errors events introspection job mirror nodes options"
     " pool qmpschema queries remote server statusquery",
     "qmp_json": "errors",

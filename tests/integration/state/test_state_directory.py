@@ -80,7 +80,9 @@ def test_nothing_is_left_of_what_has_ended(server: Kept, target: QemuNbd) -> Non
     memory = Path(str(server.definition()["memory"]))
     server.qmp.execute("block-job-cancel", device="j", force=True)
     server.qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
-    assert {path.name for path in server.state.iterdir()} == {"lock", "vda.intents"}
+    wait_until((server.state / "vda.last").exists, "how it ended is kept")
+    left = {"lock", "vda.intents", "vda.last"}
+    assert {path.name for path in server.state.iterdir()} == left
     assert {path.name for path in memory.iterdir()} == {"alive", "journal"}
     server.stop()
     assert not memory.exists()

@@ -1,0 +1,59 @@
+"""How the last job of a disk ended is known after a restart, and of one that goes on it is not
+said that it has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fixtures import Identical
+from kept import Kept
+from servers import QemuNbd
+from stateparts import End, begin, ends
+from waiting import wait_until
+
+SLOW = {"speed": 64 << 10, "buf_size": 64 << 10}
+
+
+def disk_of(server: Kept) -> dict[str, Any]:
+    (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
+    return dict(disk)
+
+
+@ends
+def test_how_the_last_job_ended(server: Kept, target: QemuNbd, end: End) -> None:
+    server.qmp.execute("block-dirty-bitmap-add", node="vda", name="b", persistent=True)
+    begin(server, target, **SLOW)
+    target.kill()
+    told = wait_until(lambda: disk_of(server).get("last-job"), "it has failed")
+    assert (told["result"], told["reason"]) == ("failed", f"{target.uri()}: connection lost")
+    wait_until((server.state / "vda.last").exists, "that is kept")
+    end(server)
+    server.restart()
+    assert disk_of(server)["last-job"] == told
+    assert not disk_of(server)["jobs"]
+
+
+def test_a_mirror_that_goes_on_has_not_ended(
+    server: Kept, target: QemuNbd, disk: Path, identical: Identical
+) -> None:
+    begin(server, target, **SLOW)
+    server.stop()
+    assert "takes the mirror up again when it starts" in server.stderr
+    assert "of no use" not in server.stderr
+    server.restart()
+    assert "last-job" not in disk_of(server)
+    server.qmp.execute("block-job-set-speed", device="j", speed=0)
+    server.qmp.wait_ready()
+    server.qmp.complete()
+    assert disk_of(server)["last-job"]["pivoted"]
+    identical(disk, target.image)
+
+
+def test_a_file_that_is_damaged_is_forgotten(server: Kept, target: QemuNbd) -> None:
+    """Nothing depends on it, so the server starts."""
+    server.stop()
+    (server.state / "vda.last").write_text("nbdmirror last 1 2 3\n{}")
+    server.restart()
+    assert "last-job" not in disk_of(server)
+    assert "how its last job ended is not known" in server.stderr
