@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -71,3 +72,26 @@ def test_what_is_compiled_for_another_python(folder: Path) -> None:
     command = ["env", f"PYTHONPATH={packages}", "nbdkit", "-f", "-U", folder / "s", "python"]
     done = run(*command, PLUGIN, f"file={folder / 'disk.img'}", check=False)
     assert_refused(done, "nbdmirror: nbdkit's Python", "bitarray")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("3.9.2", "nbdkit's Python is 3.9.2"), ("", "does not work")]
+)
+def test_a_checkout_with_an_nbdkit_of_another_python(
+    tmp_path: Path, version: str, words: str
+) -> None:
+    """Before anything is made."""
+    for name in ("run", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    fake = tmp_path / "bin" / "nbdkit"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"""#!/bin/sh
+        [ "$2" != --dump-plugin ] || {{ echo python_version={version}; exit 0; }}
+        exec {shutil.which("nbdkit")} "$@"
+        """
+    )
+    fake.chmod(0o755)
+    path = f"PATH={fake.parent}:{os.environ['PATH']}"
+    assert_refused(run("env", path, tmp_path / "run", "demo", check=False), "run: ", words)
+    assert not (tmp_path / ".venv").exists()
