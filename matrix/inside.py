@@ -41,14 +41,16 @@ mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,gid=5 devpts dev/pts
 mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mount -t tmpfs -o mode=0755 tmpfs run
 mkdir -m 1777 run/lock
-pivot_root . .
-umount -l .
-cd "$folder"
-"$@" || exit $?  # not its place: the first process collects those whose parents have ended
-exit 0
+mount --move . /
+exec chroot . sh -c '
+    cd "$1"
+    shift
+    "$@" || exit $?  # and not its place: who comes first collects those whose parents have ended
+    exit 0
+' sh "$folder" "$@"
 """
-"""As a machine has it after it was booted: terminals, shared memory, an empty /run; and / is a
-mount, which tests make private."""
+"""As a machine has it after it was booted: terminals, shared memory, an empty /run; and / is the
+root of all mounts, for which tests make namespaces."""
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

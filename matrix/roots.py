@@ -17,7 +17,8 @@ from matrix import inside, machine
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PLACE = CHECKOUT / ".cache" / "matrix"
-CLONE = "/root/nbdmirror"
+CLONE = "/srv/nbdmirror"
+"""Where other users can read it, as some tests need."""
 
 SYSTEMS = {"bookworm": "Debian 12", "trixie": "Debian 13", "sid": "Debian unstable"}
 """debootstrap's names, and ours."""
@@ -38,7 +39,7 @@ def check_machine() -> None:
     """Raise MatrixError where no root could be made or entered."""
     if os.geteuid() != 0:
         raise MatrixError("needs root, for debootstrap and namespaces: sudo ./run matrix")
-    for tool in ("debootstrap", "git", "unshare", "setpriv", "pivot_root"):
+    for tool in ("debootstrap", "git", "unshare", "setpriv", "chroot"):
         if not shutil.which(tool, path=f"{os.environ.get('PATH', '')}:{inside.PATH}"):
             raise MatrixError(f"needs {tool}, which is not installed")
     trial = [*inside.NAMESPACES, "--mount-proc", "true"]

@@ -331,11 +331,16 @@ def _warn_of_target(uri: str) -> None:
 
 
 def _check_places_of_user(args: argparse.Namespace) -> None:
-    """What is written by the user that nbdkit will have become; in the background nobody sees that
-    it failed."""
+    """What is read and written by the user that nbdkit will have become; in the background nobody
+    sees that it failed, and some of the modules are imported late."""
     uid, gid = _identity(args)
     if uid is None or gid is None:
         return
+    package = os.path.dirname(os.path.abspath(__file__))
+    if not _may("-r", package, uid, gid):
+        raise ConfigError(
+            f"--user: user {args.user} cannot read {package}, where nbdmirror is installed"
+        )
     if args.state_dir:
         path = os.path.abspath(args.state_dir)
         try:
@@ -345,16 +350,17 @@ def _check_places_of_user(args: argparse.Namespace) -> None:
             pass
         except OSError as error:
             raise ConfigError(f"--state-dir: {path}: cannot be made: {error.strerror}") from error
-        if not _may_write(path, uid, gid):
+        if not _may("-w", path, uid, gid):
             raise ConfigError(f"--state-dir: {path}: user {args.user} cannot write there")
     if args.pidfile:
         path = os.path.abspath(args.pidfile)
-        if not _may_write(path if os.path.exists(path) else os.path.dirname(path), uid, gid):
+        if not _may("-w", path if os.path.exists(path) else os.path.dirname(path), uid, gid):
             raise ConfigError(f"--pidfile: {path}: user {args.user} cannot write there")
 
 
-def _may_write(path: str, uid: int, gid: int) -> bool:
-    test = subprocess.run(["test", "-w", path], user=uid, group=gid, extra_groups=(), check=False)
+def _may(access: str, path: str, uid: int, gid: int) -> bool:
+    """`access`: an option of test(1), -r or -w."""
+    test = subprocess.run(["test", access, path], user=uid, group=gid, extra_groups=(), check=False)
     return test.returncode == 0
 
 

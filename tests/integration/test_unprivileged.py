@@ -6,19 +6,27 @@ import os
 import pwd
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
-from processes import nbdmirror
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from processes import ROOT, nbdmirror, run
+from servers import PLUGIN, NbdkitTarget, Nbdmirror, QemuNbd
 from waiting import STOP_S_MAX, wait_until
 
 NOBODY = pwd.getpwnam("nobody")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture(autouse=True)
+def _readable() -> None:
+    test = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "test", "-r", PLUGIN]
+    if run(*test, check=False).returncode:
+        pytest.skip("the checkout is not readable for other users")
 
 
 @pytest.fixture
@@ -234,3 +242,16 @@ def test_a_pidfile_that_the_user_cannot_write(disk: Path) -> None:
     text = f"nbdmirror: --pidfile: {pidfile}: user nobody cannot write there\n"
     assert (done.returncode, done.stderr) == (1, text)
     assert {path.name for path in folder.iterdir()} == {"disk.img"}
+
+
+def test_a_user_that_cannot_read_nbdmirror_is_refused(disk: Path, open_folder: Path) -> None:
+    """It would serve, and answer nobody on its control socket."""
+    installed = disk.parent / "installed"
+    shutil.copytree(ROOT / "nbdmirror", installed / "nbdmirror")
+    shutil.copytree(ROOT / "plugin", installed / "plugin")
+    installed.chmod(0o700)
+    command = ["env", f"--chdir={disk.parent}", f"PYTHONPATH={installed}", sys.executable]
+    words = ["-m", "nbdmirror", "serve", disk, "--socket", disk.parent / "s", "--user", "nobody"]
+    done = run(*command, *words, check=False)
+    assert done.returncode == 1
+    assert f"user nobody cannot read {installed}/nbdmirror" in done.stderr

@@ -4,6 +4,7 @@ and sources of several kinds."""
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def test_nbdinfo_tells_what_the_disk_can_do(start: Start, disk: Path) -> None:
     assert export["export-size"] == 4 * MiB
     assert export["block_size_minimum"] == 1
     assert export["block_size_preferred"] >= 512
-    can = [name for name in export if name.startswith("can_")]
+    # Newer ones have a ninth, of 64-bit requests, which nbdkit has not.
+    can = [name for name in export if re.fullmatch("can_(?!block_status_payload).*", name)]
     assert len(can) == 8
     for name in can:
         assert export[name] is True, name
