@@ -108,12 +108,17 @@ class LinkSet:
             self._full_until_s = 0.0
         return links
 
-    def close(self) -> None:
-        """Nothing may be in flight. Idempotent."""
+    def stop(self) -> None:
+        """Open no more; the thread ends."""
         with self._lock:
             self._is_closed, self.may_grow = True, False
-            links, self.open = self.open, ()
         self._asked.set()
+
+    def close(self) -> None:
+        """Nothing may be in flight. Idempotent."""
+        self.stop()
+        with self._lock:
+            links, self.open = self.open, ()
         for link in links:
             link.close()
 

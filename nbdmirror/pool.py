@@ -213,6 +213,7 @@ class ConnectionPool:
 
     def _end(self) -> None:
         self._closing.set()
+        self.links.stop()
         with self._changed:
             self._changed.notify_all()
 

@@ -15,7 +15,7 @@ from images import KiB, MiB, make_image
 from processes import run
 from qmpclient import Qmp
 from servers import NbdkitTarget, Nbdmirror, QemuNbd, Server
-from waiting import InThread, wait_until
+from waiting import WAIT_S_MAX, InThread, wait_until
 
 from nbdmirror import linkset
 from nbdmirror.remote import RemoteDevice
@@ -85,6 +85,26 @@ def test_a_busy_one_has_a_connection_a_thread_and_gives_them_back(
         wait_until(lambda: connections(server.socket) == 1, "the idle ones are closed")
         with busy(device):
             wait_until(lambda: len(device.pool.links.open) > 1, "and opened again")
+
+
+@pytest.mark.parametrize("is_orderly", [True, False])
+def test_no_thread_is_left(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch, is_orderly: bool
+) -> None:
+    """A process that ends does not wait for what has nothing to do."""
+    monkeypatch.setattr(linkset, "IDLE_S", 1000.0)
+    server = start(nbdkit(folder, 0))
+    device = RemoteDevice.open(server.uri())
+    with busy(device):
+        wait_until(lambda: device.pool.links.open, "a link")
+    (thread,) = (one for one in threading.enumerate() if one.name == "nbdmirror-links")
+    if is_orderly:
+        device.close()
+    else:
+        device.pool.abandon()
+    thread.join(WAIT_S_MAX)
+    assert not thread.is_alive()
+    device.close()
 
 
 @pytest.mark.parametrize("places", [2, 3, 8])
