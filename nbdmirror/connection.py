@@ -35,6 +35,7 @@ from nbdmirror.handshake import connect, export_of, has_wide_lengths, reason
 from nbdmirror.identity import Peer
 from nbdmirror.loop import Loop
 from nbdmirror.peek import Peek
+from nbdmirror.tcpwatch import TcpWatch
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class Connection:
         self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
+        self.watch = TcpWatch(self._socket)
         _widen(self._socket)
         with suppress(OSError, nbd.Error):  # it is lost again
             name, label = export_of(handle)

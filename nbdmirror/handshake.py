@@ -19,6 +19,7 @@ import nbd
 from nbdmirror import tls
 from nbdmirror.errors import ConfigError, Unreachable
 from nbdmirror.peek import Peek
+from nbdmirror.tcpwatch import TcpWatch
 from nbdmirror.uri import NbdUri, parse
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
@@ -27,11 +28,6 @@ DEPTH_CONTEXT = "qemu:allocation-depth"
 PAYLOAD_BYTES_MAX = 32 << 20
 """What a server that announces no maximum takes in one request: the NBD specification's advice to
 clients."""
-
-KEEPALIVE_S = 10
-PEER_LOST_S = 30
-"""A TCP peer is asked for a sign of life after KEEPALIVE_S, and after PEER_LOST_S without one, or
-without an acknowledgement of what was sent, its connection is lost. (tcp(7), TCP_USER_TIMEOUT)"""
 
 SIZE_BYTES_MAX = (1 << 63) - 1
 """Offsets are signed everywhere but in NBD."""
@@ -148,7 +144,8 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
         _wait(attempts, min(deadline_s, next_s) if waiting else deadline_s)
         for attempt in list(attempts):
             if attempt.is_ready:
-                _watch_peer(attempt.handle)
+                with socket.socket(fileno=os.dup(attempt.fileno())) as own:
+                    TcpWatch(own).begin()
                 return attempt.handle
             if attempt.failure is not None:
                 attempts.remove(attempt)
@@ -275,18 +272,6 @@ def has_wide_lengths(handle: nbd.NBD) -> bool:
     are in libnbd from 1.18 on, in QEMU's servers from 8.2 on, in nbdkit not yet."""
     negotiated = getattr(handle, "get_extended_headers_negotiated", None)  # libnbd 1.18
     return negotiated is not None and bool(negotiated())
-
-
-def _watch_peer(handle: nbd.NBD) -> None:
-    """Have the kernel find out when nobody is at the other end of a TCP connection any more, or the
-    network swallows everything: by itself it tries for a quarter of an hour, and without data under
-    way for ever."""
-    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as own:
-        if own.family in (socket.AF_INET, socket.AF_INET6):
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
-            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
-            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_LOST_S * 1000)
 
 
 def reason(error: Any) -> str:

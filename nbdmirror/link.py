@@ -24,6 +24,7 @@ from nbdmirror.device import Buffer
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.handshake import reason
 from nbdmirror.peek import Peek
+from nbdmirror.tcpwatch import TcpWatch
 
 
 class Link:
@@ -40,6 +41,7 @@ class Link:
         self._handle = handle
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket(fileno=os.dup(handle.aio_get_fd()))
+        self.watch = TcpWatch(self._socket)
         self._lock = threading.Lock()  # guards `_handle`: held during a request
 
     @property

@@ -76,9 +76,9 @@ class MirrorJob(Job):
         self._quiesce: Quiesce | None = None
         self._watch = TargetWatch(
             copier=self.copier,
-            kill=target.kill,
+            target=target,
             on_flush_error=partial(self.copy_failed, "write"),
-            clock=loop.clock,
+            loop=loop,
             reconnect_delay_s=options.reconnect_delay_s,
         )
         self.is_scanned = options.sync == "none" or bitmap is not None

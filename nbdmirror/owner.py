@@ -15,6 +15,8 @@ class Target(BlockDevice, AsyncTarget, Protocol):
 
     def kill(self) -> None: ...
 
+    def is_server_there(self) -> bool: ...
+
 
 class Owner(Protocol):
     """Who made the job and takes it away again, and keeps what is to outlive the process."""

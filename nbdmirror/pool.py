@@ -39,6 +39,9 @@ longer. A server that is full answers late or never."""
 PATIENCE_S = 2.0
 """How long guests' requests wait for a lost server before they fail, unless more was asked for."""
 
+LIFE_S = 10.0
+"""For a sign of life of a server that answers nothing."""
+
 REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
 """Between attempts to connect again."""
 
@@ -186,6 +189,15 @@ class ConnectionPool:
             link.close()
         if loop is not None:
             self.attach(loop, on_lost)
+
+    def look_at_peers(self, now_s: float) -> None:
+        """To be called each tcpwatch.LOOK_S, on the loop's thread."""
+        for connection in self._all:
+            connection.watch.look(now_s)
+
+    def is_server_there(self) -> bool:
+        """Blocks, for LIFE_S at most."""
+        return self.shared.watch.is_server_there(LIFE_S)
 
     def kill_if_busy(self) -> None:
         """Break the connections that have requests in flight: nobody waits for those any more."""

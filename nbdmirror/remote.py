@@ -262,6 +262,9 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def close(self) -> None:
         self.pool.close()
 
+    def is_server_there(self) -> bool:
+        return self.pool.is_server_there()
+
     def kill(self) -> None:
         """Break every connection: what is in flight fails at once. From any thread."""
         self.pool.kill()

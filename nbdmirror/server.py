@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from nbdmirror import tcpwatch
 from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Bitmaps
 from nbdmirror.chronicle import GOES_ON, SERVER_ENDS, Chronicle
@@ -85,6 +86,12 @@ class Server:
             store.begun()
             self.loop.call_soon(store.start)
         self.files.start()
+        self.loop.call_soon(self._look_at_peers)
+
+    def _look_at_peers(self) -> None:
+        for device in self._remote_devices():
+            device.pool.look_at_peers(self.loop.clock())
+        self.loop.call_later(tcpwatch.LOOK_S, self._look_at_peers)
 
     def _keep_result(self, disk: Disk, result: Result) -> None:
         if (store := self._stores.get(disk.name)) is not None:

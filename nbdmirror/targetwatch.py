@@ -3,18 +3,24 @@ does not answer any more. On the event loop's thread."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 
 from nbdmirror.copier import Copier
+from nbdmirror.loop import Loop
+from nbdmirror.owner import Target
+
+log = logging.getLogger(__name__)
 
 FLUSH_S = 10.0
 """How often what the target has acknowledged is flushed, so that little is copied again when it is
 lost. QEMU flushes for READY and at the end only."""
 
 HUNG_S = 60.0
-"""A target that answers nothing for so long, with requests in flight, is taken for lost where a
-`reconnect-delay` says what then. (DRBD's ko-count: 42 s. QEMU waits for ever.) Slow is not hung:
-any answer counts."""
+"""A target that answers nothing for so long, with requests in flight, is asked for a sign of life
+where a `reconnect-delay` says what happens without one: its server takes a further connection, or
+it is taken for lost. (DRBD's ko-count: 42 s. QEMU waits for ever.) Slow is not hung."""
 
 RECONNECT_PAUSE_S = 1.0
 """What is lost again within this time after it was brought back is an error."""
@@ -25,21 +31,27 @@ class TargetWatch:
         self,
         *,
         copier: Copier,
-        kill: Callable[[], None],
+        target: Target,
         on_flush_error: Callable[[BaseException], None],
-        clock: Callable[[], float],
+        loop: Loop,
         reconnect_delay_s: float,
     ) -> None:
-        """`kill` breaks the target's connections."""
         self._copier = copier
-        self._kill = kill
+        self._target = target
         self._on_flush_error = on_flush_error
-        self._clock = clock
+        self._loop = loop
+        self._clock = clock = loop.clock
         self._reconnect_delay_s = reconnect_delay_s
         self._reconnect_not_before_s = {"read": 0.0, "write": 0.0}
         self._flush_not_before_s = clock() + FLUSH_S
         self._answers = -1
         self._answered_s = 0.0
+        self._asked_s: float | None = None
+        """When it was asked for a sign of life, and had not answered since `_answered_s`."""
+        self._is_asking = False
+        self._patience_s = HUNG_S
+        self._longest_s = 0.0
+        """That an answer has taken."""
 
     def may_reconnect(self, operation: str) -> bool:
         """Rule 40: a lost target is brought back before the policy is asked, where a
@@ -56,15 +68,46 @@ class TargetWatch:
         """To be called several times a second while the mirror copies."""
         now_s = self._clock()
         if self._copier.is_idle or self._copier.answers != self._answers:
-            self._answers, self._answered_s = self._copier.answers, now_s
-        elif self._reconnect_delay_s and now_s - self._answered_s > HUNG_S:
-            self._answered_s = now_s
-            self._kill()
+            if self._answers >= 0 and not self._copier.is_idle:
+                self._longest_s = max(self._longest_s, now_s - self._answered_s)
+            self._answers, self._answered_s, self._asked_s = self._copier.answers, now_s, None
+        elif self._reconnect_delay_s and not self._is_asking:
+            since_s = self._answered_s if self._asked_s is None else self._asked_s
+            if now_s - since_s > self._patience_s:
+                self._ask()
         if now_s >= self._flush_not_before_s:
             self._flush_not_before_s = now_s + FLUSH_S
             if not self._copier.tracker.unflushed.is_empty:
                 self._copier.flush(self._flushed)
 
+    def _ask(self) -> None:
+        """For a sign of life, in a thread: it may not come."""
+        self._is_asking = True
+        answers = self._answers
+
+        def work() -> None:
+            is_there = self._target.is_server_there()
+            self._loop.call_soon(lambda: heard(is_there))
+
+        def heard(is_there: bool) -> None:
+            self._is_asking = False
+            self._asked_s = self._clock()
+            if self._copier.answers != answers or not self._copier.is_running:
+                return
+            text = "its server is there, so it is waited for" if is_there else "it is lost"
+            silence_s, name = self._clock() - self._answered_s, self._target.description
+            log.warning("%s: has answered no request for %d s; %s", name, silence_s, text)
+            if is_there:
+                return
+            # A server that has no room for a further connection says as little: longer next time.
+            self._patience_s *= 2
+            self._answered_s, self._asked_s = self._clock(), None
+            self._target.kill()
+
+        threading.Thread(target=work, name="nbdmirror-life", daemon=True).start()
+
     def _flushed(self, error: BaseException | None) -> None:
         if error is not None:
             self._on_flush_error(error)
+        else:  # what there is to do gets done
+            self._patience_s = max(HUNG_S, 2 * self._longest_s)

@@ -50,11 +50,12 @@ MAY_IMPORT = {
     "aligned": "device errors",
     "loop": "errors",
     "peek": "",
-    "handshake": "errors peek tls uri",
-    "link": "device errors handshake peek",
-    "connection": "device errors handshake identity loop peek",
+    "handshake": "errors peek tcpwatch tls uri",
+    "link": "device errors handshake peek tcpwatch",
+    "connection": "device errors handshake identity loop peek tcpwatch",
     "linkset": "errors link",
     "pool": "connection errors handshake link linkset loop",
+    "tcpwatch": "",
     "blockstatus": "device handshake",
     "remote": "aligned blockstatus connection device errors handshake identity link pool tls",
     "ledger": "bitmap device errors",
@@ -63,7 +64,7 @@ MAY_IMPORT = {
     "depth": "",
     "pace": "",
     "copier": "bitmap buffer depth device errors ledger pace",
-    "targetwatch": "copier",
+    "targetwatch": "copier loop owner",
     # The job: what it was asked, its states, its ending, and what holds them together.
     "options": "copier",
     "jobstate": "errors",
@@ -105,7 +106,7 @@ MAY_IMPORT = {
     " statefile transient writer",
     "statedir": "diskfile diskstate errors identity intentlog statefile store",
     "server": "aligned bitmaps chronicle disk diskstate errors events filewatch linkset loop mirror"
-    " mirrors nodes remote results statefile store transient writer",
+    " mirrors nodes remote results statefile store tcpwatch transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "aligned bitmap bitmaps device disk mirror nodes remote server",
     "sockets": "errors",
@@ -136,7 +137,7 @@ ONLY_IN = {
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
     "socket": "qmp http cli* connection handshake identity link sockets service hangup keepalive"
-    " systemd tls"
+    " systemd tcpwatch tls"
     " uri",
     "socketserver": "",
     "select": "qmp http cli* loop connection handshake",

@@ -22,9 +22,9 @@ hosts = pytest.fixture(two_hosts)
 
 
 IMPATIENCE = """
-from nbdmirror import handshake
+from nbdmirror import tcpwatch
 
-handshake.PEER_LOST_S = 3
+tcpwatch.PEER_LOST_S = 3
 """
 
 

@@ -23,9 +23,9 @@ from waiting import wait_until
 from nbdmirror import linkset, pool
 from nbdmirror.connection import Connection
 from nbdmirror.errors import DeviceLost
-from nbdmirror.handshake import PEER_LOST_S
 from nbdmirror.loop import Loop
 from nbdmirror.remote import RemoteDevice
+from nbdmirror.tcpwatch import PEER_LOST_S
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
 SHORT_S = 1
