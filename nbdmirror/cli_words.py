@@ -166,7 +166,7 @@ def _of_the_servers(job: dict[str, Any]) -> list[Remark]:
     if (lost_s := job.get("target-lost-for-s")) is not None:
         left_s = job.get("target-wait-left-s")
         how_long = "as long as it takes" if left_s is None else f"{duration(left_s)} more"
-        text = f"the target is lost since {duration(lost_s)}, and tried for {how_long}; "
+        text = f"the target has been lost for {duration(lost_s)}, and is tried for {how_long}; "
         found.append(Remark("target", f"{text}see to its server, {give_up}"))
     for side in ("source", "target"):
         if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:
