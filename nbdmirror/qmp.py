@@ -11,7 +11,7 @@ Promises:
   and what happens after it was carried out follows it, as in QEMU (`Reply.next_event`).
 - A client that does not read, sends garbage or leaves harms no other and not the server.
 
-Texts and resynchronisation were compared with qemu-storage-daemon 7.2. Where we differ: limits are
+Texts and resynchronisation are compared with qemu-storage-daemon. Where we differ: limits are
 smaller and passing one ends the connection (QEMU goes on with the middle of the value), and so does
 a long row of errors.
 """
@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -35,6 +36,9 @@ from nbdmirror.sockets import remove_socket
 
 Dispatch = Callable[[str, dict[str, Any]], Awaitable[Reply]]
 
+_KEEP_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+"""From Python 3.13 on asyncio would remove the socket's file at the end: what is at the path when
+it begins to listen, which may be another server's by then. `remove_socket` knows the right one."""
 ERRORS_IN_A_ROW_MAX = 1024
 """Inputs that are no JSON object without one that is between them, then the connection is closed:
 each costs us a reply, and whoever sends this is no QMP client."""
@@ -216,7 +220,7 @@ class QmpServer:
     async def _main(self) -> None:
         unsubscribe = self._events.subscribe(self._wake)
         server = await asyncio.start_unix_server(
-            self._connected, sock=self._listener, limit=READ_BYTES
+            self._connected, sock=self._listener, limit=READ_BYTES, **_KEEP_FILE
         )
         try:
             await self._stopping.wait()
