@@ -45,7 +45,7 @@ SOFT_CANCEL = do("block-job-cancel", device="j")
 FORCE_CANCEL = do("block-job-cancel", device="j", force=True)
 JOB_CANCEL = do("job-cancel", id="j")
 FINALIZE = do("job-finalize", id="j")
-IN_FLIGHT = until(lambda job: job["busy"], "a copy is in flight")
+IN_FLIGHT = until(lambda job: job["busy"] and job["len"] > 0, "a copy is in flight")
 IN_SYNC = in_sync()
 STARTED = until(lambda job: job["offset"] > 0, "something is copied")
 
