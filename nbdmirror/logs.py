@@ -58,7 +58,8 @@ class Log:
         if in_background:
             # stderr is /dev/null; nbdkit writes there, if it is told to, and not to syslog.
             self._relay = Relay(self._pass_on)
-            self._relay.start()
+            with suppress(OSError, RuntimeError):
+                self._relay.start()
         else:
             self._relay = Relay()
             self._quiet.on_calm.append(self._relay.stop)

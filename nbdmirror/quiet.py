@@ -120,10 +120,12 @@ class Quiet:
         return len(self._causes) < CAUSES_MAX
 
     def _start_timer(self) -> None:
-        self._timer = threading.Timer(PERIOD_S, self.tick)
-        self._timer.daemon = True
-        self._timer.name = "nbdmirror-log"
-        self._timer.start()
+        timer = threading.Timer(PERIOD_S, self.tick)
+        timer.daemon = True
+        timer.name = "nbdmirror-log"
+        with suppress(RuntimeError):  # no more threads: the next line tries again
+            timer.start()
+            self._timer = timer
 
 
 class QuietFilter(logging.Filter):
@@ -152,22 +154,33 @@ class Relay:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Idempotent."""
+        """Idempotent. Raises OSError or RuntimeError: there are no descriptors or threads left, and
+        stderr is what it was."""
         with self._lock:
             if self._thread is not None:
                 return
-            reader, writer = os.pipe()
+            before = os.dup(STDERR)
+            try:
+                reader, writer = os.pipe()
+            except OSError:
+                os.close(before)
+                raise
             with suppress(OSError):  # more than the system lets us have
                 fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             os.set_blocking(writer, False)
-            before = self._before = os.dup(STDERR)
-            os.dup2(writer, STDERR)
-            os.close(writer)
             write = self._write or (lambda data: _write_all(before, data))
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=_pass_on, args=(reader, write), name="nbdmirror-relay", daemon=True
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                for fd in (before, reader, writer):
+                    os.close(fd)
+                raise
+            self._before, self._thread = before, thread
+            os.dup2(writer, STDERR)
+            os.close(writer)
 
     def stop(self) -> None:
         """Stderr is what it was; what is in the pipe goes there first. Idempotent."""
@@ -215,5 +228,8 @@ class CallbackErrors:
         cause = f"{type(error).__name__}: {_QUOTED.sub('#', _NUMBER.sub('#', line))}"
         if self._quiet.admits(cause, logging.ERROR, f"a guest's request failed: {line}"):
             return text
-        self._relay.start()
+        try:
+            self._relay.start()
+        except (OSError, RuntimeError):
+            return text
         return MARK

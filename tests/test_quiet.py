@@ -4,6 +4,7 @@ lost."""
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdmirror.quiet import CAUSES_MAX, LINES_MAX, MARK, PERIOD_S, Quiet, QuietFilter
+from nbdmirror.quiet import (
+    CAUSES_MAX,
+    LINES_MAX,
+    MARK,
+    PERIOD_S,
+    CallbackErrors,
+    Quiet,
+    QuietFilter,
+    Relay,
+)
 
 SAID = [True] * LINES_MAX
 
@@ -94,6 +104,24 @@ def test_from_many_threads_none_is_lost(scene: Scene) -> None:
     assert scene.pass_period() == [
         (logging.ERROR, f"disk full ({4000 - LINES_MAX} more within 10 s)")
     ]
+
+
+def test_without_threads_or_descriptors_everything_is_said(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full system is what the log is needed for."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = os.fstat(2)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    errors = CallbackErrors(scene.quiet, Relay())
+    assert [errors.text(OSError(), "full") for _ in range(20)] == ["full"] * 20
+    assert os.path.samestat(os.fstat(2), before)
+    monkeypatch.undo()
+    assert not scene.say(1, "OSError: full")[0]
+    assert "(16 more within" in scene.pass_period()[0][1]
 
 
 def record(level: int, text: str, *arguments: object) -> logging.LogRecord:
