@@ -18,7 +18,7 @@ import struct
 import sys
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbdmirror.errors import ConfigError
@@ -75,7 +75,7 @@ def writes_to(process: int, path: str) -> bool:
 
 def same_place(one: str, other: str, *, resolves: bool = False) -> Same:
     """Two paths, or two NBD URIs, as they were named. `resolves`: look for the addresses of hosts,
-    which takes the time that the resolver takes."""
+    which takes the time that the resolver takes; `one` must lead nowhere but where `other` does."""
     if is_uri(one) != is_uri(other):
         return Same.UNKNOWN  # the export may be of that file
     if not is_uri(one):
@@ -113,7 +113,7 @@ def _same_server(one: NbdUri, other: NbdUri, *, resolves: bool) -> Same:
         return Same.NO
     if resolves:
         first, second = (_addresses(host, one.port) for host in hosts)
-        if first and first == second:
+        if first and first <= second:
             return Same.YES
     return Same.UNKNOWN
 
@@ -175,6 +175,13 @@ class Peer:
             file = os.stat(parse(uri).socket)
             server = (file.st_dev, file.st_ino)
         return cls(server, process if process != _INIT else 0, export, label)
+
+    def reached(self, uri: str) -> str:
+        """`uri`, with the address that it has led to in place of a name."""
+        where = parse(uri)
+        if where.transport != "tcp":
+            return uri
+        return replace(where, host=str(self.server[0])).exact
 
     @property
     def is_this_process(self) -> bool:

@@ -286,6 +286,12 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         peer = self.pool.shared.peer
         return peer is not None and peer.is_this_process
 
+    @property
+    def reached(self) -> str:
+        """Its URI, with the address that it has led to in place of a name."""
+        peer = self.pool.shared.peer
+        return self.uri if peer is None else peer.reached(self.uri)
+
     def is_of_file(self, path: str) -> bool:
         """Whether its server is a process of this host that writes to the file or device `path`."""
         peer = self.pool.shared.peer

@@ -150,7 +150,9 @@ class Service:
             if state is None:
                 self.disks[name] = Disk(name, source)
                 continue
-            store = state.open(name, path, source.size)
+            raw = raw_device(source)
+            reached = raw.reached if isinstance(raw, RemoteDevice) else path
+            store = state.open(name, path, source.size, reached=reached)
             self.disks[name] = JournaledDisk(name, source, store.journal, store.size)
             if not self._is_read_only:  # else its state is left as it is
                 self._stores[name] = store

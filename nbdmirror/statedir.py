@@ -41,14 +41,15 @@ class StateDirectory:
         self._disks: dict[tuple[int, int], str] = {}
         """Which disk has which file."""
 
-    def open(self, name: str, source: str, size: int) -> DiskStore:
-        """What is kept of the disk `name`, a path or URI whose device has `size` bytes. Raises
-        ConfigError if it must not be served, or if nothing can be kept."""
+    def open(self, name: str, source: str, size: int, *, reached: str = "") -> DiskStore:
+        """What is kept of the disk `name`, a path or URI whose device has `size` bytes; `reached`
+        is the URI with the address that it has led to. Raises ConfigError if it must not be served,
+        or if nothing can be kept."""
         identity = Identity.of(source, size)
         files = names(name)
         where = self._folder.path
         try:
-            pivoted = self._check_side(name, identity)
+            pivoted = self._check_side(name, identity, reached or source)
             if pivoted is not None:
                 identity = replace(identity, source=pivoted.truth)  # the name that all files have
             size = self._size(name, identity, pivoted)
@@ -73,7 +74,7 @@ class StateDirectory:
             pivoted=pivoted,
         )
 
-    def _check_side(self, name: str, identity: Identity) -> Pivoted | None:
+    def _check_side(self, name: str, identity: Identity, reached: str) -> Pivoted | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
         data under a running guest is worse than a start that is refused."""
         file = names(name)["pivoted"]
@@ -99,7 +100,8 @@ class StateDirectory:
                 f"{identity.source} is not the disk any more: {where} {accept} and lose what was "
                 f"written there"
             )
-        if same_place(identity.source, pivoted.truth, resolves=True) is not Same.YES:
+        places = (identity.source, reached)  # a name may have several addresses
+        if all(same_place(p, pivoted.truth, resolves=True) is not Same.YES for p in places):
             raise ConfigError(
                 f"{identity.source}: cannot be told from the disk's old side: {where} "
                 f"{accept} if {identity.source} is the disk"

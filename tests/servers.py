@@ -152,6 +152,21 @@ class NbdkitTarget(Server):
         ]  # fmt: skip
 
 
+class OnTcp(NbdkitTarget):
+    """nbdkit with a file, listening on all IPv4 addresses of this host."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        self.port = free_port()
+        super().__init__(folder, "file", str(image))
+        self.image = image
+
+    def argv(self) -> list[str]:
+        return [*super().argv()[:2], "-i", "0.0.0.0", "-p", str(self.port), *super().argv()[4:]]
+
+    def uri(self, export: str = "", host: str = "127.0.0.1") -> str:
+        return f"nbd://{host}:{self.port}/{export}"
+
+
 class QsdTarget(Server):
     """qemu-storage-daemon with one writable export."""
 

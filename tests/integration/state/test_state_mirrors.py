@@ -15,7 +15,7 @@ from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
 from kept import Kept, power_cut, refusal
-from servers import QemuNbd
+from servers import OnTcp, QemuNbd
 from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
 from test_state_bitmaps import add, bitmaps
 from waiting import wait_until
@@ -232,6 +232,27 @@ def test_what_is_no_id_is_refused(server: Kept, said: str) -> None:
     server.stop()
     server.options = (*server.options, "--accept-old-side", said)
     assert "expected the 8 digits that the refusal" in refusal(server)
+
+
+def test_the_new_side_by_any_name(start: Start, folder: Path, disk: Path) -> None:
+    """However it is spelt, it is served; what may be something else is not."""
+    target = start(OnTcp(folder, make_image(folder / "target.img", SIZE)))
+    server = start(Kept(folder, disk))
+    server.qmp.execute(
+        "drive-mirror", device="vda", target=target.uri(), sync="full", mode="existing"
+    )
+    server.qmp.wait_ready("vda")
+    server.qmp.complete("vda")
+    server.stop()
+    for host in ("localhost", "[::ffff:127.0.0.1]", "127.1"):
+        server.disks = [f"vda={target.uri(host=host)}"]
+        server.restart()
+        server.stop()
+    copy = folder / "copy.img"
+    copy.write_bytes(target.image.read_bytes())
+    for other in (target.uri(host="127.0.0.2"), str(copy), str(target.image)):
+        server.disks = [f"vda={other}"]
+        assert "cannot be told from the disk's old side" in refusal(server)
 
 
 @ends
