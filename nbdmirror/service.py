@@ -93,7 +93,7 @@ class Service:
         """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
         if not value:
             raise ConfigError(f"{key}=: is empty")
-        if key in self._given and key != "file":
+        if key in self._given and key not in ("file", "accept-old-side"):
             raise ConfigError(f"{key}={value}: is given twice")
         self._given.add(key)
         if key == "file":

@@ -181,7 +181,7 @@ def test_what_is_accepted_is_one_pivot(
     start: Start, server: Kept, target: QemuNbd, disk: Path
 ) -> None:
     """There and back again, with the switch left in the command: the next pivot counts, after a
-    crash too."""
+    crash too, until it is accepted beside the first one."""
     begin(server, target).wait_ready()
     server.qmp.complete()
     server.kill()
@@ -194,6 +194,17 @@ def test_what_is_accepted_is_one_pivot(
     server.kill()
     said = refusal(server)
     assert "is not the disk any more" in said and first not in said
+    command = server.options
+    assert accept(server) != first
+    server.restart()
+    server.stop()
+    server.options = command
+    server.restart().add_target("t", target)  # a third move, from the side that was accepted
+    server.qmp.start_mirror("t", device="vda", granularity=GRANULE)
+    server.qmp.wait_ready()
+    server.qmp.complete()
+    server.kill()
+    assert "is not the disk any more" in refusal(server)
     server.disks = [f"vda={target.uri()}"]
     server.restart()  # where it does not matter
     server.stop()
