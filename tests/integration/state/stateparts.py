@@ -29,12 +29,13 @@ def begin(server: Kept, target: QemuNbd, **options: object) -> Qmp:
     return qmp
 
 
-def settle(server: Kept) -> None:
+def settle(server: Kept, node: str = "vda") -> None:
     """Have what is dirty saved twice: the second time takes regions that were written to before the
-    first one out of the log. A command about a persistent bitmap is answered when that is done."""
+    first one out of the log. A command about a persistent bitmap is answered when that is done.
+    `node`: which the disk is served from."""
     for _ in range(2):
-        server.qmp.execute("block-dirty-bitmap-add", node="vda", name="x", persistent=True)
-        server.qmp.execute("block-dirty-bitmap-remove", node="vda", name="x")
+        server.qmp.execute("block-dirty-bitmap-add", node=node, name="x", persistent=True)
+        server.qmp.execute("block-dirty-bitmap-remove", node=node, name="x")
 
 
 def finish(server: Kept, job: str = "j") -> int:

@@ -276,7 +276,7 @@ def test_the_way_back_goes_on(start: Start, target: QemuNbd, folder: Path, end: 
     server.qmp.complete()
     server.qmp.start_mirror("vda", device="t", granularity=GRANULE)
     server.qmp.wait_ready()
-    settle(server)
+    settle(server, "t")  # "vda" is the node of the old source, a target now
     end(server)
     server.disks = [f"vda={target.uri()}"]
     qmp = server.restart()
