@@ -218,7 +218,7 @@ class MirrorJob(Job):
             if self._stopping.is_over():
                 self.end_badly(self._abort)
         elif self.pause_wanted:
-            if self._stopping.is_over():
+            if self._stopping.is_over(for_pause=True):
                 self.paused()
         elif self._waits.is_for_step or self._waits.is_for_retry:
             pass

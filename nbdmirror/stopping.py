@@ -30,14 +30,18 @@ class Stopping:
         self._mode = mode
         self._waits = waits
         self._kill = kill
+        self._is_late = False
 
-    def is_over(self) -> bool:
+    def is_over(self, *, for_pause: bool = False) -> bool:
         """No copies, no flush, and no write that may have been decided as a synchronous one. To be
-        asked until then, with the copier stopped."""
-        if self._copier.is_idle and self._mode.has_drained():
+        asked until then, with the copier stopped. A pause does not wait long for a flush, which
+        changes nothing."""
+        is_flush_left = for_pause and self._is_late and not self._copier.in_flight
+        if (self._copier.is_idle or is_flush_left) and self._mode.has_drained():
             self._waits.cancel(DISOWN)
             return True
         if not self._waits.has(DISOWN):
+            self._is_late = False
             self._waits.after(DISOWN, SOURCE_GRACE_S, self._disown)
         return False
 
@@ -53,6 +57,7 @@ class Stopping:
 
     def _disown(self) -> None:
         """A hung source: what it was asked for is dirty, and not waited for."""
+        self._is_late = True
         if not self._copier.is_running:
             self._mode.disown()
             self._copier.disown()

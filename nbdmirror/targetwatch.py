@@ -4,6 +4,7 @@ does not answer any more. On the event loop's thread."""
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 
@@ -16,6 +17,10 @@ log = logging.getLogger(__name__)
 FLUSH_S = 10.0
 """How often what the target has acknowledged is flushed, so that little is copied again when it is
 lost. QEMU flushes for READY and at the end only."""
+
+FLUSH_TAKES_S = 2.0
+FLUSH_BYTES_MIN = 16 << 20
+"""A flush that takes longer is one of less data, the next time, but of so much at least."""
 
 HUNG_S = 60.0
 """A target that answers nothing for so long, with requests in flight, is asked for a sign of life
@@ -50,6 +55,10 @@ class TargetWatch:
         """When it was asked for a sign of life, and had not answered since `_answered_s`."""
         self._is_asking = False
         self._patience_s = HUNG_S
+        self._is_flushing = False
+        self._flush_bytes = math.inf
+        self._covered_bytes = 0
+        """Of data, by the flushes that have begun."""
         self._longest_s = 0.0
         """That an answer has taken."""
 
@@ -75,10 +84,11 @@ class TargetWatch:
             since_s = self._answered_s if self._asked_s is None else self._asked_s
             if now_s - since_s > self._patience_s:
                 self._ask()
-        if now_s >= self._flush_not_before_s:
+        is_much = self._copier.written_bytes - self._covered_bytes >= self._flush_bytes
+        if not self._is_flushing and (is_much or now_s >= self._flush_not_before_s):
             self._flush_not_before_s = now_s + FLUSH_S
             if not self._copier.tracker.unflushed.is_empty:
-                self._copier.flush(self._flushed)
+                self._flush()
 
     def _ask(self) -> None:
         """For a sign of life, in a thread: it may not come."""
@@ -106,8 +116,23 @@ class TargetWatch:
 
         threading.Thread(target=work, name="nbdmirror-life", daemon=True).start()
 
-    def _flushed(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._on_flush_error(error)
-        else:  # what there is to do gets done
-            self._patience_s = max(HUNG_S, 2 * self._longest_s)
+    def _flush(self) -> None:
+        """What a flush takes grows with what it covers: after one that took long the next comes
+        after less, so that a pause, and other answers, do not wait for it."""
+        start_s, covered_bytes = self._clock(), self._copier.written_bytes - self._covered_bytes
+        self._covered_bytes += covered_bytes
+        self._is_flushing = True
+
+        def done(error: BaseException | None) -> None:
+            self._is_flushing = False
+            took_s = self._clock() - start_s
+            if took_s > FLUSH_TAKES_S:
+                self._flush_bytes = max(FLUSH_BYTES_MIN, covered_bytes * FLUSH_TAKES_S / took_s)
+            else:
+                self._flush_bytes *= 2
+            if error is not None:
+                self._on_flush_error(error)
+            else:  # what there is to do gets done
+                self._patience_s = max(HUNG_S, 2 * self._longest_s)
+
+        self._copier.flush(done)

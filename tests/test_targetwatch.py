@@ -20,7 +20,7 @@ from waiting import wait_until
 
 from nbdmirror import pool
 from nbdmirror.remote import RemoteDevice
-from nbdmirror.targetwatch import HUNG_S, TargetWatch
+from nbdmirror.targetwatch import FLUSH_TAKES_S, HUNG_S, TargetWatch
 
 WAIT_S = 10.0
 
@@ -131,6 +131,23 @@ def test_each_time_in_vain_is_a_longer_patience() -> None:
     world.copier.pump()
     world.pass_time(HUNG_S * 15)
     assert world.target.killed == 4
+
+
+def test_a_flush_that_takes_long_comes_after_less_the_next_time() -> None:
+    """A target with much memory and a slow disk: nothing else may be answered meanwhile."""
+    world = World()
+    took_s: list[float] = []
+    for count in range(8):
+        while len(world.devices.of("flush")) == count:
+            world.copier.written_bytes += 40 * MIB
+            world.clock.advance(0.1)
+            world.watch.look()
+        took_s.append(world.watch._covered_bytes / (50 * MIB) - sum(took_s))
+        world.clock.advance(took_s[-1])
+        world.devices.kept.pop()()
+        world.copier.tracker.unflushed.mark(0, 1)
+    assert took_s[0] > 30, "ten seconds at full speed"
+    assert max(took_s[1:]) < 3 * FLUSH_TAKES_S
 
 
 def test_a_server_whose_storage_takes_its_time_is_there_meanwhile(

@@ -107,6 +107,23 @@ def test_a_paused_job_leaves_its_target_alone(
         qmp.complete()
 
 
+def test_a_pause_does_not_wait_for_a_flush_that_takes_long(
+    identical: Identical, server: Nbdmirror, disk: Path, faulty: Faulty
+) -> None:
+    """It changes nothing. What is asked for while it is under way is done after the resume."""
+    qmp = server.qmp
+    faulty.set("flush", "hold")
+    begin(server, faulty)
+    wait_until(lambda: not status_of(qmp)["dirty-bytes"], "all is copied, and to be flushed")
+    qmp.execute("block-job-pause", device="j")
+    qmp.wait_status("paused")
+    faulty.heal("flush")
+    qmp.execute("block-job-resume", device="j")
+    qmp.wait_ready()
+    end(qmp, "block-job-cancel")
+    identical(disk, faulty.image)
+
+
 @pytest.mark.parametrize("ending", ["complete", "cancel"])
 def test_zeroes_over_old_data_are_limited_paused_and_cancelled(
     start: Start, identical: Identical, folder: Path, logged: Logged, ending: str
