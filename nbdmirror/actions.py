@@ -158,10 +158,22 @@ def _add(server: Server, data: Arguments) -> Change:
         disabled=data.get("disabled", False),
     )
     if job is not None:
-        if not data.get("disabled", False) and not job.tracker.in_sync:
-            server.bitmaps.find(place, data["name"]).bitmap.merge(job.tracker.may_differ())
         job.when_ended(partial(_target_released, server, place))
+        _mark_what_comes(server, data)
     return change
+
+
+def _mark_what_comes(server: Server, data: Arguments) -> None:
+    """A bitmap that begins to record on a mirror's target has what the mirror has yet to bring
+    there, as well as what guests change from now on. Before READY that may be anything."""
+    job = server.nodes.mirror_to(data["node"])
+    if job is None:
+        return
+    named = server.bitmaps.find(Place(job.disk, data["node"]), data["name"])
+    if named.is_recording and not job.is_ready:
+        named.bitmap.mark_all()
+    elif named.is_recording and not job.tracker.in_sync:
+        named.bitmap.merge(job.tracker.may_differ())
 
 
 def _target_released(server: Server, place: Place) -> None:
@@ -175,11 +187,15 @@ def _remove(server: Server, data: Arguments) -> Change:
 
 
 def _clear(server: Server, data: Arguments) -> Change:
-    return server.bitmaps.clear(_place(server, data["node"]), data["name"])
+    change = server.bitmaps.clear(_place(server, data["node"]), data["name"])
+    _mark_what_comes(server, data)
+    return change
 
 
 def _record(recording: bool, server: Server, data: Arguments) -> Change:
-    return server.bitmaps.record(_place(server, data["node"]), data["name"], recording)
+    change = server.bitmaps.record(_place(server, data["node"]), data["name"], recording)
+    _mark_what_comes(server, data)
+    return change
 
 
 def _merge(server: Server, data: Arguments) -> Change:

@@ -3,8 +3,10 @@ of the target, made then, can be brought up to date with it."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures import Identical, Start
@@ -15,14 +17,24 @@ from servers import Nbdmirror, QemuNbd
 from syncparts import marks, soft_cancel
 from waiting import wait_until
 
-SIZE = 16 * MiB
+SIZE = 8 * MiB
 SEED = 41
 
 
-@pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
-@pytest.mark.parametrize("phase", ["first copy", "paused", "ready"])
+@pytest.mark.parametrize(
+    ("phase", "how", "copy_mode"),
+    [
+        *itertools.product(
+            ["created", "first copy", "paused", "ready"],
+            ["add", "enable", "clear"],
+            ["background"],
+        ),
+        ("first copy", "add", "write-blocking"),
+        ("ready", "add", "write-blocking"),
+    ],
+)
 def test_a_copy_of_the_target_can_be_brought_up_to_date(
-    start: Start, identical: Identical, folder: Path, phase: str, copy_mode: str
+    start: Start, identical: Identical, folder: Path, phase: str, how: str, copy_mode: str
 ) -> None:
     disk = make_image(folder / "disk.img", SIZE)
     target = start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
@@ -30,9 +42,7 @@ def test_a_copy_of_the_target_can_be_brought_up_to_date(
     qmp = server.qmp
     qmp.add_target("tgt", target)
     with Guest(server.uri("src"), disk, seed=SEED, pause_s=0.005) as guest:
-        begin(qmp, phase, copy_mode)
-        guest.wait_for_requests(10)
-        qmp.execute("block-dirty-bitmap-add", node="tgt", name="b")
+        begin(qmp, phase, copy_mode, how)
         copy = Path(shutil.copy(target.image, folder / "copy.img"))
         qmp.execute("block-job-set-speed", device="j", speed=0)
         if phase == "paused":
@@ -51,17 +61,32 @@ def test_a_copy_of_the_target_can_be_brought_up_to_date(
     identical(target.image, copy)
 
 
-def begin(qmp: Qmp, phase: str, copy_mode: str) -> None:
-    """A mirror, until it is in that phase."""
-    qmp.start_mirror("tgt", device="src", copy_mode=copy_mode, speed=4 * MiB, buf_size=128 * 1024)
-    if phase == "ready":
-        qmp.execute("block-job-set-speed", device="j", speed=0)
-        qmp.wait_ready()
+def begin(qmp: Qmp, phase: str, copy_mode: str, how: str) -> None:
+    """A mirror whose target has a bitmap that records since `phase`."""
+    mirror = {"job-id": "j", "device": "src", "target": "tgt", "sync": "full"}
+    slow = {"copy-mode": copy_mode, "speed": 4 * MiB, "buf-size": 128 * 1024}
+    new = {"node": "tgt", "name": "b", "disabled": how == "enable"}
+    old = {"node": "tgt", "name": "b"}
+    first = [("blockdev-mirror", {**mirror, **slow})]
+    last = [("block-dirty-bitmap-add", new)]
+    if how != "add":
+        last.append((f"block-dirty-bitmap-{how}", old))
+    if phase == "created":
+        transact(qmp, first + last)
         return
+    transact(qmp, first)
     wait_until(lambda: qmp.job()["offset"] > 0, "something is copied")
     if phase == "paused":
         qmp.execute("job-pause", id="j")
         qmp.wait_status("paused")
+    elif phase == "ready":
+        qmp.execute("block-job-set-speed", device="j", speed=0)
+        qmp.wait_ready()
+    transact(qmp, last)
+
+
+def transact(qmp: Qmp, actions: list[tuple[str, dict[str, Any]]]) -> None:
+    qmp.execute("transaction", actions=[{"type": name, "data": data} for name, data in actions])
 
 
 def test_a_bitmap_of_a_target_goes_with_a_job_that_fails(start: Start, folder: Path) -> None:
