@@ -109,6 +109,8 @@ def serve_command(
         argv.append(f"cache={args.cache}")
     if args.state_dir:
         argv.append(f"state-dir={os.path.abspath(args.state_dir)}")
+    if args.pidfile:
+        argv.append(f"pidfile={os.path.abspath(args.pidfile)}")
     if args.open_timeout:
         argv.append(f"open-timeout={args.open_timeout}")
     if args.keepalive is not None:

@@ -94,6 +94,17 @@ def _is_listening(sock: socket.socket) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
+def unix_listeners() -> dict[str, os.stat_result]:
+    """The files of this process's listening Unix sockets, by their paths."""
+    found = {}
+    for sock in own_sockets():
+        with sock, suppress(OSError):  # it has no file, or not any more
+            if _is_listening(sock) and sock.family == socket.AF_UNIX:
+                path = os.fsdecode(sock.getsockname())
+                found[path] = os.lstat(path)
+    return found
+
+
 def _door(sock: socket.socket) -> object:
     """What a listening socket and those that it accepted have in common: a path, or a port."""
     name = sock.getsockname()

@@ -117,6 +117,18 @@ class IntentLog:
             yield start, min(position * unit, self.size) - start
 
 
+def disk_ids(slots: Slots) -> set[str]:
+    """Of all that was written there, whether it can be believed or not. Raises OSError."""
+    found = set()
+    for index in range(SLOTS):
+        content = slots.read(index)
+        for start in range(0, len(content) - SECTOR_BYTES + 1, SECTOR_BYTES):
+            magic, _, _, disk, *_ = _HEAD.unpack_from(content, start)
+            if magic == _MAGIC:
+                found.add(disk.hex())
+    return found
+
+
 def _sectors(content: bytes, disk_id: str, size: int) -> list[_Sector]:
     """Raises StateError."""
     wanted = slot_bytes(size)

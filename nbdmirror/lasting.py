@@ -1,7 +1,9 @@
 """Memory that outlives the process: files in /dev/shm, mapped.
 
 What is stored there is still there after `kill -9`, and that costs nothing: no system call, no
-disk. It is gone after a reboot. Everything is allocated when it is made: a page that could not be
+disk. It is gone after a reboot. A folder is named after its disk's epoch, so that the next server
+of that disk can take away what a killed one has left, also where nothing else tells of it; it is
+locked while its process lives. Everything is allocated when it is made: a page that could not be
 had later would end the process (SIGBUS).
 
 From any thread; a bitmap as DirtyBitmap has it.
@@ -9,6 +11,7 @@ From any thread; a bitmap as DirtyBitmap has it.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import mmap
 import os
@@ -29,11 +32,14 @@ class Memory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._numbers = itertools.count()
+        self._fd = -1
 
     @classmethod
-    def create(cls) -> Memory:
-        """A new one, with a name that nobody can guess. Raises OSError."""
-        return cls(Path(tempfile.mkdtemp(prefix="nbdmirror-state-", dir=PLACE)))
+    def create(cls, disk_id: str) -> Memory:
+        """A new one for an epoch of a disk, with a name that nobody can guess. Raises OSError."""
+        memory = cls(Path(tempfile.mkdtemp(prefix=_prefix(disk_id), dir=PLACE)))
+        memory.lock()
+        return memory
 
     @classmethod
     def find(cls, path: str) -> Memory | None:
@@ -47,6 +53,17 @@ class Memory:
         is_ours = status.st_uid == os.geteuid() or os.geteuid() == 0
         is_private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
         return cls(folder) if folder.parent == PLACE and is_ours and is_private else None
+
+    def lock(self) -> bool:
+        """Hold the lock until the process ends. False if another process does. Raises OSError."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._fd = fd
+        return True
 
     def map(self, name: str, length: int) -> mmap.mmap:
         """`length` bytes of zeroes under a new name. Raises OSError."""
@@ -86,12 +103,32 @@ class Memory:
     def discard(self) -> None:
         """Remove everything. Who has it mapped keeps his pages."""
         shutil.rmtree(self.path, ignore_errors=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _names(self) -> list[str]:
         try:
             return os.listdir(self.path)
         except OSError:
             return []
+
+
+def discard_left(disk_id: str, path: str = "", *, but: Memory | None = None) -> None:
+    """Take away what servers of this disk that were killed have left, and what is at `path`; that
+    of a process that lives, and `but`, stay."""
+    found = [path] if path else []
+    with suppress(OSError):
+        found += [str(one) for one in PLACE.glob(f"{_prefix(disk_id)}*")]
+    for one in set(found):
+        if but is None or one != str(but.path):
+            with suppress(OSError):
+                if (memory := Memory.find(one)) is not None and memory.lock():
+                    memory.discard()
+
+
+def _prefix(disk_id: str) -> str:
+    return f"nbdmirror-state-{disk_id}_"
 
 
 class LastingBitmap(DirtyBitmap):

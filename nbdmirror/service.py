@@ -27,7 +27,7 @@ from nbdmirror.diskstate import RECORD_ID_LENGTH
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
-from nbdmirror.hangup import Guests
+from nbdmirror.hangup import Guests, unix_listeners
 from nbdmirror.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
 from nbdmirror.latecomers import OPEN_TIMEOUT_S_MAX, Opening
 from nbdmirror.linkset import CONNECTIONS_DEFAULT, CONNECTIONS_MAX
@@ -37,7 +37,7 @@ from nbdmirror.qmp import QmpServer
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.server import Server
 from nbdmirror.signals import Signals, leave_terminal
-from nbdmirror.sockets import bind_unix_socket, remove_socket
+from nbdmirror.sockets import bind_unix_socket, lock_pidfile, remove_socket
 from nbdmirror.statedir import StateDirectory
 from nbdmirror.store import DiskStore
 from nbdmirror.uri import absolute, is_uri
@@ -83,6 +83,10 @@ class Service:
         self._qmp: QmpServer | None = None
         self._pid = os.getpid()
         self._signals = Signals()
+        self._pidfile = ""
+        self._made: dict[str, os.stat_result] = {}
+        """The files that are taken away at the end, by their paths."""
+        self._inherited: frozenset[str] = frozenset()
         self._open_timeout_s = 0
         self._keepalive_s = KEEPALIVE_S
         self._is_keepalive_said = False
@@ -113,6 +117,8 @@ class Service:
         elif key == "keepalive":
             self._keepalive_s = _seconds(key, value, KEEPALIVE_S_MAX)
             self._is_keepalive_said = True
+        elif key == "pidfile":
+            self._pidfile = os.path.abspath(value)
         elif key == "open-timeout":
             self._open_timeout_s = _seconds(key, value, OPEN_TIMEOUT_S_MAX)
         elif key == "connections":
@@ -122,7 +128,7 @@ class Service:
         else:
             raise ConfigError(
                 f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
-                f"state-dir, accept-old-side, connections, keepalive or open-timeout"
+                f"state-dir, accept-old-side, connections, pidfile, keepalive or open-timeout"
             )
 
     def check(self) -> None:
@@ -138,39 +144,54 @@ class Service:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
         behind."""
         _allow_many_files()
-        state = None
-        if self._state_path:
-            state = StateDirectory(self._state_path, accepted=self._accepted)
+        self._inherited = frozenset(unix_listeners())
         opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
             source = self._open_disk(path, opening)
             self._check_other_disks(path, source)
             if not source.size:
                 logs.complain(f"warning: {path}: has 0 bytes; guests get an empty disk")
-            if state is None:
-                self.disks[name] = Disk(name, source)
-                continue
-            raw = raw_device(source)
-            reached = raw.reached if isinstance(raw, RemoteDevice) else path
-            store = state.open(name, path, source.size, reached=reached)
-            self.disks[name] = JournaledDisk(name, source, store.journal, store.size)
-            if not self._is_read_only:  # else its state is left as it is
-                self._stores[name] = store
+            self.disks[name] = Disk(name, source)
         if self._qmp_path:
             self._listener = bind_unix_socket(self._qmp_path)
-            self._listener_file = os.lstat(self._qmp_path)
+            self._made[self._qmp_path] = os.lstat(self._qmp_path)
+        if self._state_path:
+            self._open_state()
+
+    def _open_state(self) -> None:
+        """Last: it may make a directory."""
+        state = StateDirectory(self._state_path, accepted=self._accepted)
+        for name, disk in self.disks.items():
+            raw, path = raw_device(disk.source), self._paths[name]
+            reached = raw.reached if isinstance(raw, RemoteDevice) else path
+            store = state.open(name, path, disk.size, reached=reached)
+            self.disks[name] = JournaledDisk(name, disk.source, store.journal, store.size)
+            if not self._is_read_only:  # else its state is left as it is
+                self._stores[name] = store
+
+    def _note_what_nbdkit_made(self) -> None:
+        """Its socket, unless that came from systemd, and the pid file: it leaves both behind."""
+        for path, file in unix_listeners().items():
+            if path not in self._inherited:
+                self._made[path] = file
+        if self._pidfile:
+            if lock_pidfile(self._pidfile) is None:
+                raise ConfigError(f"pidfile: {self._pidfile}: is in use by another server")
+            self._made[self._pidfile] = os.lstat(self._pidfile)
 
     def abandon(self) -> None:
-        """Take back what `open` did; the process ends."""
-        if self._listener is not None:
-            remove_socket(self._qmp_path, self._listener_file)
+        """Take away what was made; the process ends."""
+        for path, file in self._made.items():
+            remove_socket(path, file)
 
     def start(self, shut_down: Callable[[], None]) -> None:
         """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
+        self._signals.take()
         in_background = os.getpid() != self._pid
         if in_background:
             leave_terminal()
         self.log = logs.Log(in_background=in_background)
+        self._note_what_nbdkit_made()
         self._log_what_is_served()
         guests = Guests(spare=self._listener)
         self._end_on_signal(guests, shut_down)
@@ -249,6 +270,7 @@ class Service:
             self._qmp.stop()
         if self._server is not None:
             self._server.stop()
+        self.abandon()
         if self.log is not None:
             self.log.stop()
 

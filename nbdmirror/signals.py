@@ -50,12 +50,16 @@ class Signals:
         self._ending = ENDING - ignored
         _outlive_parent()
 
-    def end(self, end: Callable[[str], None]) -> None:
-        """Have `end` called, once, in a thread of its own, when a signal asks the process to end;
-        with the signal's name."""
+    def take(self) -> None:
+        """From now on only `end` hears of a signal. Before the first thread is started: it would
+        get the signal, and nbdkit's handler would wait for guests."""
         for number in MEANINGLESS:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._ending)
+
+    def end(self, end: Callable[[str], None]) -> None:
+        """Have `end` called, once, in a thread of its own, when a signal asks the process to end,
+        or has done so since `take`; with the signal's name."""
 
         def wait() -> None:
             end(signal.Signals(signal.sigwait(self._ending)).name)

@@ -73,7 +73,8 @@ def remove_stale_socket(path: str, parameter: str) -> None:
 
 
 def remove_socket(path: str, file: os.stat_result) -> None:
-    """Take away the socket file that we made, if what is at `path` is still that one."""
+    """Take away a socket file, or another one, that we made, if what is at `path` is still that
+    one."""
     with contextlib.suppress(OSError), _locked(path) as directory:
         name = os.path.basename(path)
         if os.path.samestat(file, os.stat(name, dir_fd=directory, follow_symlinks=False)):
@@ -102,6 +103,9 @@ def claim_pidfile(path: str, parameter: str) -> None:
         raise ConfigError(f"{parameter}: {path}: {error.strerror}") from error
     if not stat.S_ISREG(file.st_mode):
         raise ConfigError(f"{parameter}: {path}: exists and is not a file; it was left alone")
+    if (fd := lock_pidfile(path)) is None:
+        raise ConfigError(f"{parameter}: {path}: is in use by another server; it was left alone")
+    os.close(fd)
     if file.st_nlink != 1 or not _may_remove(file, place):
         raise ConfigError(
             f"{parameter}: {path}: is a file of user {_name_of(file.st_uid)}, or has another name; "
@@ -118,6 +122,16 @@ def _has_a_number(name: str, directory: int) -> bool:
         return not os.read(fd, 64).strip(b"0123456789\n ")
     finally:
         os.close(fd)
+
+
+def lock_pidfile(path: str) -> int | None:
+    """A descriptor that holds the lock which a server has on its pid file as long as it lives. None
+    if another one has it. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if _lock(fd):
+        return fd
+    os.close(fd)
+    return None
 
 
 def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:

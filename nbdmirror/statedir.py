@@ -25,8 +25,9 @@ from nbdmirror.diskstate import (
 )
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
-from nbdmirror.intentlog import slot_bytes
-from nbdmirror.statefile import DiskFolder, Folder, StateError
+from nbdmirror.intentlog import SLOTS, disk_ids, slot_bytes
+from nbdmirror.lasting import discard_left
+from nbdmirror.statefile import DiskFolder, Folder, Slots, StateError, new_name
 from nbdmirror.store import DiskStore
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ class StateDirectory:
             size = self._size(name, identity, pivoted)
             identity = replace(identity, size=size)
             found = self._examine(name, identity, pivoted)
-            slots = self._folder.slots(files["intents"], slot_bytes(size), 2)
+            slots = self._folder.slots(files["intents"], slot_bytes(size), SLOTS)
             status = os.stat(where / files["intents"])
+            self._take_away_what_is_left(files, slots, found)
         except OSError as error:
             raise ConfigError(f"state-dir: {where}: {error.strerror}") from error
         other = self._disks.setdefault((status.st_dev, status.st_ino), name)
@@ -73,6 +75,16 @@ class StateDirectory:
             found=found,
             pivoted=pivoted,
         )
+
+    def _take_away_what_is_left(
+        self, files: dict[str, str], slots: Slots, found: Found | None
+    ) -> None:
+        """By a server that was killed: files that were not yet in their place; and, where nothing
+        of it is used, memory."""
+        self._folder.commit([], [new_name(file) for file in files.values()])
+        if found is None:
+            for disk_id in disk_ids(slots):
+                discard_left(disk_id)
 
     def _check_side(self, name: str, identity: Identity, reached: str) -> Pivoted | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old

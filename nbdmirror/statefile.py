@@ -135,17 +135,22 @@ class DiskFolder(Folder):
             return file.read()
 
     def prepare(self, name: str, content: bytes) -> None:
-        new = _new(name)
+        new = new_name(name)
         with suppress(FileNotFoundError):
             os.unlink(new, dir_fd=self._fd)
-        with open(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self._open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:  # a disk that is full is not made fuller
+            with suppress(OSError):
+                os.unlink(new, dir_fd=self._fd)
+            raise
 
     def commit(self, names: list[str], removed: list[str] | None = None) -> None:
         for name in names:
-            os.rename(_new(name), name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            os.rename(new_name(name), name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
         for name in removed or ():
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._fd)
@@ -204,5 +209,6 @@ class DiskSlots(Slots):
             os.close(fd)
 
 
-def _new(name: str) -> str:
+def new_name(name: str) -> str:
+    """Where a file is written before it takes its place."""
     return f"{name}.new"

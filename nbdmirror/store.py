@@ -40,7 +40,7 @@ from nbdmirror.diskstate import (
 )
 from nbdmirror.heartbeat import Heartbeat
 from nbdmirror.journal import JOURNAL_BYTES, Journal, Regions
-from nbdmirror.lasting import Memory
+from nbdmirror.lasting import Memory, discard_left
 from nbdmirror.ledger import Ledger, Tracker
 from nbdmirror.statefile import Folder, Slots
 from nbdmirror.transient import FORGET_S_MAX, NewBitmap, Transient
@@ -123,7 +123,7 @@ class DiskStore(Transient):
         Raises OSError."""
         self._writer = writer
         try:
-            self._memory = Memory.create()
+            self._memory = Memory.create(self._disk_id)
             alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
             self._heartbeat = Heartbeat(alive, writer)
             self._heartbeat.note_alive()
@@ -162,8 +162,7 @@ class DiskStore(Transient):
             self._save()
             with suppress(OSError):  # it has been told
                 self._saves.result()
-            if (memory := Memory.find(before.definition.memory)) is not None:
-                memory.discard()
+            discard_left(self._disk_id, before.definition.memory, but=self._memory)
 
     def _put_aside(self, found: Found) -> None:
         """First of all: with a new log of intents it would be believed the next time."""

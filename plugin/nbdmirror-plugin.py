@@ -7,6 +7,7 @@
     mirror-to=URI      start mirroring the first disk at once
     connections=N      to an NBD server, at most (default: 9)
     state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
+    pidfile=PATH       what nbdkit's -P names: locked, and removed at the end
     open-timeout=SECONDS   try so long to connect to disks' NBD servers (default: once)
     keepalive=SECONDS  give up guests on TCP without a sign of life for so long (default: 300)
     accept-old-side=ID   serve a disk that was pivoted away from; the refusal shows the ID

@@ -239,5 +239,5 @@ class PowerWorld(World):
             self.writer.step()
 
 
-def _no_memory() -> None:
+def _no_memory(_: str) -> None:
     raise OSError(0, "not in this test")

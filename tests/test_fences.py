@@ -104,7 +104,7 @@ MAY_IMPORT = {
     "transient": "bitmap device diskstate ledger",
     "store": "bitmap checkpoint device diskfile diskstate heartbeat journal lasting ledger"
     " statefile transient writer",
-    "statedir": "diskfile diskstate errors identity intentlog statefile store",
+    "statedir": "diskfile diskstate errors identity intentlog lasting statefile store",
     "server": "aligned bitmaps chronicle disk diskstate errors events filewatch linkset loop mirror"
     " mirrors nodes remote results statefile store tcpwatch transient writer",
     # The doors. They know what is below them, never each other.

@@ -62,7 +62,8 @@ def test_serve_command(plugin: str) -> None:
             "file=vm=/d/a",
         ],
         *[f"file=b=nbd+unix:///x?socket={here}/s", f"file={here}/c=d.img", "file=nbd://h/e=f"],
-        *[f"qmp={here}/q", "cache=none", "mirror-to=nbd://t", "read-only=true", "rdelay=1"],
+        *[f"qmp={here}/q", "cache=none", f"pidfile={here}/p", "mirror-to=nbd://t"],
+        *["read-only=true", "rdelay=1"],
     ]
 
 
