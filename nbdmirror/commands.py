@@ -156,7 +156,7 @@ class Commands:
 
         found: list[Node] = (await self._on_loop(look)).value
         for node in found:
-            device = await _open(node.device.uri, node.device.pool.timeout_s)
+            device = await _open(partial(str, node.device.uri), node.device.pool.timeout_s)
             if not (await self._on_loop(partial(nodes.reopen, node, device))).value:
                 device.close()
 
@@ -187,7 +187,7 @@ class Commands:
                 "a node-name must be provided when replacing a named node of the graph"
             )
         uri = target_uri(arguments["target"])
-        device = await _open(uri, CONNECT_TIMEOUT_S)
+        device = await _open(lambda: uri, CONNECT_TIMEOUT_S)
         options = NodeOptions(reconnect_delay_s=arguments.get("x-nbdmirror-reconnect-delay", 0))
         node = Node(arguments.get("node-name", ""), device, options, is_owned=True)
 
@@ -318,7 +318,7 @@ async def _open_node(name: str, arguments: Arguments) -> Node:
     timeout_s = arguments.get("open-timeout") or CONNECT_TIMEOUT_S
     if timeout_s > OPEN_TIMEOUT_S_MAX:
         raise CommandError(f"Parameter 'open-timeout' expects at most {OPEN_TIMEOUT_S_MAX}")
-    device = await _open(nbd_uri(arguments), timeout_s)
+    device = await _open(partial(nbd_uri, arguments), timeout_s)
     wants_writes = not (options.read_only or arguments.get("auto-read-only"))
     if device.read_only and wants_writes:
         device.close()
@@ -342,9 +342,10 @@ def _node_options(arguments: Arguments) -> NodeOptions:
     )
 
 
-async def _open(uri: str, timeout_s: float) -> RemoteDevice:
-    """Connect in a thread of its own: a server that does not answer holds nobody up. Not in
-    asyncio's pool, which has six, and whose threads the process waits for at its end."""
+async def _open(uri: Callable[[], str], timeout_s: float) -> RemoteDevice:
+    """Connect in a thread of its own: a server that does not answer holds nobody up, nor does a
+    file system with keys, which `uri` may look at. Not in asyncio's pool, which has six, and whose
+    threads the process waits for at its end."""
     loop = asyncio.get_running_loop()
     opened: asyncio.Future[RemoteDevice] = loop.create_future()
 
@@ -359,7 +360,7 @@ async def _open(uri: str, timeout_s: float) -> RemoteDevice:
     def work() -> None:
         device, failure = None, None
         try:
-            device = RemoteDevice.open(uri, timeout_s=timeout_s)
+            device = RemoteDevice.open(uri(), timeout_s=timeout_s)
         except Exception as error:  # noqa: BLE001 - the command's, which is waiting for it
             failure = error
         with suppress(RuntimeError):  # the loop has ended
