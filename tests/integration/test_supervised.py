@@ -230,7 +230,7 @@ def test_the_status_follows_jobs_and_pivots(disk: Path, start: Start) -> None:
 
 def test_a_server_that_was_killed_is_back_with_its_mirror(folder: Path, start: Start) -> None:
     """As the unit has it: started again by the same command, over what the killed one has left.
-    What that takes is printed; the unit waits for half a second more."""
+    What that takes is printed; the unit waits for a tenth of a second more."""
     disk = make_image(folder / "disk.img", 4 * MiB)
     target = start(QemuNbd(folder, make_noise(folder / "target.img", 4 * MiB)))
 
