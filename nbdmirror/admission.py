@@ -7,6 +7,7 @@ from nbdmirror.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
 from nbdmirror.bitmaps import NamedBitmap
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
+from nbdmirror.file import FileDevice
 from nbdmirror.nodes import Node
 from nbdmirror.options import MirrorOptions
 from nbdmirror.remote import RemoteDevice
@@ -24,7 +25,7 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         raise CommandError(f"Target '{target.uri}' is the disk itself")
     if not node.is_active:
         raise CommandError("Permission 'write' unavailable on inactive node")
-    if not isinstance(source, RemoteDevice) and target.is_of_file(source.description):
+    if isinstance(source, FileDevice) and target.is_of_file(source.fd, source.opened):
         raise CommandError(
             f"The server of target '{target.uri}' writes to '{source.description}' itself"
         )

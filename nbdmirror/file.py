@@ -54,7 +54,7 @@ class FileDevice(BlockDevice):
         self.description = path
         self.size = os.lseek(fd, 0, os.SEEK_END)  # st_size is 0 for block devices
         self.read_only = read_only
-        status = os.fstat(fd)
+        self.opened = status = os.fstat(fd)
         preferred = max(512, alignment, min(status.st_blksize, PREFERRED_BYTES_MAX))
         self.block_size = BlockSize(alignment, 1 << (preferred.bit_length() - 1))
         self._fd = fd
@@ -100,6 +100,10 @@ class FileDevice(BlockDevice):
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"{path}: cannot be opened: {error.strerror}") from error
+
+    @property
+    def fd(self) -> int:
+        return self._fd
 
     def pread(self, buf: memoryview, offset: int) -> None:
         done = _pread(self._fd, (buf,), offset)

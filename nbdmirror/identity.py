@@ -53,24 +53,67 @@ def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return os.path.samestat(one, other)
 
 
-def writes_to(process: int, path: str) -> bool:
-    """Whether a process of this host has the file or device `path` open for writing, as far as we
-    may look. What it has open is asked of the kernel, and of `path`'s storage only where the names
-    say so."""
+def _writes_to(process: int, fd: int, opened: os.stat_result) -> bool:
+    """Whether a process of this host has the file or device that is open here as `fd` open for
+    writing, under whatever name, or a loop device of it, as far as we may look. `opened`: its
+    status. What processes have open is asked of the kernel, and of a storage only where the inode's
+    number is the same."""
+    here, below = _OpenFile.of("/proc/self", fd), _backing(opened)
     folder = f"/proc/{process}"
     with suppress(OSError):
-        for fd in os.listdir(f"{folder}/fd"):
+        for other in os.listdir(f"{folder}/fd"):
             with suppress(OSError):
-                name = os.readlink(f"{folder}/fd/{fd}")
-                is_device = name.startswith("/dev/") and path.startswith("/dev/")
-                if name != path and not is_device:
+                there = _OpenFile.of(folder, int(other))
+                if there.flags & os.O_ACCMODE == os.O_RDONLY:
                     continue
-                flags = Path(f"{folder}/fdinfo/{fd}").read_text().partition("flags:")[2].split()[0]
-                if int(flags, 8) & os.O_ACCMODE == os.O_RDONLY:
+                is_device = there.name.startswith("/dev/")
+                if not is_device and there.inode != here.inode and there.name != below:
                     continue
-                if is_same_file(os.stat(f"{folder}/fd/{fd}"), os.stat(path)):
+                status = os.stat(f"{folder}/fd/{other}")
+                if is_same_file(status, opened) or there.name == below:
+                    return True
+                if here.name == _backing(status):
                     return True
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    """A descriptor of a process, as the kernel shows it. (proc(5))"""
+
+    name: str
+    flags: int
+    inode: str
+    """Its number; where the kernel does not show that (before 5.14), the name."""
+
+    @classmethod
+    def of(cls, folder: str, fd: int) -> _OpenFile:
+        name = os.readlink(f"{folder}/fd/{fd}")
+        lines = Path(f"{folder}/fdinfo/{fd}").read_text().splitlines()
+        info = dict(line.split(":", 1) for line in lines if ":" in line)
+        return cls(name, int(info["flags"], 8), info.get("ino", name))
+
+
+def _backing(device: os.stat_result) -> str | None:
+    """The file of a loop device; None of anything else."""
+    if not stat.S_ISBLK(device.st_mode):
+        return None
+    major, minor = os.major(device.st_rdev), os.minor(device.st_rdev)
+    with suppress(OSError):
+        return Path(f"/sys/dev/block/{major}:{minor}/loop/backing_file").read_text().rstrip("\n")
+    return None
+
+
+def _process_of(listener: int) -> int:
+    """The process of this host that has the socket of that inode; 0 if that is not known."""
+    link = f"socket:[{listener}]"
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended, or we may not look
+            for fd in os.listdir(f"/proc/{process}/fd"):
+                with suppress(OSError):
+                    if os.readlink(f"/proc/{process}/fd/{fd}") == link and process != str(_INIT):
+                        return int(process)
+    return 0
 
 
 def same_place(one: str, other: str, *, resolves: bool = False) -> Same:
@@ -182,6 +225,12 @@ class Peer:
         if where.transport != "tcp":
             return uri
         return replace(where, host=str(self.server[0])).exact
+
+    def writes_to(self, fd: int, opened: os.stat_result) -> bool:
+        """Whether its server is a process of this host that writes to the file or device that is
+        open here as `fd`. `opened`: its status. Of TCP servers all processes are looked at."""
+        process = self.process or (_process_of(self.listener) if self.listener else 0)
+        return bool(process) and _writes_to(process, fd, opened)
 
     @property
     def is_this_process(self) -> bool:

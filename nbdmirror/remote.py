@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 from collections.abc import Callable
 
 import nbd
@@ -28,7 +29,7 @@ from nbdmirror.device import (
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
-from nbdmirror.identity import Same, same_place, writes_to
+from nbdmirror.identity import Same, same_place
 from nbdmirror.link import Link
 from nbdmirror.pool import CONNECT_TIMEOUT_S, ConnectionPool
 
@@ -292,10 +293,11 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         peer = self.pool.shared.peer
         return self.uri if peer is None else peer.reached(self.uri)
 
-    def is_of_file(self, path: str) -> bool:
-        """Whether its server is a process of this host that writes to the file or device `path`."""
+    def is_of_file(self, fd: int, opened: os.stat_result) -> bool:
+        """Whether its server is a process of this host that writes to the file or device that is
+        open here as `fd`."""
         peer = self.pool.shared.peer
-        return peer is not None and bool(peer.process) and writes_to(peer.process, path)
+        return peer is not None and peer.writes_to(fd, opened)
 
     # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 

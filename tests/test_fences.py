@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "bitmaps": "bitmap disk diskstate errors transient",
     "nodes": "aligned device disk errors linkset mirror remote",
     "sameness": "bitmap disk ledger",
-    "admission": "aligned bitmap bitmaps device disk errors nodes options remote",
+    "admission": "aligned bitmap bitmaps device disk errors file nodes options remote",
     "mirrors": "admission aligned bitmap bitmaps chronicle connection copier depth device"
     " disk diskstate errors events filesource jobstate ledger loop mirror nodes options pool"
     " reconnect records remote sameness scan statefile transient",

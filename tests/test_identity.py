@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,31 @@ def test_a_target_that_is_the_disks_own_file(start: Start, folder: Path) -> None
     server.qmp.wait_ready("disk0")
     server.qmp.complete("disk0")
     assert_identical(disk, other)
+
+
+@pytest.mark.parametrize("is_tcp", [False, True])
+@pytest.mark.parametrize("name", ["itself", "symlink", "hard link", "loop device", "below a loop"])
+def test_a_target_that_is_the_disks_own_file_by_another_name(
+    folder: Path, name: str, is_tcp: bool
+) -> None:
+    disk = make_image(folder / "disk.img", MiB)
+    link, hard = folder / "link.img", folder / "hard.img"
+    link.symlink_to(disk)
+    hard.hardlink_to(disk)
+    with loop_device(disk) if "loop" in name else nullcontext(str(disk)) as loop:
+        served, other = {
+            "itself": (disk, disk),
+            "symlink": (link, disk),
+            "hard link": (disk, hard),
+            "loop device": (disk, Path(loop)),
+            "below a loop": (Path(loop), disk),
+        }[name]
+        same = OnTcp(folder, other) if is_tcp else NbdkitTarget(folder, "file", str(other))
+        with Nbdmirror(folder, served) as server, same:
+            text = server.qmp.refusal(
+                "drive-mirror", device="disk0", target=same.uri(), sync="full", mode="existing"
+            )
+    assert f"writes to '{served}' itself" in text
 
 
 def test_one_export_is_not_two_disks(start: Start, folder: Path) -> None:
