@@ -71,7 +71,7 @@ _REFUSALS = (
         "the server keeps nothing over its end: start it with --state-dir for that",
     ),
     (
-        r"Parameter '(?:x-nbdmirror-)?(granularity|buf-size|speed|target-cluster-size)' (.*)",
+        r"Parameter '(?:x-nbdmirror-)?([a-z-]*-size|granularity|speed|reconnect-delay)' (.*)",
         r"--\1 \2",
     ),
     (r"The command (\S+) has not been found", r"the server is too old: it has no \1"),

@@ -30,6 +30,10 @@ from nbdmirror.errors import CommandError
         ("Dirty bitmap 'b' not found", "there is no bitmap b"),
         ("Bitmap 'b' could not be found", "there is no bitmap b"),
         ("Parameter 'granularity' expects a power of 2", "--granularity expects a power of 2"),
+        (
+            "Parameter 'x-nbdmirror-reconnect-delay' expects uint32_t",
+            "--reconnect-delay expects uint32_t",
+        ),
         ("Parameter 'x-nbdmirror-target-cluster-size' expects it", "--target-cluster-size expects"),
         ("The command job-complete has not been found", "too old"),
     ],
