@@ -156,6 +156,7 @@ class Commands:
 
         found: list[Node] = (await self._on_loop(look)).value
         for node in found:
+            await self._on_loop(partial(nodes.check_left, node.device.uri))
             device = await _open(partial(str, node.device.uri), node.device.pool.timeout_s)
             if not (await self._on_loop(partial(nodes.reopen, node, device))).value:
                 device.close()
@@ -187,6 +188,7 @@ class Commands:
                 "a node-name must be provided when replacing a named node of the graph"
             )
         uri = target_uri(arguments["target"])
+        await self._on_loop(lambda: nodes.check_left(uri))
         device = await _open(lambda: uri, CONNECT_TIMEOUT_S)
         options = NodeOptions(reconnect_delay_s=arguments.get("x-nbdmirror-reconnect-delay", 0))
         node = Node(arguments.get("node-name", ""), device, options, is_owned=True)

@@ -15,7 +15,6 @@ in flight with DeviceLost: the outcome of those is unknown.
 
 from __future__ import annotations
 
-import _thread
 import errno
 import logging
 import os
@@ -25,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import nbd
@@ -35,6 +35,7 @@ from nbdmirror.handshake import connect, export_of, has_wide_lengths, reason
 from nbdmirror.identity import Peer
 from nbdmirror.loop import Loop
 from nbdmirror.peek import Peek
+from nbdmirror.request import Request, nobody
 from nbdmirror.tcpwatch import TcpWatch
 
 log = logging.getLogger(__name__)
@@ -53,52 +54,6 @@ SEND_BUFFER_BYTES = 1 << 20
 """Of a Unix socket's connection: one request of the copier."""
 
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; past the limit net.core.wmem_max
-
-
-class Request:
-    """A command in flight: libnbd's completion callback, and what is told then.
-
-    It keeps the command's arguments, and with them the buffer, alive until the end.
-    """
-
-    __slots__ = ("_arguments", "_connection", "_sleep", "done", "error", "is_finished")
-
-    def __init__(
-        self, connection: Connection, arguments: tuple[Any, ...], done: Done | None
-    ) -> None:
-        self._connection = connection
-        self._arguments = arguments
-        self.done = done
-        self.error: BaseException | None = None
-        self.is_finished = False
-        if done is None:
-            self._sleep = _thread.allocate_lock()
-            self._sleep.acquire()
-
-    def __call__(self, code: Any) -> int:
-        """libnbd's callback, with the handle locked: only takes note. 1 retires the command."""
-        if code.value:
-            self.error = self._connection.error(code.value)
-        self.finish()
-        return 1
-
-    def finish(self) -> None:
-        self.is_finished = True
-        self._arguments = ()
-        self._connection.finished(self)
-        if self.done is None:
-            self.wake()
-
-    def wake(self) -> None:
-        """End the `sleep` under way, or else the next one."""
-        if self.done is None:
-            try:
-                self._sleep.release()
-            except RuntimeError:
-                pass  # awake already
-
-    def sleep(self) -> None:
-        self._sleep.acquire()
 
 
 class Connection:
@@ -133,6 +88,8 @@ class Connection:
         self._requests: set[Request] = set()
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches
+        self._is_given_up = False
+        self._when_over: Callable[[], None] | None = None
         self._loop: Loop | None = None
         self._lead = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -161,6 +118,11 @@ class Connection:
         return bool(self._requests)
 
     @property
+    def unanswered(self) -> int:
+        """Requests in flight."""
+        return len(self._requests)
+
+    @property
     def is_attached(self) -> bool:
         """A loop drives it."""
         return self._loop is not None
@@ -181,10 +143,16 @@ class Connection:
         """
         request = Request(self, arguments, done)
         self._requests.add(request)
+        if self._is_given_up:  # after `add`: else `give_up` has seen it
+            request.error = self._lost()
+            request.finish()
+            if self._loop is not None:
+                self._loop.call_soon(self._after_ready)
+            return request
         try:
             method(*arguments, request, flags)
         except nbd.Error as error:
-            if not request.is_finished:
+            if request in self._requests:
                 request.error = self.error(error.errnum or errno.EIO, reason(error))
                 request.finish()
             if done is not None and self._loop is not None:
@@ -220,6 +188,8 @@ class Connection:
         self.call(self.handle.aio_pread, buf, offset)
 
     def write(self, buf: Buffer, offset: int, flags: int = 0) -> None:
+        if self._loop is not None:  # `give_up` lets the caller go, whose buffer that is
+            buf = bytes(buf)
         self.call(self.handle.aio_pwrite, buf, offset, flags=flags)
 
     def zero(self, length: int, offset: int, flags: int) -> None:
@@ -237,15 +207,18 @@ class Connection:
     def finished(self, request: Request) -> None:
         """A request tells its end; its `done` is called later, outside of libnbd."""
         self._requests.discard(request)
-        if request.done is not None and request.done is not _nobody:
+        if request.done is not None and request.done is not nobody:
             self._reaped.append(request)
 
     def error(self, code: int, reason: str = "") -> DeviceError:
         """The exception for a failed command of this connection."""
         # libnbd's verdict on a command that was in flight on a dying handle is ENOTCONN.
         if self.is_lost or code == errno.ENOTCONN or self._peek.is_gone:
-            return DeviceLost(f"{self.description}: connection lost")
+            return self._lost()
         return DeviceError(f"{self.description}: {reason or os.strerror(code)}", code)
+
+    def _lost(self) -> DeviceLost:
+        return DeviceLost(f"{self.description}: connection lost")
 
     # The loop's side.
 
@@ -264,7 +237,7 @@ class Connection:
         if loop is not None:
             loop.detach(self)
         for request in [request for request in tuple(self._requests) if request.done is not None]:
-            request.done = _nobody
+            request.done = nobody
             self._requests.discard(request)
         self._reaped.clear()
         self.is_lost = self.is_lost or self._is_killed
@@ -289,6 +262,23 @@ class Connection:
         with suppress(OSError):  # broken already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._wake_driver()
+
+    def give_up(self, when_over: Callable[[], None]) -> None:
+        """On the loop's thread, attached. What is in flight fails at once, as when the connection
+        breaks, but the connection stays: the server may carry those requests out yet, and only an
+        answer says that it has. When each was answered, or the connection has ended by itself, it
+        is closed and `when_over` is called. It takes no more requests."""
+        loop = self._loop
+        assert loop is not None
+        self._when_over, self.on_lost = when_over, None
+        self._is_given_up = True
+        for request in tuple(self._requests):
+            if request.done is None:
+                request.give_up(self._lost())
+            else:
+                done, request.done = request.done, nobody
+                loop.call_soon(partial(done, self._lost()))
+        loop.call_soon(self._after_ready)
 
     def close(self) -> None:
         """Say good-bye and let go of the handle; nothing may be in flight. Idempotent."""
@@ -322,6 +312,10 @@ class Connection:
         self._look_whether_gone()
         if self.is_lost and not was_lost and self.on_lost is not None:
             self.on_lost()
+        if self._when_over is not None and (self.is_lost or not self._requests):
+            when_over, self._when_over = self._when_over, None
+            self.close()
+            when_over()
 
     def _look_whether_gone(self) -> None:
         if not self.is_lost and self._peek.is_gone:
@@ -378,10 +372,6 @@ class Connection:
                 continue  # changed under the iterator: look again
             request.wake()
             return
-
-
-def _nobody(error: BaseException | None) -> None:
-    """The `done` of a request that is not waited for any more. Its buffer is its own until then."""
 
 
 def _widen(own: socket.socket) -> None:

@@ -369,7 +369,8 @@ class Copier:
         self._in_flight_bytes -= copy.weight
         self._crowd.count -= not self._copies
         has_room = self._depth.has_room(self._in_flight_bytes + self._buffers.length)
-        if has_room and copy.buffer and len(copy.buffer.view) <= self._request_bytes:
+        is_free = copy.error is None  # else a connection that was given up may have the buffer
+        if is_free and has_room and copy.buffer and len(copy.buffer.view) <= self._request_bytes:
             self._buffers.keep(copy.buffer)
         if copy.error is not None:
             self.observer.copy_failed(copy.operation, copy.error)

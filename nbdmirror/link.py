@@ -42,12 +42,19 @@ class Link:
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket(fileno=os.dup(handle.aio_get_fd()))
         self.watch = TcpWatch(self._socket)
-        self._lock = threading.Lock()  # guards `_handle`: held during a request
+        self._lock = threading.Lock()  # guards what follows: held during a request
+        self._is_unknown = False
+        """What became of its last request."""
 
     @property
     def is_busy(self) -> bool:
         """A request is in flight."""
         return self._lock.locked()
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that the server may carry out yet; until `end`, after `give_up`."""
+        return 1
 
     def read(self, buf: memoryview, offset: int) -> None:
         with self._lock:
@@ -81,6 +88,28 @@ class Link:
         with suppress(OSError):  # broken already
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def give_up(self) -> None:
+        """From any thread: the request in flight fails at once, but the server is not told, which
+        may carry it out yet; see `end`. Only a request that is not wholly sent is cut off: such a
+        one is not carried out."""
+        self.is_lost = True
+        is_sending = Peek(self._handle).direction() & nbd.AIO_DIRECTION_WRITE
+        with suppress(OSError):  # broken already
+            self._socket.shutdown(socket.SHUT_RDWR if is_sending else socket.SHUT_RD)
+
+    def end(self) -> bool:
+        """After `give_up`, of a TCP connection: close it, if its request was answered or the server
+        has ended the connection. That server is not told that nobody reads."""
+        if not self._lock.acquire(blocking=False):
+            return False  # who has it leaves soon
+        try:
+            if self._is_unknown and not self.watch.has_answered_or_ended():
+                return False
+            self._let_go()
+            return True
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """Say good-bye and let go of the handle; a request in flight is waited for. Idempotent."""
         with self._lock:
@@ -88,10 +117,13 @@ class Link:
                 self.is_lost = True
                 with suppress(nbd.Error):  # it is gone
                     self._handle.aio_disconnect(0)
-            # libnbd's binding closes a handle when the last reference goes. In its place is one
-            # that was never connected: its methods fail in order.
-            self._handle = nbd.NBD()
-            self._socket.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        # libnbd's binding closes a handle when the last reference goes. In its place is one that
+        # was never connected: its methods fail in order.
+        self._handle = nbd.NBD()
+        self._socket.close()
 
     def _call(self, call: Callable[[nbd.NBD], Any]) -> None:
         with self._lock:
@@ -101,8 +133,9 @@ class Link:
                 raise self._error(error) from error
 
     def _error(self, error: Any) -> DeviceError:
-        if self.is_lost or Peek(self._handle).is_gone:
-            self.is_lost = True
+        if Peek(self._handle).is_gone:
+            self.is_lost = self._is_unknown = True
+        if self.is_lost:
             return DeviceLost(f"{self.description}: connection lost: {reason(error)}")
         code = error.errnum or errno.EIO
         return DeviceError(f"{self.description}: {reason(error)}", code)

@@ -68,6 +68,8 @@ class LinkSet:
         """`connect` opens a further connection; raises ConfigError. While not `is_wanted`, none is
         opened."""
         self.open: tuple[Link, ...] = ()
+        self._leaving: tuple[Link, ...] = ()
+        """Not open any more; a request that is in flight on one is waited for."""
         self.may_grow = True
         """Whether `ask` is worth calling."""
         self.connections_max = CONNECTIONS_DEFAULT
@@ -97,11 +99,16 @@ class LinkSet:
                 self._thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
                 self._thread.start()
 
+    def grow(self) -> None:
+        """Links may be opened again, where `may_grow` was taken back."""
+        with self._lock:
+            self.may_grow = not self._is_closed and not self._full_until_s
+
     def begin_anew(self, generation: int) -> tuple[Link, ...]:
         """Without links, of the pool's next generation; returns those that there were, for the
         caller to close."""
         with self._lock:
-            links, self.open = self.open, ()
+            links, self.open = (*self.open, *self._leaving), ()
             self._generation = generation
             self._epoch += 1
             self.may_grow = not self._is_closed
@@ -177,13 +184,12 @@ class LinkSet:
     def _give_back(self, error: ConfigError) -> None:
         with self._lock:
             kept, given = self.open[:-GIVEN_BACK], self.open[-GIVEN_BACK:]
-            self.open = kept
+            self.open, self._leaving = kept, given
             self.may_grow = False
             self._full_until_s = time.monotonic() + FULL_S
         text = "%s: has no room for more: goes on with %d connections (%s)"
         log.info(text, self._description, 1 + len(kept), error)
-        for link in given:
-            link.close()
+        self._close_leaving()
 
     def _close_idle(self) -> None:
         with self._lock:
@@ -193,6 +199,11 @@ class LinkSet:
                 self.may_grow = not self._is_closed
             for link in self.open:
                 link.is_used = False
-        for link in idle:
+            self._leaving = tuple(idle)
+        self._close_leaving()
+
+    def _close_leaving(self) -> None:
+        for link in self._leaving:
             with suppress(OSError):
                 link.close()
+        self._leaving = ()

@@ -91,7 +91,7 @@ class MirrorJob(Job):
             # Waited for: no write that follows this one's answer may be on the target.
             on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
-        self._stopping = Stopping(self.copier, self._mode, self._waits, target.kill)
+        self._stopping = Stopping(self.copier, self._mode, self._waits, target.give_up)
 
     def start(self) -> None:
         """Tracking is on before anything is marked or looked at (rule 33)."""

@@ -218,6 +218,7 @@ class Mirrors:
             raise CommandError(f"Node '{node.name}' is in use")
         if options.job_id in self.jobs:
             raise CommandError(f"Job ID '{options.job_id}' already in use")
+        self._nodes.check_left(node.device.uri, node.device)
         check_target(disk, node, options)
         if user := self._nodes.user_of(node.device):
             raise CommandError(f"Target '{node.device.uri}' is in use: '{user}' is the same export")
@@ -284,7 +285,7 @@ class Mirrors:
         if mirror.retired is not None:
             self._retire(mirror.retired, job.disk)
             return
-        node.device.pool.kill_if_busy()
+        self._nodes.leave(node.device)
         node.device.pool.detach()
         if node.is_owned:
             self._nodes.forget(node)

@@ -11,6 +11,7 @@ from nbdmirror.aligned import raw_device
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
+from nbdmirror.identity import Same, same_place
 from nbdmirror.linkset import CONNECTIONS_DEFAULT
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.remote import RemoteDevice
@@ -77,6 +78,8 @@ class Nodes:
         self._files: dict[str, OldFile] = {}
         self._connections = connections
         self._nodes: dict[str, Node] = {}
+        self._left: list[RemoteDevice] = []
+        """Of mirrors that ended: their servers may carry out requests yet."""
 
     def __iter__(self) -> Iterator[Node]:
         """Oldest first."""
@@ -133,6 +136,32 @@ class Nodes:
             if device.is_same_export(other):
                 return name
         return ""
+
+    def leave(self, device: RemoteDevice) -> None:
+        """A mirror to `device` has ended. Nobody waits for what is in flight there, if anything is,
+        and until the server has answered that, no other mirror goes there."""
+        if device.pool.is_busy:
+            device.pool.give_up()
+        if device.pool.unanswered:
+            self._left = [*self.left, device]
+
+    @property
+    def left(self) -> list[RemoteDevice]:
+        """Devices that have requests of former mirrors in flight."""
+        self._left = [device for device in self._left if device.pool.unanswered]
+        return self._left
+
+    def check_left(self, uri: str, device: RemoteDevice | None = None) -> None:
+        """Raise CommandError if such requests are at the same export. By the names alone, before
+        there is a `device`: a server that hangs greets nobody."""
+        for left in self.left:
+            is_named = same_place(left.uri, uri) is Same.YES
+            if device.is_same_export(left) if device else is_named:
+                raise CommandError(
+                    f"Target '{uri}' has not answered all requests of a mirror that has ended "
+                    f"({left.pool.unanswered} are left), and may carry them out over newer data: "
+                    "wait until it has, or end its server"
+                )
 
     def is_used(self, node: Node) -> bool:
         """By a job or a disk, under whichever name."""

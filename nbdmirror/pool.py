@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import nbd
 
@@ -45,6 +46,11 @@ LIFE_S = 10.0
 REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
 """Between attempts to connect again."""
 
+LEFT_LOOK_S = 0.05
+"""How often a link that was given up is looked at."""
+
+_LEFT = "%s: has not answered %d requests; no other connection writes there before it has"
+
 REQUESTS_ALONE = 64
 """A guest that has made so many requests on the shared connection gets a link: it is at work."""
 
@@ -67,6 +73,8 @@ class ConnectionPool:
         self.shared = first
         self._uri = uri
         self._announced = announced
+        self.left: tuple[Link | Connection, ...] = ()
+        """Given up, with requests that the server may carry out yet."""
         self._retired: Connection | None = None
         """The one before `shared`, which a thread may still be leaving."""
         self.links = LinkSet(uri, self._connect_link, is_wanted=self._may_link)
@@ -136,14 +144,20 @@ class ConnectionPool:
 
     def attach(self, loop: Loop, on_lost: Callable[[], None] | None) -> None:
         """Have `loop` drive the shared connection; `on_lost` is called when it breaks. Without it
-        the guests' threads replace lost ones, as they do while there is no loop."""
+        the guests' threads replace lost ones, as they do while there is no loop.
+
+        A mirror's target on another socket than TCP's gets no links: one that is given up cannot
+        hear of the answer there, since its server finds it closed."""
         self._loop, self._on_lost = loop, on_lost
+        if on_lost is not None and not self.shared.watch.is_tcp:
+            self.links.may_grow = False
         self.shared.on_lost = on_lost
         self.shared.attach(loop)
 
     def detach(self) -> None:
         """Give the connection back to the threads that wait."""
         self._loop = self._on_lost = None
+        self.links.grow()
         self.shared.on_lost = None
         self.shared.detach()
 
@@ -192,28 +206,60 @@ class ConnectionPool:
 
     def look_at_peers(self, now_s: float) -> None:
         """To be called each tcpwatch.LOOK_S, on the loop's thread."""
-        for connection in self._all:
+        for connection in (*self._all, *self.left):
             connection.watch.look(now_s)
 
     def is_server_there(self) -> bool:
         """Blocks, for LIFE_S at most."""
         return self.shared.watch.is_server_there(LIFE_S)
 
-    def kill_if_busy(self) -> None:
-        """Break the connections that have requests in flight: nobody waits for those any more."""
-        for connection in self._all:
-            if connection.is_busy:
-                connection.kill()
+    @property
+    def unanswered(self) -> int:
+        """Requests on connections that were given up: as long as there are some, nothing may be
+        written to the export on another connection, since the server may do the old ones last."""
+        return sum(one.unanswered for one in self.left)
 
-    def kill(self) -> None:
-        """Break every connection: what is in flight fails at once."""
-        for connection in self._all:
-            connection.kill()
+    def give_up(self) -> None:
+        """Attached: what is in flight fails at once, and this pool is lost. The connections stay
+        until the server has answered, or has ended them (`unanswered`)."""
+        loop, on_lost, shared = self._loop, self._on_lost, self.shared
+        assert loop is not None
+        if not shared.is_lost:
+            absent = Connection.absent(self._uri)
+            absent.peer, absent.handshake_s = shared.peer, shared.handshake_s
+            absent.generation, absent.on_lost = shared.generation, on_lost
+            with self._changed:
+                self.shared = absent
+            absent.attach(loop)
+            self.left += (shared,)
+            shared.give_up(partial(self._is_over, shared))
+            if on_lost is not None:
+                loop.call_soon(on_lost)
+        links = self.links.begin_anew(self.generation)  # no more are opened, since it is lost
+        for link in links:
+            link.give_up()
+        self.left += tuple(link for link in links if not link.end())
+        if self.unanswered:
+            log.warning(_LEFT, self._uri, self.unanswered)
+        if links:
+            self._look_at_left(loop)
+
+    def _look_at_left(self, loop: Loop) -> None:
+        links = [one for one in self.left if isinstance(one, Link)]
+        for link in links:
+            if link.end():
+                self._is_over(link)
+        if links:
+            loop.call_later(LEFT_LOOK_S, partial(self._look_at_left, loop))
+
+    def _is_over(self, connection: Link | Connection) -> None:
+        self.left = tuple(one for one in self.left if one is not connection)
 
     def abandon(self) -> None:
         """Break every connection, for good: what is in flight fails, and is not tried again."""
         self._end()
-        self.kill()
+        for connection in (*self._all, *self.left):
+            connection.kill()
 
     def close(self) -> None:
         """Nothing may be in flight. Idempotent."""

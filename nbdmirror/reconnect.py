@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 5.0
 """Back-off between attempts."""
 
-DRAIN_POLL_S = 0.005
-"""How often broken connections are looked at until their requests have come back."""
-
 
 def reconnect(
     device: RemoteDevice,
@@ -37,9 +34,10 @@ def reconnect(
 ) -> None:
     """Try for `patience_s`, while `is_wanted`. `difference` tells, on a thread of ours, where the
     target holds something else than it did; then it is not used. `came_back` is called when the
-    device has a new connection and nothing is in flight on an old one. The error that `done` is
-    told is no DeviceLost: waiting was tried."""
-    device.pool.kill()  # of several connections, the others too: all starts anew
+    device has a new connection, which is not before the server has answered all that it was asked
+    on the old ones, or has ended them: it might do that later, over newer data. The error that
+    `done` is told is no DeviceLost: waiting was tried."""
+    device.pool.give_up()  # of several connections, the others too: all starts anew
     deadline_s = loop.clock() + patience_s
 
     def work() -> None:
@@ -57,8 +55,6 @@ def reconnect(
         elif not device.is_lost:  # an attempt from before a pause was first
             connection.close()
             done(None)
-        elif device.pool.is_busy:
-            loop.call_later(DRAIN_POLL_S, partial(adopt, connection))
         else:
             device.pool.replace(connection)
             came_back()
@@ -93,6 +89,10 @@ def _connect(
     pause_s, told = PAUSE_S_MIN, ""
     while True:
         try:
+            if left := device.pool.unanswered:
+                pause_s = PAUSE_S_MIN
+                text = f"{device.uri}: has not answered {left} requests of the connection before"
+                raise DeviceError(text, errno.EIO)
             return _reopen(device, difference)
         except (ConfigError, DeviceError) as error:
             if str(error) != told:

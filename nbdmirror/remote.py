@@ -266,9 +266,9 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def is_server_there(self) -> bool:
         return self.pool.is_server_there()
 
-    def kill(self) -> None:
-        """Break every connection: what is in flight fails at once. From any thread."""
-        self.pool.kill()
+    def give_up(self) -> None:
+        """On the loop's thread, attached: what is in flight fails at once, as if lost."""
+        self.pool.give_up()
 
     @property
     def is_lost(self) -> bool:

@@ -191,13 +191,13 @@ class Server:
             if thread.is_alive():
                 what = "does not answer; it is left as it is, not flushed"
                 log.error("disk %s: %s: %s", name, self.disks[name].source.description, what)
-        for node in self.nodes:
-            node.device.pool.abandon()
+        for device in (*(node.device for node in self.nodes), *self.nodes.left):
+            device.pool.abandon()
         wait_for_handshakes()
 
     def _remote_devices(self) -> list[RemoteDevice]:
         sources = [raw_device(disk.source) for disk in self.disks.values()]
-        devices = [*sources, *(node.device for node in self.nodes)]
+        devices = [*sources, *(node.device for node in self.nodes), *self.nodes.left]
         return [device for device in devices if isinstance(device, RemoteDevice)]
 
     def _end(self, name: str) -> None:

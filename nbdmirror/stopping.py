@@ -11,7 +11,7 @@ from nbdmirror.waits import Waits
 
 CANCEL_GRACE_S = 0.3
 """How long a forced cancel lets requests end by themselves before the target's connection is
-cut."""
+given up."""
 
 SOURCE_GRACE_S = 2.0
 """How long a pause, or an end with an error, waits for the source. For the target it has to wait:
@@ -21,15 +21,15 @@ CUT, DISOWN = "cut", "disown"
 
 
 class Stopping:
-    """`kill` breaks the target's connections."""
+    """`give_up` has what is in flight at the target fail, whatever becomes of it there."""
 
     def __init__(
-        self, copier: Copier, mode: CopyModeSwitch, waits: Waits, kill: Callable[[], None]
+        self, copier: Copier, mode: CopyModeSwitch, waits: Waits, give_up: Callable[[], None]
     ) -> None:
         self._copier = copier
         self._mode = mode
         self._waits = waits
-        self._kill = kill
+        self._give_up = give_up
         self._is_late = False
 
     def is_over(self, *, for_pause: bool = False) -> bool:
@@ -46,13 +46,13 @@ class Stopping:
         return False
 
     def hurry(self) -> None:
-        """A forced cancel. A hung target: break its connection, so that what is in flight comes
-        back."""
+        """A forced cancel. A hung target: give its connection up, so that what is in flight
+        comes back."""
         if not self._waits.has(CUT):
             self._waits.after(CUT, CANCEL_GRACE_S, self._cut)
 
     def _cut(self) -> None:
-        self._kill()
+        self._give_up()
         self._disown()
 
     def _disown(self) -> None:

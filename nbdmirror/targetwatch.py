@@ -112,7 +112,7 @@ class TargetWatch:
             # A server that has no room for a further connection says as little: longer next time.
             self._patience_s *= 2
             self._answered_s, self._asked_s = self._clock(), None
-            self._target.kill()
+            self._target.give_up()
 
         threading.Thread(target=work, name="nbdmirror-life", daemon=True).start()
 

@@ -9,6 +9,7 @@ sent. So that bound is taken off while the peer's window is full, and looked aft
 from __future__ import annotations
 
 import fcntl
+import select
 import socket
 import struct
 from contextlib import suppress
@@ -22,6 +23,9 @@ LOOK_S = 5.0
 """How often `look` is to be called: several times in PEER_LOST_S."""
 
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes that were not sent yet
+_TCP_ENDED = (6, 7, 8, 9, 11)
+"""linux/tcp_states.h: the peer has closed, or reset the connection."""
+
 _INFO = struct.Struct("3xB20xI28xI")  # of linux/tcp.h's tcp_info: probes, unacked, last_ack_recv
 
 
@@ -31,12 +35,12 @@ class TcpWatch:
 
     def __init__(self, own: socket.socket) -> None:
         self._own = own
-        self._is_tcp = own.family in (socket.AF_INET, socket.AF_INET6)
+        self.is_tcp = own.family in (socket.AF_INET, socket.AF_INET6)
         self._is_full = False
         self._heard_s = self._silent_since_s = 0.0
 
     def begin(self) -> None:
-        if self._is_tcp:
+        if self.is_tcp:
             self._own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._set(socket.TCP_KEEPIDLE, KEEPALIVE_S)
             self._set(socket.TCP_KEEPINTVL, KEEPALIVE_S)
@@ -44,7 +48,7 @@ class TcpWatch:
 
     def look(self, now_s: float) -> None:
         """Breaks the connection if its window is full and the peer does not answer any more."""
-        if not self._is_tcp:
+        if not self.is_tcp:
             return
         try:
             info = self._own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
@@ -55,6 +59,22 @@ class TcpWatch:
                 self._own.shutdown(socket.SHUT_RDWR)
         except (OSError, struct.error):
             pass  # it is broken already, or closed
+
+    def has_answered_or_ended(self) -> bool:
+        """Of a socket that is shut for reading: whether something came from the peer since, or the
+        peer has closed. On any kind of socket."""
+        try:
+            if self._own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return True
+            if self.is_tcp:
+                return self._own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _TCP_ENDED
+            poll = select.poll()
+            poll.register(self._own, 0)
+            return bool(poll.poll(0))
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def is_server_there(self, timeout_s: float) -> bool:
         """Whether the server greets another client, on any kind of socket: its storage may be slow,

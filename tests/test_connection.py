@@ -3,14 +3,23 @@ test_device_contract, integration/test_nbd_source, and the tests with lost serve
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
+import pytest
 from fixtures import Start
 from images import MiB, make_noise
+from late import Holding
 from servers import QemuNbd
+from waiting import InThread, wait_until
 
 from nbdmirror.connection import Connection
+from nbdmirror.errors import DeviceLost
+from nbdmirror.handshake import connect
+from nbdmirror.link import Link
 from nbdmirror.loop import Loop
 
 
@@ -32,3 +41,95 @@ def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
     assert told == [None]
     assert buffer == image.read_bytes()[:512]
     connection.close()
+
+
+def test_a_link_that_is_given_up_ends_when_its_request_is_carried_out(
+    start: Start, folder: Path
+) -> None:
+    """Its thread goes on at once, and the server does not notice: it carries the request out when
+    it likes, and then nothing of it is to come any more."""
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=True))
+    link = Link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+    link.write(bytes(512), 4096)
+    target.hold.touch()
+    data = b"\x33" * 4096
+    request = InThread(lambda: link.write(data, 0))
+    wait_until(lambda: link.is_busy, "it is in flight")
+    wait_until(target.is_holding, "it is at the server")
+    link.give_up()
+    with pytest.raises(DeviceLost):
+        request.result(5.0)
+    assert not link.end(), "it may be carried out yet"
+    assert target.image.read_bytes()[: len(data)] != data
+    target.hold.unlink()
+    wait_until(link.end, "it was carried out")
+    assert target.image.read_bytes()[: len(data)] == data
+    with pytest.raises(DeviceLost):
+        link.write(data, 0)
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_a_link_whose_server_is_killed_ends(start: Start, folder: Path, tcp: bool) -> None:
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp))
+    link = Link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+    target.hold.touch()
+    request = InThread(lambda: link.write(b"\x33" * 4096, 0))
+    wait_until(target.is_holding, "it is at the server")
+    link.give_up()
+    with pytest.raises(DeviceLost):
+        request.result(5.0)
+    assert not link.end()
+    target.kill()
+    wait_until(link.end, "the server has ended")
+
+
+def test_a_link_at_rest_that_is_given_up_ends_at_once(start: Start, folder: Path) -> None:
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB)))
+    link = Link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+    link.write(bytes(512), 0)
+    link.give_up()
+    assert link.end()
+
+
+def test_a_connection_that_is_given_up_ends_when_all_is_answered(
+    start: Start, folder: Path
+) -> None:
+    """Those who wait hear of a loss at once: the loop's requests, and a guest's, whose buffer is
+    the guest's again while the server has yet to read it."""
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB)))
+    connection = Connection.open(target.uri(), 5.0)
+    loop = Loop(time.monotonic)
+    loop.start()
+    loop.run(lambda: connection.attach(loop)).result(5.0)
+    target.hold.touch()
+    told: list[BaseException | None] = []
+    data, content = bytearray(b"\x33" * 4096), b"\x33" * 4096
+    loop.run(
+        lambda: connection.start(connection.handle.aio_pwrite, bytes(512), 0, done=told.append)
+    ).result(5.0)
+    wait_until(target.is_holding, "it is at the server")
+    os.kill(target.pid, signal.SIGSTOP)
+    request = InThread(lambda: connection.write(data, 8192))
+    wait_until(lambda: connection.unanswered == 2, "in flight")
+    over = threading.Event()
+    loop.run(lambda: connection.give_up(over.set)).result(5.0)
+    with pytest.raises(DeviceLost):
+        request.result(5.0)
+    data[:] = bytes(len(data))
+    wait_until(lambda: told, "the loop's request has failed")
+    assert isinstance(told[0], DeviceLost)
+    with pytest.raises(DeviceLost):
+        connection.write(b"\x55" * 512, 16384)
+    assert connection.unanswered == 2
+    assert not over.is_set()
+    os.kill(target.pid, signal.SIGCONT)
+    wait_until(lambda: connection.unanswered == 1, "one was answered")
+    assert not over.is_set()
+    target.hold.unlink()
+    assert over.wait(5.0)
+    assert len(told) == 1
+    image = target.image.read_bytes()
+    assert image[:512] == bytes(512)
+    assert image[8192 : 8192 + len(content)] == content
+    assert image[16384 : 16384 + 512] != b"\x55" * 512
+    loop.stop(5.0)

@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "peek": "",
     "handshake": "errors peek tcpwatch tls uri",
     "link": "device errors handshake peek tcpwatch",
-    "connection": "device errors handshake identity loop peek tcpwatch",
+    "request": "device errors",
+    "connection": "device errors handshake identity loop peek request tcpwatch",
     "linkset": "errors link",
     "pool": "connection errors handshake link linkset loop",
     "tcpwatch": "",
@@ -82,7 +83,7 @@ MAY_IMPORT = {
     "chronicle": "disk events job loop mirror options rates results",
     # What jobs are made of and live in.
     "bitmaps": "bitmap disk diskstate errors transient",
-    "nodes": "aligned device disk errors linkset mirror remote",
+    "nodes": "aligned device disk errors identity linkset mirror remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors file nodes options remote",
     "mirrors": "admission aligned bitmap bitmaps chronicle connection copier depth device"
@@ -140,7 +141,7 @@ ONLY_IN = {
     " systemd tcpwatch tls"
     " uri",
     "socketserver": "",
-    "select": "qmp http cli* loop connection handshake",
+    "select": "qmp http cli* loop connection handshake tcpwatch",
     "selectors": "qmp http cli* loop connection",
     "qemu": "cli*",
     "rich": "cli*",

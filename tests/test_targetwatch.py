@@ -33,14 +33,14 @@ class Silent:
     def __init__(self) -> None:
         self.is_there = False
         self.asked = 0
-        self.killed = 0
+        self.given_up = 0
 
     def is_server_there(self) -> bool:
         self.asked += 1
         return self.is_there
 
-    def kill(self) -> None:
-        self.killed += 1
+    def give_up(self) -> None:
+        self.given_up += 1
 
 
 class World:
@@ -82,9 +82,9 @@ class World:
 def test_a_target_that_is_gone_is_found() -> None:
     world = World()
     world.pass_time(HUNG_S)
-    assert not world.target.killed
+    assert not world.target.given_up
     world.pass_time(2)
-    assert world.target.killed == 1
+    assert world.target.given_up == 1
 
 
 def test_a_target_whose_server_is_there_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -93,12 +93,12 @@ def test_a_target_whose_server_is_there_is_waited_for(caplog: pytest.LogCaptureF
     world.target.is_there = True
     with caplog.at_level(logging.WARNING):
         world.pass_time(20 * HUNG_S)
-    assert not world.target.killed
+    assert not world.target.given_up
     assert 10 <= world.target.asked <= 20
     assert "nbd://silent: has answered no request for 61 s; its server is there" in caplog.text
     world.target.is_there = False
     world.pass_time(HUNG_S + 2)
-    assert world.target.killed == 1
+    assert world.target.given_up == 1
 
 
 def test_any_answer_counts() -> None:
@@ -112,7 +112,7 @@ def test_any_answer_counts() -> None:
 def test_without_a_reconnect_delay_it_is_waited_for_for_ever() -> None:
     world = World(reconnect_delay_s=0.0)
     world.pass_time(10 * HUNG_S)
-    assert not world.target.asked and not world.target.killed
+    assert not world.target.asked and not world.target.given_up
 
 
 def test_each_time_in_vain_is_a_longer_patience() -> None:
@@ -121,16 +121,16 @@ def test_each_time_in_vain_is_a_longer_patience() -> None:
     world = World()
     for count in range(4):
         world.pass_time(HUNG_S * 2**count + 1)
-        assert world.target.killed == count + 1
+        assert world.target.given_up == count + 1
     world.pass_time(HUNG_S * 10)
     while world.devices.kept:
         world.answer()
         world.watch.look()
-    assert world.target.killed == 4
+    assert world.target.given_up == 4
     world.copier.tracker.dirty.mark(0, 1)
     world.copier.pump()
     world.pass_time(HUNG_S * 15)
-    assert world.target.killed == 4
+    assert world.target.given_up == 4
 
 
 def test_a_flush_that_takes_long_comes_after_less_the_next_time() -> None:

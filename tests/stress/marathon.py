@@ -18,6 +18,7 @@ from typing import Any
 from guests import Guest
 from images import KiB, MiB, assert_identical, make_image, make_noise
 from kept import Kept
+from late import started
 from processes import resources
 from proxy import Proxy
 from qmpclient import Refused
@@ -119,7 +120,8 @@ class Marathon:
             "speed": noise.choice((0, 0, 16 * MiB)),
             "buf_size": noise.choice((0, 64 * KiB, 4 * MiB)),
         }
-        self._server.qmp.start_mirror(target.link.uri, device="vda", **options)
+        # Of one that was cancelled by force the target may have something to answer yet.
+        started(lambda: self._server.qmp.start_mirror(target.link.uri, device="vda", **options))
         for _ in range(noise.randint(0, 5)):
             time.sleep(noise.random() ** 3 * 0.3)
             noise.choice((self._command, self._command, self._fault))(target)

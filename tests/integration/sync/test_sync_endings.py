@@ -18,6 +18,7 @@ import pytest
 from clients import connected, requested
 from fixtures import Identical, Start
 from images import KiB
+from late import started
 from processes import free_port
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
@@ -176,7 +177,8 @@ def test_the_same_node_again_after_it_hung(
     target: QemuNbd,
     copy_mode: str,
 ) -> None:
-    """What the forced cancel cut is connected again by the next job."""
+    """What the forced cancel gave up is connected again by the next job, once all that was in
+    flight was answered."""
     hang = Hang("stopped", target)
     qmp.start_mirror("tgt", device="src", copy_mode=copy_mode)
     qmp.wait_ready()
@@ -187,7 +189,7 @@ def test_the_same_node_again_after_it_hung(
     qmp.wait_for_event("BLOCK_JOB_CANCELLED")
     guest.result(10.0)
     hang.end()
-    qmp.start_mirror("tgt", device="src", copy_mode=copy_mode)
+    started(lambda: qmp.start_mirror("tgt", device="src", copy_mode=copy_mode))
     qmp.wait_ready()
     soft_cancel(qmp)
     identical(disk, target.image)

@@ -1,0 +1,78 @@
+"""A target that is late: an nbdkit Python plugin that carries out what changes its first bytes only
+when it is let go, and everything else at once.
+
+Parameters: image=FILE; hold=FILE: while that exists, writes at offset 0 wait, with their data, and
+are carried out after it has gone, the oldest last; held=FILE, which is made when one waits;
+multi-conn=0. Only nbdkit loads this file.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import nbdkit
+
+API_VERSION = 2
+HOLD_S_MAX = 60.0
+APART_S = 0.3
+
+settings = {"multi-conn": "1", "hold": ""}
+image_fd = -1
+held: list[object] = []
+
+
+def config(key: str, value: str) -> None:
+    settings[key] = value
+
+
+def get_ready() -> None:
+    global image_fd
+    image_fd = os.open(settings["image"], os.O_RDWR)
+
+
+def thread_model() -> int:
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def open(readonly: bool) -> int:  # noqa: A001 - nbdkit's name for it
+    return 1
+
+
+def get_size(handle: int) -> int:
+    return os.fstat(image_fd).st_size
+
+
+def can_multi_conn(handle: int) -> bool:
+    return settings["multi-conn"] == "1"
+
+
+def can_flush(handle: int) -> bool:
+    return True
+
+
+def pread(handle: int, buf: bytearray, offset: int, flags: int) -> None:
+    os.preadv(image_fd, [buf], offset)
+
+
+def pwrite(handle: int, buf: bytearray, offset: int, flags: int) -> None:
+    data = bytes(buf)
+    if offset == 0 and Path(settings["hold"]).exists():
+        _wait()
+    os.pwrite(image_fd, data, offset)
+
+
+def flush(handle: int, flags: int) -> None:
+    os.fsync(image_fd)
+
+
+def _wait() -> None:
+    """Until let go, and then until those that came later were: so the order is the worst."""
+    me = object()
+    held.append(me)
+    Path(settings["held"]).touch()
+    deadline_s = time.monotonic() + HOLD_S_MAX
+    while Path(settings["hold"]).exists() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    time.sleep(APART_S * (len(held) - held.index(me)))
