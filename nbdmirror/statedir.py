@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class StateDirectory:
         files = names(name)
         where = self._folder.path
         try:
+            self._check_other_disks(name, identity)
             pivoted = self._check_side(name, identity, reached or source)
             if pivoted is not None:
                 identity = replace(identity, source=pivoted.truth)  # the name that all files have
@@ -85,6 +87,23 @@ class StateDirectory:
         if found is None:
             for disk_id in disk_ids(slots):
                 discard_left(disk_id)
+
+    def _check_other_disks(self, name: str, identity: Identity) -> None:
+        """Raise ConfigError if another disk was pivoted away from `identity`: the old side does not
+        become a disk by another name of it."""
+        for path in sorted(self._folder.path.glob(names("*")["pivoted"])):
+            other = path.name.removesuffix(names("")["pivoted"])
+            content = self._folder.read(path.name)
+            if other == name or content is None or record_id(content) in self._accepted:
+                continue
+            with suppress(StateError):  # which disk it was is not known
+                pivoted = Pivoted.from_bytes(content)
+                if any(left.is_same(identity) for left in pivoted.left):
+                    raise ConfigError(
+                        f"{identity.source} is the old side of the disk {other}, which is served "
+                        f"from {pivoted.truth} ({path}); serve that, or say --accept-old-side "
+                        f"{record_id(content)} and lose what was written there"
+                    )
 
     def _check_side(self, name: str, identity: Identity, reached: str) -> Pivoted | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old

@@ -160,6 +160,9 @@ def test_the_old_side_is_not_served(server: Kept, target: QemuNbd, disk: Path) -
     hard_link.hardlink_to(disk)
     server.disks = [f"vda={hard_link}"]
     assert "is not the disk any more" in refusal(server)
+    for other in (f"other={disk}", f"other={hard_link}", str(disk)):
+        server.disks = [other]
+        assert "is the old side of the disk vda" in refusal(server)
 
     server.disks = [f"vda={target.uri()}"]
     server.restart()
