@@ -274,6 +274,8 @@ def test_a_file_that_is_truncated(
     )
     if phase == "READY":
         qmp.wait_ready()
+    else:
+        wait_until(lambda: qmp.job()["offset"], "something is copied")
     os.truncate(disk, 5 * MiB)
     with connected(file_server.uri("src")) as guest:
         assert nbd_errno(guest.pread, BLOCK, 6 * MiB) == errno.EIO

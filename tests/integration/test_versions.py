@@ -108,7 +108,7 @@ def count_zeroes(
     connection, lengths = device.pool.shared, list[int]()
     start = connection.start
 
-    def noted(method: Callable[..., int], *arguments: Any, flags: int = 0, done: Any) -> Any:
+    def noted(method: Callable[..., int], *arguments: Any, flags: int = 0, done: Any = None) -> Any:
         if method == connection.handle.aio_zero:
             lengths.append(arguments[0])
             if refuses_fast and flags & nbd.CMD_FLAG_FAST_ZERO:
