@@ -61,6 +61,14 @@ connect_nbd() {
     ip link set eth0 up
     # From 3.26 on its sectors are 4 KiB otherwise, larger than the blocks of this file system.
     nbd-client -b 512 "$1" "$2" /dev/nbd0 || say "FAILED to connect"
+    # Newer ones have the kernel connect while they return.
+    tries=0
+    until [ "$(cat /sys/block/nbd0/size)" -gt 0 ] &&
+        [ "$(cat /sys/block/nbd0/queue/logical_block_size)" -eq 512 ]; do
+        tries=$((tries + 1))
+        [ $tries -lt 300 ] || { say "FAILED to connect in time"; break; }
+        sleep 0.1
+    done
     disk=nbd0
 }
 
