@@ -275,6 +275,7 @@ def test_a_cached_read_is_done_at_once(disk: Path) -> None:
     source = FileSource(FileDevice.open(disk), posted.call_soon)
     buf = bytearray(4096)
     source.start_extents(0, 1, lambda found, error: None)
+    posted.loop_step()  # a thread has answered
     disk.read_bytes()  # into the page cache, if it was not
     told = start(source, buf, 8192)
     assert told == [(None, threading.get_ident())]

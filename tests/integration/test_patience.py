@@ -83,7 +83,7 @@ def test_the_time_for_a_handshake_counts_everywhere(
 
     monkeypatch.setattr(pool, "connect", connected)
     device.pool.replace(device.pool.reopen())  # as a job does
-    device.pool.kill()
+    device.pool.shared.kill()
     assert reads(device)  # as guests do
     device.pool.shared.handshake_s = 20.0
     device.pool._connect_link()
