@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fixtures import Identical, Start
-from images import MiB, make_image, make_noise
+from images import MiB
 from processes import Finished, nbdmirror, run
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
@@ -24,28 +24,8 @@ Cli = Callable[..., Finished]
 
 
 @pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE)
-
-
-@pytest.fixture
-def target(start: Start, folder: Path) -> QemuNbd:
-    return start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
-
-
-@pytest.fixture
 def server(start: Start, disk: Path, target: QemuNbd) -> Nbdmirror:
     return start(Nbdmirror(disk.parent, f"vda={disk}", bare=True))
-
-
-@pytest.fixture
-def cli(server: Nbdmirror) -> Cli:
-    def do(*arguments: str) -> Finished:
-        done = nbdmirror(*arguments, "--qmp", server.qmp_path)
-        assert "Traceback" not in done.stdout + done.stderr
-        return done
-
-    return do
 
 
 def served(cli: Cli) -> str:

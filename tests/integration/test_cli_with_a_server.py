@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from fixtures import Identical, Start
-from images import KiB, MiB, make_image, make_noise
-from processes import Finished, nbdmirror, nbdmirror_environment
+from images import KiB, MiB
+from processes import Finished, nbdmirror_environment
 from servers import NbdkitTarget, Nbdmirror, QemuNbd
 from waiting import wait_until
 
@@ -26,30 +26,8 @@ Cli = Callable[..., Finished]
 
 
 @pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE)
-
-
-@pytest.fixture
-def target(start: Start, folder: Path) -> QemuNbd:
-    return start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
-
-
-@pytest.fixture
 def server(start: Start, disk: Path, target: QemuNbd) -> Nbdmirror:
     return start(Nbdmirror(disk.parent, disk, bare=True))
-
-
-@pytest.fixture
-def cli(server: Nbdmirror) -> Cli:
-    """Runs a command against `server`; nothing it says is a traceback."""
-
-    def run(*arguments: str) -> Finished:
-        done = nbdmirror(*arguments, "--qmp", server.qmp_path)
-        assert "Traceback" not in done.stdout + done.stderr
-        return done
-
-    return run
 
 
 def last_line(done: Finished) -> str:

@@ -28,11 +28,6 @@ from nbdmirror import logs
 NOWHERE = "nbd+unix:///?socket=/nonexistent/target.sock"
 
 
-@pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", 4 * MiB)
-
-
 # The journal
 
 

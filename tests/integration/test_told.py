@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fixtures import Identical, Start
-from images import MiB, make_image, make_noise
+from images import MiB, make_noise
 from processes import run
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
@@ -19,16 +19,6 @@ from waiting import wait_until
 
 SIZE = 4 * MiB
 SLOW = {"speed": 64 << 10, "buf_size": 64 << 10}
-
-
-@pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE)
-
-
-@pytest.fixture
-def target(start: Start, folder: Path) -> QemuNbd:
-    return start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from badparts import SIZE
 from fixtures import Start
-from images import make_image
 from servers import Nbdmirror
 
 
 @pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE)
+def size() -> int:
+    return SIZE
 
 
 @pytest.fixture

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 from fixtures import Start
-from images import make_image
 from mirrorparts import SIZE, qemu_nbd_raw
 from serverprocess import Server
 from servers import Nbdmirror
 
 
 @pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE)
+def size() -> int:
+    return SIZE
 
 
 @pytest.fixture

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 from fixtures import Start
-from images import make_image, make_noise
+from images import make_noise
 from paritysides import Faulty
 from rulesparts import SIZE, Logged
 from servers import Nbdmirror
 
 
 @pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE)
+def size() -> int:
+    return SIZE
 
 
 @pytest.fixture

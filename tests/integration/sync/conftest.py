@@ -6,20 +6,14 @@ from pathlib import Path
 
 import pytest
 from fixtures import Start
-from images import make_image, make_noise
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from syncparts import SIZE
 
 
 @pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE)
-
-
-@pytest.fixture
-def target(start: Start, folder: Path) -> QemuNbd:
-    return start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
+def size() -> int:
+    return SIZE
 
 
 @pytest.fixture
