@@ -102,8 +102,13 @@ class Connection:
     def open(cls, uri: str, timeout_s: float) -> Connection:
         """Connect within `timeout_s`, the handshake included. Raises ConfigError with one clear
         line."""
+        return cls.opened_by(partial(connect, uri, timeout_s), uri)
+
+    @classmethod
+    def opened_by(cls, connect: Callable[[], nbd.NBD], description: str) -> Connection:
+        """The connection that `connect` makes; raises what that does."""
         began_s = time.monotonic()
-        connection = cls(connect(uri, timeout_s), uri)
+        connection = cls(connect(), description)
         connection.handshake_s = time.monotonic() - began_s
         return connection
 
@@ -121,11 +126,6 @@ class Connection:
     def unanswered(self) -> int:
         """Requests in flight."""
         return len(self._requests)
-
-    @property
-    def is_attached(self) -> bool:
-        """A loop drives it."""
-        return self._loop is not None
 
     # Requests, from any thread.
 

@@ -31,7 +31,6 @@ class Opening:
 
     def __init__(self, timeout_s: int) -> None:
         """QEMU's `open-timeout`: attempts are repeated until so many seconds have gone. 0: one."""
-        self._timeout_s = timeout_s
         self._handshake_s = max(CONNECT_TIMEOUT_S, min(timeout_s, HANDSHAKE_S_MAX))
         self._deadline_s = time.monotonic() + timeout_s
 

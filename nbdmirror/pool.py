@@ -178,10 +178,7 @@ class ConnectionPool:
         """A new connection to the same disk as before, for `replace`; blocking, as long as it could
         have taken at first. Raises ConfigError: a disk that has changed is not written to (rule
         40)."""
-        began_s = time.monotonic()
-        connection = Connection(self._connect(self.timeout_s), self._uri)
-        connection.handshake_s = time.monotonic() - began_s
-        return connection
+        return Connection.opened_by(partial(self._connect, self.timeout_s), self._uri)
 
     def _connect(self, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
         handle = connect(self._uri, timeout_s, for_data_alone=for_data_alone)
