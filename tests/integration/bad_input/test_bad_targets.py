@@ -148,12 +148,12 @@ def test_a_target_without_flush(start: Start, folder: Path, refuse: Callable[...
         refuse(target.uri(), "flush")
 
 
-@pytest.mark.parametrize("size", [0, SIZE - 512, SIZE + 1, 2 * SIZE])
+@pytest.mark.parametrize("target_size", [0, SIZE - 512, SIZE + 1, 2 * SIZE])
 def test_a_target_of_another_size(
-    start: Start, folder: Path, server: Nbdmirror, disk: Path, size: int
+    start: Start, folder: Path, server: Nbdmirror, disk: Path, target_size: int
 ) -> None:
     """As QEMU has it: the command succeeds, and the job fails at once."""
-    image = make_noise(folder / "target.img", size)
+    image = make_noise(folder / "target.img", target_size)
     target = start(NbdkitTarget(folder, "file", f"file={image}"))
     server.allowed = ["the source has .* the target"]
     qmp = server.qmp
@@ -170,9 +170,9 @@ def test_a_target_of_another_size(
         assert qmp.job()["error"] == told["error"]
         qmp.execute("job-dismiss", id="j")
         done = nbdmirror("mirror", target.uri(), "--wait", "ready", "--qmp", server.qmp_path)
-        one_line(done, f"{SIZE} bytes", f"target {size}:", "--allow-larger-target")
+        one_line(done, f"{SIZE} bytes", f"target {target_size}:", "--allow-larger-target")
         done = nbdmirror("mirror", target.uri(), "--qmp", server.qmp_path)
-        one_line(done, f"{SIZE} bytes", f"target {size}:", "--allow-larger-target")
+        one_line(done, f"{SIZE} bytes", f"target {target_size}:", "--allow-larger-target")
     with Guest(server.uri(), disk) as guest:
         guest.wait_for_requests(20)
     assert_identical(guest.model, disk)
