@@ -28,7 +28,7 @@ from nbdmirror import cli_words
 from nbdmirror.cli import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
 from nbdmirror.cli_jobs import Watch
 from nbdmirror.cli_progress import Display, open_display
-from nbdmirror.cli_session import Session, connect, run_interruptible, server_path
+from nbdmirror.cli_session import QEMU, Session, connect, run_interruptible, server_path
 from nbdmirror.identity import Same, same_place
 from nbdmirror.names import default_job_id
 
@@ -57,10 +57,8 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace) -> int:
     async with (
         connect(server_path(args)) as server,
-        connect(args.qemu, what="QEMU", advice=QEMU_ADVICE) as qemu,
+        connect(args.qemu, program=QEMU, advice=QEMU_ADVICE) as qemu,
     ):
-        if qemu.package.startswith("nbdmirror "):
-            raise CliError(f"at {args.qemu} is an nbdmirror and no QEMU: {QEMU_ADVICE}")
         with open_display(time.monotonic) as display:
             handover = _Handover(args, server, _Qemu(qemu, args.qemu), display)
             await handover.check()
@@ -293,6 +291,7 @@ class _Qemu:
 
     async def check(self, disk: dict[str, Any]) -> None:
         """Raises CliError if it cannot be migrated, or its guest has another disk."""
+        await self._check_migrates()
         self._state_before = await self.guest_state()
         if self._state_before in ELSEWHERE:
             raise CliError(f"the guest of {self._path} is not to be moved: {self._state_before}")
@@ -308,6 +307,13 @@ class _Qemu:
         if disk["size"] not in sizes:
             text = f"the guest of {self._path} has no disk of {disk['size']} bytes"
             raise CliError(f"{text}: it is not the one that {disk['name']} is served to")
+
+    async def _check_migrates(self) -> None:
+        """QEMU's storage daemon greets as QEMU does."""
+        names = {command["name"] for command in await self._ask("query-commands")}
+        if "migrate" not in names:
+            text = f"{self._path} is the control socket of a {QEMU} that has no guest to migrate"
+            raise CliError(f"{text} (a storage daemon): {QEMU_ADVICE}", NO_SERVER)
 
     async def begin(self, uri: str) -> None:
         wanted = [{"capability": name, "state": True} for name in CAPABILITIES]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
+import stat
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-from nbdmirror import cli_status, cli_words
+from nbdmirror import cli_words
 from nbdmirror.cli import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 
 CONNECT_S_MAX = 10.0
@@ -21,7 +23,15 @@ REPLY_S_MAX = 60.0
 """For commands that answer at once. What may wait for the target's network says so by events."""
 DISCONNECT_S_MAX = 2.0
 SERVER_ADVICE = "start one, or name its control socket with --qmp or NBDMIRROR_QMP"
+OURS, QEMU = "nbdmirror", "QEMU"
 FOREIGN_ADVICE = "the socket is another user's; run this as the one who started it, or as root"
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISBLK, "a block device"),
+)
 
 Job = dict[str, Any]
 
@@ -85,10 +95,24 @@ class Session:
             raise CliError(text, TIMED_OUT) from error
 
     @property
+    def _version(self) -> dict[str, Any]:
+        """The greeting's."""
+        greeting = self._client.greeting
+        return dict(greeting.QMP.version) if greeting else {}
+
+    @property
     def package(self) -> str:
         """What the server says that it is."""
-        greeting = self._client.greeting
-        return str(greeting.QMP.version.get("package", "")) if greeting else ""
+        return str(self._version.get("package", ""))
+
+    @property
+    def program(self) -> str:
+        """The server's program, and its version; QEMU's storage daemon greets as QEMU does."""
+        if self.package.split(" ")[0] == OURS:
+            return self.package
+        numbers = self._version.get("qemu") or {}
+        version = [str(numbers[key]) for key in ("major", "minor", "micro") if key in numbers]
+        return f"{QEMU} {'.'.join(version)}".rstrip()
 
     async def jobs(self) -> dict[str, Job]:
         """By their ids."""
@@ -96,16 +120,7 @@ class Session:
         return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
 
     async def status(self) -> dict[str, Any]:
-        try:
-            found = await self.execute("x-nbdmirror-query-status")
-        except CliError as error:
-            if getattr(error.__cause__, "error_class", "") != "CommandNotFound":
-                raise
-            disks = cli_status.from_query_block(await self.execute("query-block"))
-            jobs = {job["device"]: job for job in await self.execute("query-block-jobs")}
-            for disk in disks:
-                disk["jobs"] = [jobs[disk["name"]]] if disk["name"] in jobs else []
-            return {"disks": disks}
+        found = await self.execute("x-nbdmirror-query-status")
         return found if isinstance(found, dict) else {}
 
     async def closed(self) -> None:
@@ -115,22 +130,41 @@ class Session:
 
 @contextlib.asynccontextmanager
 async def connect(
-    path: str, *, what: str = "server", advice: str = SERVER_ADVICE
+    path: str, *, program: str = OURS, advice: str = SERVER_ADVICE
 ) -> AsyncIterator[Session]:
-    """A conversation with whoever listens at `path`. `advice`: what to do if nobody does."""
+    """A conversation with the `program` that listens at `path`. `advice`: what to do if another one
+    does, or nobody."""
     client = QMPClient("nbdmirror")
     session = Session(client)
     try:
         await asyncio.wait_for(client.connect(path), CONNECT_S_MAX)
     except (ConnectError, TimeoutError) as error:
-        reason = getattr(error, "exc", None)
-        if isinstance(reason, PermissionError):
-            text = f"{what} at {path}: {reason.strerror}: {FOREIGN_ADVICE}"
+        what = "server" if program == OURS else program
+        text = _why_nobody_answers(path, getattr(error, "exc", None))
+        if not text:
+            text = f"{what} at {path}: {os.strerror(errno.EACCES)}: {FOREIGN_ADVICE}"
             raise CliError(text, NO_SERVER) from error
-        text = getattr(reason, "strerror", None) or "it does not answer as a QMP server does"
         raise CliError(f"no {what} at {path} ({text}): {advice}", NO_SERVER) from error
     try:
+        if session.program.split(" ")[0] != program:
+            text = f"{path} is the control socket of {session.program}, not of {program}"
+            raise CliError(f"{text}: {advice}", NO_SERVER)
         yield session
     finally:
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             await asyncio.wait_for(client.disconnect(), DISCONNECT_S_MAX)
+
+
+def _why_nobody_answers(path: str, error: BaseException | None) -> str:
+    """ "" if the socket is another user's. The kernel refuses a connection to a file or a directory
+    with the words that it has for a socket without a server."""
+    with contextlib.suppress(OSError):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISSOCK(mode):
+            kind = next((kind for is_one, kind in _KINDS if is_one(mode)), "a device")
+            return f"that is {kind}, and no socket"
+    if isinstance(error, PermissionError):
+        return ""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "it does not answer as a QMP server does"

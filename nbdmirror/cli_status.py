@@ -17,22 +17,6 @@ ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 PIVOTED = "X_NBDMIRROR_PIVOTED"
 
 
-def from_query_block(blocks: Any) -> list[dict[str, Any]]:
-    """Disks in the form of x-nbdmirror-query-status, from what QEMU's query-block says."""
-    disks = []
-    for block in blocks or []:
-        inserted = block.get("inserted") or {}
-        disks.append(
-            {
-                "name": block.get("device") or inserted.get("node-name") or "?",
-                "file": inserted.get("file"),
-                "size": (inserted.get("image") or {}).get("virtual-size"),
-                "read-only": inserted.get("ro", False),
-            }
-        )
-    return disks
-
-
 def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
     """Lines for each disk, and below it for each job; `meters`, kept between calls, give rates
     where the server does not."""

@@ -10,11 +10,14 @@ from nbdmirror.errors import CommandError, CommandNotFound, DeviceNotActive
 from nbdmirror.events import EventRing, Reply
 
 VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}
+QEMU_VERSION = {**VERSION, "package": "Debian 1:7.2+dfsg-7"}
 URI = "nbd://target/export"
 
 
 class QmpFake:
     """Answers each command `x-y` with its method `do_x_y`, and remembers that it was called."""
+
+    version = VERSION
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -24,7 +27,7 @@ class QmpFake:
             sockets.bind_unix_socket(path),
             dispatch=self.dispatch,
             events=self.ring,
-            version=VERSION,
+            version=self.version,
         )
 
     async def dispatch(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -44,7 +47,6 @@ class Fake(QmpFake):
         self.jobs: dict[str, dict[str, Any]] = {}
         self.queried = threading.Event()
         self.plan: dict[str, Any] = {}
-        self.extension = True
         self.last: dict[str, Any] = {}
         self.source = "a.img"
         self.pivots: dict[str, float] = {}
@@ -83,12 +85,6 @@ class Fake(QmpFake):
         data = {"device": "disk0", "id": job, "pause-ms": pause_ms}
         self.ring.append("X_NBDMIRROR_PIVOTED", data)
 
-    def do_query_block(self, arguments: dict[str, Any]) -> Any:
-        return [
-            {"device": name, "inserted": {"file": "/d", "image": {"virtual-size": 1 << 30}}}
-            for name in self.disks
-        ]
-
     def do_query_block_jobs(self, arguments: dict[str, Any]) -> Any:
         found = [dict(job) for job in self.jobs.values()]
         for name, job in list(self.jobs.items()):
@@ -115,8 +111,6 @@ class Fake(QmpFake):
                 self.ring.append("BLOCK_JOB_READY", {"device": name})
 
     def do_x_nbdmirror_query_status(self, arguments: dict[str, Any]) -> Any:
-        if not self.extension:
-            raise CommandNotFound("The command x-nbdmirror-query-status has not been found")
         jobs = [{**job, "target": URI} for job in self.do_query_block_jobs({})]
         disks: list[dict[str, Any]] = [
             {"name": name, "size": 1 << 30, "source": self.source, "jobs": []}
@@ -194,6 +188,8 @@ class Fake(QmpFake):
 class FakeQemu(QmpFake):
     """A QEMU whose migration goes a step further with each query, and ends as `plan` says."""
 
+    version = QEMU_VERSION
+
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.guest = "running"
@@ -217,6 +213,9 @@ class FakeQemu(QmpFake):
             self.guest = "postmigrate"
         if self.capabilities["events"]:
             self.ring.append("MIGRATION", {"status": state})
+
+    def do_query_commands(self, arguments: dict[str, Any]) -> Any:
+        return [{"name": name[3:].replace("_", "-")} for name in dir(self) if name[:3] == "do_"]
 
     def do_query_status(self, arguments: dict[str, Any]) -> Any:
         return {"status": self.guest, "running": self.guest == "running"}

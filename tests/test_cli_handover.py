@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import URI, VERSION, Fake, FakeQemu
+from fakes import URI, Fake, FakeQemu
+from paritysides import StorageDaemon
 
 from nbdmirror import cli, cli_handover, cli_jobs
 
@@ -238,13 +239,25 @@ def test_another_disk_pivots_at_that_moment(fake: Fake, qemu: FakeQemu, handover
     assert is_undone(qemu)
 
 
-def test_the_socket_is_another_nbdmirrors(
-    qemu: FakeQemu, handover: Handover, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(VERSION, "package", "nbdmirror 1.2.3")
-    status, _, line = handover()
-    assert (status, "is an nbdmirror and no QEMU" in line) == (cli.FAILED, True)
+def test_the_two_sockets_are_one_nbdmirrors(fake: Fake, handover: Handover) -> None:
+    status, _, line = handover("--qemu", fake.path)
+    assert status == cli.NO_SERVER
+    assert f"{fake.path} is the control socket of nbdmirror, not of QEMU" in line
+    assert not changes(fake)
+
+
+def test_the_two_sockets_are_one_qemus(qemu: FakeQemu, handover: Handover) -> None:
+    status, _, line = handover("--qmp", qemu.path)
+    assert status == cli.NO_SERVER
+    assert f"{qemu.path} is the control socket of QEMU 7.2.0, not of nbdmirror" in line
     assert not changes(qemu)
+
+
+def test_a_qemu_without_a_guest(fake: Fake, handover: Handover, folder: Path) -> None:
+    with StorageDaemon(folder, "driver=null-co,size=4096") as daemon:
+        status, _, line = handover("--qemu", str(daemon.qmp_path))
+    assert (status, "no guest to migrate" in line) == (cli.NO_SERVER, True)
+    assert not changes(fake)
 
 
 def test_the_pivot_is_refused(fake: Fake, qemu: FakeQemu, handover: Handover) -> None:
