@@ -268,10 +268,10 @@ async def _status(session: Session, args: argparse.Namespace) -> int:
         status = await session.status()
         print(json.dumps(status, indent=2) if args.json else cli_status.text(status))
         return DONE
+    session.events.ignore_all()
     with cli_status.open_watcher(args.json) as watcher:
         while True:
             watcher.show(await session.status())
-            session.events.clear()  # nobody reads them here
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(session.closed(), watcher.interval_s or WATCH_S)
                 raise CliError("the server went away", NO_SERVER)

@@ -13,7 +13,7 @@ import stat
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
-from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from nbdmirror import cli_words
 from nbdmirror.cli import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
@@ -66,6 +66,38 @@ def server_path(args: argparse.Namespace) -> str:
     return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
+def _nothing(event: Message) -> bool:
+    """A filter that no event passes."""
+    return False
+
+
+class Events(EventListener):
+    """The events that nobody has read yet. The library's own listener keeps each event for ever,
+    and a monitor runs for weeks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unread: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def put(self, event: Message) -> None:
+        if self.accept(event):
+            await self._unread.put(event)
+
+    async def get(self) -> Message:
+        return await self._unread.get()
+
+    def empty(self) -> bool:
+        return self._unread.empty()
+
+    def ignore_all(self) -> None:
+        """From now on."""
+        self.event_filter = _nothing
+        self.clear()
+
+    def clear(self) -> list[Message]:
+        return [self._unread.get_nowait() for _ in range(self._unread.qsize())]
+
+
 class Session:
     """A conversation with one server, or QEMU; `events` has heard everything since its start."""
 
@@ -75,7 +107,8 @@ class Session:
         """The job that the command is about, once it is known."""
         self.is_starting = False
         """That job was asked for, and whether it has begun was not answered yet."""
-        self.events = EventListener()
+        self.events = Events()
+        client.events.event_filter = _nothing  # the library's own, which cannot be removed
         client.register_listener(self.events)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
