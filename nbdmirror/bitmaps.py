@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nbdmirror.bitmap import GRANULARITY_DEFAULT, DirtyBitmap, bytes_of, check_bits
+from nbdmirror.definition import BitmapRecord
 from nbdmirror.disk import Disk
-from nbdmirror.diskstate import BitmapRecord, Found
+from nbdmirror.diskstate import Found
 from nbdmirror.errors import CommandError
 from nbdmirror.transient import Transient
 

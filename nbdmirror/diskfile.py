@@ -17,8 +17,10 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from nbdmirror.identity import Same, same_place
+from nbdmirror.jsonrecord import COUNT, TEXT, Key
 from nbdmirror.statefile import StateError
 
 ALIVE_SLACK_S = 10.0
@@ -54,16 +56,16 @@ class Identity:
     """A disk as it can be told from others. Files and block devices; what has none of this is told
     by its name and size alone."""
 
-    source: str
-    size: int
+    source: Annotated[str, Key("source", TEXT)]
+    size: Annotated[int, Key("size", COUNT)]
     """The disk's; the file may be larger."""
-    device: int = 0
-    inode: int = 0
-    boot: str = ""
+    device: Annotated[int, Key("device", COUNT)] = 0
+    inode: Annotated[int, Key("inode", COUNT)] = 0
+    boot: Annotated[str, Key("boot", TEXT)] = ""
     """In which `device` is good. "" in records of older versions."""
-    filesystem: str = ""
+    filesystem: Annotated[str, Key("filesystem", TEXT)] = ""
     """Its id (statvfs), hexadecimal; "" if it has none."""
-    number: int = 0
+    number: Annotated[int, Key("number", COUNT)] = 0
     """A block device's, which all of its nodes have; as good as `device`."""
 
     @classmethod

@@ -16,14 +16,15 @@ If the disk was written to without us, or what is needed is damaged, everything 
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any, Self
 
 from nbdmirror.bitmap import DirtyBitmap, bytes_of
+from nbdmirror.definition import Definition
 from nbdmirror.diskfile import (
     Identity,
     LastSeen,
@@ -32,14 +33,30 @@ from nbdmirror.diskfile import (
     check_unchanged_since_saved,
 )
 from nbdmirror.identity import Same, same_place
-from nbdmirror.intentlog import IntentLog, slot_bytes
+from nbdmirror.intentlog import IntentLog, check_newer, slot_bytes
 from nbdmirror.journal import ranges_left
+from nbdmirror.jsonrecord import (
+    COUNT,
+    ID,
+    INTEGER,
+    NUMBER,
+    TEXT,
+    Key,
+    ListOf,
+    MapOf,
+    Object,
+    dump,
+    load,
+)
 from nbdmirror.lasting import Memory
-from nbdmirror.statefile import Folder, StateError, seal, unseal
+from nbdmirror.statefile import Folder, StateError, UnknownFormat, seal, unseal
 
-KIND_DEFINITION, KIND_BITMAPS, KIND_PIVOTED = "disk", "bitmaps", "pivoted"
+KIND_BITMAPS, KIND_PIVOTED = "bitmaps", "pivoted"
 
 RECORD_ID_LENGTH = 8
+
+OTHER_VERSION = "start the nbdmirror that wrote it, or a newer one"
+"""What to do about UnknownFormat."""
 
 JOURNAL = "journal"
 ALIVE = "alive"
@@ -47,63 +64,14 @@ ALIVE = "alive"
 
 
 @dataclass(frozen=True, slots=True)
-class BitmapRecord:
-    """A persistent bitmap: QEMU's block-dirty-bitmap-add. `key` names its content in the other
-    files, and is never used again."""
+class SavedHead:
+    """The first line of NAME.bitmaps."""
 
-    name: str
-    granularity: int
-    is_recording: bool
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class MirrorRecord:
-    """A mirror that goes on at the next start. `job` and `node` are what Mirrors makes of it."""
-
-    key: str
-    granularity: int
-    is_scanned: bool
-    """Dirty is all that is to be copied; before, the source's extents have to be asked first."""
-    is_paused: bool
-    """By the user."""
-    bitmap: str
-    """The bitmap that it is made from, or ""."""
-    job: dict[str, Any]
-    node: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Definition:
-    """NAME.json."""
-
-    disk_id: str
-    identity: Identity
-    memory: str = ""
-    """The folder of lasting.Memory, while a server runs."""
-    clean_mtime_ns: int | None = None
-    """After an orderly end: the disk file's time of change then; 0 if it has none. None while a
-    server runs."""
-    mirror: MirrorRecord | None = None
-    bitmaps: tuple[BitmapRecord, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        return seal(KIND_DEFINITION, json.dumps(asdict(self), indent=1).encode())
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        """Raises StateError."""
-        try:
-            said = json.loads(unseal(KIND_DEFINITION, content))
-            mirror = said.pop("mirror")
-            return cls(
-                identity=Identity(**said.pop("identity")),
-                mirror=MirrorRecord(**mirror) if mirror else None,
-                bitmaps=tuple(BitmapRecord(**bitmap) for bitmap in said.pop("bitmaps")),
-                **said,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"makes no sense: {error}") from error
+    disk_id: Annotated[str, Key("disk", ID)]
+    time_s: Annotated[float, Key("time", NUMBER)]
+    lengths: Annotated[dict[str, int], Key("bitmaps", MapOf(COUNT))]
+    """Of what follows, in bytes, by the bitmaps' keys."""
+    mtime_ns: Annotated[int, Key("mtime", INTEGER)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,42 +87,35 @@ class Saved:
     def to_bytes(self) -> bytes:
         packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
         lengths = {key: len(one) for key, one in packed.items()}
-        head = {
-            "disk": self.disk_id,
-            "time": self.time_s,
-            "mtime": self.mtime_ns,
-            "bitmaps": lengths,
-        }
-        return seal(
-            KIND_BITMAPS, b"\n".join([json.dumps(head).encode(), b"".join(packed.values())])
-        )
+        head = SavedHead(self.disk_id, self.time_s, lengths, self.mtime_ns)
+        return seal(KIND_BITMAPS, b"".join([dump(head, indent=None), b"\n", *packed.values()]))
 
     @classmethod
     def from_bytes(cls, content: bytes, sizes: dict[str, int]) -> Self:
         """`sizes`: how many bytes each bitmap that is wanted has. Raises StateError."""
         head, _, rest = unseal(KIND_BITMAPS, content).partition(b"\n")
+        said = load(SavedHead, head)
         bits: dict[str, bytes] = {}
-        try:
-            said = json.loads(head)
-            for key, length in said["bitmaps"].items():
-                if key in sizes:
+        for key, length in said.lengths.items():
+            if key in sizes:
+                try:
                     bits[key] = zlib.decompressobj().decompress(rest[:length], sizes[key] + 1)
-                rest = rest[length:]
-            return cls(said["disk"], float(said["time"]), bits, int(said.get("mtime", 0)))
-        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
-            raise StateError(f"makes no sense: {error}") from error
+                except zlib.error as error:
+                    raise StateError(f"bitmap {key}: cannot be unpacked: {error}") from error
+            rest = rest[length:]
+        return cls(said.disk_id, said.time_s, bits, said.mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class Pivoted:
     """NAME.pivoted."""
 
-    truth: str
+    truth: Annotated[str, Key("truth", TEXT)]
     """The URI of the export that the disk is served from."""
-    left: tuple[Identity, ...]
+    left: Annotated[tuple[Identity, ...], Key("left", ListOf(Object(Identity)))]
     """What it was served from before: not the disk any more."""
-    time_s: float
-    size: int = 0
+    time_s: Annotated[float, Key("time_s", NUMBER)]
+    size: Annotated[int, Key("size", COUNT)] = 0
     """The disk's, which a larger target does not change; 0 in records of older versions."""
 
     @classmethod
@@ -170,17 +131,12 @@ class Pivoted:
         return is_truth and any(left.is_same(side) for left in self.left)
 
     def to_bytes(self) -> bytes:
-        return seal(KIND_PIVOTED, json.dumps(asdict(self), indent=1).encode())
+        return seal(KIND_PIVOTED, dump(self))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
         """Raises StateError."""
-        try:
-            said = json.loads(unseal(KIND_PIVOTED, content))
-            left = tuple(Identity(**one) for one in said["left"])
-            return cls(said["truth"], left, float(said["time_s"]), int(said.get("size", 0)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StateError(f"makes no sense: {error}") from error
+        return load(cls, unseal(KIND_PIVOTED, content))
 
 
 def record_id(content: bytes) -> str:
@@ -259,6 +215,27 @@ def examine(
     else:
         _believe(folder, files, found)
     return found
+
+
+def check_formats(folder: Folder, name: str) -> None:
+    """Raise UnknownFormat if any file of the disk `name` cannot be read by this nbdmirror, and may
+    be by another: `str(error)` begins with the file's name, and says what to do. Damage is no
+    matter here. Raises OSError."""
+    all_dirty = "everything counts as dirty"
+    readers: dict[str, tuple[Callable[[bytes], object], str]] = {
+        "definition": (Definition.from_bytes, "the disk has no mirror and no bitmaps"),
+        "bitmaps": (partial(Saved.from_bytes, sizes={}), all_dirty),
+        "intents": (check_newer, all_dirty),
+    }
+    for which, (read, loss) in readers.items():
+        file = names(name)[which]
+        try:
+            read(folder.read(file) or b"")
+        except UnknownFormat as error:
+            text = f"{file}: {error}; {OTHER_VERSION}, or move this file away: then {loss}"
+            raise UnknownFormat(text) from error
+        except StateError:
+            pass
 
 
 def last_size(folder: Folder, name: str, source: str) -> int:

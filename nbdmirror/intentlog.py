@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from bitarray import bitarray
 
-from nbdmirror.statefile import VERSION, Slots, StateError
+from nbdmirror.statefile import VERSION, Slots, StateError, check_version
 
 SLOTS = 2
 SECTOR_BYTES = 512
@@ -129,6 +129,20 @@ def disk_ids(slots: Slots) -> set[str]:
     return found
 
 
+def check_newer(content: bytes) -> None:
+    """Raises UnknownFormat if any of it is of a newer version, whatever the rest is."""
+    for start in range(0, len(content) - SECTOR_BYTES + 1, SECTOR_BYTES):
+        sector = content[start : start + SECTOR_BYTES]
+        magic, version, *_ = _HEAD.unpack_from(sector)
+        if magic == _MAGIC and version > VERSION and _is_sound(sector):
+            check_version(version)
+
+
+def _is_sound(sector: bytes) -> bool:
+    (checksum,) = _CHECKSUM.unpack(sector[-_CHECKSUM.size :])
+    return bool(checksum == zlib.crc32(sector[: -_CHECKSUM.size]))
+
+
 def _sectors(content: bytes, disk_id: str, size: int) -> list[_Sector]:
     """Raises StateError."""
     wanted = slot_bytes(size)
@@ -141,11 +155,9 @@ def _sectors(content: bytes, disk_id: str, size: int) -> list[_Sector]:
         magic, version, number, disk, of_size, sequence, time_s, unit = _HEAD.unpack_from(body)
         if magic != _MAGIC:
             raise StateError("is damaged: it does not begin as such a file does")
-        if version != VERSION:
-            text = f"is of another version of nbdmirror: {version}, where {VERSION} is read"
-            raise StateError(text)
-        if _CHECKSUM.unpack(sector[-_CHECKSUM.size :])[0] != zlib.crc32(body) or number != index:
+        if not _is_sound(sector) or number != index:
             raise StateError("is damaged: a checksum is wrong")
+        check_version(version)
         if (disk.hex(), of_size, unit) != (disk_id, size, region_bytes(size)):
             raise StateError("is of another disk")
         found.append(_Sector(sequence, time_s, body[_HEAD.size :]))

@@ -20,10 +20,11 @@ from nbdmirror.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.chronicle import Chronicle
 from nbdmirror.connection import Connection
 from nbdmirror.copier import Copier
+from nbdmirror.definition import MirrorRecord
 from nbdmirror.depth import OPENING_BYTES, Crowd
 from nbdmirror.device import BlockDevice, Done, Extent
 from nbdmirror.disk import Disk
-from nbdmirror.diskstate import Found, MirrorRecord
+from nbdmirror.diskstate import Found
 from nbdmirror.errors import CommandError
 from nbdmirror.events import EventRing
 from nbdmirror.filesource import FileSource

@@ -5,11 +5,11 @@ Nothing depends on it but what people are told: a file that cannot be read is fo
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
+from typing import Annotated, Self
 
-from nbdmirror.statefile import StateError, seal, unseal
+from nbdmirror.jsonrecord import FLAG, NUMBER, TEXT, Key, OrNull, dump, load, one_of
+from nbdmirror.statefile import seal, unseal
 
 KIND = "last"
 
@@ -18,25 +18,21 @@ KIND = "last"
 class Result:
     """How a job ended."""
 
-    job: str
-    target: str
-    result: str
-    """"completed", "cancelled" or "failed"."""
-    pivoted: bool
-    reason: str
+    job: Annotated[str, Key("job", TEXT)]
+    target: Annotated[str, Key("target", TEXT)]
+    result: Annotated[str, Key("result", one_of("completed", "cancelled", "failed"))]
+    pivoted: Annotated[bool, Key("pivoted", FLAG)]
+    reason: Annotated[str, Key("reason", TEXT)]
     """Why it did not end well; else empty."""
-    ended_at_s: float
+    ended_at_s: Annotated[float, Key("ended_at_s", NUMBER)]
     """Seconds since 1970."""
-    pause_s: float | None
+    pause_s: Annotated[float | None, Key("pause_s", OrNull(NUMBER))]
 
     def to_bytes(self) -> bytes:
         """NAME.last."""
-        return seal(KIND, json.dumps(asdict(self), indent=1).encode())
+        return seal(KIND, dump(self))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
         """Raises StateError."""
-        try:
-            return cls(**json.loads(unseal(KIND, content)))
-        except (ValueError, TypeError) as error:
-            raise StateError(f"makes no sense: {error}") from error
+        return load(cls, unseal(KIND, content))

@@ -9,16 +9,17 @@ import logging
 import os
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from nbdmirror.definition import Definition
 from nbdmirror.diskfile import Identity
 from nbdmirror.diskstate import (
-    Definition,
+    OTHER_VERSION,
     Found,
     OtherDisk,
     Pivoted,
+    check_formats,
     examine,
     last_size,
     names,
@@ -28,7 +29,7 @@ from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.intentlog import SLOTS, disk_ids, slot_bytes
 from nbdmirror.lasting import discard_left
-from nbdmirror.statefile import DiskFolder, Folder, Slots, StateError, new_name
+from nbdmirror.statefile import DiskFolder, Folder, Slots, StateError, UnknownFormat, new_name
 from nbdmirror.store import DiskStore
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class StateDirectory:
         files = names(name)
         where = self._folder.path
         try:
+            self._check_formats(name)
             self._check_other_disks(name, identity)
             pivoted = self._check_side(name, identity, reached or source)
             if pivoted is not None:
@@ -88,6 +90,14 @@ class StateDirectory:
             for disk_id in disk_ids(slots):
                 discard_left(disk_id)
 
+    def _check_formats(self, name: str) -> None:
+        """Raise ConfigError, before anything is changed, if another nbdmirror is needed: this one
+        would lose what a file says."""
+        try:
+            check_formats(self._folder, name)
+        except UnknownFormat as error:
+            raise ConfigError(f"{self._folder.path}/{error}") from error
+
     def _check_other_disks(self, name: str, identity: Identity) -> None:
         """Raise ConfigError if another disk was pivoted away from `identity`: the old side does not
         become a disk by another name of it."""
@@ -96,14 +106,22 @@ class StateDirectory:
             content = self._folder.read(path.name)
             if other == name or content is None or record_id(content) in self._accepted:
                 continue
-            with suppress(StateError):  # which disk it was is not known
+            accept = f"say --accept-old-side {record_id(content)}"
+            try:
                 pivoted = Pivoted.from_bytes(content)
-                if any(left.is_same(identity) for left in pivoted.left):
-                    raise ConfigError(
-                        f"{identity.source} is the old side of the disk {other}, which is served "
-                        f"from {pivoted.truth} ({path}); serve that, or say --accept-old-side "
-                        f"{record_id(content)} and lose what was written there"
-                    )
+            except UnknownFormat as error:
+                raise ConfigError(
+                    f"{path}: {error}; {identity.source} may be the old side of the disk {other}: "
+                    f"{OTHER_VERSION}, or {accept} if it is not"
+                ) from error
+            except StateError:
+                continue  # which disk it was is not known
+            if any(left.is_same(identity) for left in pivoted.left):
+                raise ConfigError(
+                    f"{identity.source} is the old side of the disk {other}, which is served from "
+                    f"{pivoted.truth} ({path}); serve that, or {accept} and lose what was written "
+                    f"there"
+                )
 
     def _check_side(self, name: str, identity: Identity, reached: str) -> Pivoted | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
@@ -119,6 +137,11 @@ class StateDirectory:
         path, accept = self._folder.path / file, f"--accept-old-side {record_id(content)}"
         try:
             pivoted = Pivoted.from_bytes(content)
+        except UnknownFormat as error:
+            raise ConfigError(
+                f"{path}: {error}; the disk was moved to another server, and this file says where: "
+                f"{OTHER_VERSION}, or say {accept} if {identity.source} is the disk"
+            ) from error
         except StateError as error:
             raise ConfigError(
                 f"{path}: {error}; the disk was moved to another server, and this file said where: "

@@ -36,6 +36,11 @@ class StateError(Error):
     part."""
 
 
+class UnknownFormat(StateError):
+    """A file that is not damaged, and that this nbdmirror cannot read: of a newer version, or with
+    fields that are not as they should be. Another nbdmirror may read it, so it stays as it is."""
+
+
 def seal(kind: str, body: bytes) -> bytes:
     checksum = hashlib.sha256(body).hexdigest()
     return f"nbdmirror {kind} {VERSION} {len(body)} {checksum}\n".encode() + body
@@ -49,11 +54,9 @@ def unseal(kind: str, content: bytes) -> bytes:
         raise StateError("is damaged: it does not begin as such a file does")
     if words[1] != kind.encode():
         raise StateError(f"is not what it should be: {words[1][:20]!r} in place of {kind!r}")
-    if words[2] != b"%d" % VERSION:
-        text = words[2][:20].decode(errors="replace")
-        raise StateError(
-            f"is of another version of nbdmirror: {text}, and this one reads {VERSION}"
-        )
+    if not words[2].isdigit():
+        raise StateError(f"is damaged: its version is {words[2][:20]!r}")
+    check_version(int(words[2]))
     body = content[len(line) + 1 :]
     if not words[3].isdigit() or len(body) < int(words[3]):
         raise StateError(f"is damaged: {words[3][:20]!r} bytes, it says, and there are {len(body)}")
@@ -61,6 +64,15 @@ def unseal(kind: str, content: bytes) -> bytes:
     if hashlib.sha256(body).hexdigest().encode() != words[4]:
         raise StateError("is damaged: its checksum is wrong")
     return body
+
+
+def check_version(version: int) -> None:
+    """Of a file. Raises UnknownFormat if it is newer, StateError if there is no such version."""
+    if version > VERSION:
+        text = f"has version {version} of the format, and this nbdmirror reads version {VERSION}"
+        raise UnknownFormat(text)
+    if version < VERSION:
+        raise StateError(f"is damaged: there is no version {version} of the format")
 
 
 class Slots(Protocol):

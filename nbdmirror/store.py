@@ -25,15 +25,13 @@ from functools import partial
 
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.checkpoint import Bits, Checkpoints
+from nbdmirror.definition import BitmapRecord, Definition, MirrorRecord
 from nbdmirror.device import Done
 from nbdmirror.diskfile import ALIVE_BYTES, Identity, mtime_ns
 from nbdmirror.diskstate import (
     ALIVE,
     JOURNAL,
-    BitmapRecord,
-    Definition,
     Found,
-    MirrorRecord,
     Pivoted,
     Saved,
     names,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from nbdmirror.bitmap import DirtyBitmap
+from nbdmirror.definition import BitmapRecord, MirrorRecord
 from nbdmirror.device import Done
-from nbdmirror.diskstate import BitmapRecord, MirrorRecord
 from nbdmirror.ledger import Tracker
 
 FORGET_S_MAX = 0.5

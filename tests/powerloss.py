@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from model import Guest
+from staterecords import MIRROR
 from world import World
 
 import nbdmirror.intentlog
@@ -25,7 +27,7 @@ import nbdmirror.store
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import Done
 from nbdmirror.diskfile import Identity
-from nbdmirror.diskstate import Found, MirrorRecord, examine, names
+from nbdmirror.diskstate import Found, examine, names
 from nbdmirror.intentlog import slot_bytes
 from nbdmirror.journal import Journal, Regions, ranges_left
 from nbdmirror.statefile import Folder, Slots
@@ -178,7 +180,7 @@ class PowerWorld(World):
 
     def mark_all(self) -> None:
         super().mark_all()
-        record = MirrorRecord(KEY, self.granularity, True, False, "", {}, {})
+        record = replace(MIRROR, key=KEY, granularity=self.granularity)
         self.store.keep_mirror(record, self.tracker)
 
     # Guests write down what they are about to do first, and last that it is done.

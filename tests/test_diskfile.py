@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nbdmirror.definition import KIND_DEFINITION, Definition
 from nbdmirror.diskfile import (
     ALIVE_BYTES,
     Identity,
@@ -23,9 +24,7 @@ from nbdmirror.diskfile import (
 )
 from nbdmirror.diskstate import (
     KIND_BITMAPS,
-    KIND_DEFINITION,
     KIND_PIVOTED,
-    Definition,
     Pivoted,
     Saved,
 )

@@ -79,33 +79,36 @@ MAY_IMPORT = {
     " options owner pace quiesce stopping targetwatch waits",
     "waits": "device loop",
     "rates": "",
-    "results": "statefile",
+    "results": "jsonrecord statefile",
     "chronicle": "disk events job loop mirror options rates results",
     # What jobs are made of and live in.
-    "bitmaps": "bitmap disk diskstate errors transient",
+    "bitmaps": "bitmap definition disk diskstate errors transient",
     "nodes": "aligned device disk errors identity linkset mirror remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors file nodes options remote",
-    "mirrors": "admission aligned bitmap bitmaps chronicle connection copier depth device"
-    " disk diskstate errors events filesource jobstate ledger loop mirror nodes options pool"
+    "mirrors": "admission aligned bitmap bitmaps chronicle connection copier definition depth"
+    " device disk diskstate errors events filesource jobstate ledger loop mirror nodes options pool"
     " reconnect records remote sameness scan statefile transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",
-    "records": "connection diskstate handshake mirror nodes options pool remote statefile",
+    "records": "connection definition handshake mirror nodes options pool remote",
     # What outlives the process.
     "lasting": "bitmap",
     "statefile": "errors",
     "intentlog": "statefile",
     "journal": "intentlog statefile",
-    "diskfile": "identity statefile",
-    "diskstate": "bitmap diskfile identity intentlog journal lasting statefile",
+    "jsonrecord": "statefile",
+    "diskfile": "identity jsonrecord statefile",
+    "definition": "diskfile jsonrecord statefile",
+    "diskstate": "bitmap definition diskfile identity intentlog journal jsonrecord lasting"
+    " statefile",
     "writer": "device errors events loop workers",
     "heartbeat": "diskfile writer",
     "checkpoint": "journal writer",
-    "transient": "bitmap device diskstate ledger",
-    "store": "bitmap checkpoint device diskfile diskstate heartbeat journal lasting ledger"
-    " statefile transient writer",
-    "statedir": "diskfile diskstate errors identity intentlog lasting statefile store",
+    "transient": "bitmap definition device ledger",
+    "store": "bitmap checkpoint definition device diskfile diskstate heartbeat journal lasting"
+    " ledger statefile transient writer",
+    "statedir": "definition diskfile diskstate errors identity intentlog lasting statefile store",
     "server": "aligned bitmaps chronicle disk diskstate errors events filewatch linkset loop mirror"
     " mirrors nodes remote results statefile store tcpwatch transient writer",
     # The doors. They know what is below them, never each other.

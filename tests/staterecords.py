@@ -1,0 +1,100 @@
+"""Records of a state directory, of any content: strategies for Hypothesis, and samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from nbdmirror.definition import (
+    BitmapRecord,
+    Definition,
+    ExportRecord,
+    JobRecord,
+    MirrorRecord,
+    TargetRecord,
+)
+from nbdmirror.diskfile import Identity
+from nbdmirror.diskstate import Pivoted, SavedHead
+from nbdmirror.jsonrecord import (
+    COUNT,
+    FLAG,
+    ID,
+    INTEGER,
+    INTEGER_MAX,
+    NUMBER,
+    POSITIVE,
+    POWER_OF_2,
+    TEXT,
+    Kind,
+    ListOf,
+    MapOf,
+    Object,
+    OrNull,
+    members,
+)
+from nbdmirror.results import Result
+
+FILES: dict[str, type[Any]] = {
+    "NAME.json": Definition,
+    "NAME.bitmaps": SavedHead,
+    "NAME.pivoted": Pivoted,
+    "NAME.last": Result,
+}
+"""The files that hold JSON, and the record of each."""
+
+_PLAIN: dict[Kind, st.SearchStrategy[Any]] = {
+    TEXT: st.text(),  # not of surrogates alone: paths are any bytes, below
+    ID: st.text("0123456789abcdef", min_size=32, max_size=32),
+    FLAG: st.booleans(),
+    COUNT: st.integers(0, INTEGER_MAX),
+    POSITIVE: st.integers(1, INTEGER_MAX),
+    INTEGER: st.integers(-INTEGER_MAX - 1, INTEGER_MAX),
+    POWER_OF_2: st.integers(0, 62).map(lambda shift: 1 << shift),
+    NUMBER: st.floats(0, allow_infinity=False, allow_nan=False) | st.integers(0, INTEGER_MAX),
+}
+_PLAIN[TEXT] |= st.binary().map(lambda path: path.decode(errors="surrogateescape"))
+
+
+def values(kind: Kind) -> st.SearchStrategy[Any]:
+    """What a field of this kind may hold."""
+    if isinstance(kind, OrNull):
+        return st.none() | values(kind.kind)
+    if isinstance(kind, Object):
+        return records(kind.type)
+    if isinstance(kind, ListOf):
+        return st.lists(values(kind.kind), max_size=3).map(tuple)
+    if isinstance(kind, MapOf):
+        return st.dictionaries(st.text(), values(kind.kind), max_size=3)
+    if kind in _PLAIN:
+        return _PLAIN[kind]
+    return st.sampled_from(kind.expected.removeprefix("one of ").split(", "))
+
+
+def records(type_: Any) -> st.SearchStrategy[Any]:
+    return st.builds(type_, **{one.field: values(one.key.kind) for one in members(type_)})
+
+
+JOB = JobRecord(
+    job_id="j", sync="full", copy_mode="background", granularity=0, buffer_bytes=1 << 24,
+    speed_bytes_per_s=0, on_source_error="report", on_target_error="stop", unmap=True,
+    reconnect_delay_s=0.5, target_is_zero=False, clear_bitmap=True, cluster_bytes=0,
+    allow_larger=False, auto_finalize=True, auto_dismiss=True,
+)  # fmt: skip
+EXPORT = ExportRecord(
+    size=4096, read_only=False, can_flush=True, can_fua=True, can_zero=True, can_fast_zero=True,
+    can_trim=True, can_cache=True, can_multi_conn=True, can_extents=True, can_depth=False,
+    minimum=1, preferred=4096, maximum=1 << 25,
+)  # fmt: skip
+TARGET = TargetRecord("t", "nbd://b/vda", False, 0.5, EXPORT, 60.0)
+MIRROR = MirrorRecord("mirror-1", 512, True, False, "", JOB, TARGET)
+IDENTITY = Identity("/srv/disk.img", 4096, 5, 9, "b", "f", 7)
+SAMPLES: dict[str, Any] = {
+    "NAME.json": Definition(
+        "0" * 32, IDENTITY, MIRROR, (BitmapRecord("b", 512, True, "bitmap-1"),), "/dev/shm/x", 7
+    ),
+    "NAME.bitmaps": SavedHead("0" * 32, 1.5, {"bitmap-1": 3}, 7),
+    "NAME.pivoted": Pivoted("nbd://b/vda", (IDENTITY,), 1.5, 4096),
+    "NAME.last": Result("j", "nbd://b/vda", "completed", True, "", 1.5, 0.25),
+}
+"""One of each, with something in each field."""
