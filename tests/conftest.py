@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ pytest.register_assert_rewrite(
     "badparts", "cliparts", "copierparts", "devices", "ledgerthreads", "mirrormachine", "qmpparts",
     "rulesparts", "targettrial",
 )  # fmt: skip
+
+# What nohup, or a script that has this in its background, has ignored: servers would inherit it.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler)
 
 HAS_PASSED = pytest.StashKey[bool]()
 

@@ -12,13 +12,16 @@ from clients import connected
 from images import CHUNK_BYTES, Content, chunks
 from waiting import WAIT_S_MAX, wait_until
 
+PAUSE_S_MAX = 0.02
+
 
 class Guest:
     """Writers that know what the disk holds: threads, each with a connection and a zone of its own.
 
     Seeded; writes (FUA and not), zeroes (hole or not), trims, flushes and reads, at odd places. A
     read that is not what was written, and any error, fails the test at `stop`. `model` is what the
-    disk must hold then.
+    disk must hold then. Between requests each thread pauses for `pause_s`, and for twice the time
+    that its last request took, but not at all if that is 0.
     """
 
     def __init__(
@@ -90,10 +93,12 @@ class Guest:
                 while not self._stopping.is_set():
                     began_s = time.monotonic()
                     self._request(handle, noise, start, length)
-                    self.longest_s = max(self.longest_s, time.monotonic() - began_s)
+                    took_s = time.monotonic() - began_s
+                    self.longest_s = max(self.longest_s, took_s)
                     self.requests += 1
                     if self._pause_s:
-                        self._stopping.wait(self._pause_s)
+                        # Where requests take long a mirror does too: it must come to its end.
+                        self._stopping.wait(max(self._pause_s, min(2 * took_s, PAUSE_S_MAX)))
                 for at in range(start, start + length, CHUNK_BYTES):
                     self._verify(handle, at, min(CHUNK_BYTES, start + length - at))
                 handle.flush()
