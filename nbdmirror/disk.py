@@ -17,7 +17,6 @@ from collections.abc import Callable
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import BlockDevice, Buffer, Extent
 from nbdmirror.errors import IO_ERRORS, DeviceError
-from nbdmirror.journal import Journal
 from nbdmirror.ledger import Claim, Ledger, Tracker
 
 
@@ -139,37 +138,6 @@ class Disk:
             self._source.cache(offset, length)
         finally:
             ledger.leave_read(token)
-
-
-class JournaledDisk(Disk):
-    """One whose changes under way are written down, so that a crash leaves none out (rule 47).
-    `journal` is set before guests come."""
-
-    def __init__(self, name: str, source: BlockDevice, journal: Journal, size: int) -> None:
-        super().__init__(name, source, size)
-        self.journal = journal
-
-    def pwrite(self, buf: Buffer, offset: int, fua: bool) -> None:
-        journal = self.journal
-        slot = journal.begin(offset, len(buf))
-        try:
-            super().pwrite(buf, offset, fua)
-        finally:
-            journal.end(slot)
-
-    def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
-        slot = self.journal.begin(offset, length)
-        try:
-            super().zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
-        finally:
-            self.journal.end(slot)
-
-    def trim(self, offset: int, length: int, *, fua: bool) -> None:
-        slot = self.journal.begin(offset, length)
-        try:
-            super().trim(offset, length, fua=fua)
-        finally:
-            self.journal.end(slot)
 
 
 class SynchronousWrites:

@@ -15,11 +15,12 @@ from nbdmirror import tcpwatch
 from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Bitmaps
 from nbdmirror.chronicle import GOES_ON, SERVER_ENDS, Chronicle
-from nbdmirror.disk import Disk, JournaledDisk
+from nbdmirror.disk import Disk
 from nbdmirror.diskstate import Found
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
 from nbdmirror.filewatch import FileWatch
+from nbdmirror.journaleddisk import JournaledDisk
 from nbdmirror.linkset import CONNECTIONS_DEFAULT, wait_for_handshakes
 from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob

@@ -22,12 +22,13 @@ from nbdmirror import __version__, logs, startup, systemd
 from nbdmirror.aligned import AlignedDevice, raw_device
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
-from nbdmirror.disk import Disk, JournaledDisk
+from nbdmirror.disk import Disk
 from nbdmirror.diskstate import RECORD_ID_LENGTH
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice
 from nbdmirror.hangup import Guests, unix_listeners
+from nbdmirror.journaleddisk import JournaledDisk
 from nbdmirror.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
 from nbdmirror.latecomers import OPEN_TIMEOUT_S_MAX, Opening
 from nbdmirror.linkset import CONNECTIONS_DEFAULT, CONNECTIONS_MAX

@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "blockstatus": "device handshake",
     "remote": "aligned blockstatus connection device errors handshake identity link pool tls",
     "ledger": "bitmap device errors",
-    "disk": "bitmap device errors journal ledger",
+    "disk": "bitmap device errors ledger",
     "buffer": "",
     "depth": "",
     "pace": "",
@@ -97,6 +97,7 @@ MAY_IMPORT = {
     "statefile": "errors",
     "intentlog": "statefile",
     "journal": "intentlog statefile",
+    "journaleddisk": "device disk journal",
     "jsonrecord": "statefile",
     "diskfile": "identity jsonrecord statefile",
     "definition": "diskfile jsonrecord statefile",
@@ -109,8 +110,8 @@ MAY_IMPORT = {
     "store": "bitmap checkpoint definition device diskfile diskstate heartbeat journal lasting"
     " ledger statefile transient writer",
     "statedir": "definition diskfile diskstate errors identity intentlog lasting statefile store",
-    "server": "aligned bitmaps chronicle disk diskstate errors events filewatch linkset loop mirror"
-    " mirrors nodes remote results statefile store tcpwatch transient writer",
+    "server": "aligned bitmaps chronicle disk diskstate errors events filewatch journaleddisk"
+    " linkset loop mirror mirrors nodes remote results statefile store tcpwatch transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "aligned bitmap bitmaps device disk mirror nodes remote server",
     "sockets": "errors",
@@ -130,8 +131,8 @@ MAY_IMPORT = {
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
     "service": "__init__ aligned commands device disk diskstate errors events file hangup keepalive"
-    " latecomers linkset loop logs names qmp remote server signals sockets startup statedir store"
-    " systemd uri",
+    " journaleddisk latecomers linkset loop logs names qmp remote server signals sockets startup"
+    " statedir store systemd uri",
     "plugin/*": ANYTHING,
 }
 
