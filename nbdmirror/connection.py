@@ -31,7 +31,7 @@ import nbd
 
 from nbdmirror.device import Buffer, Done
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.handshake import connect, export_of, has_wide_lengths, reason
+from nbdmirror.handshake import connect, export_of, has_wide_lengths, reason, widen
 from nbdmirror.identity import Peer
 from nbdmirror.loop import Loop
 from nbdmirror.peek import Peek
@@ -48,12 +48,6 @@ _MASKS = {
     _WRITE: select.POLLOUT,
     _READ | _WRITE: select.POLLIN | select.POLLOUT,
 }
-
-
-SEND_BUFFER_BYTES = 1 << 20
-"""Of a Unix socket's connection: one request of the copier."""
-
-_SO_SNDBUFFORCE = 32  # asm-generic/socket.h; past the limit net.core.wmem_max
 
 
 class Connection:
@@ -80,7 +74,7 @@ class Connection:
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
         self.watch = TcpWatch(self._socket)
-        _widen(self._socket)
+        widen(self._socket)
         with suppress(OSError, nbd.Error):  # it is lost again
             name, label = export_of(handle)
             self.peer = Peer.of(self._socket, description, export=name, label=label)
@@ -88,7 +82,7 @@ class Connection:
         self._requests: set[Request] = set()
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches
-        self._is_given_up = False
+        self._is_retired = False
         self._when_over: Callable[[], None] | None = None
         self._loop: Loop | None = None
         self._lead = threading.Lock()
@@ -143,7 +137,7 @@ class Connection:
         """
         request = Request(self, arguments, done)
         self._requests.add(request)
-        if self._is_given_up:  # after `add`: else `give_up` has seen it
+        if self._is_retired:  # after `add`: else `retire` has seen it
             request.error = self._lost()
             request.finish()
             if self._loop is not None:
@@ -273,22 +267,40 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._wake_driver()
 
+    def retire(self, when_over: Callable[[], None] | None = None) -> None:
+        """It takes no more requests; those in flight go on. If attached (then on the loop's
+        thread), it is closed when each was answered, or the connection has ended by itself, and
+        `when_over` is called; else see `say_good_bye_if_idle`."""
+        self.on_lost = None
+        self._is_retired = True
+        if self._loop is not None:
+            self._when_over = when_over or (lambda: None)
+            self._loop.call_soon(self._after_ready)
+
+    def say_good_bye_if_idle(self) -> bool:
+        """Retired: give the server its place back, unless requests are in flight: then False. A
+        thread may still be leaving it, so `close` comes later."""
+        if self._requests:
+            return False
+        if self._loop is None and not self.is_lost:  # else the loop closes it
+            self.is_lost = True
+            with suppress(nbd.Error):  # it is gone
+                self.handle.aio_disconnect(0)
+        return True
+
     def give_up(self, when_over: Callable[[], None]) -> None:
         """On the loop's thread, attached. What is in flight fails at once, as when the connection
-        breaks, but the connection stays: the server may carry those requests out yet, and only an
-        answer says that it has. When each was answered, or the connection has ended by itself, it
-        is closed and `when_over` is called. It takes no more requests."""
+        breaks, but the connection stays (`retire`): the server may carry those requests out yet,
+        and only an answer says that it has."""
         loop = self._loop
         assert loop is not None
-        self._when_over, self.on_lost = when_over, None
-        self._is_given_up = True
+        self.retire(when_over)
         for request in tuple(self._requests):
             if request.done is None:
                 request.give_up(self._lost())
             else:
                 done, request.done = request.done, nobody
                 loop.call_soon(partial(done, self._lost()))
-        loop.call_soon(self._after_ready)
 
     def close(self) -> None:
         """Say good-bye and let go of the handle; nothing may be in flight. Idempotent."""
@@ -322,7 +334,8 @@ class Connection:
         self._look_whether_gone()
         if self.is_lost and not was_lost and self.on_lost is not None:
             self.on_lost()
-        if self._when_over is not None and (self.is_lost or not self._requests):
+        is_over = self.is_lost or not self._requests
+        if self._when_over is not None and is_over and not self._reaped:
             when_over, self._when_over = self._when_over, None
             self.close()
             when_over()
@@ -382,13 +395,3 @@ class Connection:
                 continue  # changed under the iterator: look again
             request.wake()
             return
-
-
-def _widen(own: socket.socket) -> None:
-    """A larger send buffer for a Unix socket: a request of 1 MiB then goes out in one or two steps
-    instead of five, each of which costs a turn of the loop. TCP sizes its buffers itself."""
-    if own.family == socket.AF_UNIX:
-        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
-            with suppress(OSError):  # the first one is for root alone
-                own.setsockopt(socket.SOL_SOCKET, option, SEND_BUFFER_BYTES)
-                return

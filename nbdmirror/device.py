@@ -270,3 +270,9 @@ class MemoryDevice(BlockDevice):
         last = len(self.allocated) if end == self.size else end // self.BLOCK_BYTES
         if last > first:
             self.allocated[first:last] = bytes(last - first)
+
+
+def pieces(offset: int, length: int, length_max: int) -> list[tuple[int, int]]:
+    """The range cut into pieces of at most `length_max`."""
+    end = offset + length
+    return [(start, min(length_max, end - start)) for start in range(offset, end, length_max)]

@@ -113,11 +113,24 @@ class Link:
     def close(self) -> None:
         """Say good-bye and let go of the handle; a request in flight is waited for. Idempotent."""
         with self._lock:
-            if not self.is_lost:
-                self.is_lost = True
-                with suppress(nbd.Error):  # it is gone
-                    self._handle.aio_disconnect(0)
-            self._let_go()
+            self._close()
+
+    def close_if_idle(self) -> bool:
+        """False if a request is in flight: then nothing is done."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._close()
+        finally:
+            self._lock.release()
+        return True
+
+    def _close(self) -> None:
+        if not self.is_lost:
+            self.is_lost = True
+            with suppress(nbd.Error):  # it is gone
+                self._handle.aio_disconnect(0)
+        self._let_go()
 
     def _let_go(self) -> None:
         # libnbd's binding closes a handle when the last reference goes. In its place is one that

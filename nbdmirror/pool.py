@@ -2,9 +2,12 @@
 
 One Connection is always there: the event loop's, and everybody's where there is no other. If the
 server announces multi-conn, guests' threads get Links beside it, as many as they need (linkset.py).
-A device that guests are served from and that has lost its connection is connected to again by a
+A device that guests are served from and that has lost a connection is connected to again by a
 thread of its own, for as long as it takes, while guests' requests wait for a bounded time; the
 target of a mirror is brought back by the job (`reopen`, `replace`), which has to know (rule 39).
+
+No connection is cut while its server lives and has requests to answer: the server may carry them
+out late, over newer data that came on another connection.
 """
 
 from __future__ import annotations
@@ -75,8 +78,11 @@ class ConnectionPool:
         self._announced = announced
         self.left: tuple[Link | Connection, ...] = ()
         """Given up, with requests that the server may carry out yet."""
-        self._retired: Connection | None = None
-        """The one before `shared`, which a thread may still be leaving."""
+        self._retired: tuple[Connection, ...] = ()
+        """Those before `shared`, with requests that the server has to answer yet; and the last one,
+        which a thread may still be leaving."""
+        self._leaving: tuple[Link, ...] = ()
+        """The same of links."""
         self.links = LinkSet(uri, self._connect_link, is_wanted=self._may_link)
         self.limit(CONNECTIONS_DEFAULT)
         self._alone = 0
@@ -104,11 +110,15 @@ class ConnectionPool:
     @property
     def is_busy(self) -> bool:
         """Requests are in flight."""
-        return any(connection.is_busy for connection in self._all)
+        return any(connection.is_busy for connection in (*self._all, *self._old))
 
     @property
     def _all(self) -> tuple[Link | Connection, ...]:
         return (self.shared, *self.links.open)
+
+    @property
+    def _old(self) -> tuple[Link | Connection, ...]:
+        return (*self._retired, *self._leaving)
 
     def pick(self) -> Link | Connection:
         """This thread's connection for a blocking request: with as many as threads, nobody waits
@@ -159,7 +169,8 @@ class ConnectionPool:
         self._loop = self._on_lost = None
         self.links.grow()
         self.shared.on_lost = None
-        self.shared.detach()
+        for connection in (self.shared, *self._retired):
+            connection.detach()
 
     # Coming and going.
 
@@ -168,7 +179,8 @@ class ConnectionPool:
         self.links.connections_max = connections if self._announced.can_multi_conn else 1
 
     def _may_link(self) -> bool:
-        return not self._closing.is_set() and not self.shared.is_lost
+        """Not before the server is known to be the one that it was, or to be another."""
+        return not self._closing.is_set() and not self.shared.is_lost and self._reviver is None
 
     def _connect_link(self) -> nbd.NBD:
         timeout_s = max(LINK_TIMEOUT_S, LINK_PATIENCE * self.shared.handshake_s)
@@ -203,7 +215,7 @@ class ConnectionPool:
 
     def look_at_peers(self, now_s: float) -> None:
         """To be called each tcpwatch.LOOK_S, on the loop's thread."""
-        for connection in (*self._all, *self.left):
+        for connection in (*self._all, *self._old, *self.left):
             connection.watch.look(now_s)
 
     def is_server_there(self) -> bool:
@@ -255,16 +267,15 @@ class ConnectionPool:
     def abandon(self) -> None:
         """Break every connection, for good: what is in flight fails, and is not tried again."""
         self._end()
-        for connection in (*self._all, *self.left):
+        for connection in (*self._all, *self._old, *self.left):
             connection.kill()
 
     def close(self) -> None:
         """Nothing may be in flight. Idempotent."""
         self._end()
         self.links.close()
-        self.shared.close()
-        if self._retired is not None:
-            self._retired.close()
+        for connection in (self.shared, *self._old):
+            connection.close()
 
     def _end(self) -> None:
         self._closing.set()
@@ -277,7 +288,10 @@ class ConnectionPool:
     def _revive(self, lost: Link | Connection) -> Connection:
         """What breaks one connection breaks the others as a rule, and each is found lost when it is
         used next. That must not look like another loss, of what was written since. So there is one
-        loss for all, when the first is found; those that still seem to work go as well.
+        loss for all, when the first is found, and a new connection for all.
+
+        Those that still work are left, not cut: a request on one is answered there, and is not done
+        again. What was in flight on the lost one is done again at once if `shared` still works.
 
         Until `patience_s` after that, requests wait for the server; then they fail at once, until
         it is there again. (As `reconnect-delay` of QEMU's driver.)"""
@@ -291,26 +305,27 @@ class ConnectionPool:
                 self._reviver = threading.Thread(
                     target=self._connect_again, name="nbdmirror-revive", daemon=True
                 )
+                self._leaving += self.links.begin_anew(self.generation)
                 self._reviver.start()
             self._wait_until_revived()
             return self.shared
 
     def _wait_until_revived(self) -> None:
-        while self._reviver is not None and not self._closing.is_set():
+        """Also as long as `shared` seems to work."""
+        while self.shared.is_lost and self._reviver is not None and not self._closing.is_set():
             left_s = self._lost_at_s + self.patience_s - time.monotonic()
             if left_s <= 0:
                 break
             self._changed.wait(left_s)
-        if self._reviver is not None or self._closing.is_set() or self.shared.is_lost:
+        if self._closing.is_set() or self.shared.is_lost:
             raise DeviceLost(f"{self._uri}: connection lost")
 
     def _connect_again(self) -> None:
         """On a thread of its own. An attempt that is under way when requests begin to fail goes on
         to its end: the server may be slow and not gone."""
         pause_s, told = REVIVE_PAUSE_S_MIN, ""
-        for one in self._all:
-            one.kill()
         connection = None
+        self._see_off()
         while not self._closing.is_set() and self._on_lost is None:
             try:
                 connection = self.reopen()
@@ -327,22 +342,44 @@ class ConnectionPool:
         with self._changed:
             self._reviver = None
             self._changed.notify_all()
+        while not self._see_off() and not self._closing.wait(LEFT_LOOK_S):
+            pass
+
+    def _see_off(self) -> bool:
+        """Close what is left and has no request any more, and say whether that is all. From any
+        number of threads."""
+        is_done = True
+        for link in self._leaving:
+            if link.close_if_idle():
+                with self._changed:
+                    self._leaving = tuple(one for one in self._leaving if one is not link)
+            else:
+                is_done = False
+        for connection in self._retired:
+            if not connection.say_good_bye_if_idle():
+                is_done = False
+        return is_done
 
     def _adopt(self, connection: Connection) -> None:
         """Serve guests from `connection`, unless a job has taken over, or it is the end."""
-        lost, loop = self.shared, self._loop
+        loop = self._loop
         is_adopted = False
 
         def swap() -> None:
             """On the loop's thread, if there is one."""
             nonlocal is_adopted
-            if self._closing.is_set() or self._on_lost is not None or self.shared is not lost:
+            if self._closing.is_set() or self._on_lost is not None:
                 return
+            before = self.shared
             self.generation += 1
             connection.generation = self.generation
-            lost.detach()
             self._on_revived()  # before anything is acknowledged on the new one
             self.shared = connection
+            before.retire()
+            idle = [one for one in self._retired if not one.is_busy]
+            self._retired = (*(one for one in self._retired if one not in idle), before)
+            for one in idle:
+                one.close()
             if self._loop is not None:
                 connection.attach(self._loop)
             is_adopted = True
@@ -354,9 +391,6 @@ class ConnectionPool:
         if not is_adopted:
             connection.close()
             return
-        for link in self.links.begin_anew(self.generation):
-            link.close()
-        retired, self._retired = self._retired, lost
-        if retired is not None:
-            retired.close()
+        with self._changed:
+            self._leaving += self.links.begin_anew(self.generation)
         log.warning("%s: connected again", self._uri)

@@ -26,6 +26,7 @@ from nbdmirror.device import (
     Done,
     Extent,
     ExtentsDone,
+    pieces,
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
@@ -105,7 +106,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     # Blocking, from any thread.
 
     def pread(self, buf: memoryview, offset: int) -> None:
-        for start, length in _pieces(0, len(buf), self.block_size.maximum):
+        for start, length in pieces(0, len(buf), self.block_size.maximum):
             part = buf[start : start + length]
             link = self.pool.pick()
             try:
@@ -118,7 +119,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             self._refuse_if_read_only()
         if not 0 < len(buf) <= self.block_size.maximum:
             view = memoryview(buf)
-            for start, length in _pieces(0, len(buf), self.block_size.maximum):
+            for start, length in pieces(0, len(buf), self.block_size.maximum):
                 self.pwrite(view[start : start + length], offset + start, fua)
             return
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
@@ -128,7 +129,9 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         except DeviceLost:
             link = self._again(link, lambda link, at: link.write(buf, at, flags), offset)
         if not flags:
-            self._note_change(link)
+            self._changed = next(self._numbers)
+            if link.generation != self.pool.generation:
+                self._change(lambda link, at: link.write(buf, at), offset)
             if fua:
                 self.flush()
 
@@ -146,14 +149,14 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
             raise DeviceError(f"{self.uri}: has no fast zero", errno.ENOTSUP)
         if not self.can_zero:
             zeroes = bytes(min(length, self.block_size.maximum, 1 << 20))
-            for start, span in _pieces(offset, length, len(zeroes) or 1):
+            for start, span in pieces(offset, length, len(zeroes) or 1):
                 self.pwrite(memoryview(zeroes)[:span], start)
             if fua:
                 self.flush()
             return
         flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
         flags |= nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
-        for start, span in _pieces(offset, length, LENGTH_MAX):
+        for start, span in pieces(offset, length, LENGTH_MAX):
             self._change(lambda link, *at: link.zero(*at, flags), span, start)
         if fua and not self.can_fua:
             self.flush()
@@ -162,7 +165,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self._refuse_if_read_only()
         flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
         if self.can_trim:
-            for start, span in _pieces(offset, length, LENGTH_MAX):
+            for start, span in pieces(offset, length, LENGTH_MAX):
                 self._change(lambda link, *at: link.trim(*at, flags), span, start)
         if fua and not (self.can_trim and self.can_fua):
             self.flush()
@@ -215,15 +218,17 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def _connected_again(self) -> None:
         """From the thread that did so. A change that is acknowledged at this moment, and not yet in
-        `_changed`, sees that the pool's generation is another one."""
+        `_changed`, sees that the pool's generation is another one (`_change`)."""
         if self._changed > self._flushed:
             self._lose_writes()
 
-    def _note_change(self, link: Link | Connection) -> None:
-        """A change was acknowledged on `link`, and is not flushed."""
+    def _change(self, request: Callable[..., None], *arguments: int) -> None:
+        """One that is acknowledged on a connection from before the last loss is done again: that
+        one's server may not be the one that there is now. It is over there and cannot come late."""
+        link = self._ask(request, *arguments)
         self._changed = next(self._numbers)
         if link.generation != self.pool.generation:
-            self._lose_writes()
+            self._change(request, *arguments)
 
     def _lose_writes(self) -> None:
         self._losses += 1
@@ -256,9 +261,6 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
                     raise
             else:
                 return link
-
-    def _change(self, request: Callable[..., None], *arguments: int) -> None:
-        self._note_change(self._ask(request, *arguments))
 
     def close(self) -> None:
         self.pool.close()
@@ -320,16 +322,16 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         else:
             length_max, flags = min(self.block_size.maximum, 1 << 20), 0
             zeroes = memoryview(bytes(min(length, length_max)))
-        pieces = _pieces(offset, length, length_max)
+        parts = pieces(offset, length, length_max)
         first_error: BaseException | None = None
 
         def step(error: BaseException | None) -> None:
             nonlocal first_error
             first_error = first_error or error
-            if not pieces or first_error is not None:
+            if not parts or first_error is not None:
                 done(first_error)
                 return
-            start, span = pieces.pop()
+            start, span = parts.pop()
             if self.can_zero:
                 connection.start(connection.handle.aio_zero, span, start, flags=flags, done=step)
             else:
@@ -391,9 +393,3 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def _refuse_if_read_only(self) -> None:
         if self.read_only:
             raise DeviceError(f"{self.uri}: is read-only", errno.EROFS)
-
-
-def _pieces(offset: int, length: int, length_max: int) -> list[tuple[int, int]]:
-    """The range cut into pieces of at most `length_max`."""
-    end = offset + length
-    return [(start, min(length_max, end - start)) for start in range(offset, end, length_max)]

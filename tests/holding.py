@@ -1,9 +1,9 @@
 """A target that is late: an nbdkit Python plugin that carries out what changes its first bytes only
 when it is let go, and everything else at once.
 
-Parameters: image=FILE; hold=FILE: while that exists, writes at offset 0 wait, with their data, and
-are carried out after it has gone, the oldest last; held=FILE, which is made when one waits;
-multi-conn=0. Only nbdkit loads this file.
+Parameters: image=FILE; hold=FILE: while that exists, changes at offset 0 wait, with their data, and
+are carried out after it has gone, the oldest last; held=FILE, which has a byte for each that waits
+or has waited; multi-conn=0. Only nbdkit loads this file.
 """
 
 from __future__ import annotations
@@ -57,21 +57,33 @@ def pread(handle: int, buf: bytearray, offset: int, flags: int) -> None:
 
 
 def pwrite(handle: int, buf: bytearray, offset: int, flags: int) -> None:
-    data = bytes(buf)
-    if offset == 0 and Path(settings["hold"]).exists():
-        _wait()
-    os.pwrite(image_fd, data, offset)
+    _change(bytes(buf), offset)
+
+
+def zero(handle: int, count: int, offset: int, flags: int) -> None:
+    _change(bytes(count), offset)
+
+
+def trim(handle: int, count: int, offset: int, flags: int) -> None:
+    _change(bytes(count), offset)
 
 
 def flush(handle: int, flags: int) -> None:
     os.fsync(image_fd)
 
 
+def _change(data: bytes, offset: int) -> None:
+    if offset == 0 and Path(settings["hold"]).exists():
+        _wait()
+    os.pwrite(image_fd, data, offset)
+
+
 def _wait() -> None:
     """Until let go, and then until those that came later were: so the order is the worst."""
     me = object()
     held.append(me)
-    Path(settings["held"]).touch()
+    with Path(settings["held"]).open("ab") as file:
+        file.write(b".")
     deadline_s = time.monotonic() + HOLD_S_MAX
     while Path(settings["hold"]).exists() and time.monotonic() < deadline_s:
         time.sleep(0.01)

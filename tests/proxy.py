@@ -35,7 +35,8 @@ class Proxy:
     `stall`: from now on nothing passes, and nobody is told. `forward` takes that back. `reset`:
     each connection ends with a RST, and what was on its way is gone. `half_close`: the client sees
     an end of file, and may still send, to nobody. `reset_after`: a RST once so many bytes more went
-    to the target. New connections are forwarded, or stall as well.
+    to the target. `spare`: a `reset` leaves the connection alone that was last to send these bytes.
+    New connections are forwarded, or stall as well.
     """
 
     def __init__(self, target: Path | tuple[str, int]) -> None:
@@ -43,6 +44,8 @@ class Proxy:
         self._pairs: list[tuple[_End, _End]] = []
         self._is_stalled = False
         self._bytes_left: int | None = None
+        self._spared_bytes: bytes | None = None
+        self._spared: tuple[_End, _End] | None = None
         self._is_stopping = False
         self._lock = threading.Lock()  # guards all of the above; nobody waits while holding it
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -65,8 +68,17 @@ class Proxy:
 
     def reset(self) -> None:
         with self._lock:
-            for pair in list(self._pairs):
+            for pair in [pair for pair in self._pairs if pair is not self._spared]:
                 self._reset(pair)
+
+    def spare(self, content: bytes) -> None:
+        with self._lock:
+            self._spared_bytes = content
+
+    @property
+    def has_spared(self) -> bool:
+        """They were sent on, as far as the target takes anything."""
+        return self._spared is not None and not self._spared[1].held
 
     def reset_after(self, bytes_left: int) -> None:
         with self._lock:
@@ -146,6 +158,8 @@ class Proxy:
         if not data:
             self._drop(pair)
         else:
+            if there.is_target and self._spared_bytes is not None and self._spared_bytes in data:
+                self._spared = pair
             there.held += data
             self._give(pair, there)
 

@@ -244,15 +244,22 @@ def take_for_lost(start: Start, server: Nbdmirror, target: QemuNbd, copy_mode: s
     return qmp
 
 
+@pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize("shared", [1, 16])
 def test_a_target_that_was_taken_for_lost_and_goes_on(
-    start: Start, folder: Path, identical: Identical, disk: Path, image: Path, shared: int
+    start: Start,
+    folder: Path,
+    identical: Identical,
+    disk: Path,
+    image: Path,
+    shared: int,
+    copy_mode: str,
 ) -> None:
     """The job writes on a new connection when the old one's requests were answered."""
     target = start(QemuNbd(folder, image, shared=shared))
     server = start(Patched(folder, disk))
     try:
-        qmp = take_for_lost(start, server, target, "background")
+        qmp = take_for_lost(start, server, target, copy_mode)
     finally:
         os.kill(target.pid, signal.SIGCONT)
     qmp.wait_for_event("X_NBDMIRROR_TARGET_BACK")
