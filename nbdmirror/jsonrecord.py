@@ -25,7 +25,6 @@ from typing import Any, Protocol, TypeVar, get_type_hints
 
 from nbdmirror.statefile import UnknownFormat
 
-INTEGER_MAX = 2**63 - 1
 _SHOWN_LENGTH_MAX = 60
 
 RecordType = TypeVar("RecordType")
@@ -58,8 +57,8 @@ class Plain(Kind):
         return value
 
 
-def _is_integer(said: Any, lowest: int) -> bool:
-    return type(said) is int and lowest <= said <= INTEGER_MAX
+def _is_integer(said: Any, lowest: float = -math.inf) -> bool:
+    return type(said) is int and said >= lowest
 
 
 def _is_number(said: Any) -> bool:
@@ -73,7 +72,7 @@ ID = Plain(
 )
 FLAG = Plain("true or false", lambda said: isinstance(said, bool))
 COUNT = Plain("an integer of 0 or more", lambda said: _is_integer(said, 0))
-INTEGER = Plain("an integer", lambda said: _is_integer(said, -INTEGER_MAX - 1))
+INTEGER = Plain("an integer", _is_integer)
 POSITIVE = Plain("an integer of 1 or more", lambda said: _is_integer(said, 1))
 POWER_OF_2 = Plain("a power of two", lambda said: _is_integer(said, 1) and not said & (said - 1))
 NUMBER = Plain("a number of 0 or more", _is_number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from nbdmirror.jsonrecord import (
     FLAG,
     ID,
     INTEGER,
-    INTEGER_MAX,
     NUMBER,
     POSITIVE,
     POWER_OF_2,
@@ -29,6 +29,7 @@ from nbdmirror.jsonrecord import (
     Kind,
     ListOf,
     MapOf,
+    Member,
     Object,
     OrNull,
     members,
@@ -43,15 +44,18 @@ FILES: dict[str, type[Any]] = {
 }
 """The files that hold JSON, and the record of each."""
 
+HUGE = 2**64 - 1
+"""The number of an inode, or of a device, may be as large."""
+
 _PLAIN: dict[Kind, st.SearchStrategy[Any]] = {
     TEXT: st.text(),  # not of surrogates alone: paths are any bytes, below
     ID: st.text("0123456789abcdef", min_size=32, max_size=32),
     FLAG: st.booleans(),
-    COUNT: st.integers(0, INTEGER_MAX),
-    POSITIVE: st.integers(1, INTEGER_MAX),
-    INTEGER: st.integers(-INTEGER_MAX - 1, INTEGER_MAX),
+    COUNT: st.integers(0, HUGE),
+    POSITIVE: st.integers(1, HUGE),
+    INTEGER: st.integers(-HUGE, HUGE),
     POWER_OF_2: st.integers(0, 62).map(lambda shift: 1 << shift),
-    NUMBER: st.floats(0, allow_infinity=False, allow_nan=False) | st.integers(0, INTEGER_MAX),
+    NUMBER: st.floats(0, allow_infinity=False, allow_nan=False) | st.integers(0, HUGE),
 }
 _PLAIN[TEXT] |= st.binary().map(lambda path: path.decode(errors="surrogateescape"))
 
@@ -98,3 +102,32 @@ SAMPLES: dict[str, Any] = {
     "NAME.last": Result("j", "nbd://b/vda", "completed", True, "", 1.5, 0.25),
 }
 """One of each, with something in each field."""
+
+
+# All keys of all files.
+
+Steps = tuple[str | int, ...]
+Place = tuple[Steps, Member]
+"""How to get from a file's object to one of its keys, and what that is."""
+
+
+def places(type_: type, steps: Steps = ()) -> Iterator[Place]:
+    """All keys of a record, and of those in it. Of lists the first element."""
+    for member in members(type_):
+        here = (*steps, member.key.name)
+        yield here, member
+        kind = member.key.kind
+        if isinstance(kind, OrNull):
+            kind = kind.kind
+        if isinstance(kind, ListOf):
+            here, kind = (*here, 0), kind.kind
+        if isinstance(kind, Object):
+            yield from places(kind.type, here)
+
+
+PLACES = [(file, *place) for file, type_ in FILES.items() for place in places(type_)]
+
+
+def path_of(steps: Steps) -> str:
+    """As errors name it."""
+    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in steps)[1:]

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from goldenstate import CASES, Golden
 from images import assert_identical
 from processes import ROOT
 from recipes import ran, script_of
+from staterecords import FILES, PLACES, Steps, path_of
 
 from nbdmirror.cli import build_parser
 from nbdmirror.errors import ConfigError
@@ -48,6 +50,54 @@ def test_links_lead_somewhere() -> None:
     for path in DOCS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+# The files of a state directory
+
+
+def key_of(steps: Steps) -> str:
+    return re.sub(r"\[0\]", "[]", path_of(steps))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_key_of_a_state_directory_is_listed(file: str) -> None:
+    """With its type, and whether it is optional."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|[^|]*\|[^|]*\| (\w+) \|", tables()[file], re.M)
+    members = {key_of(steps): one for name, steps, one in PLACES if name == file}
+    expected = {
+        key: (one.key.kind.expected, "yes" if one.is_optional else "no")
+        for key, one in members.items()
+    }
+    assert {key: (kind, optional) for key, kind, optional in rows} == expected
+
+
+def test_keys_that_are_as_old_as_the_format_are_called_so() -> None:
+    """Those that a server of the first version has written, and no others."""
+    for file in ("NAME.json", "NAME.pivoted"):
+        rows = re.findall(r"^\| `([^`]+)` \|[^|]*\|[^|]*\| (\S+) \|", tables()[file], re.M)
+        assert {key for key, since in rows if since == "first"} == oldest_keys(file)
+
+
+def tables() -> dict[str, str]:
+    parts = re.split(r"^### (NAME\.\w+)$", text_of("state.md"), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def oldest_keys(file: str) -> set[str]:
+    name = file.replace("NAME", "vda")
+    found = [Golden(case) for case in CASES]
+    return {key for one in found if name in one.files for key in keys_in(one.said(name))}
+
+
+def keys_in(said: Any, path: str = "") -> Iterator[str]:
+    if isinstance(said, list):
+        for one in said:
+            yield from keys_in(one, f"{path}[]")
+    elif isinstance(said, dict):
+        for key, value in said.items():
+            here = f"{path}.{key}" if path else key
+            yield here
+            yield from keys_in(value, here)
 
 
 # QMP

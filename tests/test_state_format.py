@@ -1,11 +1,11 @@
 """The records of a state directory: what is written is read again, what is not as it should be is
-refused by its name, and docs/state.md lists what there is."""
+refused by its name. (docs/state.md lists what there is: test_docs.py.)"""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import math
 from dataclasses import fields, replace
 from enum import StrEnum
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from staterecords import FILES, JOB, MIRROR, SAMPLES, records
+from staterecords import FILES, JOB, MIRROR, PLACES, SAMPLES, Steps, path_of, records
 
 from nbdmirror.definition import ExportRecord, JobRecord, MirrorRecord
 from nbdmirror.handshake import Announcement
@@ -21,11 +21,8 @@ from nbdmirror.jsonrecord import (
     ID,
     TEXT,
     Kind,
-    ListOf,
     MapOf,
     Member,
-    Object,
-    OrNull,
     dump,
     load,
     members,
@@ -35,33 +32,6 @@ from nbdmirror.records import options_of
 from nbdmirror.statefile import UnknownFormat
 
 files = pytest.mark.parametrize("file", FILES)
-
-Steps = tuple[str | int, ...]
-Place = tuple[Steps, Member]
-"""How to get from a file's object to one of its keys, and what that is."""
-
-
-def places(type_: type, steps: Steps = ()) -> Iterator[Place]:
-    """All keys of a record, and of those in it. Of lists the first element."""
-    for member in members(type_):
-        here = (*steps, member.key.name)
-        yield here, member
-        kind = member.key.kind
-        if isinstance(kind, OrNull):
-            kind = kind.kind
-        if isinstance(kind, ListOf):
-            here, kind = (*here, 0), kind.kind
-        if isinstance(kind, Object):
-            yield from places(kind.type, here)
-
-
-PLACES = [(file, *place) for file, type_ in FILES.items() for place in places(type_)]
-
-
-def path_of(steps: Steps) -> str:
-    """As errors name it."""
-    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in steps)[1:]
-
 
 every_key = pytest.mark.parametrize(
     ("file", "steps", "member"),
@@ -114,7 +84,7 @@ JSON_VALUES = st.recursive(
     | st.integers()
     | st.floats()
     | st.text()
-    | st.sampled_from([0, 1, -1, 3, 2**63 - 1, 2**63, 1.5, -0.5, "", "12", "full", "0" * 32]),
+    | st.sampled_from([0, 1, -1, 3, 2**64, 1.5, -0.5, "", "12", "full", "0" * 32]),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
     max_leaves=3,
 )
@@ -129,10 +99,10 @@ def may_stand(kind: Kind, value: Any) -> bool:
     if expected == "true or false":
         return isinstance(value, bool)
     if expected.startswith("an integer"):
-        lowest = {"": -(2**63), " of 0 or more": 0, " of 1 or more": 1}
-        return is_integer and lowest[expected.removeprefix("an integer")] <= value < 2**63
+        lowest = {"": -math.inf, " of 0 or more": 0, " of 1 or more": 1}
+        return is_integer and lowest[expected.removeprefix("an integer")] <= value
     if expected == "a power of two":
-        return is_integer and value in {1 << shift for shift in range(63)}
+        return is_integer and bin(value).strip("0b") == "1"
     if expected == "a number of 0 or more":
         return (is_integer or isinstance(value, float)) and 0 <= value < float("inf")
     if expected.startswith("one of "):
@@ -147,7 +117,7 @@ def may_stand(kind: Kind, value: Any) -> bool:
 
 
 @every_key
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(value=JSON_VALUES)
 def test_a_value_that_is_not_what_it_should_be(
     file: str, steps: Steps, member: Member, value: Any
@@ -178,7 +148,6 @@ def test_a_value_that_is_not_what_it_should_be(
          "identity.size: expected an integer of 0 or more, found -1"),
         ("NAME.json", ("identity", "inode"), True,
          "identity.inode: expected an integer of 0 or more, found true"),
-        ("NAME.json", ("identity", "size"), 2**63, "identity.size: expected an integer of 0 or"),
         ("NAME.json", ("identity", "size"), 4096.0, "identity.size: expected an integer of 0 or"),
         ("NAME.json", ("bitmaps",), ["b"], 'bitmaps[0]: expected an object, found "b"'),
         ("NAME.json", ("bitmaps",), {}, "bitmaps: expected a list of objects, found {}"),
