@@ -162,6 +162,7 @@ class Service:
     def _open_state(self) -> None:
         """Last: it may make a directory."""
         state = StateDirectory(self._state_path, accepted=self._accepted)
+        state.check_formats(self.disks)
         for name, disk in self.disks.items():
             raw, path = raw_device(disk.source), self._paths[name]
             reached = raw.reached if isinstance(raw, RemoteDevice) else path

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +44,18 @@ class StateDirectory:
         self._disks: dict[tuple[int, int], str] = {}
         """Which disk has which file."""
 
+    def check_formats(self, disks: Iterable[str]) -> None:
+        """Raise ConfigError if another nbdmirror is needed for any of these disks: this one would
+        lose what a file says. Before `open`, which changes files."""
+        for name in disks:
+            try:
+                check_formats(self._folder, name)
+            except UnknownFormat as error:
+                raise ConfigError(f"{self._folder.path}/{error}") from error
+            except OSError as error:
+                text = f"state-dir: {self._folder.path}: {error.strerror}"
+                raise ConfigError(text) from error
+
     def open(self, name: str, source: str, size: int, *, reached: str = "") -> DiskStore:
         """What is kept of the disk `name`, a path or URI whose device has `size` bytes; `reached`
         is the URI with the address that it has led to. Raises ConfigError if it must not be served,
@@ -52,7 +64,6 @@ class StateDirectory:
         files = names(name)
         where = self._folder.path
         try:
-            self._check_formats(name)
             self._check_other_disks(name, identity)
             pivoted = self._check_side(name, identity, reached or source)
             if pivoted is not None:
@@ -89,14 +100,6 @@ class StateDirectory:
         if found is None:
             for disk_id in disk_ids(slots):
                 discard_left(disk_id)
-
-    def _check_formats(self, name: str) -> None:
-        """Raise ConfigError, before anything is changed, if another nbdmirror is needed: this one
-        would lose what a file says."""
-        try:
-            check_formats(self._folder, name)
-        except UnknownFormat as error:
-            raise ConfigError(f"{self._folder.path}/{error}") from error
 
     def _check_other_disks(self, name: str, identity: Identity) -> None:
         """Raise ConfigError if another disk was pivoted away from `identity`: the old side does not

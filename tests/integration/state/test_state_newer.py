@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from clients import connected
-from fixtures import Identical
+from fixtures import Identical, Start
 from images import MiB, make_image
 from kept import Kept, refusal
 from servers import QemuNbd
@@ -121,6 +121,18 @@ def test_a_newer_record_of_a_pivot(server: Kept, target: QemuNbd, folder: Path, 
     server.options = (*server.options, "--accept-old-side", accepted[1])
     server.restart()
     assert (server.state / "vda.pivoted").exists()
+
+
+def test_a_newer_file_of_another_disk(start: Start, folder: Path, disk: Path) -> None:
+    """The first disk's files stay as an orderly end has left them."""
+    server = Kept(folder, disk)
+    server.disks.append(f"vdb={make_image(folder / 'other.img', SIZE, seed=4)}")
+    start(server)
+    for node in ("vda", "vdb"):
+        server.qmp.execute("block-dirty-bitmap-add", node=node, name="b", persistent=True)
+    server.stop()
+    newer(server.state / "vdb.json")
+    assert "vdb.json: has version 2 of the format" in refused(server)
 
 
 def test_accepting_an_old_side_loses_nothing_that_is_newer(server: Kept, target: QemuNbd) -> None:
