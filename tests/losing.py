@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clients import connections
 from images import KiB, MiB
+from processes import freeze
 from qmpclient import Qmp
 from servers import NbdkitTarget, Nbdmirror
 from waiting import wait_until
@@ -71,7 +72,7 @@ class Lossy(NbdkitTarget):
         return connections(self.socket)
 
     def stall(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
+        freeze(self.pid)
 
     # The log.
 

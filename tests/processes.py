@@ -3,7 +3,9 @@ checkout."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -61,6 +63,19 @@ def nbdkit_version() -> tuple[int, ...]:
     """Major and minor: nbdkit 1.32.5 is (1, 32)."""
     said = run("nbdkit", "--version").stdout.split()[1]
     return tuple(int(number) for number in said.split(".")[:2])
+
+
+def freeze(pid: int) -> None:
+    """SIGSTOP, and wait until each thread has stopped: until then it may answer a request yet."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+
+    def is_stopped(status: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            return status.read_text().rpartition(")")[2].split()[0] in "Tt"
+        return True
+
+    wait_until(lambda: all(map(is_stopped, tasks.glob("*/stat"))), f"process {pid} has stopped")
 
 
 def resources(pid: int) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import pytest
 from fixtures import Start
 from images import MiB, make_noise
 from late import Holding
+from processes import freeze
 from servers import QemuNbd
 from waiting import InThread, wait_until
 
@@ -108,7 +109,7 @@ def test_a_connection_that_is_given_up_ends_when_all_is_answered(
         lambda: connection.start(connection.handle.aio_pwrite, bytes(512), 0, done=told.append)
     ).result(5.0)
     wait_until(target.is_holding, "it is at the server")
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     request = InThread(lambda: connection.write(data, 8192))
     wait_until(lambda: connection.unanswered == 2, "in flight")
     over = threading.Event()

@@ -15,6 +15,7 @@ import pytest
 from clients import requested
 from copierparts import MIB, Clock, Devices, a_copier, data
 from fixtures import Start
+from processes import freeze
 from servers import NbdkitTarget, QemuNbd
 from waiting import wait_until
 
@@ -178,7 +179,7 @@ def test_a_server_that_is_stopped_is_not_there(
     target = start(QemuNbd(folder, folder / "t.img"))
     device = RemoteDevice.open(target.uri())
     assert device.is_server_there()
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     began_s = time.monotonic()
     assert not device.is_server_there()
     assert time.monotonic() - began_s < WAIT_S

@@ -15,7 +15,7 @@ from fixtures import Start
 from guest import ALL_FILES, Machine, check_disk, make_disk, nbd_drive
 from hosts import NBD_PORT, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
 from images import MiB, make_empty, make_noise
-from processes import ROOT, Finished, nbdmirror, nbdmirror_environment
+from processes import ROOT, Finished, freeze, nbdmirror, nbdmirror_environment
 from servers import Nbdmirror
 from waiting import WAIT_S_MAX, wait_until
 
@@ -97,7 +97,7 @@ class Stage:
 
     def hold_pivot(self) -> None:
         """Let the migration get as far as the pivot, which waits for the target: that hangs."""
-        os.kill(self.target.pid, signal.SIGSTOP)
+        freeze(self.target.pid)
         self.limit_migration(FAST)
         wait_until(lambda: "stopped for the pivot" in self.stderr.read_text(), "the pivot")
         assert self.migration() == "pre-switchover"

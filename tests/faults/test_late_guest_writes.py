@@ -16,7 +16,7 @@ from clients import connected, requested
 from fixtures import Identical, Start
 from images import MiB, make_image, make_noise
 from late import Holding
-from processes import patched
+from processes import freeze, patched
 from proxy import Proxy
 from servers import Nbdmirror, QemuNbd
 from waiting import InThread, wait_until
@@ -245,7 +245,7 @@ def test_a_server_that_is_stopped_meanwhile_and_goes_on(
     proxy = proxied(target.socket)
     server = served(start, folder, proxy, Nbdmirror, pivoted=pivoted)
     expected = bytearray(image.read_bytes())
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     try:
         old = requested(server.uri(), CHANGES["write"][0])
         wait_until(lambda: proxy.has_spared, "it is under way to the server")

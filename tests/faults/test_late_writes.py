@@ -14,7 +14,7 @@ from clients import connected, requested
 from fixtures import Identical, Start
 from images import KiB, MiB, make_image, make_noise
 from late import Holding, refused, started
-from processes import patched
+from processes import freeze, patched
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
@@ -169,7 +169,7 @@ def test_a_stopped_server_that_goes_on(
     qmp = server.qmp
     qmp.start_mirror(target.uri(), device="src", copy_mode=copy_mode)
     qmp.wait_ready()
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     try:
         guest = requested(server.uri("src"), lambda guest: guest.pwrite(OLD, 0))
         wait_until(lambda: in_flight(qmp), "it is at the target")
@@ -234,7 +234,7 @@ def take_for_lost(start: Start, server: Nbdmirror, target: QemuNbd, copy_mode: s
     qmp.execute("blockdev-add", driver="nbd", node_name="tgt", server=unix, reconnect_delay=60)
     qmp.start_mirror("tgt", copy_mode=copy_mode)
     qmp.wait_ready()
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     guest = requested(server.uri(), lambda guest: guest.pwrite(OLD, 0))
     qmp.wait_for_event("X_NBDMIRROR_TARGET_LOST")
     guest.result(10.0)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fixtures import Identical, Start
 from images import MiB
-from processes import Finished, nbdmirror, run
+from processes import Finished, freeze, nbdmirror, run
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
 
@@ -43,7 +43,7 @@ def test_a_complete_that_nobody_waits_for_any_more(
     """The target hangs; complete times out; a cancel comes too late; then the target goes on, and
     so does the pivot. Nobody is told that the source is served."""
     assert cli("mirror", target.uri(), "--wait", "ready").returncode == DONE
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     try:
         late = cli("complete", "--timeout", "0.5")
         assert (late.returncode, "completing for 0:0" in late.stderr) == (TIMED_OUT, True)
@@ -61,7 +61,7 @@ def test_a_complete_that_nobody_waits_for_any_more(
 
 def test_a_complete_that_is_taken_back(cli: Cli, disk: Path, target: QemuNbd) -> None:
     assert cli("mirror", target.uri(), "--wait", "ready").returncode == DONE
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     try:
         assert cli("complete", "--timeout", "0.2").returncode == TIMED_OUT
         done = cli("cancel", "--force")

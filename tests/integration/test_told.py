@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fixtures import Identical, Start
 from images import MiB, make_noise
-from processes import run
+from processes import freeze, run
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
@@ -154,7 +154,7 @@ def test_an_ending_that_waits_for_a_target_that_hangs(
     begin(qmp, target)
     qmp.wait_ready("vda")
     assert job_of(qmp)["ending"] == "none"
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     try:
         qmp.execute(f"block-job-{ending}", device="vda")
         job = wait_until(

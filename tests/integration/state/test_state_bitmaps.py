@@ -11,6 +11,7 @@ from clients import connected
 from fixtures import Identical, Start
 from images import MiB
 from kept import Kept, power_cut
+from processes import freeze
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from stateparts import GRANULE, End, begin, ends
@@ -101,7 +102,7 @@ def test_a_guests_write_that_hangs_does_not_keep_control_waiting(
     qmp = begin(server, target, copy_mode="write-blocking")
     qmp.wait_ready()
     with connected(server.uri()) as guest:
-        os.kill(target.pid, signal.SIGSTOP)
+        freeze(target.pid)
         try:
             write = InThread(lambda: guest.pwrite(b"x" * GRANULE, MiB))
             wait_until(lambda: server.job_status()["in-flight-bytes"], "the write is under way")

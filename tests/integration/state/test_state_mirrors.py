@@ -15,6 +15,7 @@ from fixtures import Identical, Start
 from guests import Guest
 from images import MiB, assert_identical, make_image, make_noise
 from kept import Kept, power_cut, refusal
+from processes import freeze
 from servers import OnTcp, QemuNbd
 from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
 from test_state_bitmaps import add, bitmaps
@@ -41,7 +42,7 @@ def test_what_was_written_while_the_target_hung_is_copied(
     """Dirty, and in flight, when the process ends; and no more than that is copied again."""
     begin(server, target).wait_ready()
     settle(server)
-    os.kill(target.pid, signal.SIGSTOP)
+    freeze(target.pid)
     try:
         with connected(server.uri()) as guest:
             for number in range(8):

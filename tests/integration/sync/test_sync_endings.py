@@ -19,7 +19,7 @@ from clients import connected, requested
 from fixtures import Identical, Start
 from images import KiB
 from late import started
-from processes import free_port
+from processes import free_port, freeze
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from syncparts import SIZE, soft_cancel
@@ -94,7 +94,7 @@ class Hang:
         if self.proxy:
             self.proxy.swallow()
         else:
-            os.kill(self.target.pid, signal.SIGSTOP)
+            freeze(self.target.pid)
 
     def end(self) -> None:
         if self.proxy:
