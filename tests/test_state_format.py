@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from staterecords import FILES, JOB, MIRROR, PLACES, SAMPLES, Steps, path_of, records
 
 from nbdmirror.definition import ExportRecord, JobRecord, MirrorRecord
+from nbdmirror.diskstate import Saved
 from nbdmirror.handshake import Announcement
 from nbdmirror.jsonrecord import (
     ID,
@@ -60,6 +61,14 @@ def reread(file: str, said: Any) -> Any:
 def test_what_is_written_is_read_again(file: str, data: st.DataObject) -> None:
     record = data.draw(records(FILES[file]))
     assert load(FILES[file], dump(record)) == record
+
+
+@given(st.dictionaries(st.text(), st.binary(), max_size=3), st.integers(0, 2**40))
+def test_bitmaps_that_are_written_are_read_again(bits: dict[str, bytes], mtime_ns: int) -> None:
+    saved = Saved("0" * 32, 1.5, bits, mtime_ns)
+    content = saved.to_bytes()
+    assert Saved.from_bytes(content, {key: len(one) for key, one in bits.items()}) == saved
+    assert Saved.from_bytes(content, {}) == Saved("0" * 32, 1.5, {}, mtime_ns), "none is wanted"
 
 
 @every_key

@@ -81,23 +81,38 @@ Change = Callable[[Path], None]
 
 
 @pytest.mark.parametrize(
-    ("change_it", "says"),
+    ("file", "change_it", "says"),
     [
-        (lambda path: change(path, "bitmaps", 3), "bitmaps: expected a list of objects, found 3"),
-        (lambda path: change(path, "memory", None), "memory: expected a string, found null"),
-        (lambda path: path.write_bytes(seal("disk", b"{}")), "disk_id: expected 32 hexadecimal"),
+        ("vda.json", lambda path: change(path, "bitmaps", 3),
+         "bitmaps: expected a list of objects, found 3"),
+        ("vda.json", lambda path: change(path, "memory", None),
+         "memory: expected a string, found null"),
+        ("vda.json", lambda path: path.write_bytes(seal("disk", b"{}")),
+         "disk_id: expected 32 hexadecimal digits, and there is none"),
+        ("vda.bitmaps", lambda path: path.write_bytes(seal("bitmaps", b'{"disk": 3}')),
+         "disk: expected 32 hexadecimal digits, found 3"),
     ],
-    ids=["a list", "a string", "nothing"],
-)
+    ids=["a list", "a string", "nothing", "bitmaps"],
+)  # fmt: skip
 def test_a_sound_file_that_is_not_understood(
-    server: Kept, target: QemuNbd, change_it: Change, says: str
+    server: Kept, target: QemuNbd, file: str, change_it: Change, says: str
 ) -> None:
     """Its checksum is right, so it is not damage that has made it so."""
     begin(server, target).wait_ready()
     server.stop()
-    change_it(server.state / "vda.json")
+    change_it(server.state / file)
     said = refused(server)
-    assert f"{server.state}/vda.json: {says}" in said and OTHER in said
+    assert f"{server.state}/{file}: {says}" in said and OTHER in said
+
+
+def test_a_sound_record_of_a_pivot_that_is_not_understood(server: Kept, target: QemuNbd) -> None:
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    server.stop()
+    change(server.state / "vda.pivoted", "left", ["/srv/disk.img"])
+    said = refused(server)
+    assert 'vda.pivoted: left[0]: expected an object, found "/srv/disk.img"' in said
+    assert OTHER in said and "--accept-old-side" in said
 
 
 def test_a_newer_record_of_a_pivot(server: Kept, target: QemuNbd, folder: Path, disk: Path) -> None:

@@ -15,8 +15,11 @@ from servers import QemuNbd
 from stateparts import finish
 from test_state_bitmaps import bitmaps
 
+from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.definition import Definition
-from nbdmirror.diskstate import Pivoted
+from nbdmirror.diskfile import Identity
+from nbdmirror.diskstate import Pivoted, examine
+from nbdmirror.statefile import DiskFolder
 
 MIRRORS = {"first-copy": 64, "ready": 3, "requests-under-way": 3, "orderly-end": 0}
 """The cases with a mirror, and how many granules may differ: those that did, and those that were
@@ -120,7 +123,36 @@ def test_the_old_side_of_a_pivot_is_refused(
     scene.check_bitmaps(is_exact=not loses_memory)
 
 
-# Key by key.
+# Granule by granule, and key by key.
+
+
+@pytest.mark.parametrize("loses_memory", [False, True], ids=["killed", "power cut"])
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"pivot"}))  # that one has no bitmaps
+def test_what_is_dirty_is_what_it_was(folder: Path, case: str, loses_memory: bool) -> None:
+    golden, disk, target_uri = Golden(case), folder / "disk.img", "nbd://b/vda"
+    about = golden.about
+    size, granule = about["size"], about["granule"]
+    golden.make_images(disk, folder / "target.img")
+    golden.lay(folder / "state", disk, target_uri, loses_memory=loses_memory)
+    source = target_uri if case.startswith("pivot") else str(disk)
+    found = examine(DiskFolder(folder / "state"), "vda", Identity.of(source, size))
+    assert found is not None and not found.problem
+    is_exact = not loses_memory or case == "orderly-end"
+
+    def dirty_in(key: str) -> set[int]:
+        bitmap = DirtyBitmap(size, granule)
+        found.restore(bitmap, key)
+        return {at // granule for at in range(0, size, granule) if bitmap.is_dirty(at, granule)}
+
+    for record in found.definition.bitmaps:
+        expected = set(about["bitmaps"][record.name])
+        dirty = dirty_in(record.key)
+        assert dirty == expected if is_exact else dirty >= expected
+    if (mirror := found.definition.mirror) is not None:
+        differing = set(about["differing granules"])
+        dirty = dirty_in(mirror.key)
+        assert dirty >= differing
+        assert not is_exact or len(dirty) == MIRRORS[case]
 
 
 @pytest.mark.parametrize("case", CASES)
