@@ -35,7 +35,7 @@ from nbdmirror.handshake import connect, export_of, has_wide_lengths, reason, wi
 from nbdmirror.identity import Peer
 from nbdmirror.loop import Loop
 from nbdmirror.peek import Peek
-from nbdmirror.request import Request, nobody
+from nbdmirror.request import Parts, Request, nobody
 from nbdmirror.tcpwatch import TcpWatch
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ class Connection:
         if there never was one."""
         self.is_wide = False
         """Lengths have 64 bits."""
+        self.can_df = False
+        """The server can be asked for a read in one piece, without parts left out."""
         self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
@@ -79,6 +81,7 @@ class Connection:
             name, label = export_of(handle)
             self.peer = Peer.of(self._socket, description, export=name, label=label)
             self.is_wide = has_wide_lengths(handle)
+            self.can_df = bool(handle.can_df())
         self._requests: set[Request] = set()
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches
@@ -179,17 +182,10 @@ class Connection:
     # Link's requests, which block, in the same form.
 
     def read(self, buf: memoryview, offset: int) -> None:
-        """A structured reply that leaves parts out is an error. libnbd lets such a reply pass."""
-        found = 0
-
-        def count(part: Buffer, *_: object) -> int:
-            nonlocal found
-            found += len(part)
-            return 0
-
-        self.call(self.handle.aio_pread_structured, buf, offset, count)
-        if found != len(buf):
-            raise DeviceError(f"{self.description}: a read has no data for some of it", errno.EIO)
+        parts = Parts(self.description, len(buf))
+        self.call(self.handle.aio_pread_structured, buf, offset, parts)
+        if (error := parts.error) is not None:
+            raise error
 
     def write(self, buf: Buffer, offset: int, flags: int = 0) -> None:
         if self._loop is not None:  # `give_up` lets the caller go, whose buffer that is

@@ -5,14 +5,15 @@ replacing it behind a closed gate (`swap`) means that no request is lost, none i
 the guest's connections never know. The same holds for the copy mode: a request looks once, on its
 way in, whether its writes are synchronous, and keeps to that (rule 11).
 
-Calls are for any thread, except `swap` and setting `synchronous`, which are for the owner of the
-disk's jobs.
+Calls are for any thread, except `swap`, `watch`, `unwatch` and setting `synchronous`, which are for
+the owner of the disk's jobs.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Any, cast
 
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.device import BlockDevice, Buffer, Extent
@@ -36,7 +37,19 @@ class Disk:
     @property
     def source(self) -> BlockDevice:
         """The device that guests are served from now."""
-        return self._source
+        source = self._source
+        return source.device if isinstance(source, WatchedDevice) else source
+
+    def watch(self) -> WatchedDevice:
+        """Look at each read from now on, until `unwatch`; the last one who asks for it does."""
+        watched = WatchedDevice(self.source)
+        self._source = cast(BlockDevice, watched)
+        return watched
+
+    def unwatch(self, watched: WatchedDevice) -> None:
+        source = self._source
+        if isinstance(source, WatchedDevice) and source is watched:
+            self._source = source.device
 
     def swap(self, target: BlockDevice) -> BlockDevice:
         """Serve guests from `target` from now on; returns the device served until now.
@@ -46,7 +59,7 @@ class Disk:
         """
         assert self.ledger.is_idle, "swap behind a closed gate only"
         assert target.size >= self.size, "the job has compared the sizes"
-        old, self._source = self._source, target
+        old, self._source = self.source, target
         return old
 
     def pread(self, buf: memoryview, offset: int) -> None:
@@ -138,6 +151,25 @@ class Disk:
             self._source.cache(offset, length)
         finally:
             ledger.leave_read(token)
+
+
+class WatchedDevice:
+    """A disk's source while it is watched: whether a read of `wanted`, offset and length, comes by.
+    All else goes straight to `device`. It stands in the source's place, so that no request looks
+    whether there is one."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self.device = device
+        self.wanted = (0, 0)
+        self.is_seen = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.device, name)
+
+    def read_part(self, buffers: tuple[memoryview], offset: int) -> int:
+        if self.wanted == (offset, len(buffers[0])):
+            self.is_seen = True
+        return self.device.read_part(buffers, offset)
 
 
 class SynchronousWrites:

@@ -22,7 +22,8 @@ from nbdmirror.connection import Connection
 from nbdmirror.copier import Copier
 from nbdmirror.definition import MirrorRecord
 from nbdmirror.depth import OPENING_BYTES, Crowd
-from nbdmirror.device import BlockDevice, Done, Extent
+from nbdmirror.detour import check_detour
+from nbdmirror.device import BlockDevice, Done
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import Found
 from nbdmirror.errors import CommandError
@@ -39,7 +40,7 @@ from nbdmirror.reconnect import reconnect, reconnect_source
 from nbdmirror.records import mirror_record, node_of, options_of
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.sameness import first_difference
-from nbdmirror.scan import scan
+from nbdmirror.scan import is_no_hole, is_not_zero, scan
 from nbdmirror.statefile import StateError
 from nbdmirror.transient import Transient
 
@@ -295,13 +296,13 @@ class Mirrors:
     def scan(self, job: MirrorJob, done: Done) -> None:
         source = self._mirrors[job].source
         dirty = job.tracker.dirty
-        ask, is_copied = source.start_extents, _is_not_zero
+        ask, is_copied = source.start_extents, is_not_zero
         if job.options.sync == "top":
             if not isinstance(source, RemoteDevice) or not source.can_depth:
                 dirty.mark_all()  # no layers: all is the top
                 done(None)
                 return
-            ask, is_copied = source.start_top_layer, _is_no_hole
+            ask, is_copied = source.start_top_layer, is_no_hole
         is_wanted = partial(self._is_running, job)
         scan(ask, dirty, is_copied=is_copied, is_wanted=is_wanted, done=done)
 
@@ -316,7 +317,10 @@ class Mirrors:
         mirror = self._mirrors[job]
         device = mirror.node.device
         if not device.is_lost:
-            done(None)
+            if job.copier.answers:
+                done(None)
+            else:  # nothing was written there yet
+                check_detour(job.disk, mirror.source, device, self._loop, done)
             return
         attempt = mirror.attempt = object()  # those before, if it was paused meanwhile, give up
 
@@ -389,11 +393,3 @@ def _copy_all(job: MirrorJob) -> None:
     log.warning("job %s: the source may have lost writes: everything is copied again", job.id)
     job.tracker.again_bytes += job.tracker.size - job.tracker.dirty.dirty_bytes
     job.tracker.dirty.mark_all()
-
-
-def _is_not_zero(extent: Extent) -> bool:
-    return not extent.zero
-
-
-def _is_no_hole(extent: Extent) -> bool:
-    return not extent.hole

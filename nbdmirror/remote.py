@@ -33,6 +33,7 @@ from nbdmirror.handshake import DEPTH_CONTEXT, Announcement
 from nbdmirror.identity import Same, same_place
 from nbdmirror.link import Link
 from nbdmirror.pool import CONNECT_TIMEOUT_S, ConnectionPool
+from nbdmirror.request import Parts
 
 log = logging.getLogger(__name__)
 
@@ -303,9 +304,12 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 
-    def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
-        connection = self.pool.shared
-        connection.start(connection.handle.aio_pread, buf, offset, done=done)
+    def start_read(self, buf: memoryview, offset: int, done: Done, *, whole: bool = False) -> None:
+        """`whole`: the server is to read all of it, where it might leave holes out."""
+        connection, parts = self.pool.shared, Parts(self.uri, len(buf))
+        flags = nbd.CMD_FLAG_DF if whole and connection.can_df else 0
+        read, then = connection.handle.aio_pread_structured, parts.check(done)
+        connection.start(read, buf, offset, parts, flags=flags, done=then)
 
     def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
         connection = self.pool.shared

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import errno
 from typing import Any, Protocol
 
-from nbdmirror.device import Done
+from nbdmirror.device import Buffer, Done
 from nbdmirror.errors import DeviceError, DeviceLost
 
 
@@ -65,6 +66,31 @@ class Request:
         self.error = error
         self.is_finished = True
         self.wake()
+
+
+class Parts:
+    """Counts what the parts of a structured reply bring of a read. libnbd lets a reply pass that
+    leaves some of it out."""
+
+    def __init__(self, description: str, length: int) -> None:
+        self._description = description
+        self._missing_bytes = length
+
+    def __call__(self, part: Buffer, *_: object) -> int:
+        """libnbd's callback for each part."""
+        self._missing_bytes -= len(part)
+        return 0
+
+    @property
+    def error(self) -> DeviceError | None:
+        """At the end of the read."""
+        if not self._missing_bytes:
+            return None
+        return DeviceError(f"{self._description}: a read has no data for some of it", errno.EIO)
+
+    def check(self, done: Done) -> Done:
+        """`done` with that error, if there is no other."""
+        return lambda error: done(error or self.error)
 
 
 def nobody(error: BaseException | None) -> None:

@@ -49,3 +49,11 @@ def scan(
             done(None)
 
     step()
+
+
+def is_not_zero(extent: Extent) -> bool:
+    return not extent.zero
+
+
+def is_no_hole(extent: Extent) -> bool:
+    return not extent.hole

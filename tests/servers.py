@@ -103,7 +103,7 @@ class QemuNbd(Server):
     def __init__(
         self,
         folder: Path,
-        image: Path,
+        image: Path | str,
         fmt: str = "raw",
         *,
         shared: int = 16,

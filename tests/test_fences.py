@@ -58,7 +58,8 @@ MAY_IMPORT = {
     "pool": "connection errors handshake link linkset loop",
     "tcpwatch": "",
     "blockstatus": "device handshake",
-    "remote": "aligned blockstatus connection device errors handshake identity link pool tls",
+    "remote": "aligned blockstatus connection device errors handshake identity link pool"
+    " request tls",
     "ledger": "bitmap device errors",
     "disk": "bitmap device errors ledger",
     "buffer": "",
@@ -84,10 +85,11 @@ MAY_IMPORT = {
     # What jobs are made of and live in.
     "bitmaps": "bitmap definition disk diskstate errors transient",
     "nodes": "aligned device disk errors identity linkset mirror remote",
+    "detour": "device disk errors loop remote",
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors file nodes options remote",
     "mirrors": "admission aligned bitmap bitmaps chronicle connection copier definition depth"
-    " device disk diskstate errors events filesource jobstate ledger loop mirror nodes options pool"
+    " detour device disk diskstate errors events filesource jobstate ledger loop mirror nodes options pool"
     " reconnect records remote sameness scan statefile transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",

@@ -107,6 +107,27 @@ def test_data_that_was_left_out_is_an_error_or_zeroes(
     source.behave()
 
 
+@pytest.mark.parametrize("trick", [tricks.no_data, tricks.empty_data, tricks.data_for_nothing])
+def test_data_that_was_left_out_is_not_copied_as_zeroes(
+    start: Start, folder: Path, disk: Path, source: Hostile, trick: Trick
+) -> None:
+    image = folder / "target.img"
+    good = start(QemuNbd(folder, make_noise(image, SIZE, SEED + 4)))
+    server = start(Nbdmirror(folder, source.uri, bare=True))
+    server.allowed = [NO_WAY_OUT, "error", "no data for some of it"]
+    source.on_request[READ] = trick
+    server.qmp.start_mirror(good.uri())
+    told = server.qmp.wait_for_event("BLOCK_JOB_COMPLETED", device="j")
+    assert is_one_line(told["error"])
+    source.behave()
+    server.qmp.forget()
+    server.qmp.start_mirror(good.uri())
+    server.qmp.wait_ready()
+    server.qmp.execute("block-job-cancel", device="j")
+    server.qmp.wait_completed()
+    assert_identical(disk, image)
+
+
 def test_a_hostile_source_about_its_extents(
     start: Start, folder: Path, disk: Path, source: Hostile
 ) -> None:
