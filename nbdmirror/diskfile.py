@@ -21,6 +21,7 @@ from typing import Annotated
 
 from nbdmirror.identity import Same, same_place
 from nbdmirror.jsonrecord import COUNT, TEXT, Key
+from nbdmirror.layers import layers_of, layers_of_device, share_storage
 from nbdmirror.statefile import StateError
 
 ALIVE_SLACK_S = 10.0
@@ -101,6 +102,20 @@ class Identity:
         """The same path, or surely the same file or device under another one."""
         is_same = same_place(self.source, other.source) is Same.YES
         return is_same or bool(self.is_one_file(other))
+
+    def shares_storage(self, other: Identity) -> bool:
+        """Whether `other`, which exists now, surely lies on the same file or device: a loop device
+        on the file, a partition, a device that is mapped to it, or the other way round."""
+        try:
+            layers = layers_of(os.stat(other.source), other.source)
+        except OSError:
+            return False
+        files = [layer for layer in layers if layer.path and self.inode == layer.thing[2]]
+        if any(self.is_one_file(Identity.of(layer.path, 0)) for layer in files):
+            return True
+        if not self.number or self.boot != boot_id():
+            return False
+        return bool(share_storage(layers_of_device(self.number), layers))
 
 
 def _block_number(source: str) -> int:

@@ -21,7 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nbdmirror import linux
 from nbdmirror.errors import ConfigError
+from nbdmirror.layers import layers_of, layers_of_device, share_storage
 from nbdmirror.uri import NbdUri, is_uri, parse
 
 LABEL = "nbdmirror"
@@ -54,25 +56,27 @@ def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 def _writes_to(process: int, fd: int, opened: os.stat_result) -> bool:
-    """Whether a process of this host has the file or device that is open here as `fd` open for
-    writing, under whatever name, or a loop device of it, as far as we may look. `opened`: its
-    status. What processes have open is asked of the kernel, and of a storage only where the inode's
-    number is the same."""
-    here, below = _OpenFile.of("/proc/self", fd), _backing(opened)
+    """Whether a process of this host has something open for writing, under whatever name, that
+    shares storage with the file or device that is open here as `fd`, as far as we may look.
+    `opened`: its status. What processes have open is asked of the kernel, and of a storage only
+    where the inode's number is the same."""
+    here, layers = _OpenFile.of("/proc/self", fd), layers_of(opened)
+    files = [layer for layer in layers if layer.path]
+    below = {str(layer.thing[2]) for layer in files} | {layer.path for layer in files}
     folder = f"/proc/{process}"
     with suppress(OSError):
         for other in os.listdir(f"{folder}/fd"):
             with suppress(OSError):
-                there = _OpenFile.of(folder, int(other))
+                there, name = _OpenFile.of(folder, int(other)), f"{folder}/fd/{other}"
                 if there.flags & os.O_ACCMODE == os.O_RDONLY:
                     continue
-                is_device = there.name.startswith("/dev/")
-                if not is_device and there.inode != here.inode and there.name != below:
+                if number := linux.block_number(name):
+                    found = layers_of_device(number)
+                elif there.inode == here.inode or there.inode in below:
+                    found = layers_of(os.stat(name))
+                else:
                     continue
-                status = os.stat(f"{folder}/fd/{other}")
-                if is_same_file(status, opened) or there.name == below:
-                    return True
-                if here.name == _backing(status):
+                if share_storage(layers, found):
                     return True
     return False
 
@@ -91,17 +95,7 @@ class _OpenFile:
         name = os.readlink(f"{folder}/fd/{fd}")
         lines = Path(f"{folder}/fdinfo/{fd}").read_text().splitlines()
         info = dict(line.split(":", 1) for line in lines if ":" in line)
-        return cls(name, int(info["flags"], 8), info.get("ino", name))
-
-
-def _backing(device: os.stat_result) -> str | None:
-    """The file of a loop device; None of anything else."""
-    if not stat.S_ISBLK(device.st_mode):
-        return None
-    major, minor = os.major(device.st_rdev), os.minor(device.st_rdev)
-    with suppress(OSError):
-        return Path(f"/sys/dev/block/{major}:{minor}/loop/backing_file").read_text().rstrip("\n")
-    return None
+        return cls(name, int(info["flags"], 8), info.get("ino", name).strip())
 
 
 def _process_of(listener: int) -> int:

@@ -30,8 +30,13 @@ Trying reads of 512 bytes would not tell either: a hole takes every alignment.""
 
 _BLKSSZGET = 0x1268  # linux/fs.h
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
-_STATX_DIOALIGN = 0x2000  # linux/stat.h
-_STATX_DIO_OFFSET_ALIGN_AT = 0x9C  # of struct statx
+_AT_FDCWD = -100
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_TYPE = 0x1  # linux/stat.h
+_STATX_DIOALIGN = 0x2000
+_STATX_MODE_AT = 0x1C  # of struct statx
+_STATX_RDEV_AT = 0x80
+_STATX_DIO_OFFSET_ALIGN_AT = 0x9C
 _IN_MEMORY = (0x01021994, 0x858458F6)  # linux/magic.h: TMPFS_MAGIC, RAMFS_MAGIC
 _ANSWER_BYTES = 256
 """struct statx; struct statfs is smaller."""
@@ -65,6 +70,18 @@ def node_of(number: int) -> str:
     except OSError:
         return ""
     return node if stat.S_ISBLK(status.st_mode) and status.st_rdev == number else ""
+
+
+def block_number(path: str) -> int:
+    """Of the block device at `path`; 0 if it is none, or nobody knows. Only what the kernel has in
+    memory is looked at: no storage is asked."""
+    answer = ctypes.create_string_buffer(_ANSWER_BYTES)
+    name = os.fsencode(path)
+    if _libc.statx(_AT_FDCWD, name, _AT_STATX_DONT_SYNC, _STATX_TYPE, answer) != 0:
+        return 0
+    (mode,) = struct.unpack_from("H", answer, _STATX_MODE_AT)
+    number = os.makedev(*struct.unpack_from("II", answer, _STATX_RDEV_AT))
+    return number if stat.S_ISBLK(mode) else 0
 
 
 def is_in_memory(fd: int) -> bool:

@@ -31,6 +31,7 @@ from nbdmirror.hangup import Guests, unix_listeners
 from nbdmirror.journaleddisk import JournaledDisk
 from nbdmirror.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
 from nbdmirror.latecomers import OPEN_TIMEOUT_S_MAX, Opening
+from nbdmirror.layers import layers_of, share_storage
 from nbdmirror.linkset import CONNECTIONS_DEFAULT, CONNECTIONS_MAX
 from nbdmirror.loop import Loop
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
@@ -306,18 +307,24 @@ class Service:
         return AlignedDevice(device) if device.block_size.minimum > 1 else device
 
     def _check_other_disks(self, path: str, source: BlockDevice) -> None:
-        """What is written to one disk would change another one, and no mirror would know. (Files
-        have locks.)"""
+        """What is written to one disk would change another one, and no mirror would know."""
         device = raw_device(source)
+        if self._is_read_only:
+            return
         for name, disk in self.disks.items():
             other = raw_device(disk.source)
             if (
                 isinstance(device, RemoteDevice)
                 and isinstance(other, RemoteDevice)
-                and not self._is_read_only
                 and device.is_same_export(other)
             ):
                 raise ConfigError(f"file={path}: is the same export as disk '{name}'")
+            if (
+                isinstance(device, FileDevice)
+                and isinstance(other, FileDevice)
+                and share_storage(layers_of(device.opened), layers_of(other.opened))
+            ):
+                raise ConfigError(f"file={path}: shares storage with disk '{name}'")
 
     def _start_mirror(self) -> None:
         """As `drive-mirror` would; in daemon mode nobody sees an exception, so it is logged."""

@@ -119,7 +119,8 @@ class StateDirectory:
                 ) from error
             except StateError:
                 continue  # which disk it was is not known
-            if any(left.is_same(identity) for left in pivoted.left):
+            left = pivoted.left
+            if any(old.is_same(identity) or old.shares_storage(identity) for old in left):
                 raise ConfigError(
                     f"{identity.source} is the old side of the disk {other}, which is served from "
                     f"{pivoted.truth} ({path}); serve that, or {accept} and lose what was written "

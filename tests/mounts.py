@@ -37,8 +37,9 @@ def mounted(kind: str, options: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    command = ["losetup", "--find", "--show", str(path)]
+def loop_device(path: Path, *, offset: int = 0, sizelimit: int = 0) -> Iterator[str]:
+    part = [f"--offset={offset}", f"--sizelimit={sizelimit}"]
+    command = ["losetup", "--find", "--show", *part, str(path)]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:

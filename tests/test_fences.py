@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "systemd": "events",
     "uri": "errors",
     "names": "",
-    "identity": "errors uri",
+    "layers": "",
+    "identity": "errors layers linux uri",
     "tls": "errors uri",
     "endpoints": "errors tls uri",
     "bitmap": "errors",
@@ -89,8 +90,8 @@ MAY_IMPORT = {
     "sameness": "bitmap disk ledger",
     "admission": "aligned bitmap bitmaps device disk errors file nodes options remote",
     "mirrors": "admission aligned bitmap bitmaps chronicle connection copier definition depth"
-    " detour device disk diskstate errors events filesource jobstate ledger loop mirror nodes options pool"
-    " reconnect records remote sameness scan statefile transient",
+    " detour device disk diskstate errors events filesource jobstate ledger loop mirror nodes"
+    " options pool reconnect records remote sameness scan statefile transient",
     "reconnect": "connection device errors loop remote",
     "scan": "bitmap device",
     "records": "connection definition handshake mirror nodes options pool remote",
@@ -101,7 +102,7 @@ MAY_IMPORT = {
     "journal": "intentlog statefile",
     "journaleddisk": "device disk journal",
     "jsonrecord": "statefile",
-    "diskfile": "identity jsonrecord statefile",
+    "diskfile": "identity jsonrecord layers statefile",
     "definition": "diskfile jsonrecord statefile",
     "diskstate": "bitmap definition diskfile identity intentlog journal jsonrecord lasting"
     " statefile",
@@ -133,8 +134,8 @@ MAY_IMPORT = {
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
     "service": "__init__ aligned commands device disk diskstate errors events file hangup keepalive"
-    " journaleddisk latecomers linkset loop logs names qmp remote server signals sockets startup"
-    " statedir store systemd uri",
+    " journaleddisk latecomers layers linkset loop logs names qmp remote server signals sockets"
+    " startup statedir store systemd uri",
     "plugin/*": ANYTHING,
 }
 
