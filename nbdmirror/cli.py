@@ -306,10 +306,16 @@ def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for name, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
             if text == "":
-                parser.error(f"{name.replace('_', '-')}: is empty")
+                parser.error(f"{_called(name)}: is empty")
             if isinstance(text, str) and re.search("[\0-\x1f\x7f\ud800-\udfff]", text):
                 what = "has control characters, or is not UTF-8"
-                parser.error(f"{name.replace('_', '-')}: {text!r} {what}; a link can name the file")
+                parser.error(f"{_called(name)}: {text!r} {what}; a link can name the file")
+
+
+def _called(name: str) -> str:
+    """An argument as it is typed."""
+    option = f"--{name.replace('_', '-')}"
+    return {"disks": "DISK", "target": "TARGET_URI", "names": "NAME"}.get(name, option)
 
 
 def main(argv: list[str] | None = None) -> int:

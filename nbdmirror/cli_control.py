@@ -179,6 +179,7 @@ async def _pause(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     watch = Watch(session, job, PlainDisplay(time.monotonic))
     before = await watch.look() or {}
+    watch.check_not_ended()
     if cli_words.state(before) != "pausing":  # else it is only to be waited for
         await session.execute("job-pause", id=job)
     with contextlib.suppress(TimeoutError):
@@ -203,6 +204,7 @@ async def _resume(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     watch = Watch(session, job, PlainDisplay(time.monotonic))
     before = await watch.look() or {}
+    watch.check_not_ended()
     await session.execute("job-resume", id=job)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RESUME_S_MAX):

@@ -131,6 +131,14 @@ class Watch:
             self._see_the_end(found)
         return found
 
+    def check_not_ended(self) -> None:
+        """Raise CliError, with how it ended, if the last look found a job that is kept after its
+        end."""
+        if self.end:
+            how = cli_status.result_text(self._result) if self._result else self._job
+            text = f"job {self._job} has ended already ({how})"
+            raise CliError(f"{text}; forget it with: nbdmirror dismiss")
+
     def _see_the_end(self, job: Job | None) -> None:
         last = self._disk.get("last-job") or {}
         if last.get("id") == self._job:

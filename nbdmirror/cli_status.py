@@ -38,7 +38,11 @@ def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
         for job in disk.get("jobs") or []:
             lines.append(f"  {_job_text(job, meters)}")
             lines += [f"    {remark.text}" for remark in remarks(job)]
-        if disk.get("last-job") and not disk.get("jobs"):
+        last, jobs = disk.get("last-job") or {}, disk.get("jobs") or []
+        is_kept = any(
+            job.get("status") == "concluded" and job.get("device") == last.get("id") for job in jobs
+        )
+        if last and (is_kept or not jobs):
             lines.append(f"  last job {result_text(disk['last-job'])}")
     if status.get("state-error"):
         lines.append(f"the state directory cannot be written: {status['state-error']}")
