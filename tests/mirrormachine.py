@@ -44,6 +44,9 @@ COPIER_ACTIONS = (
 )
 """`disown`: wait no longer for what the source was asked."""
 
+LATE_PARTS = {"late": 1.0, "half": 0.5, "never": 0.0}
+LOST_ACTIONS = ("back", "back", "late", *LATE_PARTS)
+
 GATE_ACTIONS = ("in sync", "hold", "announcement")
 
 slots = st.sampled_from((0, 0, 1, 2, 3, 5, 11))
@@ -206,6 +209,8 @@ class MirrorMachine(RuleBasedStateMachine):
         if action == "copy":
             self.w.copy_all()
             return
+        if action == "start" and self.w.devices.is_lost:
+            return  # the job does not, before the target is back
         self.w.devices.at_once = at_once
         if action == "speed":
             copier.pace.set_speed(speed)
@@ -312,3 +317,19 @@ class MirrorMachine(RuleBasedStateMachine):
 
     def _is_in_sync(self) -> bool:
         return not self.w.claims and self.w.tracker.dirty.is_empty
+
+
+class LosingMachine(MirrorMachine):
+    """The same with a target whose connection is given up. On its own, since each rule more makes
+    the others rarer."""
+
+    @precondition(lambda self: self.w.is_tracking)
+    @rule(which=slots, action=st.sampled_from(LOST_ACTIONS))
+    def target_is_lost(self, which: int, action: str) -> None:
+        """With requests in flight that the server carries out late, in part, or never."""
+        if not self.w.devices.is_lost:
+            self.w.give_up_target()
+        elif action == "back":
+            self.w.reconnect()
+        if self.w.devices.left and action in LATE_PARTS:
+            self.w.devices.carry_out_late(which, LATE_PARTS[action])

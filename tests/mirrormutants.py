@@ -268,6 +268,14 @@ class _Everything(set[_Copy]):
         return True
 
 
+class WritesBesideWhatIsLeft(World):
+    """A connection that was given up may have requests that its server carries out late: none is
+    written beside it (nbdmirror/reconnect.py)."""
+
+    unanswered = 0
+    loses_target = True
+
+
 class LooksAtTheGateFirst(World):
     """The gate is Dekker's: a guest that looks before it announces itself gets through."""
 
@@ -303,5 +311,6 @@ MUTANTS = (
     CountsThePieceAhead,
     DisownedCountsAsCopied,
     WritesWhatWasDisowned,
+    WritesBesideWhatIsLeft,
     LooksAtTheGateFirst,
 )

@@ -11,13 +11,19 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 from nbdmirror.device import Done, Extent, ExtentsDone, merge_extents
+from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.ledger import Claim
 from nbdmirror.loop import Timer
+from nbdmirror.reconnect import _connect
 
 EXTENT_UNIT_BYTES = 128
 """What the source's allocation is known in, at best."""
+
+_TO_TARGET = ("write", "zero", "flush")
 
 Script = Generator[None, bool, None]
 
@@ -161,6 +167,10 @@ class StepDevices:
         """Answers may fall short, down to one extent."""
         self.torn: Callable[[], list[slice]] = list
         """Where others are writing to the target."""
+        self.is_lost = False
+        """The target's connection was given up, and there is no other yet."""
+        self.left: list[Request] = []
+        """Changes that were in flight there: the server may carry them out at any time."""
 
     def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
         def move(moved: int, count: int) -> None:
@@ -214,6 +224,30 @@ class StepDevices:
 
         self._start(Request("extents", offset, length, move, answer))
 
+    def give_up(self, guests: list[Guest]) -> None:
+        """What is in flight to the target fails at once, and has its effect later, or never.
+        `guests` are those whose writes are there."""
+        self.is_lost = True
+        for guest in guests:
+            guest.is_given_up = True
+            self.left.append(self._write_of(guest))
+        in_flight = [request for request in self.requests if request.kind in _TO_TARGET]
+        self.left += [request for request in in_flight if request.kind != "flush"]
+        for request in in_flight:
+            self.requests.remove(request)
+        for request in in_flight:
+            request.answer(DeviceLost(f"{request.kind} was given up"))
+
+    def _write_of(self, guest: Guest) -> Request:
+        def move(moved: int, count: int) -> None:
+            start = guest.offset + moved
+            self.target[start : start + count] = guest.content[moved : moved + count]
+
+        return Request("write", guest.offset, guest.length, move, lambda error: None)
+
+    def carry_out_late(self, which: int, part: float) -> None:
+        self.left.pop(which % len(self.left)).go_on(part)
+
     def end(self, request: Request, outcome: str) -> None:
         """`well`, or an error: `unchanged`, or `torn`, with a part done."""
         self.requests.remove(request)
@@ -222,7 +256,9 @@ class StepDevices:
     def _start(self, request: Request) -> None:
         assert 0 <= request.offset <= request.offset + request.length <= self.size
         outcome = self.at_once.pop(0) if self.at_once else "later"
-        if outcome == "later":
+        if self.is_lost and request.kind in _TO_TARGET:
+            request.answer(DeviceLost("the target is lost"))
+        elif outcome == "later":
             self.requests.append(request)
         else:
             self._end(request, outcome)
@@ -260,6 +296,10 @@ class Guest:
     claim: Claim | None = None
     is_under_way: bool = False
     """In background mode, between `enter` and the end of `leave`."""
+    is_at_target: bool = False
+    """In write-blocking mode, when the source has been written."""
+    is_given_up: bool = False
+    """While it was at the target: that write fails."""
 
     @property
     def length(self) -> int:
@@ -267,3 +307,14 @@ class Guest:
 
     def touches(self, offset: int, length: int) -> bool:
         return self.offset < offset + length and offset < self.offset + self.length
+
+
+def may_reconnect(unanswered: int) -> bool:
+    """What nbdmirror/reconnect.py says of a target with so many requests that were given up."""
+    pool = SimpleNamespace(unanswered=unanswered, reopen=object)
+    device: Any = SimpleNamespace(uri="nbd://target", is_lost=True, pool=pool)
+    try:
+        _connect(device, lambda connection: None, lambda: 0.0, 0.0, lambda: True)
+    except DeviceError:
+        return False
+    return True

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from mirrormachine import MirrorMachine
+from mirrormachine import LosingMachine, MirrorMachine
 from mirrormutants import MUTANTS
 from world import World
 
@@ -18,9 +18,10 @@ MUTANT_SEARCHES_MAX = 20
 MUTANT_EXAMPLES_MAX = 250
 
 
-def test_the_invariant_holds() -> None:
+@pytest.mark.parametrize("machine", [MirrorMachine, LosingMachine])
+def test_the_invariant_holds(machine: type[MirrorMachine]) -> None:
     run_state_machine_as_test(
-        MirrorMachine,
+        machine,
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
@@ -36,7 +37,8 @@ def test_the_invariant_holds() -> None:
 def test_a_broken_rule_is_caught(mutant: type[World]) -> None:
     """The same steps each time, so that this does not fail by bad luck. Several short searches find
     more than a long one, in which Hypothesis keeps to what it has found interesting."""
-    machine: Any = type(f"{mutant.__name__}Machine", (MirrorMachine,), {"world_class": mutant})
+    kind = LosingMachine if mutant.loses_target else MirrorMachine
+    machine: Any = type(f"{mutant.__name__}Machine", (kind,), {"world_class": mutant})
 
     def search() -> None:
         for number in range(MUTANT_SEARCHES_MAX):

@@ -19,6 +19,7 @@ from model import (
     StepLoop,
     StepQueue,
     WouldBlock,
+    may_reconnect,
 )
 
 import nbdmirror.buffer
@@ -42,6 +43,8 @@ class World:
     ledger_class: type[Ledger] = Ledger
     tracker_class: type[Tracker] = Tracker
     copier_class: type[Copier] = Copier
+    loses_target = False
+    """True in mutants that only a target with late requests shows."""
     checks_overlap = True
     """False in mutants, so that the bytes themselves have to show what is wrong."""
 
@@ -155,6 +158,23 @@ class World:
         assert not self.condition.is_held, "somebody is told under the lock"
         self.is_told_idle = True
 
+    @property
+    def unanswered(self) -> int:
+        return len(self.devices.left)
+
+    def give_up_target(self) -> None:
+        """What ConnectionPool.give_up does to all that is in flight there."""
+        self.copier.stop()
+        self.devices.give_up([guest for guest in self.guests if guest.is_at_target])
+
+    def reconnect(self) -> bool:
+        if not may_reconnect(self.unanswered):
+            return False
+        self.devices.is_lost = False
+        self.tracker.target_came_back()
+        self.copier.start()
+        return True
+
     # Guests. A script yields where another thread may go on, and is told whether to fail there.
 
     def add_guest(self, offset: int, content: bytes, *, cut: float, is_synchronous: bool) -> None:
@@ -196,11 +216,17 @@ class World:
         yield
         yield from self._begin_synchronous(guest)
         for content in (self.source, self.target):
+            guest.is_at_target = content is self.target and not failed
             for start, end in self._parts(guest):
-                if not failed:
-                    failed = yield
+                if failed:
+                    break
+                failed = yield
+                if guest.is_at_target and (guest.is_given_up or self.devices.is_lost):
+                    failed = True
+                else:
                     self._land(content, guest, start, (start + end + 1) // 2 if failed else end)
         yield
+        guest.is_at_target = False
         self.end_synchronous(guest, failed=failed)
         yield
         assert guest.token is not None
@@ -316,6 +342,8 @@ class World:
 
     def copy_all(self, spared: Request | None = None) -> None:
         """Let the copier do all that it can do while the guests, and one request, stand still."""
+        if self.devices.is_lost:
+            return
         self.copier.pace.set_speed(0)
         self.copier.start()
         for _ in range(DRAIN_STEPS_MAX):
@@ -326,10 +354,18 @@ class World:
             self.check()
         raise AssertionError("the copier copies the same for ever")
 
+    def answer_what_is_left(self) -> None:
+        while self.devices.left:
+            self.devices.carry_out_late(0, 1.0)
+            self.check()
+
     def drain(self) -> None:
         """From now on all goes well: everybody must get through, and the copies be identical."""
         self.devices.at_once.clear()
         self.stops_on_error = False
+        if self.devices.is_lost:
+            self.answer_what_is_left()
+            assert self.reconnect(), "it is not used again"
         if self.is_held:
             self.release()
         if not self.is_attached:
@@ -350,6 +386,7 @@ class World:
             self.copier.pump()
             self.loop.turn()
             self.check()
+        self.answer_what_is_left()
         assert not self.guests, "a guest waits for ever"
         assert not self.devices.requests
         assert self.tracker.in_sync
