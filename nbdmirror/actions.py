@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from nbdmirror.admission import check_is_disk
 from nbdmirror.bitmap import check_granularity
 from nbdmirror.bitmaps import Change, NamedBitmap, Place
 from nbdmirror.copier import BUFFER_BYTES_DEFAULT
@@ -149,6 +150,7 @@ def _place(server: Server, name: str) -> Place:
 def _add(server: Server, data: Arguments) -> Change:
     job = server.nodes.mirror_to(data["node"])
     disk = job.disk if job is not None else server.nodes.find_disk(data["node"])
+    check_is_disk(disk)
     place = Place(disk, data["node"] if job is not None else "")
     change = server.bitmaps.add(
         place,

@@ -11,10 +11,13 @@ from nbdmirror.file import FileDevice
 from nbdmirror.nodes import Node
 from nbdmirror.options import MirrorOptions
 from nbdmirror.remote import RemoteDevice
+from nbdmirror.sides import is_old_side, not_whole
+from nbdmirror.targetonly import TargetOnly
 
 
 def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
     """Raise CommandError if `disk` cannot be mirrored to `node`, whatever jobs there are."""
+    check_is_disk(disk)
     target = node.device
     if target.is_lost:
         raise CommandError(f"Node '{node.name}' has lost its connection to '{target.uri}'")
@@ -31,6 +34,8 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         )
     if node.is_read_only:
         raise CommandError("Block node is read-only")
+    if is_old_side(target) and not options.writes_all:
+        raise CommandError(not_whole(target))
     if not target.can_flush and disk.size:
         raise CommandError(
             f"Target '{target.uri}' has no flush: it can promise nothing about its data"
@@ -44,6 +49,14 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
     if options.granularity and options.granularity < least:
         raise CommandError(
             f"Parameter 'granularity' expects at least the block size {least} of the disks"
+        )
+
+
+def check_is_disk(disk: Disk) -> None:
+    """Raise CommandError if it is an old side, which is a target only."""
+    if isinstance(disk.source, TargetOnly):
+        raise CommandError(
+            f"Node '{disk.name}' is a target only: the disk is served from '{disk.source.truth}'"
         )
 
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 
 from nbdmirror.device import BlockDevice, BlockSize, Buffer, Extent, round_out
 from nbdmirror.errors import DeviceError
+from nbdmirror.targetonly import TargetOnly
 
 BOUNCE_BYTES = 1 << 20
 """One bounce buffer. Larger requests go in pieces: a request of 64 MiB (what nbdkit takes) on each
@@ -337,6 +338,13 @@ def _overlap(ranges: dict[int, tuple[int, int]], start: int, end: int) -> bool:
     return any(first < end and start < last for first, last in tuple(ranges.values()))
 
 
+def for_guests(device: BlockDevice) -> BlockDevice:
+    """`device`, with requests of any range."""
+    return AlignedDevice(device) if device.block_size.minimum > 1 else device
+
+
 def raw_device(device: BlockDevice) -> BlockDevice:
-    """The device below an AlignedDevice."""
-    return device.inner if isinstance(device, AlignedDevice) else device
+    """The device below an AlignedDevice or TargetOnly, or both."""
+    while isinstance(device, AlignedDevice | TargetOnly):
+        device = device.inner
+    return device

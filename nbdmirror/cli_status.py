@@ -33,6 +33,8 @@ def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
             lines.append(
                 "  its NBD server is lost: requests wait for that, and fail if it stays away"
             )
+        if disk.get("target-only"):
+            lines.append(f"  target only: the disk is served from {disk['target-only']}")
         if disk.get("problem"):
             lines.append(f"  {disk['problem']}")
         for job in disk.get("jobs") or []:

@@ -362,7 +362,7 @@ async def _open(uri: Callable[[], str], timeout_s: float) -> RemoteDevice:
     def work() -> None:
         device, failure = None, None
         try:
-            device = RemoteDevice.open(uri(), timeout_s=timeout_s)
+            device = RemoteDevice.open(uri(), timeout_s=timeout_s, mirrors=True)
         except Exception as error:  # noqa: BLE001 - the command's, which is waiting for it
             failure = error
         with suppress(RuntimeError):  # the loop has ended

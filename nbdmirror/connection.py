@@ -61,6 +61,7 @@ class Connection:
         self.is_lost = not handle.aio_is_ready()
         self.generation = 0
         """The pool's."""
+        self.to_mirror = False
         self.handshake_s = 0.0
         """How long it took to connect."""
         self.on_lost: Callable[[], None] | None = None
@@ -96,10 +97,12 @@ class Connection:
             self._poll.register(self._fd, 0)
 
     @classmethod
-    def open(cls, uri: str, timeout_s: float) -> Connection:
-        """Connect within `timeout_s`, the handshake included. Raises ConfigError with one clear
-        line."""
-        return cls.opened_by(partial(connect, uri, timeout_s), uri)
+    def open(cls, uri: str, timeout_s: float, *, to_mirror: bool = False) -> Connection:
+        """Connect within `timeout_s`, the handshake included. `to_mirror` as in `connect`. Raises
+        ConfigError with one clear line."""
+        opened = cls.opened_by(partial(connect, uri, timeout_s, to_mirror=to_mirror), uri)
+        opened.to_mirror = to_mirror
+        return opened
 
     @classmethod
     def opened_by(cls, connect: Callable[[], nbd.NBD], description: str) -> Connection:

@@ -32,6 +32,8 @@ class Disk:
         self.ledger = Ledger()
         self.synchronous: SynchronousWrites | None = None
         """Set while a mirror's copy mode is write-blocking."""
+        self.has_moved = False
+        """By a pivot since the process began."""
         self._source = source
 
     @property
@@ -60,7 +62,13 @@ class Disk:
         assert self.ledger.is_idle, "swap behind a closed gate only"
         assert target.size >= self.size, "the job has compared the sizes"
         old, self._source = self.source, target
+        self.has_moved = True
         return old
+
+    def unwrap(self, device: BlockDevice) -> None:
+        """Serve guests from `device`, which is what the source is made of: a request is on the same
+        device before and after, so that nothing has to be held. From any thread."""
+        self._source = device
 
     def pread(self, buf: memoryview, offset: int) -> None:
         ledger = self.ledger

@@ -16,6 +16,7 @@ If the disk was written to without us, or what is needed is damaged, everything 
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -37,6 +38,7 @@ from nbdmirror.intentlog import IntentLog, check_newer, slot_bytes
 from nbdmirror.journal import ranges_left
 from nbdmirror.jsonrecord import (
     COUNT,
+    FLAG,
     ID,
     INTEGER,
     NUMBER,
@@ -47,6 +49,7 @@ from nbdmirror.jsonrecord import (
     Object,
     dump,
     load,
+    write,
 )
 from nbdmirror.lasting import Memory
 from nbdmirror.statefile import Folder, StateError, UnknownFormat, seal, unseal
@@ -117,6 +120,9 @@ class Pivoted:
     time_s: Annotated[float, Key("time_s", NUMBER)]
     size: Annotated[int, Key("size", COUNT)] = 0
     """The disk's, which a larger target does not change; 0 in records of older versions."""
+    has_ended: Annotated[bool, Key("has_ended", FLAG)] = False
+    """The server that served it from there has ended in order since. Otherwise a guest may come
+    back to it."""
 
     @classmethod
     def after(cls, before: Pivoted | None, left: Identity, truth: str, time_s: float) -> Self:
@@ -125,13 +131,20 @@ class Pivoted:
         kept = tuple(side for side in sides if same_place(side.source, truth) is not Same.YES)
         return cls(truth, kept, time_s, left.size)
 
+    def is_left(self, side: Identity) -> bool:
+        """`side` is not the disk any more."""
+        return any(left.is_same(side) for left in self.left)
+
     def has_left(self, side: Identity, source: str) -> bool:
         """`side` was the disk before it was `source`."""
         is_truth = same_place(source, self.truth) is Same.YES
-        return is_truth and any(left.is_same(side) for left in self.left)
+        return is_truth and self.is_left(side)
 
     def to_bytes(self) -> bytes:
-        return seal(KIND_PIVOTED, dump(self))
+        said = write(self)
+        if not self.has_ended:
+            del said["has_ended"]  # as older versions have it, and so with the same ID
+        return seal(KIND_PIVOTED, json.dumps(said, indent=1).encode())
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
@@ -140,7 +153,12 @@ class Pivoted:
 
 
 def record_id(content: bytes) -> str:
-    """Names one record of a pivot, sound or damaged: a later one has another."""
+    """Names one record of a pivot, sound or damaged, and whether its server has ended in order or
+    not: a later pivot's has another."""
+    with suppress(StateError):
+        pivoted = Pivoted.from_bytes(content)
+        if pivoted.has_ended:
+            content = replace(pivoted, has_ended=False).to_bytes()
     return hashlib.sha256(content).hexdigest()[:RECORD_ID_LENGTH]
 
 

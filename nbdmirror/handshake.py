@@ -18,6 +18,7 @@ import nbd
 
 from nbdmirror import tls
 from nbdmirror.errors import ConfigError, Unreachable
+from nbdmirror.identity import home_of, is_old_side
 from nbdmirror.peek import Peek
 from nbdmirror.tcpwatch import TcpWatch
 from nbdmirror.uri import NbdUri, parse
@@ -123,7 +124,9 @@ class Announcement:
         return ""
 
 
-def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
+def connect(
+    uri: str, timeout_s: float, *, for_data_alone: bool = False, to_mirror: bool = False
+) -> nbd.NBD:
     """A handle of `uri` that is ready for requests, within `timeout_s`, the handshake included.
     Raises ConfigError with one clear line.
 
@@ -133,7 +136,28 @@ def connect(uri: str, timeout_s: float, *, for_data_alone: bool = False) -> nbd.
     `for_data_alone`: without structured replies, and so without block status. qemu-nbd asks its
     storage for holes before it answers a read with a structured reply: reads then cost a fifth
     more.
+
+    `to_mirror`: the export is a mirror's target. If it is the old side of a disk, and a target
+    only, another export of its server is the way in.
     """
+    deadline_s = time.monotonic() + timeout_s
+    handle = _connect(uri, timeout_s, for_data_alone=for_data_alone)
+    if not to_mirror or not is_old_side(export_of(handle)[1]):
+        return handle
+    with suppress(nbd.Error):
+        handle.aio_disconnect(0)
+    where = parse(uri)
+    home, left_s = replace(where, export=home_of(where.export)).exact, deadline_s - time.monotonic()
+    try:
+        return _connect(home, left_s, for_data_alone=for_data_alone)
+    except ConfigError as error:
+        raise Unreachable(
+            f"'{uri}' is the old side of a disk, and takes a mirror only from the server that the "
+            f"disk is on; its log says why it does not take this one"
+        ) from error
+
+
+def _connect(uri: str, timeout_s: float, *, for_data_alone: bool) -> nbd.NBD:
     where = parse(uri)
     keys = tls.client_keys(uri, nbd.NBD().get_version())
     deadline_s = time.monotonic() + timeout_s
@@ -173,11 +197,11 @@ class _Attempt:
             handle.set_tls_username(keys.user)
         where = parse(uri)
         handle.set_tls_verify_peer(where.verifies_peer)  # libnbd before 1.16 does not read it there
+        handle.set_full_info(True)  # for `export_of`
         if for_data_alone:
             handle.set_request_structured_replies(False)
             handle.set_pread_initialize(False)  # a reply has all of its data, or is none
         else:
-            handle.set_full_info(True)  # for `export_of`
             handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
             handle.add_meta_context(DEPTH_CONTEXT)  # a server that has no such gives none
         handle.set_uri_allow_local_file(True)

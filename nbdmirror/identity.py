@@ -30,6 +30,11 @@ LABEL = "nbdmirror"
 SERVER_ID = uuid.uuid4().hex
 """Of this process."""
 
+TARGET_ONLY = " target-only"
+"""What a server adds to the label of an old side (targetonly.py)."""
+HOME = "x-nbdmirror-home"
+"""Before the name of an old side's export: the way in for the server that has the disk."""
+
 _UCRED = struct.Struct("iII")  # unix(7): struct ucred
 _MAPPED = "::ffff:"
 _LISTENS = "0A"  # proc(5): /proc/net/tcp
@@ -46,6 +51,16 @@ class Same(enum.Enum):
 def label(disk: str) -> str:
     """What this server says of its export: whoever connects, on whatever way, can tell it."""
     return f"{LABEL} {SERVER_ID} {disk}"
+
+
+def home_of(export: str) -> str:
+    """The export by which this process may write to the old side `export`, if it has the disk."""
+    return f"{HOME}/{SERVER_ID}/{export}"
+
+
+def is_old_side(description: str) -> bool:
+    """What a server says of an export that is a target only."""
+    return description.startswith(f"{LABEL} ") and description.endswith(TARGET_ONLY)
 
 
 def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
@@ -197,7 +212,7 @@ class Peer:
     @classmethod
     def of(cls, connected: socket.socket, uri: str, *, export: str, label: str) -> Peer:
         """`uri` led there. Raises OSError: the connection is lost again."""
-        label = label if label.startswith(f"{LABEL} ") else ""
+        label = label.removesuffix(TARGET_ONLY) if label.startswith(f"{LABEL} ") else ""
         name = connected.getpeername()
         if connected.family != socket.AF_UNIX:
             host, port, *_ = name
@@ -225,6 +240,11 @@ class Peer:
         open here as `fd`. `opened`: its status. Of TCP servers all processes are looked at."""
         process = self.process or (_process_of(self.listener) if self.listener else 0)
         return bool(process) and _writes_to(process, fd, opened)
+
+    @property
+    def is_home(self) -> bool:
+        """The export is a target only, and this process the server that may write there."""
+        return self.export.startswith(f"{HOME}/")
 
     @property
     def is_this_process(self) -> bool:

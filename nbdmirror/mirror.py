@@ -17,7 +17,7 @@ from nbdmirror.copier import Copier
 from nbdmirror.copymode import CopyModeSwitch
 from nbdmirror.device import Done
 from nbdmirror.disk import Disk
-from nbdmirror.errors import CommandError, DeviceLost, errno_of
+from nbdmirror.errors import CommandError, ConfigError, DeviceLost, errno_of
 from nbdmirror.events import EventRing
 from nbdmirror.group import HOLD_S
 from nbdmirror.job import Cancelled, Job
@@ -333,8 +333,12 @@ class MirrorJob(Job):
 
     def _not_written_down(self, error: BaseException) -> None:
         """The job cannot end before it can be kept that it has; it goes on, and tries again."""
-        log.warning("job %s: goes on, since its end cannot be written down: %s", self.id, error)
         self._release_guest()
+        if isinstance(error, ConfigError):  # the target cannot be the disk
+            self._fail(error)
+            self.advance_soon()
+            return
+        log.warning("job %s: goes on, since its end cannot be written down: %s", self.id, error)
         self._waits.retry(self._retry)
 
     def commit(self, done: Done) -> None:

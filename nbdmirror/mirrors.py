@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nbdmirror.admission import check_target, granularity_of
-from nbdmirror.aligned import AlignedDevice, raw_device
+from nbdmirror.aligned import for_guests, raw_device
 from nbdmirror.bitmap import check_bits
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.chronicle import Chronicle
@@ -36,11 +36,12 @@ from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node, Nodes
 from nbdmirror.options import Ending, MirrorOptions
 from nbdmirror.pool import PATIENCE_S
-from nbdmirror.reconnect import reconnect, reconnect_source
+from nbdmirror.reconnect import copy_all, reconnect, reconnect_source
 from nbdmirror.records import mirror_record, node_of, options_of
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.sameness import first_difference
 from nbdmirror.scan import is_no_hole, is_not_zero, scan
+from nbdmirror.sides import tell_moved, when_whole
 from nbdmirror.statefile import StateError
 from nbdmirror.transient import Transient
 
@@ -167,7 +168,7 @@ class Mirrors:
         """Have the loop drive both sides' connections, and the job hear of what is lost."""
         if isinstance(source, RemoteDevice):
             source.pool.attach(self._loop, None)
-            source.on_lost_writes = partial(_copy_all, job)
+            source.on_lost_writes = partial(copy_all, job.id, job.tracker)
         target.pool.attach(self._loop, job.target_lost)
 
     def begin(self, job: MirrorJob) -> None:
@@ -245,9 +246,18 @@ class Mirrors:
             kept.keep_mirror(record, job.tracker)
 
     def prepare(self, job: MirrorJob, done: Done) -> None:
-        device = self._mirrors[job].node.device
-        uri = device.uri if job.ending is Ending.COMPLETE else ""
-        self._kept[job.disk].prepare_end(uri, done)
+        device, prepare = self._mirrors[job].node.device, self._kept[job.disk].prepare_end
+
+        def checked(error: BaseException | None) -> None:
+            if error is not None:
+                done(error)
+            elif self._is_running(job):
+                prepare(device.uri, done)
+
+        if job.ending is Ending.COMPLETE:
+            when_whole(device, job.options, self._loop, checked)
+        else:
+            prepare("", done)
 
     def commit(self, job: MirrorJob, done: Done) -> None:
         self._kept[job.disk].commit_end(done)
@@ -267,10 +277,7 @@ class Mirrors:
         device.pool.patience_s = max(PATIENCE_S, job.options.reconnect_delay_s)
         if isinstance(mirror.source, RemoteDevice):
             mirror.source.pool.detach()
-        guest_device: BlockDevice = device
-        if device.block_size.minimum > 1:
-            guest_device = AlignedDevice(device)
-        mirror.retired = job.disk.swap(guest_device)
+        mirror.retired = job.disk.swap(for_guests(device))
         self._nodes.pivoted(job.disk, mirror.node, raw_device(mirror.retired))
 
     def released(self, job: MirrorJob) -> None:
@@ -285,6 +292,7 @@ class Mirrors:
             if mirror.retired is None:
                 mirror.source.pool.detach()
         if mirror.retired is not None:
+            tell_moved(node.device)  # before anybody hears that the job has completed
             self._retire(mirror.retired, job.disk)
             return
         self._nodes.leave(node.device)
@@ -385,11 +393,3 @@ class Mirrors:
                         self._nodes.forget(node)
 
         look()
-
-
-def _copy_all(job: MirrorJob) -> None:
-    """From any thread: the source may have lost what guests had written, and the target has that.
-    Nobody knows where."""
-    log.warning("job %s: the source may have lost writes: everything is copied again", job.id)
-    job.tracker.again_bytes += job.tracker.size - job.tracker.dirty.dirty_bytes
-    job.tracker.dirty.mark_all()

@@ -64,6 +64,11 @@ class MirrorOptions:
     auto_finalize: bool = True
     auto_dismiss: bool = True
 
+    @property
+    def writes_all(self) -> bool:
+        """Nothing is left on the target of what was there."""
+        return self.sync == "full" and not self.target_is_zero
+
     def policy(self, operation: str) -> Policy:
         """For errors of `operation`: "read" is the source's, "write" the target's."""
         return self.on_source_error if operation == "read" else self.on_target_error

@@ -96,6 +96,7 @@ class ConnectionPool:
         self._lost_at_s = 0.0
         self.patience_s = PATIENCE_S
         self.timeout_s = timeout_s
+        self.to_mirror = first.to_mirror
         self.generation = 0
         """Counts the times that a lost device was connected to again; a connection that works is of
         the last generation."""
@@ -193,7 +194,9 @@ class ConnectionPool:
         return Connection.opened_by(partial(self._connect, self.timeout_s), self._uri)
 
     def _connect(self, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
-        handle = connect(self._uri, timeout_s, for_data_alone=for_data_alone)
+        handle = connect(
+            self._uri, timeout_s, for_data_alone=for_data_alone, to_mirror=self.to_mirror
+        )
         if change := self._announced.change(Announcement.of(handle, self._uri)):
             with suppress(nbd.Error):
                 handle.aio_disconnect(0)

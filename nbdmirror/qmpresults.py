@@ -183,6 +183,7 @@ _DISK_STATUS = struct(
     read_only=BOOL,
     connected=BOOL,
     lasting=BOOL,
+    target_only=optional(STR),
     problem=optional(STR),
     bitmaps=Array(_DIRTY_INFO),
     jobs=Array(_JOB_STATUS_INFO),

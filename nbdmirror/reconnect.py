@@ -13,6 +13,7 @@ from functools import partial
 from nbdmirror.connection import Connection
 from nbdmirror.device import Done
 from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.ledger import Tracker
 from nbdmirror.loop import Loop
 from nbdmirror.remote import RemoteDevice
 
@@ -120,3 +121,11 @@ def _reopen(device: RemoteDevice, difference: Callable[[Connection], int | None]
             f"it is another disk, or an older copy); it is not written to"
         )
     return connection
+
+
+def copy_all(job: str, tracker: Tracker) -> None:
+    """From any thread: the source may have lost what guests had written, and the target has that.
+    Nobody knows where."""
+    log.warning("job %s: the source may have lost writes: everything is copied again", job)
+    tracker.again_bytes += tracker.size - tracker.dirty.dirty_bytes
+    tracker.dirty.mark_all()

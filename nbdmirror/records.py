@@ -57,5 +57,6 @@ def node_of(record: MirrorRecord) -> Node:
         Announcement(**asdict(kept.announced)),
         timeout_s=CONNECT_TIMEOUT_S if kept.open_timeout_s is None else kept.open_timeout_s,
     )
+    device.pool.to_mirror = True
     options = NodeOptions(reconnect_delay_s=kept.reconnect_delay_s)
     return Node(kept.name, device, options, is_owned=kept.is_owned)

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable
+from typing import Self
 
 import nbd
 
@@ -59,8 +60,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
         """`timeout_s` is for a handshake, whenever there is one."""
-        self.uri = uri
-        self.description = uri
+        self.uri = self.description = uri
         self.announced = announced
         self.size = announced.size
         self.read_only = announced.read_only
@@ -92,11 +92,11 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         """As far as is known: a server that can tell may find that it cannot do it."""
 
     @classmethod
-    def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> RemoteDevice:
+    def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S, mirrors: bool = False) -> Self:
         """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...). Raises ConfigError."""
         for warning in tls.exposed_keys(uri):
             log.warning("%s", warning)
-        connection = Connection.open(uri, timeout_s)
+        connection = Connection.open(uri, timeout_s, to_mirror=mirrors)
         try:
             announced = Announcement.of(connection.handle, uri)
             return cls(uri, connection, announced, timeout_s=timeout_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 
 from nbdmirror import tcpwatch
@@ -26,8 +26,10 @@ from nbdmirror.loop import Loop
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.mirrors import Mirrors
 from nbdmirror.nodes import Nodes
+from nbdmirror.oldside import OldSides
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.results import Result
+from nbdmirror.sides import wait_until_told
 from nbdmirror.statefile import StateError
 from nbdmirror.store import DiskStore
 from nbdmirror.transient import Transient
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 
 STOP_S_MAX = 2.0
 """How long a server that ends waits for its jobs: a forced cancel takes less than one second."""
+
+LEAVING_S_MAX, LEAVING_LOOK_S = 0.2, 0.01
+"""How long a client may take to be gone that has hung up just before the server is told to end."""
 
 END_S_MAX = 5.0
 """How long, at the end, a disk's storage may take to flush and close it, and its state directory.
@@ -68,6 +73,9 @@ class Server:
         self.bitmaps = Bitmaps(self.kept)
         self.files = FileWatch(disks, events)
         self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
+        self.sides = OldSides(self._stores, self.writers, self._have_bitmaps)
+        self.in_use: Callable[[], Set[str]] = frozenset
+        """The disks that clients have open."""
         self.mirrors = Mirrors(
             nodes=self.nodes, events=events, loop=loop, kept=self.kept, chronicle=self.chronicle
         )
@@ -119,6 +127,9 @@ class Server:
         except StateError as error:
             log.error("disk %s: its mirror does not go on: %s", disk.name, error)
 
+    def _have_bitmaps(self, disk: Disk, found: Found) -> None:
+        self.loop.run(partial(self.bitmaps.take_up, disk, found)).result()
+
     def cancel_jobs(self, when_done: Callable[[], None]) -> None:
         """Cancel every job by force, and dismiss all; `when_done` is called, on the loop, when the
         last one has ended."""
@@ -146,6 +157,7 @@ class Server:
         """`cancel_jobs`, waited for within a bound, though what is kept in a state directory is so
         for the next start. From any thread but the loop's."""
         ended = threading.Event()
+        self._note_clients()
 
         def end() -> None:
             for name, store in self._stores.items():
@@ -155,6 +167,16 @@ class Server:
         self.loop.call_soon(end)
         if not ended.wait(STOP_S_MAX):
             log.error("jobs did not end within %g s; going on without them", STOP_S_MAX)
+
+    def _note_clients(self) -> None:
+        """Before they are hung up on. A client that was there may come back after a restart."""
+        disks = ((name, raw_device(self.disks[name].source)) for name in self._stores)
+        moved = {name for name, device in disks if isinstance(device, RemoteDevice)}
+        deadline_s = self.loop.clock() + LEAVING_S_MAX
+        while moved & set(self.in_use()) and self.loop.clock() < deadline_s:
+            time.sleep(LEAVING_LOOK_S)
+        for name in self._stores.keys() & self.in_use():
+            self._stores[name].is_left = False
 
     def give_up(self) -> None:
         """Have guests' requests fail that wait for another server. From any thread."""
@@ -195,6 +217,7 @@ class Server:
         for device in (*(node.device for node in self.nodes), *self.nodes.left):
             device.pool.abandon()
         wait_for_handshakes()
+        wait_until_told()
 
     def _remote_devices(self) -> list[RemoteDevice]:
         sources = [raw_device(disk.source) for disk in self.disks.values()]

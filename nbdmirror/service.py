@@ -8,7 +8,6 @@ and the control socket is bound in `open`. Threads only start in `start`, after 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import re
@@ -19,13 +18,14 @@ import time
 from collections.abc import Callable
 
 from nbdmirror import __version__, logs, startup, systemd
-from nbdmirror.aligned import AlignedDevice, raw_device
+from nbdmirror.aligned import for_guests, raw_device
 from nbdmirror.commands import Commands, version_info
 from nbdmirror.device import BlockDevice
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import RECORD_ID_LENGTH
-from nbdmirror.errors import ConfigError, DeviceError, Error
+from nbdmirror.errors import ConfigError, Error
 from nbdmirror.events import EventRing
+from nbdmirror.exports import Exports
 from nbdmirror.file import FileDevice
 from nbdmirror.hangup import Guests, unix_listeners
 from nbdmirror.journaleddisk import JournaledDisk
@@ -42,6 +42,7 @@ from nbdmirror.signals import Signals, leave_terminal
 from nbdmirror.sockets import bind_unix_socket, lock_pidfile, remove_socket
 from nbdmirror.statedir import StateDirectory
 from nbdmirror.store import DiskStore
+from nbdmirror.targetonly import TargetOnly
 from nbdmirror.uri import absolute, is_uri
 
 log = logging.getLogger("nbdmirror")
@@ -68,6 +69,7 @@ and nbdkit does not answer anybody any more when it has run out of them."""
 class Service:
     def __init__(self) -> None:
         self.disks: dict[str, Disk] = {}
+        self.exports = Exports(self.disks)
         self.log: logs.Log | None = None
         self._paths: dict[str, str] = {}
         self._given: set[str] = set()
@@ -162,13 +164,18 @@ class Service:
 
     def _open_state(self) -> None:
         """Last: it may make a directory."""
-        state = StateDirectory(self._state_path, accepted=self._accepted)
+        state = StateDirectory(
+            self._state_path, accepted=self._accepted, read_only=self._is_read_only
+        )
         state.check_formats(self.disks)
         for name, disk in self.disks.items():
             raw, path = raw_device(disk.source), self._paths[name]
             reached = raw.reached if isinstance(raw, RemoteDevice) else path
             store = state.open(name, path, disk.size, reached=reached)
-            self.disks[name] = JournaledDisk(name, disk.source, store.journal, store.size)
+            source, size = disk.source, store.identity.size
+            if store.truth:
+                source = TargetOnly(source, store.truth)
+            self.disks[name] = JournaledDisk(name, source, store.journal, size)
             if not self._is_read_only:  # else its state is left as it is
                 self._stores[name] = store
 
@@ -203,6 +210,8 @@ class Service:
         loop, events = Loop(time.monotonic), EventRing(time.time)
         status = systemd.Status(self.disks, events)  # of jobs that go on as well
         self._server = Server(self.disks, events, loop, self._stores, connections=self._connections)
+        self.exports.server = self._server
+        self._server.in_use = self.exports.in_use
         self._server.start()
         self._commands = Commands(self._server)
         if self._listener is not None:
@@ -225,6 +234,9 @@ class Service:
             access = "read-only" if disk.read_only else "read-write"
             where = disk.source.description
             log.info("disk %s: served from %s, %d bytes, %s", disk.name, where, disk.size, access)
+            if isinstance(disk.source, TargetOnly):
+                text = "disk %s: target only: the disk is served from %s, and may be mirrored here"
+                log.warning(text, disk.name, disk.source.truth)
         log.info("control socket: %s", self._qmp_path or "none")
         if self._state_path:
             log.info("state directory: %s", self._state_path)
@@ -277,14 +289,6 @@ class Service:
         if self.log is not None:
             self.log.stop()
 
-    def find(self, export: str) -> Disk:
-        """The disk of an export name; the first one is also the default export, ""."""
-        if not export:
-            return next(iter(self.disks.values()))
-        if export not in self.disks:
-            raise DeviceError(f"no export is called '{export}'", errno.ENOENT)
-        return self.disks[export]
-
     def _add_disk(self, value: str) -> None:
         name, path = split_disk(value) if not is_uri(value) else ("", value)
         name = name or f"disk{len(self._paths)}"
@@ -304,7 +308,7 @@ class Service:
         if device.read_only and not self._is_read_only:
             raise ConfigError(f"file={path}: the export is read-only; use read-only=true")
         device.read_only = self._is_read_only
-        return AlignedDevice(device) if device.block_size.minimum > 1 else device
+        return for_guests(device)
 
     def _check_other_disks(self, path: str, source: BlockDevice) -> None:
         """What is written to one disk would change another one, and no mirror would know."""

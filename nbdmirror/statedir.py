@@ -29,16 +29,26 @@ from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.intentlog import SLOTS, disk_ids, slot_bytes
 from nbdmirror.lasting import discard_left
+from nbdmirror.pivots import forget
+from nbdmirror.sides import Side, look
 from nbdmirror.statefile import DiskFolder, Folder, Slots, StateError, UnknownFormat, new_name
 from nbdmirror.store import DiskStore
 
 log = logging.getLogger(__name__)
 
 
+_SERVE = "; serve that, or say"
+_NOT_HEARD = (
+    "its server has not heard of that, and has it as a target only: end that server, and start it "
+    "with the --accept-old-side that it asks for"
+)
+
+
 class StateDirectory:
-    def __init__(self, path: str, *, accepted: Collection[str]) -> None:
+    def __init__(self, path: str, *, accepted: Collection[str], read_only: bool = False) -> None:
         """`accepted`: ids of records of pivots (`record_id`) that do not count any more. Raises
         ConfigError."""
+        self._read_only = read_only
         self._folder: Folder = DiskFolder(Path(path))
         self._accepted = accepted
         self._disks: dict[tuple[int, int], str] = {}
@@ -66,11 +76,15 @@ class StateDirectory:
         try:
             self._check_other_disks(name, identity)
             pivoted = self._check_side(name, identity, reached or source)
-            if pivoted is not None:
-                identity = replace(identity, source=pivoted.truth)  # the name that all files have
-            size = self._size(name, identity, pivoted)
-            identity = replace(identity, size=size)
-            found = self._examine(name, identity, pivoted)
+            is_target_only = pivoted is not None and pivoted.is_left(identity)
+            found = None
+            if not is_target_only:
+                if pivoted is not None:
+                    # The name that all files have.
+                    identity = replace(identity, source=pivoted.truth)
+                identity = replace(identity, size=self._size(name, identity, pivoted))
+                found = self._examine(name, identity, pivoted)
+            size = identity.size
             slots = self._folder.slots(files["intents"], slot_bytes(size), SLOTS)
             status = os.stat(where / files["intents"])
             self._take_away_what_is_left(files, slots, found)
@@ -89,6 +103,7 @@ class StateDirectory:
             slots=slots,
             found=found,
             pivoted=pivoted,
+            is_target_only=is_target_only,
         )
 
     def _take_away_what_is_left(
@@ -129,14 +144,17 @@ class StateDirectory:
 
     def _check_side(self, name: str, identity: Identity, reached: str) -> Pivoted | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
-        data under a running guest is worse than a start that is refused."""
+        data under a running guest is worse than a start that is refused.
+
+        Of the side that was left a record is returned if it may start as a target only: no guest
+        can come back to it, since its server ended in order, and the disk is where it should be."""
         file = names(name)["pivoted"]
         content = self._folder.read(file)
         if content is None:
             return None
         if record_id(content) in self._accepted:
             log.warning("%s: removed, as asked for: %s is the disk", file, identity.source)
-            self._forget(name, identity)
+            forget(self._folder, name, identity)
             return None
         path, accept = self._folder.path / file, f"--accept-old-side {record_id(content)}"
         try:
@@ -152,8 +170,14 @@ class StateDirectory:
                 f"serve it from there, or say {accept} if {identity.source} is the disk"
             ) from error
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pivoted.time_s))
-        where = f"since {when} it is served from {pivoted.truth} ({path}); serve that, or say"
-        if any(left.is_same(identity) for left in pivoted.left):
+        where = f"since {when} it is served from {pivoted.truth} ({path}){_SERVE}"
+        if pivoted.is_left(identity):
+            found = look(pivoted.truth)
+            side = found[0] if found is not None else None
+            if pivoted.has_ended and not self._read_only and side is Side.DISK:
+                return pivoted
+            if side in (Side.TARGET, Side.WHOLE):
+                where = f"{where[: -len(_SERVE)]}; {_NOT_HEARD}, or here say"
             raise ConfigError(
                 f"{identity.source} is not the disk any more: {where} {accept} and lose what was "
                 f"written there"
@@ -165,23 +189,6 @@ class StateDirectory:
                 f"{accept} if {identity.source} is the disk"
             )
         return pivoted
-
-    def _forget(self, name: str, identity: Identity) -> None:
-        """The record of the pivot, last of all. Of persistent bitmaps everything is dirty, since
-        they were of the other side; a mirror was from there."""
-        files = names(name)
-        kept, removed = [], [files["bitmaps"], files["pivoted"]]
-        try:
-            definition = Definition.from_bytes(self._folder.read(files["definition"]) or b"")
-        except StateError:
-            definition = None  # put aside when it is looked at
-        if definition is not None and definition.bitmaps:
-            now = replace(definition, identity=identity, memory="", mirror=None)
-            self._folder.prepare(files["definition"], now.to_bytes())
-            kept = [files["definition"]]
-        elif definition is not None:
-            removed.insert(0, files["definition"])
-        self._folder.commit(kept, removed)
 
     def _size(self, name: str, identity: Identity, pivoted: Pivoted | None) -> int:
         """The disk's, which is smaller than the device that it was moved to if that is larger:

@@ -21,6 +21,7 @@ from nbdmirror.queries import block_job_info, named_bitmaps
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.results import Result
 from nbdmirror.server import Server
+from nbdmirror.targetonly import TargetOnly
 
 
 def status(server: Server) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         "lasting": server.kept[disk].is_lasting,
         "bitmaps": named_bitmaps(server, Place(disk)),
     }
+    if isinstance(disk.source, TargetOnly):
+        info["target-only"] = disk.source.truth
     if problem := server.files.changes.get(disk.name):
         info["problem"] = problem
     info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]

@@ -40,6 +40,7 @@ from nbdmirror.heartbeat import Heartbeat
 from nbdmirror.journal import JOURNAL_BYTES, Journal, Regions
 from nbdmirror.lasting import Memory, discard_left
 from nbdmirror.ledger import Ledger, Tracker
+from nbdmirror.pivots import note_end
 from nbdmirror.statefile import Folder, Slots
 from nbdmirror.transient import FORGET_S_MAX, NewBitmap, Transient
 from nbdmirror.writer import Writer
@@ -63,16 +64,9 @@ class _Mirror:
     tracker: Tracker
 
 
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """What is prepared for `commit_end`."""
-
-    definition: Definition | None
-    pivoted: Pivoted | None
-
-
 class DiskStore(Transient):
-    """Of one disk. `found` is what an earlier process left; `pivoted`, where the disk went."""
+    """Of one disk. `found` is what an earlier process left; `pivoted`, where the disk went;
+    `is_target_only`: this is the side that it left, and what is kept stays as it is."""
 
     is_lasting = True
 
@@ -85,12 +79,15 @@ class DiskStore(Transient):
         slots: Slots,
         found: Found | None,
         pivoted: Pivoted | None,
+        is_target_only: bool = False,
     ) -> None:
         self.name = name
         self.found = found
         self.journal = Journal(memoryview(mmap.mmap(-1, JOURNAL_BYTES)))
         self._identity = identity
-        self._pivoted = pivoted
+        self._pivoted = None if is_target_only else pivoted
+        self.truth = pivoted.truth if pivoted is not None and is_target_only else ""
+        """Of one that is a target only: where the disk is served from."""
         self.folder = folder
         self._slots = slots
         self.files = names(name)
@@ -99,20 +96,23 @@ class DiskStore(Transient):
         self._heartbeat: Heartbeat | None = None
         self._mirror: _Mirror | None = None
         self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
-        self._ending: _Ending | None = None
+        self._ending: tuple[Definition | None, Pivoted | None] | None = None
+        """What is prepared for `commit_end`."""
         self._ended: tuple[_Mirror | None, Pivoted | None, Identity] | None = None
         """What was before the last end."""
         self._is_pivot_in_doubt = False
         """What NAME.pivoted says is perhaps not what it should."""
+        self.is_left = True
+        """No client had the disk open when the server was told to end."""
         self._saves: Future[None] = Transient.saved(self)
         self._ticks = 0
         self._is_suspended = False
         self._since: DirtyBitmap | None = None
 
     @property
-    def size(self) -> int:
-        """The disk's, in bytes."""
-        return self._identity.size
+    def identity(self) -> Identity:
+        """What the disk is served from, and its size."""
+        return self._identity
 
     # The start.
 
@@ -120,6 +120,7 @@ class DiskStore(Transient):
         """After the fork, before guests come; `flush` makes durable what guests have written.
         Raises OSError."""
         self._writer = writer
+        self._pivoted = note_end(self.folder, self.name, self._pivoted, has_ended=False)
         try:
             self._memory = Memory.create(self._disk_id)
             alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
@@ -286,10 +287,9 @@ class DiskStore(Transient):
         definition = self._definition(has_mirror=False)
         if definition is not None:
             definition = replace(definition, identity=identity)
-        ending = _Ending(definition, pivoted)
 
         def prepared(error: BaseException | None) -> None:
-            self._ending = ending if error is None else None
+            self._ending = (definition, pivoted) if error is None else None
             done(error)
 
         self._ending = None
@@ -297,25 +297,24 @@ class DiskStore(Transient):
         self._writer.then(future, prepared)
 
     def commit_end(self, done: Done) -> None:
-        ending = self._ending
-        if ending is None:
+        if self._ending is None:
             done(OSError(0, "something else was saved meanwhile"))
             return
-
+        definition, pivoted = self._ending
         before = (self._mirror, self._pivoted, self._identity)
 
         def committed(error: BaseException | None) -> None:
             self._ended = before
             self._mirror = None
-            if ending.pivoted is not None:
-                self._pivoted = ending.pivoted
-                self._identity = Identity(ending.pivoted.truth, self._identity.size)
+            if pivoted is not None:
+                self._pivoted = pivoted
+                self._identity = Identity(pivoted.truth, self._identity.size)
             self.journal.regions = self._regions if self._is_needed else None
             if error is not None:
                 self.undo_end()  # some of it may have been done
             done(error)
 
-        call = partial(self._commit, ending.definition, ending.pivoted)
+        call = partial(self._commit, definition, pivoted)
         self._writer.then(self._writer.submit(call), committed)
 
     def undo_end(self) -> None:
@@ -390,6 +389,8 @@ class DiskStore(Transient):
             self._write_bits(self._bits())
             clean = mtime_ns(self._identity.source)
             self._write(replace(definition, memory="", clean_mtime_ns=clean))
+        if self.is_left and not self._is_pivot_in_doubt:
+            note_end(self.folder, self.name, self._pivoted, has_ended=True)
         if self._memory is not None:
             self._memory.discard()
         self._regions.close()

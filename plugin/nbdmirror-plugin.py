@@ -143,10 +143,13 @@ def default_export(readonly, is_tls):
 
 
 def open(readonly):
-    return Handle(service.find(nbdkit.export_name()), readonly)
+    h = Handle(service.exports.find(nbdkit.export_name()), readonly)
+    service.exports.opened(h, h.disk)
+    return h
 
 
 def close(h):
+    service.exports.closed(h)
     h.kept.give_back()
 
 

@@ -19,8 +19,8 @@ MEMORY = re.compile(r"/dev/shm/nbdmirror-state-\w+")
 class Kept(Nbdmirror):
     """nbdmirror with a state directory; killed, it can be started again on the same sockets."""
 
-    def __init__(self, folder: Path, disk: Path | str, *options: str) -> None:
-        self.state = folder / "state"
+    def __init__(self, folder: Path, disk: Path | str, *options: str, state: str = "state") -> None:
+        self.state = folder / state
         super().__init__(folder, f"vda={disk}", options=("--state-dir", str(self.state), *options))
 
     def start(self) -> Self:

@@ -48,10 +48,11 @@ MAY_IMPORT = {
     "filesource": "aligned device errors file workers",
     "workers": "",
     "filewatch": "aligned disk events file",
-    "aligned": "device errors",
+    "aligned": "device errors targetonly",
+    "targetonly": "bitmap device errors",
     "loop": "errors",
     "peek": "",
-    "handshake": "errors peek tcpwatch tls uri",
+    "handshake": "errors identity peek tcpwatch tls uri",
     "link": "device errors handshake peek tcpwatch",
     "request": "device errors",
     "connection": "device errors handshake identity loop peek request tcpwatch",
@@ -88,11 +89,12 @@ MAY_IMPORT = {
     "nodes": "aligned device disk errors identity linkset mirror remote",
     "detour": "device disk errors loop remote",
     "sameness": "bitmap disk ledger",
-    "admission": "aligned bitmap bitmaps device disk errors file nodes options remote",
+    "admission": "aligned bitmap bitmaps device disk errors file nodes options remote sides"
+    " targetonly",
     "mirrors": "admission aligned bitmap bitmaps chronicle connection copier definition depth"
     " detour device disk diskstate errors events filesource jobstate ledger loop mirror nodes"
-    " options pool reconnect records remote sameness scan statefile transient",
-    "reconnect": "connection device errors loop remote",
+    " options pool reconnect records remote sameness scan sides statefile transient",
+    "reconnect": "connection device errors ledger loop remote",
     "scan": "bitmap device",
     "records": "connection definition handshake mirror nodes options pool remote",
     # What outlives the process.
@@ -111,10 +113,16 @@ MAY_IMPORT = {
     "checkpoint": "journal writer",
     "transient": "bitmap definition device ledger",
     "store": "bitmap checkpoint definition device diskfile diskstate heartbeat journal lasting"
-    " ledger statefile transient writer",
-    "statedir": "definition diskfile diskstate errors identity intentlog lasting statefile store",
+    " ledger pivots statefile transient writer",
+    "pivots": "definition diskfile diskstate statefile",
+    "statedir": "definition diskfile diskstate errors identity intentlog lasting pivots sides"
+    " statefile store",
+    "sides": "connection device errors identity loop options remote uri",
+    "exports": "device disk errors identity server sides targetonly",
+    "oldside": "disk diskstate errors pivots sides store targetonly writer",
     "server": "aligned bitmaps chronicle disk diskstate errors events filewatch journaleddisk"
-    " linkset loop mirror mirrors nodes remote results statefile store tcpwatch transient writer",
+    " linkset loop mirror mirrors nodes oldside remote results sides statefile store tcpwatch"
+    " transient writer",
     # The doors. They know what is below them, never each other.
     "queries": "aligned bitmap bitmaps device disk mirror nodes remote server",
     "sockets": "errors",
@@ -122,20 +130,20 @@ MAY_IMPORT = {
     "qmpschema": "schema",
     "qmpresults": "jobstate qmpschema schema",
     "introspection": "qmpresults qmpschema schema",
-    "actions": "bitmap bitmaps copier disk errors group mirror names options server",
+    "actions": "admission bitmap bitmaps copier disk errors group mirror names options server",
     "statusquery": "__init__ aligned bitmaps chronicle device disk mirror queries remote results"
-    " server",
+    " server targetonly",
     "commands": "__init__ actions endpoints errors events introspection job mirror nodes options"
-    " pool qmpschema queries remote server statusquery",
+    " pool qmpschema queries remote server sides statusquery",
     "qmp_json": "errors",
     "qmp": "errors events qmp_json sockets",
     "http": "errors events job server",
     "cli*": "__init__ cli* errors identity logs names sockets startup tls uri",
     "__main__": "cli*",
     # What nbdkit leads through a process's life: it opens the doors.
-    "service": "__init__ aligned commands device disk diskstate errors events file hangup keepalive"
-    " journaleddisk latecomers layers linkset loop logs names qmp remote server signals sockets"
-    " startup statedir store systemd uri",
+    "service": "__init__ aligned commands device disk diskstate errors events exports file hangup"
+    " journaleddisk keepalive latecomers layers linkset loop logs names qmp remote server signals"
+    " sockets startup statedir store systemd targetonly uri",
     "plugin/*": ANYTHING,
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fixtures import Start
+from images import make_image, make_noise
 from kept import Kept
 from stateparts import SIZE
 
@@ -18,3 +19,13 @@ def size() -> int:
 @pytest.fixture
 def server(start: Start, folder: Path, disk: Path) -> Kept:
     return start(Kept(folder, disk))
+
+
+@pytest.fixture
+def a(start: Start, folder: Path) -> Kept:
+    return start(Kept(folder, make_image(folder / "a.img", SIZE), state="state-a"))
+
+
+@pytest.fixture
+def b(start: Start, folder: Path) -> Kept:
+    return start(Kept(folder, make_noise(folder / "b.img", SIZE), state="state-b"))
