@@ -39,6 +39,7 @@ class Link:
         self.generation = 0
         """The pool's."""
         self._handle = handle
+        self._peek = Peek(handle)
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket(fileno=os.dup(handle.aio_get_fd()))
         self.watch = TcpWatch(self._socket)
@@ -93,7 +94,7 @@ class Link:
         may carry it out yet; see `end`. Only a request that is not wholly sent is cut off: such a
         one is not carried out."""
         self.is_lost = True
-        is_sending = Peek(self._handle).direction() & nbd.AIO_DIRECTION_WRITE
+        is_sending = self._peek.direction() & nbd.AIO_DIRECTION_WRITE
         with suppress(OSError):  # broken already
             self._socket.shutdown(socket.SHUT_RDWR if is_sending else socket.SHUT_RD)
 
@@ -136,6 +137,7 @@ class Link:
         # libnbd's binding closes a handle when the last reference goes. In its place is one that
         # was never connected: its methods fail in order.
         self._handle = nbd.NBD()
+        self._peek = Peek(self._handle)
         self._socket.close()
 
     def _call(self, call: Callable[[nbd.NBD], Any]) -> None:
@@ -146,7 +148,7 @@ class Link:
                 raise self._error(error) from error
 
     def _error(self, error: Any) -> DeviceError:
-        if Peek(self._handle).is_gone:
+        if self._peek.is_gone:
             self.is_lost = self._is_unknown = True
         if self.is_lost:
             return DeviceLost(f"{self.description}: connection lost: {reason(error)}")

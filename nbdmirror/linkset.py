@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import nbd
-
 from nbdmirror.errors import ConfigError
 from nbdmirror.link import Link
 
@@ -61,7 +59,7 @@ class LinkSet:
     def __init__(
         self,
         description: str,
-        connect: Callable[[], nbd.NBD],
+        connect: Callable[[], Link],
         *,
         is_wanted: Callable[[], bool],
     ) -> None:
@@ -98,11 +96,6 @@ class LinkSet:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
                 self._thread.start()
-
-    def grow(self) -> None:
-        """Links may be opened again, where `may_grow` was taken back."""
-        with self._lock:
-            self.may_grow = not self._is_closed and not self._full_until_s
 
     def begin_anew(self, generation: int) -> tuple[Link, ...]:
         """Without links, of the pool's next generation; returns those that there were, for the
@@ -162,12 +155,11 @@ class LinkSet:
         if not self._is_wanted():
             return None
         try:
-            handle = self._connect()
+            return self._connect()
         except ConfigError as error:
             if self._is_wanted() and epoch == self._epoch:
                 self._give_back(error)
             return None
-        return Link(handle, self._description)
 
     def _add(self, link: Link, epoch: int) -> bool:
         """False if links are not wanted any more, or not such."""

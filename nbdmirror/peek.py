@@ -2,7 +2,7 @@
 
 libnbd's binding lets go of the GIL in every call, those too that only read a flag. Where guests'
 threads wait for it, each such look costs the event loop its turn: some ten microseconds, ten times
-a request (docs/performance.md). So these three, which libnbd answers without its lock, are called
+a request (docs/performance.md). So these, which libnbd answers without waiting, are called
 past the binding. Where that cannot be, the binding's own methods serve.
 """
 
@@ -16,15 +16,17 @@ import nbd
 
 
 class Peek:
-    """`direction()`, `is_dead()` and `is_closed()` of a handle."""
+    """What is asked of a handle, and answered at once."""
 
-    __slots__ = ("_handle", "direction", "is_closed", "is_dead")
+    __slots__ = ("_handle", "completed", "direction", "is_closed", "is_dead")
 
     def __init__(self, handle: nbd.NBD) -> None:
         self._handle = handle  # the pointer is good for as long as it lives
         self.direction: Callable[[], int] = handle.aio_get_direction
         self.is_dead: Callable[[], int] = handle.aio_is_dead
         self.is_closed: Callable[[], int] = handle.aio_is_closed
+        self.completed: Callable[[int], int] = self._completed
+        """1: the command with that cookie has succeeded, -1: failed (`error`), 0: is in flight."""
         if _library is not None:
             try:
                 pointer = ctypes.c_void_p(_pointer(handle._o, _CAPSULE))
@@ -33,6 +35,20 @@ class Peek:
             self.direction = partial(_library.nbd_aio_get_direction, pointer)
             self.is_dead = partial(_library.nbd_aio_is_dead, pointer)
             self.is_closed = partial(_library.nbd_aio_is_closed, pointer)
+            self.completed = partial(_library.nbd_aio_command_completed, pointer)
+
+    def _completed(self, cookie: int) -> int:
+        try:
+            return int(self._handle.aio_command_completed(cookie))
+        except nbd.Error:
+            return -1
+
+    @staticmethod
+    def error() -> tuple[int, str]:
+        """errno and words of what failed last in this thread; 0 and none if that is not known."""
+        if _library is None:
+            return 0, "the command failed"
+        return _library.nbd_get_errno(), (_library.nbd_get_error() or b"").decode()
 
     @property
     def is_gone(self) -> bool:
@@ -45,6 +61,8 @@ def _open_library() -> ctypes.PyDLL | None:
         library = ctypes.PyDLL("libnbd.so.0")  # the one that the binding has loaded
         for name in ("nbd_aio_get_direction", "nbd_aio_is_dead", "nbd_aio_is_closed"):
             getattr(library, name).argtypes = (ctypes.c_void_p,)
+        library.nbd_aio_command_completed.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+        library.nbd_get_error.restype = ctypes.c_char_p
     except (OSError, AttributeError):
         return None
     return library

@@ -28,6 +28,7 @@ from nbdmirror.handshake import Announcement, connect
 from nbdmirror.link import Link
 from nbdmirror.linkset import CONNECTIONS_DEFAULT, LinkSet
 from nbdmirror.loop import Loop
+from nbdmirror.openlink import OpenLink
 
 log = logging.getLogger(__name__)
 
@@ -155,21 +156,19 @@ class ConnectionPool:
 
     def attach(self, loop: Loop, on_lost: Callable[[], None] | None) -> None:
         """Have `loop` drive the shared connection; `on_lost` is called when it breaks. Without it
-        the guests' threads replace lost ones, as they do while there is no loop.
-
-        A mirror's target on another socket than TCP's gets no links: one that is given up cannot
-        hear of the answer there, since its server finds it closed."""
+        the guests' threads replace lost ones, as they do while there is no loop. A mirror's target
+        has no links yet."""
         self._loop, self._on_lost = loop, on_lost
-        if on_lost is not None and not self.shared.watch.is_tcp:
-            self.links.may_grow = False
         self.shared.on_lost = on_lost
         self.shared.attach(loop)
 
     def detach(self) -> None:
         """Give the connection back to the threads that wait."""
         self._loop = self._on_lost = None
-        self.links.grow()
         self.shared.on_lost = None
+        if any(isinstance(link, OpenLink) for link in self.links.open):  # others take their place
+            self._leaving += self.links.begin_anew(self.generation)
+            self._see_off()
         for connection in (self.shared, *self._retired):
             connection.detach()
 
@@ -183,9 +182,11 @@ class ConnectionPool:
         """Not before the server is known to be the one that it was, or to be another."""
         return not self._closing.is_set() and not self.shared.is_lost and self._reviver is None
 
-    def _connect_link(self) -> nbd.NBD:
+    def _connect_link(self) -> Link:
         timeout_s = max(LINK_TIMEOUT_S, LINK_PATIENCE * self.shared.handshake_s)
-        return self._connect(min(self.timeout_s, timeout_s), for_data_alone=True)
+        handle = self._connect(min(self.timeout_s, timeout_s), for_data_alone=True)
+        is_unix_target = self._on_lost is not None and not self.shared.watch.is_tcp
+        return (OpenLink if is_unix_target else Link)(handle, self._uri)
 
     def reopen(self) -> Connection:
         """A new connection to the same disk as before, for `replace`; blocking, as long as it could
@@ -227,13 +228,12 @@ class ConnectionPool:
 
     @property
     def unanswered(self) -> int:
-        """Requests on connections that were given up: as long as there are some, nothing may be
-        written to the export on another connection, since the server may do the old ones last."""
+        """Requests on connections that were given up: before they are answered nothing may be
+        written to the export on another one, since the server may do the old ones last."""
         return sum(one.unanswered for one in self.left)
 
     def give_up(self) -> None:
-        """Attached: what is in flight fails at once, and this pool is lost. The connections stay
-        until the server has answered, or has ended them (`unanswered`)."""
+        """Attached: what is in flight fails at once; this pool is lost. See `unanswered`."""
         loop, on_lost, shared = self._loop, self._on_lost, self.shared
         assert loop is not None
         if not shared.is_lost:

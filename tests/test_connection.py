@@ -22,6 +22,7 @@ from nbdmirror.errors import DeviceLost
 from nbdmirror.handshake import connect
 from nbdmirror.link import Link
 from nbdmirror.loop import Loop
+from nbdmirror.openlink import OpenLink
 
 
 def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
@@ -44,13 +45,20 @@ def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
     connection.close()
 
 
+def link_to(target: Holding) -> Link:
+    """As a mirror's target has them."""
+    link = Link if target.port else OpenLink
+    return link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def test_a_link_that_is_given_up_ends_when_its_request_is_carried_out(
-    start: Start, folder: Path
+    start: Start, folder: Path, tcp: bool
 ) -> None:
     """Its thread goes on at once, and the server does not notice: it carries the request out when
     it likes, and then nothing of it is to come any more."""
-    target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=True))
-    link = Link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp))
+    link = link_to(target)
     link.write(bytes(512), 4096)
     target.hold.touch()
     data = b"\x33" * 4096
@@ -72,7 +80,7 @@ def test_a_link_that_is_given_up_ends_when_its_request_is_carried_out(
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def test_a_link_whose_server_is_killed_ends(start: Start, folder: Path, tcp: bool) -> None:
     target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp))
-    link = Link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+    link = link_to(target)
     target.hold.touch()
     request = InThread(lambda: link.write(b"\x33" * 4096, 0))
     wait_until(target.is_holding, "it is at the server")
@@ -86,7 +94,7 @@ def test_a_link_whose_server_is_killed_ends(start: Start, folder: Path, tcp: boo
 
 def test_a_link_at_rest_that_is_given_up_ends_at_once(start: Start, folder: Path) -> None:
     target = start(Holding(folder, make_noise(folder / "disk.img", MiB)))
-    link = Link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+    link = link_to(target)
     link.write(bytes(512), 0)
     link.give_up()
     assert link.end()

@@ -56,8 +56,9 @@ MAY_IMPORT = {
     "link": "device errors handshake peek tcpwatch",
     "request": "device errors",
     "connection": "device errors handshake identity loop peek request tcpwatch",
+    "openlink": "device errors link",
     "linkset": "errors link",
-    "pool": "connection errors handshake link linkset loop",
+    "pool": "connection errors handshake link linkset loop openlink",
     "tcpwatch": "",
     "blockstatus": "device handshake",
     "remote": "aligned blockstatus connection device errors handshake identity link pool"
@@ -149,7 +150,7 @@ MAY_IMPORT = {
 
 # Module from outside -> the only places that may import it.
 ONLY_IN = {
-    "nbd": "blockstatus remote pool connection link linkset handshake peek",
+    "nbd": "blockstatus remote pool connection link openlink handshake peek",
     "nbdkit": "plugin/*",
     "asyncio": "qmp http cli* commands service",
     "socket": "qmp http cli* connection handshake identity link sockets service hangup keepalive"
