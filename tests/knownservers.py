@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,9 @@ class NbdServer(Server):
         return super().uri(export)
 
     def start(self) -> Self:
-        run(*self.argv())
+        # Since 3.27 the daemon keeps the output that it was started with: a pipe would never end.
+        with (self.folder / f"nbd-server{self.number}.log").open("w") as log:
+            subprocess.run(self.argv(), check=True, stdout=log, stderr=log, timeout=START_S_MAX)
         wait_until(self.is_ready, "nbd-server is ready", START_S_MAX)
         return self
 

@@ -69,7 +69,7 @@ def test_what_they_held_is_free_again(hosts: Hosts, start: Start, folder: Path) 
     try:
         assert visitors.stdout
         assert visitors.stdout.readline() == b"connected\n"
-        assert resources(server.pid)[1] >= threads + 3 * GUESTS
+        wait_until(lambda: resources(server.pid)[1] >= threads + 3 * GUESTS, "a thread for each")
         there.set_link("down")
         visitors.kill()  # nobody is told
 

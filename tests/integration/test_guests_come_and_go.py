@@ -82,15 +82,18 @@ def serve(start: Start, folder: Path, image: Path, threads: int) -> Nbdmirror:
 
 
 def check_flat(server: Nbdmirror, visits: int, visit: Callable[[], object]) -> None:
-    """`visit` again and again leaves nothing behind, after half as many to warm up."""
+    """`visit` again and again leaves nothing behind, after half as many to warm up. What leaks does
+    so in each of three rounds; an allocator that takes one more piece does so in one."""
     _, threads, descriptors = resources(server.pid)
     for _ in range(visits // 2):
         visit()
-    before = settled(server.pid, threads, descriptors)
-    for _ in range(visits):
-        visit()
-    grown = settled(server.pid, threads, descriptors) - before
-    assert grown < GROWTH_BYTES_MAX, f"{grown / visits:.0f} bytes a visit"
+    grown = []
+    while not grown or (len(grown) < 3 and grown[-1] >= GROWTH_BYTES_MAX):
+        before = settled(server.pid, threads, descriptors)
+        for _ in range(visits):
+            visit()
+        grown.append(settled(server.pid, threads, descriptors) - before)
+    assert grown[-1] < GROWTH_BYTES_MAX, f"{[one // visits for one in grown]} bytes a visit"
 
 
 @pytest.mark.timeout(120)

@@ -39,6 +39,13 @@ def settings(text: str) -> dict[str, list[str]]:
     return found
 
 
+def faults_of(unit: Path) -> list[str]:
+    """What is said of the units of this system, which are read too, is theirs."""
+    done = run("systemd-analyze", "verify", "--man=no", unit)
+    said = (done.stdout + done.stderr).splitlines()
+    return [line for line in said if not line.startswith("/usr/lib/systemd/")]
+
+
 def test_systemd_finds_no_fault(tmp_path: Path) -> None:
     """The command is looked for: there it is where pip puts it."""
     command = Path(sys.executable).parent / "nbdmirror"
@@ -46,8 +53,7 @@ def test_systemd_finds_no_fault(tmp_path: Path) -> None:
     assert text.count("ExecStart=nbdmirror ") == 1
     unit = tmp_path / "nbdmirror@vm1.service"
     unit.write_text(text.replace("ExecStart=nbdmirror ", f"ExecStart={command} "))
-    done = run("systemd-analyze", "verify", "--man=no", unit)
-    assert (done.stdout, done.stderr) == ("", "")
+    assert faults_of(unit) == []
     # It would have found one.
     unit.write_text(text.replace("ExecStart=nbdmirror ", "ExecStart=/nonexistent/nbdmirror "))
     assert run("systemd-analyze", "verify", "--man=no", unit, check=False).returncode != 0
@@ -65,8 +71,7 @@ def test_systemd_finds_no_fault_with_the_drop_in_of_the_docs(tmp_path: Path) -> 
     folder = tmp_path / "nbdmirror@vm1.service.d"
     folder.mkdir()
     (folder / "override.conf").write_text(drop_in)
-    done = run("systemd-analyze", "verify", "--man=no", unit)
-    assert (done.stdout, done.stderr) == ("", "")
+    assert faults_of(unit) == []
     (folder / "override.conf").write_text(drop_in.replace("PrivateUsers=no", "PrivateUsers=maybe"))
     assert "maybe" in run("systemd-analyze", "verify", "--man=no", unit, check=False).stderr
 
