@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nbdmirror.aligned import raw_device
 from nbdmirror.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
 from nbdmirror.bitmaps import NamedBitmap
+from nbdmirror.device import raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
 from nbdmirror.file import FileDevice

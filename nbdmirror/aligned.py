@@ -21,16 +21,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nbdmirror.device import BlockDevice, BlockSize, Buffer, Extent, round_out
+from nbdmirror.device import (
+    BlockDevice,
+    BlockSize,
+    Buffer,
+    Extent,
+    Wrapper,
+    round_out,
+)
 from nbdmirror.errors import DeviceError
-from nbdmirror.targetonly import TargetOnly
 
 BOUNCE_BYTES = 1 << 20
 """One bounce buffer. Larger requests go in pieces: a request of 64 MiB (what nbdkit takes) on each
 of 16 threads would need 1 GiB, and pieces of 1 MiB already run at the device's full speed."""
 
 
-class AlignedDevice(BlockDevice):
+class AlignedDevice(Wrapper):
     """`inner` with a minimum block size of 1.
 
     `bounce`: `inner` wants page-aligned memory; then all data is copied through such a buffer.
@@ -341,10 +347,3 @@ def _overlap(ranges: dict[int, tuple[int, int]], start: int, end: int) -> bool:
 def for_guests(device: BlockDevice) -> BlockDevice:
     """`device`, with requests of any range."""
     return AlignedDevice(device) if device.block_size.minimum > 1 else device
-
-
-def raw_device(device: BlockDevice) -> BlockDevice:
-    """The device below an AlignedDevice or TargetOnly, or both."""
-    while isinstance(device, AlignedDevice | TargetOnly):
-        device = device.inner
-    return device

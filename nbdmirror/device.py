@@ -183,6 +183,19 @@ def round_out(offset: int, length: int, unit: int) -> tuple[int, int]:
     return start, end - start
 
 
+class Wrapper(BlockDevice):
+    """A device that is made of another one."""
+
+    inner: BlockDevice
+
+
+def raw_device(device: BlockDevice) -> BlockDevice:
+    """The device below all wrappers."""
+    while isinstance(device, Wrapper):
+        device = device.inner
+    return device
+
+
 class MemoryDevice(BlockDevice):
     """A disk in memory, holes included: the reference for every other device.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from nbdmirror.aligned import raw_device
-from nbdmirror.device import BlockDevice, Done, Extent, ExtentsDone
+from nbdmirror.device import BlockDevice, Done, Extent, ExtentsDone, raw_device
 from nbdmirror.errors import IO_ERRORS
 from nbdmirror.file import FileDevice
 from nbdmirror.workers import Workers

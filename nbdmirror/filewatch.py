@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from functools import partial
 
-from nbdmirror.aligned import raw_device
+from nbdmirror.device import raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.events import EventRing
 from nbdmirror.file import FileDevice

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nbdmirror.admission import check_target, granularity_of
-from nbdmirror.aligned import for_guests, raw_device
+from nbdmirror.aligned import for_guests
 from nbdmirror.bitmap import check_bits
 from nbdmirror.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.chronicle import Chronicle
@@ -23,7 +23,7 @@ from nbdmirror.copier import Copier
 from nbdmirror.definition import MirrorRecord
 from nbdmirror.depth import OPENING_BYTES, Crowd
 from nbdmirror.detour import check_detour
-from nbdmirror.device import BlockDevice, Done
+from nbdmirror.device import BlockDevice, Done, raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import Found
 from nbdmirror.errors import CommandError
@@ -255,7 +255,7 @@ class Mirrors:
                 prepare(device.uri, done)
 
         if job.ending is Ending.COMPLETE:
-            when_whole(device, job.options, self._loop, checked)
+            when_whole(device, self._loop, checked, writes_all=job.options.writes_all)
         else:
             prepare("", done)
 

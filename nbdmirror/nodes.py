@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nbdmirror.aligned import raw_device
-from nbdmirror.device import BlockDevice
+from nbdmirror.device import BlockDevice, raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.errors import CommandError
 from nbdmirror.identity import Same, same_place

@@ -8,10 +8,9 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
-from nbdmirror.aligned import raw_device
 from nbdmirror.bitmap import DirtyBitmap
 from nbdmirror.bitmaps import Place
-from nbdmirror.device import BlockDevice
+from nbdmirror.device import BlockDevice, raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.nodes import Node

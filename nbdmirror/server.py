@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Set
 from functools import partial
 
 from nbdmirror import tcpwatch
-from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Bitmaps
 from nbdmirror.chronicle import GOES_ON, SERVER_ENDS, Chronicle
+from nbdmirror.device import raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import Found
 from nbdmirror.errors import IO_ERRORS

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 
 from nbdmirror import __version__, logs, startup, systemd
-from nbdmirror.aligned import for_guests, raw_device
+from nbdmirror.aligned import for_guests
 from nbdmirror.commands import Commands, version_info
-from nbdmirror.device import BlockDevice
+from nbdmirror.device import BlockDevice, raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.diskstate import RECORD_ID_LENGTH
 from nbdmirror.errors import ConfigError, Error

@@ -28,7 +28,6 @@ from nbdmirror.device import Done
 from nbdmirror.errors import IO_ERRORS, ConfigError
 from nbdmirror.identity import HOME, LABEL, SERVER_ID
 from nbdmirror.loop import Loop
-from nbdmirror.options import MirrorOptions
 from nbdmirror.remote import RemoteDevice
 from nbdmirror.uri import parse
 
@@ -100,9 +99,10 @@ def not_whole(device: RemoteDevice) -> str:
     )
 
 
-def when_whole(device: RemoteDevice, options: MirrorOptions, loop: Loop, done: Done) -> None:
+def when_whole(device: RemoteDevice, loop: Loop, done: Done, *, writes_all: bool) -> None:
     """Ask the server of an old side whether all of it was written, on a thread. `done` is told, on
-    the loop's: ConfigError if not, and another error if that is not known."""
+    the loop's: ConfigError if not, and another error if that is not known. `writes_all`: the mirror
+    writes all of the device."""
 
     def check() -> None:
         failure: Exception | None = None
@@ -119,7 +119,7 @@ def when_whole(device: RemoteDevice, options: MirrorOptions, loop: Loop, done: D
     if not is_old_side(device):
         done(None)
         return
-    if not options.writes_all:  # it has become one since the mirror began
+    if not writes_all:  # it has become one since the mirror began
         done(ConfigError(not_whole(device)))
         return
     try:

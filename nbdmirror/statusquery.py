@@ -11,10 +11,9 @@ import os
 from typing import Any
 
 from nbdmirror import __version__
-from nbdmirror.aligned import raw_device
 from nbdmirror.bitmaps import Place
 from nbdmirror.chronicle import Course
-from nbdmirror.device import BlockDevice
+from nbdmirror.device import BlockDevice, raw_device
 from nbdmirror.disk import Disk
 from nbdmirror.mirror import MirrorJob
 from nbdmirror.queries import block_job_info, named_bitmaps

@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_left, bisect_right
 
 from nbdmirror.bitmap import BITS_BYTES_MAX, DirtyBitmap
-from nbdmirror.device import BlockDevice, Buffer, Extent, round_out
+from nbdmirror.device import BlockDevice, Buffer, Extent, Wrapper, round_out
 from nbdmirror.errors import DeviceError
 
 GRANULE_BYTES = 4096
@@ -87,7 +87,7 @@ class Coverage:
         return first % 2 == 1 and self._edges[first] >= stop
 
 
-class TargetOnly(BlockDevice):
+class TargetOnly(Wrapper):
     """`inner`, the old side of a disk that is served from `truth`. A trim leaves covered what is
     covered, and covers nothing."""
 

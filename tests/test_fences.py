@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "file": "aligned device errors identity imagelock linux",
     "filesource": "aligned device errors file workers",
     "workers": "",
-    "filewatch": "aligned disk events file",
+    "filewatch": "aligned device disk events file",
     "aligned": "device errors targetonly",
     "targetonly": "bitmap device errors",
     "loop": "errors",
@@ -121,7 +121,7 @@ MAY_IMPORT = {
     "sides": "connection device errors identity loop options remote uri",
     "exports": "device disk errors identity server sides targetonly",
     "oldside": "disk diskstate errors pivots sides store targetonly writer",
-    "server": "aligned bitmaps chronicle disk diskstate errors events filewatch journaleddisk"
+    "server": "aligned bitmaps chronicle device disk diskstate errors events filewatch journaleddisk"
     " linkset loop mirror mirrors nodes oldside remote results sides statefile store tcpwatch"
     " transient writer",
     # The doors. They know what is below them, never each other.

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from nbdmirror import targetonly
-from nbdmirror.aligned import raw_device
-from nbdmirror.device import MemoryDevice
+from nbdmirror.device import MemoryDevice, raw_device
 from nbdmirror.errors import DeviceError
 from nbdmirror.targetonly import GRANULE_BYTES, TargetOnly
 
