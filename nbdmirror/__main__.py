@@ -2,6 +2,6 @@
 
 import sys
 
-from nbdmirror.cli import main
+from nbdmirror.cli.main import main
 
 sys.exit(main())

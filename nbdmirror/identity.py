@@ -21,10 +21,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nbdmirror import linux
+from nbdmirror import syscalls as linux
 from nbdmirror.errors import ConfigError
 from nbdmirror.layers import layers_of, layers_of_device, share_storage
-from nbdmirror.uri import NbdUri, is_uri, parse
+from nbdmirror.nbd_uri import NbdUri, is_uri, parse
 
 LABEL = "nbdmirror"
 SERVER_ID = uuid.uuid4().hex

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 
-from nbdmirror.quiet import STDERR, CallbackErrors, Quiet, QuietFilter, Relay
+from nbdmirror.quiet_log import STDERR, CallbackErrors, Quiet, QuietFilter, Relay
 
 SYSLOG_SOCKET = "/dev/log"
 

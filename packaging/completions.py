@@ -7,7 +7,7 @@ import re
 
 import shtab
 
-from nbdmirror.cli import build_parser
+from nbdmirror.cli.main import build_parser
 
 PLACES = {
     "bash": "bash-completion/completions/nbdmirror",

@@ -21,9 +21,9 @@ from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
 from nbdmirror import __version__
-from nbdmirror.cli import build_parser
-from nbdmirror.qmpschema import COMMANDS
-from nbdmirror.schema import Array, Enum, Member, StringOr, Struct
+from nbdmirror.cli.main import build_parser
+from nbdmirror.qmp.arguments import COMMANDS
+from nbdmirror.qmp.schema import Array, Enum, Member, StringOr, Struct
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BRANCHES_MAX = 2

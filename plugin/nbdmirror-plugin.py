@@ -26,12 +26,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import nbdkit
 
 try:
-    from nbdmirror import startup
+    from nbdmirror import startup_error as startup
     from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
     from nbdmirror.identity import label
     from nbdmirror.logs import complain
-    from nbdmirror.service import Service
-    from nbdmirror.threadstate import KeptStates, local, start_deleting
+    from nbdmirror.nbdkit_host.process import Service
+    from nbdmirror.nbdkit_host.thread_states import KeptStates, local, start_deleting
 except SystemExit as refusal:  # one line, and not a traceback
     sys.stderr.write(f"{refusal}\n")
     os._exit(1)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from nbdmirror import buffer as buffer_module
-from nbdmirror.buffer import PageBuffer
-from nbdmirror.copier import REQUEST_BYTES_MAX, Copier
-from nbdmirror.device import Done, Extent, ExtentsDone, MemoryDevice
-from nbdmirror.ledger import Tracker
+from nbdmirror.devices.base import Done, Extent, ExtentsDone, MemoryDevice
+from nbdmirror.disk.ledger import Tracker
+from nbdmirror.mirror import buffers as buffer_module
+from nbdmirror.mirror.buffers import PageBuffer
+from nbdmirror.mirror.copier import REQUEST_BYTES_MAX, Copier
 
 KIB, MIB = 1 << 10, 1 << 20
 

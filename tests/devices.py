@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 from servers import NbdkitTarget
 
-from nbdmirror.aligned import AlignedDevice
-from nbdmirror.device import BlockDevice, BlockSize, MemoryDevice
+from nbdmirror.devices.aligned import AlignedDevice
+from nbdmirror.devices.base import BlockDevice, BlockSize, MemoryDevice
+from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError, DeviceError
-from nbdmirror.file import FileDevice
-from nbdmirror.linkset import wait_for_handshakes
-from nbdmirror.remote import RemoteDevice
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.exclusive_set import wait_for_handshakes
 
 SIZES = (0, 1, 511, 512, 4096, 1 << 20, 1025 << 10, (1 << 20) + 1)
 ON_DISK = Path("/var/tmp")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from nbdmirror import qmp, sockets
+from nbdmirror import unix_sockets as sockets
 from nbdmirror.errors import CommandError, CommandNotFound, DeviceNotActive
 from nbdmirror.events import EventRing, Reply
+from nbdmirror.qmp import server as qmp
 
 VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}
 QEMU_VERSION = {**VERSION, "package": "Debian 1:7.2+dfsg-7"}

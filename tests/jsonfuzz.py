@@ -8,7 +8,13 @@ import random
 import sys
 from typing import Any
 
-from nbdmirror.qmp_json import DEPTH_MAX, VALUE_BYTES_MAX, VALUE_TOKENS_MAX, JsonStream, ParseError
+from nbdmirror.qmp.json_stream import (
+    DEPTH_MAX,
+    VALUE_BYTES_MAX,
+    VALUE_TOKENS_MAX,
+    JsonStream,
+    ParseError,
+)
 
 HELD_BYTES_MAX = 100 * VALUE_TOKENS_MAX + 3 * VALUE_BYTES_MAX
 """Of an unfinished value: tokens of some 100 bytes, and a string with its copies."""

@@ -2,7 +2,7 @@
 each.
 
 Numbers of rules are those of a mirror job's semantics as QEMU has it (M), and the numbered points
-are those at the top of nbdmirror/ledger.py (L).
+are those at the top of nbdmirror/disk/ledger.py (L).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from model import Guest
 from world import World
 
-from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.buffer import Run
-from nbdmirror.copier import Copier, _Copy
-from nbdmirror.device import Extent
-from nbdmirror.ledger import Claim, Ledger, Tracker
+from nbdmirror.devices.base import Extent
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.ledger import Claim, Ledger, Tracker
+from nbdmirror.mirror.buffers import Run
+from nbdmirror.mirror.copier import Copier, _Copy
 
 
 class MarksBeforeOnly(World):

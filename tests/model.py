@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from nbdmirror.device import Done, Extent, ExtentsDone, merge_extents
+from nbdmirror.devices.base import Done, Extent, ExtentsDone, merge_extents
+from nbdmirror.disk.ledger import Claim
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.ledger import Claim
-from nbdmirror.loop import Timer
-from nbdmirror.reconnect import _connect
+from nbdmirror.event_loop import Timer
+from nbdmirror.server.reconnect import _connect
 
 EXTENT_UNIT_BYTES = 128
 """What the source's allocation is known in, at best."""

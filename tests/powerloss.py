@@ -21,17 +21,17 @@ from model import Guest
 from staterecords import MIRROR
 from world import World
 
-import nbdmirror.intentlog
-import nbdmirror.journal
-import nbdmirror.store
-from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.device import Done
-from nbdmirror.diskfile import Identity
-from nbdmirror.diskstate import Found, examine, names
-from nbdmirror.intentlog import slot_bytes
-from nbdmirror.journal import Journal, Regions, ranges_left
-from nbdmirror.statefile import Folder, Slots
-from nbdmirror.store import DiskStore
+import nbdmirror.state.intent_log
+import nbdmirror.state.journal
+import nbdmirror.state.store
+from nbdmirror.devices.base import Done
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.intent_log import slot_bytes
+from nbdmirror.state.journal import Journal, Regions, ranges_left
+from nbdmirror.state.recovery import Found, examine, names
+from nbdmirror.state.sealed_files import Folder, Slots
+from nbdmirror.state.store import DiskStore
 
 REGION_BYTES = 1024
 REQUESTS_MAX = 8
@@ -152,11 +152,11 @@ class PowerWorld(World):
         self.writer = StepWriter(self.loop.call_later)
         self.identity = Identity(DISK.source, self.size)
         for module, name, value in (
-            (nbdmirror.journal, "REQUESTS_MAX", REQUESTS_MAX),
-            (nbdmirror.intentlog, "REGION_BYTES_MIN", REGION_BYTES),
-            (nbdmirror.intentlog, "REGION_BYTES_MAX", REGION_BYTES),
-            (nbdmirror.store, "Regions", self.regions_class),
-            (nbdmirror.store.Memory, "create", _no_memory),
+            (nbdmirror.state.journal, "REQUESTS_MAX", REQUESTS_MAX),
+            (nbdmirror.state.intent_log, "REGION_BYTES_MIN", REGION_BYTES),
+            (nbdmirror.state.intent_log, "REGION_BYTES_MAX", REGION_BYTES),
+            (nbdmirror.state.store, "Regions", self.regions_class),
+            (nbdmirror.state.store.Memory, "create", _no_memory),
         ):
             replaced = patch.object(module, name, value)
             replaced.start()
@@ -167,7 +167,7 @@ class PowerWorld(World):
             pivoted=None,
         )  # fmt: skip
         self.store.journal = self.journal_class(
-            memoryview(bytearray(nbdmirror.store.JOURNAL_BYTES))
+            memoryview(bytearray(nbdmirror.state.store.JOURNAL_BYTES))
         )
         writer: Any = self.writer
         self.store.begin(writer, self.flush_source)

@@ -19,8 +19,8 @@ from serverprocess import Server
 from servers import Nbdmirror
 from waiting import wait_until
 
-from nbdmirror.qmpschema import COMMANDS
-from nbdmirror.schema import Array, Enum, Plain, StringOr, Struct, Unsigned
+from nbdmirror.qmp.arguments import COMMANDS
+from nbdmirror.qmp.schema import Array, Enum, Plain, StringOr, Struct, Unsigned
 
 Command = tuple[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from nbdmirror.definition import (
+from nbdmirror.state.definition import (
     BitmapRecord,
     Definition,
     ExportRecord,
@@ -15,9 +15,9 @@ from nbdmirror.definition import (
     MirrorRecord,
     TargetRecord,
 )
-from nbdmirror.diskfile import Identity
-from nbdmirror.diskstate import Pivoted, SavedHead
-from nbdmirror.jsonrecord import (
+from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.job_results import Result
+from nbdmirror.state.json_record import (
     COUNT,
     FLAG,
     ID,
@@ -34,7 +34,7 @@ from nbdmirror.jsonrecord import (
     OrNull,
     members,
 )
-from nbdmirror.results import Result
+from nbdmirror.state.recovery import Pivoted, SavedHead
 
 FILES: dict[str, type[Any]] = {
     "NAME.json": Definition,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdmirror.aligned import BOUNCE_BYTES, AlignedDevice
-from nbdmirror.device import BlockSize, Buffer, Extent, MemoryDevice
+from nbdmirror.devices.aligned import BOUNCE_BYTES, AlignedDevice
+from nbdmirror.devices.base import BlockSize, Buffer, Extent, MemoryDevice
 from nbdmirror.errors import DeviceError
 
 UNIT = 512

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdmirror.bitmap import GRANULARITY_MAX, DirtyBitmap, check_granularity
+from nbdmirror.disk.bitmap import GRANULARITY_MAX, DirtyBitmap, check_granularity
 from nbdmirror.errors import ConfigError
 
 GRANULARITIES = (512, 1024, 4096)

@@ -13,7 +13,9 @@ import pytest
 from fakes import URI, Fake, FakeQemu
 from paritysides import StorageDaemon
 
-from nbdmirror import cli, cli_handover, cli_jobs
+from nbdmirror.cli import handover as cli_handover
+from nbdmirror.cli import jobs as cli_jobs
+from nbdmirror.cli import main as cli
 
 TO = "tcp:there:4444"
 Handover = Callable[..., tuple[int, str, str]]

@@ -17,12 +17,12 @@ from processes import freeze
 from servers import QemuNbd
 from waiting import InThread, wait_until
 
-from nbdmirror.connection import Connection
 from nbdmirror.errors import DeviceLost
-from nbdmirror.handshake import connect
-from nbdmirror.link import Link
-from nbdmirror.loop import Loop
-from nbdmirror.openlink import OpenLink
+from nbdmirror.event_loop import Loop
+from nbdmirror.nbdclient.exclusive_connection import Link
+from nbdmirror.nbdclient.exclusive_unix import OpenLink
+from nbdmirror.nbdclient.handshake import connect
+from nbdmirror.nbdclient.shared_connection import Connection
 
 
 def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(

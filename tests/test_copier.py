@@ -7,10 +7,10 @@ import errno
 import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data, frames
 
-from nbdmirror.buffer import ZERO_UNIT_BYTES
-from nbdmirror.copier import REQUEST_BYTES_MAX
-from nbdmirror.depth import PROBE_BYTES, QUICK_BYTES
-from nbdmirror.device import Extent, MemoryDevice
+from nbdmirror.devices.base import Extent, MemoryDevice
+from nbdmirror.mirror.buffers import ZERO_UNIT_BYTES
+from nbdmirror.mirror.copier import REQUEST_BYTES_MAX
+from nbdmirror.mirror.in_flight import PROBE_BYTES, QUICK_BYTES
 
 QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
 

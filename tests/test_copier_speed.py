@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
-from nbdmirror.depth import QUICK_BYTES
-from nbdmirror.device import MemoryDevice
-from nbdmirror.pace import SLICE_S
+from nbdmirror.devices.base import MemoryDevice
+from nbdmirror.mirror.in_flight import QUICK_BYTES
+from nbdmirror.mirror.rate_limit import SLICE_S
 
 # The speed limit. A claim is accounted for when the source has told its extents.
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data
 
-from nbdmirror.buffer import ZERO_UNIT_BYTES
-from nbdmirror.copier import BUFFER_BYTES_DEFAULT, REQUEST_BYTES_MAX
-from nbdmirror.depth import (
+from nbdmirror.devices.base import MemoryDevice
+from nbdmirror.mirror.buffers import ZERO_UNIT_BYTES
+from nbdmirror.mirror.copier import BUFFER_BYTES_DEFAULT, REQUEST_BYTES_MAX
+from nbdmirror.mirror.in_flight import (
     GROWTH,
     LOOK_S,
     OPENING_BYTES,
@@ -21,7 +22,6 @@ from nbdmirror.depth import (
     Crowd,
     Depth,
 )
-from nbdmirror.device import MemoryDevice
 
 QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
 

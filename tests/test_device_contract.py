@@ -14,7 +14,7 @@ from devices import DEVICES, SIZES, content, every_device, opened, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdmirror.device import BlockDevice, Buffer, Extent
+from nbdmirror.devices.base import BlockDevice, Buffer, Extent
 from nbdmirror.errors import IO_ERRORS, errno_of
 
 

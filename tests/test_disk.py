@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.device import Buffer, Extent, MemoryDevice
-from nbdmirror.disk import Disk, SynchronousWrites
+from nbdmirror.devices.base import Buffer, Extent, MemoryDevice
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.disk import Disk, SynchronousWrites
+from nbdmirror.disk.ledger import Tracker
 from nbdmirror.errors import DeviceError
-from nbdmirror.ledger import Tracker
 
 SIZE, GRANULARITY, WAIT_S = 1 << 20, 4096, 10.0
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nbdmirror.definition import KIND_DEFINITION, Definition
-from nbdmirror.diskfile import (
+from nbdmirror.state.definition import KIND_DEFINITION, Definition
+from nbdmirror.state.disk_file import (
     ALIVE_BYTES,
     Identity,
     LastSeen,
@@ -22,13 +22,13 @@ from nbdmirror.diskfile import (
     write_alive,
     write_seen,
 )
-from nbdmirror.diskstate import (
+from nbdmirror.state.recovery import (
     KIND_BITMAPS,
     KIND_PIVOTED,
     Pivoted,
     Saved,
 )
-from nbdmirror.statefile import StateError, seal
+from nbdmirror.state.sealed_files import StateError, seal
 
 NOW_S = 1_700_000_000.0
 HOUR_S = 3600.0

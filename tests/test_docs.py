@@ -18,12 +18,12 @@ from processes import ROOT
 from recipes import ran, script_of
 from staterecords import FILES, PLACES, Steps, path_of
 
-from nbdmirror.cli import build_parser
+from nbdmirror.cli.main import build_parser
 from nbdmirror.errors import ConfigError
-from nbdmirror.qmpresults import EVENTS
-from nbdmirror.qmpschema import COMMANDS
-from nbdmirror.schema import Array, Enum, StringOr, Struct
-from nbdmirror.service import Service
+from nbdmirror.nbdkit_host.process import Service
+from nbdmirror.qmp.arguments import COMMANDS
+from nbdmirror.qmp.results import EVENTS
+from nbdmirror.qmp.schema import Array, Enum, StringOr, Struct
 
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RULES = 47

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from mounts import ON_DISK, loop_device, mounted
 
-from nbdmirror.aligned import AlignedDevice
-from nbdmirror.device import BlockDevice, Extent, MemoryDevice
+from nbdmirror.devices.aligned import AlignedDevice
+from nbdmirror.devices.async_file import FileSource
+from nbdmirror.devices.base import BlockDevice, Extent, MemoryDevice
+from nbdmirror.devices.file import EXTENTS_MAX, FileDevice
 from nbdmirror.errors import ConfigError, DeviceError
-from nbdmirror.file import EXTENTS_MAX, FileDevice
-from nbdmirror.filesource import FileSource
 
 WAIT_S = 10.0
 

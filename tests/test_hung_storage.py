@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from nbdmirror import file as file_module
-from nbdmirror import server as server_module
-from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.device import MemoryDevice
-from nbdmirror.disk import Disk, SynchronousWrites
+from nbdmirror.devices import file as file_module
+from nbdmirror.devices.async_file import FileSource
+from nbdmirror.devices.base import MemoryDevice
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.disk import Disk, SynchronousWrites
+from nbdmirror.disk.ledger import Tracker
+from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
-from nbdmirror.file import FileDevice
-from nbdmirror.filesource import FileSource
-from nbdmirror.filewatch import FileWatch
-from nbdmirror.hangup import own_sockets
-from nbdmirror.ledger import Tracker
-from nbdmirror.loop import Loop
-from nbdmirror.server import Server
+from nbdmirror.nbdkit_host.hangup import own_sockets
+from nbdmirror.server import server as server_module
+from nbdmirror.server.file_watch import FileWatch
+from nbdmirror.server.server import Server
 from nbdmirror.workers import Workers
 
 WAIT_S = 10.0

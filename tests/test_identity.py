@@ -17,12 +17,12 @@ from kept import refusal
 from mounts import loop_device
 from servers import NbdkitTarget, Nbdmirror, OnTcp, QemuNbd
 
-from nbdmirror import linux
+from nbdmirror import syscalls as linux
+from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError
-from nbdmirror.file import FileDevice
 from nbdmirror.identity import SERVER_ID, Peer, Same, label, same_place
 from nbdmirror.names import DISK_LENGTH_MAX, default_job_id, is_job_id, split_disk
-from nbdmirror.remote import RemoteDevice
+from nbdmirror.nbdclient.device import RemoteDevice
 
 YES, NO, UNKNOWN = Same.YES, Same.NO, Same.UNKNOWN
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError
-from nbdmirror.file import FileDevice
 
 QEMU_IMG = shutil.which("qemu-img")
 

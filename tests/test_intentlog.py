@@ -9,10 +9,10 @@ from itertools import product
 
 import pytest
 
-from nbdmirror import intentlog
-from nbdmirror.intentlog import SECTOR_BYTES, SLOTS, IntentLog, region_bytes, slot_bytes
-from nbdmirror.journal import JOURNAL_BYTES, Journal, Regions, ranges_left
-from nbdmirror.statefile import StateError
+from nbdmirror.state import intent_log as intentlog
+from nbdmirror.state.intent_log import SECTOR_BYTES, SLOTS, IntentLog, region_bytes, slot_bytes
+from nbdmirror.state.journal import JOURNAL_BYTES, Journal, Regions, ranges_left
+from nbdmirror.state.sealed_files import StateError
 
 MiB = 1 << 20
 DISK, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
@@ -267,7 +267,7 @@ def test_the_journal_tells_what_is_under_way() -> None:
 
 
 def test_more_requests_than_slots_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbdmirror.journal.REQUESTS_MAX", 2)
+    monkeypatch.setattr("nbdmirror.state.journal.REQUESTS_MAX", 2)
     journal = Journal(memoryview(bytearray(32)))
     slots = [journal.begin(number, 1) for number in range(2)]
     through = threading.Event()

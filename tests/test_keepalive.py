@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from waiting import wait_until
 
-from nbdmirror import hangup, keepalive
-from nbdmirror.keepalive import KEEPALIVE_S_MAX, Timing, Watch
+from nbdmirror.nbdkit_host import hangup, keepalive
+from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S_MAX, Timing, Watch
 
 TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 

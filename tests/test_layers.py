@@ -13,7 +13,8 @@ from kept import refusal
 from mounts import loop_device
 from servers import NbdkitTarget, Nbdmirror
 
-from nbdmirror import layers, linux
+from nbdmirror import layers
+from nbdmirror import syscalls as linux
 from nbdmirror.identity import Same, same_place
 from nbdmirror.layers import WHOLE, Layer, layers_of, share_storage
 

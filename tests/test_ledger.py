@@ -11,8 +11,8 @@ import pytest
 from ledgerthreads import GRANULE, SIZE, running, wait
 from model import AnnouncedGuests
 
-from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.ledger import Ledger
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.ledger import Ledger
 
 
 def test_a_request_marks_every_bitmap_when_it_ends() -> None:

@@ -12,7 +12,7 @@ import pytest
 from manpages import DOCS, PAGES, Page, escape, manual_pages, signature, subparsers
 from waiting import WAIT_S_MAX
 
-from nbdmirror.qmpschema import COMMANDS
+from nbdmirror.qmp.arguments import COMMANDS
 
 COLUMNS_MAX = 300
 WORD = r"[\w'-]+(?:\.\w+)*"

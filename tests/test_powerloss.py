@@ -15,10 +15,10 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from mirrormachine import MirrorMachine
 from powerloss import PowerWorld
 
-from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.diskstate import Found
-from nbdmirror.journal import Journal, Regions
-from nbdmirror.ledger import Claim, Tracker
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.ledger import Claim, Tracker
+from nbdmirror.state.journal import Journal, Regions
+from nbdmirror.state.recovery import Found
 
 STEPS = 40
 EXAMPLES = 300

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdmirror.quiet import (
+from nbdmirror.quiet_log import (
     CAUSES_MAX,
     LINES_MAX,
     MARK,
@@ -142,7 +142,7 @@ def test_our_own_lines(scene: Scene) -> None:
 
 RELAYED = """
 import os, sys, threading
-from nbdmirror.quiet import MARK, Relay
+from nbdmirror.quiet_log import MARK, Relay
 relay = Relay()
 def say(text):
     os.write(2, text.encode())

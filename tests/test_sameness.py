@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from nbdmirror.device import MemoryDevice
-from nbdmirror.disk import Disk
+from nbdmirror.devices.base import MemoryDevice
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.ledger import Tracker
 from nbdmirror.errors import DeviceError
-from nbdmirror.ledger import Tracker
-from nbdmirror.sameness import SAMPLES, first_difference
+from nbdmirror.mirror.spot_check import SAMPLES, first_difference
 
 GRANULE = 4096
 SIZE = 400 * GRANULE + 100

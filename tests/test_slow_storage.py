@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
-from nbdmirror.depth import ANSWER_S
-from nbdmirror.depth import ZERO_BYTES_MAX as LARGEST
-from nbdmirror.device import Extent, MemoryDevice
+from nbdmirror.devices.base import Extent, MemoryDevice
+from nbdmirror.mirror.in_flight import ANSWER_S
+from nbdmirror.mirror.in_flight import ZERO_BYTES_MAX as LARGEST
 
 GIB = 1 << 30
 PATIENCE_S = 12 * ANSWER_S

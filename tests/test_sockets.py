@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdmirror import sockets
+from nbdmirror import unix_sockets as sockets
 from nbdmirror.errors import ConfigError
-from nbdmirror.statefile import DiskFolder
+from nbdmirror.state.sealed_files import DiskFolder
 
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0

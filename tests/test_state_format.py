@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from staterecords import FILES, JOB, MIRROR, PLACES, SAMPLES, Steps, path_of, records
 
-from nbdmirror.definition import ExportRecord, JobRecord, MirrorRecord
-from nbdmirror.diskstate import Saved
-from nbdmirror.handshake import Announcement
-from nbdmirror.jsonrecord import (
+from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
+from nbdmirror.nbdclient.handshake import Announcement
+from nbdmirror.server.mirror_record import options_of
+from nbdmirror.state.definition import ExportRecord, JobRecord, MirrorRecord
+from nbdmirror.state.json_record import (
     ID,
     TEXT,
     Kind,
@@ -28,9 +29,8 @@ from nbdmirror.jsonrecord import (
     load,
     members,
 )
-from nbdmirror.options import CopyMode, MirrorOptions, Policy
-from nbdmirror.records import options_of
-from nbdmirror.statefile import UnknownFormat
+from nbdmirror.state.recovery import Saved
+from nbdmirror.state.sealed_files import UnknownFormat
 
 files = pytest.mark.parametrize("file", FILES)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdmirror.errors import ConfigError
-from nbdmirror.statefile import DiskFolder, StateError, seal, unseal
+from nbdmirror.state.sealed_files import DiskFolder, StateError, seal, unseal
 
 BODY = b'{"a": 1}\n\0binary'
 

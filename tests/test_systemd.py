@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbdmirror.events import EventRing
-from nbdmirror.systemd import Status
+from nbdmirror.nbdkit_host.systemd import Status
 
 
 def test_a_disk_that_was_pivoted_again_and_again() -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdmirror import targetonly
-from nbdmirror.device import MemoryDevice, raw_device
+from nbdmirror.devices.base import MemoryDevice, raw_device
+from nbdmirror.disk import target_only as targetonly
+from nbdmirror.disk.target_only import GRANULE_BYTES, TargetOnly
 from nbdmirror.errors import DeviceError
-from nbdmirror.targetonly import GRANULE_BYTES, TargetOnly
 
 OLD, NEW = b"o", b"n"
 

@@ -19,9 +19,9 @@ from processes import freeze
 from servers import NbdkitTarget, QemuNbd
 from waiting import wait_until
 
-from nbdmirror import pool
-from nbdmirror.remote import RemoteDevice
-from nbdmirror.targetwatch import FLUSH_TAKES_S, HUNG_S, TargetWatch
+from nbdmirror.mirror.target_watch import FLUSH_TAKES_S, HUNG_S, TargetWatch
+from nbdmirror.nbdclient import pool
+from nbdmirror.nbdclient.device import RemoteDevice
 
 WAIT_S = 10.0
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 from waiting import wait_until
 
-from nbdmirror import tcpwatch
-from nbdmirror.tcpwatch import TcpWatch
+from nbdmirror.nbdclient import tcp_watch as tcpwatch
+from nbdmirror.nbdclient.tcp_watch import TcpWatch
 
 LOST_S = 1
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ledgerthreads import GRANULE, SIZE, count_waiting, running, wait
 
-from nbdmirror.ledger import Claim, Tracker
+from nbdmirror.disk.ledger import Claim, Tracker
 
 # Synchronous writes.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdmirror.errors import ConfigError
-from nbdmirror.uri import NbdUri, absolute, is_uri, parse
+from nbdmirror.nbd_uri import NbdUri, absolute, is_uri, parse
 
 GOOD: list[tuple[str, dict[str, object]]] = [
     ("nbd://host", {"transport": "tcp", "host": "host", "port": 10809, "export": ""}),

@@ -22,10 +22,10 @@ from model import (
     may_reconnect,
 )
 
-import nbdmirror.buffer
-import nbdmirror.depth
-from nbdmirror.copier import Copier
-from nbdmirror.ledger import Claim, Ledger, Tracker
+import nbdmirror.mirror.buffers
+import nbdmirror.mirror.in_flight
+from nbdmirror.disk.ledger import Claim, Ledger, Tracker
+from nbdmirror.mirror.copier import Copier
 
 ZERO_UNIT_BYTES = 256
 """Instead of the copier's 64 KiB: one piece becomes several requests."""
@@ -81,10 +81,10 @@ class World:
         self._offset_before = 0
         self._guests_made = 0
         self._patches = [
-            patch.object(nbdmirror.buffer, "ZERO_UNIT_BYTES", ZERO_UNIT_BYTES),
-            patch.object(nbdmirror.buffer, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
-            patch.object(nbdmirror.depth, "ZERO_BYTES_MAX", ZERO_BYTES_MAX),
-            patch.object(nbdmirror.depth, "PROBE_BYTES", ZERO_UNIT_BYTES),
+            patch.object(nbdmirror.mirror.buffers, "ZERO_UNIT_BYTES", ZERO_UNIT_BYTES),
+            patch.object(nbdmirror.mirror.buffers, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
+            patch.object(nbdmirror.mirror.in_flight, "ZERO_BYTES_MAX", ZERO_BYTES_MAX),
+            patch.object(nbdmirror.mirror.in_flight, "PROBE_BYTES", ZERO_UNIT_BYTES),
         ]
         for each in self._patches:
             each.start()
@@ -290,7 +290,7 @@ class World:
             self._check_durable_granules()
 
     def _check_granules(self) -> None:
-        """THE INVARIANT of nbdmirror/ledger.py."""
+        """THE INVARIANT of nbdmirror/disk/ledger.py."""
         owned = self.claims
         for offset in range(0, self.size, self.granularity):
             granule = slice(offset, min(offset + self.granularity, self.size))

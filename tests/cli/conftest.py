@@ -9,7 +9,9 @@ import pytest
 from cliparts import Main
 from fakes import Fake
 
-from nbdmirror import cli, cli_control, cli_jobs
+from nbdmirror.cli import control as cli_control
+from nbdmirror.cli import jobs as cli_jobs
+from nbdmirror.cli import main as cli
 
 
 @pytest.fixture

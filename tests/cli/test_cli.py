@@ -12,7 +12,9 @@ import pytest
 from cliparts import WAIT_S_MAX, Main, one_line
 from fakes import URI, Fake
 
-from nbdmirror import cli, cli_session, sockets
+from nbdmirror import unix_sockets as sockets
+from nbdmirror.cli import main as cli
+from nbdmirror.cli import session as cli_session
 
 COMPLETED = (
     f"job {{}} completed; the pivot held the guest for 3.2 ms; disk disk0 is served from {URI}\n"

@@ -6,7 +6,7 @@ import pytest
 from cliparts import Main, one_line
 from fakes import URI, Fake
 
-from nbdmirror import cli
+from nbdmirror.cli import main as cli
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from cliparts import Main, one_line
 from fakes import URI, FakeQemu
 from paritysides import StorageDaemon
 
-from nbdmirror import cli, cli_control
+from nbdmirror.cli import control as cli_control
+from nbdmirror.cli import main as cli
 
 COMMANDS = {
     "mirror": ["mirror", URI],

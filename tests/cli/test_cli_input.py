@@ -8,7 +8,7 @@ import os
 import pytest
 from cliparts import Main, one_line
 
-from nbdmirror import cli
+from nbdmirror.cli import main as cli
 
 
 @pytest.mark.parametrize(

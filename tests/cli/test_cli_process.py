@@ -17,7 +17,9 @@ import pytest
 from cliparts import WAIT_S_MAX, Main, one_line
 from fakes import URI, Fake
 
-from nbdmirror import cli, cli_progress, cli_status
+from nbdmirror.cli import main as cli
+from nbdmirror.cli import progress as cli_progress
+from nbdmirror.cli import status as cli_status
 
 # Looking
 

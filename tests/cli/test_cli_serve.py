@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from cliparts import Main, one_line
 
-from nbdmirror import cli, cli_serve, sockets
+from nbdmirror import unix_sockets as sockets
+from nbdmirror.cli import main as cli
+from nbdmirror.cli import serve as cli_serve
 
 
 @pytest.fixture

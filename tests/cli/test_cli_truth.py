@@ -14,7 +14,8 @@ import pytest
 from cliparts import WAIT_S_MAX, Main, one_line
 from fakes import URI, Fake
 
-from nbdmirror import cli, cli_control
+from nbdmirror.cli import control as cli_control
+from nbdmirror.cli import main as cli
 from nbdmirror.errors import CommandError
 
 

@@ -10,7 +10,11 @@ import pytest
 from cliparts import Main, one_line
 from fakes import Fake
 
-from nbdmirror import cli, cli_list, cli_parsers, cli_words, sockets
+from nbdmirror import unix_sockets as sockets
+from nbdmirror.cli import list as cli_list
+from nbdmirror.cli import main as cli
+from nbdmirror.cli import parsers as cli_parsers
+from nbdmirror.cli import words as cli_words
 from nbdmirror.errors import CommandError
 
 
@@ -154,7 +158,7 @@ def test_what_is_no_command_of_bitmaps(fake: Fake, run: Main, words: list[str]) 
 
 
 def test_every_bitmap_action_is_a_qmp_command() -> None:
-    from nbdmirror.qmpschema import COMMANDS
+    from nbdmirror.qmp.arguments import COMMANDS
 
     for action in set(cli_parsers.BITMAP_ACTIONS) - {"list"}:
         assert f"block-dirty-bitmap-{action}" in COMMANDS

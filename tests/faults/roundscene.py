@@ -57,7 +57,9 @@ os.unlink = counted(os.unlink, is_in_folder)
 """The server kills itself before the step of that number that it does in its state directory, once
 there is the file that says so."""
 
-QUICK_FLUSHES = "import nbdmirror.targetwatch\nnbdmirror.targetwatch.FLUSH_S = 0.15\n"
+QUICK_FLUSHES = (
+    "import nbdmirror.mirror.target_watch\nnbdmirror.mirror.target_watch.FLUSH_S = 0.15\n"
+)
 NOT_OURS = r"is not the disk any more: since .* it is served from (\S+) \("
 
 

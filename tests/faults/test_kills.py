@@ -48,37 +48,37 @@ MUTANTS = {
     "what was not flushed is forgotten": (
         Cell("target", "READY", "busy"),
         """
-from nbdmirror.ledger import Tracker
+from nbdmirror.disk.ledger import Tracker
 Tracker.target_came_back = lambda self: self._with_claims(self.dirty)
 """,
     ),
     "what was dirty is forgotten": (
         Cell("server", "READY", "busy"),
-        "from nbdmirror.diskstate import Found\nFound.restore = lambda *arguments: None\n",
+        "from nbdmirror.state.recovery import Found\nFound.restore = lambda *arguments: None\n",
     ),
     "everything is copied again": (
         Cell("server", "READY", "idle"),
         """
-from nbdmirror.diskstate import Found
+from nbdmirror.state.recovery import Found
 Found.restore = lambda self, bitmap, key: bitmap.mark_all()
 """,
     ),
     "a pivot is not written down": (
         Cell("server", "pivoted", "idle"),
         """
-from nbdmirror.store import DiskStore
+from nbdmirror.state.store import DiskStore
 DiskStore.prepare_end = lambda self, pivot_to, done: done(None)
 DiskStore.commit_end = lambda self, done: done(None)
 """,
     ),
     "flushes do not reach the target": (
         Cell("target", "pivoted", "busy"),
-        "from nbdmirror.remote import RemoteDevice\nRemoteDevice.flush = lambda self: None\n",
+        "from nbdmirror.nbdclient.device import RemoteDevice\nRemoteDevice.flush = lambda self: None\n",
     ),
     "a loss is not told": (
         Cell("target", "pivoted", "busy"),
         """
-from nbdmirror.remote import RemoteDevice
+from nbdmirror.nbdclient.device import RemoteDevice
 RemoteDevice._lose_writes = lambda self: None
 """,
     ),

@@ -41,7 +41,7 @@ CHANGES: dict[str, tuple[Request, bytes]] = {
 }
 
 CUTTING = """
-from nbdmirror.pool import ConnectionPool
+from nbdmirror.nbdclient.pool import ConnectionPool
 
 connect_again = ConnectionPool._connect_again
 

@@ -19,7 +19,7 @@ from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
 
-from nbdmirror.pool import REQUESTS_ALONE
+from nbdmirror.nbdclient.pool import REQUESTS_ALONE
 
 CANCEL = "block-job-cancel"
 SIZE = 4 * MiB
@@ -37,7 +37,7 @@ pool.LIFE_S = 0.5
 """A server that takes a silent target for lost within a second."""
 
 CARELESS = """
-from nbdmirror.pool import ConnectionPool
+from nbdmirror.nbdclient.pool import ConnectionPool
 
 ConnectionPool.unanswered = 0
 """

@@ -20,12 +20,13 @@ from qmpclient import Qmp
 from servers import NbdkitTarget, Nbdmirror
 from waiting import wait_until
 
-from nbdmirror import linkset, pool
-from nbdmirror.connection import Connection
 from nbdmirror.errors import DeviceLost
-from nbdmirror.loop import Loop
-from nbdmirror.remote import RemoteDevice
-from nbdmirror.tcpwatch import PEER_LOST_S
+from nbdmirror.event_loop import Loop
+from nbdmirror.nbdclient import exclusive_set as linkset
+from nbdmirror.nbdclient import pool
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.tcp_watch import PEER_LOST_S
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
 SHORT_S = 1

@@ -28,7 +28,7 @@ MOMENTS = {
 EARLY = ("first copy", "flush for READY")
 
 FORGETFUL = """
-from nbdmirror.ledger import Tracker
+from nbdmirror.disk.ledger import Tracker
 
 def target_came_back(self):
     with self._lock:

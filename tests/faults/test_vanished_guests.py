@@ -120,7 +120,7 @@ def test_the_server_ends_without_guests_that_take_no_answers(
 
     class Impatient(Kept):
         def environment(self) -> dict[str, str]:
-            soon = "import nbdmirror.hangup as h\nh.TAKES_NOTHING_S = 0.3\n"
+            soon = "import nbdmirror.nbdkit_host.hangup as h\nh.TAKES_NOTHING_S = 0.3\n"
             return patched(super().environment(), folder, soon)
 
     server = Impatient(folder, disk).start()

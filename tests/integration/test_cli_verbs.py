@@ -17,7 +17,7 @@ from processes import Finished, freeze, nbdmirror, run
 from servers import Nbdmirror, QemuNbd
 from waiting import wait_until
 
-from nbdmirror.cli import DONE, FAILED, TIMED_OUT
+from nbdmirror.cli.main import DONE, FAILED, TIMED_OUT
 
 SIZE = 4 * MiB
 Cli = Callable[..., Finished]

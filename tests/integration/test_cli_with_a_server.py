@@ -19,7 +19,7 @@ from processes import Finished, nbdmirror_environment
 from servers import NbdkitTarget, Nbdmirror, QemuNbd
 from waiting import wait_until
 
-from nbdmirror.cli import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
+from nbdmirror.cli.main import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
 
 SIZE = 4 * MiB
 Cli = Callable[..., Finished]

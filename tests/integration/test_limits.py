@@ -21,14 +21,14 @@ from qmpclient import Qmp, Refused
 from servers import NbdkitTarget, Nbdmirror, QemuNbd
 from waiting import wait_until
 
-from nbdmirror.actions import ACTIONS_MAX, BUFFER_BYTES_MAX, JOB_ID_LENGTH_MAX
-from nbdmirror.bitmap import BITS_BYTES_MAX
-from nbdmirror.bitmaps import BITMAPS_MAX, BYTES_MAX, NAME_BYTES_MAX
-from nbdmirror.commands import OPEN_TIMEOUT_S_MAX
-from nbdmirror.mirrors import JOBS_MAX
-from nbdmirror.nodes import NAME_LENGTH_MAX, NODES_MAX
-from nbdmirror.qmp import CLIENTS_MAX
-from nbdmirror.uri import URI_BYTES_MAX
+from nbdmirror.disk.bitmap import BITS_BYTES_MAX
+from nbdmirror.nbd_uri import URI_BYTES_MAX
+from nbdmirror.qmp.commands import OPEN_TIMEOUT_S_MAX
+from nbdmirror.qmp.server import CLIENTS_MAX
+from nbdmirror.qmp.transaction import ACTIONS_MAX, BUFFER_BYTES_MAX, JOB_ID_LENGTH_MAX
+from nbdmirror.server.bitmaps import BITMAPS_MAX, BYTES_MAX, NAME_BYTES_MAX
+from nbdmirror.server.mirror_jobs import JOBS_MAX
+from nbdmirror.server.nodes import NAME_LENGTH_MAX, NODES_MAX
 
 SIZE = MiB
 TiB = 1 << 40

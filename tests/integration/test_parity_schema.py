@@ -18,10 +18,10 @@ from parityversions import has
 from qmpclient import Qmp
 from servers import Nbdmirror, QemuNbd
 
-from nbdmirror.introspection import SCHEMA_INFO
-from nbdmirror.qmpresults import EVENTS, RESULTS
-from nbdmirror.qmpschema import COMMANDS, DEPRECATED
-from nbdmirror.schema import Array
+from nbdmirror.qmp.arguments import COMMANDS, DEPRECATED
+from nbdmirror.qmp.introspection import SCHEMA_INFO
+from nbdmirror.qmp.results import EVENTS, RESULTS
+from nbdmirror.qmp.schema import Array
 
 Entry = dict[str, Any]
 Schema = dict[str, Entry]

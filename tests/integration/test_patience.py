@@ -17,10 +17,10 @@ from processes import free_port
 from servers import NbdkitTarget, QemuNbd
 from waiting import wait_until
 
-from nbdmirror import handshake, pool, tls
 from nbdmirror.errors import ConfigError, DeviceError
-from nbdmirror.handshake import connect
-from nbdmirror.remote import RemoteDevice
+from nbdmirror.nbdclient import handshake, pool, tls
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.handshake import connect
 
 HANDSHAKE_S = 3
 """Longer than guests' requests wait, and than an attempt to connect again once took."""

@@ -17,8 +17,8 @@ from qmpclient import Qmp
 from servers import NbdkitTarget, Nbdmirror, QemuNbd, Server
 from waiting import WAIT_S_MAX, InThread, wait_until
 
-from nbdmirror import linkset
-from nbdmirror.remote import RemoteDevice
+from nbdmirror.nbdclient import exclusive_set as linkset
+from nbdmirror.nbdclient.device import RemoteDevice
 
 SIZE = 4 * MiB
 THREADS = 8

@@ -20,8 +20,8 @@ from processes import ROOT, run
 from servers import Nbdmirror, QemuNbd
 from waiting import STOP_S_MAX
 
-from nbdmirror.cli import build_parser
-from nbdmirror.cli_serve import serve_command
+from nbdmirror.cli.main import build_parser
+from nbdmirror.cli.serve import serve_command
 
 UNIT = ROOT / "packaging" / "systemd" / "nbdmirror@.service"
 EXAMPLE = UNIT.parent / "example.conf"

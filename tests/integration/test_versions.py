@@ -18,11 +18,11 @@ from processes import libnbd_version, nbdkit_version, run
 from servers import Nbdmirror, QemuNbd
 from waiting import WAIT_S_MAX
 
-from nbdmirror.blockstatus import LENGTH_MAX
-from nbdmirror.device import Extent
+from nbdmirror.devices.base import Extent
 from nbdmirror.errors import DeviceError
-from nbdmirror.loop import Loop
-from nbdmirror.remote import RemoteDevice
+from nbdmirror.event_loop import Loop
+from nbdmirror.nbdclient.block_status import LENGTH_MAX
+from nbdmirror.nbdclient.device import RemoteDevice
 
 TiB = 1 << 40
 SIZE = 8 * TiB

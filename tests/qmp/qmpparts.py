@@ -8,9 +8,10 @@ import socket
 import threading
 from typing import Any
 
-from nbdmirror import qmp, sockets
+from nbdmirror import unix_sockets as sockets
 from nbdmirror.errors import CommandNotFound, DeviceNotActive
 from nbdmirror.events import EventRing, Reply
+from nbdmirror.qmp import server as qmp
 
 WAIT_S_MAX = 10.0
 VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}

@@ -15,7 +15,7 @@ from parityversions import json_error
 from qmpparts import EXPECTING, NOT_OBJECT, VERSION, WAIT_S_MAX, Server, first_client
 from waiting import wait_until
 
-from nbdmirror import sockets
+from nbdmirror import unix_sockets as sockets
 from nbdmirror.errors import ConfigError
 
 # The socket file

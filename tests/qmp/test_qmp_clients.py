@@ -20,9 +20,10 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient
 from qmpparts import EXPECTING, WAIT_S_MAX, Raw, Server
 from waiting import wait_until
 
-from nbdmirror import qmp, qmp_json
 from nbdmirror.errors import CommandError
 from nbdmirror.events import EVENTS_KEPT_MAX
+from nbdmirror.qmp import json_stream as qmp_json
+from nbdmirror.qmp import server as qmp
 
 # Events
 
@@ -262,7 +263,7 @@ def test_valid_json_is_read_as_the_json_module_does(values: list[Any], spaces: s
 )
 @given(chunks=st.lists(PIECES.map(b"".join) | st.binary(max_size=3000), min_size=1, max_size=5))
 def test_garbage_harms_no_other_client(server: Server, chunks: list[bytes]) -> None:
-    logging.getLogger("nbdmirror.qmp").setLevel(logging.CRITICAL)
+    logging.getLogger("nbdmirror.qmp.server").setLevel(logging.CRITICAL)
     with contextlib.closing(Raw(server.path)) as good:
         with contextlib.closing(Raw(server.path)) as bad:
             with contextlib.suppress(ConnectionError):
@@ -270,4 +271,4 @@ def test_garbage_harms_no_other_client(server: Server, chunks: list[bytes]) -> N
                     bad.send(chunk)
             assert good.ask({"execute": "echo", "id": 1}) == {"return": {}, "id": 1}
         assert good.ask({"execute": "echo", "id": 2}) == {"return": {}, "id": 2}
-    logging.getLogger("nbdmirror.qmp").setLevel(logging.NOTSET)
+    logging.getLogger("nbdmirror.qmp.server").setLevel(logging.NOTSET)

@@ -22,7 +22,7 @@ from processes import ROOT, nbdmirror_environment, patched
 from servers import Nbdmirror
 from waiting import START_S_MAX, STOP_S_MAX, WAIT_S_MAX, wait_until
 
-from nbdmirror.signals import MEANINGLESS
+from nbdmirror.nbdkit_host.signals import MEANINGLESS
 
 NOWHERE = "nbd+unix:///?socket=/nonexistent/target.sock"
 
@@ -222,7 +222,7 @@ def test_a_daemon_serves_when_the_command_returns(daemon: Daemon, disk: Path) ->
 
 def test_a_daemon_that_fails_after_it_went_into_the_background(daemon: Daemon) -> None:
     """The reason is on the terminal, the exit status is 1, and nothing is left."""
-    failing = "import nbdmirror.server as s\ndef start(self): raise OSError(28, 'No room')\n"
+    failing = "import nbdmirror.server.server as s\ndef start(self): raise OSError(28, 'No room')\n"
     failing += "s.Server.start = start\n"
     environment = patched(daemon.environment(), daemon.folder, failing)
     done = subprocess.run(

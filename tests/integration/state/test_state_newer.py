@@ -19,7 +19,7 @@ from servers import QemuNbd
 from stateparts import SIZE, End, begin, ends, finish, settle
 from test_state_bitmaps import add
 
-from nbdmirror.statefile import seal
+from nbdmirror.state.sealed_files import seal
 
 OTHER = "start the nbdmirror that wrote it, or a newer one"
 SECTOR = 512

@@ -20,7 +20,7 @@ from servers import Nbdmirror, QemuNbd
 from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
 from test_state_bitmaps import add, bitmaps
 
-from nbdmirror.statefile import seal, unseal
+from nbdmirror.state.sealed_files import seal, unseal
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from servers import QemuNbd
 from stateparts import finish
 from test_state_bitmaps import bitmaps
 
-from nbdmirror.bitmap import DirtyBitmap
-from nbdmirror.definition import Definition
-from nbdmirror.diskfile import Identity
-from nbdmirror.diskstate import Pivoted, examine
-from nbdmirror.statefile import DiskFolder
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.state.definition import Definition
+from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.recovery import Pivoted, examine
+from nbdmirror.state.sealed_files import DiskFolder
 
 MIRRORS = {"first-copy": 64, "ready": 3, "requests-under-way": 3, "orderly-end": 0}
 """The cases with a mirror, and how many granules may differ: those that did, and those that were

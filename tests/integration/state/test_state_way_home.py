@@ -28,7 +28,7 @@ from wayhome import (
     write,
 )
 
-from nbdmirror.statefile import seal, unseal
+from nbdmirror.state.sealed_files import seal, unseal
 
 
 def test_back_and_forth_by_commands_that_never_change(a: Kept, b: Kept) -> None:

@@ -16,8 +16,8 @@ from keys import HERE, psk
 from processes import Finished, nbdmirror, run
 from tlsparts import Site, TlsNbdmirror, refusal, with_keys
 
-from nbdmirror import tls
 from nbdmirror.errors import ConfigError
+from nbdmirror.nbdclient import tls
 
 
 def is_open(uri: str) -> bool:

@@ -16,8 +16,8 @@ from servers import NbdkitTarget, Nbdmirror
 from test_tls_guests import one_line
 from tlsparts import KINDS, SIZE, Site, TlsNbdkit, target_of, with_keys
 
-from nbdmirror import tls
 from nbdmirror.errors import ConfigError
+from nbdmirror.nbdclient import tls
 
 FIXED = "1.20.3"
 """A libnbd that verifies always."""

@@ -1,0 +1,1 @@
+"""The command that people type. Client commands need neither libnbd nor nbdkit."""

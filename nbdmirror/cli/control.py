@@ -1,0 +1,311 @@
+"""The commands that speak QMP to a running server, but for `handover`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+
+from nbdmirror.cli import bitmaps as cli_bitmaps
+from nbdmirror.cli import status as cli_status
+from nbdmirror.cli import words as cli_words
+from nbdmirror.cli.jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
+from nbdmirror.cli.main import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
+from nbdmirror.cli.progress import Meter, PlainDisplay, open_display
+from nbdmirror.cli.session import Job, Session, connect, run_interruptible, server_path
+from nbdmirror.names import default_job_id
+
+WATCH_S = 2.0
+PAUSE_S_MAX = 10.0
+"""A pause comes about when the requests in flight have ended: within seconds, if their servers
+answer."""
+RESUME_S_MAX = 5.0
+"""For the first thing that a resumed job does."""
+OUTLOOK_S_MAX = 2.0
+"""For a last look at a job whose command ends before it does."""
+
+
+def run(args: argparse.Namespace) -> int:
+    return run_interruptible(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    async with connect(server_path(args)) as session:
+        try:
+            async with asyncio.timeout(getattr(args, "timeout", None)):
+                return await _COMMANDS[args.command](session, args)
+        except TimeoutError as error:
+            text = f"time ran out after {args.timeout:g} s; {await _outlook(session)}"
+            raise CliError(text, TIMED_OUT) from error
+        except asyncio.CancelledError:
+            if not session.job:
+                raise
+            raise CliError(f"interrupted; {await _outlook(session)}", INTERRUPTED) from None
+
+
+async def _outlook(session: Session) -> str:
+    """What becomes of the job that nobody waits for any more, as a last look finds it."""
+    if not session.job:
+        return "jobs on the server go on"
+    if session.is_starting:  # the server answers one client's commands one after the other
+        return f"job {session.job} may still begin, when its target answers; see: nbdmirror status"
+    try:
+        async with asyncio.timeout(OUTLOOK_S_MAX):
+            job = (await session.jobs()).get(session.job)
+    except (CliError, TimeoutError):
+        return f"what job {session.job} does now is not known: see nbdmirror status"
+    if job is None:
+        return f"job {session.job} has ended; see: nbdmirror status"
+    parts = [f"job {Meter(time.monotonic).update(job)}"]
+    parts += [remark.text for remark in cli_words.remarks(job)]
+    if job.get("ending", "none") != "none":
+        parts.append("nbdmirror cancel --force takes that back")
+    return "; ".join(parts)
+
+
+# Waiting
+
+
+async def _wait(session: Session, args: argparse.Namespace) -> int:
+    try:
+        job = await find_job(session, args)
+    except NoJob as error:
+        return await _report_last(session, args, str(error))
+    with open_display(time.monotonic) as display:
+        watch = Watch(session, job, display)
+        await watch.until(ready=args.ready)
+    return await watch.report(verb="wait")
+
+
+async def _report_last(session: Session, args: argparse.Namespace, what: str) -> int:
+    """There is no job: how the last one ended that may be meant."""
+    lasts = last_jobs(await session.status(), args)
+    if len(lasts) != 1:
+        raise CliError(what)
+    watch = Watch(session, str(lasts[0]["id"]), PlainDisplay(time.monotonic))
+    return await watch.report(verb="wait")
+
+
+async def _complete(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    with open_display(time.monotonic) as display:
+        watch = Watch(session, job, display)
+        await session.execute("job-complete", id=job)
+        await watch.until(ready=False)
+    return await watch.report(verb="complete")
+
+
+async def _cancel(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    state = (await session.jobs()).get(job, {})
+    if (state.get("status"), state.get("ending"), args.force) == ("ready", "complete", False):
+        raise CliError(
+            f"job {job} is being completed already, and a soft cancel does not stop that;"
+            " take it back with: nbdmirror cancel --force (the target is of no use then)"
+        )
+    with open_display(time.monotonic) as display:
+        watch = Watch(session, job, display)
+        if args.force:
+            await session.execute("job-cancel", id=job)
+        else:  # which job-cancel cannot do softly
+            await session.execute("block-job-cancel", device=job)
+        await watch.until(ready=False)
+    return await watch.report(verb="cancel")
+
+
+async def _finalize(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    with open_display(time.monotonic) as display:
+        watch = Watch(session, job, display)
+        await watch.look()
+        await session.execute("job-finalize", id=job)
+        await watch.until(ready=False)
+    return await watch.report(verb="finalize")
+
+
+# Starting
+
+
+async def _mirror(session: Session, args: argparse.Namespace) -> int:
+    device = args.device or await only_disk(session)
+    job = args.job or default_job_id(device, await disk_names(session))
+    session.events.clear()  # an earlier job of this name is not ours
+    session.job, session.is_starting = job, True
+    await session.execute(
+        "drive-mirror",
+        device=device,
+        target=args.target,
+        mode="existing",
+        sync=args.sync,
+        job_id=args.job,
+        copy_mode=args.copy_mode,
+        granularity=args.granularity,
+        buf_size=args.buf_size,
+        speed=args.speed,
+        x_nbdmirror_reconnect_delay=args.reconnect_delay,
+        on_source_error=args.on_source_error,
+        on_target_error=args.on_target_error,
+        bitmap=args.bitmap,
+        unmap=False if args.no_unmap else None,
+        target_is_zero=args.target_is_zero or None,
+        x_nbdmirror_target_cluster_size=args.target_cluster_size,
+        x_nbdmirror_allow_larger_target=args.allow_larger_target or None,
+    )
+    session.is_starting = False
+    if not args.wait:
+        watch = Watch(session, job, PlainDisplay(time.monotonic))
+        state = await watch.look()  # what fails at once has been told by now
+        if watch.end or not state:
+            return await watch.report(verb="mirror")
+        text = cli_words.state(state)
+        print(f"job {job} mirrors {device} to {args.target}: {text}; see: nbdmirror status")
+        return DONE
+    with open_display(time.monotonic) as display:
+        watch = Watch(session, job, display)
+        await watch.until(ready=True)
+        verb = "mirror"
+        if args.wait == "completed" and not watch.end:
+            verb = "complete"
+            await session.execute("job-complete", id=job)
+            await watch.until(ready=False)
+    return await watch.report(verb=verb)
+
+
+# The small ones
+
+
+async def _pause(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    watch = Watch(session, job, PlainDisplay(time.monotonic))
+    before = await watch.look() or {}
+    watch.check_not_ended()
+    if cli_words.state(before) != "pausing":  # else it is only to be waited for
+        await session.execute("job-pause", id=job)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PAUSE_S_MAX):
+            while (state := await watch.look()) and not _is_paused(state):
+                await watch.news()
+    state = await watch.look()
+    if watch.end or not state:
+        return await watch.report(verb="pause")
+    if not _is_paused(state):
+        raise CliError(f"not yet: {await _outlook(session)}", TIMED_OUT)
+    print(f"job {job} is paused; go on with: nbdmirror resume")
+    return DONE
+
+
+def _is_paused(job: Job) -> bool:
+    return job.get("status") in ("paused", "standby")
+
+
+async def _resume(session: Session, args: argparse.Namespace) -> int:
+    """Until it is seen that the job goes on, or that it has stopped again."""
+    job = await find_job(session, args)
+    watch = Watch(session, job, PlainDisplay(time.monotonic))
+    before = await watch.look() or {}
+    watch.check_not_ended()
+    await session.execute("job-resume", id=job)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RESUME_S_MAX):
+            while (state := await watch.look()) and not _has_moved(state, before):
+                await watch.news()
+    state = await watch.look()
+    if watch.end or not state:
+        return await watch.report(verb="resume")
+    if state.get("paused") and state.get("status") not in ("waiting", "pending"):
+        reason = cli_words.last_error(state)
+        raise CliError(f"job {job} has stopped again: {reason}", FAILED)
+    if not _has_moved(state, before):
+        raise CliError(f"resumed, and nothing was copied yet: {await _outlook(session)}", TIMED_OUT)
+    print(f"job {job} goes on: {cli_words.state(state)}")
+    return DONE
+
+
+def _has_moved(job: Job, before: Job) -> bool:
+    """It has done something, or has nothing to do, or is paused."""
+    if job.get("paused"):
+        return True
+    is_there = job.get("target-connected", True)
+    has_copied = job.get("offset", 0) > before.get("offset", 0)
+    return is_there and (has_copied or job.get("len") == job.get("offset"))
+
+
+async def _set_speed(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    await session.execute("block-job-set-speed", device=job, speed=args.rate)
+    state = await _state_of(session, job)
+    speed = state.get("speed")
+    text = f"copies {cli_words.size(speed)}/s at most" if speed else "copies without a limit"
+    print(f"job {job} {text} from now on")
+    return DONE
+
+
+async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    await session.execute("block-job-change", id=job, type="mirror", copy_mode=args.mode)
+    state = await _state_of(session, job)
+    text = f"job {job}: copy mode {cli_words.mode(state)}"
+    if args.mode == "write-blocking" and not state.get("actively-synced"):
+        text += "; nbdmirror status shows when it is"
+    print(text)
+    return DONE
+
+
+async def _dismiss(session: Session, args: argparse.Namespace) -> int:
+    job = await find_job(session, args)
+    await session.execute("job-dismiss", id=job)
+    print(f"job {job} is forgotten")
+    return DONE
+
+
+async def _state_of(session: Session, job: str) -> Job:
+    if (state := (await session.jobs()).get(job)) is None:
+        raise CliError(f"job {job} has ended meanwhile; see: nbdmirror status")
+    return state
+
+
+async def _status(session: Session, args: argparse.Namespace) -> int:
+    if not args.watch:
+        status = await session.status()
+        print(json.dumps(status, indent=2) if args.json else cli_status.text(status))
+        return DONE
+    session.events.ignore_all()
+    with cli_status.open_watcher(args.json) as watcher:
+        while True:
+            watcher.show(await session.status())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(session.closed(), watcher.interval_s or WATCH_S)
+                raise CliError("the server went away", NO_SERVER)
+
+
+async def _events(session: Session, args: argparse.Namespace) -> int:
+    closed = asyncio.ensure_future(session.closed())
+    while True:
+        heard = asyncio.ensure_future(session.events.get())
+        await asyncio.wait({heard, closed}, return_when=asyncio.FIRST_COMPLETED)
+        first = [heard.result()] if heard.done() else []
+        for event in map(dict, first + session.events.clear()):
+            print(json.dumps(event) if args.json else cli_status.event_text(event), flush=True)
+        if closed.done():
+            heard.cancel()
+            return DONE
+
+
+_COMMANDS: dict[str, Callable[[Session, argparse.Namespace], Awaitable[int]]] = {
+    "mirror": _mirror,
+    "status": _status,
+    "wait": _wait,
+    "complete": _complete,
+    "cancel": _cancel,
+    "pause": _pause,
+    "resume": _resume,
+    "set-speed": _set_speed,
+    "copy-mode": _copy_mode,
+    "finalize": _finalize,
+    "dismiss": _dismiss,
+    "bitmap": cli_bitmaps.run,
+    "events": _events,
+}

@@ -1,0 +1,385 @@
+"""`nbdmirror handover`: a running guest goes to another host, its memory and its disk.
+
+    check              both servers are there, and fit                 nothing is begun
+    mirror             until READY                                     the guest runs here
+    migrate            QEMU copies its memory to the QEMU that waits   the guest runs here
+    (pre-switchover)   QEMU has stopped it, drained and flushed it     the guest is stopped
+    pivot              from now on the target is the disk              the guest is stopped
+    migrate-continue   the guest goes on there, on the target          the guest runs there
+
+At each moment one side has the guest, and one disk is the truth. Up to the pivot all can be undone,
+and is: by any failure, by --timeout, by SIGINT. After it the target is the truth wherever the guest
+goes on; SIGINT then waits for the outcome, which is bounded. docs/migration.md tells why this order
+is the safe one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from qemu.qmp import QMPError
+
+from nbdmirror.cli import words as cli_words
+from nbdmirror.cli.jobs import Watch
+from nbdmirror.cli.main import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
+from nbdmirror.cli.progress import Display, open_display
+from nbdmirror.cli.session import QEMU, Session, connect, run_interruptible, server_path
+from nbdmirror.identity import Same, same_place
+from nbdmirror.names import default_job_id
+
+Result = TypeVar("Result")
+
+POLL_S = 0.5
+CAPABILITIES = ("pause-before-switchover", "events", "return-path")
+"""Of QEMU's migration: it stops before the end, so that the pivot can come between; it tells so at
+once, since the guest is waiting; it counts as completed when the other side says so."""
+PIVOT_S_MAX = 30.0
+"""The guest is stopped that long at most before the pivot is given up."""
+CANCEL_S_MAX = 10.0
+FINISH_S_MAX = 60.0
+"""For the last of the guest's memory, after the pivot."""
+ELSEWHERE = ("inmigrate", "postmigrate", "finish-migrate")
+OVER = ("none", "completed", "failed", "cancelled")
+QEMU_ADVICE = (
+    "--qemu names a QMP socket of its own of the QEMU that runs the guest (-qmp unix:PATH)"
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    return run_interruptible(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    async with (
+        connect(server_path(args)) as server,
+        connect(args.qemu, program=QEMU, advice=QEMU_ADVICE) as qemu,
+    ):
+        with open_display(time.monotonic) as display:
+            handover = _Handover(args, server, _Qemu(qemu, args.qemu), display)
+            await handover.check()
+            try:
+                async with asyncio.timeout(args.timeout):
+                    await handover.mirror()
+                    await handover.migrate()
+            except (CliError, QMPError, TimeoutError, asyncio.CancelledError) as error:
+                raise await _undisturbed(handover.undo(error), display) from error
+            text = await _undisturbed(handover.switch(), display)
+        print(text)
+        return DONE
+
+
+async def _undisturbed(step: Coroutine[Any, Any, Result], display: Display) -> Result:
+    """SIGINT has to wait for this step, which is bounded."""
+    task = asyncio.ensure_future(step)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            display.note("interrupted: this step ends first, lest nobody knows where the guest is")
+    return task.result()
+
+
+class _Handover:
+    def __init__(
+        self, args: argparse.Namespace, server: Session, qemu: _Qemu, display: Display
+    ) -> None:
+        self._args = args
+        self._server = server
+        self._qemu = qemu
+        self._display = display
+        self._disk: dict[str, Any] = {}
+        self._names: list[str] = []
+        self._job = ""
+        self._watch: Watch | None = None
+
+    async def check(self) -> None:
+        """Find the disk and its job. Raises CliError: nothing has been begun."""
+        disks = {disk["name"]: disk for disk in (await self._server.status()).get("disks", [])}
+        names = ", ".join(disks) or "none"
+        if not self._args.device and len(disks) != 1:
+            raise CliError(f"the server's disks are: {names}; choose one with --device")
+        name = self._args.device or next(iter(disks))
+        if name not in disks:
+            raise CliError(f"there is no disk {name}; the server's disks are: {names}")
+        self._disk, self._names = disks[name], list(disks)
+        for job in self._disk.get("jobs", []):
+            self._job = job["device"]
+            target = job.get("target", self._args.target)
+            if same_place(target, self._args.target, resolves=True) is not Same.YES:
+                text = f"job {self._job} mirrors {name} to {target}, not to {self._args.target}"
+                raise CliError(f"{text}: name that one, or end the job")
+            if job.get("paused"):
+                text = f"job {self._job} is paused; let it go on with: nbdmirror resume"
+                raise CliError(text)
+            if not job.get("auto-finalize", True):
+                text = f"job {self._job} has auto-finalize off: the guest would wait for you"
+                raise CliError(f"{text}; start one without that")
+        await self._qemu.check(self._disk)
+
+    async def mirror(self) -> None:
+        """Until source and target are in sync; a mirror that is there already is used."""
+        is_new = not self._job
+        self._job = self._job or default_job_id(self._disk["name"], self._names)
+        self._watch = Watch(self._server, self._job, self._display)
+        if is_new:
+            self._server.events.clear()  # an earlier job of this name is not ours
+            await self._server.execute(
+                "drive-mirror",
+                device=self._disk["name"],
+                target=self._args.target,
+                job_id=self._job,
+                mode="existing",
+                sync="full",
+            )
+        await self._watch.until(ready=True)
+        self._still_mirrors()
+        self._display.note(f"{self._job}: the target follows the source")
+
+    async def migrate(self) -> None:
+        """Until QEMU has stopped the guest, with nothing of its memory left but the rest."""
+        assert self._watch
+        await self._qemu.begin(self._args.to)
+        self._display.note(f"memory: goes to {self._args.to}")
+        with open_display(time.monotonic) as display:
+            while True:
+                state = await self._qemu.look(display)
+                job = await self._watch.look()
+                if job and job.get("paused"):
+                    raise CliError(f"job {self._job} was paused: {job.get('io-status', 'ok')}")
+                self._still_mirrors()
+                if state == "pre-switchover":
+                    break
+                if state in OVER:
+                    raise CliError(f"the migration {state}{self._qemu.reason}")
+                await self._qemu.wait_for_news()
+        self._display.note("guest: stopped for the pivot")
+
+    async def switch(self) -> str:
+        """Pivot and continue. Returns what to tell."""
+        await self._pivot()
+        self._display.note(f"{self._job}: pivoted; the guest is let go on at {self._args.to}")
+        try:
+            downtime_ms = await self._qemu.finish()
+        except CliError as error:
+            raise await self._stayed(error) from error
+        return (
+            f"handed over: the guest runs at {self._args.to} on {self._args.target}; it was stopped"
+            f" for {downtime_ms} ms. End the QEMU here, and then the server of {self._disk['name']}"
+        )
+
+    async def _pivot(self) -> None:
+        """Raises CliError if the target is not the disk then: what was undone, or is unknown."""
+        assert self._watch
+        try:
+            await self._server.execute("job-complete", id=self._job)
+            if not await self._job_is_over(PIVOT_S_MAX):
+                self._display.note(f"{self._job}: no pivot within {PIVOT_S_MAX:g} s, given up")
+                await self._server.execute("job-cancel", id=self._job)
+                if not await self._job_is_over(CANCEL_S_MAX):
+                    raise CliError("it does not end the job", TIMED_OUT)
+            self._still_mirrors(is_over=True)
+            if not self._watch.pivoted:
+                raise CliError(f"job {self._job} was cancelled by somebody else: no pivot")
+        except QMPError as error:
+            raise self._unknown(error) from error
+        except CliError as error:
+            if error.status == FAILED:
+                raise await self.undo(error) from error
+            raise self._unknown(error) from error
+
+    async def _job_is_over(self, seconds_max: float) -> bool:
+        assert self._watch
+        try:
+            async with asyncio.timeout(seconds_max):
+                await self._watch.until(ready=False)
+        except TimeoutError:
+            return False
+        return True
+
+    def _still_mirrors(self, *, is_over: bool = False) -> None:
+        """Raises CliError if the job has failed, or, unless `is_over`, has ended."""
+        assert self._watch
+        self._watch.raise_failure(verb="handover")
+        if self._watch.end and not is_over:
+            raise CliError(f"job {self._job} was ended by somebody else")
+
+    async def undo(self, error: BaseException) -> CliError:
+        """Have the guest run on here, as if nothing had been. Returns what to say."""
+        reason, status = self._told(error)
+        parts = [reason]
+        try:
+            parts.append(await self._qemu.undo())
+        except CliError as second:
+            parts.append(f"the migration could not be cancelled ({second})")
+        disk = await self._disk_now()
+        if disk is None:
+            text = "its disk was {} before; what the server serves now is not known"
+            parts.append(text.format(self._disk["source"]))
+        else:
+            parts.append(f"its disk is {disk['source']}")
+            jobs = disk.get("jobs", [])
+            parts += [
+                f"the mirror {job['device']} goes on ({cli_words.state(job)})" for job in jobs
+            ]
+        return CliError("; ".join(parts), status)
+
+    async def _disk_now(self) -> dict[str, Any] | None:
+        """As the server has it; None if it does not say."""
+        with contextlib.suppress(CliError, QMPError):
+            disks = (await self._server.status())["disks"]
+            return dict(next(one for one in disks if one["name"] == self._disk["name"]))
+        return None
+
+    def _told(self, error: BaseException) -> tuple[str, int]:
+        if isinstance(error, CliError):
+            return str(error), error.status
+        if isinstance(error, TimeoutError):
+            return f"time ran out after {self._args.timeout:g} s", TIMED_OUT
+        if isinstance(error, asyncio.CancelledError):
+            return "interrupted", INTERRUPTED
+        return f"the server went away ({error})", NO_SERVER
+
+    def _unknown(self, error: BaseException) -> CliError:
+        """The guest is stopped. As long as it is, the old disk holds all that it has written: if
+        the pivot took place, both do."""
+        text = (
+            f"the server did not tell whether it has pivoted ({error}); the guest is"
+            f" stopped and has lost nothing. Start the server again on {self._disk['source']}, or,"
+            f" if it says that it has pivoted, on {self._args.target}; then let the guest go on"
+            " here with QEMU's migrate_cancel"
+        )
+        return CliError(text, NO_SERVER)
+
+    async def _stayed(self, error: BaseException) -> CliError:
+        """After the pivot, and the guest did not get away. Returns what to say."""
+        reason, status = self._told(error)
+        truth = f"the disk is {self._args.target} now"
+        if (disk := await self._disk_now()) is not None:
+            truth += f", and the server here serves it from {disk['source']}"
+        try:
+            state = await self._qemu.guest_state()
+        except CliError:
+            state = "unknown"
+        where = {
+            "running": "it runs on here",
+            "postmigrate": "it is stopped here; if it does not run there, let it go on with cont",
+            "unknown": "see that it runs on one side, and not on both",
+        }.get(state, f"it is {state} here")
+        return CliError(f"{reason}; the guest: {where}; {truth}", status)
+
+
+class _Qemu:
+    """The QEMU that has the guest now, and its migration."""
+
+    def __init__(self, session: Session, path: str) -> None:
+        self._session = session
+        self._path = path
+        self._before: list[dict[str, Any]] = []
+        self._state_before = ""
+        self._has_begun = False
+        self._info: dict[str, Any] = {}
+
+    @property
+    def reason(self) -> str:
+        """QEMU's, for a failed migration."""
+        return f": {text}" if (text := self._info.get("error-desc")) else ""
+
+    async def check(self, disk: dict[str, Any]) -> None:
+        """Raises CliError if it cannot be migrated, or its guest has another disk."""
+        await self._check_migrates()
+        self._state_before = await self.guest_state()
+        if self._state_before in ELSEWHERE:
+            raise CliError(f"the guest of {self._path} is not to be moved: {self._state_before}")
+        state = (await self._ask("query-migrate")).get("status", "none")
+        if state not in OVER:
+            raise CliError(f"the guest of {self._path} is being migrated already: {state}")
+        capabilities = await self._ask("query-migrate-capabilities")
+        self._before = [found for found in capabilities if found["capability"] in CAPABILITIES]
+        if len(self._before) < len(CAPABILITIES):
+            raise CliError(f"the QEMU at {self._path} is too old: it lacks {CAPABILITIES[0]}")
+        nodes = await self._ask("query-named-block-nodes")
+        sizes = {node["image"]["virtual-size"] for node in nodes}
+        if disk["size"] not in sizes:
+            text = f"the guest of {self._path} has no disk of {disk['size']} bytes"
+            raise CliError(f"{text}: it is not the one that {disk['name']} is served to")
+
+    async def _check_migrates(self) -> None:
+        """QEMU's storage daemon greets as QEMU does."""
+        names = {command["name"] for command in await self._ask("query-commands")}
+        if "migrate" not in names:
+            text = f"{self._path} is the control socket of a {QEMU} that has no guest to migrate"
+            raise CliError(f"{text} (a storage daemon): {QEMU_ADVICE}", NO_SERVER)
+
+    async def begin(self, uri: str) -> None:
+        wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
+        self._has_begun = True
+        await self._ask("migrate-set-capabilities", capabilities=wanted)
+        self._session.events.clear()
+        await self._ask("migrate", uri=uri)
+
+    async def look(self, display: Display | None = None) -> str:
+        """The migration's state; its progress is shown."""
+        self._info = await self._ask("query-migrate")
+        state = str(self._info.get("status", "none"))
+        if (ram := self._info.get("ram")) and display:
+            total, left = ram.get("total", 0), ram.get("remaining", 0)
+            progress = {"device": "memory", "offset": total - left, "len": total}
+            display.update({**progress, "status": state})
+        return state
+
+    async def wait_for_news(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._session.events.get(), POLL_S)
+
+    async def finish(self) -> int:
+        """The last step. Returns for how many milliseconds the guest was stopped."""
+        await self._ask("migrate-continue", state="pre-switchover")
+        state = await self._over(FINISH_S_MAX)
+        if state != "completed":
+            raise CliError(f"the migration {state} after the pivot{self.reason}")
+        return int(self._info.get("downtime", 0))
+
+    async def undo(self) -> str:
+        """Cancel the migration, if there is one. Returns what has become of the guest."""
+        if self._has_begun:
+            if await self.look() not in OVER:
+                await self._ask("migrate_cancel")
+                await self._over(CANCEL_S_MAX)
+            await self._ask("migrate-set-capabilities", capabilities=self._before)
+        state = await self.guest_state()
+        if state == "postmigrate":
+            return "somebody else has let the guest go on at the other side, before the pivot"
+        if state != self._state_before:
+            return f"the guest is {state} here"
+        return "the guest runs on here" if state == "running" else f"the guest is {state} as it was"
+
+    async def guest_state(self) -> str:
+        """QEMU's RunState. Right after a migration has failed it is not what it will be yet."""
+        deadline_s = time.monotonic() + CANCEL_S_MAX
+        while True:
+            state = str((await self._ask("query-status"))["status"])
+            if state != "finish-migrate" or time.monotonic() > deadline_s:
+                return state
+            await self.wait_for_news()
+
+    async def _ask(self, command: str, **arguments: Any) -> Any:
+        try:
+            return await self._session.execute(command, **arguments)
+        except QMPError as error:
+            raise CliError(f"the QEMU at {self._path} went away", NO_SERVER) from error
+
+    async def _over(self, seconds_max: float) -> str:
+        """The state in which the migration ends."""
+        try:
+            async with asyncio.timeout(seconds_max):
+                while (state := await self.look()) not in OVER:
+                    await self.wait_for_news()
+                return state
+        except TimeoutError as error:
+            text = f"the migration has not ended after {seconds_max:g} s"
+            raise CliError(text, TIMED_OUT) from error

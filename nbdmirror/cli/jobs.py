@@ -1,0 +1,241 @@
+"""Which job a command means, and following one to its end.
+
+A waiting command asks for the server's status at each event and every POLL_S, and hears the events
+after that. What it says at last comes from what it asked for last: a job's end is told by the
+server, with what the disk is served from since, whoever ended it and however long ago.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from typing import Any
+
+from nbdmirror.cli import status as cli_status
+from nbdmirror.cli import words as cli_words
+from nbdmirror.cli.main import DONE, CliError
+from nbdmirror.cli.progress import Display
+from nbdmirror.cli.session import Job, Session
+
+POLL_S = 0.5
+
+
+class NoJob(CliError):
+    """The job that is meant is not there, or not any more."""
+
+
+async def find_job(session: Session, args: argparse.Namespace) -> str:
+    status = await session.status()
+    jobs = {job["device"]: disk for disk in status["disks"] for job in disk.get("jobs") or []}
+    if args.job:
+        if args.job in jobs:
+            return str(args.job)
+        raise _no_job(f"there is no job {args.job}", status, args)
+    if args.device:
+        if args.device not in [disk.get("name") for disk in status["disks"]]:
+            names = ", ".join(str(disk.get("name")) for disk in status["disks"])
+            raise CliError(f"there is no disk {args.device}; the server's disks are: {names}")
+        for job, disk in jobs.items():
+            if disk.get("name") == args.device:
+                return str(job)
+        raise _no_job(f"disk {args.device} has no job", status, args)
+    if not jobs:
+        raise _no_job("there is no job", status, args)
+    if len(jobs) > 1:
+        raise CliError(f"there are several jobs ({', '.join(jobs)}): choose one with --job")
+    return str(next(iter(jobs)))
+
+
+def _no_job(what: str, status: dict[str, Any], args: argparse.Namespace) -> NoJob:
+    last = [f"the last job {cli_status.result_text(one)}" for one in last_jobs(status, args)]
+    others = [str(job["device"]) for disk in status["disks"] for job in disk.get("jobs") or []]
+    last += [f"the jobs are: {', '.join(others)}"] if others else []
+    start = "start one with: nbdmirror mirror TARGET_URI"
+    return NoJob("; ".join([what, *last]) if last else f"{what} ({start})")
+
+
+def last_jobs(status: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The last jobs of the disks that may be meant."""
+    found = [
+        {**disk["last-job"], "disk": disk.get("name")}
+        for disk in status.get("disks", [])
+        if disk.get("last-job") and args.device in (None, disk.get("name"))
+    ]
+    return [last for last in found if args.job in (None, last.get("id"))]
+
+
+async def disk_names(session: Session) -> list[str]:
+    return [str(disk["name"]) for disk in (await session.status()).get("disks", [])]
+
+
+async def only_disk(session: Session) -> str:
+    names = await disk_names(session)
+    if len(names) != 1:
+        listed = f"several disks ({', '.join(names)})" if names else "no disks"
+        raise CliError(f"the server has {listed}: choose one with --device")
+    return names[0]
+
+
+class Watch:
+    """Follows one job. `end` is the event that ended it."""
+
+    def __init__(self, session: Session, job: str, display: Display) -> None:
+        self.end: dict[str, Any] | None = None
+        self.pivoted = False
+        self._session = session
+        session.job = job
+        self._job = job
+        self._display = display
+        self._is_ready = False
+        self._sizes: tuple[int, int] | None = None
+        self._result: dict[str, Any] = {}
+        self._disk: dict[str, Any] = {}
+        self._heard: list[Any] = []
+        self._told: set[str] = set()
+
+    async def until(self, *, ready: bool) -> None:
+        """Return when the job has ended, or, if `ready`, when it is ready."""
+        while True:
+            state = await self.look()
+            if state and not self.end:
+                self._display.update(state)
+                self._tell(state)
+                is_ready = state.get("ready") or state.get("status") in ("waiting", "pending")
+                self._is_ready = self._is_ready or bool(is_ready)
+            if self.end or (ready and self._is_ready):
+                return
+            if not state:
+                raise CliError(f"job {self._job} is gone and its result was not seen")
+            await self.news()
+
+    async def news(self) -> None:
+        """Return when something has happened, or POLL_S later."""
+        with contextlib.suppress(TimeoutError):
+            self._heard.append(await asyncio.wait_for(self._session.events.get(), POLL_S))
+
+    async def look(self) -> Job | None:
+        """Ask for the job's state, and hear what was told so far. None: the job is gone."""
+        status = await self._session.status()
+        found = None
+        for disk in status.get("disks", []):
+            for job in disk.get("jobs") or []:
+                if job["device"] == self._job:
+                    self._disk, found = disk, job
+            is_last = (disk.get("last-job") or {}).get("id") == self._job
+            if not found and (is_last or disk.get("name") == self._disk.get("name")):
+                self._disk = disk
+        heard, self._heard = [*self._heard, *self._session.events.clear()], []
+        for event in heard:
+            self._hear(event, found or {})
+        if found is None or found.get("status") == "concluded":
+            self._see_the_end(found)
+        return found
+
+    def check_not_ended(self) -> None:
+        """Raise CliError, with how it ended, if the last look found a job that is kept after its
+        end."""
+        if self.end:
+            how = cli_status.result_text(self._result) if self._result else self._job
+            text = f"job {self._job} has ended already ({how})"
+            raise CliError(f"{text}; forget it with: nbdmirror dismiss")
+
+    def _see_the_end(self, job: Job | None) -> None:
+        last = self._disk.get("last-job") or {}
+        if last.get("id") == self._job:
+            self._result = last
+            self.pivoted = bool(last.get("pivoted"))
+        if self.end is None and (job or self._result):
+            is_cancelled = self._result.get("result") == "cancelled"
+            failure = self._result.get("reason") if not is_cancelled else None
+            data = job or ({"error": failure} if failure else {})
+            self.end = {"event": cli_status.ENDS[is_cancelled], "data": data}
+
+    def _hear(self, event: Any, job: Job) -> None:
+        name, data = event["event"], event.get("data") or {}
+        if self._job not in (data.get("device"), data.get("id")):
+            return
+        if name == "X_NBDMIRROR_SIZES_DIFFER":
+            self._sizes = data.get("size", 0), data.get("target-size", 0)
+        elif name == cli_status.PIVOTED and data.get("id", self._job) == self._job:
+            self.pivoted = True
+            self._result = {**self._result, "pause-ms": data.get("pause-ms")}
+        elif name == "BLOCK_JOB_READY":
+            self._is_ready = True
+        elif name == "BLOCK_JOB_ERROR" and data.get("action") != "report":
+            what = f"{data.get('operation', 'I/O')} error: {cli_words.last_error(job)}"
+            then = "it is tried again"
+            if data.get("action") == "stop":
+                then = "go on with: nbdmirror resume"
+            self._display.note(f"{self._job}: {what}; {then}")
+        elif name in cli_status.ENDS and data.get("device") == self._job:
+            self.end = dict(event)
+
+    def _tell(self, job: Job) -> None:
+        """What is to be known of it; each kind once while it lasts."""
+        silent = {"error", "retry", "failure"}  # of which events tell
+        if job.get("ending-for-s", 0) < cli_words.SILENT_S and job.get("status") != "standby":
+            silent.add("ending")  # as it was asked for
+        remarks = [one for one in cli_words.remarks(job) if one.kind not in silent]
+        for remark in remarks:
+            if remark.kind not in self._told:
+                self._display.note(f"{self._job}: {remark.text}")
+        self._told = {remark.kind for remark in remarks}
+
+    def raise_failure(self, *, verb: str) -> None:
+        """Raises CliError if the job has ended, and not as whoever gave the command `verb` wants
+        it."""
+        if not self.end:
+            return
+        data = self.end.get("data") or {}
+        if self.end["event"] == "BLOCK_JOB_CANCELLED":
+            if verb != "cancel":
+                raise CliError(f"{self._cancelled}{self._served}")
+        elif self._sizes:
+            raise CliError(
+                f"job {self._job} failed: the disk has {self._sizes[0]} bytes, the target"
+                f" {self._sizes[1]}: a target must be of the disk's size, or, with"
+                " --allow-larger-target, larger"
+            )
+        elif data.get("error"):
+            reason = self._result.get("reason") or data["error"]
+            raise CliError(f"job {self._job} failed: {reason}{self._served}")
+
+    @property
+    def _cancelled(self) -> str:
+        why = self._result.get("reason") or "cancelled"
+        return f"job {self._job} was cancelled ({why}); the target may not be consistent"
+
+    @property
+    def _served(self) -> str:
+        """As the last look found it."""
+        name, source = self._disk.get("name"), self._disk.get("source")
+        return f"; disk {name} is served from {source}" if source else ""
+
+    async def report(self, *, verb: str) -> int:
+        """Print how it ended, as seen from `verb`, and what the disk is served from now; returns
+        the exit status."""
+        state = await self.look()
+        self.raise_failure(verb=verb)
+        if not self.end:
+            state_text = cli_words.state(state or {})
+            if state_text == "ready":
+                print(f"job {self._job} is ready: the target follows the source")
+            else:
+                print(f"job {self._job} was ready, and is {state_text} now")
+            return DONE
+        if self.end["event"] == "BLOCK_JOB_CANCELLED":
+            print(f"{self._cancelled}{self._served}")
+            return DONE
+        held = cli_status.held_text(self._result) if self.pivoted else ""
+        copy = f"{self._result.get('target', 'the target')} is a consistent copy"
+        if self.pivoted and verb == "cancel":
+            raise CliError(f"job {self._job} had been completed before{held}{self._served}")
+        if not self.pivoted and verb in ("complete", "completed"):
+            text = f"job {self._job} was cancelled by somebody else, after it was ready; {copy}"
+            raise CliError(f"{text}{self._served}")
+        if self.pivoted:
+            print(f"job {self._job} completed{held}{self._served}")
+        else:
+            print(f"job {self._job} ended; {copy}{self._served}")
+        return DONE

@@ -1,0 +1,109 @@
+"""`nbdmirror list`: the servers of this host, found where control sockets are by default and among
+the processes. What this user may not look at is said, not left out."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import glob
+import json
+import os
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from nbdmirror.cli import status as cli_status
+from nbdmirror.cli.main import DONE, CliError, default_qmp_paths
+from nbdmirror.cli.session import Session, connect, run_interruptible
+
+PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.qmp")
+"""Of a server of root's, of the systemd unit's, of those that users start."""
+PLUGIN = "nbdmirror-plugin.py"
+ANSWER_S_MAX = 5.0
+ADVICE = "it has just ended, or its files are not those of this shell (a container)"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A server, or what may be one. `pid` 0: not known; `socket` empty: it has none."""
+
+    pid: int
+    socket: str
+
+
+def run(args: argparse.Namespace) -> int:
+    return run_interruptible(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    servers = [await _ask(found) for found in find()]
+    if args.json:
+        print(json.dumps(servers, indent=2))
+    else:
+        print("\n".join(map(_text, servers)) or "no server was found on this host")
+    return DONE
+
+
+def find() -> list[Found]:
+    """Processes, and sockets whose process was not found."""
+    processes = _processes()
+    known = {found.socket for found in processes}
+    patterns = [*PLACES, *filter(None, [os.environ.get("NBDMIRROR_QMP")])]
+    try:
+        patterns += default_qmp_paths()
+    except CliError:
+        pass  # there is no place of this user's
+    paths = dict.fromkeys(path for pattern in patterns for path in sorted(glob.glob(pattern)))
+    return processes + [Found(0, path) for path in paths if path not in known]
+
+
+def _processes() -> list[Found]:
+    """Those that run the plugin, whoever started them."""
+    found = []
+    for entry in sorted(filter(str.isdecimal, os.listdir("/proc")), key=int):
+        try:
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                words = [os.fsdecode(word) for word in file.read().split(b"\0")]
+        except OSError:
+            continue  # it has ended meanwhile
+        if "python" in words and any(os.path.basename(word) == PLUGIN for word in words):
+            found.append(Found(int(entry), _socket(words, entry)))
+    return found
+
+
+def _socket(words: list[str], pid: str) -> str:
+    """As the plugin was told it; one that is relative counts from where the process began."""
+    path = next((word[4:] for word in reversed(words) if word.startswith("qmp=")), "")
+    if not path or os.path.isabs(path):
+        return path
+    try:
+        return os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
+    except OSError:
+        return path
+
+
+def _connect(found: Found) -> AbstractAsyncContextManager[Session]:
+    return connect(found.socket, advice=ADVICE) if found.pid else connect(found.socket)
+
+
+async def _ask(found: Found) -> dict[str, Any]:
+    server: dict[str, Any] = {"qmp": found.socket}
+    if found.pid:
+        server["pid"] = found.pid
+    if not found.socket:
+        return {**server, "error": "the server has no control socket"}
+    try:
+        async with asyncio.timeout(ANSWER_S_MAX), _connect(found) as session:
+            return {**server, "package": session.package, **await session.status()}
+    except CliError as error:
+        return {**server, "error": str(error)}
+    except TimeoutError:
+        return {**server, "error": f"no answer within {ANSWER_S_MAX:g} s"}
+
+
+def _text(server: dict[str, Any]) -> str:
+    pid = f"  process {server['pid']}" if "pid" in server else ""
+    head = f"{server['qmp'] or 'no control socket'}{pid}"
+    if "error" in server:
+        return f"{head}\n  {server['error']}"
+    return "\n".join([head, *(f"  {line}" for line in cli_status.text(server).splitlines())])

@@ -1,0 +1,358 @@
+"""The program people type: arguments, exit statuses and one-line errors.
+
+Parsing imports nothing but argparse; what a command needs (qemu.qmp takes 95 ms) is imported when
+the command runs: `cli_serve` for the server, `cli_control` for everything that speaks QMP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from nbdmirror import __version__
+from nbdmirror.cli import parsers as cli_parsers
+
+DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+THREADS_DEFAULT, THREADS_DIRECT_DEFAULT = 8, 16
+"""Never far from the best, see docs/performance.md; the latter with --cache none, where each
+request waits for the disk."""
+
+_EPILOG = """\
+exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
+3 no server there; 4 time ran out; 130 interrupted (jobs go on).
+The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
+_POLICIES = ("report", "ignore", "enospc", "stop", "auto")
+_SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
+
+
+SLOW_BYTES_PER_S = 64 << 10
+
+
+class CliError(Exception):
+    """One line for stderr that says what to do, and the exit status."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"nbdmirror: {message} (see: {self.prog} --help)", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes. `text` is a number with an optional K, M, G or T, a power of 1024. KB and the like are
+    refused: to some they are powers of 1000."""
+    match = re.fullmatch(
+        r"([0-9]+)(?:\.([0-9]+))?([KMGT]?)(?:(?<=[KMGTkmgt])iB)?", text, re.IGNORECASE
+    )
+    if not match:
+        text = f"{text!r} is not a size (examples: 65536, 64K, 1.5G, 10MiB; powers of 1024)"
+        raise argparse.ArgumentTypeError(text)
+    whole, part, unit = match.groups(default="")
+    scale: int = 1024 ** " KMGT".index(unit.upper() or " ")
+    size, rest = divmod(int(whole + part) * scale, int("1" + "0" * len(part)))
+    if rest:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of bytes")
+    if size >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 8 EiB")
+    return size
+
+
+def _rate(text: str) -> int:
+    """Bytes per second. So few that nobody can mean them get a word."""
+    rate = parse_size(text)
+    if 0 < rate < SLOW_BYTES_PER_S:
+        word = f"{text} means {rate} bytes per second; 1M is one MiB per second"
+        print(f"nbdmirror: warning: {word}", file=sys.stderr)
+    return rate
+
+
+def absolute_uri(text: str, option: str = "") -> str:
+    """An NBD URI whose paths do not depend on this directory any more. Raises CliError, whose text
+    begins with `option`."""
+    from nbdmirror.errors import ConfigError
+    from nbdmirror.nbd_uri import absolute
+
+    try:
+        return absolute(text)
+    except ConfigError as error:
+        raise CliError(f"{option}{error}") from error
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,9})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return float(text)
+
+
+def _count(text: str) -> int:
+    """Python's int() takes spaces, underscores and other scripts' digits as well."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _migration_uri(text: str) -> str:
+    kind, colon, where = text.partition(":")
+    if not (re.fullmatch("[a-z]+", kind) and colon and where):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address (example: tcp:HOST:4444)")
+    address = where.partition(",")[0]
+    port = address.rpartition(":")[2]
+    if kind == "tcp" and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r}: the port is no number from 1 to 65535")
+    return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
+
+
+def default_qmp_paths() -> list[str]:
+    """Where a server's control socket is by default. A server takes the first; a client the first
+    that exists: root's login session has XDG_RUNTIME_DIR, the service that it controls has not."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    paths = [os.path.join(runtime, "nbdmirror.qmp")] if runtime else []
+    if os.geteuid() == 0:
+        paths.append("/run/nbdmirror.qmp")
+    if not paths:
+        text = "there is no default control socket without XDG_RUNTIME_DIR: name one with --qmp"
+        raise CliError(text, USAGE)
+    return paths
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="nbdmirror",
+        description="An NBD server with built-in live mirroring.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"nbdmirror {__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version, help="print it")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, *, qmp: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if qmp:
+            command.add_argument("--qmp", metavar="PATH", help="the server's control socket")
+        return command
+
+    _add_serve(add("serve", "serve disks over NBD (runs nbdkit)"))
+    _add_mirror(add("mirror", "start to mirror a disk to an NBD target"))
+    _add_handover(add("handover", "move a running QEMU guest to another host, memory and disk"))
+    status = add("status", "show disks and jobs")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--watch", action="store_true", help="go on until interrupted")
+    _add_job_commands(add)
+    add("events", "print events as they come").add_argument(
+        "--json", action="store_true", help="print JSON lines"
+    )
+    add("plugin-path", "print the path of the nbdkit plugin", qmp=False)
+    return parser
+
+
+def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    wait = add("wait", "wait for a job")
+    until = wait.add_mutually_exclusive_group(required=True)
+    until.add_argument("--ready", action="store_true", help="until source and target are in sync")
+    until.add_argument("--concluded", action="store_true", help="until the job has ended")
+    complete = add("complete", "end a ready job: serve the guest from the target from now on")
+    cancel = add("cancel", "end a job: go on serving the source (after READY: target consistent)")
+    cancel.add_argument("--force", action="store_true", help="at once, with a useless target")
+    for command in (wait, complete, cancel):
+        _add_timeout(command)
+    speed = add("set-speed", "limit the copying of a job")
+    speed.add_argument("rate", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
+    pause, resume = add("pause", "pause a job"), add("resume", "resume a paused job")
+    more = cli_parsers.add_commands(add, parse_size=parse_size)
+    for command in (wait, complete, cancel, pause, resume, speed, *more):
+        which = command.add_mutually_exclusive_group()
+        disk = "the disk whose job is meant"
+        which.add_argument("--device", metavar="NAME", help=disk)
+        which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
+
+
+def _add_timeout(command: argparse.ArgumentParser) -> None:
+    text = "give up after S seconds (the job goes on); default: never"
+    command.add_argument("--timeout", type=_seconds, metavar="S", help=text)
+
+
+def _add_mirror(mirror: argparse.ArgumentParser) -> None:
+    add = mirror.add_argument
+    add("target", metavar="TARGET_URI", help="NBD URI of the target, of the disk's size")
+    device = "the disk to mirror (default: the only one)"
+    add("--device", metavar="NAME", help=device)
+    add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
+    mode = "write-blocking: the guest's writes wait for the target (default: background)"
+    add("--copy-mode", choices=cli_parsers.COPY_MODES, help=mode)
+    add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
+    add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
+    add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
+    delay = "a lost target is waited for that long before it is an error"
+    add("--reconnect-delay", type=_count, metavar="S", help=delay)
+    for side in ("source", "target"):
+        policy = f"what becomes of the job if the {side} fails (default: report, which ends it)"
+        add(f"--on-{side}-error", choices=_POLICIES, help=policy)
+    add("--bitmap", metavar="NAME", help="for --sync bitmap or incremental")
+    cluster = "cluster size of a target whose backing file is attached later"
+    add("--target-cluster-size", type=parse_size, metavar="SIZE", help=cluster)
+    add("--no-unmap", action="store_true", help="write zeroes rather than trim the target")
+    add("--target-is-zero", action="store_true", help="the target reads as zeroes: trust me")
+    larger = "the target may be larger than the disk; its end is left alone"
+    add("--allow-larger-target", action="store_true", help=larger)
+    add("--job", metavar="ID", help="a name for the job (default: the disk's)")
+    add("--wait", choices=("ready", "completed"), help="completed: complete it when it is ready")
+    _add_timeout(mirror)
+
+
+def _add_handover(handover: argparse.ArgumentParser) -> None:
+    add = handover.add_argument
+    add("target", metavar="TARGET_URI", help="NBD URI of the disk there")
+    add("--qemu", metavar="PATH", required=True, help="QMP socket of the QEMU that has the guest")
+    add(
+        "--to",
+        type=_migration_uri,
+        metavar="URI",
+        required=True,
+        help="where a QEMU waits for it, as QEMU's migrate takes it: tcp:HOST:PORT",
+    )
+    disk = "the guest's disk (default: the only one)"
+    add("--device", metavar="NAME", help=disk)
+    text = "undo it if the guest could not be stopped for the pivot within S seconds"
+    add("--timeout", type=_seconds, metavar="S", help=text)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.usage = "nbdmirror serve DISK|NAME=DISK ... [options] [-- NBDKIT ARGS]"
+    add = serve.add_argument
+    disk = "raw file, block device or NBD URI; a file whose name has a '=' is written ./a=b.img"
+    add("disks", metavar="[NAME=]DISK", nargs="+", help=disk)
+    where = serve.add_mutually_exclusive_group()
+    where.add_argument("--socket", metavar="PATH", help="serve on a Unix socket")
+    where.add_argument("--address", metavar="HOST", help="listen there (default: 127.0.0.1)")
+    add("--port", type=_count, metavar="N", help="TCP port (default: 10809)")
+    add("--tls", choices=("off", "on", "require"), help="default: require if given keys, else off")
+    add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
+    add("--tls-psk", metavar="FILE", help="pre-shared keys")
+    add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
+    text = "repeat attempts to connect to disks' NBD servers for S seconds (default: 0)"
+    add("--open-timeout", type=_count, metavar="S", help=text)
+    text = "give up guests on TCP without a sign of life for S seconds (default: 300; 0: never)"
+    add("--keepalive", type=_count, metavar="S", help=text)
+    add("--read-only", action="store_true", help="guests cannot write")
+    threads = f"requests at once of one connection (default: {THREADS_DEFAULT}; with --cache none "
+    threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
+    add("--threads", type=_count, metavar="N", help=threads)
+    add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
+    add("--connections", metavar="N", help="to an NBD server, at most (default: 9)")
+    add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
+    accept = "serve a disk that was pivoted away from; the refusal shows the ID of that pivot"
+    add("--accept-old-side", action="append", default=[], metavar="ID", help=accept)
+    add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
+    add("--daemonize", action="store_true", help="go into the background")
+    add("--pidfile", metavar="PATH", help="write the process's number there")
+    add("--user", metavar="NAME", help="run as this user once the disks are open (needs root)")
+    add("--group", metavar="NAME", help="and as this group (default: the user's own)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command in ("serve", "plugin-path"):
+        from nbdmirror.cli import serve as cli_serve
+
+        if args.command == "serve":
+            return cli_serve.serve(args)
+        print(cli_serve.plugin_path())
+        return DONE
+    if hasattr(args, "target"):
+        args.target = absolute_uri(args.target)
+    if args.command == "handover":
+        from nbdmirror.cli import handover as cli_handover
+
+        return cli_handover.run(args)
+    if args.command == "list":
+        from nbdmirror.cli import list as cli_list
+
+        return cli_list.run(args)
+    from nbdmirror.cli import control as cli_control
+
+    return cli_control.run(args)
+
+
+def _open_standard_streams() -> None:
+    """Those that whoever started us has closed: else what is opened next, a disk or a socket, gets
+    the number that messages are written to."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            os.set_inheritable(fd, True)
+            setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
+
+
+def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """An empty value is an unset variable of a shell, mostly. The rest nbdkit cannot hand on to its
+    Python, or a line of the log would be two."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if text == "":
+                parser.error(f"{_called(name)}: is empty")
+            if isinstance(text, str) and re.search("[\0-\x1f\x7f\ud800-\udfff]", text):
+                what = "has control characters, or is not UTF-8"
+                parser.error(f"{_called(name)}: {text!r} {what}; a link can name the file")
+
+
+def _called(name: str) -> str:
+    """An argument as it is typed."""
+    option = f"--{name.replace('_', '-')}"
+    return {"disks": "DISK", "target": "TARGET_URI", "names": "NAME"}.get(name, option)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
+    _open_standard_streams()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    extra: list[str] = []
+    if argv[:1] == ["serve"] and "--" in argv:
+        cut = argv.index("--")
+        argv, extra = argv[:cut], argv[cut + 1 :]
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command == "mirror" and args.timeout is not None and not args.wait:
+        parser.error("--timeout means nothing without --wait")
+    _check_texts(parser, args)
+    args.nbdkit_args = extra
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+        return status
+    except CliError as error:
+        if args.command == "serve":  # it may be a service
+            from nbdmirror.logs import complain
+
+            complain(str(error))
+        else:
+            print(f"nbdmirror: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        if args.command == "events" or getattr(args, "watch", False):
+            return DONE  # the way these are meant to end
+        print("nbdmirror: interrupted; nothing was taken back", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        print(f"nbdmirror: {error}", file=sys.stderr)
+        return FAILED

@@ -1,0 +1,194 @@
+"""How the command line shows a job: plain lines, or a bar.
+
+Rates are the server's. Of one that says none (an older one, QEMU's migration) they come from
+successive queries: `offset` is what was copied so far, `len` is `offset` and what is dirty now, so
+between two queries `offset` grows by what was copied and `len` by what the guest dirtied.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from nbdmirror.cli.words import duration, size, state
+
+RATE_WINDOW_S = 5.0
+PLAIN_S = 5.0
+"""A plain line is printed this often, or at each PLAIN_PERCENT, whichever comes first."""
+PLAIN_PERCENT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A job at one moment. Rates are None where they are not known, or nothing is copied."""
+
+    job: str
+    state: str
+    offset: int
+    length: int
+    rates: Rates | None
+
+    @property
+    def left(self) -> int:
+        return max(0, self.length - self.offset)
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.offset / self.length if self.length else 100.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.job}: {self.state}, {self.percent:.1f}%", *self.moves]
+        return ", ".join(parts)
+
+    @property
+    def moves(self) -> list[str]:
+        """What is left, and how fast that becomes less."""
+        parts = [f"{size(self.left)} left"]
+        if self.rates is not None:
+            parts += self.rates.texts(is_following=self.state == "ready")
+        return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """All but the time are bytes per second."""
+
+    copied: float
+    """Data alone, where `zeroed` is known."""
+    zeroed: float
+    dirtied: float
+    left_s: float | None
+    has_zeroes: bool = False
+    """Some of the disk was, so that some of what is left may be, and then takes less."""
+
+    def texts(self, *, is_following: bool) -> list[str]:
+        """`is_following`: the job was ready, and goes on as long as it is let."""
+        parts = [f"copying {size(self.copied)}/s"]
+        if self.zeroed:
+            parts.append(f"zeroing {size(self.zeroed)}/s")
+        parts.append(f"dirtied {size(self.dirtied)}/s")
+        if self.left_s and not is_following:
+            at_most = " at most" if self.has_zeroes else ""
+            parts.append(f"{duration(self.left_s)} to go{at_most}")
+        return parts
+
+
+class Meter:
+    """Turns successive entries of query-block-jobs into Progress. `clock`: monotonic seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._samples: deque[tuple[float, int, int]] = deque(maxlen=256)
+
+    def update(self, job: dict[str, Any]) -> Progress:
+        offset, length = int(job.get("offset", 0)), int(job.get("len", 0))
+        name = str(job.get("device", "?"))
+        return Progress(name, state(job), offset, length, self._rates(job, offset, length))
+
+    def _rates(self, job: dict[str, Any], offset: int, length: int) -> Rates | None:
+        if "falling-behind" in job:  # the server measures
+            if "copy-bytes-per-s" not in job:
+                return None
+            copied, zeroed, dirtied = (job[f"{w}-bytes-per-s"] for w in ("copy", "zero", "dirty"))
+            has_zeroes = job.get("copied-bytes", 0) > job.get("written-bytes", 0)
+            return Rates(copied, zeroed, dirtied, job.get("left-s"), has_zeroes)
+        if job.get("paused"):
+            self._samples.clear()
+            return None
+        now_s = self._clock()
+        self._samples.append((now_s, offset, length))
+        while len(self._samples) > 2 and now_s - self._samples[0][0] > RATE_WINDOW_S:
+            self._samples.popleft()
+        then_s, old_offset, old_length = self._samples[0]
+        if now_s <= then_s:
+            return None
+        copied = max(0, offset - old_offset) / (now_s - then_s)
+        dirtied = max(0, length - old_length) / (now_s - then_s)
+        left_s = max(0, length - offset) / (copied - dirtied) if copied > dirtied else None
+        return Rates(copied, 0, dirtied, left_s)
+
+
+class Display(Protocol):
+    def __enter__(self) -> Display: ...
+    def __exit__(self, *_: object) -> None: ...
+    def update(self, job: dict[str, Any]) -> None: ...
+    def note(self, text: str) -> None:
+        """A line of its own."""
+
+
+class PlainDisplay:
+    """For files, pipes and logs: few lines, on stderr."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._meter = Meter(clock)
+        self._last: tuple[float, float, str] | None = None
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, job: dict[str, Any]) -> None:
+        progress = self._meter.update(job)
+        now_s = self._clock()
+        if self._last:
+            last_s, percent, before = self._last
+            moved = abs(progress.percent - percent) >= PLAIN_PERCENT
+            if not moved and now_s - last_s < PLAIN_S and before == progress.state:
+                return
+        self._last = now_s, progress.percent, progress.state
+        self.note(str(progress))
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class RichDisplay:
+    """For a terminal: one bar that is redrawn. Imports rich."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._meter = Meter(clock)
+        self._bar = Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rates]}", markup=False),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, rates="")
+
+    def __enter__(self) -> RichDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, job: dict[str, Any]) -> None:
+        progress = self._meter.update(job)
+        self._bar.update(
+            self._task,
+            description=f"{progress.job} {progress.state}",
+            total=progress.length or 1,
+            completed=progress.offset if progress.length else 1,
+            rates=", ".join(progress.moves),
+        )
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+
+def open_display(clock: Callable[[], float]) -> Display:
+    if sys.stderr.isatty():
+        return RichDisplay(clock)
+    return PlainDisplay(clock)

@@ -1,0 +1,384 @@
+"""`nbdmirror serve`: checks what can be checked, then becomes nbdkit with the plugin.
+
+`serve_command` is pure but for the environment that it is given; `serve` does the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import grp
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from nbdmirror.cli.main import (
+    THREADS_DEFAULT,
+    THREADS_DIRECT_DEFAULT,
+    USAGE,
+    CliError,
+    absolute_uri,
+    default_qmp_paths,
+)
+from nbdmirror.errors import ConfigError
+from nbdmirror.identity import Same, same_place
+from nbdmirror.names import DISK_RULE, is_too_long, split_disk
+from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
+
+LOOPBACK = "127.0.0.1"
+"""Not "localhost": where that names ::1 too and IPv6 is off, nbdkit refuses to start."""
+DUMP_PLUGIN_S_MAX = 30
+
+TARGET_S_MAX = 3.0
+
+THREADS_MAX = 256
+"""Of one connection. More than a few dozen have never been faster."""
+
+ORDERLY_NBDKIT = (1, 34)
+"""Before it, an assertion fails, and the process ends, when a guest hangs up while replies of
+several threads wait for it: 28 of 30 guests that were killed with 16 reads of 64 KiB in flight took
+the server along. With one thread a connection none did. So several disks, which are several
+guests', are served with one: nobody's end is to cost another his disk."""
+
+_PLUGIN_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=")
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Does not return where all is well: the process is nbdkit then. With --daemonize it does, when
+    the server serves."""
+    argv, env = serve_command(args)
+    try:
+        if _check_nbdkit(env) < ORDERLY_NBDKIT and len(args.disks) > 1 and args.threads is None:
+            args.threads = 1
+            argv, env = serve_command(args)
+        _check_tls(args)
+        _check_places(args)
+    except ConfigError as error:
+        raise CliError(str(error)) from error
+    sys.stdout.flush()
+    if args.daemonize:
+        from nbdmirror.cli import daemon as cli_daemon
+
+        return cli_daemon.run(argv, env)
+    os.execvpe(argv[0], argv, env)
+
+
+def plugin_path() -> str:
+    """The nbdkit script: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "plugin", package / "_plugin"):
+        if (folder / "nbdmirror-plugin.py").exists():
+            return str(folder / "nbdmirror-plugin.py")
+    raise CliError("the plugin nbdmirror-plugin.py is missing: install nbdmirror again")
+
+
+def serve_command(
+    args: argparse.Namespace, environ: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """nbdkit's arguments and environment. Raises CliError; looks at nothing but the plugin
+    and the names of users.
+
+    Of what the user has after `--`, KEY=VALUE goes behind the plugin (filters' parameters) and the
+    rest before it.
+    """
+    argv = ["nbdkit", *_listen_options(args), *_tls_options(args)]
+    argv.append("--log=stderr" if args.daemonize else "-f")  # there it goes through our own log
+    threads = THREADS_DIRECT_DEFAULT if args.cache == "none" else THREADS_DEFAULT
+    if args.threads is not None:
+        threads = args.threads
+    if not 1 <= threads <= THREADS_MAX:
+        raise CliError(f"--threads must be between 1 and {THREADS_MAX}", USAGE)
+    argv += ["-t", str(threads)]
+    if args.pidfile:
+        argv += ["-P", os.path.abspath(args.pidfile)]
+    if args.read_only:
+        argv.append("-r")
+    argv += _identity_options(args)
+    parameters = [extra for extra in args.nbdkit_args if _PLUGIN_PARAMETER.match(extra)]
+    argv += [extra for extra in args.nbdkit_args if extra not in parameters]
+    files = [f"file={name}={disk}" if name else f"file={disk}" for name, disk in _disks(args)]
+    argv += ["python", plugin_path(), *files]
+    argv.append(f"qmp={_qmp_path(args)}")
+    if args.cache != "writeback":
+        argv.append(f"cache={args.cache}")
+    if args.state_dir:
+        argv.append(f"state-dir={os.path.abspath(args.state_dir)}")
+    if args.pidfile:
+        argv.append(f"pidfile={os.path.abspath(args.pidfile)}")
+    if args.open_timeout:
+        argv.append(f"open-timeout={args.open_timeout}")
+    if args.keepalive is not None:
+        argv.append(f"keepalive={args.keepalive}")
+    if args.connections is not None:
+        argv.append(f"connections={args.connections}")
+    argv += [f"accept-old-side={record}" for record in args.accept_old_side]
+    if args.mirror_to:
+        argv.append(f"mirror-to={absolute_uri(args.mirror_to, '--mirror-to ')}")
+    if args.read_only:  # nbdkit's -r is for guests; this is for how the disks are opened
+        argv.append("read-only=true")
+    environ = os.environ if environ is None else environ
+    # nbdkit's interpreter takes the first python3 in PATH for its home: it must be this one.
+    path = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
+    return argv + parameters, {**environ, "PATH": path, "PYTHONPATH": _python_path(environ)}
+
+
+def _listen_options(args: argparse.Namespace) -> list[str]:
+    if args.socket:
+        if args.port is not None:
+            raise CliError("--port: not allowed with --socket", USAGE)
+        return ["-U", os.path.abspath(args.socket)]
+    port = DEFAULT_PORT if args.port is None else args.port
+    if not 0 < port < 65536:
+        raise CliError("--port must be between 1 and 65535", USAGE)
+    return ["-i", _address(args), "-p", str(port)]
+
+
+def _address(args: argparse.Namespace) -> str:
+    """An IPv6 address may stand in brackets, as in a URI."""
+    address = LOOPBACK if args.address is None else str(args.address)
+    if address.startswith("[") and address.endswith("]"):
+        address = address[1:-1]
+    if not address:
+        raise CliError("--address: names no address; to listen on all it is 0.0.0.0 or ::", USAGE)
+    return address
+
+
+def _identity_options(args: argparse.Namespace) -> list[str]:
+    uid, gid = _identity(args)
+    user = [] if uid is None else ["-u", str(uid)]
+    return user if gid is None else [*user, "-g", str(gid)]
+
+
+def _identity(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """The user and group to become. A user comes with a group: nbdkit's -u alone keeps root's."""
+    if args.user is None and args.group is None:
+        return None, None
+    if os.geteuid() != 0:
+        raise CliError("--user and --group: only root can become somebody else", USAGE)
+    uid = _number(args.user, "user", lambda name: pwd.getpwnam(name).pw_uid)
+    gid = _number(args.group, "group", lambda name: grp.getgrnam(name).gr_gid)
+    if uid is not None and gid is None:
+        try:
+            gid = pwd.getpwuid(uid).pw_gid
+        except KeyError:
+            text = f"--user {args.user}: not a user with a group: name one with --group"
+            raise CliError(text, USAGE) from None
+    return uid, gid
+
+
+def _number(text: str | None, kind: str, look_up: Callable[[str], int]) -> int | None:
+    if text is None:
+        return None
+    try:
+        return look_up(text)
+    except KeyError:
+        if text.isdecimal() and int(text) < 2**32 - 1:
+            return int(text)
+    raise CliError(f"--{kind} {text}: there is no such {kind} here", USAGE)
+
+
+def _tls_options(args: argparse.Namespace) -> list[str]:
+    """Whoever names keys wants them used: nbdkit alone would go on in plain text."""
+    options: list[str] = []
+    if mode := args.tls or ("require" if args.tls_certificates or args.tls_psk else None):
+        options.append(f"--tls={mode}")
+    if args.tls_certificates:
+        options.append(f"--tls-certificates={os.path.abspath(args.tls_certificates)}")
+    if args.tls_psk:
+        options.append(f"--tls-psk={os.path.abspath(args.tls_psk)}")
+    if args.tls_verify_peer:
+        options.append("--tls-verify-peer")
+    return options
+
+
+def _check_tls(args: argparse.Namespace) -> None:
+    """Keys that nbdkit could not use: with --tls=on it would go on in plain text."""
+    if args.tls_certificates and args.tls_psk:
+        raise CliError("--tls-psk: not allowed with --tls-certificates", USAGE)
+    if args.tls in ("on", "require") and not (args.tls_certificates or args.tls_psk):
+        raise CliError(f"--tls {args.tls} needs --tls-certificates or --tls-psk", USAGE)
+    if args.tls_verify_peer and not args.tls_certificates:
+        raise CliError("--tls-verify-peer needs --tls-certificates", USAGE)
+    from nbdmirror.nbdclient import tls  # and with it ssl, which plugin-path does not need
+
+    for option, path in (("certificates", args.tls_certificates), ("psk", args.tls_psk)):
+        if path and args.tls != "off":
+            try:
+                found = tls.check_server_keys(**{option: os.path.abspath(path)})
+            except ConfigError as error:
+                raise ConfigError(f"--tls-{option}: {error}") from error
+            for warning in found:
+                print(f"nbdmirror: warning: {warning}", file=sys.stderr)
+
+
+def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(name or "", absolute path or URI) of each disk; names are unique, defaults counted in."""
+    found: list[tuple[str, str]] = []
+    names: set[str] = set()
+    for index, text in enumerate(args.disks):
+        name, disk = split_disk(text) if not is_uri(text) else ("", text)
+        if not disk:
+            raise CliError(f"'{text}' names no disk", USAGE)
+        if is_too_long(name):
+            raise CliError(f"{text[:40]}...: the name is too long: {DISK_RULE}", USAGE)
+        full_name = name or f"disk{index}"
+        if full_name in names:
+            raise CliError(f"{text}: the name {full_name} is taken; give each disk its own NAME=")
+        names.add(full_name)
+        found.append((name, absolute_uri(disk) if is_uri(disk) else os.path.abspath(disk)))
+    return found
+
+
+def _qmp_path(args: argparse.Namespace) -> str:
+    path = args.qmp or os.environ.get("NBDMIRROR_QMP") or default_qmp_paths()[0]
+    return os.path.abspath(path)
+
+
+def _python_path(environ: Mapping[str, str]) -> str:
+    """nbdkit's interpreter knows no virtual environment: it is told where we and ours are."""
+    package = str(Path(__file__).resolve().parent.parent)
+    ours = [package, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    users = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.pathsep.join(dict.fromkeys([*ours, *users]))
+
+
+def _check_nbdkit(env: Mapping[str, str]) -> tuple[int, ...]:
+    """Its version. Raises ConfigError if it is not there, or not for this Python."""
+    nbdkit = shutil.which("nbdkit", path=env.get("PATH"))
+    if not nbdkit:
+        raise ConfigError(
+            "nbdkit is not installed (packages: nbdkit and nbdkit-plugin-python, on Fedora"
+            " nbdkit and nbdkit-python-plugin)"
+        )
+    try:
+        dump = subprocess.run(
+            [nbdkit, "python", "--dump-plugin"],
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            timeout=DUMP_PLUGIN_S_MAX,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"nbdkit python --dump-plugin did not end: {error}") from error
+    if dump.returncode:
+        raise ConfigError(
+            "nbdkit's Python plugin is missing or broken (package nbdkit-plugin-python, on Fedora"
+            " nbdkit-python-plugin); see: nbdkit python --dump-plugin"
+        )
+    match = re.search(r"^python_version=(\d+\.\d+)", dump.stdout, re.MULTILINE)
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if match and match.group(1) != running:
+        raise ConfigError(
+            f"nbdkit's Python is {match.group(1)}, this one is {running}: install nbdmirror for"
+            f" Python {match.group(1)} (/usr/bin/python3 -m venv --system-site-packages DIR)"
+        )
+    version = re.search(r"^version=(\d+)\.(\d+)", dump.stdout, re.MULTILINE)
+    return tuple(int(number) for number in version.groups()) if version else ORDERLY_NBDKIT
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    from nbdmirror.unix_sockets import claim_pidfile, remove_stale_socket
+
+    for _, disk in _disks(args):
+        if not is_uri(disk) and not os.path.exists(disk):
+            text = f"{disk}: no such disk; create it first (truncate -s SIZE FILE)"
+            if "=" in disk:
+                text += f"; if what is before the '=' was to be a name: {DISK_RULE}"
+            raise ConfigError(text)
+        if os.path.isdir(disk):
+            raise ConfigError(f"{disk}: is a directory, not a disk")
+    qmp = _qmp_path(args)
+    places = {"--qmp": qmp}
+    if args.socket:
+        places["--socket"] = os.path.abspath(args.socket)
+        if same_place(places["--socket"], qmp) is Same.YES:
+            raise ConfigError(f"--socket and --qmp are the same path: {qmp}")
+    for parameter, path in places.items():
+        if not os.path.isdir(os.path.dirname(path)):
+            raise ConfigError(f"{parameter}: {path}: its directory does not exist")
+        if len(os.fsencode(path)) > 107:
+            raise ConfigError(f"{parameter}: {path}: is longer than a Unix socket's 107 bytes")
+        remove_stale_socket(path, parameter)
+    _check_places_of_user(args)
+    if not args.socket:
+        _check_port(_address(args), args.port or DEFAULT_PORT)
+    if args.mirror_to and args.daemonize:
+        _warn_of_target(absolute_uri(args.mirror_to, "--mirror-to "))
+    if args.pidfile:
+        claim_pidfile(os.path.abspath(args.pidfile), "--pidfile")
+
+
+def _warn_of_target(uri: str) -> None:
+    """In the background only the log tells that a mirror could not be started."""
+    where = parse(uri)
+    if where.transport == "vsock":
+        return
+    try:
+        if where.socket:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(TARGET_S_MAX)
+                probe.connect(where.socket)
+        else:
+            socket.create_connection((where.host, where.port), TARGET_S_MAX).close()
+    except OSError as error:
+        text = f"--mirror-to {uri}: {error.strerror or error}; so far the disk has no mirror"
+        print(f"nbdmirror: warning: {text}", file=sys.stderr)
+
+
+def _check_places_of_user(args: argparse.Namespace) -> None:
+    """What is read and written by the user that nbdkit will have become; in the background nobody
+    sees that it failed, and some of the modules are imported late."""
+    uid, gid = _identity(args)
+    if uid is None or gid is None:
+        return
+    package = os.path.dirname(os.path.abspath(__file__))
+    if not _may("-r", package, uid, gid):
+        raise ConfigError(
+            f"--user: user {args.user} cannot read {package}, where nbdmirror is installed"
+        )
+    if args.state_dir:
+        path = os.path.abspath(args.state_dir)
+        try:
+            os.mkdir(path, 0o700)
+            os.chown(path, uid, gid)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"--state-dir: {path}: cannot be made: {error.strerror}") from error
+        if not _may("-w", path, uid, gid):
+            raise ConfigError(f"--state-dir: {path}: user {args.user} cannot write there")
+    if args.pidfile:
+        path = os.path.abspath(args.pidfile)
+        if not _may("-w", path if os.path.exists(path) else os.path.dirname(path), uid, gid):
+            raise ConfigError(f"--pidfile: {path}: user {args.user} cannot write there")
+
+
+def _may(access: str, path: str, uid: int, gid: int) -> bool:
+    """`access`: an option of test(1), -r or -w."""
+    test = subprocess.run(["test", access, path], user=uid, group=gid, extra_groups=(), check=False)
+    return test.returncode == 0
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"--address: {host}: {error.strerror}") from error
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise ConfigError(
+                f"--port: cannot listen on {host} port {port}: {error.strerror}"
+            ) from error

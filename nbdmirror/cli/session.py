@@ -1,0 +1,203 @@
+"""Conversations over QMP, through QEMU's own client library."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import stat
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
+
+from nbdmirror.cli import words as cli_words
+from nbdmirror.cli.main import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
+
+CONNECT_S_MAX = 10.0
+REPLY_S_MAX = 60.0
+"""For commands that answer at once. What may wait for the target's network says so by events."""
+DISCONNECT_S_MAX = 2.0
+SERVER_ADVICE = "start one, or name its control socket with --qmp or NBDMIRROR_QMP"
+OURS, QEMU = "nbdmirror", "QEMU"
+FOREIGN_ADVICE = "the socket is another user's; run this as the one who started it, or as root"
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+Job = dict[str, Any]
+
+
+def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command to its end. SIGINT cancels it, and is a KeyboardInterrupt then."""
+    logging.getLogger("qemu").addHandler(logging.NullHandler())  # errors are told in our words
+    logging.getLogger("qemu").propagate = False
+    try:
+        return asyncio.run(_interruptible(command))
+    except asyncio.CancelledError as error:
+        raise KeyboardInterrupt from error
+    except QMPError as error:
+        raise CliError("the server went away; see: nbdmirror status", NO_SERVER) from error
+
+
+async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
+    """Cancelled by SIGINT. asyncio's own handler turns a second one into a traceback from the
+    depths; here it only asks again, and what is left to do then is bounded."""
+    task = asyncio.current_task()
+    assert task
+    with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: nothing to catch
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+    return await command
+
+
+def server_path(args: argparse.Namespace) -> str:
+    """The control socket that a command means."""
+    if path := args.qmp or os.environ.get("NBDMIRROR_QMP"):
+        return str(path)
+    paths = default_qmp_paths()
+    return next((path for path in paths if os.path.exists(path)), paths[0])
+
+
+def _nothing(event: Message) -> bool:
+    """A filter that no event passes."""
+    return False
+
+
+class Events(EventListener):
+    """The events that nobody has read yet. The library's own listener keeps each event for ever,
+    and a monitor runs for weeks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unread: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def put(self, event: Message) -> None:
+        if self.accept(event):
+            await self._unread.put(event)
+
+    async def get(self) -> Message:
+        return await self._unread.get()
+
+    def empty(self) -> bool:
+        return self._unread.empty()
+
+    def ignore_all(self) -> None:
+        """From now on."""
+        self.event_filter = _nothing
+        self.clear()
+
+    def clear(self) -> list[Message]:
+        return [self._unread.get_nowait() for _ in range(self._unread.qsize())]
+
+
+class Session:
+    """A conversation with one server, or QEMU; `events` has heard everything since its start."""
+
+    def __init__(self, client: QMPClient) -> None:
+        self._client = client
+        self.job = ""
+        """The job that the command is about, once it is known."""
+        self.is_starting = False
+        """That job was asked for, and whether it has begun was not answered yet."""
+        self.events = Events()
+        client.events.event_filter = _nothing  # the library's own, which cannot be removed
+        client.register_listener(self.events)
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Arguments that are None are left out; '_' stands for '-'. A refusal is a CliError."""
+        given = {
+            name.replace("_", "-"): value for name, value in arguments.items() if value is not None
+        }
+        try:
+            async with asyncio.timeout(REPLY_S_MAX) as limit:
+                return await self._client.execute(command, given or None)
+        except ExecuteError as error:
+            raise CliError(cli_words.refusal(str(error))) from error
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            text = f"{command}: no answer within {REPLY_S_MAX:g} s; the server may be stuck"
+            raise CliError(text, TIMED_OUT) from error
+
+    @property
+    def _version(self) -> dict[str, Any]:
+        """The greeting's."""
+        greeting = self._client.greeting
+        return dict(greeting.QMP.version) if greeting else {}
+
+    @property
+    def package(self) -> str:
+        """What the server says that it is."""
+        return str(self._version.get("package", ""))
+
+    @property
+    def program(self) -> str:
+        """The server's program, and its version; QEMU's storage daemon greets as QEMU does."""
+        if self.package.split(" ")[0] == OURS:
+            return self.package
+        numbers = self._version.get("qemu") or {}
+        version = [str(numbers[key]) for key in ("major", "minor", "micro") if key in numbers]
+        return f"{QEMU} {'.'.join(version)}".rstrip()
+
+    async def jobs(self) -> dict[str, Job]:
+        """By their ids."""
+        disks = (await self.status()).get("disks", [])
+        return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
+
+    async def status(self) -> dict[str, Any]:
+        found = await self.execute("x-nbdmirror-query-status")
+        return found if isinstance(found, dict) else {}
+
+    async def closed(self) -> None:
+        """Returns when the connection has ended."""
+        await self._client.runstate_changed()
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    path: str, *, program: str = OURS, advice: str = SERVER_ADVICE
+) -> AsyncIterator[Session]:
+    """A conversation with the `program` that listens at `path`. `advice`: what to do if another one
+    does, or nobody."""
+    client = QMPClient("nbdmirror")
+    session = Session(client)
+    try:
+        await asyncio.wait_for(client.connect(path), CONNECT_S_MAX)
+    except (ConnectError, TimeoutError) as error:
+        what = "server" if program == OURS else program
+        text = _why_nobody_answers(path, getattr(error, "exc", None))
+        if not text:
+            text = f"{what} at {path}: {os.strerror(errno.EACCES)}: {FOREIGN_ADVICE}"
+            raise CliError(text, NO_SERVER) from error
+        raise CliError(f"no {what} at {path} ({text}): {advice}", NO_SERVER) from error
+    try:
+        if session.program.split(" ")[0] != program:
+            text = f"{path} is the control socket of {session.program}, not of {program}"
+            raise CliError(f"{text}: {advice}", NO_SERVER)
+        yield session
+    finally:
+        with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+            await asyncio.wait_for(client.disconnect(), DISCONNECT_S_MAX)
+
+
+def _why_nobody_answers(path: str, error: BaseException | None) -> str:
+    """ "" if the socket is another user's. The kernel refuses a connection to a file or a directory
+    with the words that it has for a socket without a server."""
+    with contextlib.suppress(OSError):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISSOCK(mode):
+            kind = next((kind for is_one, kind in _KINDS if is_one(mode)), "a device")
+            return f"that is {kind}, and no socket"
+    if isinstance(error, PermissionError):
+        return ""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "it does not answer as a QMP server does"

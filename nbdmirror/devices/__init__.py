@@ -1,0 +1,1 @@
+"""A disk's medium on this machine: files and block devices."""

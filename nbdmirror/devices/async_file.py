@@ -1,0 +1,97 @@
+"""FileSource: a raw disk as the copier reads it. It belongs to the event loop's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from nbdmirror.devices.base import BlockDevice, Done, Extent, ExtentsDone, raw_device
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.errors import IO_ERRORS
+from nbdmirror.workers import Workers
+
+READERS = 4
+"""Threads that read what is not cached. 512 MiB from a local disk: 0.8 GB/s with 1 thread, 2.2 with
+2, 4.2 with 4, 4.7 with 8. The copier moves 1-2 GB/s, and each busy thread slows the guest's."""
+
+
+class FileSource:
+    """The source side of AsyncDevice on any blocking device, for the event loop's thread.
+
+    What a file has in memory is read at once, on the loop's thread: that only copies memory, and
+    handing it to a thread would cost two context switches a request. The rest goes to READERS
+    threads; so does all of a device that is no plain file (an O_DIRECT file in its AlignedDevice).
+    The loop is all disks': no call on it may wait for a storage, so not even a look at the size of
+    the file or at its holes, which a network's file system may have to ask for.
+
+    `call_soon` posts a call to the loop's thread, from any thread. `close` closes the device.
+    """
+
+    def __init__(
+        self, device: BlockDevice, call_soon: Callable[[Callable[[], None]], None]
+    ) -> None:
+        assert device.block_size.minimum == 1, "the copier's buffers and ranges are not aligned"
+        self.size = device.size
+        self._device = device
+        self._file = device if isinstance(device, FileDevice) else None
+        below = raw_device(device)
+        self._checked = below if isinstance(below, FileDevice) else None
+        self._call_soon = call_soon
+        self._readers = Workers("nbdmirror-reader", READERS)
+
+    def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
+        count = 0
+        if self._file is not None:
+            try:
+                count = self._file.read_now(buf, offset)
+                if count == len(buf) and self._file.is_whole_now():
+                    done(None)
+                    return
+            except IO_ERRORS as error:
+                done(error)
+                return
+
+        def read() -> None:
+            self._device.pread(buf[count:], offset + count)
+            self._check()
+
+        self._ask(read, done)
+
+    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        """Asked at once only if the answer is known."""
+        if self._file is not None and (known := self._file.known_extents(offset, length)):
+            done(known, None)
+            return
+        found: list[Extent] = []
+
+        def ask() -> None:
+            found.extend(self._device.extents(offset, length))
+            self._check()
+
+        self._ask(ask, lambda error: done(None if error else found, error))
+
+    def close(self) -> None:
+        """Nothing more is asked. Closes the device once what it was asked before has ended; nobody
+        waits for that, since close(2) may wait as well."""
+
+        def close() -> None:
+            with suppress(OSError):  # of a descriptor that is gone all the same
+                self._device.close()
+
+        self._readers.submit_last(close)
+
+    def _check(self) -> None:
+        """After it was read or asked: a file that was truncated must not be copied as zeroes."""
+        if self._checked is not None and not self._checked.is_whole_now():
+            self._checked.check_whole()
+
+    def _ask(self, call: Callable[[], None], done: Done) -> None:
+        def work() -> None:
+            error: BaseException | None = None
+            try:
+                call()
+            except BaseException as caught:  # noqa: BLE001 - untold, the copy would never end
+                error = caught
+            self._call_soon(lambda: done(error))
+
+        self._readers.submit(work)

@@ -1,0 +1,295 @@
+"""Disk: what the guest sees. Every guest operation goes through here, and through the ledger.
+
+The source is one attribute. A request looks at it after it has announced itself to the ledger, so
+replacing it behind a closed gate (`swap`) means that no request is lost, none is served twice, and
+the guest's connections never know. The same holds for the copy mode: a request looks once, on its
+way in, whether its writes are synchronous, and keeps to that (rule 11).
+
+Calls are for any thread, except `swap`, `watch`, `unwatch` and setting `synchronous`, which are for
+the owner of the disk's jobs.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, cast
+
+from nbdmirror.devices.base import BlockDevice, Buffer, Extent
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.ledger import Claim, Ledger, Tracker
+from nbdmirror.errors import IO_ERRORS, DeviceError
+
+
+class Disk:
+    """A named disk of a fixed size. The guest operations have the meaning of BlockDevice's."""
+
+    def __init__(self, name: str, source: BlockDevice, size: int | None = None) -> None:
+        """`size` in bytes, if the device is larger than the disk."""
+        self.name = name
+        self.size = source.size if size is None else size
+        self.read_only = source.read_only
+        self.ledger = Ledger()
+        self.synchronous: SynchronousWrites | None = None
+        """Set while a mirror's copy mode is write-blocking."""
+        self.has_moved = False
+        """By a pivot since the process began."""
+        self._source = source
+
+    @property
+    def source(self) -> BlockDevice:
+        """The device that guests are served from now."""
+        source = self._source
+        return source.device if isinstance(source, WatchedDevice) else source
+
+    def watch(self) -> WatchedDevice:
+        """Look at each read from now on, until `unwatch`; the last one who asks for it does."""
+        watched = WatchedDevice(self.source)
+        self._source = cast(BlockDevice, watched)
+        return watched
+
+    def unwatch(self, watched: WatchedDevice) -> None:
+        source = self._source
+        if isinstance(source, WatchedDevice) and source is watched:
+            self._source = source.device
+
+    def swap(self, target: BlockDevice) -> BlockDevice:
+        """Serve guests from `target` from now on; returns the device served until now.
+
+        The gate is closed and no changing request is under way. Reads may still be on the old
+        device: see Ledger.reads before it is closed.
+        """
+        assert self.ledger.is_idle, "swap behind a closed gate only"
+        assert target.size >= self.size, "the job has compared the sizes"
+        old, self._source = self.source, target
+        self.has_moved = True
+        return old
+
+    def unwrap(self, device: BlockDevice) -> None:
+        """Serve guests from `device`, which is what the source is made of: a request is on the same
+        device before and after, so that nothing has to be held. From any thread."""
+        self._source = device
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        ledger = self.ledger
+        token = next(ledger.tokens)  # as enter_read
+        ledger.reading.add(token)
+        source = self._source
+        try:
+            if source.read_part((buf,), offset) != len(buf):
+                source.pread(buf, offset)
+        finally:
+            ledger.reading.discard(token)  # as leave_read
+
+    def pwrite(self, buf: Buffer, offset: int, fua: bool) -> None:
+        ledger = self.ledger
+        token = next(ledger.tokens)  # as enter
+        ledger.writing.add(token)
+        if ledger.gate is not None:
+            ledger.wait_at_gate(token)
+        synchronous, settled = self.synchronous, None
+        try:
+            if synchronous is None:
+                source = self._source
+                if fua or source.write_part(buf, offset) != len(buf):
+                    source.pwrite(buf, offset, fua)
+            else:
+                settled = synchronous.pwrite(self._source, buf, offset, fua)
+        finally:
+            if ledger.bitmaps:
+                ledger.leave(token, offset, len(buf), settled)
+            else:  # as leave
+                ledger.writing.discard(token)
+                if ledger.gate is not None:
+                    ledger.tell_gate()
+
+    def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        ledger = self.ledger
+        token = ledger.enter()
+        synchronous, settled = self.synchronous, None
+        try:
+            if synchronous is None:
+                self._source.zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
+            elif fast:
+                # Two devices are not faster than a write; and one alone would not be synchronous.
+                raise DeviceError("no fast zero in copy mode write-blocking", errno.ENOTSUP)
+            else:
+                settled = synchronous.zero(self._source, offset, length, may_trim, fua)
+        finally:
+            ledger.leave(token, offset, length, settled)
+
+    def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        """What a trimmed range reads as is the device's affair; so the target gets the result, by
+        a copy, and not the trim."""
+        ledger = self.ledger
+        token = ledger.enter()
+        try:
+            self._source.trim(offset, length, fua=fua)
+        finally:
+            ledger.leave(token, offset, length)
+
+    def flush(self) -> None:
+        ledger = self.ledger
+        token = ledger.enter()
+        synchronous = self.synchronous
+        try:
+            self._source.flush()
+            if synchronous is not None:
+                synchronous.flush()
+        finally:
+            ledger.leave(token, 0, 0)
+
+    def sync(self) -> None:
+        """Make durable what guests have written, for our own purposes: no guest is told what comes
+        of it, so that what is to be told stays."""
+        self._source.sync()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        ledger = self.ledger
+        token = ledger.enter_read()
+        try:
+            return self._source.extents(offset, length)
+        finally:
+            ledger.leave_read(token)
+
+    def cache(self, offset: int, length: int) -> None:
+        ledger = self.ledger
+        token = ledger.enter_read()
+        try:
+            self._source.cache(offset, length)
+        finally:
+            ledger.leave_read(token)
+
+
+class WatchedDevice:
+    """A disk's source while it is watched: whether a read of `wanted`, offset and length, comes by.
+    All else goes straight to `device`. It stands in the source's place, so that no request looks
+    whether there is one."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self.device = device
+        self.wanted = (0, 0)
+        self.is_seen = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.device, name)
+
+    def read_part(self, buffers: tuple[memoryview], offset: int) -> int:
+        if self.wanted == (offset, len(buffers[0])):
+            self.is_seen = True
+        return self.device.read_part(buffers, offset)
+
+
+class SynchronousWrites:
+    """Copy mode write-blocking: a guest's write is answered when the target has it as well.
+
+    The guest gets the source's result. Where the target fails, the range is dirty again and
+    `on_error` is told, from the guest's thread (rule 10); where the source fails, the target is not
+    written at all. `pwrite` and `zero` return the bitmap that needs no mark any more, or raise.
+
+    A source may hang. Then `give_up` takes the granules from requests that are still at it: they
+    are dirty, the target does not get them, and the request marks once more when it leaves.
+
+    `whole_granules`: parts of granules are left to the copier, which copies whole ones. The target
+    has large blocks, or may have a backing file that is not in place yet (sync top and none), so
+    that the first write to a cluster must carry all of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracker: Tracker,
+        target: BlockDevice,
+        whole_granules: bool,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._tracker = tracker
+        self._target = target
+        self._whole_granules = whole_granules
+        self._on_error = on_error
+        self._is_over = False
+        self._at_source: dict[Claim, bool] = {}
+        self._at_target: set[object] = set()
+
+    def give_up(self) -> bool:
+        """Let no request get at the target any more, for good; False while one is there. To be
+        called until then."""
+        self._is_over = True
+        for claim in tuple(self._at_source):
+            if self._at_source.pop(claim, False):  # one call of C: the request, or we
+                self._tracker.end_write(claim, failed=True)
+        return not self._at_target
+
+    def pwrite(
+        self, source: BlockDevice, buf: Buffer, offset: int, fua: bool
+    ) -> DirtyBitmap | None:
+        view = memoryview(buf)
+
+        def to_target(start: int, length: int) -> None:
+            self._target.pwrite(view[start - offset : start - offset + length], start, fua)
+
+        return self._both(offset, len(buf), lambda: source.pwrite(buf, offset, fua), to_target)
+
+    def zero(
+        self, source: BlockDevice, offset: int, length: int, may_trim: bool, fua: bool
+    ) -> DirtyBitmap | None:
+        def to_source() -> None:
+            source.zero(offset, length, may_trim=may_trim, fua=fua)
+
+        def to_target(start: int, length: int) -> None:
+            self._target.zero(start, length, may_trim=may_trim, fua=fua)
+
+        return self._both(offset, length, to_source, to_target)
+
+    def flush(self) -> None:
+        """Rule 45: an acknowledged flush holds on both sides."""
+        self._fails(object(), self._target.flush)
+
+    def _both(
+        self,
+        offset: int,
+        length: int,
+        to_source: Callable[[], None],
+        to_target: Callable[[int, int], None],
+    ) -> DirtyBitmap | None:
+        tracker = self._tracker
+        start, span = self._whole(offset, length) if self._whole_granules else (offset, length)
+        claim = tracker.begin_write(offset, length)
+        self._at_source[claim] = True
+        failed, is_ours = True, False
+        try:
+            try:
+                to_source()
+            finally:
+                is_ours = self._at_source.pop(claim, False)
+            if is_ours and span > 0:
+                failed = self._fails(claim, lambda: to_target(start, span))
+            if not failed and span < length:
+                tracker.dirty.mark(offset, start - offset)
+                tracker.dirty.mark(start + span, offset + length - start - span)
+        finally:
+            if is_ours:
+                tracker.end_write(claim, failed=failed)
+        return tracker.dirty if is_ours else None
+
+    def _fails(self, request: object, call: Callable[[], None]) -> bool:
+        """The request says that it is at the target and then looks whether it may be; `give_up`
+        forbids it and then looks who is: one of the two sees the other."""
+        self._at_target.add(request)
+        try:
+            if self._is_over:
+                return True
+            call()
+        except IO_ERRORS as error:
+            self._on_error(error)
+            return True
+        finally:
+            self._at_target.discard(request)
+        return False
+
+    def _whole(self, offset: int, length: int) -> tuple[int, int]:
+        """The range of granules covered whole; its length is not positive if there are none."""
+        granularity, end = self._tracker.granularity, offset + length
+        start = -(-offset // granularity) * granularity
+        stop = end if end == self._tracker.size else end // granularity * granularity
+        return start, stop - start

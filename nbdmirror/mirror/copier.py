@@ -1,0 +1,399 @@
+"""Copier: turns dirty granules into requests on the target. One per mirror, on the loop's thread.
+
+The life of a claim (the ledger's `Claim`: its bits are already clear):
+
+    extents of the source  ->  zero: write-zeroes on the target, piece after piece
+                           ->  data: read, look for zeroes, write; piece after piece, one buffer
+    -> settle: done, or dirty again
+
+Pieces are as large as can be and yet answered soon (depth.ANSWER_S): each is progress, and none is
+begun after `stop`. Many claims run at once, each with one slot; a slot is a buffer of
+`request_bytes`. So requests and bytes are both bounded. What the source says of its extents is
+asked after the bits are cleared, and a "zero" is believed only for the claim that asked; "data" is
+believed for later claims as well, since treating zeroes as data is never wrong.
+
+It has no opinion about errors: it makes the claim dirty again and tells its observer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, leading_bytes, round_out
+from nbdmirror.disk.ledger import Claim, Tracker
+from nbdmirror.mirror.buffers import Buffers, PageBuffer, Run
+from nbdmirror.mirror.in_flight import OPENING_BYTES, Crowd, Depth, Holes
+from nbdmirror.mirror.rate_limit import Pace
+
+REQUEST_BYTES_MAX = 1 << 20
+"""Largest read and write but one (depth.OPENING_BYTES), QEMU's MAX_IO_BYTES: larger ones gain
+nothing on a local socket."""
+
+BUFFER_BYTES_DEFAULT = 64 << 20
+"""Of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A target that is near gets
+no more than depth.QUICK_BYTES, so the rest is not even allocated for it."""
+
+
+class Observer(Protocol):
+    """Who is told; called on the loop's thread."""
+
+    def copy_failed(self, operation: str, error: BaseException) -> None:
+        """A "read" of the source or a "write" on the target failed; its range is dirty again."""
+
+    def copy_settled(self) -> None:
+        """Nothing is in flight any more: all is clean, or the copier is not running."""
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """One claim on its way. `position` is where the next piece starts; `pending` counts the
+    requests of this piece on the target."""
+
+    claim: Claim
+    request_bytes: int
+    """The most of its data that is one request."""
+    weight: int
+    """Bytes for which it counts among those in flight: the most that it may have."""
+    buffer: PageBuffer | None = None
+    """Taken when there is data."""
+    position: int = 0
+    pending: int = 0
+    piece_bytes: int = 0
+    """Of data, being read or written."""
+    operation: str = "read"
+    error: BaseException | None = None
+    extents: list[Extent] = field(default_factory=list)
+
+
+class Copier:
+    """Copies what `tracker` says from `source` to `target` while `running`.
+
+    `pump` starts what can be started; it is called when something may have changed (guest writes
+    are not announced: who wants them copied pumps now and then).
+    """
+
+    def __init__(
+        self,
+        *,
+        source: AsyncSource,
+        target: AsyncTarget,
+        tracker: Tracker,
+        observer: Observer,
+        clock: Callable[[], float],
+        call_later: Callable[[float, Callable[[], None]], object],
+        buffer_bytes: int = BUFFER_BYTES_DEFAULT,
+        request_bytes_max: int = OPENING_BYTES,  # what both sides take; a power of two
+        unmap: bool = True,
+        crowd: Crowd | None = None,
+    ) -> None:
+        """`crowd`: of all copiers of this loop."""
+        self.source = source
+        self.target = target
+        self.tracker = tracker
+        self.observer = observer
+        self.unmap = unmap
+        self.is_running = False
+        self.copied_bytes = 0
+        """Bytes copied since the start: QEMU's `offset`, which never goes back."""
+        self.written_bytes = 0
+        """Bytes of data sent to the target, zeroes not counted."""
+        self.answers = 0
+        """Requests that the target has answered."""
+        self._clock = clock
+        self._call_later = call_later
+        # At least one granule, as in QEMU; a larger one than a request goes in several pieces.
+        buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
+        self._request_bytes = min(buffer_bytes, request_bytes_max, REQUEST_BYTES_MAX)
+        self._crowd = crowd or Crowd(clock, lambda: 0)
+        self._slots = max(1, buffer_bytes // self._request_bytes)
+        self._depth = Depth(
+            self._request_bytes,
+            self._crowd,
+            opening_bytes=min(self._slots * self._request_bytes, request_bytes_max),
+            granularity=tracker.granularity,
+        )
+        self.pace = Pace(clock, call_later, self.pump)
+        self._holes = Holes(self._request_bytes)
+        self._buffers = Buffers()
+        self._copies: set[_Copy] = set()
+        self._in_flight_bytes = self._piece_bytes = self._flushes = 0
+        self._cursor = self._data_until = 0
+        self._is_pumping = False
+
+    @property
+    def in_flight(self) -> int:
+        """Claims in flight."""
+        return len(self._copies)
+
+    @property
+    def is_writing(self) -> bool:
+        """An answer of the target's is waited for."""
+        return self._flushes > 0 or any(copy.operation == "write" for copy in self._copies)
+
+    @property
+    def is_idle(self) -> bool:
+        """No request of ours is in flight, flushes included."""
+        return not self._copies and not self._flushes
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Dirty, or in flight; QEMU's len is this and `offset`."""
+        return self.tracker.remaining_bytes
+
+    def start(self) -> None:
+        self.is_running = True
+        self.pump()
+
+    def stop(self) -> None:
+        """Claim no more, and begin no more pieces. What is in flight ends by itself; then
+        `copy_settled` is called."""
+        self.is_running = False
+        self._depth.start_over()
+        self._holes.zeroed.start_over()
+
+    def disown(self) -> None:
+        """After `stop`: wait no longer for the source. What it was asked for is dirty again, and if
+        its answer comes it is nobody's: the buffer is not used again, nothing is written."""
+        for copy in [copy for copy in self._copies if copy.operation == "read"]:
+            copy.buffer = None
+            self._piece_bytes -= copy.piece_bytes
+            self._settle(copy, failed=True)
+
+    def close(self) -> None:
+        """Stop for good; nothing is in flight. The buffers go soon."""
+        self.stop()
+        self._free_buffers()
+
+    def _free_buffers(self) -> None:
+        """One a turn of the loop: each holds the GIL, and so guests up, for a tenth of a
+        millisecond."""
+        if self._buffers.length:
+            self._buffers.drop()
+            self._call_later(0, self._free_buffers)
+
+    def pump(self) -> None:
+        """Start claims until the slots are full, nothing is dirty, or the speed limit says wait."""
+        if self._is_pumping:
+            return  # a claim that was settled at once: the loop below goes on
+        was_busy = bool(self._copies)
+        self._is_pumping = True
+        try:
+            while self.is_running and self._has_room() and self.pace.may_start():
+                claim = self._claim()
+                if claim is None:
+                    break
+                self._begin(claim)
+                was_busy = True
+        finally:
+            self._is_pumping = False
+        if was_busy and not self._copies:
+            self.observer.copy_settled()
+
+    def _has_room(self) -> bool:
+        is_a_slot_free = len(self._copies) < self._slots and self._free_bytes >= self._request_bytes
+        return is_a_slot_free and self._depth.has_room(self._in_flight_bytes)
+
+    @property
+    def _free_bytes(self) -> int:
+        return self._slots * self._request_bytes - self._in_flight_bytes
+
+    @property
+    def _next_bytes(self) -> int:
+        """Of the next request at most."""
+        length = self._depth.request_bytes
+        return length if length <= self._free_bytes else self._request_bytes
+
+    def _claim(self) -> Claim | None:
+        """The next dirty run in bulk order: once around, then from the start (rule 35 of QEMU's: a
+        cursor that went back on each write would never reach the end under load)."""
+        granularity = self.tracker.granularity
+        is_hole = self._cursor >= self._data_until and self._holes.is_inside
+        length_max = self._holes.claim_bytes if is_hole else self._next_bytes
+        length_max = min(length_max, self.pace.claim_bytes_max or length_max)
+        length_max = max(granularity, length_max)
+        claim = self.tracker.claim(self._cursor, length_max) if self._cursor else None
+        if claim is None:
+            self._cursor = self._data_until = 0
+            if self.pace.may_begin_round():
+                claim = self.tracker.claim(0, length_max)
+            if claim is not None:
+                self._depth.begin_round(is_kept_in_sync=self.pace.lag_s > 0)
+        if claim is not None:
+            self._cursor = claim.end
+        return claim
+
+    def _begin(self, claim: Claim) -> None:
+        next_bytes = self._next_bytes
+        is_window = claim.length > max(next_bytes, self.tracker.granularity)
+        length = min(claim.length, self._request_bytes if is_window else next_bytes)
+        # With a speed limit few claims begin before they are accounted for, small as they are.
+        weight = self._request_bytes if self.pace.speed_bytes_per_s else length
+        if self._depth.is_late:  # a large granule, whose pieces come one after the other
+            weight = max(weight, min(claim.length, self.tracker.granularity))
+        copy = _Copy(claim, length, weight, position=claim.offset)
+        self._crowd.count += not self._copies
+        self._copies.add(copy)
+        self._in_flight_bytes += weight
+        self._depth.round_bytes += claim.length
+        if claim.end <= self._data_until:
+            copy.extents = [Extent(claim.length, zero=False, hole=False)]
+            self.pace.account(claim.length)
+            self._next_piece(copy)
+            return
+        start_s = self._clock()
+
+        def then(extents: list[Extent] | None, error: BaseException | None) -> None:
+            # Rule 31: an error means "treat as data", it is no failure of the copy.
+            extents = extents or [Extent(claim.length, zero=False, hole=False)]
+            took_s = self._clock() - start_s
+            self._holes.found(claim.length, took_s, is_hole=extents[0].zero)
+            if copy in self._copies:  # else it is disowned
+                self._have_extents(copy, extents)
+
+        self.source.start_extents(claim.offset, claim.length, then)
+
+    def _have_extents(self, copy: _Copy, extents: list[Extent]) -> None:
+        """Keep of the claim what is of one kind: a run of zero granules, or a piece of data."""
+        claim, granularity = copy.claim, self.tracker.granularity
+        zero = leading_bytes(extents, zero=True)
+        if zero < claim.length:
+            zero -= zero % granularity
+        if zero:
+            copy.extents = [Extent(zero, zero=True, hole=extents[0].hole)]
+            if zero < claim.length:
+                self._give_back(copy, zero)
+            self.pace.account(0 if self.unmap else zero)
+        else:
+            data = leading_bytes(extents, zero=False)
+            self._data_until = max(claim.offset + data, claim.offset + granularity)
+            length_max = min(copy.request_bytes, data - data % granularity)
+            length_max = max(self._request_bytes, granularity, length_max)
+            if claim.length > length_max:
+                self._give_back(copy, length_max)
+            copy.extents = [Extent(claim.length, zero=False, hole=False)]
+            self.pace.account(claim.length)
+        self._next_piece(copy)
+
+    def _give_back(self, copy: _Copy, length: int) -> None:
+        self._depth.round_bytes -= copy.claim.length - length
+        self.tracker.shrink(copy.claim, length)
+        self._cursor = min(self._cursor, copy.claim.end)
+
+    def _next_piece(self, copy: _Copy) -> None:
+        """Zero or copy what comes next of the claim; at its end, or after an error, settle it."""
+        claim = copy.claim
+        if copy.error is None and copy.position < claim.end:
+            self._note_progress(copy)
+        is_left = copy.position < claim.end
+        if copy.error is not None or not is_left or not self.is_running:
+            self._settle(copy, failed=copy.error is not None or is_left)
+        elif copy.extents[0].zero:
+            length = min(self._holes.zeroed.length, claim.end - copy.position)
+            self._write(copy, [(copy.position, length, None)], self._clock())
+        else:
+            self._read(copy)
+
+    def _note_progress(self, copy: _Copy) -> None:
+        """Some of the claim is copied. The rest waits for another one if the copier was stopped, or
+        if a zeroing target has become slow: a guest may wait for its granules."""
+        copied = copy.position - copy.claim.offset
+        whole = copied - copied % self.tracker.granularity
+        is_slow = copy.extents[0].zero and not self._holes.zeroed.is_longest
+        if whole and (is_slow or not self.is_running):
+            self._give_back(copy, whole)
+        else:
+            self.copied_bytes += self.tracker.progress(copy.claim, copied)
+
+    def _read(self, copy: _Copy) -> None:
+        offset, start_s = copy.position, self._clock()
+        length = min(copy.request_bytes, self._depth.piece_bytes_max, copy.claim.end - offset)
+        if copy.buffer is None:
+            copy.buffer = self._buffers.take(length)
+        buffer = copy.buffer
+        length = min(length, len(buffer.view))
+        copy.operation, copy.piece_bytes = "read", length
+        self._piece_bytes += length
+
+        def then(error: BaseException | None) -> None:
+            if copy not in self._copies:
+                return  # disowned
+            if error is not None:
+                self._piece_ended(copy, error)
+            else:
+                self._write(copy, buffer.runs(offset, length), start_s)
+
+        self.source.start_read(buffer.view[:length], offset, then)
+
+    def _write(self, copy: _Copy, runs: list[Run], start_s: float) -> None:
+        """`runs`: the next piece, which began at `start_s`."""
+        copy.operation = "write"
+        copy.pending = len(runs)
+        write_s, piece_bytes = self._clock(), self._piece_bytes
+
+        def then(length: int, is_zero: bool, error: BaseException | None) -> None:
+            now_s = self._clock()
+            self.answers += 1
+            self._depth.answered(now_s - write_s, is_zero=is_zero)
+            copy.error = copy.error or error
+            copy.pending -= 1
+            if copy.pending:
+                return
+            if copy.extents[0].zero:
+                self._holes.zeroed.answered(length, now_s - write_s)
+            else:
+                self._depth.copied(now_s - start_s, copy.piece_bytes, piece_bytes)
+            copy.position = runs[-1][0] + runs[-1][1]
+            self._piece_ended(copy, copy.error)
+
+        for offset, length, content in runs:
+            if content is None:
+                self.target.start_zero(offset, length, self.unmap, partial(then, length, True))
+            else:
+                self.written_bytes += length
+                self._depth.began(length)
+                self.target.start_write(content, offset, partial(then, length, False))
+
+    def _piece_ended(self, copy: _Copy, error: BaseException | None) -> None:
+        copy.error = error
+        self._piece_bytes -= copy.piece_bytes
+        copy.piece_bytes = 0
+        self._next_piece(copy)
+
+    def _settle(self, copy: _Copy, *, failed: bool) -> None:
+        """`failed`, with an error or without: its range is dirty again."""
+        self.copied_bytes += self.tracker.settle(copy.claim, failed=failed)
+        self._copies.discard(copy)
+        self._in_flight_bytes -= copy.weight
+        self._crowd.count -= not self._copies
+        has_room = self._depth.has_room(self._in_flight_bytes + self._buffers.length)
+        is_free = copy.error is None  # else a connection that was given up may have the buffer
+        if is_free and has_room and copy.buffer and len(copy.buffer.view) <= self._request_bytes:
+            self._buffers.keep(copy.buffer)
+        if copy.error is not None:
+            self.observer.copy_failed(copy.operation, copy.error)
+        if not self._is_pumping:
+            self.pump()
+            if not self._copies:
+                self.observer.copy_settled()
+
+    def flush(self, done: Done) -> None:
+        """Make durable what the target holds, also from before this mirror, which may have little
+        to copy because of that. A disk of no bytes may be on a target that has no flush."""
+        if not self.tracker.size:
+            done(None)
+            return
+        covered = self.tracker.begin_flush()
+        self._flushes += 1
+
+        def then(error: BaseException | None) -> None:
+            self._flushes -= 1
+            self.answers += 1
+            self.tracker.end_flush(covered, failed=error is not None)
+            done(error)
+            if self.is_idle:
+                self.observer.copy_settled()  # who waited for it may have given up waiting
+
+        self.target.start_flush(then)

@@ -1,0 +1,74 @@
+"""CopyModeSwitch: a mirror's copy mode, switched while guests write.
+
+A request decides on its way in whether its writes are synchronous (rule 11), so a switch takes
+effect at once for later requests and never for those under way: `has_drained` tells when those have
+left. On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from nbdmirror.devices.base import BlockDevice
+from nbdmirror.disk.disk import Disk, SynchronousWrites
+from nbdmirror.disk.ledger import Tracker
+
+
+class CopyModeSwitch:
+    """Off (background) at first. `on_error` is told, from a guest's thread, when a synchronous
+    write failed on the target."""
+
+    def __init__(
+        self,
+        *,
+        disk: Disk,
+        tracker: Tracker,
+        target: BlockDevice,
+        whole_granules: bool,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._disk = disk
+        self._new_writes = partial(
+            SynchronousWrites,
+            tracker=tracker,
+            target=target,
+            whole_granules=whole_granules,
+            on_error=on_error,
+        )
+        self._writes = self._new_writes()
+        self._is_given_up = False
+        self._leaving: frozenset[int] = frozenset()
+        self._is_actively_synced = False
+
+    def turn(self, *, synchronous: bool) -> None:
+        if synchronous != (self._disk.synchronous is not None):
+            if synchronous and self._is_given_up:
+                self._writes, self._is_given_up = self._new_writes(), False
+            self._disk.synchronous = self._writes if synchronous else None
+            self._leaving = self._disk.ledger.writes()
+            self._is_actively_synced = False
+
+    def has_drained(self) -> bool:
+        """The requests that began before the last switch have left, or are none of this mirror's
+        any more."""
+        self._leaving = self._disk.ledger.writes_left(self._leaving)
+        return not self._leaving or (self._is_given_up and self._writes.give_up())
+
+    def disown(self) -> None:
+        """Background mode: wait no longer for requests that are at the source, which may hang."""
+        self._is_given_up = True
+
+    def note_in_sync(self) -> None:
+        """Nothing is dirty or in flight: once older requests have left, it stays so."""
+        self.has_drained()
+        if self._disk.synchronous is not None and not self._leaving:
+            self._is_actively_synced = True
+
+    def note_error(self) -> None:
+        self._is_actively_synced = False
+
+    @property
+    def is_actively_synced(self) -> bool:
+        """Each write that a guest has had answered is on the target."""
+        return self._is_actively_synced

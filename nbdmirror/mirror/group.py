@@ -1,0 +1,115 @@
+"""Group: jobs that end together, all well or none: QEMU's JobTxn (job.c).
+
+Every job is in one; alone, unless a grouped transaction started it. Its ending is held up in two
+places: in WAITING until all have done their work, and, once they are to be finalized, level with
+guests held until all are. Meanwhile each goes on as a mirror. Then that they have ended is written
+down, where such things are kept (`commit`), and from that moment on nothing can fail: all end in
+one step of the loop.
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.mirror.options import Ending
+
+if TYPE_CHECKING:
+    from nbdmirror.mirror.job import Job
+
+HOLD_S = 1.0
+"""How long a job's guest writes are held for the other jobs of its group to get level."""
+
+
+class Group:
+    """`jobs`: newest first, the order in which QEMU ends them."""
+
+    def __init__(self, *jobs: Job) -> None:
+        self.jobs: list[Job] = []
+        self._held_in_vain: set[Job] = set()
+        self._uncommitted: set[Job] = set()
+        for job in jobs:
+            self.add(job)
+
+    def add(self, job: Job) -> None:
+        self.jobs.insert(0, job)
+        job.group = self
+
+    def arrived(self) -> None:
+        """A job is WAITING. With the last one all are PENDING, and end unless one of them wants
+        `finalize` for that."""
+        is_breaking = len(self.jobs) > 1 and any(job.ending is Ending.CANCEL for job in self.jobs)
+        if not is_breaking and all(job.status is JobStatus.WAITING for job in self.jobs):
+            for job in self.jobs:
+                job.pend()
+            if all(job.options.auto_finalize for job in self.jobs):
+                self.finalize()
+
+    def finalize(self) -> None:
+        for job in self.jobs:
+            job.is_finalizing = True
+            job.advance_soon()
+
+    @property
+    def is_level(self) -> bool:
+        """All targets equal their sources, durably, and all guests' writes are held."""
+        return all(job.is_level for job in self.jobs)
+
+    def may_hold(self, job: Job) -> bool:
+        """A job whose guest was held in vain does not hold it again before another one has got
+        level: a target that hangs must not stop the others' guests time after time."""
+        return job not in self._held_in_vain
+
+    @property
+    def is_committing(self) -> bool:
+        """That the jobs have ended is being written down. Guests are held until it is, or is not:
+        nothing else may come between."""
+        return bool(self._uncommitted)
+
+    def got_level(self) -> None:
+        """A job holds its guest. If that was the last one all end, else the others come along."""
+        if self.is_level:
+            self._commit()
+            return
+        self._held_in_vain.clear()
+        for job in self.jobs:
+            job.advance_soon()
+
+    def _commit(self) -> None:
+        jobs, failures = list(self.jobs), []
+        self._uncommitted = set(jobs)
+
+        def committed(job: Job, error: BaseException | None) -> None:
+            self._uncommitted.discard(job)
+            if error is not None:
+                failures.append(job)
+            if self._uncommitted:
+                return
+            for one in jobs:
+                if failures:
+                    one.commit_failed(was_committed=one not in failures)
+                else:
+                    one.finish()
+
+        for job in jobs:
+            job.commit(partial(committed, job))
+
+    def held_in_vain(self, job: Job) -> None:
+        self._held_in_vain.add(job)
+        if len(self._held_in_vain) == len(self.jobs):
+            self._held_in_vain.clear()
+
+    def break_up(self, cause: Job) -> None:
+        """`cause` has failed or was cancelled: no result counts any more. The others are cancelled
+        by force, except those that were cancelled softly in the same step. Each is alone then."""
+        jobs, self.jobs = self.jobs, []
+        for job in jobs:
+            Group(job)
+        for job in jobs:
+            if job.ending is Ending.CANCEL:
+                job.group.arrived()  # if it has; it was held up by the others
+            elif job is not cause and not job.is_over:
+                job.cancel(force=True, because=f"job {cause.id} of its group ended otherwise")

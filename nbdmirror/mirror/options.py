@@ -1,0 +1,74 @@
+"""What a mirror job is asked to do: QEMU's blockdev-mirror arguments, and its error policies."""
+
+from __future__ import annotations
+
+import enum
+import errno
+from dataclasses import dataclass
+
+from nbdmirror.mirror.copier import BUFFER_BYTES_DEFAULT
+
+
+class Policy(enum.StrEnum):
+    """QEMU's BlockdevOnError. `auto` is `enospc`, as qemu-storage-daemon has it."""
+
+    REPORT = "report"
+    IGNORE = "ignore"
+    ENOSPC = "enospc"
+    STOP = "stop"
+    AUTO = "auto"
+
+    def action(self, error_number: int) -> Policy:
+        """What is to be done: REPORT, IGNORE or STOP."""
+        if self in (Policy.ENOSPC, Policy.AUTO):
+            return Policy.STOP if error_number == errno.ENOSPC else Policy.REPORT
+        return self
+
+
+class CopyMode(enum.StrEnum):
+    """QEMU's MirrorCopyMode."""
+
+    BACKGROUND = "background"
+    WRITE_BLOCKING = "write-blocking"
+
+
+class Ending(enum.Enum):
+    """What was asked for after READY."""
+
+    NONE = "none"
+    COMPLETE = "complete"  # swap to the target
+    CANCEL = "cancel"  # keep the source, leave the target consistent
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorOptions:
+    """QEMU's blockdev-mirror arguments; sizes in bytes, speed in bytes per second (0: no limit)."""
+
+    job_id: str
+    sync: str = "full"
+    copy_mode: CopyMode = CopyMode.BACKGROUND
+    granularity: int = 0
+    buffer_bytes: int = BUFFER_BYTES_DEFAULT
+    speed_bytes_per_s: int = 0
+    on_source_error: Policy = Policy.REPORT
+    on_target_error: Policy = Policy.REPORT
+    unmap: bool = True
+    reconnect_delay_s: float = 0.0
+    target_is_zero: bool = False
+    clear_bitmap: bool = True
+    """bitmap-mode on-success: the bitmap is cleared when the job completes."""
+    cluster_bytes: int = 0
+    """The target's cluster size where the user told it."""
+    allow_larger: bool = False
+    """The target may be larger than the disk (rule 43)."""
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+    @property
+    def writes_all(self) -> bool:
+        """Nothing is left on the target of what was there."""
+        return self.sync == "full" and not self.target_is_zero
+
+    def policy(self, operation: str) -> Policy:
+        """For errors of `operation`: "read" is the source's, "write" the target's."""
+        return self.on_source_error if operation == "read" else self.on_target_error

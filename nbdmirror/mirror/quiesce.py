@@ -1,0 +1,153 @@
+"""Quiesce: bring a target level with its source while guest writes are held, within a bound.
+
+    converging -> flushing ahead -> catching up -> draining -> copying -> flushing -> level
+    '-------- the guest writes on ---------------' '-------- the gate is closed --- ... release'
+
+What can be done before the gate closes is: little is left to copy then, and the target's last flush
+has little to do. Rule 15 of a mirror job's ending: counting is only true while no guest write is
+under way, and it is done again after the flush. Rule 42: if it does not get there in time, the
+guest has its I/O back and the owner is told.
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from nbdmirror.disk.ledger import Ledger
+from nbdmirror.event_loop import Loop, Timer
+from nbdmirror.mirror.copier import Copier
+
+LEVEL_BYTES_MIN, LEVEL_BYTES = 256 << 10, 4 << 20
+"""Dirty bytes that may be left when guest writes are held: a few milliseconds of copying at most.
+How much less can be had is found out: the least at first, twice as much after each LEVEL_STEP_S."""
+
+LEVEL_STEP_S = 0.02
+
+CONVERGE_S = 2.0
+"""How long the dirty bytes may take to fall below LEVEL_BYTES; then writes are held anyway."""
+
+CATCH_UP_S = 0.2
+"""The same for what was written while the target was flushed ahead."""
+
+LIMIT_S = 1.0
+"""Longest time that guest writes are held in one attempt."""
+
+
+class Step(enum.Enum):
+    CONVERGING = "converging"
+    FLUSHING_AHEAD = "flushing ahead"
+    CATCHING_UP = "catching up"
+    DRAINING = "draining"
+    COPYING = "copying"
+    FLUSHING = "flushing"
+    LEVEL = "level"
+    OPEN = "open"
+
+
+class Quiesce:
+    """One attempt; starts with `advance`. One of `on_level`, `on_timeout` and `on_flush_error` is
+    called once, unless `release` comes first. After `on_level` the guest is held until `release`.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        copier: Copier,
+        loop: Loop,
+        on_level: Callable[[], None],
+        on_timeout: Callable[[], None],
+        on_flush_error: Callable[[BaseException], None],
+    ) -> None:
+        self.step = Step.CONVERGING
+        self._ledger = ledger
+        self._copier = copier
+        self._loop = loop
+        self._on_level = on_level
+        self._on_timeout = on_timeout
+        self._on_flush_error = on_flush_error
+        self._since_s = loop.clock()
+        self._closed_at_s = 0.0
+        self._timer: Timer | None = None
+
+    def advance(self) -> None:
+        """Do what can be done; called now and then, and when guests left or copies settled."""
+        self._copier.pump()
+        if self.step is Step.CONVERGING and self._is_close(LEVEL_BYTES, CONVERGE_S):
+            self.step = Step.FLUSHING_AHEAD
+            self._copier.flush(self._flushed_ahead)
+        elif self.step is Step.CATCHING_UP and self._is_close(self._level_bytes, CATCH_UP_S):
+            self._close_gate()
+        elif self.step is Step.DRAINING and self._ledger.is_idle:
+            self.step = Step.COPYING
+            self.advance()
+        elif self.step is Step.COPYING and self._copier.tracker.in_sync:
+            self.step = Step.FLUSHING
+            self._copier.flush(self._flushed)
+
+    def release(self) -> float | None:
+        """Give the guest its I/O back, whatever the step. Returns how long it was held, in seconds;
+        None if it was not."""
+        step, self.step = self.step, Step.OPEN
+        if self._timer is None or step is Step.OPEN:
+            return None
+        self._timer.cancel()
+        self._copier.pace.is_urgent = False
+        self._ledger.open_gate()
+        return self._loop.clock() - self._closed_at_s
+
+    @property
+    def _level_bytes(self) -> int:
+        steps = int((self._loop.clock() - self._since_s) / LEVEL_STEP_S)
+        return min(LEVEL_BYTES, LEVEL_BYTES_MIN << min(steps, LEVEL_BYTES.bit_length()))
+
+    def _is_close(self, level_bytes: int, patience_s: float) -> bool:
+        is_late = self._loop.clock() - self._since_s >= patience_s
+        tracker = self._copier.tracker
+        return is_late or tracker.dirty.dirty_bytes + tracker.in_flight_bytes <= level_bytes
+
+    def _flushed_ahead(self, error: BaseException | None) -> None:
+        if self.step is not Step.FLUSHING_AHEAD:
+            return  # released meanwhile
+        if error is not None:
+            self.release()
+            self._on_flush_error(error)
+        else:
+            self.step = Step.CATCHING_UP
+            self._since_s = self._loop.clock()
+            self.advance()
+
+    def _close_gate(self) -> None:
+        self.step = Step.DRAINING
+        self._closed_at_s = self._loop.clock()
+        self._timer = self._loop.call_later(LIMIT_S, self._time_out)
+        self._copier.pace.is_urgent = True
+        self._ledger.close_gate(self._on_idle)
+        self.advance()
+
+    def _on_idle(self) -> None:
+        """From a guest's thread."""
+        self._loop.call_soon(self.advance)
+
+    def _flushed(self, error: BaseException | None) -> None:
+        if self.step is not Step.FLUSHING:
+            return  # released meanwhile
+        if error is not None:
+            self.release()
+            self._on_flush_error(error)
+        elif self._copier.tracker.in_sync:
+            assert self._timer is not None
+            self._timer.cancel()
+            self.step = Step.LEVEL
+            self._on_level()
+        else:
+            self.step = Step.COPYING
+            self.advance()
+
+    def _time_out(self) -> None:
+        if self.step not in (Step.LEVEL, Step.OPEN):
+            self.release()
+            self._on_timeout()

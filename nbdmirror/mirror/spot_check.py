@@ -1,0 +1,74 @@
+"""Whether a target that came back is the disk that it was (rule 40).
+
+NBD has no name for a disk's content, so some of it is compared: what is clean, and was flushed, is
+the same on both sides. Another image behind the same address, or an older one from a backup, is
+found if it differs in one of SAMPLES places. Blocks; for a thread of its own.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.ledger import Tracker
+
+SAMPLES = 32
+"""The disk's first and last granules are two of them: labels and file systems' heads are there."""
+
+TRIES_MAX = 512
+"""Places that are looked at to find as many that hold data: zeroes are alike everywhere."""
+
+SAMPLE_BYTES_MAX = 64 << 10
+
+DRAIN_S_MAX = 5.0
+DRAIN_POLL_S = 0.01
+
+Read = Callable[[memoryview, int], None]
+"""Fill the buffer from that offset. Raises DeviceError."""
+
+
+def first_difference(
+    disk: Disk, read_target: Read, tracker: Tracker, suspects: DirtyBitmap, rng: random.Random
+) -> int | None:
+    """The offset of a place where the target is not what it was; None if none was found.
+
+    `suspects`: all that may differ, as of a moment since which nothing was copied. Raises what
+    reading raises.
+    """
+    units = -(-disk.size // tracker.granularity)
+    zeroes = 0
+    samples = 0
+    for number in range(min(TRIES_MAX, 2 * units)):
+        unit = {0: 0, 1: units - 1}.get(number, rng.randrange(units))
+        offset = unit * tracker.granularity
+        length = min(tracker.granularity, disk.size - offset)
+        if suspects.is_dirty(offset, length) or tracker.dirty.is_dirty(offset, length):
+            continue
+        here = bytearray(min(length, SAMPLE_BYTES_MAX))
+        disk.pread(memoryview(here), offset)
+        if not any(here):
+            zeroes += 1
+            if zeroes > SAMPLES // 2:
+                continue
+        there = bytearray(len(here))
+        read_target(memoryview(there), offset)
+        if here != there and _is_clean(disk, tracker, offset, length):
+            return offset
+        samples += 1
+        if samples >= SAMPLES:
+            break
+    return None
+
+
+def _is_clean(disk: Disk, tracker: Tracker, offset: int, length: int) -> bool:
+    """Whether the two should have been the same: no guest was writing there meanwhile."""
+    deadline_s = time.monotonic() + DRAIN_S_MAX
+    writes = disk.ledger.writes()
+    while writes := disk.ledger.writes_left(writes):
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(DRAIN_POLL_S)
+    return not tracker.dirty.is_dirty(offset, length)

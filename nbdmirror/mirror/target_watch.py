@@ -1,0 +1,138 @@
+"""TargetWatch: what a mirror does about its target now and then: flushes it, and notices that it
+does not answer any more. On the event loop's thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+
+from nbdmirror.event_loop import Loop
+from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.resources import Target
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 10.0
+"""How often what the target has acknowledged is flushed, so that little is copied again when it is
+lost. QEMU flushes for READY and at the end only."""
+
+FLUSH_TAKES_S = 2.0
+FLUSH_BYTES_MIN = 16 << 20
+"""A flush that takes longer is one of less data, the next time, but of so much at least."""
+
+HUNG_S = 60.0
+"""A target that answers nothing for so long, with requests in flight, is asked for a sign of life
+where a `reconnect-delay` says what happens without one: its server takes a further connection, or
+it is taken for lost. (DRBD's ko-count: 42 s. QEMU waits for ever.) Slow is not hung."""
+
+RECONNECT_PAUSE_S = 1.0
+"""What is lost again within this time after it was brought back is an error."""
+
+
+class TargetWatch:
+    def __init__(
+        self,
+        *,
+        copier: Copier,
+        target: Target,
+        on_flush_error: Callable[[BaseException], None],
+        loop: Loop,
+        reconnect_delay_s: float,
+    ) -> None:
+        self._copier = copier
+        self._target = target
+        self._on_flush_error = on_flush_error
+        self._loop = loop
+        self._clock = clock = loop.clock
+        self._reconnect_delay_s = reconnect_delay_s
+        self._reconnect_not_before_s = {"read": 0.0, "write": 0.0}
+        self._flush_not_before_s = clock() + FLUSH_S
+        self._answers = -1
+        self._answered_s = 0.0
+        self._asked_s: float | None = None
+        """When it was asked for a sign of life, and had not answered since `_answered_s`."""
+        self._is_asking = False
+        self._patience_s = HUNG_S
+        self._is_flushing = False
+        self._flush_bytes = math.inf
+        self._covered_bytes = 0
+        """Of data, by the flushes that have begun."""
+        self._longest_s = 0.0
+        """That an answer has taken."""
+
+    def may_reconnect(self, operation: str) -> bool:
+        """Rule 40: a lost target is brought back before the policy is asked, where a
+        reconnect-delay was given; a lost source, which guests wait for, always. Not again at once
+        when that led nowhere."""
+        now_s = self._clock()
+        is_waited_for = operation == "read" or self._reconnect_delay_s
+        if not is_waited_for or now_s < self._reconnect_not_before_s[operation]:
+            return False
+        self._reconnect_not_before_s[operation] = now_s + RECONNECT_PAUSE_S
+        return True
+
+    def look(self) -> None:
+        """To be called several times a second while the mirror copies."""
+        now_s = self._clock()
+        if self._copier.is_idle or self._copier.answers != self._answers:
+            if self._answers >= 0 and not self._copier.is_idle:
+                self._longest_s = max(self._longest_s, now_s - self._answered_s)
+            self._answers, self._answered_s, self._asked_s = self._copier.answers, now_s, None
+        elif self._reconnect_delay_s and not self._is_asking:
+            since_s = self._answered_s if self._asked_s is None else self._asked_s
+            if now_s - since_s > self._patience_s:
+                self._ask()
+        is_much = self._copier.written_bytes - self._covered_bytes >= self._flush_bytes
+        if not self._is_flushing and (is_much or now_s >= self._flush_not_before_s):
+            self._flush_not_before_s = now_s + FLUSH_S
+            if not self._copier.tracker.unflushed.is_empty:
+                self._flush()
+
+    def _ask(self) -> None:
+        """For a sign of life, in a thread: it may not come."""
+        self._is_asking = True
+        answers = self._answers
+
+        def work() -> None:
+            is_there = self._target.is_server_there()
+            self._loop.call_soon(lambda: heard(is_there))
+
+        def heard(is_there: bool) -> None:
+            self._is_asking = False
+            self._asked_s = self._clock()
+            if self._copier.answers != answers or not self._copier.is_running:
+                return
+            text = "its server is there, so it is waited for" if is_there else "it is lost"
+            silence_s, name = self._clock() - self._answered_s, self._target.description
+            log.warning("%s: has answered no request for %d s; %s", name, silence_s, text)
+            if is_there:
+                return
+            # A server that has no room for a further connection says as little: longer next time.
+            self._patience_s *= 2
+            self._answered_s, self._asked_s = self._clock(), None
+            self._target.give_up()
+
+        threading.Thread(target=work, name="nbdmirror-life", daemon=True).start()
+
+    def _flush(self) -> None:
+        """What a flush takes grows with what it covers: after one that took long the next comes
+        after less, so that a pause, and other answers, do not wait for it."""
+        start_s, covered_bytes = self._clock(), self._copier.written_bytes - self._covered_bytes
+        self._covered_bytes += covered_bytes
+        self._is_flushing = True
+
+        def done(error: BaseException | None) -> None:
+            self._is_flushing = False
+            took_s = self._clock() - start_s
+            if took_s > FLUSH_TAKES_S:
+                self._flush_bytes = max(FLUSH_BYTES_MIN, covered_bytes * FLUSH_TAKES_S / took_s)
+            else:
+                self._flush_bytes *= 2
+            if error is not None:
+                self._on_flush_error(error)
+            else:  # what there is to do gets done
+                self._patience_s = max(HUNG_S, 2 * self._longest_s)
+
+        self._copier.flush(done)

@@ -1,0 +1,93 @@
+"""Waits: what a job waits for: steps that others do, timers by name, and its next attempt.
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nbdmirror.devices.base import Done
+from nbdmirror.event_loop import Loop, Timer
+
+RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
+"""Back-off: first and longest wait before what has failed is tried again."""
+
+RETRY = "retry"
+
+
+class Waits:
+    """`advance` is called after each step that has ended, well or not."""
+
+    def __init__(self, loop: Loop, advance: Callable[[], None]) -> None:
+        self._loop = loop
+        self._advance = advance
+        self._step: object | None = None
+        self._timers: dict[str, Timer] = {}
+        self._retry_s = RETRY_S_MIN
+
+    # A step: a scan, a reconnect, a flush. One at a time.
+
+    @property
+    def is_for_step(self) -> bool:
+        return self._step is not None
+
+    def do(
+        self,
+        step: Callable[[Done], None],
+        then: Callable[[], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Do `step`, and `then` if it ended well and nothing came between, or `failed`."""
+        token = self._step = object()
+
+        def done(error: BaseException | None) -> None:
+            if self._step is token:
+                self._step = None
+                if error is not None:
+                    failed(error)
+                else:
+                    then()
+            self._advance()
+
+        step(done)
+
+    def abandon_step(self) -> None:
+        """Its end means nothing any more."""
+        self._step = None
+
+    # Timers.
+
+    def after(self, name: str, delay_s: float, call: Callable[[], None]) -> None:
+        def fire() -> None:
+            del self._timers[name]
+            call()
+
+        self.cancel(name)
+        self._timers[name] = self._loop.call_later(delay_s, fire)
+
+    def has(self, name: str) -> bool:
+        return name in self._timers
+
+    def cancel(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
+
+    def cancel_all(self) -> None:
+        for name in list(self._timers):
+            self.cancel(name)
+
+    # The next attempt.
+
+    @property
+    def is_for_retry(self) -> bool:
+        return self.has(RETRY)
+
+    def retry(self, call: Callable[[], None]) -> None:
+        """Try again, later each time."""
+        self.after(RETRY, self._retry_s, call)
+        self._retry_s = min(RETRY_S_MAX, self._retry_s * 2)
+
+    def went_well(self) -> None:
+        """The next failure is a new one."""
+        self._retry_s = RETRY_S_MIN

@@ -1,0 +1,1 @@
+"""A disk on another NBD server, through libnbd."""

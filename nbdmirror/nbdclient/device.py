@@ -1,0 +1,399 @@
+"""RemoteDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones
+for the copier, on the same connections (see connection.py for how they share).
+
+With this, the modules that connections are made of are the only places that know libnbd.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from typing import Self
+
+import nbd
+
+from nbdmirror.devices.base import (
+    AsyncSource,
+    AsyncTarget,
+    BlockDevice,
+    BlockSize,
+    Buffer,
+    Done,
+    Extent,
+    ExtentsDone,
+    pieces,
+)
+from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
+from nbdmirror.identity import Same, same_place
+from nbdmirror.nbdclient import tls
+from nbdmirror.nbdclient.block_status import LENGTH_MAX, collector, status_method
+from nbdmirror.nbdclient.exclusive_connection import Link
+from nbdmirror.nbdclient.handshake import DEPTH_CONTEXT, Announcement
+from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S, ConnectionPool
+from nbdmirror.nbdclient.request import Parts
+from nbdmirror.nbdclient.shared_connection import Connection
+
+log = logging.getLogger(__name__)
+
+LOSSES_MAX = 5
+"""How often a request is lost with its connection until it fails: one that ends its server each
+time is not done for ever."""
+
+
+class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
+    """An NBD export as a disk. Attributes are as the server announced them at the handshake.
+
+    A guest's request that was in flight on a lost connection is done again on a new one: writing
+    the same bytes to the same place twice is no harm. What the server had acknowledged and not
+    flushed may be lost then, and nobody would know: so the next flush fails.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        first: Connection,
+        announced: Announcement,
+        *,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        """`timeout_s` is for a handshake, whenever there is one."""
+        self.uri = self.description = uri
+        self.announced = announced
+        self.size = announced.size
+        self.read_only = announced.read_only
+        self.block_size = BlockSize(
+            announced.minimum, announced.preferred or 4096, announced.maximum
+        )
+        self.can_multi_conn = announced.can_multi_conn
+        self.can_flush = announced.can_flush
+        self.can_fua = announced.can_fua
+        self.can_trim = announced.can_trim
+        self.can_zero = announced.can_zero
+        self.can_fast_zero = announced.can_fast_zero
+        self.can_cache = announced.can_cache
+        self.can_extents = announced.can_extents
+        self.can_depth = announced.can_depth
+        revived = self._connected_again
+        self.pool = ConnectionPool(uri, first, announced, on_revived=revived, timeout_s=timeout_s)
+        self.on_lost_writes: Callable[[], None] | None = None
+        """Called, from any thread, when changes that were acknowledged may be lost."""
+        self._numbers = itertools.count(1)
+        self._changed = 0
+        """The number of the last change that was acknowledged, or of one of the last."""
+        self._flushed = 0
+        """All up to this number were, before a flush that succeeded."""
+        self._losses = 0
+        """Counts the times that acknowledged changes may have been lost."""
+        self._losses_told = 0
+        self._zeroes_fast = self.can_zero and self.can_fast_zero
+        """As far as is known: a server that can tell may find that it cannot do it."""
+
+    @classmethod
+    def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S, mirrors: bool = False) -> Self:
+        """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...). Raises ConfigError."""
+        for warning in tls.exposed_keys(uri):
+            log.warning("%s", warning)
+        connection = Connection.open(uri, timeout_s, to_mirror=mirrors)
+        try:
+            announced = Announcement.of(connection.handle, uri)
+            return cls(uri, connection, announced, timeout_s=timeout_s)
+        except ConfigError:
+            connection.close()
+            raise
+
+    # Blocking, from any thread.
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        for start, length in pieces(0, len(buf), self.block_size.maximum):
+            part = buf[start : start + length]
+            link = self.pool.pick()
+            try:
+                link.read(part, offset + start)
+            except DeviceLost:
+                self._again(link, lambda link, at, part=part: link.read(part, at), offset + start)
+
+    def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
+        if self.read_only:
+            self._refuse_if_read_only()
+        if not 0 < len(buf) <= self.block_size.maximum:
+            view = memoryview(buf)
+            for start, length in pieces(0, len(buf), self.block_size.maximum):
+                self.pwrite(view[start : start + length], offset + start, fua)
+            return
+        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        link = self.pool.pick()
+        try:
+            link.write(buf, offset, flags)
+        except DeviceLost:
+            link = self._again(link, lambda link, at: link.write(buf, at, flags), offset)
+        if not flags:
+            self._changed = next(self._numbers)
+            if link.generation != self.pool.generation:
+                self._change(lambda link, at: link.write(buf, at), offset)
+            if fua:
+                self.flush()
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_trim: bool = False,
+        fua: bool = False,
+        fast: bool = False,
+    ) -> None:
+        self._refuse_if_read_only()
+        if fast and not (self.can_zero and self.can_fast_zero):
+            raise DeviceError(f"{self.uri}: has no fast zero", errno.ENOTSUP)
+        if not self.can_zero:
+            zeroes = bytes(min(length, self.block_size.maximum, 1 << 20))
+            for start, span in pieces(offset, length, len(zeroes) or 1):
+                self.pwrite(memoryview(zeroes)[:span], start)
+            if fua:
+                self.flush()
+            return
+        flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
+        flags |= nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        for start, span in pieces(offset, length, LENGTH_MAX):
+            self._change(lambda link, *at: link.zero(*at, flags), span, start)
+        if fua and not self.can_fua:
+            self.flush()
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self._refuse_if_read_only()
+        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        if self.can_trim:
+            for start, span in pieces(offset, length, LENGTH_MAX):
+                self._change(lambda link, *at: link.trim(*at, flags), span, start)
+        if fua and not (self.can_trim and self.can_fua):
+            self.flush()
+
+    def flush(self) -> None:
+        """Fails once after a connection was lost with writes that were not flushed; of several that
+        are under way then, each."""
+        told = self._losses_told
+        self._flush()
+        if (losses := self._losses) > told:
+            self._losses_told = losses
+            raise self._lost_writes()
+
+    def sync(self) -> None:
+        self._flush()
+        if self._losses > self._losses_told:
+            raise self._lost_writes()
+
+    def _lost_writes(self) -> DeviceError:
+        return DeviceError(f"{self.uri}: lost its connection with writes not flushed")
+
+    def _flush(self) -> None:
+        if self.can_flush:
+            changed = self._changed
+            self._ask(lambda link: link.flush())
+            # Not before: a loss that the flush itself finds is one of what it was to cover.
+            self._flushed = max(self._flushed, changed)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        if not self.can_extents or not length:
+            return [Extent(length, zero=False, hole=False)]
+        span = min(length, LENGTH_MAX)
+        try:
+            found = self._extents(offset, span)
+        except DeviceLost:
+            found = self._extents(offset, span)
+        return found or [Extent(length, zero=False, hole=False)]
+
+    def cache(self, offset: int, length: int) -> None:
+        if self.can_cache:
+            self._ask(lambda link: link.cache(length, offset))
+
+    def _extents(self, offset: int, length: int) -> list[Extent]:
+        found: list[Extent] = []
+        connection = self.pool.pick_shared()
+        collect = collector(found, length)
+        status, take = status_method(connection.handle, collect, is_wide=connection.is_wide)
+        connection.call(status, length, offset, take)
+        return found
+
+    def _connected_again(self) -> None:
+        """From the thread that did so. A change that is acknowledged at this moment, and not yet in
+        `_changed`, sees that the pool's generation is another one (`_change`)."""
+        if self._changed > self._flushed:
+            self._lose_writes()
+
+    def _change(self, request: Callable[..., None], *arguments: int) -> None:
+        """One that is acknowledged on a connection from before the last loss is done again: that
+        one's server may not be the one that there is now. It is over there and cannot come late."""
+        link = self._ask(request, *arguments)
+        self._changed = next(self._numbers)
+        if link.generation != self.pool.generation:
+            self._change(request, *arguments)
+
+    def _lose_writes(self) -> None:
+        self._losses += 1
+        on_lost_writes = self.on_lost_writes  # a mirror that ends takes it back meanwhile
+        if on_lost_writes is not None:
+            on_lost_writes()
+
+    def _ask(self, request: Callable[..., None], *arguments: int) -> Link | Connection:
+        """Returns the connection on which it was answered."""
+        link = self.pool.pick()
+        try:
+            request(link, *arguments)
+        except DeviceLost:
+            return self._again(link, request, *arguments)
+        return link
+
+    def _again(
+        self, link: Link | Connection, request: Callable[..., None], *arguments: int
+    ) -> Link | Connection:
+        """It was lost with `link`: do it again, on connections that wait for the server. Each of
+        those that broke together may be met first, and that is one loss."""
+        losses = 1
+        while True:
+            before, link = link, self.pool.pick()
+            losses += link.generation != before.generation
+            try:
+                request(link, *arguments)
+            except DeviceLost:
+                if losses > LOSSES_MAX:
+                    raise
+            else:
+                return link
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def is_server_there(self) -> bool:
+        return self.pool.is_server_there()
+
+    def give_up(self) -> None:
+        """On the loop's thread, attached: what is in flight fails at once, as if lost."""
+        self.pool.give_up()
+
+    @property
+    def is_lost(self) -> bool:
+        """A connection is broken or closed."""
+        return self.pool.is_lost
+
+    def is_same_export(self, other: RemoteDevice) -> bool:
+        """Whether both are the same export of the same server (rule 44)."""
+        one, another = self.pool.shared.peer, other.pool.shared.peer
+        if one is None or another is None:
+            return same_place(self.uri, other.uri) is Same.YES
+        return one.same(another) is Same.YES
+
+    def is_own_export(self) -> bool:
+        """Whether the server at the other end is this very process (rule 44)."""
+        peer = self.pool.shared.peer
+        return peer is not None and peer.is_this_process
+
+    @property
+    def reached(self) -> str:
+        """Its URI, with the address that it has led to in place of a name."""
+        peer = self.pool.shared.peer
+        return self.uri if peer is None else peer.reached(self.uri)
+
+    def is_of_file(self, fd: int, opened: os.stat_result) -> bool:
+        """Whether its server is a process of this host that writes to the file or device that is
+        open here as `fd`."""
+        peer = self.pool.shared.peer
+        return peer is not None and peer.writes_to(fd, opened)
+
+    # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
+
+    def start_read(self, buf: memoryview, offset: int, done: Done, *, whole: bool = False) -> None:
+        """`whole`: the server is to read all of it, where it might leave holes out."""
+        connection, parts = self.pool.shared, Parts(self.uri, len(buf))
+        flags = nbd.CMD_FLAG_DF if whole and connection.can_df else 0
+        read, then = connection.handle.aio_pread_structured, parts.check(done)
+        connection.start(read, buf, offset, parts, flags=flags, done=then)
+
+    def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
+        connection = self.pool.shared
+        connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
+
+    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
+        """Any length. Without write-zeroes, zeroes are written."""
+        connection = self.pool.shared
+        if length > LENGTH_MAX and connection.is_wide and self._zeroes_fast:
+            self._start_wide_zero(offset, length, may_trim, done)
+            return
+        if self.can_zero:
+            length_max, flags = LENGTH_MAX, self._zero_flags(may_trim)
+        else:
+            length_max, flags = min(self.block_size.maximum, 1 << 20), 0
+            zeroes = memoryview(bytes(min(length, length_max)))
+        parts = pieces(offset, length, length_max)
+        first_error: BaseException | None = None
+
+        def step(error: BaseException | None) -> None:
+            nonlocal first_error
+            first_error = first_error or error
+            if not parts or first_error is not None:
+                done(first_error)
+                return
+            start, span = parts.pop()
+            if self.can_zero:
+                connection.start(connection.handle.aio_zero, span, start, flags=flags, done=step)
+            else:
+                connection.start(connection.handle.aio_pwrite, zeroes[:span], start, done=step)
+
+        step(None)
+
+    def _start_wide_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
+        """In one request, if the server can do that without writing zeroes: else it may take as
+        long as if it hung, and pieces tell that it does not."""
+        connection = self.pool.shared
+
+        def finish(error: BaseException | None) -> None:
+            if isinstance(error, DeviceError) and error.errno == errno.ENOTSUP:
+                self._zeroes_fast = False
+                self.start_zero(offset, length, may_trim, done)
+            else:
+                done(error)
+
+        flags = self._zero_flags(may_trim) | nbd.CMD_FLAG_FAST_ZERO
+        connection.start(connection.handle.aio_zero, length, offset, flags=flags, done=finish)
+
+    def start_flush(self, done: Done) -> None:
+        connection = self.pool.shared
+        changed = self._changed
+
+        def finish(error: BaseException | None) -> None:
+            if error is None:
+                self._flushed = max(self._flushed, changed)
+            done(error)
+
+        connection.start(connection.handle.aio_flush, done=finish)
+
+    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        if not self.can_extents:
+            done([Extent(length, zero=False, hole=False)], None)
+            return
+        self._start_status(offset, length, nbd.CONTEXT_BASE_ALLOCATION, done)
+
+    def start_top_layer(self, offset: int, length: int, done: ExtentsDone) -> None:
+        """Like `start_extents`; a hole is what the top layer of the image does not hold."""
+        self._start_status(offset, length, DEPTH_CONTEXT, done)
+
+    def _start_status(self, offset: int, length: int, context: str, done: ExtentsDone) -> None:
+        connection = self.pool.shared
+        found: list[Extent] = []
+        span = length if connection.is_wide else min(length, LENGTH_MAX)
+
+        def finish(error: BaseException | None) -> None:
+            done(None if error else found, error)
+
+        collect = collector(found, span, context)
+        status, take = status_method(connection.handle, collect, is_wide=connection.is_wide)
+        connection.start(status, span, offset, take, done=finish)
+
+    def _zero_flags(self, may_trim: bool) -> int:
+        return 0 if may_trim else int(nbd.CMD_FLAG_NO_HOLE)
+
+    def _refuse_if_read_only(self) -> None:
+        if self.read_only:
+            raise DeviceError(f"{self.uri}: is read-only", errno.EROFS)

@@ -1,0 +1,156 @@
+"""Link: one NBD connection for guests' threads, with libnbd's blocking calls.
+
+A request is one call of libnbd, so the GIL is let go of once, and the kernel wakes the very thread
+that waits for the reply: nobody hands anything to anybody. That is half of what a request costs on
+a Connection that many share (docs/performance.md). The price is one connection for each thread that
+is busy, so it needs a server with multi-conn.
+
+A link that breaks fails the request in flight with DeviceLost: its outcome is unknown.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import nbd
+
+from nbdmirror.devices.base import Buffer
+from nbdmirror.errors import DeviceError, DeviceLost
+from nbdmirror.nbdclient.handle_state import Peek
+from nbdmirror.nbdclient.handshake import reason
+from nbdmirror.nbdclient.tcp_watch import TcpWatch
+
+
+class Link:
+    """Takes over `handle`, which is ready for requests. From any thread; one request at a time,
+    others wait."""
+
+    def __init__(self, handle: nbd.NBD, description: str) -> None:
+        self.description = description
+        self.is_lost = False
+        self.is_used = True
+        """Since its pool last looked whether it is idle."""
+        self.generation = 0
+        """The pool's."""
+        self._handle = handle
+        self._peek = Peek(handle)
+        # Of our own, since libnbd closes its descriptor when it finds the connection broken.
+        self._socket = socket.socket(fileno=os.dup(handle.aio_get_fd()))
+        self.watch = TcpWatch(self._socket)
+        self._lock = threading.Lock()  # guards what follows: held during a request
+        self._is_unknown = False
+        """What became of its last request."""
+
+    @property
+    def is_busy(self) -> bool:
+        """A request is in flight."""
+        return self._lock.locked()
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that the server may carry out yet; until `end`, after `give_up`."""
+        return 1
+
+    def read(self, buf: memoryview, offset: int) -> None:
+        with self._lock:
+            try:
+                buf[:] = self._handle.pread(len(buf), offset)
+            except nbd.Error as error:
+                raise self._error(error) from error
+
+    def write(self, buf: Buffer, offset: int, flags: int = 0) -> None:
+        with self._lock:
+            try:
+                self._handle.pwrite(buf, offset, flags)
+            except nbd.Error as error:
+                raise self._error(error) from error
+
+    def zero(self, length: int, offset: int, flags: int) -> None:
+        self._call(lambda handle: handle.zero(length, offset, flags))
+
+    def trim(self, length: int, offset: int, flags: int) -> None:
+        self._call(lambda handle: handle.trim(length, offset, flags))
+
+    def cache(self, length: int, offset: int) -> None:
+        self._call(lambda handle: handle.cache(length, offset))
+
+    def flush(self) -> None:
+        self._call(lambda handle: handle.flush())
+
+    def kill(self) -> None:
+        """Break it now, from any thread: the request in flight fails, hung or not."""
+        self.is_lost = True
+        with suppress(OSError):  # broken already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def give_up(self) -> None:
+        """From any thread: the request in flight fails at once, but the server is not told, which
+        may carry it out yet; see `end`. Only a request that is not wholly sent is cut off: such a
+        one is not carried out."""
+        self.is_lost = True
+        is_sending = self._peek.direction() & nbd.AIO_DIRECTION_WRITE
+        with suppress(OSError):  # broken already
+            self._socket.shutdown(socket.SHUT_RDWR if is_sending else socket.SHUT_RD)
+
+    def end(self) -> bool:
+        """After `give_up`, of a TCP connection: close it, if its request was answered or the server
+        has ended the connection. That server is not told that nobody reads."""
+        if not self._lock.acquire(blocking=False):
+            return False  # who has it leaves soon
+        try:
+            if self._is_unknown and not self.watch.has_answered_or_ended():
+                return False
+            self._let_go()
+            return True
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Say good-bye and let go of the handle; a request in flight is waited for. Idempotent."""
+        with self._lock:
+            self._close()
+
+    def close_if_idle(self) -> bool:
+        """False if a request is in flight: then nothing is done."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._close()
+        finally:
+            self._lock.release()
+        return True
+
+    def _close(self) -> None:
+        if not self.is_lost:
+            self.is_lost = True
+            with suppress(nbd.Error):  # it is gone
+                self._handle.aio_disconnect(0)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # libnbd's binding closes a handle when the last reference goes. In its place is one that
+        # was never connected: its methods fail in order.
+        self._handle = nbd.NBD()
+        self._peek = Peek(self._handle)
+        self._socket.close()
+
+    def _call(self, call: Callable[[nbd.NBD], Any]) -> None:
+        with self._lock:
+            try:
+                call(self._handle)
+            except nbd.Error as error:
+                raise self._error(error) from error
+
+    def _error(self, error: Any) -> DeviceError:
+        if self._peek.is_gone:
+            self.is_lost = self._is_unknown = True
+        if self.is_lost:
+            return DeviceLost(f"{self.description}: connection lost: {reason(error)}")
+        code = error.errnum or errno.EIO
+        return DeviceError(f"{self.description}: {reason(error)}", code)

@@ -1,0 +1,201 @@
+"""LinkSet: the links of one NBD device: opened as guests need them, and given back.
+
+A server has so many places for clients, and does not say how many. Somebody else needs one too: the
+host that a guest moves to, a backup, whoever looks at the disk. So there is no link at first; one
+is opened when a request had to wait for another, up to a number; then it is tried whether there is
+room for one more, and if not, places are given back. Links that nobody has used for a while go.
+
+Opening takes place in a thread of its own, which lives as long as there is something to do for it.
+No request waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from nbdmirror.errors import ConfigError
+from nbdmirror.nbdclient.exclusive_connection import Link
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_DEFAULT = 9
+"""The shared one, and a link for each of the threads that `nbdmirror serve` has for a guest. With
+fewer, threads wait for one another: with five links a guest had a third less of its requests."""
+
+CONNECTIONS_MAX = 64
+"""More than any guest has threads."""
+
+IDLE_S = 5.0
+"""A link that was not used for so long is closed."""
+
+GIVEN_BACK = 2
+"""Links that are closed when a server has no room for more: a guest's next host needs one place,
+and whoever looks whether it may come another."""
+
+FULL_S = 300.0
+"""How long a server that had no room is not asked for more."""
+
+END_S_MAX = 1.0
+"""For a handshake that is under way when the process ends."""
+
+_NAME = "nbdmirror-links"
+
+
+def wait_for_handshakes() -> None:
+    """Of a process that ends, when all pools are closed: a server that is left in the middle of a
+    handshake complains."""
+    for thread in threading.enumerate():
+        if thread.name == _NAME:
+            thread.join(END_S_MAX)
+
+
+class LinkSet:
+    """From any thread."""
+
+    def __init__(
+        self,
+        description: str,
+        connect: Callable[[], Link],
+        *,
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        """`connect` opens a further connection; raises ConfigError. While not `is_wanted`, none is
+        opened."""
+        self.open: tuple[Link, ...] = ()
+        self._leaving: tuple[Link, ...] = ()
+        """Not open any more; a request that is in flight on one is waited for."""
+        self.may_grow = True
+        """Whether `ask` is worth calling."""
+        self.connections_max = CONNECTIONS_DEFAULT
+        """With the one that everybody shares."""
+        self._description = description
+        self._connect = connect
+        self._is_wanted = is_wanted
+        self._lock = threading.Lock()  # guards changes of `open`, and the thread
+        self._thread: threading.Thread | None = None
+        self._asked = threading.Event()
+        self._generation = 0
+        self._epoch = 0
+        """Counts `begin_anew`: a connection that was asked for before is not wanted after."""
+        self._full_until_s = 0.0
+        self._is_closed = False
+
+    def ask(self) -> None:
+        """A request has to wait: have one more opened, soon, if there may be one."""
+        if self._asked.is_set() or not self.may_grow:
+            return
+        with self._lock:
+            if self._is_closed or 1 + len(self.open) >= self.connections_max:
+                self.may_grow = False
+                return
+            self._asked.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
+                self._thread.start()
+
+    def begin_anew(self, generation: int) -> tuple[Link, ...]:
+        """Without links, of the pool's next generation; returns those that there were, for the
+        caller to close."""
+        with self._lock:
+            links, self.open = (*self.open, *self._leaving), ()
+            self._generation = generation
+            self._epoch += 1
+            self.may_grow = not self._is_closed
+            self._full_until_s = 0.0
+        return links
+
+    def stop(self) -> None:
+        """Open no more; the thread ends."""
+        with self._lock:
+            self._is_closed, self.may_grow = True, False
+        self._asked.set()
+
+    def close(self) -> None:
+        """Nothing may be in flight. Idempotent."""
+        self.stop()
+        with self._lock:
+            links, self.open = self.open, ()
+        for link in links:
+            link.close()
+
+    # The thread.
+
+    def _run(self) -> None:
+        looked_s = time.monotonic()
+        while True:
+            is_asked = self._asked.wait(IDLE_S)
+            self._asked.clear()
+            if is_asked and self.may_grow:  # not so any more, perhaps, since it was asked
+                self._grow()
+            now_s = time.monotonic()
+            if now_s - looked_s >= IDLE_S:
+                looked_s = now_s
+                self._close_idle()
+            with self._lock:
+                if self._full_until_s and now_s >= self._full_until_s:
+                    self._full_until_s, self.may_grow = 0.0, True
+                is_done = not self.open and not self._full_until_s and not self._asked.is_set()
+                if is_done or self._is_closed:
+                    self._thread = None
+                    return
+
+    def _grow(self) -> None:
+        epoch = self._epoch
+        link = self._open_one(epoch)
+        if link is not None and self._add(link, epoch):
+            spare = self._open_one(epoch)  # whether there is room for somebody else
+            if spare is not None:
+                spare.close()
+
+    def _open_one(self, epoch: int) -> Link | None:
+        if not self._is_wanted():
+            return None
+        try:
+            return self._connect()
+        except ConfigError as error:
+            if self._is_wanted() and epoch == self._epoch:
+                self._give_back(error)
+            return None
+
+    def _add(self, link: Link, epoch: int) -> bool:
+        """False if links are not wanted any more, or not such."""
+        with self._lock:
+            is_wanted = not self._is_closed and epoch == self._epoch
+            if is_wanted:
+                link.generation = self._generation
+                self.open = (*self.open, link)
+                self.may_grow = 1 + len(self.open) < self.connections_max
+        if not is_wanted:
+            link.close()
+        return is_wanted
+
+    def _give_back(self, error: ConfigError) -> None:
+        with self._lock:
+            kept, given = self.open[:-GIVEN_BACK], self.open[-GIVEN_BACK:]
+            self.open, self._leaving = kept, given
+            self.may_grow = False
+            self._full_until_s = time.monotonic() + FULL_S
+        text = "%s: has no room for more: goes on with %d connections (%s)"
+        log.info(text, self._description, 1 + len(kept), error)
+        self._close_leaving()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle = [link for link in self.open if not link.is_used and not link.is_busy]
+            self.open = tuple(link for link in self.open if link not in idle)
+            if idle and not self._full_until_s:
+                self.may_grow = not self._is_closed
+            for link in self.open:
+                link.is_used = False
+            self._leaving = tuple(idle)
+        self._close_leaving()
+
+    def _close_leaving(self) -> None:
+        for link in self._leaving:
+            with suppress(OSError):
+                link.close()
+        self._leaving = ()

@@ -1,0 +1,112 @@
+"""OpenLink: a Link whose server does not find out that a request there was given up.
+
+A thread in one of libnbd's blocking calls is freed when the socket is shut down for reading. The
+server at the other end of a Unix socket notices that, other than on TCP, and cannot answer any
+more; but only an answer says that a write will not be carried out later. So here the thread waits
+in turns of LOOK_MS, and looks whether it may leave. That is one more turn at the GIL for each
+request.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import nbd
+
+from nbdmirror.devices.base import Buffer
+from nbdmirror.errors import DeviceError, DeviceLost
+from nbdmirror.nbdclient.exclusive_connection import Link
+
+LOOK_MS = 100
+"""How long a thread may wait after its request was given up."""
+
+
+class OpenLink(Link):
+    """From any thread; one request at a time, others wait."""
+
+    def __init__(self, handle: nbd.NBD, description: str) -> None:
+        super().__init__(handle, description)
+        self._cookie = 0
+        """The request in flight."""
+        self._kept: Buffer = b""
+        """Its data, which libnbd may still send when the caller has left."""
+
+    def read(self, buf: memoryview, offset: int) -> None:
+        with self._lock:
+            data = bytearray(len(buf))
+            self._wait(self._handle.aio_pread, data, offset)
+            buf[:] = data
+
+    def write(self, buf: Buffer, offset: int, flags: int = 0) -> None:
+        with self._lock:
+            self._wait(self._handle.aio_pwrite, bytes(buf), offset, flags=flags)
+
+    def zero(self, length: int, offset: int, flags: int) -> None:
+        with self._lock:
+            self._wait(self._handle.aio_zero, length, offset, flags=flags)
+
+    def trim(self, length: int, offset: int, flags: int) -> None:
+        with self._lock:
+            self._wait(self._handle.aio_trim, length, offset, flags=flags)
+
+    def cache(self, length: int, offset: int) -> None:
+        with self._lock:
+            self._wait(self._handle.aio_cache, length, offset)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._wait(self._handle.aio_flush)
+
+    def give_up(self) -> None:
+        self.is_lost = True
+        if self._peek.direction() & nbd.AIO_DIRECTION_WRITE:
+            self.kill()  # not wholly sent: it is not carried out
+
+    def end(self) -> bool:
+        if not self._lock.acquire(blocking=False):
+            return False  # who has it leaves soon
+        try:
+            if self._cookie and not self._peek.is_gone:
+                with suppress(nbd.Error):  # it is gone, and looked at again
+                    self._handle.poll(0)
+                    if not self._peek.completed(self._cookie):
+                        return False
+            self._close_for_good()
+            return True
+        finally:
+            self._lock.release()
+
+    def _close_for_good(self) -> None:
+        self._cookie, self._kept = 0, b""
+        with suppress(nbd.Error):  # it is gone
+            self._handle.aio_disconnect(0)
+        self._let_go()
+
+    def _wait(self, method: Callable[..., int], *arguments: Any, flags: int = 0) -> None:
+        """Locked."""
+        if self.is_lost:
+            raise DeviceLost(f"{self.description}: connection lost")
+        self._kept = arguments[0] if arguments else b""
+        try:
+            self._cookie = method(*arguments, flags=flags)
+            while not (done := self._peek.completed(self._cookie)):
+                if self.is_lost:
+                    raise DeviceLost(f"{self.description}: connection lost")
+                self._handle.poll(LOOK_MS)
+        except nbd.Error as error:
+            self._cookie = 0
+            raise self._error(error) from error
+        self._cookie = 0
+        if done < 0:
+            raise self._failed()
+
+    def _failed(self) -> DeviceError:
+        if self._peek.is_gone:
+            self.is_lost = True
+        if self.is_lost:
+            return DeviceLost(f"{self.description}: connection lost")
+        code, text = self._peek.error()
+        return DeviceError(f"{self.description}: {text}", code or errno.EIO)

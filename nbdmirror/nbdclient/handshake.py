@@ -1,0 +1,321 @@
+"""Connecting to an NBD server within a bound, and what it announced.
+
+From any thread; the calls block.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import nbd
+
+from nbdmirror.errors import ConfigError, Unreachable
+from nbdmirror.identity import home_of, is_old_side
+from nbdmirror.nbd_uri import NbdUri, parse
+from nbdmirror.nbdclient import tls
+from nbdmirror.nbdclient.handle_state import Peek
+from nbdmirror.nbdclient.tcp_watch import TcpWatch
+
+DEPTH_CONTEXT = "qemu:allocation-depth"
+"""qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more its backing files."""
+
+PAYLOAD_BYTES_MAX = 32 << 20
+"""What a server that announces no maximum takes in one request: the NBD specification's advice to
+clients."""
+
+SIZE_BYTES_MAX = (1 << 63) - 1
+"""Offsets are signed everywhere but in NBD."""
+
+NEXT_ADDRESS_S = 1.0
+"""After this the next address of a name is tried beside those before. (RFC 8305 has a quarter of a
+second for TCP alone; here it is the whole handshake.)"""
+
+SEND_BUFFER_BYTES = 1 << 20
+"""Of a Unix socket's connection: one request of the copier."""
+
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h; past the limit net.core.wmem_max
+
+EXPLAIN_S_MIN = 2.0
+"""For finding out what is wrong with a server's certificate."""
+
+REASON_LENGTH_MAX = 300
+"""Of what libnbd says, which may have in it what a server said."""
+
+_RELIED_ON = {
+    "size": "size",
+    "read_only": "read-only",
+    "can_flush": "flush",
+    "can_fua": "FUA",
+    "can_zero": "write-zeroes",
+    "minimum": "minimum block size",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What a server says of an export at the handshake. Sizes in bytes; `preferred` is 0 if it was
+    not told."""
+
+    size: int
+    read_only: bool
+    can_flush: bool
+    can_fua: bool
+    can_zero: bool
+    can_fast_zero: bool
+    can_trim: bool
+    can_cache: bool
+    can_multi_conn: bool
+    """Several connections see one another's writes and flushes."""
+    can_extents: bool
+    can_depth: bool
+    """Whether the server tells which of an image's layers a range comes from."""
+    minimum: int
+    preferred: int
+    maximum: int
+
+    @classmethod
+    def of(cls, handle: nbd.NBD, uri: str) -> Announcement:
+        """Raises ConfigError if there is none, or it makes no sense."""
+        try:
+            announced = cls._of(handle)
+        except nbd.Error as error:
+            raise ConfigError(f"{uri}: the server does not tell what it serves") from error
+        if not 0 <= announced.size <= SIZE_BYTES_MAX:
+            raise ConfigError(f"{uri}: the server announces an impossible size")
+        if announced.size % announced.minimum:
+            raise ConfigError(
+                f"{uri}: its size {announced.size} is no multiple of its minimum block size "
+                f"{announced.minimum}"
+            )
+        return announced
+
+    @classmethod
+    def _of(cls, handle: nbd.NBD) -> Announcement:
+        return cls(
+            size=int(handle.get_size()),
+            read_only=bool(handle.is_read_only()),
+            can_flush=bool(handle.can_flush()),
+            can_fua=bool(handle.can_fua()),
+            can_zero=bool(handle.can_zero()),
+            can_fast_zero=bool(handle.can_fast_zero()),
+            can_trim=bool(handle.can_trim()),
+            can_cache=bool(handle.can_cache()),
+            can_multi_conn=bool(handle.can_multi_conn()),
+            can_extents=bool(handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)),
+            can_depth=bool(handle.can_meta_context(DEPTH_CONTEXT)),
+            minimum=int(handle.get_block_size(nbd.SIZE_MINIMUM)) or 1,
+            preferred=int(handle.get_block_size(nbd.SIZE_PREFERRED)),
+            maximum=int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or PAYLOAD_BYTES_MAX,
+        )
+
+    def change(self, now: Announcement) -> str:
+        """What of it that we rely on is another now (rule 40), in words; "" if nothing is."""
+        before, after = asdict(self), asdict(now)
+        for name, what in _RELIED_ON.items():
+            if before[name] != after[name]:
+                return f"{what} was {before[name]}, is {after[name]}"
+        return ""
+
+
+def connect(
+    uri: str, timeout_s: float, *, for_data_alone: bool = False, to_mirror: bool = False
+) -> nbd.NBD:
+    """A handle of `uri` that is ready for requests, within `timeout_s`, the handshake included.
+    Raises ConfigError with one clear line.
+
+    A name may have several addresses. The next one is tried when one refuses, or has not been ready
+    for NEXT_ADDRESS_S; whichever is ready first is used.
+
+    `for_data_alone`: without structured replies, and so without block status. qemu-nbd asks its
+    storage for holes before it answers a read with a structured reply: reads then cost a fifth
+    more.
+
+    `to_mirror`: the export is a mirror's target. If it is the old side of a disk, and a target
+    only, another export of its server is the way in.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    handle = _connect(uri, timeout_s, for_data_alone=for_data_alone)
+    if not to_mirror or not is_old_side(export_of(handle)[1]):
+        return handle
+    with suppress(nbd.Error):
+        handle.aio_disconnect(0)
+    where = parse(uri)
+    home, left_s = replace(where, export=home_of(where.export)).exact, deadline_s - time.monotonic()
+    try:
+        return _connect(home, left_s, for_data_alone=for_data_alone)
+    except ConfigError as error:
+        raise Unreachable(
+            f"'{uri}' is the old side of a disk, and takes a mirror only from the server that the "
+            f"disk is on; its log says why it does not take this one"
+        ) from error
+
+
+def _connect(uri: str, timeout_s: float, *, for_data_alone: bool) -> nbd.NBD:
+    where = parse(uri)
+    keys = tls.client_keys(uri, nbd.NBD().get_version())
+    deadline_s = time.monotonic() + timeout_s
+    waiting = _addresses(where)
+    attempts: list[_Attempt] = []
+    why, next_s = "", 0.0
+    while waiting or attempts:
+        now_s = time.monotonic()
+        if waiting and (not attempts or now_s >= next_s):
+            attempt = _Attempt(waiting.pop(0), keys, for_data_alone=for_data_alone)
+            attempts.append(attempt)
+            next_s = now_s + NEXT_ADDRESS_S
+        _wait(attempts, min(deadline_s, next_s) if waiting else deadline_s)
+        for attempt in list(attempts):
+            if attempt.is_ready:
+                with socket.socket(fileno=os.dup(attempt.fileno())) as own:
+                    TcpWatch(own).begin()
+                return attempt.handle
+            if attempt.failure is not None:
+                attempts.remove(attempt)
+                why = why or attempt.failure
+        if attempts and time.monotonic() >= deadline_s:
+            raise Unreachable(f"{uri}: no answer from the NBD server within {timeout_s:g} s")
+    left_s = max(EXPLAIN_S_MIN, deadline_s - time.monotonic())
+    raise Unreachable(f"Failed to connect to '{uri}': {tls.explain(keys, why, left_s)}")
+
+
+class _Attempt:
+    """To connect to one address: a handle that is on its way. It ends with the last reference."""
+
+    def __init__(self, uri: str, keys: tls.ClientKeys | None, *, for_data_alone: bool) -> None:
+        self.handle = handle = nbd.NBD()
+        self._peek = Peek(handle)
+        self.failure: str | None = None
+        """Why it has failed."""
+        if keys is not None and keys.user:
+            handle.set_tls_username(keys.user)
+        where = parse(uri)
+        handle.set_tls_verify_peer(where.verifies_peer)  # libnbd before 1.16 does not read it there
+        handle.set_full_info(True)  # for `export_of`
+        if for_data_alone:
+            handle.set_request_structured_replies(False)
+            handle.set_pread_initialize(False)  # a reply has all of its data, or is none
+        else:
+            handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+            handle.add_meta_context(DEPTH_CONTEXT)  # a server that has no such gives none
+        handle.set_uri_allow_local_file(True)
+        # Structured replies may leave parts out, which a server must not do and libnbd lets pass: a
+        # buffer is zeroed before it is read to, so that nobody gets to see what was in it before.
+        self._try(lambda: handle.aio_connect_uri(uri))
+        if _has_to_know_name(where):
+            with suppress(OSError, nbd.Error):  # it has failed already
+                _hasten(handle)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.failure is None and bool(self.handle.aio_is_ready())
+
+    def fileno(self) -> int:
+        return int(self.handle.aio_get_fd())
+
+    def mask(self) -> int:
+        direction = self._peek.direction()
+        reads, writes = direction & nbd.AIO_DIRECTION_READ, direction & nbd.AIO_DIRECTION_WRITE
+        return (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0)
+
+    def notify(self) -> None:
+        is_reading = self._peek.direction() & nbd.AIO_DIRECTION_READ
+        self._try(self.handle.aio_notify_read if is_reading else self.handle.aio_notify_write)
+
+    def _try(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except nbd.Error as error:
+            self.failure = reason(error)
+            return
+        if self._peek.is_gone:
+            self.failure = "the server closed the connection"
+
+
+def _wait(attempts: list[_Attempt], until_s: float) -> None:
+    """Until one of them has come a step further, or that time."""
+    poll = select.poll()
+    by_fd = {}
+    for attempt in attempts:
+        if attempt.failure is not None or attempt.is_ready:
+            return
+        by_fd[attempt.fileno()] = attempt
+        poll.register(attempt.fileno(), attempt.mask())
+    left_s = max(0.0, until_s - time.monotonic())
+    for fd, _ in poll.poll(int(left_s * 1000) + 1):
+        by_fd[fd].notify()
+
+
+def _addresses(where: NbdUri) -> list[str]:
+    """The URI of each address that a server's name has. With certificates libnbd has to know the
+    name, to compare it, and tries the addresses itself (`_hasten`)."""
+    if where.transport != "tcp" or _has_to_know_name(where):
+        return [where.exact]
+    try:
+        found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return [where.exact]  # libnbd says what is wrong
+    hosts = dict.fromkeys(_host(address) for *_, address in found)
+    return [replace(where, host=host).exact for host in hosts]
+
+
+def _has_to_know_name(where: NbdUri) -> bool:
+    return where.is_tls and not where.psk_file and where.verifies_peer
+
+
+def _hasten(handle: nbd.NBD) -> None:
+    """Have the kernel give up an address that swallows everything after 3 s, not after two minutes:
+    libnbd tries the next one then."""
+    with socket.socket(fileno=os.dup(handle.aio_get_fd())) as own:
+        if own.family in (socket.AF_INET, socket.AF_INET6):
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
+
+
+def _host(address: tuple[Any, ...]) -> str:
+    """A numeric one. Of a link-local address the interface is a part, which getaddrinfo leaves
+    out."""
+    host = str(address[0])
+    has_zone = len(address) > 3 and address[3] and "%" not in host
+    return f"{host}%{socket.if_indextoname(address[3])}" if has_zone else host
+
+
+def export_of(handle: nbd.NBD) -> tuple[str, str]:
+    """The export's name and its description, as the server has them: a server with a default export
+    tells what that is called. Raises nbd.Error: there is no connection."""
+    name, description = str(handle.get_export_name()), ""
+    with suppress(nbd.Error):
+        name = str(handle.get_canonical_export_name())
+    with suppress(nbd.Error):
+        description = str(handle.get_export_description())
+    return name, description
+
+
+def has_wide_lengths(handle: nbd.NBD) -> bool:
+    """Whether lengths have 64 bits on this connection, which is ready, and not 32: extended headers
+    are in libnbd from 1.18 on, in QEMU's servers from 8.2 on, in nbdkit not yet."""
+    negotiated = getattr(handle, "get_extended_headers_negotiated", None)  # libnbd 1.18
+    return negotiated is not None and bool(negotiated())
+
+
+def reason(error: Any) -> str:
+    """libnbd's message, an nbd.Error's, without its function's name: one line that can be shown on
+    a terminal."""
+    text = str(error.string)
+    text = text.split(": ", 1)[1] if ": " in text else text
+    return "".join(c if c.isprintable() else "?" for c in text[:REASON_LENGTH_MAX])
+
+
+def widen(own: socket.socket) -> None:
+    """A larger send buffer for a Unix socket: a request of 1 MiB then goes out in one or two steps
+    instead of five, each of which costs a turn of the loop. TCP sizes its buffers itself."""
+    if own.family == socket.AF_UNIX:
+        for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
+            with suppress(OSError):  # the first one is for root alone
+                own.setsockopt(socket.SOL_SOCKET, option, SEND_BUFFER_BYTES)
+                return

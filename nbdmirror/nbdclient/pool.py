@@ -1,0 +1,399 @@
+"""ConnectionPool: the connections of one NBD device: who uses which, and what becomes of lost ones.
+
+One Connection is always there: the event loop's, and everybody's where there is no other. If the
+server announces multi-conn, guests' threads get Links beside it, as many as they need (linkset.py).
+A device that guests are served from and that has lost a connection is connected to again by a
+thread of its own, for as long as it takes, while guests' requests wait for a bounded time; the
+target of a mirror is brought back by the job (`reopen`, `replace`), which has to know (rule 39).
+
+No connection is cut while its server lives and has requests to answer: the server may carry them
+out late, over newer data that came on another connection.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import nbd
+
+from nbdmirror.errors import ConfigError, DeviceLost
+from nbdmirror.event_loop import Loop
+from nbdmirror.nbdclient.exclusive_connection import Link
+from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, LinkSet
+from nbdmirror.nbdclient.exclusive_unix import OpenLink
+from nbdmirror.nbdclient.handshake import Announcement, connect
+from nbdmirror.nbdclient.shared_connection import Connection
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0
+"""For the whole handshake, unless `open-timeout` says otherwise. To connect again takes as long as
+to connect."""
+
+LINK_TIMEOUT_S = 1.0
+LINK_PATIENCE = 3
+"""For opening a further connection: so long, or so many times what a handshake took, if that is
+longer. A server that is full answers late or never."""
+
+PATIENCE_S = 2.0
+"""How long guests' requests wait for a lost server before they fail, unless more was asked for."""
+
+LIFE_S = 10.0
+"""For a sign of life of a server that answers nothing."""
+
+REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
+"""Between attempts to connect again."""
+
+LEFT_LOOK_S = 0.05
+"""How often a link that was given up is looked at."""
+
+_LEFT = "%s: has not answered %d requests; no other connection writes there before it has"
+
+REQUESTS_ALONE = 64
+"""A guest that has made so many requests on the shared connection gets a link: it is at work."""
+
+
+class ConnectionPool:
+    """Starts with one connection to an export that is as `announced`. `attach`, `detach` and
+    `replace` are for the loop's thread, the rest for any."""
+
+    def __init__(
+        self,
+        uri: str,
+        first: Connection,
+        announced: Announcement,
+        *,
+        on_revived: Callable[[], None],
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        """`on_revived`: it was connected to again; what was not flushed may be lost. `timeout_s` is
+        for a handshake."""
+        self.shared = first
+        self._uri = uri
+        self._announced = announced
+        self.left: tuple[Link | Connection, ...] = ()
+        """Given up, with requests that the server may carry out yet."""
+        self._retired: tuple[Connection, ...] = ()
+        """Those before `shared`, with requests that the server has to answer yet; and the last one,
+        which a thread may still be leaving."""
+        self._leaving: tuple[Link, ...] = ()
+        """The same of links."""
+        self.links = LinkSet(uri, self._connect_link, is_wanted=self._may_link)
+        self.limit(CONNECTIONS_DEFAULT)
+        self._alone = 0
+        """Requests on the shared connection for lack of a link."""
+        self._turns = itertools.count()
+        self._sticky = threading.local()
+        self._loop: Loop | None = None
+        self._on_lost: Callable[[], None] | None = None
+        self._changed = threading.Condition()  # guards what follows
+        self._reviver: threading.Thread | None = None
+        self._lost_at_s = 0.0
+        self.patience_s = PATIENCE_S
+        self.timeout_s = timeout_s
+        self.to_mirror = first.to_mirror
+        self.generation = 0
+        """Counts the times that a lost device was connected to again; a connection that works is of
+        the last generation."""
+        self._on_revived = on_revived
+        self._closing = threading.Event()
+
+    @property
+    def is_lost(self) -> bool:
+        """A connection is broken or closed."""
+        return any(connection.is_lost for connection in self._all)
+
+    @property
+    def is_busy(self) -> bool:
+        """Requests are in flight."""
+        return any(connection.is_busy for connection in (*self._all, *self._old))
+
+    @property
+    def _all(self) -> tuple[Link | Connection, ...]:
+        return (self.shared, *self.links.open)
+
+    @property
+    def _old(self) -> tuple[Link | Connection, ...]:
+        return (*self._retired, *self._leaving)
+
+    def pick(self) -> Link | Connection:
+        """This thread's connection for a blocking request: with as many as threads, nobody waits
+        for another one's reply. Raises DeviceLost if there is none."""
+        links = self.links.open
+        if not links:
+            return self._pick_without_links()
+        try:
+            number: int = self._sticky.number
+        except AttributeError:
+            number = self._sticky.number = next(self._turns)
+        link = links[number % len(links)]
+        if self.links.may_grow and link.is_busy:
+            self.links.ask()
+        link.is_used = True
+        return self._revive(link) if link.is_lost else link
+
+    def _pick_without_links(self) -> Connection:
+        shared = self.shared
+        if shared.is_lost:
+            return self._revive(shared)
+        self._alone += 1
+        if shared.is_busy or self._alone > REQUESTS_ALONE:
+            self._alone = 0
+            self.links.ask()
+        return shared
+
+    def pick_shared(self) -> Connection:
+        """The connection with structured replies, for block status."""
+        return self._revive(self.shared) if self.shared.is_lost else self.shared
+
+    # The loop.
+
+    def attach(self, loop: Loop, on_lost: Callable[[], None] | None) -> None:
+        """Have `loop` drive the shared connection; `on_lost` is called when it breaks. Without it
+        the guests' threads replace lost ones, as they do while there is no loop. A mirror's target
+        has no links yet."""
+        self._loop, self._on_lost = loop, on_lost
+        self.shared.on_lost = on_lost
+        self.shared.attach(loop)
+
+    def detach(self) -> None:
+        """Give the connection back to the threads that wait."""
+        self._loop = self._on_lost = None
+        self.shared.on_lost = None
+        if any(isinstance(link, OpenLink) for link in self.links.open):  # others take their place
+            self._leaving += self.links.begin_anew(self.generation)
+            self._see_off()
+        for connection in (self.shared, *self._retired):
+            connection.detach()
+
+    # Coming and going.
+
+    def limit(self, connections: int) -> None:
+        """Open so many at most; one if the server does not announce multi-conn."""
+        self.links.connections_max = connections if self._announced.can_multi_conn else 1
+
+    def _may_link(self) -> bool:
+        """Not before the server is known to be the one that it was, or to be another."""
+        return not self._closing.is_set() and not self.shared.is_lost and self._reviver is None
+
+    def _connect_link(self) -> Link:
+        timeout_s = max(LINK_TIMEOUT_S, LINK_PATIENCE * self.shared.handshake_s)
+        handle = self._connect(min(self.timeout_s, timeout_s), for_data_alone=True)
+        is_unix_target = self._on_lost is not None and not self.shared.watch.is_tcp
+        return (OpenLink if is_unix_target else Link)(handle, self._uri)
+
+    def reopen(self) -> Connection:
+        """A new connection to the same disk as before, for `replace`; blocking, as long as it could
+        have taken at first. Raises ConfigError: a disk that has changed is not written to (rule
+        40)."""
+        return Connection.opened_by(partial(self._connect, self.timeout_s), self._uri)
+
+    def _connect(self, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
+        handle = connect(
+            self._uri, timeout_s, for_data_alone=for_data_alone, to_mirror=self.to_mirror
+        )
+        if change := self._announced.change(Announcement.of(handle, self._uri)):
+            with suppress(nbd.Error):
+                handle.aio_disconnect(0)
+            raise ConfigError(f"{self._uri}: came back changed ({change}); it is not written to")
+        return handle
+
+    def replace(self, connection: Connection) -> None:
+        """Use `connection` instead of all that there were; nothing is in flight (`is_busy`)."""
+        loop, on_lost = self._loop, self._on_lost
+        self.detach()
+        with self._changed:
+            old, self.shared = self.shared, connection
+            connection.generation = self.generation
+        old.close()
+        for link in self.links.begin_anew(self.generation):
+            link.close()
+        if loop is not None:
+            self.attach(loop, on_lost)
+
+    def look_at_peers(self, now_s: float) -> None:
+        """To be called each tcpwatch.LOOK_S, on the loop's thread."""
+        for connection in (*self._all, *self._old, *self.left):
+            connection.watch.look(now_s)
+
+    def is_server_there(self) -> bool:
+        """Blocks, for LIFE_S at most."""
+        return self.shared.watch.is_server_there(LIFE_S)
+
+    @property
+    def unanswered(self) -> int:
+        """Requests on connections that were given up: before they are answered nothing may be
+        written to the export on another one, since the server may do the old ones last."""
+        return sum(one.unanswered for one in self.left)
+
+    def give_up(self) -> None:
+        """Attached: what is in flight fails at once; this pool is lost. See `unanswered`."""
+        loop, on_lost, shared = self._loop, self._on_lost, self.shared
+        assert loop is not None
+        if not shared.is_lost:
+            absent = Connection.absent(self._uri)
+            absent.peer, absent.handshake_s = shared.peer, shared.handshake_s
+            absent.generation, absent.on_lost = shared.generation, on_lost
+            with self._changed:
+                self.shared = absent
+            absent.attach(loop)
+            self.left += (shared,)
+            shared.give_up(partial(self._is_over, shared))
+            if on_lost is not None:
+                loop.call_soon(on_lost)
+        links = self.links.begin_anew(self.generation)  # no more are opened, since it is lost
+        for link in links:
+            link.give_up()
+        self.left += tuple(link for link in links if not link.end())
+        if self.unanswered:
+            log.warning(_LEFT, self._uri, self.unanswered)
+        if links:
+            self._look_at_left(loop)
+
+    def _look_at_left(self, loop: Loop) -> None:
+        links = [one for one in self.left if isinstance(one, Link)]
+        for link in links:
+            if link.end():
+                self._is_over(link)
+        if links:
+            loop.call_later(LEFT_LOOK_S, partial(self._look_at_left, loop))
+
+    def _is_over(self, connection: Link | Connection) -> None:
+        self.left = tuple(one for one in self.left if one is not connection)
+
+    def abandon(self) -> None:
+        """Break every connection, for good: what is in flight fails, and is not tried again."""
+        self._end()
+        for connection in (*self._all, *self._old, *self.left):
+            connection.kill()
+
+    def close(self) -> None:
+        """Nothing may be in flight. Idempotent."""
+        self._end()
+        self.links.close()
+        for connection in (self.shared, *self._old):
+            connection.close()
+
+    def _end(self) -> None:
+        self._closing.set()
+        self.links.stop()
+        with self._changed:
+            self._changed.notify_all()
+
+    # A guest's thread that finds its connection lost.
+
+    def _revive(self, lost: Link | Connection) -> Connection:
+        """What breaks one connection breaks the others as a rule, and each is found lost when it is
+        used next. That must not look like another loss, of what was written since. So there is one
+        loss for all, when the first is found, and a new connection for all.
+
+        Those that still work are left, not cut: a request on one is answered there, and is not done
+        again. What was in flight on the lost one is done again at once if `shared` still works.
+
+        Until `patience_s` after that, requests wait for the server; then they fail at once, until
+        it is there again. (As `reconnect-delay` of QEMU's driver.)"""
+        with self._changed:
+            if lost not in self._all:
+                return self.shared  # it was idle, or all were replaced
+            if self._on_lost is not None:
+                raise DeviceLost(f"{self._uri}: connection lost")
+            if self._reviver is None:
+                self._lost_at_s = time.monotonic()
+                self._reviver = threading.Thread(
+                    target=self._connect_again, name="nbdmirror-revive", daemon=True
+                )
+                self._leaving += self.links.begin_anew(self.generation)
+                self._reviver.start()
+            self._wait_until_revived()
+            return self.shared
+
+    def _wait_until_revived(self) -> None:
+        """Also as long as `shared` seems to work."""
+        while self.shared.is_lost and self._reviver is not None and not self._closing.is_set():
+            left_s = self._lost_at_s + self.patience_s - time.monotonic()
+            if left_s <= 0:
+                break
+            self._changed.wait(left_s)
+        if self._closing.is_set() or self.shared.is_lost:
+            raise DeviceLost(f"{self._uri}: connection lost")
+
+    def _connect_again(self) -> None:
+        """On a thread of its own. An attempt that is under way when requests begin to fail goes on
+        to its end: the server may be slow and not gone."""
+        pause_s, told = REVIVE_PAUSE_S_MIN, ""
+        connection = None
+        self._see_off()
+        while not self._closing.is_set() and self._on_lost is None:
+            try:
+                connection = self.reopen()
+                break
+            except ConfigError as error:
+                is_late = time.monotonic() >= self._lost_at_s + self.patience_s
+                if is_late and str(error) != told:
+                    told = str(error)
+                    log.error("%s: lost: %s", self._uri, error)
+            self._closing.wait(pause_s)
+            pause_s = min(REVIVE_PAUSE_S_MAX, pause_s * 2)
+        if connection is not None:
+            self._adopt(connection)
+        with self._changed:
+            self._reviver = None
+            self._changed.notify_all()
+        while not self._see_off() and not self._closing.wait(LEFT_LOOK_S):
+            pass
+
+    def _see_off(self) -> bool:
+        """Close what is left and has no request any more, and say whether that is all. From any
+        number of threads."""
+        is_done = True
+        for link in self._leaving:
+            if link.close_if_idle():
+                with self._changed:
+                    self._leaving = tuple(one for one in self._leaving if one is not link)
+            else:
+                is_done = False
+        for connection in self._retired:
+            if not connection.say_good_bye_if_idle():
+                is_done = False
+        return is_done
+
+    def _adopt(self, connection: Connection) -> None:
+        """Serve guests from `connection`, unless a job has taken over, or it is the end."""
+        loop = self._loop
+        is_adopted = False
+
+        def swap() -> None:
+            """On the loop's thread, if there is one."""
+            nonlocal is_adopted
+            if self._closing.is_set() or self._on_lost is not None:
+                return
+            before = self.shared
+            self.generation += 1
+            connection.generation = self.generation
+            self._on_revived()  # before anything is acknowledged on the new one
+            self.shared = connection
+            before.retire()
+            idle = [one for one in self._retired if not one.is_busy]
+            self._retired = (*(one for one in self._retired if one not in idle), before)
+            for one in idle:
+                one.close()
+            if self._loop is not None:
+                connection.attach(self._loop)
+            is_adopted = True
+
+        if loop is None:
+            swap()
+        else:
+            loop.run(swap).result()
+        if not is_adopted:
+            connection.close()
+            return
+        with self._changed:
+            self._leaving += self.links.begin_anew(self.generation)
+        log.warning("%s: connected again", self._uri)

@@ -1,0 +1,186 @@
+"""What one nbdmirror asks another about a disk's sides, over NBD: by the name of an export that no
+disk can have, and the answer is in that export's description. Servers of other kinds refuse such a
+name, or describe something else: then nothing is known.
+
+    x-nbdmirror-side/SERVER/NAME         what is the disk NAME there?
+    x-nbdmirror-moved-here/SERVER/NAME   it has moved from here to you: what is it now?
+
+SERVER is the id of the process that asks (identity.SERVER_ID). A third name is no question, but the
+export of a target only, for requests of the server that has the disk (exports.py):
+
+    x-nbdmirror-home/SERVER/NAME
+
+The same connections, keys and certificates count as for the disk itself. From any thread but the
+loop's; a question takes as long as a handshake, at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import replace
+from enum import StrEnum
+from functools import partial
+
+from nbdmirror.devices.base import Done
+from nbdmirror.errors import IO_ERRORS, ConfigError
+from nbdmirror.event_loop import Loop
+from nbdmirror.identity import HOME, LABEL, SERVER_ID
+from nbdmirror.nbd_uri import parse
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.shared_connection import Connection
+
+log = logging.getLogger(__name__)
+
+ANSWER_S_MAX = 10.0
+
+TOLD_S = 0.5
+"""How long a mirror's end waits for the target's server to hear of it. The loop is held up."""
+
+AGAIN_S = 1.0
+"""Between attempts to tell it."""
+
+SIDE, MOVED_HERE = "x-nbdmirror-side", "x-nbdmirror-moved-here"
+
+_telling: set[threading.Thread] = set()
+_is_end = threading.Event()
+
+
+class Side(StrEnum):
+    """What a server has under a disk's name."""
+
+    DISK = "disk"
+    """The disk, on what it was started with."""
+    MOVED = "moved"
+    """A way to where the disk has moved."""
+    TARGET = "target"
+    """The old side, as a target only, and some of it is old."""
+    WHOLE = "whole"
+    """The same, and all of it was written."""
+
+
+def split_name(export: str) -> tuple[str, str, str]:
+    """What the name of an export asks for, the id of the server that asks, and the disk's name;
+    ("", "", export) if it is none of the above."""
+    what, _, rest = export.partition("/")
+    server, slash, name = rest.partition("/")
+    return (what, server, name) if slash and what in (SIDE, MOVED_HERE, HOME) else ("", "", export)
+
+
+def ask(question: str, uri: str) -> tuple[Side, str] | None:
+    """What the server of the export `uri` says, and its id; None if it is none of ours. Raises
+    ConfigError: it cannot be reached, or is no nbdmirror, or an older one."""
+    where = parse(uri)
+    export = f"{question}/{SERVER_ID}/{where.export}"
+    connection = Connection.open(replace(where, export=export).exact, ANSWER_S_MAX)
+    try:
+        said = connection.peer.label.split(" ") if connection.peer is not None else []
+    finally:
+        connection.close()
+    if len(said) != 4 or said[0] != LABEL or said[2] != export:
+        return None
+    return next(((side, said[1]) for side in Side if side == said[3]), None)
+
+
+def look(uri: str) -> tuple[Side, str] | None:
+    """What there is, and the server's id; None if no nbdmirror can be reached there."""
+    try:
+        return ask(SIDE, uri)
+    except (ConfigError, *IO_ERRORS):
+        return None
+
+
+def not_whole(device: RemoteDevice) -> str:
+    """Why a mirror does not make `device`, an old side, the disk."""
+    return (
+        f"Target '{device.uri}' is the disk's old side, and some of it was not written since its "
+        f"server started: mirror all of it (sync 'full', without 'target-is-zero')"
+    )
+
+
+def when_whole(device: RemoteDevice, loop: Loop, done: Done, *, writes_all: bool) -> None:
+    """Ask the server of an old side whether all of it was written, on a thread. `done` is told, on
+    the loop's: ConfigError if not, and another error if that is not known. `writes_all`: the mirror
+    writes all of the device."""
+
+    def check() -> None:
+        failure: Exception | None = None
+        try:
+            said = ask(SIDE, device.uri)
+            if said is None:
+                failure = OSError(f"{device.uri}: its server does not say what it has")
+            elif said[0] is Side.TARGET:
+                failure = ConfigError(not_whole(device))
+        except (ConfigError, *IO_ERRORS) as error:
+            failure = OSError(str(error))
+        loop.call_soon(partial(done, failure))
+
+    if not is_old_side(device):
+        done(None)
+        return
+    if not writes_all:  # it has become one since the mirror began
+        done(ConfigError(not_whole(device)))
+        return
+    try:
+        threading.Thread(target=check, name="nbdmirror-side", daemon=True).start()
+    except RuntimeError as error:  # no more threads
+        done(error)
+
+
+def tell_moved(device: RemoteDevice) -> None:
+    """The disk is served from `device` now, and that is written down. Waits for TOLD_S at most; an
+    old side's server is told again and again until it has heard, or until this server ends."""
+    if not is_old_side(device):
+        return
+    thread = threading.Thread(target=_tell, args=(device.uri,), name="nbdmirror-side", daemon=True)
+    _telling.add(thread)
+    try:
+        thread.start()
+        thread.join(TOLD_S)
+    except RuntimeError as error:  # no more threads
+        _telling.discard(thread)
+        log.error("%s: %s", device.uri, _not_told(error))
+
+
+def _tell(uri: str) -> None:
+    told = ""
+    try:
+        while True:
+            is_last = _is_end.is_set()
+            try:
+                said = ask(MOVED_HERE, uri)
+                if said is not None and said[0] in (Side.TARGET, Side.WHOLE):
+                    log.error("%s: %s", uri, _not_told("it stays a target only"))
+                return
+            except (ConfigError, *IO_ERRORS) as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.error("%s: %s", uri, _not_told(error))
+            if is_last:
+                return
+            _is_end.wait(AGAIN_S)
+    finally:
+        _telling.discard(threading.current_thread())
+
+
+def _not_told(why: object) -> str:
+    return (
+        f"the disk has moved there, and its server does not know: {why}. If it is started again it "
+        f"has to be with --accept-old-side"
+    )
+
+
+def wait_until_told() -> None:
+    """At the server's end: `tell_moved` under way, within a bound."""
+    _is_end.set()
+    deadline_s = time.monotonic() + ANSWER_S_MAX
+    for thread in tuple(_telling):
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+
+
+def is_old_side(device: RemoteDevice) -> bool:
+    """`device` is a target only, and may be written to by this process. Its server has said so at
+    the last handshake."""
+    peer = device.pool.shared.peer
+    return peer is not None and peer.is_home

@@ -1,0 +1,1 @@
+"""The life of the process inside nbdkit: start, signals, end."""

@@ -1,0 +1,102 @@
+"""Guests on TCP that vanish: whose host lost its power, or whose network was cut, without a word.
+
+By itself TCP waits for such a guest for a quarter of an hour if something is under way to it, and
+for ever if nothing is; each holds a descriptor and nbdkit's threads. Who is silent is asked for a
+sign of life by the kernel (SO_KEEPALIVE); what was sent and is not acknowledged is looked at here.
+TCP_USER_TIMEOUT would do that too, but ends guests as well that are alive and take nothing for a
+while, a stopped virtual machine's for instance.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Self
+
+from nbdmirror.nbdkit_host.hangup import Guests
+
+KEEPALIVE_S = 300
+"""A guest without a sign of life is given up after this, unless told otherwise: later than a switch
+needs to start again."""
+
+KEEPALIVE_S_MAX = 32767
+"""The kernel's longest idle time and interval."""
+
+PROBES = 5
+
+UNANSWERED = 2
+"""Retransmissions, or looks whether there is room again, without any answer: one may be on its way
+at any moment."""
+
+_INFO = struct.Struct("@2xBB48xII")
+"""Of tcp_info (linux/tcp.h): retransmits, probes, last_data_recv and last_ack_recv, the latter two
+in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """In seconds, as tcp(7) has them."""
+
+    idle_s: int
+    interval_s: int
+    probes: int
+
+    @classmethod
+    def within(cls, limit_s: int) -> Self:
+        """A guest is given up `limit_s` after its last sign of life (or a second later)."""
+        interval_s = max(1, limit_s // (2 * PROBES))
+        probes = max(1, min(PROBES, limit_s // interval_s - 1))
+        return cls(max(1, limit_s - probes * interval_s), interval_s, probes)
+
+
+class Watch:
+    """Over `guests`: they are asked, and given up `limit_s` after their last sign of life. Unless
+    `is_exact` the host's own times (net.ipv4.tcp_keepalive_*) count where they are shorter."""
+
+    def __init__(self, guests: Guests, limit_s: int, *, is_exact: bool) -> None:
+        self._guests = guests
+        self._limit_s = limit_s
+        self._timing = Timing.within(limit_s)
+        self._is_exact = is_exact
+        self._thread = threading.Thread(target=self._run, name="nbdmirror-guests", daemon=True)
+
+    def start(self) -> None:
+        """What listens hands this down to what it accepts. Then look at connections now and then,
+        until the process ends."""
+        for listener in self._guests.listeners():
+            with listener:
+                self._ask(listener)
+        self._thread.start()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(self._timing.interval_s):
+            for guest in self._guests.connections():
+                with guest, suppress(OSError):  # it has gone by itself
+                    self._look_at(guest)
+
+    def _look_at(self, guest: socket.socket) -> None:
+        if guest.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        if not guest.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+            self._ask(guest)  # it was accepted before what listens had been told
+        info = guest.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+        retransmits, probes, data_ms, acknowledgement_ms = _INFO.unpack(info)
+        is_silent = min(data_ms, acknowledgement_ms) >= self._limit_s * 1000
+        if is_silent and max(retransmits, probes) >= UNANSWERED:
+            guest.shutdown(socket.SHUT_RDWR)
+
+    def _ask(self, sock: socket.socket) -> None:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        for option, wanted in (
+            (socket.TCP_KEEPIDLE, self._timing.idle_s),
+            (socket.TCP_KEEPINTVL, self._timing.interval_s),
+            (socket.TCP_KEEPCNT, self._timing.probes),
+        ):
+            if self._is_exact or wanted < sock.getsockopt(socket.IPPROTO_TCP, option):
+                sock.setsockopt(socket.IPPROTO_TCP, option, wanted)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

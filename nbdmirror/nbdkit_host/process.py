@@ -1,0 +1,392 @@
+"""Service: the life of one nbdmirror process, as nbdkit leads it: configure, check, open, start,
+stop.
+
+Everything that can be refused is refused before nbdkit goes into the background: disks are opened
+and the control socket is bound in `open`. Threads only start in `start`, after the fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from nbdmirror import __version__, logs
+from nbdmirror import startup_error as startup
+from nbdmirror.devices.aligned import for_guests
+from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.target_only import TargetOnly
+from nbdmirror.errors import ConfigError, Error
+from nbdmirror.event_loop import Loop
+from nbdmirror.events import EventRing
+from nbdmirror.layers import layers_of, share_storage
+from nbdmirror.names import DISK_RULE, is_too_long, split_disk
+from nbdmirror.nbd_uri import absolute, is_uri
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, CONNECTIONS_MAX
+from nbdmirror.nbdkit_host import systemd
+from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
+from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
+from nbdmirror.nbdkit_host.latecomers import OPEN_TIMEOUT_S_MAX, Opening
+from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
+from nbdmirror.qmp.commands import Commands, version_info
+from nbdmirror.qmp.server import QmpServer
+from nbdmirror.server.exports import Exports
+from nbdmirror.server.server import Server
+from nbdmirror.state.directory import StateDirectory
+from nbdmirror.state.journaled_disk import JournaledDisk
+from nbdmirror.state.recovery import RECORD_ID_LENGTH
+from nbdmirror.state.store import DiskStore
+from nbdmirror.unix_sockets import bind_unix_socket, lock_pidfile, remove_socket
+
+log = logging.getLogger("nbdmirror")
+
+_BOOLEANS = {"true": True, "yes": True, "1": True, "on": True} | {
+    "false": False,
+    "no": False,
+    "0": False,
+    "off": False,
+}
+
+GIVE_UP_S = 5.0
+"""How long, at the end, guests' requests may wait for a disk's NBD server that does not answer."""
+
+LEAVE_S = 8.0
+"""How long nbdkit may wait, at the end, for guests' requests on a file that does not answer; then
+the process ends without them."""
+
+FILES_MAX = 65536
+"""Descriptors that we ask for. The usual soft limit of 1,024 is for programs that use select(2),
+and nbdkit does not answer anybody any more when it has run out of them."""
+
+
+class Service:
+    def __init__(self) -> None:
+        self.disks: dict[str, Disk] = {}
+        self.exports = Exports(self.disks)
+        self.log: logs.Log | None = None
+        self._paths: dict[str, str] = {}
+        self._given: set[str] = set()
+        self._qmp_path = ""
+        self._is_direct = False
+        self._is_read_only = False
+        self._mirror_to = ""
+        self._state_path = ""
+        self._accepted: set[str] = set()
+        self._connections = CONNECTIONS_DEFAULT
+        self._stores: dict[str, DiskStore] = {}
+        self._listener: socket.socket | None = None
+        self._server: Server | None = None
+        self._commands: Commands | None = None
+        self._qmp: QmpServer | None = None
+        self._pid = os.getpid()
+        self._signals = Signals()
+        self._pidfile = ""
+        self._made: dict[str, os.stat_result] = {}
+        """The files that are taken away at the end, by their paths."""
+        self._inherited: frozenset[str] = frozenset()
+        self._open_timeout_s = 0
+        self._keepalive_s = KEEPALIVE_S
+        self._is_keepalive_said = False
+        self._stopping = threading.Lock()
+        self._is_stopped = False
+
+    def configure(self, key: str, value: str) -> None:
+        """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
+        if not value:
+            raise ConfigError(f"{key}=: is empty")
+        if key in self._given and key not in ("file", "accept-old-side"):
+            raise ConfigError(f"{key}={value}: is given twice")
+        self._given.add(key)
+        if key == "file":
+            self._add_disk(value)
+        elif key == "qmp":
+            self._qmp_path = os.path.abspath(value)
+        elif key == "cache":
+            if value not in ("writeback", "none"):
+                raise ConfigError(f"cache={value}: expected writeback or none")
+            self._is_direct = value == "none"
+        elif key == "read-only":
+            self._is_read_only = _boolean(key, value)
+        elif key == "state-dir":
+            self._state_path = os.path.abspath(value)
+        elif key == "accept-old-side":
+            self._accepted.add(_record_id(key, value))
+        elif key == "keepalive":
+            self._keepalive_s = _seconds(key, value, KEEPALIVE_S_MAX)
+            self._is_keepalive_said = True
+        elif key == "pidfile":
+            self._pidfile = os.path.abspath(value)
+        elif key == "open-timeout":
+            self._open_timeout_s = _seconds(key, value, OPEN_TIMEOUT_S_MAX)
+        elif key == "connections":
+            self._connections = _number(key, value)
+        elif key == "mirror-to":
+            self._mirror_to = _absolute(key, value)
+        else:
+            raise ConfigError(
+                f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
+                f"state-dir, accept-old-side, connections, pidfile, keepalive or open-timeout"
+            )
+
+    def check(self) -> None:
+        """The parameters together. Raises ConfigError."""
+        if not self._paths:
+            raise ConfigError("parameter file=DISK is missing: which disk is to be served?")
+        if self._accepted and not self._state_path:
+            raise ConfigError("accept-old-side: means nothing without state-dir")
+        if self._mirror_to and self._is_read_only:
+            raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
+
+    def open(self) -> None:
+        """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
+        behind."""
+        _allow_many_files()
+        self._inherited = frozenset(unix_listeners())
+        opening = Opening(self._open_timeout_s)
+        for name, path in self._paths.items():
+            source = self._open_disk(path, opening)
+            self._check_other_disks(path, source)
+            if not source.size:
+                logs.complain(f"warning: {path}: has 0 bytes; guests get an empty disk")
+            self.disks[name] = Disk(name, source)
+        if self._qmp_path:
+            self._listener = bind_unix_socket(self._qmp_path)
+            self._made[self._qmp_path] = os.lstat(self._qmp_path)
+        if self._state_path:
+            self._open_state()
+
+    def _open_state(self) -> None:
+        """Last: it may make a directory."""
+        state = StateDirectory(
+            self._state_path, accepted=self._accepted, read_only=self._is_read_only
+        )
+        state.check_formats(self.disks)
+        for name, disk in self.disks.items():
+            raw, path = raw_device(disk.source), self._paths[name]
+            reached = raw.reached if isinstance(raw, RemoteDevice) else path
+            store = state.open(name, path, disk.size, reached=reached)
+            source, size = disk.source, store.identity.size
+            if store.truth:
+                source = TargetOnly(source, store.truth)
+            self.disks[name] = JournaledDisk(name, source, store.journal, size)
+            if not self._is_read_only:  # else its state is left as it is
+                self._stores[name] = store
+
+    def _note_what_nbdkit_made(self) -> None:
+        """Its socket, unless that came from systemd, and the pid file: it leaves both behind."""
+        for path, file in unix_listeners().items():
+            if path not in self._inherited:
+                self._made[path] = file
+        if self._pidfile:
+            if lock_pidfile(self._pidfile) is None:
+                raise ConfigError(f"pidfile: {self._pidfile}: is in use by another server")
+            self._made[self._pidfile] = os.lstat(self._pidfile)
+
+    def abandon(self) -> None:
+        """Take away what was made; the process ends."""
+        for path, file in self._made.items():
+            remove_socket(path, file)
+
+    def start(self, shut_down: Callable[[], None]) -> None:
+        """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
+        self._signals.take()
+        in_background = os.getpid() != self._pid
+        if in_background:
+            leave_terminal()
+        self.log = logs.Log(in_background=in_background)
+        self._note_what_nbdkit_made()
+        self._log_what_is_served()
+        guests = Guests(spare=self._listener)
+        self._end_on_signal(guests, shut_down)
+        if self._keepalive_s:
+            Watch(guests, self._keepalive_s, is_exact=self._is_keepalive_said).start()
+        loop, events = Loop(time.monotonic), EventRing(time.time)
+        status = systemd.Status(self.disks, events)  # of jobs that go on as well
+        self._server = Server(self.disks, events, loop, self._stores, connections=self._connections)
+        self.exports.server = self._server
+        self._server.in_use = self.exports.in_use
+        self._server.start()
+        self._commands = Commands(self._server)
+        if self._listener is not None:
+            self._qmp = QmpServer(
+                self._listener,
+                dispatch=self._commands.dispatch,
+                events=self._server.events,
+                version=version_info(),
+            )
+            self._qmp.start()
+        if self._mirror_to:
+            threading.Thread(target=self._start_mirror, daemon=True).start()
+        # nbdkit has bound its sockets already: whoever connects now is served.
+        status.start()
+        startup.tell(startup.READY)
+
+    def _log_what_is_served(self) -> None:
+        log.info("nbdmirror %s, process %d", __version__, os.getpid())
+        for disk in self.disks.values():
+            access = "read-only" if disk.read_only else "read-write"
+            where = disk.source.description
+            log.info("disk %s: served from %s, %d bytes, %s", disk.name, where, disk.size, access)
+            if isinstance(disk.source, TargetOnly):
+                text = "disk %s: target only: the disk is served from %s, and may be mirrored here"
+                log.warning(text, disk.name, disk.source.truth)
+        log.info("control socket: %s", self._qmp_path or "none")
+        if self._state_path:
+            log.info("state directory: %s", self._state_path)
+
+    def _end_on_signal(self, guests: Guests, shut_down: Callable[[], None]) -> None:
+        def end(why: str) -> None:
+            log.info("%s: the server ends", why)
+            systemd.notify(systemd.STOPPING)
+            if self._server is not None:
+                self._server.end_jobs()  # a guest's write may hang on a target
+                for delay_s, call in ((GIVE_UP_S, self._server.give_up), (LEAVE_S, self._leave)):
+                    timer = threading.Timer(delay_s, call)
+                    timer.daemon = True
+                    timer.start()
+            shut_down()
+            guests.hang_up(self._leave_guests)
+
+        self._signals.end(end)
+
+    def _leave(self) -> None:
+        if not self._is_stopped:  # else nbdkit has let all guests go
+            log.error("guests' requests do not end; the server ends without them")
+            self.stop()
+            os._exit(1)
+
+    def _leave_guests(self) -> None:
+        """The guests that are left take none of their answers, so nbdkit would wait for ever."""
+        if self._server is not None and self._server.hold_changes():
+            log.warning("the server ends without guests that take no answers")
+            self.stop()
+            os._exit(0)
+
+    def stop(self) -> None:
+        """Jobs within a bound, while clients can still see their events; then the doors, then the
+        disks, flushed and closed. Once."""
+        with self._stopping:
+            if not self._is_stopped:
+                self._is_stopped = True
+                self._stop()
+
+    def _stop(self) -> None:
+        systemd.notify(systemd.STOPPING)  # again, if a signal has led here
+        if self._server is not None:
+            self._server.end_jobs()
+        if self._qmp is not None:
+            self._qmp.stop()
+        if self._server is not None:
+            self._server.stop()
+        self.abandon()
+        if self.log is not None:
+            self.log.stop()
+
+    def _add_disk(self, value: str) -> None:
+        name, path = split_disk(value) if not is_uri(value) else ("", value)
+        name = name or f"disk{len(self._paths)}"
+        if not path:
+            raise ConfigError(f"file={value}: names no disk")
+        if name in self._paths:
+            raise ConfigError(f"file={value}: there are two disks called '{name}'")
+        if is_too_long(name):
+            raise ConfigError(f"file={value[:40]}...: the name is too long: {DISK_RULE}")
+        self._paths[name] = _absolute("file", path) if is_uri(path) else os.path.abspath(path)
+
+    def _open_disk(self, path: str, opening: Opening) -> BlockDevice:
+        if not is_uri(path):
+            return FileDevice.open(path, read_only=self._is_read_only, direct=self._is_direct)
+        device = opening.open(path)
+        device.pool.limit(self._connections)
+        if device.read_only and not self._is_read_only:
+            raise ConfigError(f"file={path}: the export is read-only; use read-only=true")
+        device.read_only = self._is_read_only
+        return for_guests(device)
+
+    def _check_other_disks(self, path: str, source: BlockDevice) -> None:
+        """What is written to one disk would change another one, and no mirror would know."""
+        device = raw_device(source)
+        if self._is_read_only:
+            return
+        for name, disk in self.disks.items():
+            other = raw_device(disk.source)
+            if (
+                isinstance(device, RemoteDevice)
+                and isinstance(other, RemoteDevice)
+                and device.is_same_export(other)
+            ):
+                raise ConfigError(f"file={path}: is the same export as disk '{name}'")
+            if (
+                isinstance(device, FileDevice)
+                and isinstance(other, FileDevice)
+                and share_storage(layers_of(device.opened), layers_of(other.opened))
+            ):
+                raise ConfigError(f"file={path}: shares storage with disk '{name}'")
+
+    def _start_mirror(self) -> None:
+        """As `drive-mirror` would; in daemon mode nobody sees an exception, so it is logged."""
+        assert self._commands is not None
+        disk = next(iter(self.disks.values()))
+        if self._server is not None and self._server.mirrors.of(disk) is not None:
+            return  # an earlier process's, which goes on
+        arguments = {
+            "device": disk.name,
+            "target": self._mirror_to,
+            "mode": "existing",
+            "sync": "full",
+        }
+        try:
+            asyncio.run(self._commands.dispatch("drive-mirror", arguments))
+        except Error as error:
+            log.error("mirror-to: %s; the disk is served without a mirror", error)
+
+
+def _absolute(key: str, uri: str) -> str:
+    """Its paths belong to this directory: nbdkit leaves it when it goes into the background."""
+    try:
+        return absolute(uri)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={error}") from error
+
+
+def _seconds(key: str, value: str, most: int) -> int:
+    if not (value.isascii() and value.isdigit() and int(value) <= most):
+        raise ConfigError(f"{key}={value}: expected a whole number of seconds, {most} at most")
+    return int(value)
+
+
+def _number(key: str, value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 0 < int(value) <= CONNECTIONS_MAX:
+        raise ConfigError(f"{key}={value}: expected a number from 1 to {CONNECTIONS_MAX}")
+    return int(value)
+
+
+def _record_id(key: str, value: str) -> str:
+    if not re.fullmatch(f"[0-9a-f]{{{RECORD_ID_LENGTH}}}", value):
+        raise ConfigError(
+            f"{key}={value}: expected the {RECORD_ID_LENGTH} digits that the refusal to serve the "
+            f"old side shows"
+        )
+    return value
+
+
+def _boolean(key: str, value: str) -> bool:
+    if value not in _BOOLEANS:
+        raise ConfigError(f"{key}={value}: expected true or false")
+    return _BOOLEANS[value]
+
+
+def _allow_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

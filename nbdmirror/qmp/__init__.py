@@ -1,0 +1,1 @@
+"""The control socket: commands as tables, and the conversation."""

@@ -1,0 +1,68 @@
+"""The NBD export that QMP's structured addresses name, as a URI."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from nbdmirror.errors import CommandError, ConfigError
+from nbdmirror.nbd_uri import NbdUri, parse
+from nbdmirror.nbdclient.tls import AUTHORITY, PSK_NAME
+
+
+def target_uri(target: str) -> str:
+    """The URI of a drive-mirror's target. Raises CommandError."""
+    try:
+        return parse(target).text
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+
+
+def nbd_uri(options: dict[str, Any]) -> str:
+    """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
+    or a file of pre-shared keys, or a directory with nothing but that, as QEMU has it. Raises
+    CommandError."""
+    for name in ("tls-creds", "x-nbdmirror-tls-username"):
+        if options.get(name) == "":
+            raise CommandError(f"Parameter '{name}' is empty")
+    creds, user = options.get("tls-creds", ""), options.get("x-nbdmirror-tls-username", "")
+    certificates = psk_file = ""
+    if creds:
+        if not os.path.isabs(creds):
+            raise CommandError(f"Parameter 'tls-creds' expects an absolute path, not '{creds}'")
+        if not os.path.exists(creds):
+            raise CommandError(f"No TLS credentials with id '{creds}': it is the path of them here")
+        psk_file = os.path.join(creds, PSK_NAME)
+        if os.path.isdir(creds) and (
+            os.path.exists(os.path.join(creds, AUTHORITY)) or not os.path.exists(psk_file)
+        ):
+            certificates, psk_file = creds, ""
+        elif not os.path.isdir(creds):
+            psk_file = creds
+    elif user:
+        raise CommandError("Parameter 'x-nbdmirror-tls-username' needs 'tls-creds'")
+    server = options["server"]
+    is_unix = server["type"] == "unix"
+    if is_unix and not os.path.isabs(server["path"]):
+        raise CommandError(
+            f"Parameter 'server.path' expects an absolute path, not '{server['path']}'"
+        )
+    port = "" if is_unix else server["port"]
+    if not is_unix and not (server["host"] and port.isdecimal() and 0 < int(port) < 65536):
+        address = f"{server['host']}:{port}"
+        raise CommandError(
+            f"address resolution failed for {address}: a host and a number from 1 to 65535"
+        )
+    uri = NbdUri(
+        text="",
+        transport="unix" if is_unix else "tcp",
+        is_tls=bool(creds),
+        host=server.get("host", "").strip("[]"),
+        port=int(port or 0),
+        socket=server.get("path", ""),
+        export=options.get("export", ""),
+        user=user,
+        certificates=certificates,
+        psk_file=psk_file,
+    )
+    return target_uri(uri.exact)

@@ -1,0 +1,205 @@
+"""What queries return: the server's state in QEMU's shapes. Dicts live here and at the doors only.
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.disk import Disk
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.server.bitmaps import Place
+from nbdmirror.server.nodes import Node
+from nbdmirror.server.server import Server
+
+
+def block_job_info(job: MirrorJob) -> dict[str, Any]:
+    """QEMU's BlockJobInfo."""
+    info = {
+        "type": job.type,
+        "device": job.id,
+        "len": job.length,
+        "offset": job.offset,
+        "busy": job.is_busy,
+        # In QEMU a job that has done its work holds its guest, and that counts.
+        "paused": job.pause_wanted or job.has_done_its_work,
+        "speed": job.speed_bytes_per_s,
+        "io-status": job.io_status,
+        "ready": job.is_ready,
+        "status": str(job.status),
+        "auto-finalize": job.options.auto_finalize,
+        "auto-dismiss": job.options.auto_dismiss,
+        "actively-synced": job.is_actively_synced,
+    }
+    if job.error is not None:
+        info["error"] = job.error
+    return info
+
+
+def job_info(job: MirrorJob) -> dict[str, Any]:
+    """QEMU's JobInfo."""
+    info = {
+        "id": job.id,
+        "type": job.type,
+        "status": str(job.status),
+        "current-progress": job.offset,
+        "total-progress": job.length,
+    }
+    if job.error is not None:
+        info["error"] = job.error
+    return info
+
+
+def block_jobs(server: Server) -> list[dict[str, Any]]:
+    """query-block-jobs: newest first."""
+    return [block_job_info(job) for job in reversed(server.mirrors.jobs.values())]
+
+
+def jobs(server: Server) -> list[dict[str, Any]]:
+    """query-jobs: newest first."""
+    return [job_info(job) for job in reversed(server.mirrors.jobs.values())]
+
+
+def named_block_nodes(server: Server) -> list[dict[str, Any]]:
+    """query-named-block-nodes: newest first. A disk is a node of its name, and what it was served
+    from stays one after a pivot."""
+    nodes = [
+        _disk_info(server, node.disk) if node.disk else _node_info(server, node)
+        for node in reversed(list(server.nodes))
+    ]
+    for disk in reversed(server.disks.values()):
+        if server.nodes.root_of(disk) is None:
+            nodes.append(_disk_info(server, disk))
+        elif (file := server.nodes.file_of(disk)) is not None:
+            nodes.append(_device_info(disk.name, file.device) | {"active": file.is_active})
+    return nodes
+
+
+def block(server: Server) -> list[dict[str, Any]]:
+    """query-block: one entry a disk."""
+    blocks = []
+    for disk in server.disks.values():
+        job = server.mirrors.of(disk)
+        blocks.append(
+            {
+                "device": disk.name,
+                "type": "unknown",
+                "removable": False,
+                "locked": False,
+                "io-status": job.io_status if job else "ok",
+                "inserted": _disk_info(server, disk),
+            }
+        )
+    return blocks
+
+
+def block_exports(server: Server) -> list[dict[str, Any]]:
+    """query-block-exports: newest first, as QEMU's nodes and jobs."""
+    return [
+        {
+            "id": disk.name,
+            "type": "nbd",
+            "node-name": root.name if (root := server.nodes.root_of(disk)) else disk.name,
+            "shutting-down": False,
+        }
+        for disk in reversed(server.disks.values())
+    ]
+
+
+def _node_info(server: Server, node: Node) -> dict[str, Any]:
+    """Of a node that no disk is served from."""
+    info = _target_info(node)
+    if node.job is not None and (bitmaps := named_bitmaps(server, Place(node.job.disk, node.name))):
+        info["dirty-bitmaps"] = bitmaps
+    return info
+
+
+def _target_info(node: Node) -> dict[str, Any]:
+    info = _device_info(node.name, node.device)
+    info["ro"] = node.is_read_only
+    info["active"] = node.is_active
+    if node.file is not None:
+        info["drv"] = info["image"]["format"] = "raw"
+        info["children"] = [{"child": "file", "node-name": node.file.name}]
+    info["detect_zeroes"] = node.options.detect_zeroes
+    info["cache"] |= {"direct": node.options.direct, "no-flush": node.options.no_flush}
+    return info
+
+
+def _disk_info(server: Server, disk: Disk) -> dict[str, Any]:
+    """Of the node that `disk` is served from."""
+    if (root := server.nodes.root_of(disk)) is not None:
+        info = _target_info(root)
+    else:
+        info = _device_info(disk.name, disk.source)
+    info["ro"] = disk.read_only
+    info["image"]["virtual-size"] = disk.size  # the device may be larger, where that was allowed
+    bitmaps = named_bitmaps(server, Place(disk))
+    if (job := server.mirrors.of(disk)) is not None:
+        bitmaps.insert(0, _bitmap_info(job.tracker.dirty, recording=True, busy=False))
+    return {**info, "dirty-bitmaps": bitmaps} if bitmaps else info
+
+
+def named_bitmaps(server: Server, place: Place) -> list[dict[str, Any]]:
+    """QEMU's BlockDirtyInfo of each named bitmap there."""
+    return [
+        _bitmap_info(
+            b.bitmap, recording=b.is_recording, busy=b.is_busy, persistent=bool(b.key), name=b.name
+        )
+        for b in server.bitmaps.of(place)
+    ]
+
+
+def _bitmap_info(
+    bitmap: DirtyBitmap, *, recording: bool, busy: bool, persistent: bool = False, name: str = ""
+) -> dict[str, Any]:
+    """QEMU's BlockDirtyInfo; `count` is bytes. A mirror's own bitmap has no name."""
+    info: dict[str, Any] = {"name": name} if name else {}
+    info["recording"] = recording
+    info["persistent"] = persistent
+    info["busy"] = busy
+    info["granularity"] = bitmap.granularity
+    info["count"] = bitmap.dirty_granules * bitmap.granularity
+    return info
+
+
+def _device_info(name: str, device: BlockDevice) -> dict[str, Any]:
+    """QEMU's BlockDeviceInfo, as far as it means anything here."""
+    is_remote = isinstance(raw_device(device), RemoteDevice)
+    driver, filename = "nbd" if is_remote else "raw", device.description
+    limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    return {
+        "node-name": name,
+        "active": True,
+        "children": [],
+        "drv": driver,
+        "file": filename,
+        "ro": device.read_only,
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "backing_file_depth": 0,
+        "image": {
+            "filename": filename,
+            "format": driver,
+            "virtual-size": device.size,
+            "limits": _io_limits(device),
+        },
+        "cache": {"writeback": True, "direct": False, "no-flush": False},
+        "write_threshold": 0,
+        **limits,
+    }
+
+
+def _io_limits(device: BlockDevice) -> dict[str, int]:
+    """QEMU's BlockLimitsInfo: an NBD export's block sizes. That memory is aligned to a page is best
+    is all that is known of the rest, which is about QEMU's buffers."""
+    size = device.block_size
+    limits = {"request-alignment": size.minimum}
+    if isinstance(raw_device(device), RemoteDevice):
+        limits |= {"opt-transfer": size.preferred, "max-transfer": size.maximum}
+    return {**limits, "min-mem-alignment": 1, "opt-mem-alignment": mmap.PAGESIZE, "max-iov": 1024}

@@ -1,0 +1,247 @@
+"""What commands return and what events carry, as data: for query-qmp-schema, and for the tests,
+which hold real answers against it.
+
+Names and types are QEMU's (qapi/block-core.json, job.json, control.json); what QEMU has no name for
+begins with `x-nbdmirror-` or `X_NBDMIRROR_`.
+"""
+
+from __future__ import annotations
+
+from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.qmp.arguments import COPY_MODE, DETECT_ZEROES, JOB_TYPE, ON_ERROR, SYNC
+from nbdmirror.qmp.schema import (
+    BOOL,
+    INT,
+    NUMBER,
+    STR,
+    Array,
+    Enum,
+    Member,
+    Struct,
+    Type,
+    named,
+    optional,
+    struct,
+)
+
+_IO_STATUS = Enum("BlockDeviceIoStatus", ("ok", "failed", "nospace"))
+_JOB_STATUS = Enum("JobStatus", tuple(map(str, JobStatus)))
+_OPERATION = Enum("IoOperationType", ("read", "write"))
+_ACTION = Enum("BlockErrorAction", ("ignore", "report", "stop"))
+
+_BLOCK_JOB_INFO_MEMBERS = named(
+    type=JOB_TYPE,
+    device=STR,
+    len=INT,
+    offset=INT,
+    busy=BOOL,
+    paused=BOOL,
+    speed=INT,
+    io_status=_IO_STATUS,
+    ready=BOOL,
+    status=_JOB_STATUS,
+    auto_finalize=BOOL,
+    auto_dismiss=BOOL,
+    error=optional(STR),
+)
+
+_MIRROR_INFO = struct("BlockJobInfoMirror", actively_synced=BOOL)
+
+_JOB_INFO = struct(
+    "JobInfo",
+    id=STR,
+    type=JOB_TYPE,
+    status=_JOB_STATUS,
+    current_progress=INT,
+    total_progress=INT,
+    error=optional(STR),
+)
+
+_DIRTY_INFO = struct(
+    "BlockDirtyInfo",
+    name=optional(STR),
+    count=INT,
+    granularity=INT,
+    recording=BOOL,
+    busy=BOOL,
+    persistent=BOOL,
+)
+
+_IO_LIMITS = struct(
+    "BlockLimitsInfo",
+    request_alignment=INT,
+    opt_transfer=optional(INT),
+    max_transfer=optional(INT),
+    min_mem_alignment=INT,
+    opt_mem_alignment=INT,
+    max_iov=INT,
+)
+
+_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+
+_NODE_INFO = Struct(
+    "BlockDeviceInfo",
+    {
+        **named(
+            node_name=STR,
+            active=BOOL,
+            children=Array(struct("BlockdevChild", child=STR, node_name=STR)),
+            drv=STR,
+            file=STR,
+            ro=BOOL,
+            encrypted=BOOL,
+            image=struct(
+                "ImageInfo", filename=STR, format=STR, virtual_size=INT, limits=optional(_IO_LIMITS)
+            ),
+            cache=struct("BlockdevCacheInfo", writeback=BOOL, direct=BOOL, no_flush=BOOL),
+            dirty_bitmaps=optional(Array(_DIRTY_INFO)),
+        ),
+        # QEMU's names with `_`, from before it had settled on `-`.
+        "detect_zeroes": Member(DETECT_ZEROES),
+        "backing_file_depth": Member(INT),
+        "write_threshold": Member(INT),
+        **dict.fromkeys(_LIMITS, Member(INT)),
+    },
+)
+
+_BLOCK_INFO = struct(
+    "BlockInfo",
+    device=STR,
+    type=STR,
+    removable=BOOL,
+    locked=BOOL,
+    io_status=_IO_STATUS,
+    inserted=_NODE_INFO,
+)
+
+_EXPORT_INFO = struct(
+    "BlockExportInfo",
+    id=STR,
+    type=Enum("BlockExportType", ("nbd",)),
+    node_name=STR,
+    shutting_down=BOOL,
+)
+
+_VERSION_INFO = struct(
+    "VersionInfo",
+    qemu=struct("VersionTriple", major=INT, minor=INT, micro=INT),
+    package=STR,
+)
+
+_JOB_STATUS_INFO = Struct(
+    "JobStatusInfo",
+    {
+        **_BLOCK_JOB_INFO_MEMBERS,
+        **_MIRROR_INFO.members,
+        **named(target=STR, sync=SYNC, copy_mode=COPY_MODE, granularity=INT),
+        **named(on_source_error=ON_ERROR, on_target_error=ON_ERROR, reconnect_delay_s=NUMBER),
+        **named(dirty_bytes=INT, in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
+        **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
+        **named(
+            ending=Enum("JobEnding", ("none", "complete", "cancel")),
+            ending_for_s=optional(NUMBER),
+            last_error=optional(
+                struct(
+                    "JobError",
+                    operation=_OPERATION,
+                    action=_ACTION,
+                    reason=STR,
+                    ago_s=optional(NUMBER),
+                ),
+            ),
+            target_connected=BOOL,
+            target_lost_for_s=optional(NUMBER),
+            target_wait_left_s=optional(NUMBER),
+            target_silent_for_s=optional(NUMBER),
+            source_silent_for_s=optional(NUMBER),
+            copy_bytes_per_s=optional(INT),
+            zero_bytes_per_s=optional(INT),
+            dirty_bytes_per_s=optional(INT),
+            left_s=optional(NUMBER),
+            lag_s=optional(NUMBER),
+            falling_behind=BOOL,
+        ),
+    },
+)
+
+_LAST_JOB = struct(
+    "LastJobInfo",
+    id=STR,
+    target=STR,
+    result=Enum("JobResult", ("completed", "cancelled", "failed")),
+    reason=optional(STR),
+    pivoted=BOOL,
+    pause_ms=optional(NUMBER),
+    ended_at_s=NUMBER,
+)
+
+_DISK_STATUS = struct(
+    "DiskStatus",
+    name=STR,
+    source=STR,
+    size=INT,
+    read_only=BOOL,
+    connected=BOOL,
+    lasting=BOOL,
+    target_only=optional(STR),
+    problem=optional(STR),
+    bitmaps=Array(_DIRTY_INFO),
+    jobs=Array(_JOB_STATUS_INFO),
+    last_job=optional(_LAST_JOB),
+)
+
+RESULTS: dict[str, Type] = {
+    "query-block": Array(_BLOCK_INFO),
+    "query-block-exports": Array(_EXPORT_INFO),
+    "query-block-jobs": Array(
+        Struct(
+            "BlockJobInfo",
+            _BLOCK_JOB_INFO_MEMBERS,
+            tag="type",
+            branches={"mirror": _MIRROR_INFO},
+        )
+    ),
+    "query-commands": Array(struct("CommandInfo", name=STR)),
+    "query-jobs": Array(_JOB_INFO),
+    "query-named-block-nodes": Array(_NODE_INFO),
+    "query-status": struct(
+        "StatusInfo", running=BOOL, singlestep=BOOL, status=Enum("RunState", ("running",))
+    ),
+    "query-version": _VERSION_INFO,
+    "x-nbdmirror-query-status": struct(
+        "Status",
+        package=STR,
+        pid=INT,
+        started_at_s=NUMBER,
+        disks=Array(_DISK_STATUS),
+        state_error=optional(STR),
+    ),
+}
+"""All others return nothing. (What query-qmp-schema returns is said by `introspection`.)"""
+
+_ENDED = named(type=JOB_TYPE, device=STR, len=INT, offset=INT, speed=INT)
+
+EVENTS: dict[str, Struct] = {
+    "BLOCK_JOB_CANCELLED": Struct("BlockJobCancelled", _ENDED),
+    "BLOCK_JOB_COMPLETED": Struct("BlockJobCompleted", {**_ENDED, **named(error=optional(STR))}),
+    "BLOCK_JOB_ERROR": struct(
+        "BlockJobError",
+        device=STR,
+        operation=_OPERATION,
+        action=_ACTION,
+    ),
+    "BLOCK_JOB_PENDING": struct("BlockJobPending", type=JOB_TYPE, id=STR),
+    "BLOCK_JOB_READY": Struct("BlockJobReady", _ENDED),
+    "JOB_STATUS_CHANGE": struct("JobStatusChange", id=STR, status=_JOB_STATUS),
+    "X_NBDMIRROR_PIVOTED": struct("Pivoted", device=STR, id=STR, pause_ms=NUMBER),
+    "X_NBDMIRROR_QUIESCE_TIMEOUT": Struct("QuiesceTimeout", _ENDED),
+    "X_NBDMIRROR_SOURCE_CHANGED": struct("SourceChanged", device=STR, reason=STR),
+    "X_NBDMIRROR_STATE_ERROR": struct("StateError", reason=STR),
+    "X_NBDMIRROR_SIZES_DIFFER": struct(
+        "SizesDiffer", device=STR, id=STR, size=INT, target_size=INT
+    ),
+    "X_NBDMIRROR_TARGET_BACK": struct("TargetBack", device=STR, id=STR, lost_for_s=NUMBER),
+    "X_NBDMIRROR_TARGET_LOST": struct(
+        "TargetLost", device=STR, id=STR, target=STR, wait_s=optional(NUMBER)
+    ),
+}

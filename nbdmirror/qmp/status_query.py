@@ -1,0 +1,130 @@
+"""What x-nbdmirror-query-status returns, which is what `nbdmirror status --json` prints: all that
+an operator needs to know, of disks and of jobs.
+
+Keys end in their unit where that is not plain. On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from nbdmirror import __version__
+from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.target_only import TargetOnly
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.qmp.queries import block_job_info, named_bitmaps
+from nbdmirror.server.bitmaps import Place
+from nbdmirror.server.chronicle import Course
+from nbdmirror.server.server import Server
+from nbdmirror.state.job_results import Result
+
+
+def status(server: Server) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "package": f"nbdmirror {__version__}",
+        "pid": os.getpid(),
+        "started-at-s": server.started_at_s,
+        "disks": [_disk(server, disk) for disk in server.disks.values()],
+    }
+    if error := next((writer.error for writer in server.writers.values() if writer.error), ""):
+        info["state-error"] = error
+    return info
+
+
+def _disk(server: Server, disk: Disk) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "name": disk.name,
+        "source": disk.source.description,
+        "size": disk.size,
+        "read-only": disk.read_only,
+        "connected": _is_connected(disk.source),
+        "lasting": server.kept[disk].is_lasting,
+        "bitmaps": named_bitmaps(server, Place(disk)),
+    }
+    if isinstance(disk.source, TargetOnly):
+        info["target-only"] = disk.source.truth
+    if problem := server.files.changes.get(disk.name):
+        info["problem"] = problem
+    info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]
+    if (result := server.chronicle.results.get(disk)) is not None:
+        info["last-job"] = _result(result)
+    return info
+
+
+def _is_connected(device: BlockDevice) -> bool:
+    """A file is always."""
+    raw = raw_device(device)
+    return not (isinstance(raw, RemoteDevice) and raw.is_lost)
+
+
+def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
+    info = block_job_info(job)
+    info["target"] = job.target.description
+    info["sync"] = job.options.sync
+    info["copy-mode"] = str(job.copy_mode)
+    info["on-source-error"] = str(job.options.on_source_error)
+    info["on-target-error"] = str(job.options.on_target_error)
+    info["reconnect-delay-s"] = float(job.options.reconnect_delay_s)
+    info["granularity"] = job.tracker.granularity
+    info["dirty-bytes"] = 0 if job.is_over else job.tracker.dirty.dirty_bytes
+    info["in-flight-bytes"] = job.tracker.in_flight_bytes
+    info["copied-bytes"] = job.copier.copied_bytes
+    info["written-bytes"] = job.copier.written_bytes
+    info["again-bytes"] = job.tracker.again_bytes
+    info["ending"] = "none" if job.is_over else job.ending.value
+    info["quiesce-timeouts"] = job.quiesce_timeouts
+    info["target-connected"] = _is_connected(job.target)
+    info["falling-behind"] = False
+    if job.pause_s is not None:
+        info["pause-ms"] = round(job.pause_s * 1000, 3)
+    if (error := job.last_error) is not None:
+        info["last-error"] = {
+            "operation": error.operation,
+            "action": error.action,
+            "reason": error.reason,
+        }
+    if (course := server.chronicle.courses.get(job)) is not None:
+        _add_course(info, course, server.loop.clock())
+    return info
+
+
+def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
+    if info["ending"] != "none":
+        info["ending-for-s"] = round(course.ending_for_s, 3)
+    if "last-error" in info:
+        info["last-error"]["ago-s"] = round(course.error_ago_s, 3)
+    if (lag_s := course.lag_s) is not None:
+        info["lag-s"] = round(lag_s, 3)
+    if (lost := course.lost) is not None:
+        info["target-lost-for-s"] = round(now_s - lost.since_s, 3)
+        if math.isfinite(lost.until_s):
+            info["target-wait-left-s"] = round(max(0.0, lost.until_s - now_s), 3)
+    for side, operation in (("source", "read"), ("target", "write")):
+        if silent_s := course.silent_for_s(operation):
+            info[f"{side}-silent-for-s"] = round(silent_s, 3)
+    if (rates := course.rates) is not None:
+        info["copy-bytes-per-s"] = rates.copy_bytes_per_s
+        info["zero-bytes-per-s"] = rates.zero_bytes_per_s
+        info["dirty-bytes-per-s"] = rates.dirty_bytes_per_s
+        info["falling-behind"] = rates.falls_behind
+        if rates.left_s is not None:
+            info["left-s"] = round(rates.left_s, 3)
+
+
+def _result(result: Result) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "id": result.job,
+        "target": result.target,
+        "result": result.result,
+        "pivoted": result.pivoted,
+        "ended-at-s": result.ended_at_s,
+    }
+    if result.reason:
+        info["reason"] = result.reason
+    if result.pause_s is not None:
+        info["pause-ms"] = round(result.pause_s * 1000, 3)
+    return info

@@ -1,0 +1,1 @@
+"""All disks, nodes, bitmaps and jobs of one process."""

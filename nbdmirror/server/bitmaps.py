@@ -1,0 +1,246 @@
+"""Named dirty bitmaps of a disk: QEMU's block-dirty-bitmap commands.
+
+A bitmap that records is attached to the disk's ledger. While a job uses one it is busy: it goes on
+recording, and no command may touch it. On the event loop's thread.
+
+The target of a running mirror can have bitmaps as well: management tools put one there before they
+pivot. Such a bitmap records what reaches the target from then on, which is what guests change and
+what the mirror had yet to copy. A pivot makes it the disk's.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from nbdmirror.disk.bitmap import GRANULARITY_DEFAULT, DirtyBitmap, bytes_of, check_bits
+from nbdmirror.disk.disk import Disk
+from nbdmirror.errors import CommandError
+from nbdmirror.state.definition import BitmapRecord
+from nbdmirror.state.null_store import Transient
+from nbdmirror.state.recovery import Found
+
+NAME_BYTES_MAX = 1023
+"""QEMU's BDRV_BITMAP_MAX_NAME_SIZE."""
+
+BITMAPS_MAX = 256
+"""Of all disks. Each one that records costs each guest's write a step."""
+
+BYTES_MAX = 1 << 30
+"""Of all of them, with the copies that a transaction makes for being taken back."""
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was done: `undo` takes it back if a transaction fails later, `commit` ends that chance.
+    One of them is called."""
+
+    undo: Callable[[], None]
+    commit: Callable[[], None] = _nothing
+
+
+@dataclass(slots=True, eq=False)
+class NamedBitmap:
+    name: str
+    bitmap: DirtyBitmap
+    is_recording: bool
+    key: str = ""
+    """If persistent: the one under which its content is kept."""
+    is_busy: bool = False
+    target: str = ""
+    """The name of the mirror's target that it is on; "": it is the disk's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What bitmaps are on: a disk, or the node that it is mirrored to, by its name."""
+
+    disk: Disk
+    target: str = ""
+
+
+class Bitmaps:
+    """The bitmaps of all disks. Each change raises CommandError with QEMU's text, and
+    changes nothing, if it cannot be done."""
+
+    def __init__(self, kept: Mapping[Disk, Transient]) -> None:
+        """`kept`: what is to outlive the process of each disk."""
+        self._kept = kept
+        self._of: dict[Disk, dict[str, NamedBitmap]] = {}
+        self._copies_bytes = 0
+
+    def take_up(self, disk: Disk, found: Found) -> None:
+        """Go on with the persistent bitmaps of an earlier process."""
+        for record in found.definition.bitmaps:
+            bitmap = self._kept[disk].new_bitmap(record.key)(disk.size, record.granularity)
+            found.restore(bitmap, record.key)
+            self._add(disk, NamedBitmap(record.name, bitmap, record.is_recording, record.key))
+
+    def of(self, place: Place) -> list[NamedBitmap]:
+        """Newest first."""
+        there = self._of.get(place.disk, {}).values()
+        return [bitmap for bitmap in reversed(there) if bitmap.target == place.target]
+
+    def find(self, place: Place, name: str) -> NamedBitmap:
+        bitmap = self._of.get(place.disk, {}).get(name)
+        if bitmap is None or bitmap.target != place.target:
+            raise CommandError(f"Dirty bitmap '{name}' not found")
+        return bitmap
+
+    def find_idle(self, place: Place, name: str) -> NamedBitmap:
+        bitmap = self.find(place, name)
+        if bitmap.is_busy:
+            raise CommandError(
+                f"Bitmap '{name}' is currently in use by another operation and cannot be used"
+            )
+        return bitmap
+
+    def add(
+        self, place: Place, name: str, granularity: int | None, *, persistent: bool, disabled: bool
+    ) -> Change:
+        """A name is taken once, on a disk or on its mirror's target."""
+        disk = place.disk
+        if not name:
+            raise CommandError("Bitmap name cannot be empty")
+        if len(name.encode()) > NAME_BYTES_MAX:
+            raise CommandError(f"Bitmap name too long: {name}")
+        granularity = GRANULARITY_DEFAULT if granularity is None else granularity
+        if granularity < 512 or granularity & (granularity - 1):
+            raise CommandError("Granularity must be power of 2 and at least 512")
+        if name in self._of.get(disk, {}):
+            raise CommandError(f"Bitmap already exists: {name}")
+        if sum(map(len, self._of.values())) >= BITMAPS_MAX:
+            raise CommandError(f"There are {BITMAPS_MAX} bitmaps already; remove some")
+        self._check_bytes(disk.size, granularity)
+        kept, key = self._kept[disk], f"bitmap-{uuid.uuid4().hex}" if persistent else ""
+        if persistent and (place.target or not kept.is_lasting):
+            raise CommandError(
+                f"Can't store persistent bitmaps to {place.target or disk.name}: "
+                f"Operation not supported"
+            )
+        make = kept.new_bitmap(key) if persistent else DirtyBitmap
+        bitmap = NamedBitmap(
+            name, make(disk.size, granularity), not disabled, key, target=place.target
+        )
+        self._add(disk, bitmap)
+        return Change(lambda: self._drop(disk, bitmap))
+
+    def target_released(self, place: Place, *, is_pivoted: bool) -> None:
+        """The mirror to that target has ended: its bitmaps are the disk's, or go."""
+        for bitmap in self.of(place):
+            if is_pivoted:
+                bitmap.target = ""
+            else:
+                self._drop(place.disk, bitmap)
+
+    def remove(self, place: Place, name: str) -> Change:
+        """Carried out at the commit; until then the name is taken, as in QEMU."""
+        bitmap = self.find_idle(place, name)
+        bitmap.is_busy = True
+
+        def undo() -> None:
+            bitmap.is_busy = False
+
+        return Change(undo, lambda: self._drop(place.disk, bitmap))
+
+    def clear(self, place: Place, name: str) -> Change:
+        bitmap = self.find_idle(place, name).bitmap
+        taken = self._take_copies(bitmap, 1)
+        before = bitmap.copy()
+        bitmap.clear_all()
+
+        def undo() -> None:
+            bitmap.merge(before)  # what the guest wrote since stays
+            taken()
+
+        return Change(undo, taken)
+
+    def record(self, place: Place, name: str, recording: bool) -> Change:
+        """block-dirty-bitmap-enable and -disable."""
+        bitmap = self.find_idle(place, name)
+        before = bitmap.is_recording
+        self._set_recording(place.disk, bitmap, recording)
+        return Change(lambda: self._set_recording(place.disk, bitmap, before))
+
+    def merge(self, place: Place, target: str, sources: list[tuple[Place, str]]) -> Change:
+        into, ledger = self.find_idle(place, target).bitmap, place.disk.ledger
+        found = [self.find_idle(*source).bitmap for source in sources]
+        for bitmap in found:
+            if bitmap.size != into.size:
+                raise CommandError(
+                    f"Bitmaps are of different sizes (destination size is {into.size}, source "
+                    f"size is {bitmap.size}) and can't be merged"
+                )
+        taken = self._take_copies(into, 2)
+        since = DirtyBitmap(into.size, into.granularity)
+        if self.find(place, target).is_recording:
+            ledger.attach(since)  # a guest's marks outlive an undo
+        before = into.copy()
+        for bitmap in found:
+            into.merge(bitmap)
+
+        def undo() -> None:
+            into.clear_all()
+            into.merge(before)
+            into.merge(since)
+            commit()
+
+        def commit() -> None:
+            ledger.detach(since)
+            taken()
+
+        return Change(undo, commit)
+
+    def _take_copies(self, bitmap: DirtyBitmap, count: int) -> Callable[[], None]:
+        """Account for copies that a change keeps until it is decided; returns what gives them
+        back. Raises CommandError if there is no room for them."""
+        length = bytes_of(bitmap.size, bitmap.granularity) * count
+        self._check_bytes(bitmap.size, bitmap.granularity, count)
+        self._copies_bytes += length
+
+        def give_back() -> None:
+            self._copies_bytes -= length
+
+        return give_back
+
+    def _check_bytes(self, size: int, granularity: int, count: int = 1) -> None:
+        """Raise CommandError unless there is room for `count` more bitmaps like that."""
+        check_bits(size, granularity)
+        there = [b.bitmap for named in self._of.values() for b in named.values()]
+        taken = sum(bytes_of(b.size, b.granularity) for b in there) + self._copies_bytes
+        if taken + count * bytes_of(size, granularity) > BYTES_MAX:
+            raise CommandError(
+                f"Bitmaps may take {BYTES_MAX >> 20} MiB together: remove some, give a larger "
+                f"granularity, or do less in one transaction"
+            )
+
+    def _add(self, disk: Disk, bitmap: NamedBitmap) -> None:
+        self._of.setdefault(disk, {})[bitmap.name] = bitmap
+        if bitmap.is_recording:
+            disk.ledger.attach(bitmap.bitmap)
+        self._keep(disk, bitmap)
+
+    def _drop(self, disk: Disk, bitmap: NamedBitmap) -> None:
+        del self._of[disk][bitmap.name]
+        disk.ledger.detach(bitmap.bitmap)
+        self._kept[disk].drop_bitmap(bitmap.key)
+        bitmap.bitmap.close()
+
+    def _keep(self, disk: Disk, bitmap: NamedBitmap) -> None:
+        if bitmap.key:
+            record = BitmapRecord(
+                bitmap.name, bitmap.bitmap.granularity, bitmap.is_recording, bitmap.key
+            )
+            self._kept[disk].keep_bitmap(record, bitmap.bitmap)
+
+    def _set_recording(self, disk: Disk, bitmap: NamedBitmap, recording: bool) -> None:
+        if recording != bitmap.is_recording:
+            bitmap.is_recording = recording
+            change = disk.ledger.attach if recording else disk.ledger.detach
+            change(bitmap.bitmap)
+            self._keep(disk, bitmap)

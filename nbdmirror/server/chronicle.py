@@ -1,0 +1,235 @@
+"""Chronicle: what is remembered of mirrors, and logged: how fast they are, since when they wait for
+something, and how the last one of each disk ended, whoever was there to see it.
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from nbdmirror.disk.disk import Disk
+from nbdmirror.event_loop import Loop
+from nbdmirror.events import EventRing
+from nbdmirror.mirror.job import Cancelled, JobError
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.options import Ending
+from nbdmirror.rates import Meter, Rates, Sample
+from nbdmirror.state.job_results import Result
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+
+
+SERVER_ENDS = "the server ends"
+GOES_ON = "the server ends, and takes the mirror up again when it starts"
+"""Why jobs are cancelled then; the latter with a state directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A target that is gone, and waited for."""
+
+    since_s: float
+    until_s: float
+    """Infinite: for as long as it takes. Both by the loop's clock."""
+
+
+class Course:
+    """What is seen of one job while it runs."""
+
+    def __init__(self, job: MirrorJob, clock: Callable[[], float]) -> None:
+        self.lost: Lost | None = None
+        self.target = job.target.description
+        self.source = job.disk.source.description
+        self._job = job
+        self._mode = job.copy_mode
+        self._clock = clock
+        self._meter = Meter()
+        self._ending_since_s: float | None = None
+        self._answers: tuple[int, ...] = ()
+        self._answered_s = clock()
+        self._error: JobError | None = None
+        self._error_s = 0.0
+        self._level_s: float | None = None
+        """As of when the target has all; None before READY."""
+
+    def look(self) -> None:
+        """About once a second."""
+        now_s, job = self._clock(), self._job
+        if job.ending is Ending.NONE:
+            self._ending_since_s = None
+        elif self._ending_since_s is None:
+            self._ending_since_s = now_s
+        answers = job.copier.answers, job.copier.copied_bytes, job.tracker.written_bytes
+        if answers != self._answers or not self._waits_for("read") | self._waits_for("write"):
+            self._answers, self._answered_s = answers, now_s
+        if job.copy_mode is not self._mode:
+            self._mode = job.copy_mode
+            log.info("job %s: copy mode %s", job.id, job.copy_mode)
+        if job.last_error is not self._error:
+            self._error, self._error_s = job.last_error, now_s
+        if job.copier.is_running:
+            self._meter.add(self._sample())
+        else:
+            self._meter.start_over()
+        self._look_for_lag(now_s)
+
+    def _look_for_lag(self, now_s: float) -> None:
+        """What is left was written lately, at the rate at which guests write."""
+        job = self._job
+        if not (job.is_ready or job.has_done_its_work):
+            return
+        if self._level_s is None or job.tracker.in_sync or job.is_actively_synced:
+            self._level_s = now_s
+        elif (rates := self.rates) is not None and rates.dirty_bytes_per_s:
+            lag_s = job.copier.remaining_bytes / rates.dirty_bytes_per_s
+            self._level_s = max(self._level_s, now_s - lag_s)
+
+    @property
+    def lag_s(self) -> float | None:
+        """About how old the oldest write is that the target lacks; None before READY. It grows
+        while the job stands still."""
+        now_s = self._clock()
+        self._look_for_lag(now_s)
+        return None if self._level_s is None else now_s - self._level_s
+
+    @property
+    def rates(self) -> Rates | None:
+        """None while nothing is copied, and before enough was seen."""
+        return self._meter.rates(self._sample()) if self._job.copier.is_running else None
+
+    @property
+    def ending_for_s(self) -> float:
+        """How long ago the ending was asked for; exact to LOOK_S."""
+        since_s = self._ending_since_s
+        return 0.0 if since_s is None else self._clock() - since_s
+
+    @property
+    def error_ago_s(self) -> float:
+        """How long ago the last error was told; exact to LOOK_S."""
+        return self._clock() - self._error_s if self._job.last_error is self._error else 0.0
+
+    def silent_for_s(self, operation: str) -> float:
+        """How long requests have waited for an answer: "read" for the source's, "write" for the
+        target's; exact to LOOK_S, 0 where none does."""
+        silent_s = self._clock() - self._answered_s
+        return silent_s if silent_s >= LOOK_S and self._waits_for(operation) else 0.0
+
+    def _waits_for(self, operation: str) -> bool:
+        """For the source only if for nothing of the target's."""
+        copier, tracker = self._job.copier, self._job.tracker
+        is_writing = copier.is_writing or (not copier.in_flight and tracker.in_flight_bytes > 0)
+        return is_writing if operation == "write" else copier.in_flight > 0 and not is_writing
+
+    def _sample(self) -> Sample:
+        job, tracker = self._job, self._job.tracker
+        return Sample(
+            time_s=self._clock(),
+            offset=job.offset,
+            data=job.copier.written_bytes + tracker.written_bytes,
+            left=job.copier.remaining_bytes,
+            in_flight=tracker.in_flight_bytes,
+            again=tracker.again_bytes,
+        )
+
+
+class Chronicle:
+    """Of all jobs of a server."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        events: EventRing,
+        time_s: Callable[[], float],
+        keep: Callable[[Disk, Result], None],
+    ) -> None:
+        """`time_s`: seconds since 1970. `keep`: have a result outlive the process, if it can."""
+        self.results: dict[Disk, Result] = {}
+        """Of the job of each disk that ended last."""
+        self.courses: dict[MirrorJob, Course] = {}
+        """Of those that have not ended."""
+        self._loop = loop
+        self._events = events
+        self._time_s = time_s
+        self._keep = keep
+        self._is_looking = False
+
+    def begin(self, job: MirrorJob) -> None:
+        course = self.courses[job] = Course(job, self._loop.clock)
+        job.when_ended(partial(self._ended, job))
+        log.info(
+            "job %s: mirrors disk %s (%s) to %s, sync %s, %s",
+            *(job.id, job.disk.name, course.source, course.target),
+            *(job.options.sync, job.copy_mode),
+        )
+        if not self._is_looking:
+            self._is_looking = True
+            self._look()
+
+    def _look(self) -> None:
+        self._is_looking = bool(self.courses)
+        for course in self.courses.values():
+            course.look()
+        if self._is_looking:
+            self._loop.call_later(LOOK_S, self._look)
+
+    def target_lost(self, job: MirrorJob, patience_s: float) -> None:
+        """It is waited for; if it was so already, from now on for so long."""
+        course, now_s = self.courses[job], self._loop.clock()
+        before, course.lost = course.lost, Lost(now_s, now_s + patience_s)
+        if before is not None:
+            course.lost = Lost(before.since_s, now_s + patience_s)
+            return
+        data: dict[str, object] = {"device": job.disk.name, "id": job.id, "target": course.target}
+        if math.isfinite(patience_s):
+            data["wait-s"] = float(patience_s)
+        how_long = f"{patience_s:g} s" if math.isfinite(patience_s) else "as long as it takes"
+        log.warning("job %s: target %s is lost: tried for %s", job.id, course.target, how_long)
+        self._events.append("X_NBDMIRROR_TARGET_LOST", data)
+
+    def target_waited_for(self, job: MirrorJob, *, is_back: bool) -> None:
+        """Not any more."""
+        course = self.courses[job]
+        lost, course.lost = course.lost, None
+        if is_back and lost is not None:
+            lost_s = round(self._loop.clock() - lost.since_s, 3)
+            log.info("job %s: target %s is back after %g s", job.id, course.target, lost_s)
+            data = {"device": job.disk.name, "id": job.id, "lost-for-s": lost_s}
+            self._events.append("X_NBDMIRROR_TARGET_BACK", data)
+
+    def _ended(self, job: MirrorJob) -> None:
+        course = self.courses.pop(job)
+        failure = job.failure
+        if str(failure) == GOES_ON:
+            log.info("job %s: %s", job.id, failure)
+            return
+        kind = "completed" if failure is None else "failed"
+        if isinstance(failure, Cancelled):
+            kind = "cancelled"
+        result = self.results[job.disk] = Result(
+            job=job.id,
+            target=course.target,
+            result=kind,
+            pivoted=job.pivoted,
+            reason="" if failure is None else str(failure) or (job.error or ""),
+            ended_at_s=round(self._time_s(), 3),
+            pause_s=job.pause_s,
+        )
+        self._keep(job.disk, result)
+        if job.pivoted:
+            text = "job %s: pivoted: disk %s is served from %s, before from %s; writes held %.1f ms"
+            pause_ms = 1000 * (job.pause_s or 0)
+            log.info(text, job.id, job.disk.name, course.target, course.source, pause_ms)
+        elif kind == "completed":
+            text = "job %s: ended: %s is a copy; disk %s is served from %s as before"
+            log.info(text, job.id, course.target, job.disk.name, course.source)
+        else:
+            text = "job %s: %s: %s; %s is of no use; disk %s is served from %s as before"
+            names = course.target, job.disk.name, course.source
+            log.warning(text, job.id, kind, result.reason, *names)

@@ -1,0 +1,113 @@
+"""Exports: a server's disks by the names of NBD exports, and which clients have them open.
+
+A disk that is a target only (targetonly.py) has two exports. By the disk's own name each request
+fails with EPERM. The export x-nbdmirror-home/SERVER/NAME is for the one server process that has the
+disk. So no write of any other client is ever acknowledged. Once the old side is the disk again, all
+requests are carried out. Other disks are their own exports, and their requests take no longer.
+
+From any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.devices.base import BlockDevice, Buffer, Extent, MemoryDevice
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.target_only import TargetOnly
+from nbdmirror.errors import DeviceError
+from nbdmirror.identity import HOME, TARGET_ONLY
+from nbdmirror.nbdclient.sides import split_name
+
+if TYPE_CHECKING:
+    from nbdmirror.server.server import Server
+
+
+class OldSideExport:
+    """Guest operations as Disk's, on a disk that is, or was, a target only. `server`: the id of the
+    server process that asks for the way in; "" of any other client."""
+
+    def __init__(self, disk: Disk, server: str) -> None:
+        self._disk = disk
+        self._server = server
+        self.name = disk.name if server else f"{disk.name}{TARGET_ONLY}"
+        self.size = disk.size
+        self.read_only = disk.read_only
+
+    @property
+    def source(self) -> BlockDevice:
+        return self._disk.source
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        self._inside().pread(buf, offset)
+
+    def pwrite(self, buf: Buffer, offset: int, fua: bool) -> None:
+        self._inside().pwrite(buf, offset, fua)
+
+    def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        self._inside().zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
+
+    def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        self._inside().trim(offset, length, fua=fua)
+
+    def flush(self) -> None:
+        self._inside().flush()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        return self._inside().extents(offset, length)
+
+    def cache(self, offset: int, length: int) -> None:
+        self._inside().cache(offset, length)
+
+    def _inside(self) -> Disk:
+        source = self._disk.source
+        if isinstance(source, TargetOnly) and not (self._server and self._server == source.writer):
+            raise DeviceError(
+                f"disk {self._disk.name}: refused a client's request: target only, the disk is "
+                f"served from {source.truth}",
+                errno.EPERM,
+            )
+        return self._disk
+
+
+class Exports:
+    """Of the server's disks, by name; the first one is also the default export, ""."""
+
+    def __init__(self, disks: Mapping[str, Disk]) -> None:
+        self._disks = disks
+        self.server: Server | None = None
+        """Who answers other servers; before there is one no client comes."""
+        self._open: dict[Any, str] = {}
+        """Of each client's connection the disk."""
+
+    def find(self, export: str) -> Disk | OldSideExport:
+        """The disk of an export name. The answer to another server's question is an empty disk, by
+        its name. Raises DeviceError."""
+        what, server, name = split_name(export)
+        disk = self._find_disk(name)
+        if self.server is not None and what == HOME:
+            self.server.sides.let_in(server, disk)
+        elif self.server is not None and what:
+            side = self.server.sides.answer(what, server, disk)
+            return Disk(f"{export} {side}", MemoryDevice(0, read_only=True))
+        return OldSideExport(disk, server) if isinstance(disk.source, TargetOnly) else disk
+
+    def _find_disk(self, name: str) -> Disk:
+        if not name:
+            return next(iter(self._disks.values()))
+        if name not in self._disks:
+            raise DeviceError(f"no export is called '{name}'", errno.ENOENT)
+        return self._disks[name]
+
+    def opened(self, handle: Any, disk: Disk | OldSideExport) -> None:
+        """A client has it open, until `closed`."""
+        self._open[handle] = disk.name
+
+    def closed(self, handle: Any) -> None:
+        self._open.pop(handle, None)
+
+    def in_use(self) -> set[str]:
+        """The disks that clients have open; other servers' questions do not count."""
+        return set(self._open.copy().values()) & self._disks.keys()

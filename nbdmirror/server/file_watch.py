@@ -1,0 +1,59 @@
+"""FileWatch: notices what becomes of disks' files underneath: truncated, deleted, replaced.
+
+Requests tell of none of these, or of the first one late: a server goes on with the file that it has
+opened. So they are looked at now and then, by a thread for each file system, since one may hang.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from functools import partial
+
+from nbdmirror.devices.base import raw_device
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.disk.disk import Disk
+from nbdmirror.events import EventRing
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+
+
+class FileWatch:
+    """Tells of each change once. `start` and `stop` from any thread."""
+
+    def __init__(self, disks: Mapping[str, Disk], events: EventRing) -> None:
+        self._disks = disks
+        self._events = events
+        self.changes: dict[str, str] = {}
+        """What has become of each disk's file, by the disk's name; empty where it is as it was."""
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        """After the fork."""
+        storages: dict[int, dict[str, Disk]] = {}
+        for name, disk in self._disks.items():
+            if isinstance(source := raw_device(disk.source), FileDevice):
+                storages.setdefault(source.storage, {})[name] = disk
+        for disks in storages.values():
+            run = partial(self._run, disks)
+            threading.Thread(target=run, name="nbdmirror-files", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def look(self, disks: Mapping[str, Disk]) -> None:
+        for name, disk in disks.items():
+            source = raw_device(disk.source)
+            reason = source.change() if isinstance(source, FileDevice) else ""
+            if reason and reason != self.changes.get(name):
+                log.error("disk %s: %s", name, reason)
+                data = {"device": name, "reason": reason}
+                self._events.append("X_NBDMIRROR_SOURCE_CHANGED", data)
+            self.changes[name] = reason
+
+    def _run(self, disks: Mapping[str, Disk]) -> None:
+        while not self._stopping.wait(LOOK_S):
+            self.look(disks)

@@ -1,0 +1,335 @@
+"""Nodes: the targets that were added, by name; QEMU's block nodes. On the event loop's thread."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.disk.disk import Disk
+from nbdmirror.errors import CommandError
+from nbdmirror.identity import Same, same_place
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
+
+NODES_MAX = 256
+"""Targets of all kinds. Each has a connection and three descriptors; QEMU has no such bound."""
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+NAME_LENGTH_MAX = 31
+_SERVED = "Failed to inactivate node: Operation not permitted"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What blockdev-add asked for. All but the first two are only shown again by queries."""
+
+    reconnect_delay_s: float = 0.0
+    read_only: bool = False
+    """Not to be written to, whatever the server would take."""
+    detect_zeroes: str = "off"
+    direct: bool = False
+    no_flush: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A target that was added: QEMU's block node."""
+
+    name: str
+    device: RemoteDevice
+    options: NodeOptions = NodeOptions()
+    is_owned: bool = False
+    """Made by drive-mirror for one job: goes when the job goes."""
+    file: Node | None = None
+    """The node below, of a `raw` one: both are the same device."""
+    is_inline: bool = False
+    """Made with the `raw` node above it, and goes with that."""
+    is_active: bool = True
+    """An inactive one is not written to, so no mirror's target; see `Nodes.set_active`."""
+    job: MirrorJob | None = None
+    disk: Disk | None = None
+    """The disk that is served from this node since a pivot."""
+
+    @property
+    def is_read_only(self) -> bool:
+        below = self.file is not None and self.file.is_read_only
+        return below or self.options.read_only or self.device.read_only
+
+
+@dataclass(slots=True, eq=False)
+class OldFile:
+    """The file that a disk was served from before its first pivot: a node still, though closed."""
+
+    device: BlockDevice
+    is_active: bool = True
+
+
+class Nodes:
+    """The nodes of a server. The disks' names count as names of nodes."""
+
+    def __init__(self, disks: dict[str, Disk], connections: int = CONNECTIONS_DEFAULT) -> None:
+        """`connections`: to a target, at most."""
+        self._disks = disks
+        self._files: dict[str, OldFile] = {}
+        self._connections = connections
+        self._nodes: dict[str, Node] = {}
+        self._left: list[RemoteDevice] = []
+        """Of mirrors that ended: their servers may carry out requests yet."""
+
+    def __iter__(self) -> Iterator[Node]:
+        """Oldest first."""
+        return iter(list(self._nodes.values()))
+
+    def find_target(self, disk: Disk, name: str) -> Node | None:
+        """The node `name`, as the target of a mirror of `disk`; None if that is its own source."""
+        if self._served_from(name) is disk:
+            return None
+        if name in self._nodes:
+            return self._nodes[name]
+        if name in self._files:
+            raise CommandError(f"Node '{name}' is a file; a mirror's target is an NBD export")
+        if name in self._disks:
+            raise CommandError(f"Node '{name}' is in use")
+        raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
+
+    def find_file(self, name: str) -> Node:
+        """The node `name`, as what a `raw` node is to be on."""
+        if name in self._disks:
+            raise CommandError(f"Node '{name}' is a disk; a 'raw' node can be on a target alone")
+        if name not in self._nodes or self._nodes[name].file is not None:
+            raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
+        return self._nodes[name]
+
+    def find_disk(self, name: str) -> Disk:
+        """The disk called `name`, or that is served from the node `name`."""
+        node = self._nodes.get(name)
+        disk = self._disks.get(name) or (node.disk if node else None)
+        if disk is None and node is not None:
+            raise CommandError(f"Node '{name}' is not a disk that is served here")
+        if disk is None:
+            raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
+        return disk
+
+    def mirror_to(self, name: str) -> MirrorJob | None:
+        """The job whose target is the node `name`, until that is what the disk is served from."""
+        node = self._nodes.get(name)
+        return node.job if node is not None and node.disk is None else None
+
+    def root_of(self, disk: Disk) -> Node | None:
+        """The node that `disk` is served from since a pivot."""
+        return next((node for node in self if node.disk is disk), None)
+
+    def user_of(self, device: RemoteDevice) -> str:
+        """What else uses the export that `device` is connected to: a disk or a node by its name; ""
+        if nothing does that we can see."""
+        sources = {disk.name: disk.source for disk in self._disks.values()}
+        busy = {node.name: node.device for node in self if node.job or node.disk}
+        for name, other in {**sources, **busy}.items():
+            other = raw_device(other)
+            if not isinstance(other, RemoteDevice) or other is device:
+                continue
+            if device.is_same_export(other):
+                return name
+        return ""
+
+    def leave(self, device: RemoteDevice) -> None:
+        """A mirror to `device` has ended. Nobody waits for what is in flight there, if anything is,
+        and until the server has answered that, no other mirror goes there."""
+        if device.pool.is_busy:
+            device.pool.give_up()
+        if device.pool.unanswered:
+            self._left = [*self.left, device]
+
+    @property
+    def left(self) -> list[RemoteDevice]:
+        """Devices that have requests of former mirrors in flight."""
+        self._left = [device for device in self._left if device.pool.unanswered]
+        return self._left
+
+    def check_left(self, uri: str, device: RemoteDevice | None = None) -> None:
+        """Raise CommandError if such requests are at the same export. By the names alone, before
+        there is a `device`: a server that hangs greets nobody."""
+        for left in self.left:
+            is_named = same_place(left.uri, uri) is Same.YES
+            if device.is_same_export(left) if device else is_named:
+                raise CommandError(
+                    f"Target '{uri}' has not answered all requests of a mirror that has ended "
+                    f"({left.pool.unanswered} are left), and may carry them out over newer data: "
+                    "wait until it has, or end its server"
+                )
+
+    def is_used(self, node: Node) -> bool:
+        """By a job or a disk, under whichever name."""
+        same = [other for other in self if other.device is node.device]
+        return any(other.job is not None or other.disk is not None for other in same)
+
+    def is_closed(self, node: Node) -> bool:
+        """It has lost its connection and nobody uses it: it can be opened again."""
+        return node.device.is_lost and not self.is_used(node)
+
+    def reopen(self, node: Node, device: RemoteDevice) -> bool:
+        """Give it a new connection. False if another client did so first, or took it away."""
+        old = node.device
+        if self._nodes.get(node.name) is not node or not self.is_closed(node):
+            return False
+        old.close()
+        device.pool.limit(self._connections)
+        for other in self:
+            if other.device is old:
+                other.device = device
+        return True
+
+    def _is_held(self, node: Node) -> bool:
+        """By a job, or by what uses the node that goes with it."""
+        goes_too = node.file is not None and node.file.is_inline
+        return node.job is not None or (goes_too and self.is_used(node))
+
+    def _above(self, node: Node) -> Node | None:
+        return next((other for other in self if other.file is node), None)
+
+    def _served_from(self, name: str) -> Disk | None:
+        """The disk that is served from the node `name` now."""
+        if name in self._nodes:
+            return self._nodes[name].disk
+        disk = self._disks.get(name)
+        return disk if disk is not None and self.root_of(disk) is None else None
+
+    def check_name(self, name: str) -> None:
+        """Raise CommandError, with QEMU's text, unless a new node may be called `name`."""
+        if not _NAME.fullmatch(name):
+            raise CommandError(f"Invalid node-name: '{name}'")
+        if len(name) > NAME_LENGTH_MAX:
+            raise CommandError("Node name too long")
+        self._check_free(name)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._nodes or name in self._disks:
+            raise CommandError(f"Duplicate nodes with node-name='{name}'")
+
+    def check_room(self, number: int = 1) -> None:
+        """Raise CommandError if there are too many nodes for so many more."""
+        if len(self._nodes) + number > NODES_MAX:
+            raise CommandError(f"There are {NODES_MAX} nodes already; delete some (blockdev-del)")
+
+    def check_replaces(self, disk: Disk, name: str) -> None:
+        """Raise CommandError, with QEMU's text, unless a pivot of `disk` replaces the node
+        `name`."""
+        if name not in self._nodes and name not in self._disks:
+            raise CommandError(f"Failed to find node with node-name='{name}'")
+        if name != disk.name and self._served_from(name) is not disk:
+            raise CommandError(
+                f"Cannot replace '{name}' by a node mirrored from '{disk.name}', because it cannot "
+                "be guaranteed that doing so would not lead to an abrupt change of visible data"
+            )
+
+    def add(self, node: Node) -> None:
+        """Under its name, which was checked; without one it gets one of QEMU's generated kind,
+        which no user can take. What it was made with, below it, is added as well."""
+        node.name = node.name or self._generated_name()
+        added = [node]
+        if node.file is not None and node.file.is_inline:
+            node.file.name = node.file.name or self._generated_name()
+            added.insert(0, node.file)
+            if node.file.name == node.name:
+                raise CommandError(f"Duplicate nodes with node-name='{node.name}'")
+        self.check_room(len(added))
+        for one in added:
+            self._check_free(one.name)
+        if node.file is not None and node.is_active and not node.file.is_active:
+            raise CommandError(
+                f"Inactive '{node.file.name}' can't be a file child of active '{node.name}'"
+            )
+        self._nodes |= {one.name: one for one in added}
+        node.device.pool.limit(self._connections)
+
+    def _generated_name(self) -> str:
+        numbers = (f"#block{number:03}" for number in itertools.count())
+        return next(name for name in numbers if name not in self._nodes)
+
+    def add_again(self, node: Node) -> None:
+        """One of an earlier process. If a disk has its name now, as where that was mirrored back to
+        its first source, it gets a generated one."""
+        if node.name in self._nodes or node.name in self._disks:
+            node.name = ""
+        self.add(node)
+
+    def pivoted(self, disk: Disk, node: Node, old: BlockDevice) -> None:
+        """`disk` is served from `node` now. `old`, its source until then, stays a node until
+        blockdev-del, as in QEMU; what it was opened for is closed."""
+        if (root := self.root_of(disk)) is not None:
+            root.disk = None
+        elif isinstance(old, RemoteDevice):
+            self._nodes = {disk.name: Node(disk.name, old), **self._nodes}  # the oldest
+        else:
+            self._files[disk.name] = OldFile(old)
+        node.disk = disk
+
+    def file_of(self, disk: Disk) -> OldFile | None:
+        """What `disk` was served from before its first pivot, if that is a file and still a
+        node."""
+        return self._files.get(disk.name)
+
+    def set_active(self, name: str | None, active: bool) -> None:
+        """blockdev-set-active: of the node `name` and what is below it; None: of all. Raises
+        CommandError, with QEMU's text, for a node that has to stay active."""
+        if name is None and not active and self._disks:
+            raise CommandError("Failed to inactivate all nodes: Operation not permitted")
+        if name is None:
+            changed: list[Node | OldFile] = [*self, *self._files.values()]
+        else:
+            changed = self._with_file(name)
+            reason = self._needed_by(changed[0]) if changed else _SERVED
+            if reason and not active:
+                raise CommandError(reason)
+        for node in changed:
+            if active or not self._needed_by(node):
+                node.is_active = active
+
+    def _with_file(self, name: str) -> list[Node | OldFile]:
+        """The node `name` and that below it; none for a disk's own, which is always active."""
+        node = self._nodes.get(name)
+        if node is not None:
+            return [node] if node.file is None else [node, node.file]
+        if self._served_from(name) is None and name not in self._files:
+            raise CommandError(f"Failed to find node with node-name='{name}'")
+        return [self._files[name]] if name in self._files else []
+
+    def _needed_by(self, node: Node | OldFile) -> str:
+        """Why `node` has to stay active; "" if nothing needs it."""
+        if any(other.file is node and other.is_active for other in self):
+            return "Node has active parent node"
+        if isinstance(node, Node) and node.disk is not None:
+            return _SERVED
+        if isinstance(node, Node) and node.job is not None:
+            return f"Node {node.name} is in use"
+        return ""
+
+    def remove(self, name: str) -> None:
+        """Take a node away and close it."""
+        node, disk = self._nodes.get(name), self._served_from(name)
+        if disk is not None and any(n.job is not None and n.job.disk is disk for n in self):
+            raise CommandError(
+                f"Node '{name}' is busy: block device is in use by block job: mirror"
+            )
+        if disk is not None or (node is not None and self._is_held(node)):
+            raise CommandError(f"Node {name} is in use")
+        if node is not None and self._above(node) is not None:
+            if node.is_inline:
+                raise CommandError(f"Node {name} is not owned by the monitor")
+            raise CommandError(f"Block device {name} is in use")
+        if node is not None:
+            self._nodes.pop(name)
+            if node.file is not None and node.file.is_inline:
+                self._nodes.pop(node.file.name)
+            if all(other.device is not node.device for other in self):
+                node.device.close()
+        elif self._files.pop(name, None) is None:
+            raise CommandError(f"Failed to find node with node-name='{name}'")
+
+    def forget(self, node: Node) -> None:
+        """Take away a node that was made for one job."""
+        self._nodes.pop(node.name, None)

@@ -1,0 +1,96 @@
+"""OldSides: what a server answers about its disks' sides, and how an old side becomes the disk.
+
+It does when the server that had the disk says that it has moved here, after that is written down
+there. Before, no other client than that server gets to read or to write here (exports.py), and old
+bytes are read to nobody (targetonly.py). docs/state.md has the argument.
+
+From any thread but the loop's.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.target_only import TargetOnly
+from nbdmirror.errors import IO_ERRORS, DeviceError
+from nbdmirror.nbdclient.sides import MOVED_HERE, Side, look
+from nbdmirror.state.pivots import forget
+from nbdmirror.state.recovery import Found
+from nbdmirror.state.store import DiskStore
+from nbdmirror.state.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+class OldSides:
+    def __init__(
+        self,
+        stores: Mapping[str, DiskStore],
+        writers: Mapping[str, Writer],
+        take_up: Callable[[Disk, Found], None],
+    ) -> None:
+        """`take_up`: have the disk's bitmaps again."""
+        self._stores = stores
+        self._writers = writers
+        self._take_up = take_up
+        self._letting_in, self._retiring = threading.Lock(), threading.Lock()
+
+    def let_in(self, server: str, disk: Disk) -> None:
+        """`server`, the id of a process, wants to write to `disk`. Of a target only it may if the
+        process that is reached where the disk is served from has that id, and has the disk; another
+        one that could until now, cannot any more. Raises DeviceError."""
+        with self._letting_in:
+            source = disk.source
+            if not isinstance(source, TargetOnly) or (server and source.writer == server):
+                return
+            if look(source.truth) != (Side.DISK, server):
+                raise DeviceError(
+                    f"disk {disk.name}: refused a mirror from another server than the disk's: "
+                    f"target only, the disk is served from {source.truth}",
+                    errno.EPERM,
+                )
+            source.writer = server
+
+    def answer(self, question: str, server: str, disk: Disk) -> Side:
+        """To the question (sides.py) of `server`, the id of a process, about `disk`."""
+        if question == MOVED_HERE:
+            with self._retiring:
+                self._retire(disk, server)
+        source = disk.source
+        if isinstance(source, TargetOnly):
+            return Side.WHOLE if source.is_whole else Side.TARGET
+        return Side.MOVED if disk.has_moved else Side.DISK
+
+    def _retire(self, disk: Disk, server: str) -> None:
+        """Have it be the disk, if all of it was written, and by `server`."""
+        device, name = disk.source, disk.name
+        if not isinstance(device, TargetOnly):
+            return
+        if not server or server != device.writer:
+            log.warning("disk %s: stays a target only: that server has not mirrored here", name)
+            return
+        if not device.is_whole:
+            log.warning("disk %s: stays a target only: not all of it was written", name)
+            return
+        found: list[Found] = []
+
+        def write() -> None:
+            device.flush()
+            store = self._stores[name]
+            definition = forget(store.folder, name, store.identity)
+            if definition is not None:
+                found.append(Found(definition, problem="they were of the other side"))
+
+        try:
+            self._writers[name].submit(write).result()
+        except IO_ERRORS as error:
+            log.error("disk %s: stays a target only: %s", name, error)
+            return
+        disk.unwrap(device.inner)
+        log.info("disk %s: moved here from %s, and is the disk from now on", name, device.truth)
+        for one in found:
+            self._take_up(disk, one)

@@ -1,0 +1,240 @@
+"""Server: the disks, the target nodes, the bitmaps and the jobs of one process, and their loop.
+
+The doors (commands, http) call it; it calls none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Set
+from functools import partial
+
+from nbdmirror.devices.base import raw_device
+from nbdmirror.disk.disk import Disk
+from nbdmirror.errors import IO_ERRORS
+from nbdmirror.event_loop import Loop
+from nbdmirror.events import EventRing
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.nbdclient import tcp_watch as tcpwatch
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, wait_for_handshakes
+from nbdmirror.nbdclient.sides import wait_until_told
+from nbdmirror.server.bitmaps import Bitmaps
+from nbdmirror.server.chronicle import GOES_ON, SERVER_ENDS, Chronicle
+from nbdmirror.server.file_watch import FileWatch
+from nbdmirror.server.mirror_jobs import Mirrors
+from nbdmirror.server.nodes import Nodes
+from nbdmirror.server.old_side import OldSides
+from nbdmirror.state.job_results import Result
+from nbdmirror.state.journaled_disk import JournaledDisk
+from nbdmirror.state.null_store import Transient
+from nbdmirror.state.recovery import Found
+from nbdmirror.state.sealed_files import StateError
+from nbdmirror.state.store import DiskStore
+from nbdmirror.state.writer import Writer
+
+log = logging.getLogger(__name__)
+
+STOP_S_MAX = 2.0
+"""How long a server that ends waits for its jobs: a forced cancel takes less than one second."""
+
+LEAVING_S_MAX, LEAVING_LOOK_S = 0.2, 0.01
+"""How long a client may take to be gone that has hung up just before the server is told to end."""
+
+END_S_MAX = 5.0
+"""How long, at the end, a disk's storage may take to flush and close it, and its state directory.
+What is not flushed then is where the storage has it, as after a server that was killed."""
+
+
+class Server:
+    """Its parts are for the loop's thread; its own methods say which thread they are for."""
+
+    def __init__(
+        self,
+        disks: dict[str, Disk],
+        events: EventRing,
+        loop: Loop,
+        stores: Mapping[str, DiskStore] | None = None,
+        *,
+        connections: int = CONNECTIONS_DEFAULT,
+    ) -> None:
+        """`stores`: what is kept of each disk, by its name, where there is a state directory.
+        `connections`: to a target, at most."""
+        self.started_at_s = round(time.time(), 3)
+        self.disks = disks
+        self.events = events
+        self.loop = loop
+        self._stores = stores or {}
+        self.writers = {name: Writer(loop, events, time.time) for name in self._stores}
+        self.kept = {disk: self._stores.get(name, Transient()) for name, disk in disks.items()}
+        self.nodes = Nodes(disks, connections)
+        self.bitmaps = Bitmaps(self.kept)
+        self.files = FileWatch(disks, events)
+        self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
+        self.sides = OldSides(self._stores, self.writers, self._have_bitmaps)
+        self.in_use: Callable[[], Set[str]] = frozenset
+        """The disks that clients have open."""
+        self.mirrors = Mirrors(
+            nodes=self.nodes, events=events, loop=loop, kept=self.kept, chronicle=self.chronicle
+        )
+
+    def start(self) -> None:
+        """Start the loop's thread, and what an earlier process has left; after nbdkit has forked,
+        before guests come."""
+        self.loop.start()
+        for name, store in self._stores.items():
+            disk = self.disks[name]
+            store.begin(self.writers[name], disk.sync)
+            assert isinstance(disk, JournaledDisk)
+            disk.journal = store.journal
+            if store.found is not None:
+                self.loop.run(partial(self._take_up, disk, store.found)).result()
+            self._recall_result(disk, store)
+            store.begun()
+            self.loop.call_soon(store.start)
+        self.files.start()
+        self.loop.call_soon(self._look_at_peers)
+
+    def _look_at_peers(self) -> None:
+        for device in self._remote_devices():
+            device.pool.look_at_peers(self.loop.clock())
+        self.loop.call_later(tcpwatch.LOOK_S, self._look_at_peers)
+
+    def _keep_result(self, disk: Disk, result: Result) -> None:
+        if (store := self._stores.get(disk.name)) is not None:
+            name = store.files["last"]
+
+            def write() -> None:
+                store.folder.prepare(name, result.to_bytes())
+                store.folder.commit([name])
+
+            self.writers[disk.name].submit(write)
+
+    def _recall_result(self, disk: Disk, store: DiskStore) -> None:
+        name = store.files["last"]
+        try:
+            if (content := store.folder.read(name)) is not None:
+                self.chronicle.results[disk] = Result.from_bytes(content)
+        except (OSError, StateError) as error:
+            log.warning("disk %s: how its last job ended is not known: %s", disk.name, error)
+
+    def _take_up(self, disk: Disk, found: Found) -> None:
+        self.bitmaps.take_up(disk, found)
+        try:
+            self.mirrors.take_up(disk, found, self.bitmaps)
+        except StateError as error:
+            log.error("disk %s: its mirror does not go on: %s", disk.name, error)
+
+    def _have_bitmaps(self, disk: Disk, found: Found) -> None:
+        self.loop.run(partial(self.bitmaps.take_up, disk, found)).result()
+
+    def cancel_jobs(self, when_done: Callable[[], None]) -> None:
+        """Cancel every job by force, and dismiss all; `when_done` is called, on the loop, when the
+        last one has ended."""
+        left = set(self.mirrors.running)
+        was_running = bool(left)
+
+        def ended(job: MirrorJob) -> None:
+            if not job.options.auto_dismiss:
+                job.dismiss()
+            left.discard(job)
+            if not left:
+                when_done()
+
+        for job in list(self.mirrors.jobs.values()):
+            if job in left:
+                job.when_ended(partial(ended, job))
+                goes_on = job.disk.name in self._stores
+                job.cancel(force=True, because=GOES_ON if goes_on else SERVER_ENDS)
+            else:
+                job.dismiss()
+        if not was_running:
+            when_done()
+
+    def end_jobs(self) -> None:
+        """`cancel_jobs`, waited for within a bound, though what is kept in a state directory is so
+        for the next start. From any thread but the loop's."""
+        ended = threading.Event()
+        self._note_clients()
+
+        def end() -> None:
+            for name, store in self._stores.items():
+                store.suspend(self.disks[name].ledger)
+            self.cancel_jobs(ended.set)
+
+        self.loop.call_soon(end)
+        if not ended.wait(STOP_S_MAX):
+            log.error("jobs did not end within %g s; going on without them", STOP_S_MAX)
+
+    def _note_clients(self) -> None:
+        """Before they are hung up on. A client that was there may come back after a restart."""
+        disks = ((name, raw_device(self.disks[name].source)) for name in self._stores)
+        moved = {name for name, device in disks if isinstance(device, RemoteDevice)}
+        deadline_s = self.loop.clock() + LEAVING_S_MAX
+        while moved & set(self.in_use()) and self.loop.clock() < deadline_s:
+            time.sleep(LEAVING_LOOK_S)
+        for name in self._stores.keys() & self.in_use():
+            self._stores[name].is_left = False
+
+    def give_up(self) -> None:
+        """Have guests' requests fail that wait for another server. From any thread."""
+        for disk in self.disks.values():
+            device = raw_device(disk.source)
+            if isinstance(device, RemoteDevice) and (device.pool.is_busy or device.is_lost):
+                log.error("%s: does not answer; requests under way fail", device.uri)
+                device.pool.abandon()
+
+    def hold_changes(self) -> bool:
+        """Begin no request of a guest any more that changes a disk; whether none is under way. From
+        any thread; the jobs have ended."""
+        ledgers = [disk.ledger for disk in self.disks.values()]
+        for ledger in ledgers:
+            if ledger.gate is None:
+                ledger.close_gate(lambda: None)
+        return all(ledger.is_idle for ledger in ledgers)
+
+    def stop(self) -> None:
+        """Stop the loop; flush and close the disks, and write down what is kept of them, within
+        bounds. From any thread but the loop's; the jobs have ended and no guest request is under
+        way, or they are given up."""
+        self.files.stop()
+        self.loop.stop(STOP_S_MAX)
+        # A job that did not end has left its disks to a loop that is no more.
+        for device in self._remote_devices():
+            device.pool.detach()
+        deadline_s = self.loop.clock() + END_S_MAX
+        ends = {name: threading.Thread(target=self._end, args=(name,)) for name in self.disks}
+        for thread in ends.values():
+            thread.daemon = True
+            thread.start()
+        for name, thread in ends.items():
+            thread.join(max(0.0, deadline_s - self.loop.clock()))
+            if thread.is_alive():
+                what = "does not answer; it is left as it is, not flushed"
+                log.error("disk %s: %s: %s", name, self.disks[name].source.description, what)
+        for device in (*(node.device for node in self.nodes), *self.nodes.left):
+            device.pool.abandon()
+        wait_for_handshakes()
+        wait_until_told()
+
+    def _remote_devices(self) -> list[RemoteDevice]:
+        sources = [raw_device(disk.source) for disk in self.disks.values()]
+        devices = [*sources, *(node.device for node in self.nodes), *self.nodes.left]
+        return [device for device in devices if isinstance(device, RemoteDevice)]
+
+    def _end(self, name: str) -> None:
+        """Of a disk, in a thread of its own: nobody but its storage is waited for."""
+        disk = self.disks[name]
+        try:
+            if not disk.read_only:
+                disk.source.flush()
+            disk.source.close()
+        except IO_ERRORS as error:
+            log.error("%s: flush at the end failed: %s", name, error)
+        if name in self._stores and self.writers[name].stop(END_S_MAX):
+            try:
+                self._stores[name].finish()
+            except OSError as error:
+                log.error("disk %s: its state cannot be saved: %s", name, error)

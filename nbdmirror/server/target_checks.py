@@ -1,0 +1,83 @@
+"""What a disk and a target must be for a mirror to begin, and the unit that it is kept in."""
+
+from __future__ import annotations
+
+from nbdmirror.devices.base import raw_device
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.disk.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.target_only import TargetOnly
+from nbdmirror.errors import CommandError
+from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.sides import is_old_side, not_whole
+from nbdmirror.server.bitmaps import NamedBitmap
+from nbdmirror.server.nodes import Node
+
+
+def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
+    """Raise CommandError if `disk` cannot be mirrored to `node`, whatever jobs there are."""
+    check_is_disk(disk)
+    target = node.device
+    if target.is_lost:
+        raise CommandError(f"Node '{node.name}' has lost its connection to '{target.uri}'")
+    if target.is_own_export():
+        raise CommandError(f"Target '{target.uri}' is an export of this server itself")
+    source = raw_device(disk.source)
+    if isinstance(source, RemoteDevice) and source.is_same_export(target):
+        raise CommandError(f"Target '{target.uri}' is the disk itself")
+    if not node.is_active:
+        raise CommandError("Permission 'write' unavailable on inactive node")
+    if isinstance(source, FileDevice) and target.is_of_file(source.fd, source.opened):
+        raise CommandError(
+            f"The server of target '{target.uri}' writes to '{source.description}' itself"
+        )
+    if node.is_read_only:
+        raise CommandError("Block node is read-only")
+    if is_old_side(target) and not options.writes_all:
+        raise CommandError(not_whole(target))
+    if not target.can_flush and disk.size:
+        raise CommandError(
+            f"Target '{target.uri}' has no flush: it can promise nothing about its data"
+        )
+    if disk.size % target.block_size.minimum:
+        raise CommandError(
+            f"The disk's size {disk.size} is no multiple of the minimum block size "
+            f"{target.block_size.minimum} of '{target.uri}'"
+        )
+    least = max(target.block_size.minimum, disk.source.block_size.minimum)
+    if options.granularity and options.granularity < least:
+        raise CommandError(
+            f"Parameter 'granularity' expects at least the block size {least} of the disks"
+        )
+
+
+def check_is_disk(disk: Disk) -> None:
+    """Raise CommandError if it is an old side, which is a target only."""
+    if isinstance(disk.source, TargetOnly):
+        raise CommandError(
+            f"Node '{disk.name}' is a target only: the disk is served from '{disk.source.truth}'"
+        )
+
+
+def granularity_of(
+    disk: Disk, target: RemoteDevice, options: MirrorOptions, bitmap: NamedBitmap | None
+) -> int:
+    """QEMU's choice: the target's cluster size, between 4 and 64 KiB, where it is known, else 64
+    KiB; a bitmap's own with sync=bitmap.
+
+    Where not everything is copied, the target may have a backing file that is not in place yet:
+    then the first write to a cluster must carry all of it (rule 24), and a granule is at least a
+    cluster."""
+    least = max(target.block_size.minimum, disk.source.block_size.minimum)
+    cluster = options.cluster_bytes
+    granularity = options.granularity
+    if not granularity and bitmap is not None:
+        granularity = min(bitmap.bitmap.granularity, GRANULARITY_MAX)
+    if not granularity:
+        granularity = min(GRANULARITY_DEFAULT, max(4096, cluster or GRANULARITY_DEFAULT))
+    if options.sync != "full":
+        preferred = target.block_size.preferred
+        is_cluster = not preferred & (preferred - 1) and preferred <= GRANULARITY_MAX
+        granularity = max(granularity, cluster or (preferred if is_cluster else 0))
+    return max(granularity, least)

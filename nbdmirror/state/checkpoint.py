@@ -1,0 +1,102 @@
+"""Checkpoints: saves what is dirty, now and then, in the order that makes the journal's log of
+intents fill the gap (journal.py). On the event loop's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+from nbdmirror.state.journal import Journal, Regions
+from nbdmirror.state.writer import Writer
+
+DRAIN_POLL_S = 0.02
+
+Bits = dict[str, bytes]
+"""What is dirty, by bitmaps' keys, as DirtyBitmap.to_bytes has it."""
+
+
+class Checkpoints:
+    """`bits` tells what is dirty now; `write`, on the writer's thread, puts that on disk."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        regions: Regions,
+        writer: Writer,
+        bits: Callable[[], Bits],
+        write: Callable[[Bits], None],
+        flush: Callable[[], None],
+    ) -> None:
+        """`flush` makes durable, on the writer's thread, what guests have written."""
+        self._journal = journal
+        self._regions = regions
+        self._writer = writer
+        self._bits = bits
+        self._write = write
+        self._flush = flush
+        self._written: Bits | None = None
+        self._is_running = False
+        self._must_flush = True
+        self._waiting: list[Future[None]] = []
+        """For a checkpoint that begins after they have asked."""
+
+    def begin_anew(self) -> None:
+        """The log of intents is used from now on: what was written before is in no region, and a
+        power cut may take it back as well."""
+        self._must_flush = True
+        self._written = None
+
+    def tick(self) -> None:
+        """Make one, unless one is being made."""
+        if not self._is_running:
+            self._begin()
+
+    def make(self) -> Future[None]:
+        """Make one that begins from now on. The future has its error."""
+        future: Future[None] = Future()
+        self._waiting.append(future)
+        self.tick()
+        return future
+
+    def _begin(self) -> None:
+        self._is_running = True
+        asked, self._waiting = self._waiting, []
+        self._regions.cut()
+        before = self._journal.under_way()
+
+        def look() -> None:
+            if self._journal.has_drained(before):
+                self._save(asked)
+            else:
+                self._writer.call_later(DRAIN_POLL_S, look)
+
+        look()
+
+    def _save(self, asked: list[Future[None]]) -> None:
+        bits = self._bits()
+        is_new = bits != self._written or self._regions.was_touched
+        must_flush, self._must_flush = self._must_flush, False
+
+        def done(error: BaseException | None) -> None:
+            self._is_running = False
+            self._written = bits if error is None else None
+            self._must_flush = self._must_flush or (must_flush and error is not None)
+            for future in asked:
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+            if self._waiting:
+                self._begin()
+
+        put = partial(self._put, bits, is_new=is_new, must_flush=must_flush)
+        self._writer.then(self._writer.submit(put), done)
+
+    def _put(self, bits: Bits, *, is_new: bool, must_flush: bool) -> None:
+        if must_flush or self._regions.may_retire:
+            self._flush()
+        if is_new:
+            self._write(bits)
+        self._regions.retire()

@@ -1,0 +1,135 @@
+"""NAME.json: the disk, its mirror and its persistent bitmaps, as they are kept in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.json_record import (
+    COUNT,
+    FLAG,
+    ID,
+    INTEGER,
+    NUMBER,
+    POSITIVE,
+    POWER_OF_2,
+    TEXT,
+    Key,
+    ListOf,
+    Object,
+    OrNull,
+    dump,
+    load,
+    one_of,
+)
+from nbdmirror.state.sealed_files import seal, unseal
+
+KIND_DEFINITION = "disk"
+
+_POLICY = one_of("report", "ignore", "enospc", "stop", "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapRecord:
+    """A persistent bitmap: QEMU's block-dirty-bitmap-add. `key` names its content in the other
+    files, and is never used again."""
+
+    name: Annotated[str, Key("name", TEXT)]
+    granularity: Annotated[int, Key("granularity", POWER_OF_2)]
+    is_recording: Annotated[bool, Key("is_recording", FLAG)]
+    key: Annotated[str, Key("key", TEXT)]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """What a mirror was asked to do: options.MirrorOptions, field by field."""
+
+    job_id: Annotated[str, Key("job_id", TEXT)]
+    sync: Annotated[str, Key("sync", one_of("full", "top", "none", "incremental", "bitmap"))]
+    copy_mode: Annotated[str, Key("copy_mode", one_of("background", "write-blocking"))]
+    granularity: Annotated[int, Key("granularity", COUNT)]
+    buffer_bytes: Annotated[int, Key("buffer_bytes", POSITIVE)]
+    speed_bytes_per_s: Annotated[int, Key("speed_bytes_per_s", COUNT)]
+    on_source_error: Annotated[str, Key("on_source_error", _POLICY)]
+    on_target_error: Annotated[str, Key("on_target_error", _POLICY)]
+    unmap: Annotated[bool, Key("unmap", FLAG)]
+    reconnect_delay_s: Annotated[float, Key("reconnect_delay_s", NUMBER)]
+    target_is_zero: Annotated[bool, Key("target_is_zero", FLAG)]
+    clear_bitmap: Annotated[bool, Key("clear_bitmap", FLAG)]
+    cluster_bytes: Annotated[int, Key("cluster_bytes", COUNT)]
+    allow_larger: Annotated[bool, Key("allow_larger", FLAG)]
+    auto_finalize: Annotated[bool, Key("auto_finalize", FLAG)]
+    auto_dismiss: Annotated[bool, Key("auto_dismiss", FLAG)]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRecord:
+    """What the target's server has announced: handshake.Announcement, field by field."""
+
+    size: Annotated[int, Key("size", COUNT)]
+    read_only: Annotated[bool, Key("read_only", FLAG)]
+    can_flush: Annotated[bool, Key("can_flush", FLAG)]
+    can_fua: Annotated[bool, Key("can_fua", FLAG)]
+    can_zero: Annotated[bool, Key("can_zero", FLAG)]
+    can_fast_zero: Annotated[bool, Key("can_fast_zero", FLAG)]
+    can_trim: Annotated[bool, Key("can_trim", FLAG)]
+    can_cache: Annotated[bool, Key("can_cache", FLAG)]
+    can_multi_conn: Annotated[bool, Key("can_multi_conn", FLAG)]
+    can_extents: Annotated[bool, Key("can_extents", FLAG)]
+    can_depth: Annotated[bool, Key("can_depth", FLAG)]
+    minimum: Annotated[int, Key("minimum", POSITIVE)]
+    preferred: Annotated[int, Key("preferred", COUNT)]
+    maximum: Annotated[int, Key("maximum", POSITIVE)]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRecord:
+    """A mirror's target: nodes.Node."""
+
+    name: Annotated[str, Key("name", TEXT)]
+    uri: Annotated[str, Key("uri", TEXT)]
+    is_owned: Annotated[bool, Key("is_owned", FLAG)]
+    reconnect_delay_s: Annotated[float, Key("reconnect_delay_s", NUMBER)]
+    announced: Annotated[ExportRecord, Key("announced", Object(ExportRecord))]
+    open_timeout_s: Annotated[float | None, Key("open_timeout_s", OrNull(NUMBER))] = None
+    """None: as if nothing had been asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorRecord:
+    """A mirror that goes on at the next start."""
+
+    key: Annotated[str, Key("key", TEXT)]
+    granularity: Annotated[int, Key("granularity", POWER_OF_2)]
+    is_scanned: Annotated[bool, Key("is_scanned", FLAG)]
+    """Dirty is all that is to be copied; before, the source's extents have to be asked first."""
+    is_paused: Annotated[bool, Key("is_paused", FLAG)]
+    """By the user."""
+    bitmap: Annotated[str, Key("bitmap", TEXT)]
+    """The bitmap that it is made from, or ""."""
+    job: Annotated[JobRecord, Key("job", Object(JobRecord))]
+    node: Annotated[TargetRecord, Key("node", Object(TargetRecord))]
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """NAME.json."""
+
+    disk_id: Annotated[str, Key("disk_id", ID)]
+    identity: Annotated[Identity, Key("identity", Object(Identity))]
+    mirror: Annotated[MirrorRecord | None, Key("mirror", OrNull(Object(MirrorRecord)))]
+    bitmaps: Annotated[tuple[BitmapRecord, ...], Key("bitmaps", ListOf(Object(BitmapRecord)))]
+    memory: Annotated[str, Key("memory", TEXT)] = ""
+    """The folder of lasting.Memory, while a server runs."""
+    clean_mtime_ns: Annotated[int | None, Key("clean_mtime_ns", OrNull(INTEGER))] = None
+    """After an orderly end: the disk file's time of change then; 0 if it has none. None while a
+    server runs."""
+
+    def to_bytes(self) -> bytes:
+        return seal(KIND_DEFINITION, dump(self))
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Raises StateError."""
+        return load(cls, unseal(KIND_DEFINITION, content))

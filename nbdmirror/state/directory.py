@@ -1,0 +1,234 @@
+"""StateDirectory: what a server finds when it starts, looked at before anything is served.
+
+What must not go on is refused here, where the user still looks: before nbdkit forks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from nbdmirror.errors import ConfigError
+from nbdmirror.identity import Same, same_place
+from nbdmirror.nbdclient.sides import Side, look
+from nbdmirror.state.definition import Definition
+from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.intent_log import SLOTS, disk_ids, slot_bytes
+from nbdmirror.state.pivots import forget
+from nbdmirror.state.recovery import (
+    OTHER_VERSION,
+    Found,
+    OtherDisk,
+    Pivoted,
+    check_formats,
+    examine,
+    last_size,
+    names,
+    record_id,
+)
+from nbdmirror.state.sealed_files import (
+    DiskFolder,
+    Folder,
+    Slots,
+    StateError,
+    UnknownFormat,
+    new_name,
+)
+from nbdmirror.state.shared_memory import discard_left
+from nbdmirror.state.store import DiskStore
+
+log = logging.getLogger(__name__)
+
+
+_SERVE = "; serve that, or say"
+_NOT_HEARD = (
+    "its server has not heard of that, and has it as a target only: end that server, and start it "
+    "with the --accept-old-side that it asks for"
+)
+
+
+class StateDirectory:
+    def __init__(self, path: str, *, accepted: Collection[str], read_only: bool = False) -> None:
+        """`accepted`: ids of records of pivots (`record_id`) that do not count any more. Raises
+        ConfigError."""
+        self._read_only = read_only
+        self._folder: Folder = DiskFolder(Path(path))
+        self._accepted = accepted
+        self._disks: dict[tuple[int, int], str] = {}
+        """Which disk has which file."""
+
+    def check_formats(self, disks: Iterable[str]) -> None:
+        """Raise ConfigError if another nbdmirror is needed for any of these disks: this one would
+        lose what a file says. Before `open`, which changes files."""
+        for name in disks:
+            try:
+                check_formats(self._folder, name)
+            except UnknownFormat as error:
+                raise ConfigError(f"{self._folder.path}/{error}") from error
+            except OSError as error:
+                text = f"state-dir: {self._folder.path}: {error.strerror}"
+                raise ConfigError(text) from error
+
+    def open(self, name: str, source: str, size: int, *, reached: str = "") -> DiskStore:
+        """What is kept of the disk `name`, a path or URI whose device has `size` bytes; `reached`
+        is the URI with the address that it has led to. Raises ConfigError if it must not be served,
+        or if nothing can be kept."""
+        identity = Identity.of(source, size)
+        files = names(name)
+        where = self._folder.path
+        try:
+            self._check_other_disks(name, identity)
+            pivoted = self._check_side(name, identity, reached or source)
+            is_target_only = pivoted is not None and pivoted.is_left(identity)
+            found = None
+            if not is_target_only:
+                if pivoted is not None:
+                    # The name that all files have.
+                    identity = replace(identity, source=pivoted.truth)
+                identity = replace(identity, size=self._size(name, identity, pivoted))
+                found = self._examine(name, identity, pivoted)
+            size = identity.size
+            slots = self._folder.slots(files["intents"], slot_bytes(size), SLOTS)
+            status = os.stat(where / files["intents"])
+            self._take_away_what_is_left(files, slots, found)
+        except OSError as error:
+            raise ConfigError(f"state-dir: {where}: {error.strerror}") from error
+        other = self._disks.setdefault((status.st_dev, status.st_ino), name)
+        if other != name:
+            raise ConfigError(
+                f"state-dir: {where}: disks {other} and {name} have one file there, of upper or "
+                f"lower case: give one of them another name"
+            )
+        return DiskStore(
+            name=name,
+            identity=identity,
+            folder=self._folder,
+            slots=slots,
+            found=found,
+            pivoted=pivoted,
+            is_target_only=is_target_only,
+        )
+
+    def _take_away_what_is_left(
+        self, files: dict[str, str], slots: Slots, found: Found | None
+    ) -> None:
+        """By a server that was killed: files that were not yet in their place; and, where nothing
+        of it is used, memory."""
+        self._folder.commit([], [new_name(file) for file in files.values()])
+        if found is None:
+            for disk_id in disk_ids(slots):
+                discard_left(disk_id)
+
+    def _check_other_disks(self, name: str, identity: Identity) -> None:
+        """Raise ConfigError if another disk was pivoted away from `identity`: the old side does not
+        become a disk by another name of it."""
+        for path in sorted(self._folder.path.glob(names("*")["pivoted"])):
+            other = path.name.removesuffix(names("")["pivoted"])
+            content = self._folder.read(path.name)
+            if other == name or content is None or record_id(content) in self._accepted:
+                continue
+            accept = f"say --accept-old-side {record_id(content)}"
+            try:
+                pivoted = Pivoted.from_bytes(content)
+            except UnknownFormat as error:
+                raise ConfigError(
+                    f"{path}: {error}; {identity.source} may be the old side of the disk {other}: "
+                    f"{OTHER_VERSION}, or {accept} if it is not"
+                ) from error
+            except StateError:
+                continue  # which disk it was is not known
+            left = pivoted.left
+            if any(old.is_same(identity) or old.shares_storage(identity) for old in left):
+                raise ConfigError(
+                    f"{identity.source} is the old side of the disk {other}, which is served from "
+                    f"{pivoted.truth} ({path}); serve that, or {accept} and lose what was written "
+                    f"there"
+                )
+
+    def _check_side(self, name: str, identity: Identity, reached: str) -> Pivoted | None:
+        """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
+        data under a running guest is worse than a start that is refused.
+
+        Of the side that was left a record is returned if it may start as a target only: no guest
+        can come back to it, since its server ended in order, and the disk is where it should be."""
+        file = names(name)["pivoted"]
+        content = self._folder.read(file)
+        if content is None:
+            return None
+        if record_id(content) in self._accepted:
+            log.warning("%s: removed, as asked for: %s is the disk", file, identity.source)
+            forget(self._folder, name, identity)
+            return None
+        path, accept = self._folder.path / file, f"--accept-old-side {record_id(content)}"
+        try:
+            pivoted = Pivoted.from_bytes(content)
+        except UnknownFormat as error:
+            raise ConfigError(
+                f"{path}: {error}; the disk was moved to another server, and this file says where: "
+                f"{OTHER_VERSION}, or say {accept} if {identity.source} is the disk"
+            ) from error
+        except StateError as error:
+            raise ConfigError(
+                f"{path}: {error}; the disk was moved to another server, and this file said where: "
+                f"serve it from there, or say {accept} if {identity.source} is the disk"
+            ) from error
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pivoted.time_s))
+        where = f"since {when} it is served from {pivoted.truth} ({path}){_SERVE}"
+        if pivoted.is_left(identity):
+            found = look(pivoted.truth)
+            side = found[0] if found is not None else None
+            if pivoted.has_ended and not self._read_only and side is Side.DISK:
+                return pivoted
+            if side in (Side.TARGET, Side.WHOLE):
+                where = f"{where[: -len(_SERVE)]}; {_NOT_HEARD}, or here say"
+            raise ConfigError(
+                f"{identity.source} is not the disk any more: {where} {accept} and lose what was "
+                f"written there"
+            )
+        places = (identity.source, reached)  # a name may have several addresses
+        if all(same_place(p, pivoted.truth, resolves=True) is not Same.YES for p in places):
+            raise ConfigError(
+                f"{identity.source}: cannot be told from the disk's old side: {where} "
+                f"{accept} if {identity.source} is the disk"
+            )
+        return pivoted
+
+    def _size(self, name: str, identity: Identity, pivoted: Pivoted | None) -> int:
+        """The disk's, which is smaller than the device that it was moved to if that is larger:
+        guests know it, and a mirror home fits only so."""
+        if pivoted is None:
+            return identity.size
+        kept = pivoted.size or last_size(self._folder, name, identity.source)
+        if kept > identity.size:
+            text = "disk %s: %s has %d bytes, and the disk had %d"
+            log.error(text, name, identity.source, identity.size, kept)
+        elif 0 < kept < identity.size:
+            text = "disk %s: keeps its size of %d bytes, though %s has %d"
+            log.info(text, name, kept, identity.source, identity.size)
+        return min(kept or identity.size, identity.size)
+
+    def _examine(self, name: str, identity: Identity, pivoted: Pivoted | None) -> Found | None:
+        """What can be used; a definition that is damaged is put aside."""
+        path = self._folder.path
+        try:
+            found = examine(self._folder, name, identity, pivoted)
+        except OtherDisk as error:
+            raise ConfigError(
+                f"{path}/{error}; give this disk another name, or another state-dir"
+            ) from error
+        except StateError as error:
+            log.error("%s/%s; it is put aside: mirrors and bitmaps begin anew", path, error)
+            self._folder.refuse(names(name)["definition"])
+            return None
+        if found is not None and found.definition.clean_mtime_ns is not None:
+            # From here on it is not what an orderly end has left.
+            self._unclean(names(name)["definition"], found.definition)
+        return found
+
+    def _unclean(self, file: str, definition: Definition) -> None:
+        self._folder.prepare(file, replace(definition, clean_mtime_ns=None).to_bytes())
+        self._folder.commit([file])

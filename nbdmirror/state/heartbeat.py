@@ -1,0 +1,31 @@
+"""Heartbeat: notes in memory that outlives the process that a server lives, and when its disk's
+file was changed last. On the event loop's thread; the look at the file is on the writer's, since
+file systems may hang."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from nbdmirror.state.disk_file import Identity, mtime_ns, write_alive, write_seen
+from nbdmirror.state.writer import Writer
+
+
+class Heartbeat:
+    def __init__(self, memory: memoryview, writer: Writer) -> None:
+        """`memory`: ALIVE_BYTES of it."""
+        self._memory = memory
+        self._writer = writer
+        self._look: Future[None] | None = None
+
+    def note_alive(self) -> None:
+        write_alive(self._memory, self._writer.clock())
+
+    def beat(self, identity: Identity) -> None:
+        """Each second. A look that is under way is not waited for."""
+        self.note_alive()
+        if identity.inode and (self._look is None or self._look.done()):
+            self._look = self._writer.submit(lambda: self._note_change(identity.source))
+
+    def _note_change(self, source: str) -> None:
+        before_s = self._writer.clock()
+        write_seen(self._memory, before_s, mtime_ns(source))

@@ -1,0 +1,212 @@
+"""What guests are about to change, written down before they do: for the start after a crash.
+
+A mark in a bitmap comes after the write (point 1 of ledger.py), so a crash between the two would
+leave a granule that differs and is clean. Therefore each changing request has its range in two
+other places first:
+
+ - `Journal`, in memory that outlives the process: the ranges of the requests under way, exactly.
+   After `kill -9` these, and the bitmaps, are all that may differ.
+ - `Regions`, on disk: the regions (1 to 64 MiB) in which bitmaps on disk may be behind those in
+   memory. After a power cut these, and the bitmaps on disk, are all that may differ. A region is
+   on disk before the first write to it is issued; further writes to it cost nothing.
+
+A region leaves the log when, after the last write to it, the disk has been flushed and the bitmaps
+have been saved. In order: `cut`, then wait until `has_drained`, then read the bitmaps, flush, save
+them, then `retire`. A write that took its slot before the cut is waited for, so its mark is in what
+is saved; one that took its slot later looks at the region afterwards, and finds that it has to be
+touched anew. Without the flush a power cut could take a write back that the target has by then.
+
+Guests' threads call `begin` and `end`; the rest is the store's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from nbdmirror.state.intent_log import SLOTS, IntentLog, region_bytes, region_count
+from nbdmirror.state.sealed_files import Slots
+
+REQUESTS_MAX = 4096
+"""Changing requests under way: more of them wait. nbdkit has a thread for each."""
+
+CROWD_PAUSE_S = 0.001
+
+JOURNAL_BYTES = REQUESTS_MAX * 16
+
+
+class Journal:
+    """`memory` is JOURNAL_BYTES of zeroes, or what an earlier process left there: then `left` has
+    its requests under way."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.regions: Regions | None = None
+        """Set while a bitmap of the disk is to survive a power cut."""
+        self._cells = memory.cast("Q")  # offset and length by turns; length 0: nobody
+        self._free = list(range(REQUESTS_MAX))
+        self._uses = [0] * REQUESTS_MAX
+
+    def begin(self, offset: int, length: int) -> int:
+        """A change of the range is about to be issued. Returns the slot, for `end`."""
+        while True:
+            try:
+                slot = self._free.pop()
+                break
+            except IndexError:
+                time.sleep(CROWD_PAUSE_S)
+        self._uses[slot] += 1
+        cells = self._cells
+        cells[2 * slot] = offset
+        cells[2 * slot + 1] = length
+        regions = self.regions
+        if regions is not None and length:
+            first = offset >> regions.shift
+            last = (offset + length - 1) >> regions.shift
+            if first != last or not regions.touched[first]:
+                regions.touch(first, last)
+        return slot
+
+    def end(self, slot: int) -> None:
+        """It has been done, or has failed, and is marked."""
+        self._cells[2 * slot + 1] = 0
+        self._free.append(slot)
+
+    def under_way(self) -> dict[int, int]:
+        """The changes under way, for `has_drained`."""
+        return {slot: self._uses[slot] for slot in range(REQUESTS_MAX) if self._cells[2 * slot + 1]}
+
+    def has_drained(self, before: dict[int, int]) -> bool:
+        """Whether none of `before` is under way any more."""
+        return not any(
+            self._cells[2 * slot + 1] and self._uses[slot] == use for slot, use in before.items()
+        )
+
+
+def ranges_left(content: bytes) -> Iterator[tuple[int, int]]:
+    """Offset and length of each change that was under way when the process ended."""
+    cells = memoryview(content).cast("Q")
+    for slot in range(len(cells) // 2):
+        if cells[2 * slot + 1]:
+            yield cells[2 * slot], cells[2 * slot + 1]
+
+
+class Regions:
+    """The log of write intents of one disk."""
+
+    def __init__(
+        self,
+        *,
+        disk_id: str,
+        size: int,
+        slots: Slots,
+        clock: Callable[[], float],
+        on_error: Callable[[OSError], None],
+        log: IntentLog | None = None,
+        is_anywhere: bool = False,
+    ) -> None:
+        """`slots` is its file; `log` is what it holds, and if that is not known (None) it holds
+        nothing, or everything if `is_anywhere`. `clock`: wall-clock seconds. `on_error` is called
+        from a guest's thread: the log could not be written, and does not tell the truth until it
+        can be."""
+        self.shift = region_bytes(size).bit_length() - 1
+        self.touched = bytearray(region_count(size))
+        """A byte a region: 1 if it is on disk and was written to since the last cut."""
+        self.error: OSError | None = None
+        self._before = bytearray(len(self.touched))
+        unknown = (b"\1" if is_anywhere else b"\0") * len(self.touched)
+        self._on_disk = bytearray(log.regions if log else unknown)
+        self._sequence = log.sequence if log else 0
+        self._wanted = bytearray(len(self.touched))
+        self._is_writing = False
+        self._changed = threading.Condition()
+        self._slots = slots
+        self._disk_id = disk_id
+        self._size = size
+        self._clock = clock
+        self._on_error = on_error
+
+    def start(self) -> None:
+        """Write both slots, so that neither has anything older. Raises OSError."""
+        for _ in range(SLOTS):
+            log = self._next_log(bytes(self._on_disk))
+            self._slots.write(log.sequence % SLOTS, log.to_bytes(), sync=True)
+
+    def touch(self, first: int, last: int) -> None:
+        """Return when these regions are on disk. Threads that come together share one write."""
+        span = slice(first, last + 1)
+        with self._changed:
+            if 0 in self._on_disk[span]:
+                self._wanted[span] = b"\1" * (last + 1 - first)
+                while 0 in self._on_disk[span]:
+                    if self._is_writing:
+                        self._changed.wait()
+                    else:
+                        wanted, self._wanted = self._wanted, bytearray(len(self._wanted))
+                        self._write(_either(self._on_disk, wanted), sync=True)
+            self.touched[span] = b"\1" * (last + 1 - first)
+
+    def cut(self) -> None:
+        """Begin anew to look which regions are written to."""
+        with self._changed:
+            self._before, self.touched = self.touched, bytearray(len(self.touched))
+
+    @property
+    def was_touched(self) -> bool:
+        """Whether any was before the last cut, after the one before that."""
+        return 1 in self._before
+
+    @property
+    def may_retire(self) -> bool:
+        """`retire` would take a region out of the log."""
+        return _either(self._before, self.touched) != self._on_disk
+
+    def retire(self) -> None:
+        """The disk was flushed after the last cut, and the bitmaps are saved as they were then:
+        regions that nobody has touched since the cut before it leave the log. (One cut would do.
+        With two a region that is written to every now and then is not put on disk each time.)"""
+        with self._changed:
+            while self._is_writing:
+                self._changed.wait()
+            kept = _either(self._before, self.touched)
+            if kept != self._on_disk or self.error is not None:
+                # First here: who finds his region missing writes after us, and so wins.
+                self._on_disk = kept
+                self._write(kept, sync=self.error is not None)
+
+    @property
+    def on_disk_bytes(self) -> int:
+        """What a power cut would have us copy again, at most."""
+        return self._on_disk.count(1) << self.shift
+
+    def close(self) -> None:
+        self._slots.close()
+
+    def _next_log(self, regions: bytes) -> IntentLog:
+        self._sequence += 1
+        return IntentLog(self._disk_id, self._size, self._sequence, self._clock(), regions)
+
+    def _write(self, regions: bytearray, *, sync: bool) -> None:
+        """With `_changed` held, which is let go of meanwhile. A log that cannot be written ends
+        nobody's I/O: it is told, and taken for written."""
+        log = self._next_log(bytes(regions))
+        self._is_writing = True
+        self._changed.release()
+        error: OSError | None = None
+        try:
+            self._slots.write(log.sequence % SLOTS, log.to_bytes(), sync=sync)
+        except OSError as caught:
+            error = caught
+        finally:
+            self._changed.acquire()
+            self._is_writing = False
+            self._changed.notify_all()
+        if error is not None and self.error is None:
+            self._on_error(error)
+        self.error = error
+        self._on_disk = _either(self._on_disk, regions)
+
+
+def _either(one: bytearray, other: bytearray) -> bytearray:
+    union = int.from_bytes(one, "little") | int.from_bytes(other, "little")
+    return bytearray(union.to_bytes(len(one), "little"))

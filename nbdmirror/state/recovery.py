@@ -1,0 +1,342 @@
+"""What a state directory has of one disk, and what may be believed of it.
+
+    NAME.json      the disk, its mirror and its persistent bitmaps: what there is
+    NAME.bitmaps   what was dirty in them when that was last saved
+    NAME.intents   where guests may have written since (intentlog.IntentLog)
+    NAME.pivoted   since a pivot: which side is the disk, and which is not any more
+
+and in memory that outlives the process (lasting.Memory) the bitmaps themselves and the requests
+under way. Nothing here writes: `examine` reads once, at the start, and tells.
+
+What can be believed, best first: after an orderly end NAME.bitmaps is exact; after a killed process
+memory is; after a power cut NAME.bitmaps and NAME.intents together are no less than what is dirty.
+If the disk was written to without us, or what is needed is damaged, everything is dirty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any, Self
+
+from nbdmirror.disk.bitmap import DirtyBitmap, bytes_of
+from nbdmirror.identity import Same, same_place
+from nbdmirror.state.definition import Definition
+from nbdmirror.state.disk_file import (
+    Identity,
+    LastSeen,
+    check_unchanged,
+    check_unchanged_since_killed,
+    check_unchanged_since_saved,
+)
+from nbdmirror.state.intent_log import IntentLog, check_newer, slot_bytes
+from nbdmirror.state.journal import ranges_left
+from nbdmirror.state.json_record import (
+    COUNT,
+    FLAG,
+    ID,
+    INTEGER,
+    NUMBER,
+    TEXT,
+    Key,
+    ListOf,
+    MapOf,
+    Object,
+    dump,
+    load,
+    write,
+)
+from nbdmirror.state.sealed_files import Folder, StateError, UnknownFormat, seal, unseal
+from nbdmirror.state.shared_memory import Memory
+
+KIND_BITMAPS, KIND_PIVOTED = "bitmaps", "pivoted"
+
+RECORD_ID_LENGTH = 8
+
+OTHER_VERSION = "start the nbdmirror that wrote it, or a newer one"
+"""What to do about UnknownFormat."""
+
+JOURNAL = "journal"
+ALIVE = "alive"
+"""Files of memory: the requests under way; when the process was last alive (LastSeen)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedHead:
+    """The first line of NAME.bitmaps."""
+
+    disk_id: Annotated[str, Key("disk", ID)]
+    time_s: Annotated[float, Key("time", NUMBER)]
+    lengths: Annotated[dict[str, int], Key("bitmaps", MapOf(COUNT))]
+    """Of what follows, in bytes, by the bitmaps' keys."""
+    mtime_ns: Annotated[int, Key("mtime", INTEGER)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """NAME.bitmaps: what was dirty, by the bitmaps' keys, as DirtyBitmap.to_bytes has it."""
+
+    disk_id: str
+    time_s: float
+    bits: dict[str, bytes]
+    mtime_ns: int = 0
+    """Of the disk's file then; 0 if it has none, or where an older version saved it."""
+
+    def to_bytes(self) -> bytes:
+        packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
+        lengths = {key: len(one) for key, one in packed.items()}
+        head = SavedHead(self.disk_id, self.time_s, lengths, self.mtime_ns)
+        return seal(KIND_BITMAPS, b"".join([dump(head, indent=None), b"\n", *packed.values()]))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, sizes: dict[str, int]) -> Self:
+        """`sizes`: how many bytes each bitmap that is wanted has. Raises StateError."""
+        head, _, rest = unseal(KIND_BITMAPS, content).partition(b"\n")
+        said = load(SavedHead, head)
+        bits: dict[str, bytes] = {}
+        for key, length in said.lengths.items():
+            if key in sizes:
+                try:
+                    bits[key] = zlib.decompressobj().decompress(rest[:length], sizes[key] + 1)
+                except zlib.error as error:
+                    raise StateError(f"bitmap {key}: cannot be unpacked: {error}") from error
+            rest = rest[length:]
+        return cls(said.disk_id, said.time_s, bits, said.mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Pivoted:
+    """NAME.pivoted."""
+
+    truth: Annotated[str, Key("truth", TEXT)]
+    """The URI of the export that the disk is served from."""
+    left: Annotated[tuple[Identity, ...], Key("left", ListOf(Object(Identity)))]
+    """What it was served from before: not the disk any more."""
+    time_s: Annotated[float, Key("time_s", NUMBER)]
+    size: Annotated[int, Key("size", COUNT)] = 0
+    """The disk's, which a larger target does not change; 0 in records of older versions."""
+    has_ended: Annotated[bool, Key("has_ended", FLAG)] = False
+    """The server that served it from there has ended in order since. Otherwise a guest may come
+    back to it."""
+
+    @classmethod
+    def after(cls, before: Pivoted | None, left: Identity, truth: str, time_s: float) -> Self:
+        """A pivot from `left` to `truth`, perhaps back to where it came from."""
+        sides = (*(before.left if before else ()), left)
+        kept = tuple(side for side in sides if same_place(side.source, truth) is not Same.YES)
+        return cls(truth, kept, time_s, left.size)
+
+    def is_left(self, side: Identity) -> bool:
+        """`side` is not the disk any more."""
+        return any(left.is_same(side) for left in self.left)
+
+    def has_left(self, side: Identity, source: str) -> bool:
+        """`side` was the disk before it was `source`."""
+        is_truth = same_place(source, self.truth) is Same.YES
+        return is_truth and self.is_left(side)
+
+    def to_bytes(self) -> bytes:
+        said = write(self)
+        if not self.has_ended:
+            del said["has_ended"]  # as older versions have it, and so with the same ID
+        return seal(KIND_PIVOTED, json.dumps(said, indent=1).encode())
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Raises StateError."""
+        return load(cls, unseal(KIND_PIVOTED, content))
+
+
+def record_id(content: bytes) -> str:
+    """Names one record of a pivot, sound or damaged, and whether its server has ended in order or
+    not: a later pivot's has another."""
+    with suppress(StateError):
+        pivoted = Pivoted.from_bytes(content)
+        if pivoted.has_ended:
+            content = replace(pivoted, has_ended=False).to_bytes()
+    return hashlib.sha256(content).hexdigest()[:RECORD_ID_LENGTH]
+
+
+@dataclass(slots=True)
+class Found:
+    """What an earlier process has left of a disk."""
+
+    definition: Definition
+    problem: str = ""
+    """Why nothing of what is dirty is believed; then all is."""
+    log: IntentLog | None = None
+    is_log_needed: bool = False
+    """Without the log, guests may have written anywhere since the bitmaps were saved."""
+    bits: dict[str, list[bytes]] = field(default_factory=dict)
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    """Dirty in every bitmap."""
+    refused: list[str] = field(default_factory=list)
+    """Files that cannot be used, to be put aside."""
+
+    def restore(self, bitmap: DirtyBitmap, key: str) -> None:
+        """Make dirty in a clean bitmap what may be dirty in that of `key`."""
+        contents = self.bits.get(key)
+        if self.problem or contents is None:
+            bitmap.mark_all()
+            return
+        try:
+            for bits in contents:
+                bitmap.merge_bytes(bits)
+        except ValueError:
+            bitmap.mark_all()
+        for offset, length in self.ranges:
+            bitmap.mark(offset, length)
+
+
+def names(disk: str) -> dict[str, str]:
+    """The files of a disk: definition, bitmaps, intents, pivoted, last."""
+    return {
+        "definition": f"{disk}.json",
+        "bitmaps": f"{disk}.bitmaps",
+        "intents": f"{disk}.intents",
+        "pivoted": f"{disk}.pivoted",
+        "last": f"{disk}.last",
+    }
+
+
+def examine(
+    folder: Folder, name: str, identity: Identity, pivoted: Pivoted | None = None
+) -> Found | None:
+    """What there is of the disk `name`, which is `identity` now, since `pivoted` if there is such a
+    record; None if there is nothing. Raises StateError if there is something and cannot even be
+    told what, or if it is of another disk: `str(error)` begins with the file's name. Raises
+    OSError."""
+    files = names(name)
+    content = folder.read(files["definition"])
+    if content is None:
+        return None
+    try:
+        definition = Definition.from_bytes(content)
+    except StateError as error:
+        raise StateError(f"{files['definition']}: {error}") from error
+    if pivoted is not None and pivoted.has_left(definition.identity, identity.source):
+        # The record of the pivot is written first: killed before the rest was.
+        definition = replace(definition, identity=identity, mirror=None)
+    before = definition.identity
+    if not before.is_same(identity):
+        raise OtherDisk(f"{files['definition']}: is of {before.source}, not of {identity.source}")
+    found = Found(replace(definition, identity=identity))  # it may have another path by now
+    if before.size != identity.size:
+        found.problem = f"the disk had {before.size} bytes, it has {identity.size}"
+    elif before.is_one_file(identity) is False:  # the same name alone
+        found.problem = "another file is there now"
+    else:
+        _believe(folder, files, found)
+    return found
+
+
+def check_formats(folder: Folder, name: str) -> None:
+    """Raise UnknownFormat if any file of the disk `name` cannot be read by this nbdmirror, and may
+    be by another: `str(error)` begins with the file's name, and says what to do. Damage is no
+    matter here. Raises OSError."""
+    all_dirty = "everything counts as dirty"
+    readers: dict[str, tuple[Callable[[bytes], object], str]] = {
+        "definition": (Definition.from_bytes, "the disk has no mirror and no bitmaps"),
+        "bitmaps": (partial(Saved.from_bytes, sizes={}), all_dirty),
+        "intents": (check_newer, all_dirty),
+    }
+    for which, (read, loss) in readers.items():
+        file = names(name)[which]
+        try:
+            read(folder.read(file) or b"")
+        except UnknownFormat as error:
+            text = f"{file}: {error}; {OTHER_VERSION}, or move this file away: then {loss}"
+            raise UnknownFormat(text) from error
+        except StateError:
+            pass
+
+
+def last_size(folder: Folder, name: str, source: str) -> int:
+    """The size that the disk `name` had when it was last served from `source`; 0 if that is not
+    known. Raises OSError."""
+    try:
+        identity = Definition.from_bytes(folder.read(names(name)["definition"]) or b"").identity
+    except StateError:
+        return 0
+    return identity.size if same_place(identity.source, source) is Same.YES else 0
+
+
+class OtherDisk(StateError):
+    """The state under this name is of another disk."""
+
+
+def _believe(folder: Folder, files: dict[str, str], found: Found) -> None:
+    """Fill `found` with the best that there is, or with the reason why there is nothing."""
+    definition = found.definition
+    source = definition.identity.source
+    sizes = _sizes(definition)
+    memory = Memory.find(definition.memory) if definition.clean_mtime_ns is None else None
+    try:
+        last = LastSeen.from_bytes(memory.read(ALIVE) or b"") if memory is not None else None
+        if memory is not None and last is not None:
+            check_unchanged_since_killed(source, last)
+            _take_from_memory(memory, found, sizes)
+            # Where guests may have written stays on disk until bitmaps have been saved again.
+            found.is_log_needed = True
+            with suppress(StateError):
+                found.log = _log(folder, files, definition)
+            return
+        saved = _saved(folder, files, found, sizes)
+        found.bits = {key: [bits] for key, bits in saved.bits.items()}
+        if definition.clean_mtime_ns is not None:
+            check_unchanged(source, definition.clean_mtime_ns)
+            return
+        found.log = log = _log(folder, files, definition)
+        check_unchanged_since_saved(source, max(saved.time_s, log.time_s), saved.mtime_ns)
+        found.ranges = list(log.ranges())
+    except StateError as error:
+        found.problem = str(error)
+    _check_sizes(found, sizes)
+
+
+def _take_from_memory(memory: Memory, found: Found, sizes: dict[str, int]) -> None:
+    found.bits = {key: memory.bits_of(key) for key in sizes}
+    found.ranges = list(ranges_left(memory.read(JOURNAL) or b""))
+    _check_sizes(found, sizes)
+
+
+def _check_sizes(found: Found, sizes: dict[str, int]) -> None:
+    for key, contents in found.bits.items():
+        if not contents or any(len(bits) != sizes[key] for bits in contents):
+            found.problem = found.problem or "the bitmaps are of another size"
+
+
+def _saved(folder: Folder, files: dict[str, str], found: Found, sizes: dict[str, int]) -> Saved:
+    content = folder.read(files["bitmaps"])
+    if content is None:
+        raise StateError(f"{files['bitmaps']}: is missing")
+    try:
+        saved = Saved.from_bytes(content, sizes)
+        if saved.disk_id != found.definition.disk_id:
+            raise StateError("is of another disk")
+    except StateError as error:
+        found.refused.append(files["bitmaps"])
+        raise StateError(f"{files['bitmaps']}: {error}") from error
+    return saved
+
+
+def _log(folder: Folder, files: dict[str, str], definition: Definition) -> IntentLog:
+    size = definition.identity.size
+    slots = folder.slots(files["intents"], slot_bytes(size), 2)
+    try:
+        return IntentLog.read(slots, disk_id=definition.disk_id, size=size)
+    except StateError as error:
+        raise StateError(f"{files['intents']}: {error}") from error
+    finally:
+        slots.close()
+
+
+def _sizes(definition: Definition) -> dict[str, int]:
+    records: Iterable[Any] = (*definition.bitmaps, definition.mirror)
+    size = definition.identity.size
+    return {r.key: bytes_of(size, r.granularity) for r in records if r is not None}

@@ -1,0 +1,396 @@
+"""Store: keeps in a state directory what is to outlive the process, while the server runs.
+
+A disk's DiskStore is told what there is (`keep_mirror`, `keep_bitmap` and the like) and writes it
+down. What is dirty is saved every few seconds while it changes (checkpoint.py); in between, the
+journal knows.
+How a mirror ends is written down *before* it ends: a mirror that was told to have ended must not
+go on at the next start, onto a target that somebody uses by then.
+
+`Writer` has the thread that writes, in the order in which that was asked for; everything else
+happens on the event loop's thread. A state directory that fails is told of, and tried again, and
+ends nobody's I/O. transient.py says what the methods mean, and stands in where there is no state
+directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from nbdmirror.devices.base import Done
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.ledger import Ledger, Tracker
+from nbdmirror.state.checkpoint import Bits, Checkpoints
+from nbdmirror.state.definition import BitmapRecord, Definition, MirrorRecord
+from nbdmirror.state.disk_file import ALIVE_BYTES, Identity, mtime_ns
+from nbdmirror.state.heartbeat import Heartbeat
+from nbdmirror.state.journal import JOURNAL_BYTES, Journal, Regions
+from nbdmirror.state.null_store import FORGET_S_MAX, NewBitmap, Transient
+from nbdmirror.state.pivots import note_end
+from nbdmirror.state.recovery import (
+    ALIVE,
+    JOURNAL,
+    Found,
+    Pivoted,
+    Saved,
+    names,
+)
+from nbdmirror.state.sealed_files import Folder, Slots
+from nbdmirror.state.shared_memory import Memory, discard_left
+from nbdmirror.state.writer import Writer
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+"""How often it is noted that the process lives."""
+
+CHECKPOINT_TICKS = 5
+"""How often what is dirty is saved. After a power cut regions that were written to within two of
+these are copied again."""
+
+RETRY_S = 1.0
+"""What could not be written is tried again after this."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mirror:
+    record: MirrorRecord
+    tracker: Tracker
+
+
+class DiskStore(Transient):
+    """Of one disk. `found` is what an earlier process left; `pivoted`, where the disk went;
+    `is_target_only`: this is the side that it left, and what is kept stays as it is."""
+
+    is_lasting = True
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        identity: Identity,
+        folder: Folder,
+        slots: Slots,
+        found: Found | None,
+        pivoted: Pivoted | None,
+        is_target_only: bool = False,
+    ) -> None:
+        self.name = name
+        self.found = found
+        self.journal = Journal(memoryview(mmap.mmap(-1, JOURNAL_BYTES)))
+        self._identity = identity
+        self._pivoted = None if is_target_only else pivoted
+        self.truth = pivoted.truth if pivoted is not None and is_target_only else ""
+        """Of one that is a target only: where the disk is served from."""
+        self.folder = folder
+        self._slots = slots
+        self.files = names(name)
+        self._disk_id = found.definition.disk_id if found else uuid.uuid4().hex
+        self._memory: Memory | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._mirror: _Mirror | None = None
+        self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
+        self._ending: tuple[Definition | None, Pivoted | None] | None = None
+        """What is prepared for `commit_end`."""
+        self._ended: tuple[_Mirror | None, Pivoted | None, Identity] | None = None
+        """What was before the last end."""
+        self._is_pivot_in_doubt = False
+        """What NAME.pivoted says is perhaps not what it should."""
+        self.is_left = True
+        """No client had the disk open when the server was told to end."""
+        self._saves: Future[None] = Transient.saved(self)
+        self._ticks = 0
+        self._is_suspended = False
+        self._since: DirtyBitmap | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What the disk is served from, and its size."""
+        return self._identity
+
+    # The start.
+
+    def begin(self, writer: Writer, flush: Callable[[], None]) -> None:
+        """After the fork, before guests come; `flush` makes durable what guests have written.
+        Raises OSError."""
+        self._writer = writer
+        self._pivoted = note_end(self.folder, self.name, self._pivoted, has_ended=False)
+        try:
+            self._memory = Memory.create(self._disk_id)
+            alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
+            self._heartbeat = Heartbeat(alive, writer)
+            self._heartbeat.note_alive()
+            self.journal = Journal(memoryview(self._memory.map(JOURNAL, JOURNAL_BYTES)))
+        except OSError as error:
+            self._give_memory_up(error)
+        found = self.found
+        if found is not None and found.problem:
+            log.error("state of disk %s: %s; everything counts as dirty", self.name, found.problem)
+            self._put_aside(found)
+        self._regions = Regions(
+            disk_id=self._disk_id,
+            size=self._identity.size,
+            slots=self._slots,
+            clock=writer.clock,
+            on_error=writer.failed,
+            log=found.log if found else None,
+            is_anywhere=found is not None and not found.problem and found.is_log_needed,
+        )
+        self._regions.start()
+        self._checkpoints = Checkpoints(
+            journal=self.journal,
+            regions=self._regions,
+            writer=writer,
+            bits=self._bits,
+            write=self._write_bits,
+            flush=flush,
+        )
+
+    def begun(self) -> None:
+        """All that was found is kept again, or given up: the files say so when this returns. Until
+        then no guest may write: the earlier process's memory would be believed. Not on the loop's
+        thread."""
+        before, self.found = self.found, None
+        if before is not None:
+            self._save()
+            with suppress(OSError):  # it has been told
+                self._saves.result()
+            discard_left(self._disk_id, before.definition.memory, but=self._memory)
+
+    def _put_aside(self, found: Found) -> None:
+        """First of all: with a new log of intents it would be believed the next time."""
+        for name in found.refused:
+            self.folder.refuse(name)
+        self.folder.commit([], [self.files["bitmaps"]])
+
+    def start(self) -> None:
+        """On the loop's thread, from when on guests may come."""
+        self._tick()
+
+    def _give_memory_up(self, error: OSError) -> None:
+        """Some of it cannot be had, so that the rest tells less than what is dirty."""
+        text = "disk %s: no memory that outlives the process: %s; killing it is as a power cut"
+        log.warning(text, self.name, error)
+        if self._memory is not None:
+            self._memory.discard()
+        self._memory = None
+
+    # What is kept.
+
+    def new_bitmap(self, key: str) -> NewBitmap:
+        def make(size: int, granularity: int) -> DirtyBitmap:
+            if self._memory is not None:
+                try:
+                    return self._memory.bitmap(key, size, granularity)
+                except OSError as error:
+                    self._give_memory_up(error)
+            return DirtyBitmap(size, granularity)
+
+        return make
+
+    def keep_mirror(self, record: MirrorRecord, tracker: Tracker) -> None:
+        if not self._is_suspended:
+            self._mirror = _Mirror(record, tracker)
+            self._save()
+
+    def keep_bitmap(self, record: BitmapRecord, bitmap: DirtyBitmap) -> None:
+        if not self._is_suspended:
+            self._bitmaps[record.key] = (record, bitmap)
+            self._save()
+
+    def drop_bitmap(self, key: str) -> None:
+        if not self._is_suspended and self._bitmaps.pop(key, None) is not None:
+            self._save()
+
+    def saved(self) -> Future[None]:
+        return self._saves
+
+    @property
+    def _is_needed(self) -> bool:
+        return self._mirror is not None or bool(self._bitmaps)
+
+    def _definition(self, *, has_mirror: bool = True) -> Definition | None:
+        """What NAME.json is to say; None if there is nothing to keep."""
+        mirror = self._mirror.record if self._mirror and has_mirror else None
+        if mirror is None and not self._bitmaps:
+            return None
+        return Definition(
+            disk_id=self._disk_id,
+            identity=self._identity,
+            memory=str(self._memory.path) if self._memory else "",
+            mirror=mirror,
+            bitmaps=tuple(record for record, _ in self._bitmaps.values()),
+        )
+
+    def _save(self) -> None:
+        """Write down what there is. If that fails it is tried again, until it is done."""
+        if self.found is not None:
+            return  # not yet: part of what was found may not be kept again so far
+        self._ending = None  # it has become another one, and shares a file
+        if self._is_needed and self.journal.regions is None:
+            self._checkpoints.begin_anew()
+        self.journal.regions = self._regions if self._is_needed else None
+        definition = self._definition()
+
+        def done(error: BaseException | None) -> None:
+            if self._saves is not saves:
+                return  # there is a newer one
+            if error is None:
+                self._is_pivot_in_doubt = False
+            elif not self._is_suspended:
+                self._writer.call_later(RETRY_S, self._save)
+
+        call = partial(self._write, definition)
+        if self._is_pivot_in_doubt:
+            call = partial(self._write_pivoted, self._pivoted, definition)
+        saves = self._saves = self._writer.submit(call)
+        self._writer.then(saves, done)
+
+    def _write(self, definition: Definition | None) -> None:
+        self._prepare(definition, None)
+        self._commit(definition, None)
+
+    def _write_pivoted(self, pivoted: Pivoted | None, definition: Definition | None) -> None:
+        self._prepare(definition, pivoted)
+        if pivoted is None:
+            self.folder.commit([], [self.files["pivoted"]])
+        self._commit(definition, pivoted)
+
+    def _prepare(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
+        if pivoted is not None:
+            self.folder.prepare(self.files["pivoted"], pivoted.to_bytes())
+        if definition is not None:
+            self.folder.prepare(self.files["definition"], definition.to_bytes())
+
+    def _commit(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
+        """The pivot first: it tells where the disk is, whatever the other file says."""
+        names = [self.files["pivoted"]] if pivoted is not None else []
+        if definition is not None:
+            self.folder.commit([*names, self.files["definition"]])
+        else:
+            self.folder.commit(names, [self.files["definition"], self.files["bitmaps"]])
+
+    # A mirror's end.
+
+    def prepare_end(self, pivot_to: str, done: Done) -> None:
+        pivoted, identity = None, self._identity
+        if pivot_to:
+            now_s = self._writer.clock()
+            pivoted = Pivoted.after(self._pivoted, self._identity, pivot_to, now_s)
+            identity = Identity(pivot_to, self._identity.size)
+        definition = self._definition(has_mirror=False)
+        if definition is not None:
+            definition = replace(definition, identity=identity)
+
+        def prepared(error: BaseException | None) -> None:
+            self._ending = (definition, pivoted) if error is None else None
+            done(error)
+
+        self._ending = None
+        future = self._writer.submit(partial(self._prepare, definition, pivoted))
+        self._writer.then(future, prepared)
+
+    def commit_end(self, done: Done) -> None:
+        if self._ending is None:
+            done(OSError(0, "something else was saved meanwhile"))
+            return
+        definition, pivoted = self._ending
+        before = (self._mirror, self._pivoted, self._identity)
+
+        def committed(error: BaseException | None) -> None:
+            self._ended = before
+            self._mirror = None
+            if pivoted is not None:
+                self._pivoted = pivoted
+                self._identity = Identity(pivoted.truth, self._identity.size)
+            self.journal.regions = self._regions if self._is_needed else None
+            if error is not None:
+                self.undo_end()  # some of it may have been done
+            done(error)
+
+        call = partial(self._commit, definition, pivoted)
+        self._writer.then(self._writer.submit(call), committed)
+
+    def undo_end(self) -> None:
+        if self._ended is not None:
+            self._mirror, self._pivoted, self._identity = self._ended
+            self._ended = None
+            self._is_pivot_in_doubt = True
+            self._save()
+
+    def forget_mirror(self, done: Done) -> None:
+        if self._is_suspended:
+            done(None)
+            return
+        self._mirror = None
+        self._save()
+        calls = [done]
+
+        def once(error: BaseException | None = None) -> None:
+            if calls:
+                calls.pop()(None)
+
+        self._writer.call_later(FORGET_S_MAX, once)
+        self._writer.then(self._saves, once)
+
+    # What is dirty.
+
+    def _tick(self) -> None:
+        self._writer.call_later(TICK_S, self._tick)
+        if self._heartbeat is not None:
+            self._heartbeat.beat(self._identity)
+        self._ticks += 1
+        if self._is_needed and not self._is_suspended and self._ticks % CHECKPOINT_TICKS == 0:
+            self._checkpoints.tick()
+
+    def bits_saved(self) -> Future[None]:
+        return self._checkpoints.make()
+
+    def _write_bits(self, bits: Bits) -> None:
+        name = self.files["bitmaps"]
+        changed_ns = mtime_ns(self._identity.source)
+        saved = Saved(self._disk_id, self._writer.clock(), bits, changed_ns)
+        self.folder.prepare(name, saved.to_bytes())
+        self.folder.commit([name])
+
+    def _bits(self) -> Bits:
+        bits = {key: bitmap.to_bytes() for key, (_, bitmap) in self._bitmaps.items()}
+        if self._mirror is not None:
+            dirty = self._mirror.tracker.may_differ()
+            if self._since is not None:
+                dirty.merge(self._since)
+            bits[self._mirror.record.key] = dirty.to_bytes()
+        return bits
+
+    # The end.
+
+    def suspend(self, ledger: Ledger) -> None:
+        """The process is to end: what is kept stays as it is, whatever is said from here on, and
+        what guests still write is dirty."""
+        if self._is_suspended:
+            return
+        self._is_suspended = True
+        if self._mirror is not None:
+            record = self._mirror.record
+            self._since = self.new_bitmap(record.key)(self._identity.size, record.granularity)
+            ledger.attach(self._since)
+
+    def finish(self) -> None:
+        """After the last guest, and after the disk was flushed and closed. From any thread but the
+        loop's. Raises OSError; then the next start takes it for a process that was killed."""
+        definition = self._definition()
+        if definition is not None:
+            self._write_bits(self._bits())
+            clean = mtime_ns(self._identity.source)
+            self._write(replace(definition, memory="", clean_mtime_ns=clean))
+        if self.is_left and not self._is_pivot_in_doubt:
+            note_end(self.folder, self.name, self._pivoted, has_ended=True)
+        if self._memory is not None:
+            self._memory.discard()
+        self._regions.close()
