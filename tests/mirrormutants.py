@@ -270,7 +270,7 @@ class _Everything(set[_Copy]):
 
 class WritesBesideWhatIsLeft(World):
     """A connection that was given up may have requests that its server carries out late: none is
-    written beside it (nbdmirror/reconnect.py)."""
+    written beside it (nbdmirror/server/reconnect.py)."""
 
     unanswered = 0
     loses_target = True

@@ -139,7 +139,7 @@ def test_every_qmp_argument_is_described(command: str) -> None:
 
 
 def test_every_event_is_described() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "nbdmirror").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "nbdmirror").rglob("*.py"))
     pattern = r'"((?:BLOCK_JOB|JOB|X_NBDMIRROR)_[A-Z_]+)"'
     rows = re.findall(r"^\| `([A-Z_]+)` \|", text_of("qmp.md"), flags=re.MULTILINE)
     assert sorted(set(re.findall(pattern, source))) == sorted(rows) == sorted(EVENTS)
@@ -201,14 +201,19 @@ def test_the_plugins_parameters_are_described() -> None:
 # Design and guarantees
 
 
-def test_every_module_has_its_room() -> None:
-    text = text_of("design.md").partition("## Rooms")[2].partition("\n## ")[0]
+def test_every_module_has_its_place_in_the_design() -> None:
+    text = text_of("design.md").partition("## Packages")[2].partition("\n## ")[0]
     told = {
-        word
-        for row in re.findall(r"^\| (`.*?) \| ", text, flags=re.MULTILINE)
-        for word in re.findall(r"`(\w+)`", row)
+        (package, word)
+        for package, row in re.findall(r"^\| `(\S*?)` \| (.*) \|$", text, flags=re.MULTILINE)
+        for word in re.findall(r"`(\w+)`", row.partition(" | ")[2])
     }
-    there = {path.stem for path in (ROOT / "nbdmirror").glob("*.py")} - {"__init__", "__main__"}
+    package = ROOT / "nbdmirror"
+    there = {
+        (f"{path.parent.relative_to(package)}/".removeprefix("./"), path.stem)
+        for path in package.rglob("*.py")
+        if path.stem not in ("__init__", "__main__")
+    }
     assert told == there
 
 

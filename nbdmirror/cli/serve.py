@@ -31,6 +31,7 @@ from nbdmirror.identity import Same, same_place
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
 
+PACKAGE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 """Not "localhost": where that names ::1 too and IPv6 is off, nbdkit refuses to start."""
 DUMP_PLUGIN_S_MAX = 30
@@ -71,8 +72,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def plugin_path() -> str:
     """The nbdkit script: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parent
-    for folder in (package.parent / "plugin", package / "_plugin"):
+    for folder in (PACKAGE.parent / "plugin", PACKAGE / "_plugin"):
         if (folder / "nbdmirror-plugin.py").exists():
             return str(folder / "nbdmirror-plugin.py")
     raise CliError("the plugin nbdmirror-plugin.py is missing: install nbdmirror again")
@@ -242,8 +242,7 @@ def _qmp_path(args: argparse.Namespace) -> str:
 
 def _python_path(environ: Mapping[str, str]) -> str:
     """nbdkit's interpreter knows no virtual environment: it is told where we and ours are."""
-    package = str(Path(__file__).resolve().parent.parent)
-    ours = [package, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    ours = [str(PACKAGE.parent), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     users = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return os.pathsep.join(dict.fromkeys([*ours, *users]))
 
@@ -338,10 +337,9 @@ def _check_places_of_user(args: argparse.Namespace) -> None:
     uid, gid = _identity(args)
     if uid is None or gid is None:
         return
-    package = os.path.dirname(os.path.abspath(__file__))
-    if not _may("-r", package, uid, gid):
+    if not _may("-r", str(PACKAGE), uid, gid):
         raise ConfigError(
-            f"--user: user {args.user} cannot read {package}, where nbdmirror is installed"
+            f"--user: user {args.user} cannot read {PACKAGE}, where nbdmirror is installed"
         )
     if args.state_dir:
         path = os.path.abspath(args.state_dir)

@@ -1,1 +1,1 @@
-"""One mirror, from its start to its pivot. Nothing here knows libnbd, files or the state directory."""
+"""One mirror, from its start to its pivot. It knows neither libnbd nor files."""

@@ -1,1 +1,1 @@
-"""What outlives the process: the state directory and memory that is shared with the next process."""
+"""What outlives the process: the state directory, and shared memory."""

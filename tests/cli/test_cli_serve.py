@@ -40,7 +40,7 @@ def test_serve_command(plugin: str) -> None:
         *[f"file={here}/a.img", "qmp=/q/qmp"],
     ]
     parts = env["PYTHONPATH"].split(":")
-    assert parts[0] == str(Path(cli.__file__).parent.parent)
+    assert parts[0] == str(cli_serve.PACKAGE.parent)
     assert parts[-1] == "/mine"
     assert len(parts) == len(set(parts))
     options = (
@@ -217,7 +217,7 @@ def test_the_real_nbdkit_has_our_python() -> None:
 
 def test_plugin_path(run: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "nbdmirror"
-    monkeypatch.setattr(cli_serve, "__file__", str(package / "cli_serve.py"))
+    monkeypatch.setattr(cli_serve, "PACKAGE", package)
     status, _, err = run("plugin-path")
     assert (status, "install nbdmirror again" in one_line(err)) == (cli.FAILED, True)
     for folder in (package / "_plugin", tmp_path / "plugin"):

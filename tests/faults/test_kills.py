@@ -73,7 +73,10 @@ DiskStore.commit_end = lambda self, done: done(None)
     ),
     "flushes do not reach the target": (
         Cell("target", "pivoted", "busy"),
-        "from nbdmirror.nbdclient.device import RemoteDevice\nRemoteDevice.flush = lambda self: None\n",
+        (
+            "from nbdmirror.nbdclient.device import RemoteDevice\n"
+            "RemoteDevice.flush = lambda self: None\n"
+        ),
     ),
     "a loss is not told": (
         Cell("target", "pivoted", "busy"),

@@ -109,5 +109,5 @@ def test_zsh(scripts: dict[str, Path], tmp_path: Path, typed: str, completed: st
 
 
 def test_the_program_does_not_need_what_makes_them() -> None:
-    for path in (ROOT / "nbdmirror").glob("*.py"):
+    for path in (ROOT / "nbdmirror").rglob("*.py"):
         assert "shtab" not in path.read_text()

@@ -76,17 +76,20 @@ def plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in unwanted}
 
 
+MODULE = r"nbdmirror/(?!_plugin)(\w+/)?\w+\.py"
+
+
 def installed_in_wheel(names: list[str]) -> set[str]:
     """Without the modules, which are compared with the checkout's by themselves."""
-    return {name for name in names if not re.fullmatch(r"nbdmirror/\w+\.py", name)}
+    return {name for name in names if not re.fullmatch(MODULE, name)}
 
 
 def test_the_wheel_has_what_it_must_and_no_more(built: dict[str, Path]) -> None:
     with zipfile.ZipFile(built[".whl"]) as wheel:
         names = wheel.namelist()
         plugin = wheel.read("nbdmirror/_plugin/nbdmirror-plugin.py")
-    modules = {f"nbdmirror/{path.name}" for path in (ROOT / "nbdmirror").glob("*.py")}
-    assert modules == {name for name in names if re.fullmatch(r"nbdmirror/\w+\.py", name)}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "nbdmirror").rglob("*.py")}
+    assert modules == {name for name in names if re.fullmatch(MODULE, name)}
     assert installed_in_wheel(names) == {
         "nbdmirror/py.typed",
         "nbdmirror/_plugin/nbdmirror-plugin.py",

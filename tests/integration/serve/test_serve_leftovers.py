@@ -193,7 +193,10 @@ def test_a_start_that_fails_at_its_last_steps(folder: Path, disk: Path, backgrou
 
     class Failing(Everything):
         def environment(self) -> dict[str, str]:
-            failing = "import nbdmirror.server.server as s\ndef start(self): raise OSError(28, 'No room')\n"
+            failing = (
+                "import nbdmirror.server.server as s\n"
+                "def start(self): raise OSError(28, 'No room')\n"
+            )
             return patched(super().environment(), folder, f"{failing}s.Server.start = start\n")
 
     server = Failing(folder, disk, *(["--daemonize"] if background else []))
