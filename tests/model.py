@@ -310,7 +310,7 @@ class Guest:
 
 
 def may_reconnect(unanswered: int) -> bool:
-    """What nbdmirror/server/reconnect.py says of a target with so many requests that were given up."""
+    """What nbdmirror/server/reconnect.py says of a target with so many unanswered requests."""
     pool = SimpleNamespace(unanswered=unanswered, reopen=object)
     device: Any = SimpleNamespace(uri="nbd://target", is_lost=True, pool=pool)
     try:
