@@ -1,7 +1,7 @@
 """How cost grows: the same measurement at several sizes of one thing, for nbdmirror and its peers.
 
 `./run bench --curve size`, or `--curve all`. The curves and what they show are in
-docs/performance.md.
+docs/measurements/2026-11-28.md.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ class GeneratedFiles(BuildHookInterface):  # type: ignore[type-arg]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
             build_data["shared_data"][str(file)] = path
-        for document in sorted(root.glob("docs/*.md")):
-            build_data["shared_data"][str(document)] = f"share/doc/nbdmirror/{document.name}"
+        for document in sorted(root.glob("docs/**/*.md")):
+            place = document.relative_to(root / "docs")
+            build_data["shared_data"][str(document)] = f"share/doc/nbdmirror/{place}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         shutil.rmtree(self.place)

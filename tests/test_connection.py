@@ -3,12 +3,14 @@ test_device_contract, integration/test_nbd_source, and the tests with lost serve
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
+import nbd
 import pytest
 from fixtures import Start
 from images import MiB, make_noise
@@ -98,6 +100,24 @@ def test_a_link_at_rest_that_is_given_up_ends_at_once(start: Start, folder: Path
     link.write(bytes(512), 0)
     link.give_up()
     assert link.end()
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_a_link_whose_socket_breaks_while_libnbd_waits_is_lost(
+    start: Start, folder: Path, tcp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libnbd's poll then fails with ENOTCONN, and the handle says that it is ready as before."""
+    link = link_to(start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise nbd.Error("nbd_poll", errno.ENOTCONN)
+
+    monkeypatch.setattr(link._handle, "pread" if tcp else "poll", fail)
+    with pytest.raises(DeviceLost):
+        link.read(memoryview(bytearray(512)), 0)
+    assert link.is_lost
+    link.kill()
+    wait_until(link.end, "its socket has ended")
 
 
 def test_a_connection_that_is_given_up_ends_when_all_is_answered(

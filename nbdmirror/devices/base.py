@@ -77,7 +77,7 @@ class BlockDevice(Protocol):
     block_size: BlockSize
     read_part: ReadPart = staticmethod(_read_nothing)
     """`pread` of a first part of `(buf,)`, in one call of C; returns its length. Where a device has
-    none it is 0 bytes long. Disk tries these first: see docs/performance.md."""
+    none it is 0 bytes long. Disk tries these first: see docs/measurements/2026-11-24.md."""
     write_part: WritePart = staticmethod(_write_nothing)
     """`pwrite` of a first part of `buf`, in the same way."""
 

@@ -46,7 +46,7 @@ class Ledger:
     """One disk's guest requests under way, the gate that holds them, and the bitmaps they mark.
 
     The attributes are for Disk's `pread` and `pwrite`, which do what `enter`, `leave` and their
-    like do without calling them: every request pays for that, see docs/performance.md.
+    like do without calling them: every request pays for that, see docs/measurements/2026-11-24.md.
     """
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ OPENING_BYTES = 4 << 20
 qemu-nbd and QEMU are, gets a buffer that is larger than all before it from the kernel and gives it
 back after the request: 256 pages for each MiB, cleared and mapped anew, two thirds of what a copy
 costs such a target. Once it has freed a larger one it keeps what is smaller, and up to twice as
-much of it. (mallopt(3), M_MMAP_THRESHOLD; docs/performance.md.)"""
+much of it. (mallopt(3), M_MMAP_THRESHOLD; docs/measurements/2026-11-28.md.)"""
 
 QUICK_WRITE_S = 0.002
 """A target that has answered within this is quick: 4 MiB each 2 ms are more than such a link

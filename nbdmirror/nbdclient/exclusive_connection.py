@@ -2,8 +2,8 @@
 
 A request is one call of libnbd, so the GIL is let go of once, and the kernel wakes the very thread
 that waits for the reply: nobody hands anything to anybody. That is half of what a request costs on
-a Connection that many share (docs/performance.md). The price is one connection for each thread that
-is busy, so it needs a server with multi-conn.
+a Connection that many share (docs/measurements/2026-11-23.md). The price is one connection for each
+thread that is busy, so it needs a server with multi-conn.
 
 A link that breaks fails the request in flight with DeviceLost: its outcome is unknown.
 """
@@ -148,7 +148,8 @@ class Link:
                 raise self._error(error) from error
 
     def _error(self, error: Any) -> DeviceError:
-        if self._peek.is_gone:
+        # While it waits libnbd may find the socket broken, and leave the handle as it was.
+        if self._peek.is_gone or error.errnum == errno.ENOTCONN:
             self.is_lost = self._is_unknown = True
         if self.is_lost:
             return DeviceLost(f"{self.description}: connection lost: {reason(error)}")

@@ -104,9 +104,9 @@ class OpenLink(Link):
             raise self._failed()
 
     def _failed(self) -> DeviceError:
-        if self._peek.is_gone:
+        code, text = self._peek.error()
+        if self._peek.is_gone or code == errno.ENOTCONN:
             self.is_lost = True
         if self.is_lost:
             return DeviceLost(f"{self.description}: connection lost")
-        code, text = self._peek.error()
         return DeviceError(f"{self.description}: {text}", code or errno.EIO)

@@ -2,8 +2,8 @@
 
 libnbd's binding lets go of the GIL in every call, those too that only read a flag. Where guests'
 threads wait for it, each such look costs the event loop its turn: some ten microseconds, ten times
-a request (docs/performance.md). So these, which libnbd answers without waiting, are called
-past the binding. Where that cannot be, the binding's own methods serve.
+a request (docs/measurements/2026-11-24.md). So these, which libnbd answers without waiting, are
+called past the binding. Where that cannot be, the binding's own methods serve.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -50,6 +51,10 @@ class Talkative:
         self._thread.start()
 
     def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # the client, or the test, has ended
+            self._converse()
+
+    def _converse(self) -> None:
         self._client, _ = self._listener.accept()
         self._client.sendall(line(GREETING))
         while received := self._client.recv(65536):  # one command: each waits for its answer
@@ -68,6 +73,10 @@ class Talkative:
             self._client.sendall(line(EVENT) * BATCH)
 
     def close(self) -> None:
+        for end in (self._client, self._listener):
+            with contextlib.suppress(OSError):  # not connected any more
+                end.shutdown(socket.SHUT_RDWR)  # the thread may be waiting there
+        self._thread.join(10)
         self._client.close()
         self._listener.close()
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,10 @@ DATA = {
     "share/bash-completion/completions/nbdmirror",
     "share/zsh/site-functions/_nbdmirror",
     "share/fish/vendor_completions.d/nbdmirror.fish",
-    *(f"share/doc/nbdmirror/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    *(
+        f"share/doc/nbdmirror/{path}"
+        for path in glob("**/*.md", root_dir=ROOT / "docs", recursive=True)
+    ),
 }
 """What the wheel installs beside Python's files, under the prefix."""
 
