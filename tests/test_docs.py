@@ -25,7 +25,12 @@ from nbdmirror.qmp.arguments import COMMANDS
 from nbdmirror.qmp.results import EVENTS
 from nbdmirror.qmp.schema import Array, Enum, StringOr, Struct
 
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 RULES = 47
 """How many docs/rules.md has."""
 

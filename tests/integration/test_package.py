@@ -117,7 +117,7 @@ def test_the_sdist_has_what_builds_and_tests_it(built: dict[str, Path]) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    there |= {"run", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    there |= {"run", "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
     assert there <= names
     assert {name.partition("/")[0] for name in names} - {*kept, *there} <= {
         "PKG-INFO",
