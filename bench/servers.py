@@ -56,7 +56,8 @@ class GuestServer(Process):
 
     def add_target(self, target: Target, number: int = 0) -> None:
         node = {"driver": "nbd", "node-name": f"target{number}", "server": target.server()}
-        self.qmp.execute("blockdev-add", {**node, "export": ""})
+        # Without "unmap", here and at qemu-nbd, QEMU 10.0 fills the target's holes.
+        self.qmp.execute("blockdev-add", {**node, "export": "", "discard": "unmap"})
 
     def start_mirror(self, number: int = 0, **options: Any) -> str:
         """Returns the job's id. `_` in an option's name stands for `-`."""
@@ -167,7 +168,7 @@ class QemuNbd(Target):
     def argv(self) -> list[str | Path]:
         tcp: list[str | Path] = ["-b", "127.0.0.1", "-p", str(self.port)]
         listen = tcp if self.port else ["-k", self.socket]
-        return ["qemu-nbd", "-f", "raw", "-t", "-e", "16", *listen, self._image]
+        return ["qemu-nbd", "-f", "raw", "--discard=unmap", "-t", "-e", "16", *listen, self._image]
 
 
 class NbdkitMemory(Target):
