@@ -22,9 +22,9 @@ hosts = pytest.fixture(two_hosts)
 
 
 IMPATIENCE = """
-from nbdmirror import tcpwatch
+from nbdmirror.nbdclient import tcp_watch
 
-tcpwatch.PEER_LOST_S = 3
+tcp_watch.PEER_LOST_S = 3
 """
 
 

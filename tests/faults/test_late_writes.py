@@ -29,9 +29,10 @@ LINKED = 2 * REQUESTS_ALONE
 OLD, NEW = b"1" * 4096, b"2" * 4096
 
 IMPATIENT = """
-from nbdmirror import pool, targetwatch
+from nbdmirror.mirror import target_watch
+from nbdmirror.nbdclient import pool
 
-targetwatch.HUNG_S = 0.5
+target_watch.HUNG_S = 0.5
 pool.LIFE_S = 0.5
 """
 """A server that takes a silent target for lost within a second."""

@@ -86,7 +86,7 @@ def test_the_time_for_a_handshake_counts_everywhere(
     device.pool.shared.kill()
     assert reads(device)  # as guests do
     device.pool.shared.handshake_s = 20.0
-    device.pool._connect_link()
+    device.pool._connect_link().close()
     assert asked == [77.0, 77.0, 60.0]
     device.close()
 
