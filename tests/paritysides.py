@@ -73,6 +73,7 @@ def fault(operation):
         except FileNotFoundError:
             return
         if what == "hold":
+            io.open(os.path.join(SETTINGS["faults"], operation + ".held"), "w").close()
             time.sleep(0.003)
             continue
         left = LEFT.setdefault(number, int(times) if times.isdigit() else -1)
@@ -110,9 +111,14 @@ class Faulty(Server):
 
     def set(self, operation: str, fault: str, times: int | None = None) -> None:
         self._serial += 1
+        self.held(operation).unlink(missing_ok=True)
         new = self.faults / "new"
         new.write_text(f"{fault} {'ever' if times is None else times} {operation}{self._serial}")
         new.replace(self.faults / operation)
+
+    def held(self, operation: str) -> Path:
+        """Exists once such a request is held."""
+        return self.faults / f"{operation}.held"
 
     def heal(self, operation: str) -> None:
         (self.faults / operation).unlink(missing_ok=True)

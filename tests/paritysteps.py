@@ -84,6 +84,15 @@ def fault(where: str, operation: str, name: str, times: int | None = None) -> St
     )
 
 
+def held(where: str, operation: str) -> Step:
+    return Step(
+        f"held: {where} {operation}",
+        lambda side: wait_until(
+            side.faulty[where].held(operation).exists, "a request is held", STEP_S_MAX
+        ),
+    )
+
+
 def heal(where: str, operation: str) -> Step:
     return Step(f"healed: {where} {operation}", lambda side: side.faulty[where].heal(operation))
 

@@ -23,6 +23,7 @@ from paritysteps import (
     event,
     fault,
     heal,
+    held,
     images,
     in_sync,
     is_served,
@@ -45,7 +46,10 @@ SOFT_CANCEL = do("block-job-cancel", device="j")
 FORCE_CANCEL = do("block-job-cancel", device="j", force=True)
 JOB_CANCEL = do("job-cancel", id="j")
 FINALIZE = do("job-finalize", id="j")
-IN_FLIGHT = until(lambda job: job["busy"] and job["len"] > 0, "a copy is in flight")
+IN_FLIGHT = [
+    until(lambda job: job["busy"] and job["len"] > 0, "a copy is in flight"),
+    held("target", "write"),
+]
 IN_SYNC = in_sync()
 STARTED = until(lambda job: job["offset"] > 0, "something is copied")
 
