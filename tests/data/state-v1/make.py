@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "integration" / "state")]
 
+# What follows is found by the path above, hence E402.
 import nbd  # noqa: E402
 from clients import connected  # noqa: E402
 from fixtures import temporary_folder  # noqa: E402
