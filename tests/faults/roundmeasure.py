@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from images import Content, MiB, assert_identical
-from losing import Lossy, Range
+from losing import CHANGES, Lossy, Range
 from roundplan import GRANULE, IN_FLIGHT_BYTES, REGION, SIZE, Waits
 from roundscene import Scene
 from waiting import WAIT_S_MAX, wait_until
@@ -89,7 +89,8 @@ class Measured(Scene):
             return set()
         requests = self.target.requests()[:lost_at]
         flushes = [index for index, (kind, _, _) in enumerate(requests) if kind == "flush"]
-        sent = [one[1:] for one in requests[: flushes[-2]]] if len(flushes) > 1 else []
+        before = requests[: flushes[-2]] if len(flushes) > 1 else []
+        sent = [(offset, length) for kind, offset, length in before if kind in CHANGES]
         in_flight = 0
         while sent and in_flight < IN_FLIGHT_BYTES:
             in_flight += sent.pop()[1]
