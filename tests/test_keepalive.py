@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from waiting import wait_until
 
+from nbdmirror.limits import KEEPALIVE_S_MAX
 from nbdmirror.nbdkit_host import hangup, keepalive
-from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S_MAX, Timing, Watch
+from nbdmirror.nbdkit_host.keepalive import Timing, Watch
 
 TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 

@@ -15,6 +15,14 @@ from typing import NoReturn
 
 from nbdmirror import __version__
 from nbdmirror.cli import parsers as cli_parsers
+from nbdmirror.limits import (
+    CONNECTIONS_MAX,
+    KEEPALIVE_S_MAX,
+    OPEN_TIMEOUT_S_MAX,
+    PORT_MAX,
+    RECONNECT_DELAY_S_MAX,
+    THREADS_MAX,
+)
 
 DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -54,13 +62,13 @@ def parse_size(text: str) -> int:
         r"([0-9]+)(?:\.([0-9]+))?([KMGT]?)(?:(?<=[KMGTkmgt])iB)?", text, re.IGNORECASE
     )
     if not match:
-        text = f"{text!r} is not a size (examples: 65536, 64K, 1.5G, 10MiB; powers of 1024)"
+        text = f"{text!r} is not a size (examples: 65536, 64K, 1.5G, 10MiB, 2T; powers of 1024)"
         raise argparse.ArgumentTypeError(text)
     whole, part, unit = match.groups(default="")
     scale: int = 1024 ** " KMGT".index(unit.upper() or " ")
     size, rest = divmod(int(whole + part) * scale, int("1" + "0" * len(part)))
     if rest:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of bytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
     if size >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is more than 8 EiB")
     return size
@@ -89,15 +97,22 @@ def absolute_uri(text: str, option: str = "") -> str:
 
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,9})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        text = f"{text!r} is not a number of seconds (0 or more; examples: 30, 0.5)"
+        raise argparse.ArgumentTypeError(text)
     return float(text)
 
 
-def _count(text: str) -> int:
-    """Python's int() takes spaces, underscores and other scripts' digits as well."""
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
+def _number(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`. Python's int() accepts spaces, underscores
+    and other scripts' digits as well."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
+            text = f"{text!r} is not a whole number from {least} to {most}"
+            raise argparse.ArgumentTypeError(text)
+        return int(text)
+
+    return parse
 
 
 def _migration_uri(text: str) -> str:
@@ -107,7 +122,7 @@ def _migration_uri(text: str) -> str:
     address = where.partition(",")[0]
     port = address.rpartition(":")[2]
     if kind == "tcp" and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r}: the port is no number from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r}: the port is not a number from 1 to 65535")
     return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
 
 
@@ -199,7 +214,7 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
     add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
     delay = "a lost target is waited for that long before it is an error"
-    add("--reconnect-delay", type=_count, metavar="S", help=delay)
+    add("--reconnect-delay", type=_number(0, RECONNECT_DELAY_S_MAX), metavar="S", help=delay)
     for side in ("source", "target"):
         policy = f"what becomes of the job if the {side} fails (default: report, which ends it)"
         add(f"--on-{side}-error", choices=_POLICIES, help=policy)
@@ -240,21 +255,22 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="serve on a Unix socket")
     where.add_argument("--address", metavar="HOST", help="listen there (default: 127.0.0.1)")
-    add("--port", type=_count, metavar="N", help="TCP port (default: 10809)")
+    add("--port", type=_number(1, PORT_MAX), metavar="N", help="TCP port (default: 10809)")
     add("--tls", choices=("off", "on", "require"), help="default: require if given keys, else off")
     add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
     add("--tls-psk", metavar="FILE", help="pre-shared keys")
     add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
     text = "repeat attempts to connect to disks' NBD servers for S seconds (default: 0)"
-    add("--open-timeout", type=_count, metavar="S", help=text)
+    add("--open-timeout", type=_number(0, OPEN_TIMEOUT_S_MAX), metavar="S", help=text)
     text = "give up guests on TCP without a sign of life for S seconds (default: 300; 0: never)"
-    add("--keepalive", type=_count, metavar="S", help=text)
+    add("--keepalive", type=_number(0, KEEPALIVE_S_MAX), metavar="S", help=text)
     add("--read-only", action="store_true", help="guests cannot write")
     threads = f"requests at once of one connection (default: {THREADS_DEFAULT}; with --cache none "
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
-    add("--threads", type=_count, metavar="N", help=threads)
+    add("--threads", type=_number(1, THREADS_MAX), metavar="N", help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
-    add("--connections", metavar="N", help="to an NBD server, at most (default: 9)")
+    connections = "to an NBD server, at most (default: 9)"
+    add("--connections", type=_number(1, CONNECTIONS_MAX), metavar="N", help=connections)
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
     accept = "serve a disk that was pivoted away from; the refusal shows the ID of that pivot"
     add("--accept-old-side", action="append", default=[], metavar="ID", help=accept)

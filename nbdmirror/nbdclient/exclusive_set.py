@@ -26,9 +26,6 @@ CONNECTIONS_DEFAULT = 9
 """The shared one, and a link for each of the threads that `nbdmirror serve` has for a guest. With
 fewer, threads wait for one another: with five links a guest had a third less of its requests."""
 
-CONNECTIONS_MAX = 64
-"""More than any guest has threads."""
-
 IDLE_S = 5.0
 """A link that was not used for so long is closed."""
 

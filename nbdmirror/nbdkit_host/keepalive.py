@@ -22,9 +22,6 @@ KEEPALIVE_S = 300
 """A guest without a sign of life is given up after this, unless told otherwise: later than a switch
 needs to start again."""
 
-KEEPALIVE_S_MAX = 32767
-"""The kernel's longest idle time and interval."""
-
 PROBES = 5
 
 UNANSWERED = 2

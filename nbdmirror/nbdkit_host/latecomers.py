@@ -14,8 +14,6 @@ from nbdmirror.nbdclient.device import RemoteDevice
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.nbdkit_host import systemd
 
-OPEN_TIMEOUT_S_MAX = 86400
-
 RETRY_S = 1.0
 
 SUPERVISOR_S = 60

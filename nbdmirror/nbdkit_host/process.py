@@ -28,14 +28,15 @@ from nbdmirror.errors import ConfigError, Error
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.layers import layers_of, share_storage
+from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.nbd_uri import absolute, is_uri
 from nbdmirror.nbdclient.device import RemoteDevice
-from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, CONNECTIONS_MAX
+from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 from nbdmirror.nbdkit_host import systemd
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
-from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, KEEPALIVE_S_MAX, Watch
-from nbdmirror.nbdkit_host.latecomers import OPEN_TIMEOUT_S_MAX, Opening
+from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
+from nbdmirror.nbdkit_host.latecomers import Opening
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
 from nbdmirror.qmp.commands import Commands, version_info
 from nbdmirror.qmp.server import QmpServer

@@ -4,6 +4,7 @@ it connects, in one line."""
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from cliparts import Main, one_line
@@ -76,6 +77,30 @@ def test_a_rate_that_nobody_means_gets_a_word(
 def test_what_would_mean_nothing(run: Main, arguments: tuple[str, ...], words: str) -> None:
     status, _, err = run(*arguments)
     assert (status, words in one_line(err)) == (cli.USAGE, True)
+
+
+def _numeric_options() -> list[tuple[str, str]]:
+    """(command, option) of each option whose value is a number, a size or a rate."""
+    commands = next(a for a in cli.build_parser()._actions if isinstance(a.choices, dict))
+    assert isinstance(commands.choices, dict)
+    return [
+        (name, action.option_strings[0])
+        for name, parser in commands.choices.items()
+        for action in parser._actions
+        if action.metavar in ("N", "S", "SIZE", "RATE") and action.option_strings
+    ]
+
+
+@pytest.mark.parametrize(("command", "option"), _numeric_options())
+@pytest.mark.parametrize("value", ["-1", "x", "nan", "1e3", "9" * 25])
+def test_a_refused_number_says_what_is_allowed(
+    run: Main, command: str, option: str, value: str
+) -> None:
+    first = "add" if command == "bitmap" else "nbd://h"
+    status, _, err = run(command, first, f"{option}={value}")
+    assert status == cli.USAGE
+    assert f"argument {option}: {value!r} is" in one_line(err)
+    assert re.search(r"from \d+ to \d+|0 or more|examples: |more than 8 EiB", err)
 
 
 @pytest.mark.parametrize("target", ["t.img", "nbd://h:99999/", "nbd+unix:///?sokcet=/s"])
