@@ -57,6 +57,34 @@ def test_links_lead_somewhere() -> None:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+# The lines of Markdown, so that a difference between two versions can be read
+
+
+SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)[.!?][)*\"']* +[*(\"'\[]*[A-Z`]")
+"""Where one ends and another begins."""
+
+
+def prose_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines that are neither code, tables, headings nor quotations."""
+    is_code = False
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            is_code = not is_code
+        elif not is_code and not line.startswith(("|", "    ", ">", "#")):
+            yield number, line
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in DOCS])
+def test_lines_of_prose_are_short_and_begin_with_a_sentence(path: Path) -> None:
+    """What cannot be broken, a link or code, may be longer."""
+    for number, line in prose_of(path):
+        words = re.sub(r"`[^`]*`", lambda code: "x" * len(code[0]), line)
+        words = re.sub(r"\[[^]]*\]\([^)]*\)", lambda link: "x" * len(link[0]), words)
+        assert len(line) < 100 or len(words.split()) < 2, f"{path.name}:{number}: {len(line)}"
+        text = re.sub(r"^ *(-|\d+\.) ", "", line)
+        assert not SENTENCE.search(re.sub(r"`[^`]*`", "`", text)), f"{path.name}:{number}: {line}"
+
+
 # The files of a state directory
 
 
