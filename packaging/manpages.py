@@ -1,8 +1,8 @@
 """Manual pages from the documentation: docs/*.md become what `man` shows.
 
 The texts are those files; what they say of options and arguments is held to the parser and the
-schema by tests/test_docs.py. From the parser itself come the synopses of commands, from the schema
-the signatures of QMP commands.
+schema by tests/unit/project/test_docs.py. From the parser itself come the synopses of commands,
+from the schema the signatures of QMP commands.
 
 Markdown is read by markdown-it-py. Of it what the documentation uses is known here, and anything
 else is an error. Tables become lists, a row an entry: no terminal is wide enough for them.

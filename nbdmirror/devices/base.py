@@ -3,8 +3,8 @@
 Vocabulary, used everywhere in this project: `offset` and `length` are bytes; a range is
 [offset, offset + length); an extent is a range of one kind, as NBD's base:allocation tells it.
 
-Every device passes tests/test_device_contract.py. `MemoryDevice` is the reference: where the others
-are in doubt, they do what it does.
+Every device passes tests/unit/devices/test_device_contract.py. `MemoryDevice` is the reference:
+where the others are in doubt, they do what it does.
 """
 
 from __future__ import annotations

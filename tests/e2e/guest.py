@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 from guestparts import NoGuestHere, guest_parts, machine_options
-from images import MiB
-from processes import run
-from qmpclient import Qmp
-from serverprocess import Server
-from waiting import START_S_MAX, WAIT_S_MAX, wait_until
+from support.images import MiB
+from support.processes import run
+from support.qmpclient import Qmp
+from support.serverprocess import Server
+from support.waiting import START_S_MAX, WAIT_S_MAX, wait_until
 
 DISK_BYTES = 64 * MiB
 WRITERS = 2

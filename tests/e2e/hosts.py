@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from processes import run
-from serverprocess import Server
-from servers import Nbdmirror, QemuNbd
+from support.processes import run
+from support.serverprocess import Server
+from support.servers import Nbdmirror, QemuNbd
 
 NBD_PORT = 10809
 LINK = "link0"

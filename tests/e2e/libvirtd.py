@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from guest import BOOT_S_MAX, KERNEL_WORDS, Console
 from guestparts import CACHE, NoGuestHere, guest_parts
-from processes import run
-from serverprocess import Server
-from waiting import wait_until
+from support.processes import run
+from support.serverprocess import Server
+from support.waiting import wait_until
 
 QEMU_USER = 64055
 """Debian's number of libvirt-qemu, the user and the group."""

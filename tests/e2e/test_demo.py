@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from images import MiB
-from processes import ROOT
+from support.images import MiB
+from support.processes import ROOT
 
 DEMO = ROOT / "docs" / "demo.py"
 

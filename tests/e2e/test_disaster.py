@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from fixtures import Start
 from guest import ALL_FILES, DISK_BYTES, WRITERS, Machine, check_disk, make_disk, nbd_drive
 from hosts import NBD_PORT, Host, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
-from images import make_noise
-from processes import nbdmirror
-from servers import Nbdmirror
-from waiting import wait_until
+from support.fixtures import Start
+from support.images import make_noise
+from support.processes import nbdmirror
+from support.servers import Nbdmirror
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

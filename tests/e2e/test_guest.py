@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures import Start
 from guest import ALL_FILES, WRITERS, Machine, check_disk, make_disk, nbd_drive
-from images import assert_identical, make_noise
-from servers import Nbdmirror, QemuNbd
+from support.fixtures import Start
+from support.images import assert_identical, make_noise
+from support.servers import Nbdmirror, QemuNbd
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures import Start
 from guest import ALL_FILES, Machine, check_disk, make_disk, nbd_drive
 from hosts import NBD_PORT, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
-from images import MiB, make_empty, make_noise
-from processes import ROOT, Finished, freeze, nbdmirror, nbdmirror_environment
-from servers import Nbdmirror
-from waiting import WAIT_S_MAX, wait_until
+from support.fixtures import Start
+from support.images import MiB, make_empty, make_noise
+from support.processes import ROOT, Finished, freeze, nbdmirror, nbdmirror_environment
+from support.servers import Nbdmirror
+from support.waiting import WAIT_S_MAX, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures import Start
 from guest import ALL_FILES, WROTE, check_disk, make_disk
-from images import make_noise
 from libvirtd import Domain, Libvirtd, let_qemu_in
-from processes import ROOT
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Start
+from support.images import make_noise
+from support.processes import ROOT
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from images import Content, MiB, assert_identical
-from losing import CHANGES, Lossy, Range
 from roundplan import GRANULE, IN_FLIGHT_BYTES, REGION, SIZE, Waits
 from roundscene import Scene
-from waiting import WAIT_S_MAX, wait_until
+from support.images import Content, MiB, assert_identical
+from support.losing import CHANGES, Lossy, Range
+from support.waiting import WAIT_S_MAX, wait_until
 
 PROBE, PROBE_OFFSET = Path(__file__).with_name("probe.py"), 14 * MiB
 

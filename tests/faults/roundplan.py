@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
 
-from images import KiB, MiB
+from support.images import KiB, MiB
 
 SIZE = 16 * MiB
 GRANULE = 64 * KiB

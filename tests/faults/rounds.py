@@ -14,13 +14,13 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from clients import connections
-from losing import Lossy, add_target
 from roundmeasure import Measured
 from roundplan import ENDING_S, FIRST_COPY_BYTES_PER_S, GRANULE, RECONNECT_S, SIZE, Outcome
-from serverprocess import Server
-from servers import QemuNbd
-from waiting import wait_until
+from support.clients import connections
+from support.losing import Lossy, add_target
+from support.serverprocess import Server
+from support.servers import QemuNbd
+from support.waiting import wait_until
 
 
 class Round(Measured):

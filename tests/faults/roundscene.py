@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from images import make_image, make_noise
-from kept import Kept
-from losing import Lossy
-from processes import nbdmirror_environment, patched
-from proxy import Proxy
-from qmpclient import Qmp
 from roundplan import SIZE, ZONES, Cell, Outcome, Plan
-from serverprocess import Server
-from servers import QemuNbd
+from support.images import make_image, make_noise
+from support.kept import Kept
+from support.losing import Lossy
+from support.processes import nbdmirror_environment, patched
+from support.proxy import Proxy
+from support.qmpclient import Qmp
+from support.serverprocess import Server
+from support.servers import QemuNbd
 from witness import Witness
 
 STEPS = """

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from guests import Guest
-from hostile import (
+from support.fixtures import Start
+from support.guests import Guest
+from support.hostile import (
     ACK,
     EXPORT_NAME,
     FLUSH,
@@ -33,9 +33,9 @@ from hostile import (
     WRITE,
     ZERO,
 )
-from images import KiB, MiB, assert_identical, make_image, make_noise
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.images import KiB, MiB, assert_identical, make_image, make_noise
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 SEED = random.SystemRandom().randrange(1000)
 SIZE = 2 * MiB

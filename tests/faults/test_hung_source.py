@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from clients import connected, requested
-from fixtures import Identical, Start
-from images import make_image, make_noise
-from losing import GRANULE, SEED, SIZE, Lossy, end
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.clients import connected, requested
+from support.fixtures import Identical, Start
+from support.images import make_image, make_noise
+from support.losing import GRANULE, SEED, SIZE, Lossy, end
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
 FORCE_S_MAX = 3.0

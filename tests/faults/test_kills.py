@@ -11,14 +11,14 @@ from pathlib import Path
 
 import nbd
 import pytest
-from fixtures import Identical, Start, temporary_folder
-from guests import Guest
-from images import MiB, make_image, make_noise
-from losing import Lossy, add_target
 from roundplan import GUESTS, PHASES, SIZE, STEPS_MAX, WHATS, Cell
 from rounds import Round
 from roundscene import Mirror
-from waiting import wait_until
+from support.fixtures import Identical, Start, temporary_folder
+from support.guests import Guest
+from support.images import MiB, make_image, make_noise
+from support.losing import Lossy, add_target
+from support.waiting import wait_until
 
 SEED = int(os.environ.get("NBDMIRROR_KILL_SEED") or random.SystemRandom().randrange(1_000_000))
 """A new one each time, unless the environment has one."""

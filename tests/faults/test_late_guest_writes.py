@@ -12,14 +12,14 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected, requested
-from fixtures import Identical, Start
-from images import MiB, make_image, make_noise
-from late import Holding
-from processes import freeze, patched
-from proxy import Proxy
-from servers import Nbdmirror, QemuNbd
-from waiting import InThread, wait_until
+from support.clients import connected, requested
+from support.fixtures import Identical, Start
+from support.images import MiB, make_image, make_noise
+from support.late import Holding
+from support.processes import freeze, patched
+from support.proxy import Proxy
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import InThread, wait_until
 
 SIZE = 4 * MiB
 BLOCK = 4096

@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from clients import connected, requested
-from fixtures import Identical, Start
-from images import KiB, MiB, make_image, make_noise
-from late import Holding, refused, started
-from processes import freeze, patched
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.clients import connected, requested
+from support.fixtures import Identical, Start
+from support.images import KiB, MiB, make_image, make_noise
+from support.late import Holding, refused, started
+from support.processes import freeze, patched
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 from nbdmirror.nbdclient.pool import REQUESTS_ALONE
 

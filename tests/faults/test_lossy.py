@@ -6,10 +6,10 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected
-from fixtures import Start
-from images import MiB, make_noise
-from losing import Lossy
+from support.clients import connected
+from support.fixtures import Start
+from support.images import MiB, make_noise
+from support.losing import Lossy
 
 BLOCK = 4096
 NEW = b"\x11" * BLOCK

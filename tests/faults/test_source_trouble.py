@@ -10,15 +10,15 @@ import random
 from pathlib import Path
 
 import pytest
-from clients import connected, nbd_errno
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, assert_identical, make_empty, make_image, make_noise
-from losing import GRANULE, SEED, SIZE, Lossy, end, wait_caught_up
-from mounts import loop_device, mounted
-from qmpclient import Qmp
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.clients import connected, nbd_errno
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_empty, make_image, make_noise
+from support.losing import GRANULE, SEED, SIZE, Lossy, end, wait_caught_up
+from support.mounts import loop_device, mounted
+from support.qmpclient import Qmp
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
 BLOCK = 4096

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, make_image, make_noise
-from losing import SEED, SIZE, Lossy, end, start_mirror
-from processes import free_port
-from proxy import Proxy
-from qmpclient import Qmp
-from servers import NbdkitTarget, Nbdmirror
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, make_image, make_noise
+from support.losing import SEED, SIZE, Lossy, end, start_mirror
+from support.processes import free_port
+from support.proxy import Proxy
+from support.qmpclient import Qmp
+from support.servers import NbdkitTarget, Nbdmirror
+from support.waiting import wait_until
 
 from nbdmirror.errors import DeviceLost
 from nbdmirror.event_loop import Loop

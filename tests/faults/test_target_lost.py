@@ -6,14 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
-from images import assert_identical, make_image, make_noise
-from losing import GRANULE, SEED, SIZE, Lossy, end, start_mirror, wait_caught_up
-from processes import patched
-from servers import Nbdmirror
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import assert_identical, make_image, make_noise
+from support.losing import GRANULE, SEED, SIZE, Lossy, end, start_mirror, wait_caught_up
+from support.processes import patched
+from support.servers import Nbdmirror
+from support.waiting import wait_until
 
 COMPLETE = "block-job-complete"
 ENDINGS = [COMPLETE, "block-job-cancel"]

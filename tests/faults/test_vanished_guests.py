@@ -12,14 +12,14 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
-from images import KiB, MiB, assert_identical, make_image, make_noise
-from kept import Kept
-from processes import patched, resources
-from servers import Nbdmirror, QemuNbd
-from waiting import WAIT_S_MAX, wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import KiB, MiB, assert_identical, make_image, make_noise
+from support.kept import Kept
+from support.processes import patched, resources
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import WAIT_S_MAX, wait_until
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 from hosts import Hosts, NbdmirrorAt, two_hosts

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clients import connected
-from fixtures import Identical, Start
-from images import KiB, MiB, make_empty
-from servers import NbdkitTarget, Nbdmirror
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.images import KiB, MiB, make_empty
+from support.servers import NbdkitTarget, Nbdmirror
+from support.waiting import wait_until
 
 SIZE = 4 * MiB
 ROUNDS = 20

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import nbd
-from images import KiB
 from sectors import SECTOR, Sectors
-from waiting import WAIT_S_MAX, wait_until
+from support.images import KiB
+from support.waiting import WAIT_S_MAX, wait_until
 
 LENGTH_MAX = 32 * KiB
 REJOIN_S = 0.02

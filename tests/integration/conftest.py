@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from images import MiB, make_image, make_noise
-from processes import Finished, nbdmirror
-from servers import Nbdmirror, QemuNbd
+from support.fixtures import Start
+from support.images import MiB, make_image, make_noise
+from support.processes import Finished, nbdmirror
+from support.servers import Nbdmirror, QemuNbd
 
 
 @pytest.fixture

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cephnode import Ceph, RbdNbd, missing
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, assert_identical, make_image, make_noise
-from knownservers import RBD, Target
-from processes import ROOT
-from qmpclient import Qmp
-from recipes import ran, script_of
-from servers import Nbdmirror, QemuNbd
-from targettrial import try_target
-from waiting import wait_until
+from support.cephnode import Ceph, RbdNbd, missing
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.knownservers import RBD, Target
+from support.processes import ROOT
+from support.qmpclient import Qmp
+from support.recipes import ran, script_of
+from support.servers import Nbdmirror, QemuNbd
+from support.targettrial import try_target
+from support.waiting import wait_until
 
 if lacking := missing():
     pytest.skip(f"no Ceph to try, for want of: {lacking}", allow_module_level=True)

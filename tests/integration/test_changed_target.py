@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clients import connected
-from fixtures import Start
-from images import MiB, make_image, make_noise
-from servers import Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Start
+from support.images import MiB, make_image, make_noise
+from support.servers import Nbdmirror, QemuNbd
 
 SIZE = 4 * MiB
 

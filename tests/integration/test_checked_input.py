@@ -8,12 +8,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from fixtures import Identical, Start
-from images import MiB, assert_identical, make_image, make_noise
-from kept import Kept
-from processes import nbdmirror
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.kept import Kept
+from support.processes import nbdmirror
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 PORTS = 65536
 UUID = "3f2a77c0-7d1e-4c6b-9b1d-0c0ffee00001"

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import Identical, Start
-from images import MiB
-from processes import Finished, freeze, nbdmirror, run
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.images import MiB
+from support.processes import Finished, freeze, nbdmirror, run
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 from nbdmirror.cli.main import DONE, FAILED, TIMED_OUT
 

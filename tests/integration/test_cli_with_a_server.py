@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fixtures import Identical, Start
-from images import KiB, MiB
-from processes import Finished, nbdmirror_environment
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.images import KiB, MiB
+from support.processes import Finished, nbdmirror_environment
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 from nbdmirror.cli.main import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
 

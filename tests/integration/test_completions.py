@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from completions import PLACES, completions
-from processes import ROOT, run
-from waiting import WAIT_S_MAX, wait_until
+from support.processes import ROOT, run
+from support.waiting import WAIT_S_MAX, wait_until
 
 CASES = {
     "nbdmirror mirr": {"mirror"},

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from images import KiB, MiB, make_empty, make_image
-from qmpclient import Refused
-from servers import NbdkitTarget, Nbdmirror, OnTcp, QemuNbd
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.images import KiB, MiB, make_empty, make_image
+from support.qmpclient import Refused
+from support.servers import NbdkitTarget, Nbdmirror, OnTcp, QemuNbd
+from support.waiting import wait_until
 
 SIZE = 4 * MiB
 DRIVE_MIRROR = {"device": "disk0", "sync": "full", "mode": "existing"}

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, assert_identical, make_image, make_noise
-from paritysides import Faulty
-from qmpclient import Qmp
-from serverprocess import Server
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.paritysides import Faulty
+from support.qmpclient import Qmp
+from support.serverprocess import Server
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 SIZE = 4 * MiB
 JOBS = ("j0", "j1")

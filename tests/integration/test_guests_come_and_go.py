@@ -17,11 +17,11 @@ from pathlib import Path
 
 import nbd
 import pytest
-from fixtures import Start
-from images import KiB, MiB, assert_identical, make_image
-from processes import nbdkit_version, resources, settled
-from servers import Nbdmirror
-from waiting import STOP_S_MAX
+from support.fixtures import Start
+from support.images import KiB, MiB, assert_identical, make_image
+from support.processes import nbdkit_version, resources, settled
+from support.servers import Nbdmirror
+from support.waiting import STOP_S_MAX
 
 THREADS = 8
 CONNECTS = 1000

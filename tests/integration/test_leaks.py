@@ -7,12 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import nbd
-from clients import connected
-from fixtures import Start
-from images import KiB, MiB, make_empty, make_image
-from processes import resources, settled
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Start
+from support.images import KiB, MiB, make_empty, make_image
+from support.processes import resources, settled
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
 
 CONNECTS = 1000
 WARM_UP = 100

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, assert_identical, make_empty, make_image, make_noise
-from qmpclient import Qmp, Refused
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_empty, make_image, make_noise
+from support.qmpclient import Qmp, Refused
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 from nbdmirror.disk.bitmap import BITS_BYTES_MAX
 from nbdmirror.nbd_uri import URI_BYTES_MAX

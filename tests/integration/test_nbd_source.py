@@ -8,12 +8,12 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected, nbd_errno
-from fixtures import Start
-from images import MiB, assert_identical, make_noise
-from losing import Lossy
-from servers import Nbdmirror
-from waiting import InThread, wait_until
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_noise
+from support.losing import Lossy
+from support.servers import Nbdmirror
+from support.waiting import InThread, wait_until
 
 BLOCK = 4096
 DATA = b"\x5a" * BLOCK

@@ -18,12 +18,12 @@ from glob import glob
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from images import MiB, assert_identical, make_image, make_noise
 from packaging.requirements import Requirement
-from processes import ROOT, Finished
-from servers import Nbdmirror, QemuNbd
-from waiting import WAIT_S_MAX
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.processes import ROOT, Finished
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import WAIT_S_MAX
 
 from nbdmirror import __version__
 

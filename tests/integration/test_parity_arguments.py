@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import MiB
-from parity import assert_alike
-from paritydifferences import CONNECT_TEXTS, NEVER_RAN, Difference, substituted, without_step
-from paritysides import Setting
-from paritysteps import (
+from support.images import MiB
+from support.parity import assert_alike
+from support.paritydifferences import (
+    CONNECT_TEXTS,
+    NEVER_RAN,
+    Difference,
+    substituted,
+    without_step,
+)
+from support.paritysides import Setting
+from support.paritysteps import (
     SLOW,
     Script,
     add,

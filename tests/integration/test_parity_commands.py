@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from images import MiB
-from parity import assert_alike
-from paritydifferences import PROGRESS, Difference, substituted, without_step
-from paritysides import Setting, Side
-from paritysteps import (
+from support.images import MiB
+from support.parity import assert_alike
+from support.paritydifferences import PROGRESS, Difference, substituted, without_step
+from support.paritysides import Setting, Side
+from support.paritysteps import (
     SLOW,
     Script,
     Step,

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import KiB, MiB
-from parity import assert_alike
-from paritydifferences import PROGRESS, Difference, substituted, without
-from paritysides import Setting, Side
-from paritysteps import (
+from support.images import KiB, MiB
+from support.parity import assert_alike
+from support.paritydifferences import PROGRESS, Difference, substituted, without
+from support.paritysides import Setting, Side
+from support.paritysteps import (
     ACTIVELY_SYNCED,
     SLOW,
     Script,

@@ -10,10 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from images import KiB, MiB
-from parity import assert_alike
-from paritydifferences import BACK_OFF, ONE_ERROR_A_STOP, PROGRESS, Difference, substituted, without
-from paritypolicies import (
+from support.images import KiB, MiB
+from support.parity import assert_alike
+from support.paritydifferences import (
+    BACK_OFF,
+    ONE_ERROR_A_STOP,
+    PROGRESS,
+    Difference,
+    substituted,
+    without,
+)
+from support.paritypolicies import (
     ENDINGS,
     FORCE_CANCEL,
     IN_SYNC,
@@ -24,8 +31,8 @@ from paritypolicies import (
     failed,
     faulty,
 )
-from paritysides import Setting, Side
-from paritysteps import (
+from support.paritysides import Setting, Side
+from support.paritysteps import (
     Script,
     add,
     call,
@@ -46,7 +53,7 @@ from paritysteps import (
     untold,
     write,
 )
-from waiting import wait_until
+from support.waiting import wait_until
 
 # Several in flight; the guest; lost connections
 

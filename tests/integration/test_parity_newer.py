@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import Start
-from images import MiB, assert_identical, make_image, make_noise
-from parity import assert_alike
-from paritydifferences import NEVER_RAN, PROGRESS
-from paritysides import Setting
-from paritysteps import (
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.parity import assert_alike
+from support.paritydifferences import NEVER_RAN, PROGRESS
+from support.paritysides import Setting
+from support.paritysteps import (
     ACTIVELY_SYNCED,
     Script,
     Step,
@@ -31,8 +31,8 @@ from paritysteps import (
     swapped,
     write,
 )
-from parityversions import SINCE, has
-from servers import Nbdmirror, QemuNbd
+from support.parityversions import SINCE, has
+from support.servers import Nbdmirror, QemuNbd
 
 COMPLETE = do("job-complete", id="j")
 

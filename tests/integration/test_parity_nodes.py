@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import MiB
-from parity import assert_alike
-from paritydifferences import (
+from support.images import MiB
+from support.parity import assert_alike
+from support.paritydifferences import (
     CONNECT_TEXTS,
     NEVER_RAN,
     PROGRESS,
@@ -16,8 +16,8 @@ from paritydifferences import (
     substituted,
     without_step,
 )
-from paritysides import Setting, Side
-from paritysteps import (
+from support.paritysides import Setting, Side
+from support.paritysteps import (
     Script,
     Step,
     add,

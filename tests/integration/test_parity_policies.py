@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 import pytest
-from parity import assert_alike
-from paritydifferences import BACK_OFF, Difference, substituted
-from paritypolicies import (
+from support.parity import assert_alike
+from support.paritydifferences import BACK_OFF, Difference, substituted
+from support.paritypolicies import (
     COMPLETE,
     ENDINGS,
     FORCE_CANCEL,
@@ -28,7 +28,7 @@ from paritypolicies import (
     failed,
     faulty,
 )
-from paritysteps import (
+from support.paritysteps import (
     Script,
     dismiss,
     do,

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import connected
-from fixtures import Start
-from images import MiB, assert_identical, make_image, make_noise
-from paritysides import StorageDaemon
-from parityversions import has
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.paritysides import StorageDaemon
+from support.parityversions import has
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
 
 from nbdmirror.qmp.arguments import COMMANDS, DEPRECATED
 from nbdmirror.qmp.introspection import SCHEMA_INFO

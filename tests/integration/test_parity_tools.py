@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import MiB
-from parity import assert_alike
-from paritydifferences import PROGRESS, Difference, without
-from paritysides import Setting, Side
-from paritysteps import (
+from support.images import MiB
+from support.parity import assert_alike
+from support.paritydifferences import PROGRESS, Difference, without
+from support.paritysides import Setting, Side
+from support.paritysteps import (
     Script,
     Step,
     add,
@@ -37,7 +37,7 @@ from paritysteps import (
     untold,
     write,
 )
-from waiting import wait_until
+from support.waiting import wait_until
 
 JOB = "copy-vda-libvirt-1-format"
 LIBVIRT = {"job_id": JOB, "device": "src", "auto_finalize": True, "auto_dismiss": False}

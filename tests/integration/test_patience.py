@@ -11,11 +11,11 @@ from typing import Any
 
 import nbd
 import pytest
-from fixtures import Start
-from images import KiB, MiB, make_image
-from processes import free_port
-from servers import NbdkitTarget, QemuNbd
-from waiting import wait_until
+from support.fixtures import Start
+from support.images import KiB, MiB, make_image
+from support.processes import free_port
+from support.servers import NbdkitTarget, QemuNbd
+from support.waiting import wait_until
 
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.nbdclient import handshake, pool, tls

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from clients import connected, connections
-from fixtures import Start
-from images import KiB, MiB, make_image
-from processes import run
-from qmpclient import Qmp
-from servers import NbdkitTarget, Nbdmirror, QemuNbd, Server
-from waiting import WAIT_S_MAX, InThread, wait_until
+from support.clients import connected, connections
+from support.fixtures import Start
+from support.images import KiB, MiB, make_image
+from support.processes import run
+from support.qmpclient import Qmp
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd, Server
+from support.waiting import WAIT_S_MAX, InThread, wait_until
 
 from nbdmirror.nbdclient import exclusive_set as linkset
 from nbdmirror.nbdclient.device import RemoteDevice

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected
-from fixtures import Start
-from images import MiB, make_image
-from processes import WAIT_S_MAX, patched
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Start
+from support.images import MiB, make_image
+from support.processes import WAIT_S_MAX, patched
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 REQUESTS = 2000
 LINE = r"pread: error: "

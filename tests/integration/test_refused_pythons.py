@@ -10,9 +10,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from processes import ROOT, Finished, nbdmirror_environment, patched, run
-from servers import PLUGIN
-from waiting import WAIT_S_MAX
+from support.processes import ROOT, Finished, nbdmirror_environment, patched, run
+from support.servers import PLUGIN
+from support.waiting import WAIT_S_MAX
 
 OLD = "import sys\nsys.version_info = (3, 10, 2, 'final', 0)\n"
 FREE_THREADED = "import sys\nsys._is_gil_enabled = lambda: False\n"

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from knownservers import RBD, TARGETS, Target
-from targettrial import TABLE, try_target
+from support.fixtures import Start
+from support.knownservers import RBD, TARGETS, Target
+from support.targettrial import TABLE, try_target
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)

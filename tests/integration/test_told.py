@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import Identical, Start
-from images import MiB, make_noise
-from processes import freeze, run
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.images import MiB, make_noise
+from support.processes import freeze, run
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 SIZE = 4 * MiB
 SLOW = {"speed": 64 << 10, "buf_size": 64 << 10}

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from guests import Guest
-from images import MiB, assert_identical, make_image, make_noise
-from processes import ROOT, run
-from servers import Nbdmirror, QemuNbd
-from waiting import STOP_S_MAX
+from support.fixtures import Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.processes import ROOT, run
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import STOP_S_MAX
 
 from nbdmirror.cli.main import build_parser
 from nbdmirror.cli.serve import serve_command

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, assert_identical, make_image, make_noise
-from processes import ROOT, nbdmirror, run
-from servers import PLUGIN, NbdkitTarget, Nbdmirror, QemuNbd
-from waiting import STOP_S_MAX, wait_until
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.processes import ROOT, nbdmirror, run
+from support.servers import PLUGIN, NbdkitTarget, Nbdmirror, QemuNbd
+from support.waiting import STOP_S_MAX, wait_until
 
 NOBODY = pwd.getpwnam("nobody")
 

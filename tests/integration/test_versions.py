@@ -12,11 +12,11 @@ from typing import Any
 
 import nbd
 import pytest
-from fixtures import Start
-from images import MiB, make_empty, make_image
-from processes import libnbd_version, nbdkit_version, run
-from servers import Nbdmirror, QemuNbd
-from waiting import WAIT_S_MAX
+from support.fixtures import Start
+from support.images import MiB, make_empty, make_image
+from support.processes import libnbd_version, nbdkit_version, run
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import WAIT_S_MAX
 
 from nbdmirror.devices.base import Extent
 from nbdmirror.errors import DeviceError

@@ -11,7 +11,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 with atheris.instrument_imports(include=["nbdmirror"]):
-    import jsonfuzz
+    from support import jsonfuzz
 
 atheris.Setup(sys.argv, jsonfuzz.check)
 atheris.Fuzz()

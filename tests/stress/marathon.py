@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guests import Guest
-from images import KiB, MiB, assert_identical, make_image, make_noise
-from kept import Kept
-from late import started
-from processes import resources
-from proxy import Proxy
-from qmpclient import Refused
-from servers import QemuNbd
-from waiting import WAIT_S_MAX, wait_until
+from support.guests import Guest
+from support.images import KiB, MiB, assert_identical, make_image, make_noise
+from support.kept import Kept
+from support.late import started
+from support.processes import resources
+from support.proxy import Proxy
+from support.qmpclient import Refused
+from support.servers import QemuNbd
+from support.waiting import WAIT_S_MAX, wait_until
 
 SIZE = 16 * MiB
 MIRRORS_A_STRETCH = 8

@@ -23,11 +23,11 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
 
-from fixtures import temporary_folder  # noqa: E402 - found only now
-from images import KiB  # noqa: E402
 from marathon import MarathonThread  # noqa: E402
 from roundplan import CALM, CELLS, Cell, Outcome  # noqa: E402
 from rounds import Round  # noqa: E402
+from support.fixtures import temporary_folder  # noqa: E402 - found only now
+from support.images import KiB  # noqa: E402
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "": 60}
 MATRIX = [*CELLS, *CALM]

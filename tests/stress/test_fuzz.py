@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import qmpfuzz
+from support import qmpfuzz
+from support.processes import ROOT
+
+sys.path.append(str(ROOT / "tests" / "unit" / "qmp"))
 import test_qmp_fuzz
-from processes import ROOT
 from test_qmp_fuzz import session  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.stress

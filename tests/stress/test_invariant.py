@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from mirrormachine import MirrorMachine
-from test_mirror_invariant import EXAMPLES, STEPS
+from model.machine import MirrorMachine
+from model.test_mirror_invariant import EXAMPLES, STEPS
 
 ROUNDS = 25
 

@@ -28,13 +28,13 @@ sys.path[:0] = [str(TESTS), str(TESTS / "integration" / "state")]
 
 # What follows is found by the path above, hence E402.
 import nbd  # noqa: E402
-from clients import connected  # noqa: E402
-from fixtures import temporary_folder  # noqa: E402
-from images import KiB, MiB, make_image, make_noise  # noqa: E402
-from kept import Kept  # noqa: E402
-from servers import QemuNbd  # noqa: E402
 from stateparts import settle  # noqa: E402
-from waiting import wait_until  # noqa: E402
+from support.clients import connected  # noqa: E402
+from support.fixtures import temporary_folder  # noqa: E402
+from support.images import KiB, MiB, make_image, make_noise  # noqa: E402
+from support.kept import Kept  # noqa: E402
+from support.servers import QemuNbd  # noqa: E402
+from support.waiting import wait_until  # noqa: E402
 
 SIZE = 4 * MiB
 GRANULE = 64 * KiB

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from guests import Guest
-from hostile import Hostile
 from hostileparts import SEED, SIZE
-from images import assert_identical, make_image, make_noise
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.fixtures import Start
+from support.guests import Guest
+from support.hostile import Hostile
+from support.images import assert_identical, make_image, make_noise
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
 
 
 @pytest.fixture

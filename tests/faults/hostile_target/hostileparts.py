@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 
-from hostile import (
+from support.hostile import (
     ACK,
     FLAGS,
     FLUSH,
@@ -21,8 +21,8 @@ from hostile import (
     Talk,
     option_reply,
 )
-from images import MiB
-from qmpclient import Qmp, Refused
+from support.images import MiB
+from support.qmpclient import Qmp, Refused
 
 SEED = random.SystemRandom().randrange(1000)
 SIZE = 2 * MiB

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import FLAGS, Hostile
 from hostileparts import (
     HANDSHAKES,
     OPEN_S,
@@ -22,9 +21,10 @@ from hostileparts import (
     mirror,
     refusal,
 )
-from processes import nbdmirror, resources
-from servers import Nbdmirror
-from waiting import wait_until
+from support.hostile import FLAGS, Hostile
+from support.processes import nbdmirror, resources
+from support.servers import Nbdmirror
+from support.waiting import wait_until
 
 
 def test_handshakes_that_go_wrong(server: Nbdmirror, target: Hostile) -> None:

@@ -12,16 +12,27 @@ from pathlib import Path
 
 import nbd
 import pytest
-import tricks
-from clients import connected, nbd_errno
-from fixtures import Start
-from guests import Guest
-from hostile import FLAGS, FLUSH, MULTI_CONN, READ, STATUS, TRIM, WRITE, ZERO, Hostile, Trick
 from hostileparts import NO_WAY_OUT, SEED, SIZE, add, is_one_line, mirror
-from images import KiB, assert_identical, make_empty, make_image, make_noise
-from servers import Nbdmirror, QemuNbd
+from support import tricks
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.guests import Guest
+from support.hostile import (
+    FLAGS,
+    FLUSH,
+    MULTI_CONN,
+    READ,
+    STATUS,
+    TRIM,
+    WRITE,
+    ZERO,
+    Hostile,
+    Trick,
+)
+from support.images import KiB, assert_identical, make_empty, make_image, make_noise
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 from test_hostile_target import ERRORS, GARBAGE, IS_STRICT, STRAY, check_log
-from waiting import wait_until
 
 BAD_READS: list[Trick] = [
     tricks.data_too_long, tricks.data_beyond, tricks.data_before, tricks.hole_beyond,

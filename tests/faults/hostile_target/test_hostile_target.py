@@ -14,10 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tricks
-from fixtures import Identical, Start
-from guests import Guest
-from hostile import SIMPLE_MAGIC, WRITE, ZERO, Hostile, Trick
 from hostileparts import (
     FORCE_S_MAX,
     HANDSHAKES,
@@ -29,11 +25,15 @@ from hostileparts import (
     is_one_line,
     mirror,
 )
-from images import MiB, assert_identical, make_noise
-from processes import libnbd_version, resources, run
-from qmpclient import Qmp
-from servers import Nbdmirror
-from waiting import wait_until
+from support import tricks
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.hostile import SIMPLE_MAGIC, WRITE, ZERO, Hostile, Trick
+from support.images import MiB, assert_identical, make_noise
+from support.processes import libnbd_version, resources, run
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror
+from support.waiting import wait_until
 
 # A fair one
 

@@ -8,9 +8,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from images import MiB
-from processes import Finished, nbdmirror, run
-from servers import PLUGIN
+from support.images import MiB
+from support.processes import Finished, nbdmirror, run
+from support.servers import PLUGIN
 
 SIZE = 2 * MiB
 

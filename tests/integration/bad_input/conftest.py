@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from badparts import SIZE
-from fixtures import Start
-from servers import Nbdmirror
+from support.fixtures import Start
+from support.servers import Nbdmirror
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 from badparts import SIZE
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, assert_identical, make_noise
-from processes import resources
-from qmpclient import Qmp
-from serverprocess import Server
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_noise
+from support.processes import resources
+from support.qmpclient import Qmp
+from support.serverprocess import Server
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 GARBAGE_BYTES = 100_000_000
 

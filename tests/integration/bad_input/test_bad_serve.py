@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from badparts import SIZE, bare, one_line, serve, untouched
-from fixtures import Start
-from images import assert_identical, make_image
-from processes import nbdmirror, run
-from servers import PLUGIN, Nbdmirror, QemuNbd
+from support.fixtures import Start
+from support.images import assert_identical, make_image
+from support.processes import nbdmirror, run
+from support.servers import PLUGIN, Nbdmirror, QemuNbd
 
 # Disks that cannot be served
 

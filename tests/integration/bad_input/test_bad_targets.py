@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 from badparts import SIZE, one_line, untouched
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
-from images import assert_identical, make_noise
-from processes import free_port, nbdmirror
-from qmpclient import Qmp
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import assert_identical, make_noise
+from support.processes import free_port, nbdmirror
+from support.qmpclient import Qmp
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 
 @pytest.fixture

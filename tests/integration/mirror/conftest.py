@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures import Start
 from mirrorparts import SIZE, qemu_nbd_raw
-from serverprocess import Server
-from servers import Nbdmirror
+from support.fixtures import Start
+from support.serverprocess import Server
+from support.servers import Nbdmirror
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from images import KiB, MiB, make_noise, make_qcow2
-from serverprocess import Server
-from servers import NbdkitTarget, Nbdmirror, QemuNbd, QsdTarget
+from support.images import KiB, MiB, make_noise, make_qcow2
+from support.serverprocess import Server
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd, QsdTarget
 
 SIZE = 12 * MiB
 SLOW: dict[str, Any] = {"speed": 256 * KiB, "buf_size": 64 * KiB}

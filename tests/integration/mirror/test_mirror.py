@@ -10,14 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
 from mirrorparts import SIZE, SLOW, TARGETS, qemu_nbd_raw
-from processes import nbdmirror
-from serverprocess import Server
-from servers import Nbdmirror
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.processes import nbdmirror
+from support.serverprocess import Server
+from support.servers import Nbdmirror
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

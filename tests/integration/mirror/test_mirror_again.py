@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import KiB, MiB, make_image, make_noise
 from mirrorparts import SIZE, SLOW, qemu_nbd_raw
-from serverprocess import Server
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import KiB, MiB, make_image, make_noise
+from support.serverprocess import Server
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

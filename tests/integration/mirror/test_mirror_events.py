@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import connected
-from fixtures import Identical
-from guests import Guest
-from images import KiB, MiB
 from mirrorparts import ENDED_CANCELLED, ENDED_WELL, READY, SIZE, SLOW, STARTED
-from serverprocess import Server
-from servers import Nbdmirror
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical
+from support.guests import Guest
+from support.images import KiB, MiB
+from support.serverprocess import Server
+from support.servers import Nbdmirror
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

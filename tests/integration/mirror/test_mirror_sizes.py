@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
-from images import KiB, MiB, allocated_bytes, make_empty, make_image, make_noise, make_qcow2
 from mirrorparts import READY, SIZE, TARGETS, nbdkit_memory
-from serverprocess import Server
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import KiB, MiB, allocated_bytes, make_empty, make_image, make_noise, make_qcow2
+from support.serverprocess import Server
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 
 pytestmark = pytest.mark.usefixtures("identical")
 

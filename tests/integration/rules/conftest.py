@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from images import make_noise
-from paritysides import Faulty
 from rulesparts import SIZE, Logged
-from servers import Nbdmirror
+from support.fixtures import Start
+from support.images import make_noise
+from support.paritysides import Faulty
+from support.servers import Nbdmirror
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import KiB, MiB
-from paritysides import Faulty
-from qmpclient import Qmp
-from serverprocess import Server
-from servers import NbdkitTarget, Nbdmirror
-from waiting import wait_until
+from support.images import KiB, MiB
+from support.paritysides import Faulty
+from support.qmpclient import Qmp
+from support.serverprocess import Server
+from support.servers import NbdkitTarget, Nbdmirror
+from support.waiting import wait_until
 
 SIZE = 4 * MiB
 GRANULE = 64 * KiB

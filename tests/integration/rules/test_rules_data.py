@@ -11,11 +11,6 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, make_empty, make_noise
-from paritysides import Faulty
 from rulesparts import (
     CHANGED_TARGET,
     GRANULE,
@@ -29,8 +24,13 @@ from rulesparts import (
     wait_in_sync,
     wait_synced,
 )
-from servers import NbdkitTarget, Nbdmirror
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, make_empty, make_noise
+from support.paritysides import Faulty
+from support.servers import NbdkitTarget, Nbdmirror
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

@@ -13,11 +13,6 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected, requested
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, make_empty, make_noise
-from paritysides import Faulty
 from rulesparts import (
     GRANULE,
     SIZE,
@@ -32,8 +27,13 @@ from rulesparts import (
     requests,
     status_of,
 )
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.clients import connected, requested
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, make_empty, make_noise
+from support.paritysides import Faulty
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

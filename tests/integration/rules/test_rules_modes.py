@@ -10,11 +10,6 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected, nbd_errno, requested
-from fixtures import Identical, Start
-from guests import Guest
-from images import make_noise
-from paritysides import Faulty
 from rulesparts import (
     GRANULE,
     SIZE,
@@ -28,9 +23,14 @@ from rulesparts import (
     wait_in_sync,
     wait_synced,
 )
-from serverprocess import Server
-from servers import NbdkitTarget, Nbdmirror
-from waiting import wait_until
+from support.clients import connected, nbd_errno, requested
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import make_noise
+from support.paritysides import Faulty
+from support.serverprocess import Server
+from support.servers import NbdkitTarget, Nbdmirror
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("identical")
 

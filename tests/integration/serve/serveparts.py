@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from images import KiB, MiB
+from support.images import KiB, MiB
 
 SIZES = (0, 1, 511, 512, MiB, MiB + 1, 1025 * KiB)

@@ -7,11 +7,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from clients import connected
-from images import MiB, assert_identical, make_image
-from processes import nbdmirror
-from servers import Nbdmirror, QemuNbd
-from waiting import START_S_MAX, WAIT_S_MAX, wait_until
+from support.clients import connected
+from support.images import MiB, assert_identical, make_image
+from support.processes import nbdmirror
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import START_S_MAX, WAIT_S_MAX, wait_until
 
 
 def waiting(folder: Path, *uris: str, seconds: int) -> Nbdmirror:

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Start
-from guests import Guest
-from images import MiB, assert_identical, make_image, make_noise
-from kept import Kept
-from processes import nbdmirror, patched
-from servers import Nbdmirror, QemuNbd
-from waiting import STOP_S_MAX, WAIT_S_MAX, wait_until
+from support.clients import connected
+from support.fixtures import Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.kept import Kept
+from support.processes import nbdmirror, patched
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import STOP_S_MAX, WAIT_S_MAX, wait_until
 
 MEMORY = Path("/dev/shm")
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected, nbd_errno
-from fixtures import Start
-from guests import Guest
-from images import MiB, assert_identical, make_image, make_noise
-from processes import nbdmirror, run
-from servers import Nbdmirror, QemuNbd
-from waiting import wait_until
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.processes import nbdmirror, run
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 
 END_S_MAX = 5.0
 PR_SET_CHILD_SUBREAPER = 36

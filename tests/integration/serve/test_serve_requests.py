@@ -8,12 +8,20 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected, nbd_errno
-from fixtures import Start
-from images import KiB, MiB, allocated_bytes, assert_identical, make_empty, make_image, make_noise
-from mounts import mounted
 from serveparts import SIZES
-from servers import NbdkitTarget, Nbdmirror
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.images import (
+    KiB,
+    MiB,
+    allocated_bytes,
+    assert_identical,
+    make_empty,
+    make_image,
+    make_noise,
+)
+from support.mounts import mounted
+from support.servers import NbdkitTarget, Nbdmirror
 
 NO_HOLE, FAST_ZERO, FUA = nbd.CMD_FLAG_NO_HOLE, nbd.CMD_FLAG_FAST_ZERO, nbd.CMD_FLAG_FUA
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Start
-from guests import Guest
-from images import MiB, assert_identical, make_image
-from processes import ROOT, nbdmirror_environment, patched
-from servers import Nbdmirror
-from waiting import START_S_MAX, STOP_S_MAX, WAIT_S_MAX, wait_until
+from support.clients import connected
+from support.fixtures import Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image
+from support.processes import ROOT, nbdmirror_environment, patched
+from support.servers import Nbdmirror
+from support.waiting import START_S_MAX, STOP_S_MAX, WAIT_S_MAX, wait_until
 
 from nbdmirror.nbdkit_host.signals import MEANINGLESS
 

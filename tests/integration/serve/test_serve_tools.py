@@ -10,14 +10,22 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected
-from fixtures import Start
-from guests import Guest
-from images import KiB, MiB, assert_identical, make_empty, make_image, make_noise, make_qcow2
-from mounts import ON_DISK, loop_device
-from processes import run
 from serveparts import SIZES
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Start
+from support.guests import Guest
+from support.images import (
+    KiB,
+    MiB,
+    assert_identical,
+    make_empty,
+    make_image,
+    make_noise,
+    make_qcow2,
+)
+from support.mounts import ON_DISK, loop_device
+from support.processes import run
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 
 
 def test_nbdinfo_tells_what_the_disk_can_do(start: Start, disk: Path) -> None:

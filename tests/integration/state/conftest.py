@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from images import make_image, make_noise
-from kept import Kept
 from stateparts import SIZE
+from support.fixtures import Start
+from support.images import make_image, make_noise
+from support.kept import Kept
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 A power cut is a killed process whose memory is taken away (`lose_memory`): the bitmaps that were
 last saved and the log of intents are what is left. That every byte of the files may be lost in a
-crash is tests/test_powerloss.py's affair.
+crash is tests/model/test_powerloss.py's affair.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from images import KiB, MiB
-from kept import Kept, power_cut
-from qmpclient import Qmp
-from servers import QemuNbd
-from waiting import wait_until
+from support.images import KiB, MiB
+from support.kept import Kept, power_cut
+from support.qmpclient import Qmp
+from support.servers import QemuNbd
+from support.waiting import wait_until
 
 SIZE = 32 * MiB
 GRANULE = 64 * KiB

@@ -7,15 +7,15 @@ import shutil
 import signal
 from pathlib import Path
 
-from clients import connected
-from fixtures import Identical, Start
-from images import MiB
-from kept import Kept, power_cut
-from processes import freeze
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
 from stateparts import GRANULE, End, begin, ends
-from waiting import InThread, wait_until
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.images import MiB
+from support.kept import Kept, power_cut
+from support.processes import freeze
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import InThread, wait_until
 
 
 def add(qmp: Qmp, name: str = "b", **options: object) -> None:

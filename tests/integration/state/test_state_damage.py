@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Identical
-from images import MiB, assert_identical, make_image
-from kept import Kept, power_cut, refusal
-from servers import QemuNbd
 from stateparts import GRANULE, SIZE, TOLD, End, begin, ends, finish, settle
+from support.clients import connected
+from support.fixtures import Identical
+from support.images import MiB, assert_identical, make_image
+from support.kept import Kept, power_cut, refusal
+from support.servers import QemuNbd
 from test_state_bitmaps import add, bitmaps
 
 

@@ -8,15 +8,15 @@ import os
 from pathlib import Path
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, make_image
-from kept import Kept, power_cut, refusal
-from mounts import mounted
-from processes import patched
-from servers import QemuNbd
 from stateparts import SIZE, TOLD, begin, finish, settle
-from waiting import wait_until
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, make_image
+from support.kept import Kept, power_cut, refusal
+from support.mounts import mounted
+from support.processes import patched
+from support.servers import QemuNbd
+from support.waiting import wait_until
 
 
 def test_one_server_at_a_time(server: Kept, folder: Path) -> None:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, assert_identical, make_image, make_noise
-from kept import Kept, power_cut, refusal
-from processes import freeze
-from servers import OnTcp, QemuNbd
 from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, assert_identical, make_image, make_noise
+from support.kept import Kept, power_cut, refusal
+from support.processes import freeze
+from support.servers import OnTcp, QemuNbd
+from support.waiting import wait_until
 from test_state_bitmaps import add, bitmaps
-from waiting import wait_until
 
 
 @ends

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from images import MiB, make_image
-from kept import Kept, refusal
-from servers import QemuNbd
 from stateparts import SIZE, End, begin, ends, finish, settle
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.images import MiB, make_image
+from support.kept import Kept, refusal
+from support.servers import QemuNbd
 from test_state_bitmaps import add
 
 from nbdmirror.state.sealed_files import seal

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Start
-from images import MiB, assert_identical, make_empty, make_image
-from kept import Kept, power_cut
-from mounts import ON_DISK, loop_device
-from servers import Nbdmirror, QemuNbd
 from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from support.clients import connected
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_empty, make_image
+from support.kept import Kept, power_cut
+from support.mounts import ON_DISK, loop_device
+from support.servers import Nbdmirror, QemuNbd
 from test_state_bitmaps import add, bitmaps
 
 from nbdmirror.state.sealed_files import seal, unseal

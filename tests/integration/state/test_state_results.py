@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fixtures import Identical
-from kept import Kept
-from servers import QemuNbd
 from stateparts import End, begin, ends
-from waiting import wait_until
+from support.fixtures import Identical
+from support.kept import Kept
+from support.servers import QemuNbd
+from support.waiting import wait_until
 
 SLOW = {"speed": 64 << 10, "buf_size": 64 << 10}
 

@@ -8,13 +8,13 @@ import subprocess
 
 import nbd
 import pytest
-from clients import connected, nbd_errno
-from fixtures import Start
-from images import MiB, assert_identical, make_noise
-from kept import Kept, refusal
-from servers import QemuNbd
 from stateparts import SIZE
-from waiting import wait_until
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_noise
+from support.kept import Kept, refusal
+from support.servers import QemuNbd
+from support.waiting import wait_until
 from wayhome import (
     REFUSED,
     begin,

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Start
-from goldenstate import CASES, JSON_FILES, Golden, unsealed
-from images import assert_identical
-from kept import Kept, power_cut, refusal
-from servers import QemuNbd
 from stateparts import finish
+from support.clients import connected
+from support.fixtures import Start
+from support.goldenstate import CASES, JSON_FILES, Golden, unsealed
+from support.images import assert_identical
+from support.kept import Kept, power_cut, refusal
+from support.servers import QemuNbd
 from test_state_bitmaps import bitmaps
 
 from nbdmirror.disk.bitmap import DirtyBitmap

@@ -7,14 +7,14 @@ import errno
 import json
 from pathlib import Path
 
-from clients import connected, nbd_errno
-from fixtures import Start
-from images import MiB, assert_identical, make_empty, make_image
-from kept import Kept, refusal
-from mounts import loop_device
-from servers import NbdkitTarget, QemuNbd
 from stateparts import SIZE
-from waiting import wait_until
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_empty, make_image
+from support.kept import Kept, refusal
+from support.mounts import loop_device
+from support.servers import NbdkitTarget, QemuNbd
+from support.waiting import wait_until
 from wayhome import (
     REFUSED,
     begin,

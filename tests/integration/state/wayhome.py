@@ -6,10 +6,10 @@ import errno
 from pathlib import Path
 
 import nbd
-from clients import connected, nbd_errno
-from images import assert_identical
-from kept import Kept
 from stateparts import GRANULE, SIZE
+from support.clients import connected, nbd_errno
+from support.images import assert_identical
+from support.kept import Kept
 
 REFUSED = "is not the disk any more"
 QUIET = "WARNING|target only|reset by peer"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.fixtures import Start
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
 from syncparts import SIZE
 
 

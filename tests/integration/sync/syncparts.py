@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from images import MiB
-from qmpclient import Qmp
-from waiting import wait_until
+from support.images import MiB
+from support.qmpclient import Qmp
+from support.waiting import wait_until
 
 SIZE = MiB
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from guests import Guest
-from images import assert_identical, make_image, make_noise
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import assert_identical, make_image, make_noise
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 from syncparts import SIZE, add_bitmap, marks, soft_cancel
-from waiting import wait_until
 
 
 @pytest.mark.parametrize(

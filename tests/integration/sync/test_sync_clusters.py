@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import connected
-from fixtures import Identical, Start
-from images import KiB, MiB, make_image, make_noise, make_qcow2
-from processes import run
-from servers import Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Identical, Start
+from support.images import KiB, MiB, make_image, make_noise, make_qcow2
+from support.processes import run
+from support.servers import Nbdmirror, QemuNbd
 from syncparts import SIZE, soft_cancel, wait_in_sync
 
 # Sizes that the peer rounds

@@ -15,15 +15,15 @@ from typing import Any
 
 import nbd
 import pytest
-from clients import connected, requested
-from fixtures import Identical, Start
-from images import KiB
-from late import started
-from processes import free_port, freeze
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.clients import connected, requested
+from support.fixtures import Identical, Start
+from support.images import KiB
+from support.late import started
+from support.processes import free_port, freeze
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import InThread, wait_until
 from syncparts import SIZE, soft_cancel
-from waiting import InThread, wait_until
 
 FORCE_S_MAX = 1.0
 QUIT_S_MAX = 4.0

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import connected
-from fixtures import Identical
-from guests import Guest
-from images import KiB, assert_identical
-from parity import assert_alike
-from paritydifferences import PROGRESS
-from paritysides import Setting, Side
-from paritysteps import call, do, ready, status
-from paritysteps import start as start_of_job
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.clients import connected
+from support.fixtures import Identical
+from support.guests import Guest
+from support.images import KiB, assert_identical
+from support.parity import assert_alike
+from support.paritydifferences import PROGRESS
+from support.paritysides import Setting, Side
+from support.paritysteps import call, do, ready, status
+from support.paritysteps import start as start_of_job
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 from syncparts import SIZE
-from waiting import wait_until
 
 WRITES = 300
 """Of each writer, where they are to get into each other's way."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import MiB, make_image, make_noise
-from qmpclient import Qmp
-from servers import Nbdmirror, QemuNbd
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import MiB, make_image, make_noise
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 from syncparts import marks, soft_cancel
-from waiting import wait_until
 
 SIZE = 8 * MiB
 SEED = 41

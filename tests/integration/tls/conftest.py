@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures import Start
-from images import make_image
-from servers import Nbdmirror
+from support.fixtures import Start
+from support.images import make_image
+from support.servers import Nbdmirror
 from tlsparts import SIZE, Site, TlsNbdmirror
 
 

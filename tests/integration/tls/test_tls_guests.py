@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clients import connected
-from fixtures import Start
-from guests import Guest
-from images import assert_identical
-from keys import HERE, psk
-from processes import Finished, nbdmirror, run
+from support.clients import connected
+from support.fixtures import Start
+from support.guests import Guest
+from support.images import assert_identical
+from support.keys import HERE, psk
+from support.processes import Finished, nbdmirror, run
 from tlsparts import Site, TlsNbdmirror, refusal, with_keys
 
 from nbdmirror.errors import ConfigError

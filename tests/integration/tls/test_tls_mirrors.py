@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import Identical, Start
-from guests import Guest
-from images import assert_identical, make_noise
-from keys import HERE, until
-from processes import ROOT, nbdmirror, run
-from proxy import Proxy
-from qmpclient import Qmp
-from servers import Nbdmirror
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.images import assert_identical, make_noise
+from support.keys import HERE, until
+from support.processes import ROOT, nbdmirror, run
+from support.proxy import Proxy
+from support.qmpclient import Qmp
+from support.servers import Nbdmirror
+from support.waiting import wait_until
 from tlsparts import KINDS, SIZE, Overt, Site, TlsNbdkit, TlsNbdmirror, target_of, with_keys
-from waiting import wait_until
 
 LIFE_S = 8
 """Of a certificate that is to expire during a test: long enough for the mirror to get ready."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import nbd
 import pytest
-from fixtures import Start
-from guests import Guest
-from images import assert_identical, make_noise
-from keys import psk
-from processes import nbdmirror
-from servers import NbdkitTarget, Nbdmirror
+from support.fixtures import Start
+from support.guests import Guest
+from support.images import assert_identical, make_noise
+from support.keys import psk
+from support.processes import nbdmirror
+from support.servers import NbdkitTarget, Nbdmirror
 from test_tls_guests import one_line
 from tlsparts import KINDS, SIZE, Site, TlsNbdkit, target_of, with_keys
 

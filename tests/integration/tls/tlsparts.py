@@ -8,13 +8,13 @@ from pathlib import Path
 
 import nbd
 import pytest
-from clients import connected
-from images import MiB, make_noise
-from keys import HERE, PAST, Authority, psk
-from processes import free_port
-from qmpclient import Qmp
-from serverprocess import Server
-from servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.clients import connected
+from support.images import MiB, make_noise
+from support.keys import HERE, PAST, Authority, psk
+from support.processes import free_port
+from support.qmpclient import Qmp
+from support.serverprocess import Server
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 
 SIZE = 4 * MiB
 

@@ -1,0 +1,164 @@
+"""Connection: whose reply is whose while driving changes hands. The rest is tested by what uses it:
+test_device_contract, integration/test_nbd_source, and the tests with lost servers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import nbd
+import pytest
+from support.fixtures import Start
+from support.images import MiB, make_noise
+from support.late import Holding
+from support.processes import freeze
+from support.servers import QemuNbd
+from support.waiting import InThread, wait_until
+
+from nbdmirror.errors import DeviceLost
+from nbdmirror.event_loop import Loop
+from nbdmirror.nbdclient.exclusive_connection import Link
+from nbdmirror.nbdclient.exclusive_unix import OpenLink
+from nbdmirror.nbdclient.handshake import connect
+from nbdmirror.nbdclient.shared_connection import Connection
+
+
+def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
+    start: Start, folder: Path
+) -> None:
+    """A guest's thread had just seen that something can be read when the loop took over, and what
+    it then reads is the answer to a request of the loop's."""
+    image = make_noise(folder / "disk.img", MiB)
+    connection = Connection.open(start(QemuNbd(folder, image)).uri(), 5.0)
+    loop = Loop(time.monotonic)
+    connection.attach(loop)
+    told: list[BaseException | None] = []
+    buffer = memoryview(bytearray(512))
+    connection.start(connection.handle.aio_pread, buffer, 0, done=told.append)
+    while connection.is_busy:
+        connection._drive()
+    loop.run_once(1.0)
+    assert told == [None]
+    assert buffer == image.read_bytes()[:512]
+    connection.close()
+
+
+def link_to(target: Holding) -> Link:
+    """As a mirror's target has them."""
+    link = Link if target.port else OpenLink
+    return link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_a_link_that_is_given_up_ends_when_its_request_is_carried_out(
+    start: Start, folder: Path, tcp: bool
+) -> None:
+    """Its thread goes on at once, and the server does not notice: it carries the request out when
+    it likes, and then nothing of it is to come any more."""
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp))
+    link = link_to(target)
+    link.write(bytes(512), 4096)
+    target.hold.touch()
+    data = b"\x33" * 4096
+    request = InThread(lambda: link.write(data, 0))
+    wait_until(lambda: link.is_busy, "it is in flight")
+    wait_until(target.is_holding, "it is at the server")
+    link.give_up()
+    with pytest.raises(DeviceLost):
+        request.result(5.0)
+    assert not link.end(), "it may be carried out yet"
+    assert target.image.read_bytes()[: len(data)] != data
+    target.hold.unlink()
+    wait_until(link.end, "it was carried out")
+    assert target.image.read_bytes()[: len(data)] == data
+    with pytest.raises(DeviceLost):
+        link.write(data, 0)
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_a_link_whose_server_is_killed_ends(start: Start, folder: Path, tcp: bool) -> None:
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp))
+    link = link_to(target)
+    target.hold.touch()
+    request = InThread(lambda: link.write(b"\x33" * 4096, 0))
+    wait_until(target.is_holding, "it is at the server")
+    link.give_up()
+    with pytest.raises(DeviceLost):
+        request.result(5.0)
+    assert not link.end()
+    target.kill()
+    wait_until(link.end, "the server has ended")
+
+
+def test_a_link_at_rest_that_is_given_up_ends_at_once(start: Start, folder: Path) -> None:
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB)))
+    link = link_to(target)
+    link.write(bytes(512), 0)
+    link.give_up()
+    assert link.end()
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_a_link_whose_socket_breaks_while_libnbd_waits_is_lost(
+    start: Start, folder: Path, tcp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libnbd's poll then fails with ENOTCONN, and the handle says that it is ready as before."""
+    link = link_to(start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise nbd.Error("nbd_poll", errno.ENOTCONN)
+
+    monkeypatch.setattr(link._handle, "pread" if tcp else "poll", fail)
+    with pytest.raises(DeviceLost):
+        link.read(memoryview(bytearray(512)), 0)
+    assert link.is_lost
+    link.kill()
+    wait_until(link.end, "its socket has ended")
+
+
+def test_a_connection_that_is_given_up_ends_when_all_is_answered(
+    start: Start, folder: Path
+) -> None:
+    """Those who wait hear of a loss at once: the loop's requests, and a guest's, whose buffer is
+    the guest's again while the server has yet to read it."""
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB)))
+    connection = Connection.open(target.uri(), 5.0)
+    loop = Loop(time.monotonic)
+    loop.start()
+    loop.run(lambda: connection.attach(loop)).result(5.0)
+    target.hold.touch()
+    told: list[BaseException | None] = []
+    data, content = bytearray(b"\x33" * 4096), b"\x33" * 4096
+    loop.run(
+        lambda: connection.start(connection.handle.aio_pwrite, bytes(512), 0, done=told.append)
+    ).result(5.0)
+    wait_until(target.is_holding, "it is at the server")
+    freeze(target.pid)
+    request = InThread(lambda: connection.write(data, 8192))
+    wait_until(lambda: connection.unanswered == 2, "in flight")
+    over = threading.Event()
+    loop.run(lambda: connection.give_up(over.set)).result(5.0)
+    with pytest.raises(DeviceLost):
+        request.result(5.0)
+    data[:] = bytes(len(data))
+    wait_until(lambda: told, "the loop's request has failed")
+    assert isinstance(told[0], DeviceLost)
+    with pytest.raises(DeviceLost):
+        connection.write(b"\x55" * 512, 16384)
+    assert connection.unanswered == 2
+    assert not over.is_set()
+    os.kill(target.pid, signal.SIGCONT)
+    wait_until(lambda: connection.unanswered == 1, "one was answered")
+    assert not over.is_set()
+    target.hold.unlink()
+    assert over.wait(5.0)
+    assert len(told) == 1
+    image = target.image.read_bytes()
+    assert image[:512] == bytes(512)
+    assert image[8192 : 8192 + len(content)] == content
+    assert image[16384 : 16384 + 512] != b"\x55" * 512
+    loop.stop(5.0)

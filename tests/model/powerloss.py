@@ -1,0 +1,245 @@
+"""A world (world.py) whose mirror is kept in a state directory, and that may end at any moment.
+
+After each step two ends are looked at: the process is killed, and the power fails. For each the
+state is recovered by the real code from what is left, and must tell all that may differ then:
+
+ - a killed process leaves the disk as guests wrote it, and memory that outlives it;
+ - a power cut takes back, of what was not flushed, anything it likes: of the disk, of the target if
+   that fails as well, and of the state directory's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from model.parts import Guest
+from model.world import World
+from support.staterecords import MIRROR
+
+import nbdmirror.state.intent_log
+import nbdmirror.state.journal
+import nbdmirror.state.store
+from nbdmirror.devices.base import Done
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.intent_log import slot_bytes
+from nbdmirror.state.journal import Journal, Regions, ranges_left
+from nbdmirror.state.recovery import Found, examine, names
+from nbdmirror.state.sealed_files import Folder, Slots
+from nbdmirror.state.store import DiskStore
+
+REGION_BYTES = 1024
+REQUESTS_MAX = 8
+KEY = "mirror-1"
+DISK = Identity("/nowhere/disk", 0)
+
+
+class SimSlots(Slots):
+    """`durable` are contents that a power cut leaves; a slot that was written without sync has an
+    older and a newer one."""
+
+    def __init__(self, count: int) -> None:
+        self.content = [b""] * count
+        self.durable = [b""] * count
+
+    def write(self, index: int, content: bytes, *, sync: bool) -> None:
+        self.content[index] = content
+        if sync:
+            self.durable = list(self.content)
+
+    def read(self, index: int) -> bytes:
+        return self.content[index]
+
+    def close(self) -> None:
+        pass
+
+    def after_power_cut(self) -> list[SimSlots]:
+        """What may be left: each slot as it was last synced, or as it is. Sectors of both are
+        test_intentlog.py's affair."""
+        left = []
+        for index, (old, new) in enumerate(zip(self.durable, self.content, strict=True)):
+            for content in {old, new}:
+                slots = SimSlots(len(self.content))
+                slots.content = [
+                    content if number == index else one for number, one in enumerate(self.durable)
+                ]
+                left.append(slots)
+        return left
+
+
+class SimFolder(Folder):
+    """Files in memory. `commit` is what makes them last; it is one step here, and what is prepared
+    and not committed is not there after a crash."""
+
+    path = Path("/state")
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.prepared: dict[str, bytes] = {}
+        self.logs: dict[str, SimSlots] = {}
+
+    def read(self, name: str) -> bytes | None:
+        return self.files.get(name)
+
+    def prepare(self, name: str, content: bytes) -> None:
+        self.prepared[name] = content
+
+    def commit(self, names: list[str], removed: list[str] | None = None) -> None:
+        for name in names:
+            self.files[name] = self.prepared.pop(name)
+        for name in removed or ():
+            self.files.pop(name, None)
+
+    def refuse(self, name: str) -> None:
+        self.files.pop(name, None)
+
+    def slots(self, name: str, slot_bytes: int, count: int) -> Slots:
+        return self.logs.setdefault(name, SimSlots(count))
+
+
+class StepWriter:
+    """In place of Writer: what was submitted waits for `step`."""
+
+    def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
+        self.calls: list[Callable[[], None]] = []
+        self.now_s = 0.0
+        self._call_later = call_later
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def submit(self, call: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+
+        def work() -> None:
+            call()
+            future.set_result(None)
+
+        self.calls.append(work)
+        return future
+
+    def then(self, future: Future[None], done: Done) -> None:
+        future.add_done_callback(lambda future: done(future.exception()))
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        self._call_later(delay_s, call)
+
+    def failed(self, error: BaseException) -> None:
+        raise AssertionError(error)
+
+    def step(self) -> None:
+        if self.calls:
+            self.calls.pop(0)()
+
+
+class PowerWorld(World):
+    """Mutants override what they break."""
+
+    journal_class: type[Journal] = Journal
+    regions_class: type[Regions] = Regions
+    flushes_source = True
+
+    def __init__(self, content: bytes, **options: Any) -> None:
+        super().__init__(content, **options)
+        self.durable_source = bytearray(content)
+        self.slots: dict[Guest, int] = {}
+        self.folder = SimFolder()
+        self.writer = StepWriter(self.loop.call_later)
+        self.identity = Identity(DISK.source, self.size)
+        for module, name, value in (
+            (nbdmirror.state.journal, "REQUESTS_MAX", REQUESTS_MAX),
+            (nbdmirror.state.intent_log, "REGION_BYTES_MIN", REGION_BYTES),
+            (nbdmirror.state.intent_log, "REGION_BYTES_MAX", REGION_BYTES),
+            (nbdmirror.state.store, "Regions", self.regions_class),
+            (nbdmirror.state.store.Memory, "create", _no_memory),
+        ):
+            replaced = patch.object(module, name, value)
+            replaced.start()
+            self._patches.append(replaced)
+        log = self.folder.slots(names("disk")["intents"], slot_bytes(self.size), 2)
+        self.store = DiskStore(
+            name="disk", identity=self.identity, folder=self.folder, slots=log, found=None,
+            pivoted=None,
+        )  # fmt: skip
+        self.store.journal = self.journal_class(
+            memoryview(bytearray(nbdmirror.state.store.JOURNAL_BYTES))
+        )
+        writer: Any = self.writer
+        self.store.begin(writer, self.flush_source)
+        self.store.begun()
+        self.store.start()
+
+    def flush_source(self) -> None:
+        if self.flushes_source:
+            self.durable_source[:] = self.source
+
+    def mark_all(self) -> None:
+        super().mark_all()
+        record = replace(MIRROR, key=KEY, granularity=self.granularity)
+        self.store.keep_mirror(record, self.tracker)
+
+    # Guests write down what they are about to do first, and last that it is done.
+
+    def enter(self, guest: Guest) -> int:
+        if guest not in self.slots:
+            self.slots[guest] = self.store.journal.begin(guest.offset, guest.length)
+        return super().enter(guest)
+
+    def step_guest(self, guest: Guest, *, fail: bool = False) -> None:
+        super().step_guest(guest, fail=fail)
+        if guest not in self.guests and guest in self.slots:
+            self.store.journal.end(self.slots.pop(guest))
+
+    # What must hold.
+
+    def check(self) -> None:
+        super().check()
+        if self.is_tracking:
+            self.check_kill()
+            for log in self.folder.logs[names("disk")["intents"]].after_power_cut():
+                self.check_power_cut(log)
+
+    def check_kill(self) -> None:
+        dirty = self.tracker.may_differ()
+        for offset, length in ranges_left(bytes(self.store.journal._cells.cast("B"))):
+            dirty.mark(offset, length)
+        self._check_told(dirty, [self.source], "a killed process")
+
+    def check_power_cut(self, log: SimSlots) -> None:
+        folder = SimFolder()
+        folder.files = dict(self.folder.files)
+        folder.logs = {names("disk")["intents"]: log}
+        found = examine(folder, "disk", self.identity)
+        if found is None or found.definition.mirror is None:
+            return  # nobody was told that it goes on
+        self._check_told(self.recover(found), [self.source, self.durable_source], "a power cut")
+
+    def recover(self, found: Found) -> DirtyBitmap:
+        dirty = DirtyBitmap(self.size, self.granularity)
+        found.restore(dirty, KEY)
+        return dirty
+
+    def _check_told(self, dirty: DirtyBitmap, sources: list[bytearray], what: str) -> None:
+        """`sources`: what the disk may hold, in each of its parts, beside `what`. The target has
+        failed as well, or it has not."""
+        for offset in range(0, self.size, self.granularity):
+            granule = slice(offset, min(offset + self.granularity, self.size))
+            targets = (self.target, self.devices.durable)
+            contents = {bytes(one[granule]) for one in (*sources, *targets)}
+            assert len(contents) == 1 or dirty.is_dirty(offset, granule.stop - granule.start), (
+                f"lost in {what}: the granule at {offset}"
+            )
+
+    def drain(self) -> None:
+        super().drain()
+        while self.writer.calls:
+            self.writer.step()
+
+
+def _no_memory(_: str) -> None:
+    raise OSError(0, "not in this test")

@@ -1,0 +1,177 @@
+"""Every moment is a moment at which the process may be killed, or the power may fail: the machine
+of machine.py, with a state directory, and with both ends looked at after each step.
+
+The mutants break what journal.py and checkpoint.py say; the same machine must catch each of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from model.machine import MirrorMachine
+from model.powerloss import PowerWorld
+
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.ledger import Claim, Tracker
+from nbdmirror.state.journal import Journal, Regions
+from nbdmirror.state.recovery import Found
+
+STEPS = 40
+EXAMPLES = 300
+MUTANT_SEARCHES_MAX = 20
+MUTANT_EXAMPLES_MAX = 100
+
+
+class PowerMachine(MirrorMachine):
+    world_class: type[PowerWorld] = PowerWorld  # type: ignore[assignment]
+
+    @property
+    def w(self) -> PowerWorld:
+        assert isinstance(self.world, PowerWorld)
+        return self.world
+
+    @precondition(lambda self: self.w.is_tracking)
+    @rule(
+        action=st.sampled_from(("write", "checkpoint", "checkpoint", "flush", "copy and flush")),
+        steps=st.integers(0, 3),
+        elapsed_s=st.sampled_from((0.0, 0.1)),
+    )
+    def state_is_kept(self, action: str, steps: int, elapsed_s: float) -> None:
+        if action == "checkpoint":
+            self.w.store._checkpoints.tick()
+        elif action == "flush":
+            self.w.flush_source()
+        elif action == "copy and flush":
+            self.w.copy_all()
+            self.w.copier.flush(lambda error: None)
+            self.w.copy_all()
+        for _ in range(steps):
+            self.w.writer.step()
+            self.w.check()
+        self.w.loop.turn(elapsed_s)
+
+
+def test_nothing_is_lost_when_the_process_or_the_power_ends() -> None:
+    run_state_machine_as_test(
+        PowerMachine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+class WritesNothingDown(PowerWorld):
+    """A write is marked after it is done: a crash between the two forgets it."""
+
+    class journal_class(Journal):  # noqa: N801 - takes the place of the attribute
+        def begin(self, offset: int, length: int) -> int:
+            slot = super().begin(offset, length)
+            self._cells[2 * slot + 1] = 0
+            return slot
+
+
+class LeavesTheDiskUnflushed(PowerWorld):
+    """A power cut takes back what the target has: the region must stay until the disk is
+    flushed."""
+
+    flushes_source = False
+
+
+class DoesNotWaitForWrites(PowerWorld):
+    """Bitmaps are saved while a write from before the cut is not marked yet."""
+
+    class journal_class(Journal):  # noqa: N801
+        def has_drained(self, before: dict[int, int]) -> bool:
+            return True
+
+
+class RetiresWhatIsTouched(PowerWorld):
+    """A region that was written to since the cut leaves the log."""
+
+    class regions_class(Regions):  # noqa: N801
+        def retire(self) -> None:
+            self.touched = bytearray(len(self.touched))
+            self._before = bytearray(len(self._before))
+            super().retire()
+
+
+class TouchesWithoutSync(PowerWorld):
+    """The region is on its way to the disk when the write is issued."""
+
+    class regions_class(Regions):  # noqa: N801
+        def _write(self, regions: bytearray, *, sync: bool) -> None:
+            super()._write(regions, sync=False)
+
+
+class ForgetsTheRegions(PowerWorld):
+    """Recovery that believes the bitmaps alone."""
+
+    def recover(self, found: Found) -> DirtyBitmap:
+        found.ranges = []
+        return super().recover(found)
+
+
+class SavesDirtyAlone(PowerWorld):
+    """What is in flight, or not flushed on the target, is not in the bitmap of what is dirty."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def may_differ(self) -> DirtyBitmap:
+            return self.dirty.copy()
+
+
+class ReadsBitmapsBackwards(PowerWorld):
+    """A range that moves from `dirty` to `unflushed` between the two is missed."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        moves: Claim | None = None
+
+        def may_differ(self) -> DirtyBitmap:
+            found = DirtyBitmap(self.size, self.granularity)
+            for bitmap in (self.unflushed, *self._flushing):
+                found.merge(bitmap)
+            self.claim(0, 1)
+            found.merge(self.dirty)
+            return found
+
+
+MUTANTS = (
+    WritesNothingDown,
+    LeavesTheDiskUnflushed,
+    DoesNotWaitForWrites,
+    RetiresWhatIsTouched,
+    TouchesWithoutSync,
+    ForgetsTheRegions,
+    SavesDirtyAlone,
+    ReadsBitmapsBackwards,
+)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_broken_rule_is_caught(mutant: type[PowerWorld]) -> None:
+    machine: Any = type(f"{mutant.__name__}Machine", (PowerMachine,), {"world_class": mutant})
+
+    def search() -> None:
+        for number in range(MUTANT_SEARCHES_MAX):
+            run_state_machine_as_test(
+                seed(number)(machine),
+                settings=settings(
+                    max_examples=MUTANT_EXAMPLES_MAX,
+                    stateful_step_count=STEPS,
+                    deadline=None,
+                    database=None,
+                    phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+
+    with pytest.raises(AssertionError, match="lost"):
+        search()

@@ -1,0 +1,39 @@
+"""A server with made-up jobs, and the command line in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cliparts import Main
+from support.fakes import Fake
+
+from nbdmirror.cli import control as cli_control
+from nbdmirror.cli import jobs as cli_jobs
+from nbdmirror.cli import main as cli
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    monkeypatch.setattr(cli_jobs, "POLL_S", 0.01)
+    monkeypatch.setattr(cli_control, "WATCH_S", 0.01)
+    fake = Fake(str(tmp_path / "qmp"))
+    monkeypatch.setenv("NBDMIRROR_QMP", fake.path)
+    fake.server.start()
+    yield fake
+    fake.server.stop()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Main:
+    def run(*argv: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(list(argv))
+        except SystemExit as left:
+            status = int(left.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return run

@@ -1,0 +1,96 @@
+"""The control socket is not an nbdmirror's: a QEMU's, its storage daemon's, or no socket at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cliparts import Main, one_line
+from support.fakes import URI, FakeQemu
+from support.paritysides import StorageDaemon
+
+from nbdmirror.cli import control as cli_control
+from nbdmirror.cli import main as cli
+
+COMMANDS = {
+    "mirror": ["mirror", URI],
+    "status": ["status"],
+    "wait": ["wait", "--ready"],
+    "complete": ["complete"],
+    "cancel": ["cancel"],
+    "pause": ["pause"],
+    "resume": ["resume"],
+    "set-speed": ["set-speed", "1M"],
+    "copy-mode": ["copy-mode", "background"],
+    "finalize": ["finalize"],
+    "dismiss": ["dismiss"],
+    "bitmap": ["bitmap", "list"],
+    "events": ["events"],
+}
+
+
+@pytest.fixture
+def qemu(tmp_path: Path) -> Iterator[FakeQemu]:
+    qemu = FakeQemu(str(tmp_path / "monitor"))
+    qemu.server.start()
+    yield qemu
+    qemu.server.stop()
+
+
+def test_all_commands_are_tried() -> None:
+    assert set(COMMANDS) == set(cli_control._COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_to_a_qemu_is_refused(qemu: FakeQemu, run: Main, command: str) -> None:
+    """Nothing is asked of it, and nothing is done to it."""
+    status, out, err = run(*COMMANDS[command], "--qmp", qemu.path)
+    assert (status, out) == (cli.NO_SERVER, "")
+    text = f"{qemu.path} is the control socket of QEMU 7.2.0, not of nbdmirror"
+    assert text in one_line(err)
+    assert qemu.calls == []
+
+
+def test_a_list_names_a_qemu(qemu: FakeQemu, run: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NBDMIRROR_QMP", qemu.path)
+    status, out, _ = run("list")
+    assert (status, "is the control socket of QEMU 7.2.0" in out) == (cli.DONE, True)
+
+
+def test_a_real_storage_daemon(folder: Path, run: Main) -> None:
+    with StorageDaemon(folder, "driver=null-co,size=4096") as daemon:
+        status, out, err = run("status", "--qmp", str(daemon.qmp_path))
+    assert (status, out) == (cli.NO_SERVER, "")
+    assert "is the control socket of QEMU " in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (stat.S_IFDIR, "that is a directory, and no socket"),
+        (stat.S_IFREG, "that is a file, and no socket"),
+        (stat.S_IFIFO, "that is a pipe, and no socket"),
+        (stat.S_IFCHR, "that is a device, and no socket"),
+        (stat.S_IFSOCK, "Connection refused"),
+        (0, "No such file or directory"),
+    ],
+)
+def test_what_is_at_the_path_is_said(run: Main, tmp_path: Path, kind: int, text: str) -> None:
+    path = tmp_path / "path"
+    if kind == stat.S_IFDIR:
+        path.mkdir()
+    elif kind == stat.S_IFCHR:
+        path.symlink_to("/dev/null")
+    elif kind:
+        os.mknod(path, kind | 0o600)
+    status, _, err = run("status", "--qmp", str(path))
+    assert status == cli.NO_SERVER
+    assert f"at {path} ({text})" in one_line(err)
+
+
+def test_a_path_that_no_socket_can_have(run: Main, tmp_path: Path) -> None:
+    status, _, err = run("status", "--qmp", str(tmp_path / ("long" * 40)))
+    assert (status, "path too long" in one_line(err)) == (cli.NO_SERVER, True)

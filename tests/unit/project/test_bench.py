@@ -1,0 +1,86 @@
+"""What `./run bench` makes of figures: ratios, verdicts, and which rows fell."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.processes import ROOT
+
+from bench import curves, results
+from bench.__main__ import STORED, STORED_QUICK
+from bench.rows import ROWS, Figure, Goal, Row
+
+LESS, MORE = True, False
+
+
+def line_of(ours: list[float], theirs: list[float], *, less_is_better: bool) -> results.Line:
+    figure = Figure("x", "s", {"qsd": Goal(1.0, 2.0)}, less_is_better=less_is_better)
+    row = Row("row", "a row", lambda lab, subject: {}, ("qsd",), (figure,))
+    pairs = zip(ours, theirs, strict=True)
+    rounds = [{"nbdmirror": {"x": mine}, "qsd": {"x": other}} for mine, other in pairs]
+    (line,) = results.lines(row, rounds)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("less_is_better", "ratio", "verdict"), [(MORE, 0.5, "BEHIND"), (LESS, 2.0, "aim reached")]
+)
+def test_ratios_are_of_each_round_and_larger_is_better(
+    less_is_better: bool, ratio: float, verdict: str
+) -> None:
+    line = line_of([1, 10, 6], [2, 20, 3], less_is_better=less_is_better)
+    assert (line.ratio, line.verdict) == (ratio, verdict)
+
+
+def test_a_row_fell_if_no_round_reached_what_is_stored() -> None:
+    stored = line_of([2.0], [1.0], less_is_better=MORE)
+    fell = line_of([1.5, 1.2, 1.9], [1.0, 1.0, 1.0], less_is_better=MORE)
+    assert results.fallen([fell], [stored]) == [(fell, stored)]
+    reached_once = line_of([1.5, 1.2, 2.0], [1.0, 1.0, 1.0], less_is_better=MORE)
+    slightly = line_of([1.7], [1.0], less_is_better=MORE)
+    assert not results.fallen([reached_once], [stored])
+    assert not results.fallen([slightly], [stored])
+    assert not results.fallen([fell], [])
+
+
+def test_what_is_stored_can_be_compared_with(tmp_path: Path) -> None:
+    line = line_of([2.0], [1.0], less_is_better=MORE)
+    results.save(tmp_path / "bench.json", [line], {"date": "today"})
+    assert results.load(tmp_path / "bench.json") == [line]
+
+
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_stored_results_are_of_all_rows(is_quick: bool) -> None:
+    stored = results.load(STORED_QUICK if is_quick else STORED)
+    assert {line.row for line in stored} == {
+        row.name for row in ROWS if not (is_quick and row.is_slow)
+    }
+
+
+def test_a_curve_as_a_table() -> None:
+    curve = next(curve for curve in curves.CURVES if curve.name == "disks")
+    points = [
+        curves.Point("disks", key, x, subject, x)
+        for key, _ in curve.figures
+        for x in curve.points
+        for subject in curve.subjects
+    ]
+    table = curves.as_markdown(points).splitlines()
+    assert table[2] == "| 1 | 1 | 1 | 1 | 1 |"
+    assert len(table) == 2 + len(curve.points)
+
+
+def test_it_lists_its_rows_and_refuses_others() -> None:
+    command = [sys.executable, "-m", "bench"]
+    listed = subprocess.run(
+        [*command, "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [row.name for row in ROWS]
+    refused = subprocess.run(
+        [*command, "--row", "no"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "invalid choice: 'no'" in refused.stderr

@@ -1,0 +1,264 @@
+"""The architecture as a test: which room may import which, and how long a thing may grow.
+
+The tables below are the rules; docs/design.md has their reasons.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+LEAVES = ""
+"""The room of what lies in nbdmirror/ itself."""
+# Room -> the rooms below it that it may import from, lazily or not, for types or not.
+MAY_IMPORT = {
+    LEAVES: (),
+    "devices": (LEAVES,),
+    "nbdclient": (LEAVES, "devices"),
+    "disk": (LEAVES, "devices"),
+    "mirror": (LEAVES, "devices", "disk"),  # knows neither libnbd nor the state directory
+    "state": (LEAVES, "devices", "disk", "nbdclient.sides"),
+    "server": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state"),
+    "qmp": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server"),
+    "nbdkit_host": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server", "qmp"),
+    "cli": (LEAVES, "nbdclient.tls"),
+}
+
+# Module from outside -> the only places that may import it.
+ONLY_IN = {
+    "nbd": "nbdclient.*",
+    "nbdkit": "plugin/*",
+    "asyncio": "qmp.* cli.* nbdkit_host.process",
+    "socket": "nbdclient.* nbdkit_host.* qmp.server cli.* identity nbd_uri unix_sockets",
+    "socketserver": "",
+    "select": "event_loop nbdclient.* cli.*",
+    "selectors": "event_loop nbdclient.*",
+    "qemu": "cli.*",
+    "rich": "cli.*",
+}
+
+# Module from outside -> the places that may not import it: there it is injected, so that a test
+# can hold it still.
+NOT_IN = {
+    "time": "disk.* mirror.copier mirror.job mirror.mirror_job mirror.quiesce mirror.timers",
+    "datetime": "disk.* mirror.copier mirror.job",
+    "random": "disk.* mirror.copier mirror.job",
+    "secrets": "disk.* mirror.copier mirror.job",
+}
+
+MODULE_LINES_MAX = 400
+FUNCTION_LINES_MAX = 50
+
+# Name as the failure prints it -> why it is allowed to be longer.
+LONG_MODULES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+
+# What the command line's client commands must do without, to start fast and to run on a machine
+# that has no NBD software.
+NOT_IN_A_CLIENT = ("nbd", "libnbdmod", "nbdkit", "rich", "bitarray")
+
+
+def source_files() -> dict[str, Path]:
+    """The modules' names, as the tables have them ("mirror.copier"), and their files."""
+    package = ROOT / "nbdmirror"
+    found = {
+        ".".join(path.relative_to(package).with_suffix("").parts): path
+        for path in package.rglob("*.py")
+    }
+    plugins = {f"plugin/{path.stem}": path for path in (ROOT / "plugin").glob("*.py")}
+    return dict(sorted((found | plugins).items()))
+
+
+FILES = source_files()
+TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.items()}
+FREE = ("__init__", "__main__", "plugin/nbdmirror-plugin")
+"""Belong to no room."""
+
+
+def matches(name: str, patterns: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def room_of(name: str) -> str:
+    return name.partition(".")[0] if "." in name else LEAVES
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all that is imported anywhere in the module: `a.b` for `import a.b`, and
+    `a.b` for `from a import b`, whether b is a module or not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_from_us(tree: ast.AST) -> set[str]:
+    """Modules of nbdmirror that are imported, but for `__version__`."""
+    ours = set()
+    for name in imports(tree):
+        package, _, rest = name.partition(".")
+        while package == "nbdmirror" and rest and rest != "__version__":
+            if rest in FILES:
+                ours.add(rest)
+                break
+            rest = rest.rpartition(".")[0]
+    return ours
+
+
+def imports_from_outside(tree: ast.AST) -> set[str]:
+    return {name.split(".")[0] for name in imports(tree)} - {"nbdmirror"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in FREE])
+def test_rooms_import_from_rooms_below_them(name: str) -> None:
+    room = room_of(name)
+    assert room in MAY_IMPORT, f"{room} is new here: give it a row in MAY_IMPORT"
+    for used in sorted(imports_from_us(TREES[name])):
+        allowed = room_of(used) == room or {room_of(used), used} & set(MAY_IMPORT[room])
+        assert allowed, f"{name} must not import {used}; rooms below it: {MAY_IMPORT[room]}"
+
+
+def test_rooms_say_what_they_are_for_and_nothing_else() -> None:
+    for room in MAY_IMPORT:
+        if room != LEAVES:
+            (docstring,) = TREES[f"{room}.__init__"].body
+            assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_from_outside_stay_behind_their_fences(name: str) -> None:
+    used = imports_from_outside(TREES[name])
+    for module in sorted(used & ONLY_IN.keys()):
+        assert matches(name, ONLY_IN[module]), f"{name} imports {module}: only {ONLY_IN[module]}"
+    for module in sorted(used & NOT_IN.keys()):
+        assert not matches(name, NOT_IN[module]), f"{name} imports {module}: have it injected"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_modules_stay_short(name: str) -> None:
+    lines = len(FILES[name].read_text().splitlines())
+    assert lines < MODULE_LINES_MAX or name in LONG_MODULES, (
+        f"{name} has {lines} lines: is there a room of its own in it?"
+    )
+
+
+def test_tests_and_tools_stay_short() -> None:
+    long = {}
+    for folder in ("bench", "docker", "docs", "matrix", "packaging", "plugin", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = len(path.read_text().splitlines())
+            if lines >= MODULE_LINES_MAX:
+                long[str(path.relative_to(ROOT))] = lines
+    assert not long, "is there a room of its own in each?"
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_stay_short(name: str) -> None:
+    lengths = {
+        f"{name}:{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for node in functions(TREES[name])
+    }
+    too_long = {
+        function: lines
+        for function, lines in lengths.items()
+        if lines >= FUNCTION_LINES_MAX and function not in LONG_FUNCTIONS
+    }
+    assert not too_long
+
+
+def test_allowances_that_nobody_needs_are_gone() -> None:
+    known_functions = {f"{name}:{node.name}" for name in TREES for node in functions(TREES[name])}
+    assert set(LONG_MODULES) <= set(FILES)
+    assert set(LONG_FUNCTIONS) <= known_functions
+
+
+def test_client_commands_need_no_nbd_software(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from nbdmirror.cli.main import main\n"
+        f"sys.argv = ['nbdmirror', 'status', '--qmp', {str(tmp_path / 'none')!r}]\n"
+        "try:\n"
+        "    status = main()\n"
+        "except SystemExit as exit:\n"
+        "    status = exit.code\n"
+        f"print(status, sorted(set({NOT_IN_A_CLIENT!r}) & set(sys.modules)))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert run.stdout.strip() == "3 []", run.stderr
+
+
+def breaks(check: Callable[[str], None], name: str, source: str) -> bool:
+    """Whether `check` refuses module `name` with this source."""
+    original = TREES.get(name)
+    TREES[name] = ast.parse(source)
+    try:
+        check(name)
+    except AssertionError:
+        return True
+    else:
+        return False
+    finally:
+        if original is None:
+            del TREES[name]
+        else:
+            TREES[name] = original
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "broken"),
+    [
+        ("disk.bitmap", "from nbdmirror.errors import Error", False),
+        ("disk.bitmap", "from nbdmirror import __version__", False),
+        ("disk.ledger", "def f():\n    from nbdmirror.mirror import copier", True),
+        ("mirror.copier", "import nbdmirror.nbdclient.pool", True),
+        ("mirror.job", "from nbdmirror.state.store import DiskStore", True),
+        ("mirror.job", "from nbdmirror.mirror.group import Group", False),
+        ("errors", "from nbdmirror.devices import base", True),
+        ("a_new_room.module", "", True),
+        ("cli.serve", "from nbdmirror.nbdclient import tls", False),
+        ("cli.serve", "from nbdmirror.nbdclient import pool", True),
+    ],
+)
+def test_the_table_bites(name: str, source: str, broken: bool) -> None:
+    assert breaks(test_rooms_import_from_rooms_below_them, name, source) is broken
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "broken"),
+    [
+        ("nbdclient.device", "import nbd", False),
+        ("mirror.job", "import nbd", True),
+        ("server.server", "import nbdkit", True),
+        ("plugin/nbdmirror-plugin", "import nbdkit", False),
+        ("mirror.copier", "from time import monotonic", True),
+        ("state.store", "import time", False),
+        ("mirror.job", "import asyncio.events", True),
+    ],
+)
+def test_the_fences_bite(name: str, source: str, broken: bool) -> None:
+    assert breaks(test_imports_from_outside_stay_behind_their_fences, name, source) is broken
