@@ -1,0 +1,183 @@
+"""The systemd unit on a host that is booted with systemd: a killed server, the order of the host's
+start and end, and what is there after a power cut."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from booted import Booted, booted
+from clients import connected
+from fixtures import Identical
+from guests import Guest
+from images import MiB, make_image, make_noise
+from waiting import wait_until
+
+SIZE = 16 * MiB
+STORAGE = """
+[Service]
+User=nbdmirror
+RuntimeDirectory={name}
+{more}
+ExecStart=qemu-nbd -f raw -t -e 9 -k /run/{name}/nbd /srv/test/{name}.img
+[Install]
+WantedBy=multi-user.target
+"""
+CLIENT = """
+[Unit]
+{order}
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+Environment=DISK=nbd+unix:///?socket=/run/nbdmirror/vm1/nbd
+ExecStart=/usr/bin/python3 /srv/test/client.py {at} start
+ExecStop=/usr/bin/python3 /srv/test/client.py {at} end
+[Install]
+WantedBy=multi-user.target
+"""
+WRITE = """
+import os, sys, nbd
+handle = nbd.NBD()
+handle.connect_uri(os.environ["DISK"])
+handle.pwrite(sys.argv[2].encode().ljust(512, b"."), int(sys.argv[1]))
+handle.flush()
+handle.shutdown()
+"""
+
+
+@pytest.fixture
+def host(folder: Path) -> Iterator[Booted]:
+    """With nbdmirror installed as docs/systemd.md says, and no disk in its configuration yet."""
+    folder.chmod(0o755)
+    for host in booted(folder):
+        host.run(
+            "systemd-sysusers /opt/checkout/packaging/systemd/sysusers.conf"
+            " && cp /opt/checkout/packaging/systemd/nbdmirror@.service /etc/systemd/system/"
+            " && mkdir -p /etc/nbdmirror"
+        )
+        yield host
+
+
+def configure(host: Booted, disks: str, options: str = "") -> None:
+    text = f"DISKS='{disks}'\nOPTIONS='{options}'\n"
+    host.run(f"cat >/etc/nbdmirror/vm1.conf <<'END'\n{text}END")
+
+
+def add_unit(host: Booted, name: str, text: str) -> None:
+    (host.folder / "units" / f"{name}.service").write_text(text)
+    host.run("systemctl daemon-reload")
+
+
+def add_storage(host: Booted, name: str, more: str = "") -> str:
+    """A qemu-nbd of NAME.img. Returns its URI in there."""
+    add_unit(host, name, STORAGE.format(name=name, more=more))
+    return f"nbd+unix:///?socket=/run/{name}/nbd"
+
+
+def give(host: Booted, *names: str) -> None:
+    host.run(f"cd /srv/test && chown nbdmirror: {' '.join(names)}")
+
+
+def uri_of(host: Booted) -> str:
+    return f"nbd+unix:///?socket={host.path('/run/nbdmirror/vm1/nbd')}"
+
+
+def show(host: Booted, name: str) -> str:
+    return host.run(f"systemctl show --value -p {name} nbdmirror@vm1")
+
+
+def is_served(host: Booted) -> bool:
+    return show(host, "ActiveState") == "active"
+
+
+def test_a_killed_server_is_back_and_its_mirror_goes_on(
+    host: Booted, folder: Path, identical: Identical
+) -> None:
+    disk = make_image(folder / "disk.img", SIZE)
+    target = make_noise(folder / "target.img", SIZE)
+    give(host, "disk.img", "target.img")
+    uri = add_storage(host, "target")
+    configure(host, "vda=/srv/test/disk.img")
+    host.run("systemctl start target && systemctl enable --now nbdmirror@vm1")
+    cli = "NBDMIRROR_QMP=/run/nbdmirror/vm1/qmp nbdmirror"
+    host.run(f"{cli} mirror '{uri}' --reconnect-delay 20 --wait ready --timeout 30")
+    known = disk.read_bytes()
+    for times in (1, 2, 3):
+        with Guest(uri_of(host), known, seed=times) as guest:
+            guest.wait_for_requests(50)
+        host.kill(int(show(host, "MainPID")))
+        killed_s = time.monotonic()
+        wait_until(lambda n=times: show(host, "NRestarts") == str(n), "it is started again")  # type: ignore[misc]
+        wait_until(lambda: is_served(host), "it serves again")
+        with connected(uri_of(host)) as handle:
+            assert handle.pread(512, 0) == guest.model[:512]
+        sys.stdout.write(f"served again after {time.monotonic() - killed_s:.2f} s\n")
+        known = guest.model
+    host.run(f"{cli} wait --ready --timeout 30")
+    with Guest(uri_of(host), known) as guest:
+        guest.wait_for_requests(20)
+        host.run(f"{cli} complete --timeout 30")
+        guest.wait_for_requests(20)
+    host.run("systemctl stop nbdmirror@vm1 && systemctl stop target")
+    identical(guest, target)
+
+
+def test_guests_and_libvirts_guests_have_their_disk_until_they_have_ended(
+    host: Booted, folder: Path, identical: Identical
+) -> None:
+    """Both write at their start and at their end: the unit of its own that the documents describe,
+    and libvirt-guests, which the unit is ordered before by itself."""
+    disk = make_image(folder / "disk.img", SIZE)
+    known = bytearray(disk.read_bytes())
+    (folder / "client.py").write_text(WRITE)
+    give(host, "disk.img")
+    configure(host, "vda=/srv/test/disk.img")
+    own = "Wants=nbdmirror@vm1.service\nAfter=nbdmirror@vm1.service"
+    add_unit(host, "guest", CLIENT.format(order=own, at=0))
+    add_unit(host, "libvirt-guests", CLIENT.format(order="", at=4096))
+    host.run("systemctl enable nbdmirror@vm1 guest libvirt-guests")
+    host.power_off()  # without any of them started
+    assert disk.read_bytes() == known
+    host.start()
+    for at in (0, 4096):
+        assert disk.read_bytes()[at : at + 6] == b"start."
+    host.power_off()
+    for at in (0, 4096):
+        known[at : at + 512] = b"end".ljust(512, b".")
+    identical(disk, bytes(known))
+
+
+def test_a_site_that_comes_up_in_any_order_after_a_power_cut(
+    host: Booted, folder: Path, identical: Identical
+) -> None:
+    """The disk is on an NBD server, which starts only when ours has said that it waits for it; the
+    mirror of before the cut goes on, and its target is as late."""
+    disk = make_image(folder / "disk.img", SIZE)
+    target = make_noise(folder / "target.img", SIZE)
+    give(host, "disk.img", "target.img")
+    source_uri, target_uri = add_storage(host, "disk"), add_storage(host, "target")
+    configure(host, f"vda={source_uri}")
+    host.run("systemctl enable --now disk target && systemctl enable --now nbdmirror@vm1")
+    cli = "NBDMIRROR_QMP=/run/nbdmirror/vm1/qmp nbdmirror"
+    host.run(f"{cli} mirror '{target_uri}' --reconnect-delay 60 --wait ready --timeout 30")
+    with Guest(uri_of(host), disk) as guest:
+        guest.wait_for_requests(50)
+    host.cut_power()
+    waits = (
+        "ExecStartPre=sh -c 'until systemctl show -p StatusText nbdmirror@vm1 | grep -q waiting;"
+        " do sleep 0.1; done'"
+    )
+    for name in ("disk", "target"):
+        (folder / "units" / f"{name}.service").write_text(STORAGE.format(name=name, more=waits))
+    host.start()
+    wait_until(lambda: is_served(host), "the disk is served")
+    host.run(f"{cli} wait --ready --timeout 30")
+    with Guest(uri_of(host), guest.model) as guest:
+        guest.wait_for_requests(20)
+        host.run(f"{cli} complete --timeout 30")
+        guest.wait_for_requests(20)
+    host.run("systemctl stop nbdmirror@vm1 && systemctl stop target disk")
+    identical(guest, target)
