@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import ROOT, run
-from waiting import wait_until
+from support.processes import ROOT, run
+from support.waiting import wait_until
 
 BOOT_S_MAX = 60.0
 INIT = Path("/lib/systemd/systemd")

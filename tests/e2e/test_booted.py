@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from booted import Booted, booted
-from clients import connected
-from fixtures import Identical
-from guests import Guest
-from images import MiB, make_image, make_noise
-from waiting import wait_until
+from support.clients import connected
+from support.fixtures import Identical
+from support.guests import Guest
+from support.images import MiB, make_image, make_noise
+from support.waiting import wait_until
 
 SIZE = 16 * MiB
 STORAGE = """
