@@ -116,7 +116,7 @@ def absolute(text: str) -> str:
 
 def _read(text: str) -> NbdUri:
     if not text.isprintable():
-        raise ConfigError(f"{text!r} is no NBD URI: it has control characters")
+        raise ConfigError(f"{text!r} is not an NBD URI: it has control characters")
     if len(os.fsencode(text)) > URI_BYTES_MAX:
         raise ConfigError(f"{text[:40]}...: an NBD URI has at most {URI_BYTES_MAX} bytes")
     if old := _OLD_FORM.fullmatch(text):
@@ -124,13 +124,13 @@ def _read(text: str) -> NbdUri:
     form = _FORM.fullmatch(text)
     if form is None:
         raise ConfigError(
-            f"'{text}' is no NBD URI: {_ADVICE}; a file has one when qemu-nbd or nbdkit serves it"
+            f"'{text}' is not an NBD URI: {_ADVICE}; serve a file with qemu-nbd or nbdkit"
         )
     scheme, authority, path, query, fragment = form.groups(default="")
     if scheme.lower() not in SCHEMES:
-        raise ConfigError(f"{text}: the scheme is one of {', '.join(SCHEMES)}")
+        raise ConfigError(f"{text}: the scheme must be one of {', '.join(SCHEMES)}")
     if fragment:
-        raise ConfigError(f"{text}: an NBD URI has no fragment; a '#' in a name is written %23")
+        raise ConfigError(f"{text}: an NBD URI has no fragment; write a '#' in a name as %23")
     start, _, transport = scheme.lower().partition("+")
     transport = transport or "tcp"
     user, host, port = _authority(text, authority, transport)
@@ -165,7 +165,7 @@ def _checked(uri: NbdUri) -> NbdUri:
             f"{text[:40]}...: the export's name has more than NBD's {EXPORT_BYTES_MAX} bytes"
         )
     if not uri.is_tls and (uri.certificates or uri.psk_file or not uri.verifies_peer):
-        raise ConfigError(f"{text}: keys are for TLS: write nbds:// or nbds+unix://")
+        raise ConfigError(f"{text}: keys need TLS: use nbds:// or nbds+unix://")
     if uri.certificates and uri.psk_file:
         raise ConfigError(f"{text}: tls-certificates or tls-psk-file, not both")
     if uri.user and not uri.psk_file:
@@ -195,8 +195,8 @@ def _authority(text: str, authority: str, transport: str) -> tuple[str, str, int
     user, at, address = authority.rpartition("@")
     if at and (not user or "@" in user or ":" in user):
         raise ConfigError(
-            f"{text}: before the '@' stands one user name, without a password; ':' and '@' in it "
-            f"are written %3A and %40"
+            f"{text}: only a user name may stand before the '@', without a password; write ':' "
+            f"and '@' in the name as %3A and %40"
         )
     user = _decode(text, user, "the user's name")
     if transport == "unix":
@@ -210,7 +210,7 @@ def _authority(text: str, authority: str, transport: str) -> tuple[str, str, int
         address = address[:colon]
     if transport == "vsock":
         if address and not (re.fullmatch("[0-9]{1,10}", address) and int(address) < 2**32):
-            raise ConfigError(f"{text}: the host of a vsock is a machine's number (CID)")
+            raise ConfigError(f"{text}: the host of a vsock must be a machine's number (CID)")
         return user, address or "2", port
     return user, _host(text, address), port
 
@@ -220,24 +220,24 @@ def _host(text: str, host: str) -> str:
     form = _HOST.fullmatch(host)
     if form is None:
         raise ConfigError(
-            f"{text}: '{host}' is no host; an IPv6 address is written in brackets: nbd://[::1]/"
+            f"{text}: '{host}' is not a host; write an IPv6 address in brackets: nbd://[::1]/"
         )
     if form["six"] is not None:
         host = _decode(text, form["six"], "the host")
         try:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
         except OSError as error:
-            raise ConfigError(f"{text}: '[{host}]' is no IPv6 address") from error
+            raise ConfigError(f"{text}: '[{host}]' is not an IPv6 address") from error
         return host
     host = _decode(text, host, "the host")
     if re.search(r"[\s/\\?#@\[\]:,]", host):
-        raise ConfigError(f"{text}: '{host}' is no host: a name or an address is")
+        raise ConfigError(f"{text}: '{host}' is not a host name or address")
     return host or "localhost"
 
 
 def _port(text: str, port: str, end: int = 65536) -> int:
     if not re.fullmatch("[0-9]{1,12}", port) or not 0 < int(port) < end:
-        raise ConfigError(f"{text}: the port '{port}' is no number from 1 to {end - 1}")
+        raise ConfigError(f"{text}: the port '{port}' is not a number from 1 to {end - 1}")
     return int(port)
 
 
@@ -248,9 +248,9 @@ def _parameters(text: str, query: str) -> dict[str, str]:
         key = _decode(text, key, "a parameter")
         if key not in _PARAMETERS:
             allowed = ", ".join(_PARAMETERS)
-            raise ConfigError(f"{text}: the parameter '{key}' is unknown; there are {allowed}")
+            raise ConfigError(f"{text}: the parameter '{key}' is unknown; known are {allowed}")
         if key in found:
-            raise ConfigError(f"{text}: the parameter '{key}' stands there twice")
+            raise ConfigError(f"{text}: the parameter '{key}' is given twice")
         found[key] = _decode(text, value, f"'{key}'", is_path=key in _FILES)
         if not found[key]:
             raise ConfigError(f"{text}: the parameter '{key}' has no value")
@@ -263,7 +263,7 @@ def _decode(text: str, part: str, what: str, *, is_path: bool = False) -> str:
     """Percent escapes alone: a plus sign is one. A path may have any bytes, as os.fsdecode has
     them."""
     if re.search("%(?![0-9A-Fa-f]{2})", part):
-        raise ConfigError(f"{text}: a '%' in {what} is written %25")
+        raise ConfigError(f"{text}: write a '%' in {what} as %25")
     data = unquote_to_bytes(part)
     if b"\0" in data:
         raise ConfigError(f"{text}: {what} has a zero byte")

@@ -112,7 +112,7 @@ def claim_pidfile(path: str, parameter: str) -> None:
             f"it was left alone"
         )
     if not is_pidfile:
-        raise ConfigError(f"{parameter}: {path}: has no process number in it; it was left alone")
+        raise ConfigError(f"{parameter}: {path}: contains no process ID; it was left alone")
 
 
 def _has_a_number(name: str, directory: int) -> bool:

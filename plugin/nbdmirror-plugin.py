@@ -5,7 +5,7 @@
     cache=none         O_DIRECT instead of the page cache (default: writeback)
     read-only=true     open the disks for reading only
     mirror-to=URI      start mirroring the first disk at once
-    connections=N      to an NBD server, at most (default: 9)
+    connections=N      most connections to an NBD server (default: 9)
     state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
     pidfile=PATH       what nbdkit's -P names: locked, and removed at the end
     open-timeout=SECONDS   try so long to connect to disks' NBD servers (default: once)

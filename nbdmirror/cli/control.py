@@ -38,7 +38,7 @@ async def _run(args: argparse.Namespace) -> int:
             async with asyncio.timeout(getattr(args, "timeout", None)):
                 return await _COMMANDS[args.command](session, args)
         except TimeoutError as error:
-            text = f"time ran out after {args.timeout:g} s; {await _outlook(session)}"
+            text = f"timed out after {args.timeout:g} s; {await _outlook(session)}"
             raise CliError(text, TIMED_OUT) from error
         except asyncio.CancelledError:
             if not session.job:
@@ -49,20 +49,20 @@ async def _run(args: argparse.Namespace) -> int:
 async def _outlook(session: Session) -> str:
     """What becomes of the job that nobody waits for any more, as a last look finds it."""
     if not session.job:
-        return "jobs on the server go on"
+        return "jobs on the server continue"
     if session.is_starting:  # the server answers one client's commands one after the other
-        return f"job {session.job} may still begin, when its target answers; see: nbdmirror status"
+        return f"job {session.job} may still start when its target answers; see: nbdmirror status"
     try:
         async with asyncio.timeout(OUTLOOK_S_MAX):
             job = (await session.jobs()).get(session.job)
     except (CliError, TimeoutError):
-        return f"what job {session.job} does now is not known: see nbdmirror status"
+        return f"the state of job {session.job} is not known; see: nbdmirror status"
     if job is None:
         return f"job {session.job} has ended; see: nbdmirror status"
     parts = [f"job {Meter(time.monotonic).update(job)}"]
     parts += [remark.text for remark in cli_words.remarks(job)]
     if job.get("ending", "none") != "none":
-        parts.append("nbdmirror cancel --force takes that back")
+        parts.append("stop that with: nbdmirror cancel --force")
     return "; ".join(parts)
 
 
@@ -103,8 +103,8 @@ async def _cancel(session: Session, args: argparse.Namespace) -> int:
     state = (await session.jobs()).get(job, {})
     if (state.get("status"), state.get("ending"), args.force) == ("ready", "complete", False):
         raise CliError(
-            f"job {job} is being completed already, and a soft cancel does not stop that;"
-            " take it back with: nbdmirror cancel --force (the target is of no use then)"
+            f"job {job} is already being completed, and only a forced cancel stops that:"
+            " nbdmirror cancel --force (the target is left unusable)"
         )
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
@@ -193,7 +193,7 @@ async def _pause(session: Session, args: argparse.Namespace) -> int:
         return await watch.report(verb="pause")
     if not _is_paused(state):
         raise CliError(f"not yet: {await _outlook(session)}", TIMED_OUT)
-    print(f"job {job} is paused; go on with: nbdmirror resume")
+    print(f"job {job} is paused; continue with: nbdmirror resume")
     return DONE
 
 
@@ -219,8 +219,8 @@ async def _resume(session: Session, args: argparse.Namespace) -> int:
         reason = cli_words.last_error(state)
         raise CliError(f"job {job} has stopped again: {reason}", FAILED)
     if not _has_moved(state, before):
-        raise CliError(f"resumed, and nothing was copied yet: {await _outlook(session)}", TIMED_OUT)
-    print(f"job {job} goes on: {cli_words.state(state)}")
+        raise CliError(f"resumed, but nothing was copied yet: {await _outlook(session)}", TIMED_OUT)
+    print(f"job {job} continues: {cli_words.state(state)}")
     return DONE
 
 
@@ -257,7 +257,7 @@ async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
 async def _dismiss(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     await session.execute("job-dismiss", id=job)
-    print(f"job {job} is forgotten")
+    print(f"job {job} is dismissed")
     return DONE
 
 
@@ -278,7 +278,7 @@ async def _status(session: Session, args: argparse.Namespace) -> int:
             watcher.show(await session.status())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(session.closed(), watcher.interval_s or WATCH_S)
-                raise CliError("the server went away", NO_SERVER)
+                raise CliError("lost the connection to the server", NO_SERVER)
 
 
 async def _events(session: Session, args: argparse.Namespace) -> int:

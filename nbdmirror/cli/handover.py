@@ -80,7 +80,8 @@ async def _undisturbed(step: Coroutine[Any, Any, Result], display: Display) -> R
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            display.note("interrupted: this step ends first, lest nobody knows where the guest is")
+            why = "so that it is known where the guest is"
+            display.note(f"interrupted: this step is finished first, {why}")
     return task.result()
 
 
@@ -112,13 +113,13 @@ class _Handover:
             target = job.get("target", self._args.target)
             if same_place(target, self._args.target, resolves=True) is not Same.YES:
                 text = f"job {self._job} mirrors {name} to {target}, not to {self._args.target}"
-                raise CliError(f"{text}: name that one, or end the job")
+                raise CliError(f"{text}: name that target, or end the job")
             if job.get("paused"):
-                text = f"job {self._job} is paused; let it go on with: nbdmirror resume"
+                text = f"job {self._job} is paused; let it continue with: nbdmirror resume"
                 raise CliError(text)
             if not job.get("auto-finalize", True):
                 text = f"job {self._job} has auto-finalize off: the guest would wait for you"
-                raise CliError(f"{text}; start one without that")
+                raise CliError(f"{text}; start a job without that")
         await self._qemu.check(self._disk)
 
     async def mirror(self) -> None:
@@ -144,7 +145,7 @@ class _Handover:
         """Until QEMU has stopped the guest, with nothing of its memory left but the rest."""
         assert self._watch
         await self._qemu.begin(self._args.to)
-        self._display.note(f"memory: goes to {self._args.to}")
+        self._display.note(f"memory: migrating to {self._args.to}")
         with open_display(time.monotonic) as display:
             while True:
                 state = await self._qemu.look(display)
@@ -162,7 +163,7 @@ class _Handover:
     async def switch(self) -> str:
         """Pivot and continue. Returns what to tell."""
         await self._pivot()
-        self._display.note(f"{self._job}: pivoted; the guest is let go on at {self._args.to}")
+        self._display.note(f"{self._job}: pivoted; the guest continues at {self._args.to}")
         try:
             downtime_ms = await self._qemu.finish()
         except CliError as error:
@@ -181,10 +182,10 @@ class _Handover:
                 self._display.note(f"{self._job}: no pivot within {PIVOT_S_MAX:g} s, given up")
                 await self._server.execute("job-cancel", id=self._job)
                 if not await self._job_is_over(CANCEL_S_MAX):
-                    raise CliError("it does not end the job", TIMED_OUT)
+                    raise CliError("the server does not end the job", TIMED_OUT)
             self._still_mirrors(is_over=True)
             if not self._watch.pivoted:
-                raise CliError(f"job {self._job} was cancelled by somebody else: no pivot")
+                raise CliError(f"job {self._job} was cancelled by another client: no pivot")
         except QMPError as error:
             raise self._unknown(error) from error
         except CliError as error:
@@ -206,7 +207,7 @@ class _Handover:
         assert self._watch
         self._watch.raise_failure(verb="handover")
         if self._watch.end and not is_over:
-            raise CliError(f"job {self._job} was ended by somebody else")
+            raise CliError(f"job {self._job} was ended by another client")
 
     async def undo(self, error: BaseException) -> CliError:
         """Have the guest run on here, as if nothing had been. Returns what to say."""
@@ -224,7 +225,7 @@ class _Handover:
             parts.append(f"its disk is {disk['source']}")
             jobs = disk.get("jobs", [])
             parts += [
-                f"the mirror {job['device']} goes on ({cli_words.state(job)})" for job in jobs
+                f"the mirror {job['device']} continues ({cli_words.state(job)})" for job in jobs
             ]
         return CliError("; ".join(parts), status)
 
@@ -239,19 +240,19 @@ class _Handover:
         if isinstance(error, CliError):
             return str(error), error.status
         if isinstance(error, TimeoutError):
-            return f"time ran out after {self._args.timeout:g} s", TIMED_OUT
+            return f"timed out after {self._args.timeout:g} s", TIMED_OUT
         if isinstance(error, asyncio.CancelledError):
             return "interrupted", INTERRUPTED
-        return f"the server went away ({error})", NO_SERVER
+        return f"lost the connection to the server ({error})", NO_SERVER
 
     def _unknown(self, error: BaseException) -> CliError:
         """The guest is stopped. As long as it is, the old disk holds all that it has written: if
         the pivot took place, both do."""
         text = (
-            f"the server did not tell whether it has pivoted ({error}); the guest is"
+            f"the server did not report whether the disk was pivoted ({error}); the guest is"
             f" stopped and has lost nothing. Start the server again on {self._disk['source']}, or,"
-            f" if it says that it has pivoted, on {self._args.target}; then let the guest go on"
-            " here with QEMU's migrate_cancel"
+            f" if the server reports a pivot, on {self._args.target}; then continue the guest here"
+            " with QEMU's migrate_cancel"
         )
         return CliError(text, NO_SERVER)
 
@@ -266,9 +267,9 @@ class _Handover:
         except CliError:
             state = "unknown"
         where = {
-            "running": "it runs on here",
-            "postmigrate": "it is stopped here; if it does not run there, let it go on with cont",
-            "unknown": "see that it runs on one side, and not on both",
+            "running": "it continues here",
+            "postmigrate": "it is stopped here; if it does not run there, continue it with cont",
+            "unknown": "make sure that it runs on one side only",
         }.get(state, f"it is {state} here")
         return CliError(f"{reason}; the guest: {where}; {truth}", status)
 
@@ -294,7 +295,8 @@ class _Qemu:
         await self._check_migrates()
         self._state_before = await self.guest_state()
         if self._state_before in ELSEWHERE:
-            raise CliError(f"the guest of {self._path} is not to be moved: {self._state_before}")
+            text = f"the guest of {self._path} cannot be moved in state {self._state_before}"
+            raise CliError(text)
         state = (await self._ask("query-migrate")).get("status", "none")
         if state not in OVER:
             raise CliError(f"the guest of {self._path} is being migrated already: {state}")
@@ -353,10 +355,10 @@ class _Qemu:
             await self._ask("migrate-set-capabilities", capabilities=self._before)
         state = await self.guest_state()
         if state == "postmigrate":
-            return "somebody else has let the guest go on at the other side, before the pivot"
+            return "another client continued the guest at the other side before the pivot"
         if state != self._state_before:
             return f"the guest is {state} here"
-        return "the guest runs on here" if state == "running" else f"the guest is {state} as it was"
+        return "the guest continues here" if state == "running" else f"the guest is still {state}"
 
     async def guest_state(self) -> str:
         """QEMU's RunState. Right after a migration has failed it is not what it will be yet."""
@@ -371,7 +373,7 @@ class _Qemu:
         try:
             return await self._session.execute(command, **arguments)
         except QMPError as error:
-            raise CliError(f"the QEMU at {self._path} went away", NO_SERVER) from error
+            raise CliError(f"lost the connection to the QEMU at {self._path}", NO_SERVER) from error
 
     async def _over(self, seconds_max: float) -> str:
         """The state in which the migration ends."""

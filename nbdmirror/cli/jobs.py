@@ -106,7 +106,7 @@ class Watch:
             if self.end or (ready and self._is_ready):
                 return
             if not state:
-                raise CliError(f"job {self._job} is gone and its result was not seen")
+                raise CliError(f"job {self._job} has ended, and its result is not known")
             await self.news()
 
     async def news(self) -> None:
@@ -138,7 +138,7 @@ class Watch:
         if self.end:
             how = cli_status.result_text(self._result) if self._result else self._job
             text = f"job {self._job} has ended already ({how})"
-            raise CliError(f"{text}; forget it with: nbdmirror dismiss")
+            raise CliError(f"{text}; remove it with: nbdmirror dismiss")
 
     def _see_the_end(self, job: Job | None) -> None:
         last = self._disk.get("last-job") or {}
@@ -164,9 +164,9 @@ class Watch:
             self._is_ready = True
         elif name == "BLOCK_JOB_ERROR" and data.get("action") != "report":
             what = f"{data.get('operation', 'I/O')} error: {cli_words.last_error(job)}"
-            then = "it is tried again"
+            then = "trying again"
             if data.get("action") == "stop":
-                then = "go on with: nbdmirror resume"
+                then = "continue with: nbdmirror resume"
             self._display.note(f"{self._job}: {what}; {then}")
         elif name in cli_status.ENDS and data.get("device") == self._job:
             self.end = dict(event)
@@ -230,9 +230,9 @@ class Watch:
         held = cli_status.held_text(self._result) if self.pivoted else ""
         copy = f"{self._result.get('target', 'the target')} is a consistent copy"
         if self.pivoted and verb == "cancel":
-            raise CliError(f"job {self._job} had been completed before{held}{self._served}")
+            raise CliError(f"job {self._job} had already been completed{held}{self._served}")
         if not self.pivoted and verb in ("complete", "completed"):
-            text = f"job {self._job} was cancelled by somebody else, after it was ready; {copy}"
+            text = f"job {self._job} was cancelled by another client after READY; {copy}"
             raise CliError(f"{text}{self._served}")
         if self.pivoted:
             print(f"job {self._job} completed{held}{self._served}")

@@ -20,7 +20,7 @@ PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.q
 """Of a server of root's, of the systemd unit's, of those that users start."""
 PLUGIN = "nbdmirror-plugin.py"
 ANSWER_S_MAX = 5.0
-ADVICE = "it has just ended, or its files are not those of this shell (a container)"
+ADVICE = "the server has just ended, or runs in a container with other files"
 
 
 @dataclass(frozen=True, slots=True)

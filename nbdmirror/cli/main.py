@@ -32,7 +32,7 @@ request waits for the disk."""
 
 _EPILOG = """\
 exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
-3 no server there; 4 time ran out; 130 interrupted (jobs go on).
+3 no server found; 4 timed out; 130 interrupted (jobs continue).
 The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
 _POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_handover(add("handover", "move a running QEMU guest to another host, memory and disk"))
     status = add("status", "show disks and jobs")
     status.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument("--watch", action="store_true", help="go on until interrupted")
+    status.add_argument("--watch", action="store_true", help="continue until interrupted")
     _add_job_commands(add)
     add("events", "print events as they come").add_argument(
         "--json", action="store_true", help="print JSON lines"
@@ -181,9 +181,9 @@ def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     until = wait.add_mutually_exclusive_group(required=True)
     until.add_argument("--ready", action="store_true", help="until source and target are in sync")
     until.add_argument("--concluded", action="store_true", help="until the job has ended")
-    complete = add("complete", "end a ready job: serve the guest from the target from now on")
-    cancel = add("cancel", "end a job: go on serving the source (after READY: target consistent)")
-    cancel.add_argument("--force", action="store_true", help="at once, with a useless target")
+    complete = add("complete", "end a ready job and serve the guest from the target")
+    cancel = add("cancel", "end a job and keep the source (after READY: target consistent)")
+    cancel.add_argument("--force", action="store_true", help="end now; the target is left unusable")
     for command in (wait, complete, cancel):
         _add_timeout(command)
     speed = add("set-speed", "limit the copying of a job")
@@ -192,13 +192,13 @@ def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     more = cli_parsers.add_commands(add, parse_size=parse_size)
     for command in (wait, complete, cancel, pause, resume, speed, *more):
         which = command.add_mutually_exclusive_group()
-        disk = "the disk whose job is meant"
+        disk = "choose the job of this disk"
         which.add_argument("--device", metavar="NAME", help=disk)
         which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
 
 
 def _add_timeout(command: argparse.ArgumentParser) -> None:
-    text = "give up after S seconds (the job goes on); default: never"
+    text = "stop waiting after S seconds; the job continues (default: no limit)"
     command.add_argument("--timeout", type=_seconds, metavar="S", help=text)
 
 
@@ -213,72 +213,74 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
     add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
-    delay = "a lost target is waited for that long before it is an error"
+    delay = "seconds to wait for a lost target before an error is reported"
     add("--reconnect-delay", type=_number(0, RECONNECT_DELAY_S_MAX), metavar="S", help=delay)
     for side in ("source", "target"):
-        policy = f"what becomes of the job if the {side} fails (default: report, which ends it)"
+        policy = f"what to do if the {side} fails (default: report, which ends the job)"
         add(f"--on-{side}-error", choices=_POLICIES, help=policy)
     add("--bitmap", metavar="NAME", help="for --sync bitmap or incremental")
     cluster = "cluster size of a target whose backing file is attached later"
     add("--target-cluster-size", type=parse_size, metavar="SIZE", help=cluster)
     add("--no-unmap", action="store_true", help="write zeroes rather than trim the target")
-    add("--target-is-zero", action="store_true", help="the target reads as zeroes: trust me")
-    larger = "the target may be larger than the disk; its end is left alone"
+    zero = "assume that the target reads as zeroes (not checked)"
+    add("--target-is-zero", action="store_true", help=zero)
+    larger = "allow a larger target; what lies past the disk's end is not written"
     add("--allow-larger-target", action="store_true", help=larger)
     add("--job", metavar="ID", help="a name for the job (default: the disk's)")
-    add("--wait", choices=("ready", "completed"), help="completed: complete it when it is ready")
+    wait = "wait until then; completed: complete the job when it is ready"
+    add("--wait", choices=("ready", "completed"), help=wait)
     _add_timeout(mirror)
 
 
 def _add_handover(handover: argparse.ArgumentParser) -> None:
     add = handover.add_argument
-    add("target", metavar="TARGET_URI", help="NBD URI of the disk there")
-    add("--qemu", metavar="PATH", required=True, help="QMP socket of the QEMU that has the guest")
+    add("target", metavar="TARGET_URI", help="NBD URI of the disk at the other host")
+    add("--qemu", metavar="PATH", required=True, help="QMP socket of the QEMU that runs the guest")
     add(
         "--to",
         type=_migration_uri,
         metavar="URI",
         required=True,
-        help="where a QEMU waits for it, as QEMU's migrate takes it: tcp:HOST:PORT",
+        help="where a QEMU waits for the guest, as for QEMU's migrate: tcp:HOST:PORT",
     )
     disk = "the guest's disk (default: the only one)"
     add("--device", metavar="NAME", help=disk)
-    text = "undo it if the guest could not be stopped for the pivot within S seconds"
+    text = "undo the handover if the guest is not stopped for the pivot after S seconds"
     add("--timeout", type=_seconds, metavar="S", help=text)
 
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.usage = "nbdmirror serve DISK|NAME=DISK ... [options] [-- NBDKIT ARGS]"
     add = serve.add_argument
-    disk = "raw file, block device or NBD URI; a file whose name has a '=' is written ./a=b.img"
+    disk = "raw file, block device or NBD URI; write a file name with a '=' as ./a=b.img"
     add("disks", metavar="[NAME=]DISK", nargs="+", help=disk)
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="serve on a Unix socket")
     where.add_argument("--address", metavar="HOST", help="listen there (default: 127.0.0.1)")
     add("--port", type=_number(1, PORT_MAX), metavar="N", help="TCP port (default: 10809)")
-    add("--tls", choices=("off", "on", "require"), help="default: require if given keys, else off")
+    add("--tls", choices=("off", "on", "require"), help="default: require with keys, else off")
     add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
     add("--tls-psk", metavar="FILE", help="pre-shared keys")
-    add("--tls-verify-peer", action="store_true", help="guests must have a certificate")
+    add("--tls-verify-peer", action="store_true", help="require a certificate from guests")
     text = "repeat attempts to connect to disks' NBD servers for S seconds (default: 0)"
     add("--open-timeout", type=_number(0, OPEN_TIMEOUT_S_MAX), metavar="S", help=text)
-    text = "give up guests on TCP without a sign of life for S seconds (default: 300; 0: never)"
+    text = "disconnect TCP guests that are silent for S seconds (default: 300; 0: never)"
     add("--keepalive", type=_number(0, KEEPALIVE_S_MAX), metavar="S", help=text)
-    add("--read-only", action="store_true", help="guests cannot write")
-    threads = f"requests at once of one connection (default: {THREADS_DEFAULT}; with --cache none "
+    add("--read-only", action="store_true", help="refuse writes of guests")
+    threads = f"requests of one connection at once (default: {THREADS_DEFAULT}; with --cache none "
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
     add("--threads", type=_number(1, THREADS_MAX), metavar="N", help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
-    connections = "to an NBD server, at most (default: 9)"
+    connections = "most connections to an NBD server (default: 9)"
     add("--connections", type=_number(1, CONNECTIONS_MAX), metavar="N", help=connections)
-    add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there over restarts")
-    accept = "serve a disk that was pivoted away from; the refusal shows the ID of that pivot"
+    add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there across restarts")
+    accept = "serve the old side of a pivot; the refusal shows the ID of that pivot"
     add("--accept-old-side", action="append", default=[], metavar="ID", help=accept)
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
     add("--daemonize", action="store_true", help="go into the background")
-    add("--pidfile", metavar="PATH", help="write the process's number there")
+    add("--pidfile", metavar="PATH", help="write the process ID there")
     add("--user", metavar="NAME", help="run as this user once the disks are open (needs root)")
-    add("--group", metavar="NAME", help="and as this group (default: the user's own)")
+    add("--group", metavar="NAME", help="run as this group (default: the user's group)")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -326,7 +328,7 @@ def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 parser.error(f"{_called(name)}: is empty")
             if isinstance(text, str) and re.search("[\0-\x1f\x7f\ud800-\udfff]", text):
                 what = "has control characters, or is not UTF-8"
-                parser.error(f"{_called(name)}: {text!r} {what}; a link can name the file")
+                parser.error(f"{_called(name)}: {text!r} {what}; use a symbolic link to the file")
 
 
 def _called(name: str) -> str:
@@ -346,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command == "mirror" and args.timeout is not None and not args.wait:
-        parser.error("--timeout means nothing without --wait")
+        parser.error("--timeout: needs --wait")
     _check_texts(parser, args)
     args.nbdkit_args = extra
     try:
@@ -364,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.command == "events" or getattr(args, "watch", False):
             return DONE  # the way these are meant to end
-        print("nbdmirror: interrupted; nothing was taken back", file=sys.stderr)
+        print("nbdmirror: interrupted; nothing was undone", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

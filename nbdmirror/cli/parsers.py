@@ -20,8 +20,8 @@ def add_commands(add: Add, *, parse_size: Callable[[str], int]) -> list[argparse
         choices=COPY_MODES,
         help="background: they do not; write-blocking: they do, so that the mirror keeps up",
     )
-    finalize = add("finalize", "end a job that was started with auto-finalize off, and is pending")
-    dismiss = add("dismiss", "forget a job that has ended and was started with auto-dismiss off")
+    finalize = add("finalize", "end a pending job, one that was started with auto-finalize off")
+    dismiss = add("dismiss", "remove an ended job, one that was started with auto-dismiss off")
     _add_bitmap(add("bitmap", "named dirty bitmaps of a disk"), parse_size)
     servers = add("list", "list the servers of this host", qmp=False)
     servers.add_argument("--json", action="store_true", help="print JSON")
@@ -38,7 +38,7 @@ def _add_bitmap(bitmap: argparse.ArgumentParser, parse_size: Callable[[str], int
     names = "the bitmap; for merge, those that are added to it"
     add("names", metavar="NAME", nargs="*", help=names)
     add("--device", metavar="NAME", help="the disk (default: the only one; list: all)")
-    add("--granularity", type=parse_size, metavar="SIZE", help="add: its unit (default: 64K)")
-    add("--persistent", action="store_true", help="add: keep it over the server's end")
+    add("--granularity", type=parse_size, metavar="SIZE", help="add: bytes a bit (default: 64K)")
+    add("--persistent", action="store_true", help="add: keep the bitmap across restarts")
     add("--disabled", action="store_true", help="add: do not record yet")
     add("--json", action="store_true", help="list: print JSON")

@@ -138,7 +138,7 @@ def _address(args: argparse.Namespace) -> str:
     if address.startswith("[") and address.endswith("]"):
         address = address[1:-1]
     if not address:
-        raise CliError("--address: names no address; to listen on all it is 0.0.0.0 or ::", USAGE)
+        raise CliError("--address: is empty; to listen on all addresses use 0.0.0.0 or ::", USAGE)
     return address
 
 
@@ -153,14 +153,14 @@ def _identity(args: argparse.Namespace) -> tuple[int | None, int | None]:
     if args.user is None and args.group is None:
         return None, None
     if os.geteuid() != 0:
-        raise CliError("--user and --group: only root can become somebody else", USAGE)
+        raise CliError("--user and --group: only root can run as another user", USAGE)
     uid = _number(args.user, "user", lambda name: pwd.getpwnam(name).pw_uid)
     gid = _number(args.group, "group", lambda name: grp.getgrnam(name).gr_gid)
     if uid is not None and gid is None:
         try:
             gid = pwd.getpwuid(uid).pw_gid
         except KeyError:
-            text = f"--user {args.user}: not a user with a group: name one with --group"
+            text = f"--user {args.user}: this user has no group: name one with --group"
             raise CliError(text, USAGE) from None
     return uid, gid
 
@@ -173,7 +173,7 @@ def _number(text: str | None, kind: str, look_up: Callable[[str], int]) -> int |
     except KeyError:
         if text.isdecimal() and int(text) < 2**32 - 1:
             return int(text)
-    raise CliError(f"--{kind} {text}: there is no such {kind} here", USAGE)
+    raise CliError(f"--{kind} {text}: no such {kind} on this host", USAGE)
 
 
 def _tls_options(args: argparse.Namespace) -> list[str]:
@@ -282,7 +282,7 @@ def _check_places(args: argparse.Namespace) -> None:
         if not is_uri(disk) and not os.path.exists(disk):
             text = f"{disk}: no such disk; create it first (truncate -s SIZE FILE)"
             if "=" in disk:
-                text += f"; if what is before the '=' was to be a name: {DISK_RULE}"
+                text += f"; if the part before the '=' is meant as a name: {DISK_RULE}"
             raise ConfigError(text)
         if os.path.isdir(disk):
             raise ConfigError(f"{disk}: is a directory, not a disk")
@@ -320,7 +320,7 @@ def _warn_of_target(uri: str) -> None:
         else:
             socket.create_connection((where.host, where.port), TARGET_S_MAX).close()
     except OSError as error:
-        text = f"--mirror-to {uri}: {error.strerror or error}; so far the disk has no mirror"
+        text = f"--mirror-to {uri}: {error.strerror or error}; the disk has no mirror yet"
         print(f"nbdmirror: warning: {text}", file=sys.stderr)
 
 
@@ -342,7 +342,8 @@ def _check_places_of_user(args: argparse.Namespace) -> None:
         except FileExistsError:
             pass
         except OSError as error:
-            raise ConfigError(f"--state-dir: {path}: cannot be made: {error.strerror}") from error
+            text = f"--state-dir: {path}: cannot be created: {error.strerror}"
+            raise ConfigError(text) from error
         if not _may("-w", path, uid, gid):
             raise ConfigError(f"--state-dir: {path}: user {args.user} cannot write there")
     if args.pidfile:

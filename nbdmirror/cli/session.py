@@ -45,7 +45,8 @@ def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
     except QMPError as error:
-        raise CliError("the server went away; see: nbdmirror status", NO_SERVER) from error
+        text = "lost the connection to the server; see: nbdmirror status"
+        raise CliError(text, NO_SERVER) from error
 
 
 async def _interruptible(command: Coroutine[Any, Any, int]) -> int:

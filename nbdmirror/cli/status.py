@@ -30,9 +30,7 @@ def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
         parts.append(str(disk.get("source") or disk.get("file") or ""))
         lines.append("  ".join(part for part in parts if part))
         if disk.get("connected") is False:
-            lines.append(
-                "  its NBD server is lost: requests wait for that, and fail if it stays away"
-            )
+            lines.append("  its NBD server is lost: requests wait, and fail if it does not return")
         if disk.get("target-only"):
             lines.append(f"  target only: the disk is served from {disk['target-only']}")
         if disk.get("problem"):

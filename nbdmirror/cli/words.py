@@ -20,33 +20,33 @@ _REFUSALS = (
     ),
     (
         r"Job '(.*)' in state 'concluded' cannot accept command verb '.*'",
-        r"job \1 has ended already; forget it with: nbdmirror dismiss",
+        r"job \1 has already ended; remove it with: nbdmirror dismiss",
     ),
     (
         r"Job '(.*)' in state 'pending' cannot accept command verb '.*'",
-        r"job \1 has done its work and cannot do that any more; end it with: nbdmirror finalize",
+        r"job \1 has finished its work, which rules this out; end it with: nbdmirror finalize",
     ),
     (
         r"Job '(.*)' in state '(.*)' cannot accept command verb '(.*)'",
-        r"job \1 is \2, and does not take '\3' now; see: nbdmirror status",
+        r"job \1 is \2 and cannot accept '\3' in this state; see: nbdmirror status",
     ),
     (
         r"Job ID '(.*)' already in use",
-        r"there is a job \1 already; if it has ended, forget it with: nbdmirror dismiss --job \1",
+        r"a job \1 exists already; if it has ended, remove it with: nbdmirror dismiss --job \1",
     ),
     (
         r"Node '(.*)' is busy: block device is in use by block job: mirror",
-        r"disk \1 is mirrored already; see: nbdmirror status",
+        r"disk \1 is being mirrored already; see: nbdmirror status",
     ),
     (
         r"The block job for device '(.*)' is currently paused",
-        r"job \1 is paused; resume it, or give it up with: nbdmirror cancel --force",
+        r"job \1 is paused; resume the job, or end it with: nbdmirror cancel --force",
     ),
     (
         r"The active block job '(.*)' cannot be completed",
-        r"job \1 is being cancelled already, and cannot be completed any more",
+        r"job \1 is already being cancelled and can no longer be completed",
     ),
-    (r"Job is already paused", "the job is paused already; go on with: nbdmirror resume"),
+    (r"Job is already paused", "the job is already paused; continue with: nbdmirror resume"),
     (r"Can't resume a job that was not paused", "the job is not paused; see: nbdmirror status"),
     (r"(?:Block job '.*'|Job) not found", "the job has ended meanwhile; see: nbdmirror status"),
     (
@@ -61,20 +61,23 @@ _REFUSALS = (
         r"(?:Dirty bitmap|Bitmap) '(.*)' (?:could )?not (?:be )?found",
         r"there is no bitmap \1; see: nbdmirror bitmap list",
     ),
-    (r"Bitmap already exists: (.*)", r"there is a bitmap \1 already"),
+    (r"Bitmap already exists: (.*)", r"a bitmap \1 exists already"),
     (
         r"Bitmap '(.*)' is currently in use by another operation and cannot be used",
         r"bitmap \1 is used by a job; see: nbdmirror status",
     ),
     (
         r"Can't store persistent bitmaps to .*: Operation not supported",
-        "the server keeps nothing over its end: start it with --state-dir for that",
+        "the server saves nothing when it ends: start it with --state-dir for persistent bitmaps",
     ),
     (
         r"Parameter '(?:x-nbdmirror-)?([a-z-]*-size|granularity|speed|reconnect-delay)' (.*)",
         r"--\1 \2",
     ),
-    (r"The command (\S+) has not been found", r"the server is too old: it has no \1"),
+    (
+        r"The command (\S+) has not been found",
+        r"the server is too old: it does not know the command \1",
+    ),
 )
 """The server's text, and ours."""
 
@@ -122,9 +125,9 @@ def remarks(job: dict[str, Any]) -> list[Remark]:
     found = [*_of_the_end(job), *_of_the_servers(job)]
     is_paused = state(job).split()[0] in ("paused", "standby")
     if is_paused and job.get("io-status", "ok") == "ok" and job.get("ending", "none") == "none":
-        found.append(Remark("paused", "go on with: nbdmirror resume"))
+        found.append(Remark("paused", "continue with: nbdmirror resume"))
     if state(job) == "pausing":
-        found.append(Remark("pausing", "pauses when its requests in flight have ended"))
+        found.append(Remark("pausing", "will pause when its requests in flight have ended"))
     if job.get("falling-behind") and not any(one.kind in ("target", "source") for one in found):
         found.append(Remark("behind", f"falls behind: the guest writes faster; {_faster(job)}"))
     return found
@@ -134,28 +137,30 @@ def _faster(job: dict[str, Any]) -> str:
     if job.get("speed"):
         return "raise its limit with: nbdmirror set-speed"
     if job.get("copy-mode") == "write-blocking":
-        return "the target is too slow for it"
-    return "have its writes wait for the target with: nbdmirror copy-mode write-blocking"
+        return "the target is too slow for the guest"
+    return "make its writes wait for the target with: nbdmirror copy-mode write-blocking"
 
 
 def _of_the_end(job: dict[str, Any]) -> list[Remark]:
     status, found = job.get("status"), []
     if status == "pending":
-        found.append(Remark("pending", "has done its work; end it with: nbdmirror finalize"))
+        text = "has finished its work; end the job with: nbdmirror finalize"
+        found.append(Remark("pending", text))
     elif status == "waiting":
-        found.append(Remark("waiting", "has done its work, and waits for the others of its group"))
+        text = "has finished its work and waits for the other jobs of its group"
+        found.append(Remark("waiting", text))
     elif status == "concluded":
-        found.append(Remark("concluded", "has ended; forget it with: nbdmirror dismiss"))
+        found.append(Remark("concluded", "has ended; remove the job with: nbdmirror dismiss"))
     elif (ending := job.get("ending", "none")) != "none":
         since = duration(job.get("ending-for-s", 0))
-        what, then = "being cancelled, softly,", "ends"
+        what, then = "being cancelled without --force", "end"
         if ending == "complete":
-            what, then = "completing", "pivots"
-        text = f"{what} for {since}: it {then} as soon as it can"
+            what, then = "completing", "pivot"
+        text = f"{what} for {since}: the job will {then} as soon as possible"
         if status == "standby":
-            text = f"is to {'complete' if ending == 'complete' else 'end'} after: nbdmirror resume"
+            text = f"will {'complete' if ending == 'complete' else 'end'} after: nbdmirror resume"
         if vain := job.get("quiesce-timeouts"):
-            text += f"; the guest was held in vain {vain} times"
+            text += f"; guest writes were held {vain} times without success"
         found.append(Remark("ending", text))
     return found
 
@@ -165,16 +170,16 @@ def _of_the_servers(job: dict[str, Any]) -> list[Remark]:
     give_up = "or give up with: nbdmirror cancel --force"
     if (lost_s := job.get("target-lost-for-s")) is not None:
         left_s = job.get("target-wait-left-s")
-        how_long = "as long as it takes" if left_s is None else f"{duration(left_s)} more"
-        text = f"the target has been lost for {duration(lost_s)}, and is tried for {how_long}; "
-        found.append(Remark("target", f"{text}see to its server, {give_up}"))
+        how_long = "without a limit" if left_s is None else f"for {duration(left_s)} more"
+        text = f"the target has been lost for {duration(lost_s)}, reconnecting {how_long}; "
+        found.append(Remark("target", f"{text}check its server, {give_up}"))
     for side in ("source", "target"):
         if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:
-            text = f"the {side} has not answered for {duration(silent_s)}; see to it, {give_up}"
+            text = f"the {side} has not answered for {duration(silent_s)}; check it, {give_up}"
             found.append(Remark(side, text))
     error = job.get("last-error") or {}
     if error.get("action") == "ignore" and error.get("ago-s", RETRIED_S) < RETRIED_S:
-        text = f"{error['operation']} error: {error.get('reason')}; it is tried again"
+        text = f"{error['operation']} error: {error.get('reason')}; trying again"
         found.append(Remark("retry", text))
     if job.get("io-status", "ok") != "ok":
         text = "I/O error ({}): {}; try again with: nbdmirror resume"
@@ -186,7 +191,7 @@ def _of_the_servers(job: dict[str, Any]) -> list[Remark]:
 
 def last_error(job: dict[str, Any]) -> str:
     error = job.get("last-error") or {}
-    return error.get("reason") or "the log has the reason"
+    return error.get("reason") or "see the server's log"
 
 
 def mode(job: dict[str, Any]) -> str:

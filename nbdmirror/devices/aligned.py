@@ -43,8 +43,8 @@ class AlignedDevice(Wrapper):
     Asking for each buffer's address instead costs as much as copying 4 KiB (0.24 us both), and
     nbdkit's buffers come from malloc, which never aligns them to pages.
 
-    `tail`: the same medium by a way that takes any offset, needed when the size is no multiple of
-    the unit: no aligned request gets at the last odd bytes without passing the end. All from the
+    `tail`: the same medium by a way that takes any offset, needed when the size is not a multiple
+    of the unit: no aligned request gets at the last odd bytes without passing the end. All from the
     last page boundary on goes through it, so that no page of the page cache is written through
     `inner` and `tail` both. Flushing `inner` flushes `tail`; both are closed with this device.
     """

@@ -266,7 +266,7 @@ class FileDevice(BlockDevice):
             if is_same_file(opened, there):
                 return ""
             what = "is another file now"
-        return f"{self.description}: {what}; guests go on with the one that was opened"
+        return f"{self.description}: {what}; guests keep the file that was opened"
 
     def _truncated(self, size: int) -> DeviceError:
         return DeviceError(
@@ -297,7 +297,7 @@ class FileDevice(BlockDevice):
         while done < len(view):
             count = _pwrite(self._fd, view[done:], offset + done)
             if not count:
-                raise DeviceError(f"{self.description}: takes no data at {offset + done}")
+                raise DeviceError(f"{self.description}: accepts no data at {offset + done}")
             done += count
 
     def _write_durably(self, buf: Buffer, offset: int) -> None:

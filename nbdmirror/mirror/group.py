@@ -112,4 +112,4 @@ class Group:
             if job.ending is Ending.CANCEL:
                 job.group.arrived()  # if it has; it was held up by the others
             elif job is not cause and not job.is_over:
-                job.cancel(force=True, because=f"job {cause.id} of its group ended otherwise")
+                job.cancel(force=True, because=f"job {cause.id} of its group did not complete")

@@ -74,7 +74,7 @@ class Job(ABC):
     def complete(self) -> None:
         """After READY: end with a pivot. On a paused job it is remembered until it is resumed."""
         self.check_complete()
-        log.info("job %s: is to complete", self.id)
+        log.info("job %s: complete requested", self.id)
         self.ending = Ending.COMPLETE
         self.advance_soon()
 
@@ -82,7 +82,7 @@ class Job(ABC):
         """Soft after READY: the job ends with a consistent target, unless `complete` came first.
         Otherwise the target is left undefined; `because` says why."""
         self.check_cancel(force=force)
-        log.info("job %s: is to be cancelled%s", self.id, " by force" if force else "")
+        log.info("job %s: cancel requested%s", self.id, " by force" if force else "")
         if self.status is JobStatus.READY and not force:
             if self.ending is Ending.NONE:
                 self.ending = Ending.CANCEL
@@ -113,7 +113,7 @@ class Job(ABC):
         check_verb(self.id, self.status, "pause")
         if self.pause_wanted:
             raise CommandError("Job is already paused")
-        log.info("job %s: is to pause", self.id)
+        log.info("job %s: pause requested", self.id)
         self.pause_wanted = True
         self.hold()
         self.advance()
@@ -122,7 +122,7 @@ class Job(ABC):
         if not self.pause_wanted:
             raise CommandError("Can't resume a job that was not paused")
         check_verb(self.id, self.status, "resume")
-        log.info("job %s: is resumed", self.id)
+        log.info("job %s: resumed", self.id)
         self.unpause()
         self.release()
         self.advance_soon()

@@ -338,7 +338,7 @@ class MirrorJob(Job):
             self._fail(error)
             self.advance_soon()
             return
-        log.warning("job %s: goes on, since its end cannot be written down: %s", self.id, error)
+        log.warning("job %s: continues, because its end cannot be recorded: %s", self.id, error)
         self._waits.retry(self._retry)
 
     def commit(self, done: Done) -> None:

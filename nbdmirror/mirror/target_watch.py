@@ -104,7 +104,7 @@ class TargetWatch:
             self._asked_s = self._clock()
             if self._copier.answers != answers or not self._copier.is_running:
                 return
-            text = "its server is there, so it is waited for" if is_there else "it is lost"
+            text = "its server is alive: waiting" if is_there else "the connection is given up"
             silence_s, name = self._clock() - self._answered_s, self._target.description
             log.warning("%s: has answered no request for %d s; %s", name, silence_s, text)
             if is_there:

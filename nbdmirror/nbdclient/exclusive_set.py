@@ -176,7 +176,7 @@ class LinkSet:
             self.open, self._leaving = kept, given
             self.may_grow = False
             self._full_until_s = time.monotonic() + FULL_S
-        text = "%s: has no room for more: goes on with %d connections (%s)"
+        text = "%s: accepts no further connection: continuing with %d (%s)"
         log.info(text, self._description, 1 + len(kept), error)
         self._close_leaving()
 

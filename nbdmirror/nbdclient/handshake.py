@@ -86,12 +86,12 @@ class Announcement:
         try:
             announced = cls._of(handle)
         except nbd.Error as error:
-            raise ConfigError(f"{uri}: the server does not tell what it serves") from error
+            raise ConfigError(f"{uri}: the server does not report what it serves") from error
         if not 0 <= announced.size <= SIZE_BYTES_MAX:
             raise ConfigError(f"{uri}: the server announces an impossible size")
         if announced.size % announced.minimum:
             raise ConfigError(
-                f"{uri}: its size {announced.size} is no multiple of its minimum block size "
+                f"{uri}: its size {announced.size} is not a multiple of its minimum block size "
                 f"{announced.minimum}"
             )
         return announced

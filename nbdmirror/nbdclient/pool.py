@@ -53,7 +53,7 @@ REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
 LEFT_LOOK_S = 0.05
 """How often a link that was given up is looked at."""
 
-_LEFT = "%s: has not answered %d requests; no other connection writes there before it has"
+_LEFT = "%s: %d requests are not answered; no other connection writes there until they are"
 
 REQUESTS_ALONE = 64
 """A guest that has made so many requests on the shared connection gets a link: it is at work."""

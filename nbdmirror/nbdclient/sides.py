@@ -166,8 +166,8 @@ def _tell(uri: str) -> None:
 
 def _not_told(why: object) -> str:
     return (
-        f"the disk has moved there, and its server does not know: {why}. If it is started again it "
-        f"has to be with --accept-old-side"
+        f"the disk has moved there, but the server there does not know: {why}. If that server is "
+        f"started again, it needs --accept-old-side"
     )
 
 

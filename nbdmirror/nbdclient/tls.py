@@ -128,12 +128,12 @@ def explain(keys: ClientKeys | None, reason: str, timeout_s: float) -> str:
     if keys.psk_file:
         text = (
             f"TLS: the server does not accept user '{keys.user}' with the key in {keys.psk_file}: "
-            f"it has another key for that user, does not know him, or takes certificates"
+            f"it has another key for that user, does not know the user, or requires certificates"
         )
     elif "certificate verification" in reason:
         text = f"TLS: the server's certificate is not accepted: {_look(keys, timeout_s)}"
     else:
-        text = f"TLS: the server does not accept us: {_own_problem(keys)}"
+        text = f"TLS: the server does not accept this client: {_own_problem(keys)}"
     return f"{text} ({reason})"
 
 
@@ -165,7 +165,7 @@ def _check_certificates(directory: str, side: str) -> None:
 
 def _check_absolute(path: str) -> None:
     if not os.path.isabs(path):
-        raise ConfigError(f"{path}: keys are named by an absolute path: it is the server's")
+        raise ConfigError(f"{path}: the path of keys must be absolute, since the server reads them")
 
 
 def _read(path: str) -> str:
@@ -203,7 +203,7 @@ def _user(psk_file: str, wanted: str) -> str:
         raise ConfigError(f"{psk_file}: has no key of user '{user}'")
     if not wanted and len(users) > 1:
         raise ConfigError(
-            f"{psk_file}: has keys of {len(users)} users: say which one (nbds://USER@HOST; over "
+            f"{psk_file}: has keys of {len(users)} users: name one (nbds://USER@HOST; over "
             f"QMP: x-nbdmirror-tls-username)"
         )
     return user
@@ -221,11 +221,11 @@ def _verifies_always(libnbd_version: str) -> bool:
 def _own_problem(keys: ClientKeys) -> str:
     certificate = os.path.join(keys.certificates, "client-cert.pem")
     if not keys.certificates or not os.path.exists(certificate):
-        return f"it may want a certificate, and there is no {certificate}"
+        return f"it may require a certificate, and {certificate} does not exist"
     key = os.path.join(keys.certificates, "client-key.pem")
     authority = os.path.join(keys.certificates, AUTHORITY)
     problem = _problem(certificate, key, authority, is_server=False)
-    other = "it knows another authority, or none, or takes pre-shared keys"
+    other = "it knows another authority, or none, or requires pre-shared keys"
     return f"{certificate}: {problem or other}"
 
 
@@ -250,7 +250,7 @@ def _problem(certificate: str, key: str, authority: str, *, is_server: bool) -> 
     try:
         judge.load_verify_locations(authority)
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"{authority}: is no certificate in PEM") from error
+        raise ConfigError(f"{authority}: is not a certificate in PEM") from error
     judge.verify_mode = ssl.CERT_REQUIRED
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [

@@ -44,7 +44,7 @@ class Opening:
                 if left_s <= 0:
                     raise
                 if not is_told:
-                    text = f"{error}; tried again for {left_s:.0f} s (open-timeout)"
+                    text = f"{error}; trying again for {left_s:.0f} s (open-timeout)"
                     logs.complain(text, logging.WARNING)
                     is_told = True
                 extend_s = SUPERVISOR_S + self._handshake_s

@@ -141,9 +141,9 @@ class Service:
     def check(self) -> None:
         """The parameters together. Raises ConfigError."""
         if not self._paths:
-            raise ConfigError("parameter file=DISK is missing: which disk is to be served?")
+            raise ConfigError("parameter file=DISK is missing: name the disk to serve")
         if self._accepted and not self._state_path:
-            raise ConfigError("accept-old-side: means nothing without state-dir")
+            raise ConfigError("accept-old-side: needs state-dir")
         if self._mirror_to and self._is_read_only:
             raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
 
@@ -246,7 +246,7 @@ class Service:
 
     def _end_on_signal(self, guests: Guests, shut_down: Callable[[], None]) -> None:
         def end(why: str) -> None:
-            log.info("%s: the server ends", why)
+            log.info("%s: the server is ending", why)
             systemd.notify(systemd.STOPPING)
             if self._server is not None:
                 self._server.end_jobs()  # a guest's write may hang on a target
@@ -261,14 +261,14 @@ class Service:
 
     def _leave(self) -> None:
         if not self._is_stopped:  # else nbdkit has let all guests go
-            log.error("guests' requests do not end; the server ends without them")
+            log.error("guests' requests are still in progress; the server does not wait any longer")
             self.stop()
             os._exit(1)
 
     def _leave_guests(self) -> None:
         """The guests that are left take none of their answers, so nbdkit would wait for ever."""
         if self._server is not None and self._server.hold_changes():
-            log.warning("the server ends without guests that take no answers")
+            log.warning("some guests read no replies; the server does not wait for them")
             self.stop()
             os._exit(0)
 

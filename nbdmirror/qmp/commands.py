@@ -98,7 +98,8 @@ class Commands:
                 await _ended(asyncio.wrap_future(future), deadline_s)
         except OSError as error:
             if name in BITMAP_ACTIONS:
-                raise CommandError(f"Done, and not yet kept: {error}") from error
+                text = f"The change is active but could not be saved: {error}"
+                raise CommandError(text) from error
 
     async def _on_loop(self, call: Callable[[], Any]) -> Reply:
         def step() -> Reply:
@@ -264,7 +265,7 @@ async def _ended(kept: asyncio.Future[None], deadline_s: float) -> None:
     kept.add_done_callback(lambda future: future.cancelled() or future.exception())  # is looked at
     await asyncio.wait([kept], timeout=max(0.0, deadline_s - time.monotonic()))
     if not kept.done():
-        raise TimeoutError("guests' writes that are under way do not end")
+        raise TimeoutError("guests' writes in flight do not end")
     try:
         kept.result()
     except OSError as error:

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0
 
 
-SERVER_ENDS = "the server ends"
-GOES_ON = "the server ends, and takes the mirror up again when it starts"
+SERVER_ENDS = "the server ended"
+GOES_ON = "the server ended; the mirror continues when the server starts again"
 """Why jobs are cancelled then; the latter with a state directory."""
 
 
@@ -189,8 +189,8 @@ class Chronicle:
         data: dict[str, object] = {"device": job.disk.name, "id": job.id, "target": course.target}
         if math.isfinite(patience_s):
             data["wait-s"] = float(patience_s)
-        how_long = f"{patience_s:g} s" if math.isfinite(patience_s) else "as long as it takes"
-        log.warning("job %s: target %s is lost: tried for %s", job.id, course.target, how_long)
+        how_long = f"for {patience_s:g} s" if math.isfinite(patience_s) else "without a limit"
+        log.warning("job %s: target %s is lost: reconnecting %s", job.id, course.target, how_long)
         self._events.append("X_NBDMIRROR_TARGET_LOST", data)
 
     def target_waited_for(self, job: MirrorJob, *, is_back: bool) -> None:
@@ -230,6 +230,6 @@ class Chronicle:
             text = "job %s: ended: %s is a copy; disk %s is served from %s as before"
             log.info(text, job.id, course.target, job.disk.name, course.source)
         else:
-            text = "job %s: %s: %s; %s is of no use; disk %s is served from %s as before"
+            text = "job %s: %s: %s; %s is unusable; disk %s is served from %s as before"
             names = course.target, job.disk.name, course.source
             log.warning(text, job.id, kind, result.reason, *names)

@@ -30,7 +30,7 @@ CHOICES_MIN = 1 << 14
 """Of offsets and lengths in one place: a target of large blocks leaves few in a small one."""
 ANSWER_S_MAX = 2.0
 """For all rounds."""
-ITSELF = "leads back to this server, by way of another one: it is disk"
+ITSELF = "leads back to this server through another server: it is disk"
 
 
 def check_detour(

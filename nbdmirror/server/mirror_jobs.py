@@ -199,7 +199,7 @@ class Mirrors:
         self._nodes.add_again(node)
         job = self._make(disk, node, options, bitmap, record.granularity, record.key)
         self._mirrors[job].is_met = False
-        log.info("job %s: goes on, as an earlier process left it", job.id)
+        log.info("job %s: continues where the previous process ended", job.id)
         self._chronicle.begin(job)
         job.take_up(
             partial(found.restore, key=record.key),

@@ -117,8 +117,8 @@ def _reopen(device: RemoteDevice, difference: Callable[[Connection], int | None]
     if offset is not None:
         connection.close()
         raise ConfigError(
-            f"{device.uri}: came back changed (at {offset} it holds something else than it did: "
-            f"it is another disk, or an older copy); it is not written to"
+            f"{device.uri}: came back changed (the data at {offset} differs: it is another "
+            f"disk, or an older copy); it is not written to"
         )
     return connection
 

@@ -125,7 +125,7 @@ class Server:
         try:
             self.mirrors.take_up(disk, found, self.bitmaps)
         except StateError as error:
-            log.error("disk %s: its mirror does not go on: %s", disk.name, error)
+            log.error("disk %s: its mirror is not resumed: %s", disk.name, error)
 
     def _have_bitmaps(self, disk: Disk, found: Found) -> None:
         self.loop.run(partial(self.bitmaps.take_up, disk, found)).result()
@@ -166,7 +166,7 @@ class Server:
 
         self.loop.call_soon(end)
         if not ended.wait(STOP_S_MAX):
-            log.error("jobs did not end within %g s; going on without them", STOP_S_MAX)
+            log.error("jobs did not end within %g s and are not waited for", STOP_S_MAX)
 
     def _note_clients(self) -> None:
         """Before they are hung up on. A client that was there may come back after a restart."""
@@ -183,7 +183,7 @@ class Server:
         for disk in self.disks.values():
             device = raw_device(disk.source)
             if isinstance(device, RemoteDevice) and (device.pool.is_busy or device.is_lost):
-                log.error("%s: does not answer; requests under way fail", device.uri)
+                log.error("%s: does not answer; its requests in flight fail", device.uri)
                 device.pool.abandon()
 
     def hold_changes(self) -> bool:
@@ -212,7 +212,7 @@ class Server:
         for name, thread in ends.items():
             thread.join(max(0.0, deadline_s - self.loop.clock()))
             if thread.is_alive():
-                what = "does not answer; it is left as it is, not flushed"
+                what = "does not answer and is not flushed"
                 log.error("disk %s: %s: %s", name, self.disks[name].source.description, what)
         for device in (*(node.device for node in self.nodes), *self.nodes.left):
             device.pool.abandon()

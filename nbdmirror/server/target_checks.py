@@ -38,11 +38,11 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         raise CommandError(not_whole(target))
     if not target.can_flush and disk.size:
         raise CommandError(
-            f"Target '{target.uri}' has no flush: it can promise nothing about its data"
+            f"Target '{target.uri}' does not support flush, so that its data cannot be made safe"
         )
     if disk.size % target.block_size.minimum:
         raise CommandError(
-            f"The disk's size {disk.size} is no multiple of the minimum block size "
+            f"The disk's size {disk.size} is not a multiple of the minimum block size "
             f"{target.block_size.minimum} of '{target.uri}'"
         )
     least = max(target.block_size.minimum, disk.source.block_size.minimum)

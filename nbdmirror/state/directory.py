@@ -44,10 +44,10 @@ from nbdmirror.state.store import DiskStore
 log = logging.getLogger(__name__)
 
 
-_SERVE = "; serve that, or say"
+_SERVE = "; serve that, or start with"
 _NOT_HEARD = (
-    "its server has not heard of that, and has it as a target only: end that server, and start it "
-    "with the --accept-old-side that it asks for"
+    "the server there does not know that, and has the disk as a target only: end that server, and "
+    "start it with the --accept-old-side that its refusal shows"
 )
 
 
@@ -100,8 +100,8 @@ class StateDirectory:
         other = self._disks.setdefault((status.st_dev, status.st_ino), name)
         if other != name:
             raise ConfigError(
-                f"state-dir: {where}: disks {other} and {name} have one file there, of upper or "
-                f"lower case: give one of them another name"
+                f"state-dir: {where}: disks {other} and {name} would share a file there, since "
+                f"upper and lower case are the same to it: rename one of them"
             )
         return DiskStore(
             name=name,
@@ -131,7 +131,7 @@ class StateDirectory:
             content = self._folder.read(path.name)
             if other == name or content is None or record_id(content) in self._accepted:
                 continue
-            accept = f"say --accept-old-side {record_id(content)}"
+            accept = f"start with --accept-old-side {record_id(content)}"
             try:
                 pivoted = Pivoted.from_bytes(content)
             except UnknownFormat as error:
@@ -160,7 +160,7 @@ class StateDirectory:
         if content is None:
             return None
         if record_id(content) in self._accepted:
-            log.warning("%s: removed, as asked for: %s is the disk", file, identity.source)
+            log.warning("%s: removed as requested: %s is the disk", file, identity.source)
             forget(self._folder, name, identity)
             return None
         path, accept = self._folder.path / file, f"--accept-old-side {record_id(content)}"
@@ -169,12 +169,12 @@ class StateDirectory:
         except UnknownFormat as error:
             raise ConfigError(
                 f"{path}: {error}; the disk was moved to another server, and this file says where: "
-                f"{OTHER_VERSION}, or say {accept} if {identity.source} is the disk"
+                f"{OTHER_VERSION}, or start with {accept} if {identity.source} is the disk"
             ) from error
         except StateError as error:
             raise ConfigError(
                 f"{path}: {error}; the disk was moved to another server, and this file said where: "
-                f"serve it from there, or say {accept} if {identity.source} is the disk"
+                f"serve it from there, or start with {accept} if {identity.source} is the disk"
             ) from error
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(pivoted.time_s))
         where = f"since {when} it is served from {pivoted.truth} ({path}){_SERVE}"
@@ -184,7 +184,7 @@ class StateDirectory:
             if pivoted.has_ended and not self._read_only and side is Side.DISK:
                 return pivoted
             if side in (Side.TARGET, Side.WHOLE):
-                where = f"{where[: -len(_SERVE)]}; {_NOT_HEARD}, or here say"
+                where = f"{where[: -len(_SERVE)]}; {_NOT_HEARD}, or start this one with"
             raise ConfigError(
                 f"{identity.source} is not the disk any more: {where} {accept} and lose what was "
                 f"written there"
@@ -192,7 +192,7 @@ class StateDirectory:
         places = (identity.source, reached)  # a name may have several addresses
         if all(same_place(p, pivoted.truth, resolves=True) is not Same.YES for p in places):
             raise ConfigError(
-                f"{identity.source}: cannot be told from the disk's old side: {where} "
+                f"{identity.source}: may be the disk's old side: {where} "
                 f"{accept} if {identity.source} is the disk"
             )
         return pivoted
@@ -204,7 +204,7 @@ class StateDirectory:
             return identity.size
         kept = pivoted.size or last_size(self._folder, name, identity.source)
         if kept > identity.size:
-            text = "disk %s: %s has %d bytes, and the disk had %d"
+            text = "disk %s: %s has %d bytes, but the disk had %d"
             log.error(text, name, identity.source, identity.size, kept)
         elif 0 < kept < identity.size:
             text = "disk %s: keeps its size of %d bytes, though %s has %d"
@@ -221,7 +221,8 @@ class StateDirectory:
                 f"{path}/{error}; give this disk another name, or another state-dir"
             ) from error
         except StateError as error:
-            log.error("%s/%s; it is put aside: mirrors and bitmaps begin anew", path, error)
+            text = "%s/%s; the file is renamed, and mirrors and bitmaps start from the beginning"
+            log.error(text, path, error)
             self._folder.refuse(names(name)["definition"])
             return None
         if found is not None and found.definition.clean_mtime_ns is not None:

@@ -186,7 +186,7 @@ def read(type_: Callable[..., RecordType], said: Any, where: str = "") -> Record
         if name in said:
             values[one.field] = kind.read(said[name], path)
         elif not one.is_optional:
-            raise UnknownFormat(f"{path}: expected {kind.expected}, and there is none")
+            raise UnknownFormat(f"{path}: expected {kind.expected}, but it is missing")
     return type_(**values)
 
 

@@ -53,13 +53,14 @@ def unseal(kind: str, content: bytes) -> bytes:
     if not newline or len(words) != 5 or words[0] != b"nbdmirror":
         raise StateError("is damaged: it does not begin as such a file does")
     if words[1] != kind.encode():
-        raise StateError(f"is not what it should be: {words[1][:20]!r} in place of {kind!r}")
+        raise StateError(f"is a file of another kind: {words[1][:20]!r} instead of {kind!r}")
     if not words[2].isdigit():
         raise StateError(f"is damaged: its version is {words[2][:20]!r}")
     check_version(int(words[2]))
     body = content[len(line) + 1 :]
     if not words[3].isdigit() or len(body) < int(words[3]):
-        raise StateError(f"is damaged: {words[3][:20]!r} bytes, it says, and there are {len(body)}")
+        text = f"is damaged: {words[3][:20]!r} bytes are announced, {len(body)} are present"
+        raise StateError(text)
     body = body[: int(words[3])]
     if hashlib.sha256(body).hexdigest().encode() != words[4]:
         raise StateError("is damaged: its checksum is wrong")

@@ -175,7 +175,7 @@ class DiskStore(Transient):
 
     def _give_memory_up(self, error: OSError) -> None:
         """Some of it cannot be had, so that the rest tells less than what is dirty."""
-        text = "disk %s: no memory that outlives the process: %s; killing it is as a power cut"
+        text = "disk %s: no shared memory: %s; a killed server counts as a power cut"
         log.warning(text, self.name, error)
         if self._memory is not None:
             self._memory.discard()

@@ -58,7 +58,7 @@ class Writer:
         self.error = str(error)
         if now_s - self._told_s > QUIET_S:
             self._told_s = now_s
-            log.error("state cannot be saved: %s; guests go on", error)
+            log.error("state cannot be saved: %s; guests are still served", error)
             self._events.append("X_NBDMIRROR_STATE_ERROR", {"reason": str(error)})
 
     def stop(self, timeout_s: float) -> bool:

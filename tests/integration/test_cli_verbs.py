@@ -49,7 +49,7 @@ def test_a_complete_that_nobody_waits_for_any_more(
         assert (late.returncode, "completing for 0:0" in late.stderr) == (TIMED_OUT, True)
         refused = cli("cancel")
         assert (refused.returncode, refused.stdout) == (FAILED, "")
-        assert "is being completed already" in refused.stderr
+        assert "is already being completed" in refused.stderr
         assert "completing for" in cli("status").stdout
     finally:
         os.kill(target.pid, signal.SIGCONT)
@@ -106,7 +106,7 @@ def test_a_job_that_waits_to_be_finalized_and_dismissed(
     assert f"served from {target.uri()}" in done.stdout
     assert "nbdmirror dismiss" in cli("status").stdout
     assert "nbdmirror dismiss" in cli("cancel").stderr
-    assert cli("dismiss").stdout == "job vda is forgotten\n"
+    assert cli("dismiss").stdout == "job vda is dismissed\n"
     identical(disk, target.image)
 
 
@@ -118,10 +118,10 @@ def test_copy_mode_and_speed(cli: Cli, disk: Path, target: QemuNbd, identical: I
     assert cli("wait", "--ready").returncode == DONE
     wait_until(lambda: "write-blocking (actively synced)" in cli("status").stdout, "in step")
     assert cli("copy-mode", "background").stdout == "job vda: copy mode background\n"
-    assert cli("pause").stdout == "job vda is paused; go on with: nbdmirror resume\n"
+    assert cli("pause").stdout == "job vda is paused; continue with: nbdmirror resume\n"
     assert job_of(cli)["status"] == "standby"
     assert "standby (paused after READY)" in cli("status").stdout
-    assert cli("resume").stdout == "job vda goes on: ready\n"
+    assert cli("resume").stdout == "job vda continues: ready\n"
     done = cli("cancel")
     copy = f"{target.uri()} is a consistent copy; disk vda is served from {disk}\n"
     assert done.stdout == f"job vda ended; {copy}"

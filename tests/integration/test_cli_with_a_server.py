@@ -48,7 +48,7 @@ def test_a_job_that_fails(
     assert last_line(done).startswith(failed)
     arguments = ["mirror", broken.uri(), "--wait", wait, "--on-target-error", "stop"]
     stopped = Running([*arguments, "--qmp", str(server.qmp_path)], is_terminal=False)
-    wait_until(lambda: b"go on with: nbdmirror resume" in stopped.heard, "what to do is told")
+    wait_until(lambda: b"continue with: nbdmirror resume" in stopped.heard, "what to do is told")
     assert "I/O error (failed)" in cli("status").stdout
     assert cli("wait", "--ready", "--timeout", "0.1").returncode == TIMED_OUT
     assert cli("cancel", "--force").returncode == DONE
@@ -142,4 +142,4 @@ def test_a_server_that_dies_in_the_middle(
     server.kill()
     assert status == NO_SERVER
     assert "Traceback" not in heard
-    assert "the server went away" in heard.splitlines()[-1]
+    assert "lost the connection to the server" in heard.splitlines()[-1]

@@ -224,7 +224,7 @@ def test_a_state_directory_that_the_user_cannot_write(disk: Path) -> None:
         (["--user", "no-such-user"], "--user no-such-user: there is no such user here"),
         (["--user", ""], "--user: is empty (see: nbdmirror --help)"),
         (["--group", "no-such-group"], "--group no-such-group: there is no such group here"),
-        (["--user", "54321"], "--user 54321: not a user with a group: name one with --group"),
+        (["--user", "54321"], "--user 54321: this user has no group: name one with --group"),
         (["--user", "4294967295"], "--user 4294967295: there is no such user here"),
     ],
 )

@@ -226,7 +226,7 @@ def test_no_server_there(folder: Path) -> None:
     [
         (["state-dir="], "state-dir=: is empty"),
         (["qmp=/a", "qmp=/b"], "qmp=/b: is given twice"),
-        (["accept-old-side=3f9a60c2", "accept-old-side=0123abcd"], "nothing without state-dir"),
+        (["accept-old-side=3f9a60c2", "accept-old-side=0123abcd"], "needs state-dir"),
         (["mirror-to=nbd://h:99999/"], "from 1 to 65535"),
         (["file=nbd+unix:///?sokcet=s"], "'sokcet' is unknown"),
         ([f"file={'n' * 201}=/x"], "the name is too long"),

@@ -83,7 +83,7 @@ def test_a_definition_that_cannot_be_read_is_put_aside(
     server.allowed.append(TOLD)
     qmp = server.restart()
     if damage is not Path.unlink:
-        assert "put aside" in server.stderr
+        assert "the file is renamed" in server.stderr
         assert (server.state / "vda.json.refused").exists()
     assert qmp.execute("query-block-jobs") == []
     begin(server, target).wait_ready()

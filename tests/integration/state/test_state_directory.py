@@ -45,7 +45,7 @@ def test_two_disks_that_share_a_file(folder: Path, disk: Path) -> None:
     server.state.mkdir(mode=0o700)
     (server.state / "vda.intents").touch()
     (server.state / "VDA.intents").hardlink_to(server.state / "vda.intents")
-    assert "disks vda and VDA have one file there" in refusal(server)
+    assert "disks vda and VDA would share a file there" in refusal(server)
 
 
 def test_its_files_are_the_owners_alone(server: Kept, target: QemuNbd) -> None:

@@ -88,7 +88,7 @@ Change = Callable[[Path], None]
         ("vda.json", lambda path: change(path, "memory", None),
          "memory: expected a string, found null"),
         ("vda.json", lambda path: path.write_bytes(seal("disk", b"{}")),
-         "disk_id: expected 32 hexadecimal digits, and there is none"),
+         "disk_id: expected 32 hexadecimal digits, but it is missing"),
         ("vda.bitmaps", lambda path: path.write_bytes(seal("bitmaps", b'{"disk": 3}')),
          "disk: expected 32 hexadecimal digits, found 3"),
     ],

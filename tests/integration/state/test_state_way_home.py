@@ -104,7 +104,7 @@ def test_the_old_side_cannot_write_down_that_it_is_the_disk(a: Kept, b: Kept) ->
         guest.flush()
     with connected(a.uri("vda")) as guest:
         assert refuses_all(guest)
-    assert "has to be with --accept-old-side" in b.stderr and "stays a target only" in a.stderr
+    assert "it needs --accept-old-side" in b.stderr and "stays a target only" in a.stderr
     b.kill()
     record.rmdir()
     away.rename(record)

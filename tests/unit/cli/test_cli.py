@@ -159,7 +159,7 @@ def test_mirror_and_complete(fake: Fake, run: Main) -> None:
             f"failed: {URI}: No space left on device; disk disk0 is served from a.img",
         ),
         ({"refuse": True}, "smaller than the source"),
-        ({"vanish": True}, "gone"),
+        ({"vanish": True}, "its result is not known"),
     ],
 )
 def test_mirror_fails(fake: Fake, run: Main, plan: dict[str, Any], text: str) -> None:
@@ -263,7 +263,7 @@ def test_time_runs_out(fake: Fake, run: Main) -> None:
     status, _, err = run("wait", "--ready", "--timeout", "0.1")
     assert status == cli.TIMED_OUT
     assert err.splitlines()[-1] == (
-        "nbdmirror: time ran out after 0.1 s; job j: running, 0.0%, 400 B left"
+        "nbdmirror: timed out after 0.1 s; job j: running, 0.0%, 400 B left"
     )
 
 
@@ -285,7 +285,7 @@ def test_complete_of_a_paused_job_says_what_it_waits_for(fake: Fake, run: Main) 
     fake.do_job_complete = complete  # type: ignore[method-assign]
     status, out, err = run("complete", "--timeout", "0.2")
     assert (status, out) == (cli.TIMED_OUT, "")
-    assert err.count("is to complete after: nbdmirror resume\n") == 1
+    assert err.count("will complete after: nbdmirror resume\n") == 1
 
 
 def test_complete_before_ready_is_refused_with_advice(fake: Fake, run: Main) -> None:
@@ -314,7 +314,7 @@ def test_choosing_a_job(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     assert "no job" in one_line(run("pause")[2])
     fake.add_job("j")
-    assert run("pause")[:2] == (cli.DONE, "job j is paused; go on with: nbdmirror resume\n")
+    assert run("pause")[:2] == (cli.DONE, "job j is paused; continue with: nbdmirror resume\n")
     assert run("resume", "--job", "j")[0] == cli.DONE
     assert run("set-speed", "10M", "--device", "disk0")[0] == cli.DONE
     assert ("block-job-set-speed", {"device": "j", "speed": 10 << 20}) in fake.calls

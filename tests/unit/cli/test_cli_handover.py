@@ -84,8 +84,8 @@ def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("attributes", "text"),
     [
-        ({"guest": "postmigrate"}, "is not to be moved: postmigrate"),
-        ({"guest": "inmigrate"}, "is not to be moved: inmigrate"),
+        ({"guest": "postmigrate"}, "cannot be moved in state postmigrate"),
+        ({"guest": "inmigrate"}, "cannot be moved in state inmigrate"),
         ({"migration": "device"}, "is being migrated already: device"),
         ({"capabilities": {"events": False}}, "is too old: it lacks pause-before-switchover"),
         ({"size": 512}, "has no disk of 1073741824 bytes"),
@@ -173,7 +173,7 @@ def test_the_job_is_ended_by_somebody_else(fake: Fake, qemu: FakeQemu, handover:
     qemu.do_migrate = migrates  # type: ignore[method-assign]
     status, _, line = handover()
     assert status == cli.FAILED
-    assert "ended by somebody else; the guest runs on here; its disk is a.img" in line
+    assert "ended by another client; the guest continues here; its disk is a.img" in line
     assert is_undone(qemu)
 
 
@@ -190,7 +190,7 @@ def test_the_job_is_stopped_by_an_error(fake: Fake, qemu: FakeQemu, handover: Ha
     status, _, line = handover()
     assert status == cli.FAILED
     assert "job disk0 was paused: nospace" in line
-    assert "the mirror disk0 goes on" in line
+    assert "the mirror disk0 continues" in line
     assert is_undone(qemu)
 
 
@@ -205,7 +205,7 @@ def test_the_pivot_fails(fake: Fake, qemu: FakeQemu, handover: Handover) -> None
     status, _, line = handover()
     assert status == cli.FAILED
     assert "job disk0 failed: nbd://target/export: Input/output error; disk disk0 is served" in line
-    assert "the guest runs on here" in line
+    assert "the guest continues here" in line
     assert is_undone(qemu)
 
 
@@ -222,7 +222,7 @@ def test_somebody_cancels_softly_right_at_the_pivot(
     fake.do_job_complete = completes  # type: ignore[method-assign]
     status, _, line = handover()
     assert status == cli.FAILED
-    assert "no pivot; the guest runs on here; its disk is a.img" in line
+    assert "no pivot; the guest continues here; its disk is a.img" in line
     assert is_undone(qemu)
 
 
@@ -267,8 +267,8 @@ def test_the_pivot_is_refused(fake: Fake, qemu: FakeQemu, handover: Handover) ->
     fake.do_job_complete = None  # type: ignore[assignment]
     status, _, line = handover()
     assert status == cli.FAILED
-    assert "it has no job-complete" in line
-    assert "the guest runs on here" in line
+    assert "does not know the command job-complete" in line
+    assert "the guest continues here" in line
     assert is_undone(qemu)
 
 
@@ -313,7 +313,7 @@ def test_the_pivot_cannot_be_given_up(
     fake.do_job_cancel = fake.do_job_pause  # type: ignore[method-assign]
     status, _, line = handover()
     assert status == cli.NO_SERVER
-    assert "the server did not tell whether it has pivoted" in line
+    assert "the server did not report whether the disk was pivoted" in line
     assert (qemu.guest, qemu.migration) == ("finish-migrate", "pre-switchover")
 
 
@@ -339,7 +339,7 @@ def test_the_migration_fails(qemu: FakeQemu, handover: Handover) -> None:
     status, _, line = handover()
     assert status == cli.FAILED
     assert "the migration failed after the pivot: Connection reset by peer" in line
-    assert f"the guest: it runs on here; the disk is {URI} now" in line
+    assert f"the guest: it continues here; the disk is {URI} now" in line
 
 
 def test_the_migration_does_not_end(
@@ -358,5 +358,5 @@ def test_somebody_else_lets_the_guest_go_on(qemu: FakeQemu, handover: Handover) 
     qemu.plan["steps"] = {"setup": "active", "active": "completed"}
     status, _, line = handover()
     assert status == cli.FAILED
-    assert "somebody else has let the guest go on at the other side, before the pivot" in line
+    assert "another client continued the guest at the other side before the pivot" in line
     assert qemu.guest == "postmigrate"

@@ -51,7 +51,7 @@ def test_a_rate_that_nobody_means_gets_a_word(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("mirror", "nbd://h", "--timeout", "5"), "--timeout means nothing without --wait"),
+        (("mirror", "nbd://h", "--timeout", "5"), "--timeout: needs --wait"),
         (("mirror", "nbd://h", "--device", ""), "device: is empty"),
         (("mirror", "nbd://h", "--job", ""), "job: is empty"),
         (("cancel", "--device", ""), "device: is empty"),
@@ -64,7 +64,7 @@ def test_a_rate_that_nobody_means_gets_a_word(
         (("serve", "a.img", "--state-dir="), "state-dir: is empty"),
         (("serve", "a.img", ""), "DISK: is empty"),
         (("serve", "a\nb.img"), "DISK: 'a\\nb.img' has control characters"),
-        (("serve", "vda=d\udcff.img"), "is not UTF-8; a link can name the file"),
+        (("serve", "vda=d\udcff.img"), "is not UTF-8; use a symbolic link to the file"),
         (("serve", "a.img", "--state-dir", "a\x1b"), "state-dir: 'a\\x1b' has control"),
         (("serve", "a.img", "--port", "1_0"), "is not a whole number"),
         (("serve", "a.img", "--threads", " 4"), "is not a whole number"),

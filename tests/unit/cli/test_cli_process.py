@@ -158,7 +158,7 @@ def test_events_until_the_server_ends(fake: Fake) -> None:
     out, err = plain.communicate(timeout=WAIT_S_MAX)
     assert (plain.returncode, err) == (cli.DONE, "")
     assert out.splitlines()[-1].endswith(".500000 SHUTDOWN guest=false")
-    assert "went away" in watcher.communicate(timeout=WAIT_S_MAX)[1]
+    assert "lost the connection" in watcher.communicate(timeout=WAIT_S_MAX)[1]
     assert watcher.returncode == cli.NO_SERVER
 
 
@@ -171,7 +171,7 @@ def test_the_server_dies_during_a_wait(fake: Fake) -> None:
     fake.server.stop()
     _, err = process.communicate(timeout=WAIT_S_MAX)
     assert process.returncode == cli.NO_SERVER
-    assert one_line(err) == "nbdmirror: the server went away; see: nbdmirror status\n"
+    assert one_line(err) == "nbdmirror: lost the connection to the server; see: nbdmirror status\n"
 
 
 @pytest.mark.parametrize("argv", [["mirror", URI, "--wait", "completed"], ["status", "--watch"]])

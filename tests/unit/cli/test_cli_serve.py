@@ -73,9 +73,9 @@ def test_serve_command(plugin: str) -> None:
     ("arguments", "words"),
     [
         (["nbd://h:99999/"], "from 1 to 65535"),
-        (["a.img", "--mirror-to", "t.img"], "--mirror-to 't.img' is no NBD URI"),
-        (["a.img", "--address", ""], "names no address"),
-        (["a.img", "--address", "[]"], "names no address"),
+        (["a.img", "--mirror-to", "t.img"], "--mirror-to 't.img' is not an NBD URI"),
+        (["a.img", "--address", ""], "listen on all addresses"),
+        (["a.img", "--address", "[]"], "listen on all addresses"),
         (["vda="], "names no disk"),
         ([""], "names no disk"),
         ([f"{'n' * 201}=a.img"], "the name is too long: a disk's name begins"),
@@ -105,7 +105,7 @@ def test_who_it_becomes(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
         before_plugin = argv[argv.index("-f") + 1 : argv.index("python")]
         assert before_plugin == ["-t", "8", *expected]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(cli.CliError, match="only root can become somebody else"):
+    with pytest.raises(cli.CliError, match="only root can run as another user"):
         command("a.img", "--user", "nobody")
 
 

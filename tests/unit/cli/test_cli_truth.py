@@ -49,7 +49,7 @@ def test_cancel_of_a_job_that_pivots_before_it_hears(
     fake.do_block_job_cancel = cancel  # type: ignore[method-assign]
     status, out, err = run("cancel")
     assert (status, out) == (cli.FAILED, "")
-    assert "had been completed before" in one_line(err)
+    assert "had already been completed" in one_line(err)
     assert f"disk disk0 is served from {URI}" in err
     assert "a.img" not in err
 
@@ -72,7 +72,7 @@ def test_complete_that_somebody_cancels(fake: Fake, run: Main, ready: dict[str, 
     fake.do_job_complete = complete  # type: ignore[method-assign]
     status, out, err = run("complete")
     assert (status, out) == (cli.FAILED, "")
-    assert "cancelled by somebody else" in one_line(err)
+    assert "cancelled by another client" in one_line(err)
     assert "disk disk0 is served from a.img" in err
 
 
@@ -103,8 +103,10 @@ def test_what_was_asked_for_goes_on_when_time_runs_out(
     status, _, err = run(ending, "--timeout", "0.1")
     last = err.splitlines()[-1]
     assert status == cli.TIMED_OUT
-    assert ("completing for 0:02" if ending == "complete" else "being cancelled, softly") in last
-    assert last.endswith("cancel --force takes that back")
+    assert (
+        "completing for 0:02" if ending == "complete" else "being cancelled without --force"
+    ) in last
+    assert last.endswith("stop that with: nbdmirror cancel --force")
 
 
 def test_an_interrupt_says_that_the_job_will_pivot(fake: Fake, ready: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ def test_an_interrupt_says_that_the_job_will_pivot(fake: Fake, ready: dict[str, 
     _, err = process.communicate(timeout=WAIT_S_MAX)
     assert process.returncode == cli.INTERRUPTED
     assert "interrupted; job j: ready" in err.splitlines()[-1]
-    assert "it pivots as soon as it can" in err.splitlines()[-1]
+    assert "the job will pivot as soon as possible" in err.splitlines()[-1]
 
 
 # Pauses
@@ -153,7 +155,7 @@ def test_a_second_pause_waits_for_the_first(fake: Fake, run: Main) -> None:
 
     fake.do_job_pause = refuse  # type: ignore[method-assign]
     status, _, err = run("pause")
-    assert (status, "paused already" in one_line(err)) == (cli.FAILED, True)
+    assert (status, "already paused" in one_line(err)) == (cli.FAILED, True)
 
 
 def test_a_pause_that_the_job_does_not_live_to_see(fake: Fake, run: Main) -> None:
@@ -173,7 +175,7 @@ def test_a_pause_that_the_job_does_not_live_to_see(fake: Fake, run: Main) -> Non
 @pytest.mark.parametrize(
     ("plan", "status", "text"),
     [
-        ({}, cli.DONE, "job j goes on: running"),
+        ({}, cli.DONE, "job j continues: running"),
         ({"stops again": True}, cli.FAILED, "has stopped again: no route to the target"),
         ({"silent": True}, cli.TIMED_OUT, "nothing was copied yet: job j: running"),
     ],
@@ -262,8 +264,8 @@ def test_wait_for_a_job_that_ended_long_ago(
     ("state", "text"),
     [
         ({"target-silent-for-s": 7.0}, "the target has not answered for 0:07"),
-        ({"target-lost-for-s": 5.0, "target-wait-left-s": 55.0}, "tried for 0:55 more"),
-        ({"target-lost-for-s": 5.0}, "tried for as long as it takes"),
+        ({"target-lost-for-s": 5.0, "target-wait-left-s": 55.0}, "reconnecting for 0:55 more"),
+        ({"target-lost-for-s": 5.0}, "reconnecting without a limit"),
         ({"source-silent-for-s": 7.0}, "the source has not answered for 0:07"),
         ({"falling-behind": True, "copy-mode": "background"}, "copy-mode write-blocking"),
         ({"falling-behind": True, "speed": 1 << 20}, "nbdmirror set-speed"),
@@ -271,7 +273,7 @@ def test_wait_for_a_job_that_ended_long_ago(
         ({"status": "standby", "paused": True}, "nbdmirror resume"),
         (
             {"ending": "complete", "ending-for-s": 9.0, "quiesce-timeouts": 3},
-            "held in vain 3 times",
+            "held 3 times without success",
         ),
     ],
 )
@@ -294,7 +296,7 @@ def test_an_error_that_is_tried_again(fake: Fake, run: Main, ready: dict[str, An
     """Policy ignore: the job looks as if it ran."""
     error = {"operation": "write", "action": "ignore", "reason": "no space", "ago-s": 2.0}
     ready["last-error"] = error
-    assert "write error: no space; it is tried again" in run("status")[1]
+    assert "write error: no space; trying again" in run("status")[1]
     error["ago-s"] = 99.0
     assert "no space" not in run("status")[1]
 
@@ -311,7 +313,7 @@ def test_time_runs_out_before_the_target_answers(fake: Fake, run: Main, monkeypa
     fake.server._dispatch = slow
     status, _, err = run("mirror", URI, "--wait", "ready", "--timeout", "0.3")
     assert status == cli.TIMED_OUT
-    assert "may still begin" in one_line(err)
+    assert "may still start" in one_line(err)
 
 
 def test_a_short_silence_is_no_news(fake: Fake, run: Main, ready: dict[str, Any]) -> None:
@@ -337,5 +339,5 @@ def test_finalize_and_dismiss(fake: Fake, run: Main) -> None:
     assert (status, f"disk disk0 is served from {URI}" in out) == (cli.DONE, True)
     fake.add_job("k", status="concluded", error="Input/output error")
     assert "nbdmirror dismiss" in run("status")[1]
-    assert run("dismiss")[:2] == (cli.DONE, "job k is forgotten\n")
+    assert run("dismiss")[:2] == (cli.DONE, "job k is dismissed\n")
     assert "no job" in one_line(run("dismiss")[2])

@@ -212,7 +212,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, shared: Path) -> Path:
 def test_a_pidfile_that_may_be_somebodys_disk(place: Path, content: bytes) -> None:
     path = place / "disk.img"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="no process number in it; it was left alone"):
+    with pytest.raises(ConfigError, match="contains no process ID; it was left alone"):
         sockets.claim_pidfile(str(path), "--pidfile")
     assert path.read_bytes() == content
     path.write_text(" 4711\n")

@@ -96,7 +96,7 @@ def test_a_target_whose_server_is_there_is_waited_for(caplog: pytest.LogCaptureF
         world.pass_time(20 * HUNG_S)
     assert not world.target.given_up
     assert 10 <= world.target.asked <= 20
-    assert "nbd://silent: has answered no request for 61 s; its server is there" in caplog.text
+    assert "nbd://silent: has answered no request for 61 s; its server is alive" in caplog.text
     world.target.is_there = False
     world.pass_time(HUNG_S + 2)
     assert world.target.given_up == 1

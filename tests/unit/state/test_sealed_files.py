@@ -36,7 +36,7 @@ def test_every_length_counts() -> None:
 
 
 def test_kinds_and_versions_are_told_apart() -> None:
-    with pytest.raises(StateError, match="not what it should be"):
+    with pytest.raises(StateError, match="a file of another kind"):
         unseal("bitmaps", seal("disk", BODY))
     newer = seal("disk", BODY).replace(b" disk 1 ", b" disk 7 ")
     with pytest.raises(StateError, match="has version 7 of the format"):

@@ -84,7 +84,7 @@ def test_a_key_that_is_missing(file: str, steps: Steps, member: Member) -> None:
     with pytest.raises(UnknownFormat) as caught:
         reread(file, said)
     expected = member.key.kind.expected
-    assert str(caught.value) == f"{path_of(steps)}: expected {expected}, and there is none"
+    assert str(caught.value) == f"{path_of(steps)}: expected {expected}, but it is missing"
 
 
 JSON_VALUES = st.recursive(
