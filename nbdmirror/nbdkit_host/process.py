@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from nbdmirror import __version__, logs
 from nbdmirror import startup_error as startup
@@ -38,7 +39,7 @@ from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
 from nbdmirror.nbdkit_host.latecomers import Opening
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
-from nbdmirror.qmp.commands import Commands, version_info
+from nbdmirror.qmp.commands import dispatch, version_info
 from nbdmirror.qmp.server import QmpServer
 from nbdmirror.server.exports import Exports
 from nbdmirror.server.server import Server
@@ -86,7 +87,6 @@ class Service:
         self._stores: dict[str, DiskStore] = {}
         self._listener: socket.socket | None = None
         self._server: Server | None = None
-        self._commands: Commands | None = None
         self._qmp: QmpServer | None = None
         self._pid = os.getpid()
         self._signals = Signals()
@@ -216,11 +216,10 @@ class Service:
         self.exports.server = self._server
         self._server.in_use = self.exports.in_use
         self._server.start()
-        self._commands = Commands(self._server)
         if self._listener is not None:
             self._qmp = QmpServer(
                 self._listener,
-                dispatch=self._commands.dispatch,
+                dispatch=partial(dispatch, self._server),
                 events=self._server.events,
                 version=version_info(),
             )
@@ -335,9 +334,9 @@ class Service:
 
     def _start_mirror(self) -> None:
         """As `drive-mirror` would; in daemon mode nobody sees an exception, so it is logged."""
-        assert self._commands is not None
+        assert self._server is not None
         disk = next(iter(self.disks.values()))
-        if self._server is not None and self._server.mirrors.of(disk) is not None:
+        if self._server.mirrors.of(disk) is not None:
             return  # an earlier process's, which goes on
         arguments = {
             "device": disk.name,
@@ -346,7 +345,7 @@ class Service:
             "sync": "full",
         }
         try:
-            asyncio.run(self._commands.dispatch("drive-mirror", arguments))
+            asyncio.run(dispatch(self._server, "drive-mirror", arguments))
         except Error as error:
             log.error("mirror-to: %s; the disk is served without a mirror", error)
 

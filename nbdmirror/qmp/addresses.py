@@ -18,14 +18,16 @@ def target_uri(target: str) -> str:
         raise CommandError(str(error)) from error
 
 
-def nbd_uri(options: dict[str, Any]) -> str:
+def nbd_uri(
+    server: dict[str, Any], export: str, tls_creds: str | None, tls_username: str | None
+) -> str:
     """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
     or a file of pre-shared keys, or a directory with nothing but that, as QEMU has it. Raises
     CommandError."""
-    for name in ("tls-creds", "x-nbdmirror-tls-username"):
-        if options.get(name) == "":
+    for name, value in (("tls-creds", tls_creds), ("x-nbdmirror-tls-username", tls_username)):
+        if value == "":
             raise CommandError(f"Parameter '{name}' is empty")
-    creds, user = options.get("tls-creds", ""), options.get("x-nbdmirror-tls-username", "")
+    creds, user = tls_creds or "", tls_username or ""
     certificates = psk_file = ""
     if creds:
         if not os.path.isabs(creds):
@@ -41,7 +43,6 @@ def nbd_uri(options: dict[str, Any]) -> str:
             psk_file = creds
     elif user:
         raise CommandError("Parameter 'x-nbdmirror-tls-username' needs 'tls-creds'")
-    server = options["server"]
     is_unix = server["type"] == "unix"
     if is_unix and not os.path.isabs(server["path"]):
         raise CommandError(
@@ -60,7 +61,7 @@ def nbd_uri(options: dict[str, Any]) -> str:
         host=server.get("host", "").strip("[]"),
         port=int(port or 0),
         socket=server.get("path", ""),
-        export=options.get("export", ""),
+        export=export,
         user=user,
         certificates=certificates,
         psk_file=psk_file,

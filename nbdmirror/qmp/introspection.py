@@ -1,5 +1,5 @@
-"""query-qmp-schema: QEMU's introspection (qapi/introspect.json), made from the tables of commands,
-results and events.
+"""query-qmp-schema: QEMU's introspection (qapi/introspect.json), made from the commands' entries
+and the table of events.
 
 Management tools look there for what a server can do: whether a command takes an argument, whether
 an enum has a value. As in QEMU the names of types are numbers: what a type is called is no part of
@@ -8,12 +8,11 @@ the interface.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nbdmirror.qmp.arguments import COMMANDS, DEPRECATED
-from nbdmirror.qmp.results import EVENTS, RESULTS
+from nbdmirror.qmp.command import Command
+from nbdmirror.qmp.results import EVENTS
 from nbdmirror.qmp.schema import (
     ANY,
     NOTHING,
@@ -67,6 +66,9 @@ SCHEMA_INFO = Struct(
     },
 )
 
+NEGOTIATION = "qmp_capabilities"
+"""The command with which a client begins. It belongs to the conversation, so it has no entry."""
+
 _CAPABILITIES = struct("Capabilities", enable=optional(Array(Enum("QMPCapability", ("oob",)))))
 
 _JSON_TYPES = {
@@ -78,27 +80,22 @@ _JSON_TYPES = {
 }
 
 
-@functools.cache
-def entries() -> list[Entry]:
-    """What query-qmp-schema returns: an entry a command, an event, and a type that they use."""
+def entries(commands: Mapping[str, Command]) -> list[Entry]:
+    """An entry for each command, each event, and each type that they use."""
     types = _Types()
-    commands = {"qmp_capabilities": _CAPABILITIES, **COMMANDS}
-    results: dict[str, Type] = {**RESULTS, "query-qmp-schema": Array(SCHEMA_INFO)}
-    found: list[Entry] = [
-        {
-            "name": name,
-            "meta-type": "command",
-            "arg-type": types.name(arguments),
-            "ret-type": types.name(results.get(name, NOTHING)),
-            **({"features": ["deprecated"]} if name in DEPRECATED else {}),
-        }
-        for name, arguments in commands.items()
-    ]
+    found = [_command(NEGOTIATION, types.name(_CAPABILITIES), types.name(NOTHING))]
+    for command in commands.values():
+        entry = _command(command.name, types.name(command.arguments), types.name(command.returns))
+        found.append({**entry, "features": ["deprecated"]} if command.is_deprecated else entry)
     found += [
         {"name": name, "meta-type": "event", "arg-type": types.name(data)}
         for name, data in EVENTS.items()
     ]
     return found + types.entries
+
+
+def _command(name: str, arguments: str, returns: str) -> Entry:
+    return {"name": name, "meta-type": "command", "arg-type": arguments, "ret-type": returns}
 
 
 class _Types:

@@ -1,7 +1,4 @@
-"""What queries return: the server's state in QEMU's shapes. Dicts live here and at the doors only.
-
-On the event loop's thread.
-"""
+"""QMP's queries of QEMU: the server's state in QEMU's shapes. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -13,9 +10,17 @@ from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.qmp.command import CommandTable
+from nbdmirror.qmp.results import BLOCK_INFO, BLOCK_JOB_INFO, EXPORT_INFO, JOB_INFO, NODE_INFO
+from nbdmirror.qmp.schema import BOOL, Array, optional, struct
 from nbdmirror.server.bitmaps import Place
 from nbdmirror.server.nodes import Node
 from nbdmirror.server.server import Server
+
+COMMANDS = CommandTable()
+
+_FLAT = struct("Flat", flat=optional(BOOL))
+"""It leaves backing nodes out; there are none here."""
 
 
 def block_job_info(job: MirrorJob) -> dict[str, Any]:
@@ -55,18 +60,21 @@ def job_info(job: MirrorJob) -> dict[str, Any]:
     return info
 
 
-def block_jobs(server: Server) -> list[dict[str, Any]]:
-    """query-block-jobs: newest first."""
+@COMMANDS.command("query-block-jobs", returns=Array(BLOCK_JOB_INFO))
+def query_block_jobs(server: Server) -> list[dict[str, Any]]:
+    """Newest first."""
     return [block_job_info(job) for job in reversed(server.mirrors.jobs.values())]
 
 
-def jobs(server: Server) -> list[dict[str, Any]]:
-    """query-jobs: newest first."""
+@COMMANDS.command("query-jobs", returns=Array(JOB_INFO))
+def query_jobs(server: Server) -> list[dict[str, Any]]:
+    """Newest first."""
     return [job_info(job) for job in reversed(server.mirrors.jobs.values())]
 
 
-def named_block_nodes(server: Server) -> list[dict[str, Any]]:
-    """query-named-block-nodes: newest first. A disk is a node of its name, and what it was served
+@COMMANDS.command("query-named-block-nodes", _FLAT, returns=Array(NODE_INFO))
+def query_named_block_nodes(server: Server, flat: bool = False) -> list[dict[str, Any]]:
+    """Newest first. A disk is a node of its name, and what it was served
     from stays one after a pivot."""
     nodes = [
         _disk_info(server, node.disk) if node.disk else _node_info(server, node)
@@ -80,8 +88,9 @@ def named_block_nodes(server: Server) -> list[dict[str, Any]]:
     return nodes
 
 
-def block(server: Server) -> list[dict[str, Any]]:
-    """query-block: one entry a disk."""
+@COMMANDS.command("query-block", _FLAT, returns=Array(BLOCK_INFO))
+def query_block(server: Server, flat: bool = False) -> list[dict[str, Any]]:
+    """One entry a disk."""
     blocks = []
     for disk in server.disks.values():
         job = server.mirrors.of(disk)
@@ -98,8 +107,9 @@ def block(server: Server) -> list[dict[str, Any]]:
     return blocks
 
 
-def block_exports(server: Server) -> list[dict[str, Any]]:
-    """query-block-exports: newest first, as QEMU's nodes and jobs."""
+@COMMANDS.command("query-block-exports", returns=Array(EXPORT_INFO))
+def query_block_exports(server: Server) -> list[dict[str, Any]]:
+    """Newest first, as QEMU's nodes and jobs."""
     return [
         {
             "id": disk.name,

@@ -1,4 +1,4 @@
-"""What commands return and what events carry, as data: for query-qmp-schema, and for the tests,
+"""What queries return and what events carry, as data: for query-qmp-schema, and for the tests,
 which hold real answers against it.
 
 Names and types are QEMU's (qapi/block-core.json, job.json, control.json); what QEMU has no name for
@@ -18,7 +18,6 @@ from nbdmirror.qmp.schema import (
     Enum,
     Member,
     Struct,
-    Type,
     named,
     optional,
     struct,
@@ -47,7 +46,14 @@ _BLOCK_JOB_INFO_MEMBERS = named(
 
 _MIRROR_INFO = struct("BlockJobInfoMirror", actively_synced=BOOL)
 
-_JOB_INFO = struct(
+BLOCK_JOB_INFO = Struct(
+    "BlockJobInfo",
+    _BLOCK_JOB_INFO_MEMBERS,
+    tag="type",
+    branches={"mirror": _MIRROR_INFO},
+)
+
+JOB_INFO = struct(
     "JobInfo",
     id=STR,
     type=JOB_TYPE,
@@ -79,7 +85,7 @@ _IO_LIMITS = struct(
 
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 
-_NODE_INFO = Struct(
+NODE_INFO = Struct(
     "BlockDeviceInfo",
     {
         **named(
@@ -104,28 +110,22 @@ _NODE_INFO = Struct(
     },
 )
 
-_BLOCK_INFO = struct(
+BLOCK_INFO = struct(
     "BlockInfo",
     device=STR,
     type=STR,
     removable=BOOL,
     locked=BOOL,
     io_status=_IO_STATUS,
-    inserted=_NODE_INFO,
+    inserted=NODE_INFO,
 )
 
-_EXPORT_INFO = struct(
+EXPORT_INFO = struct(
     "BlockExportInfo",
     id=STR,
     type=Enum("BlockExportType", ("nbd",)),
     node_name=STR,
     shutting_down=BOOL,
-)
-
-_VERSION_INFO = struct(
-    "VersionInfo",
-    qemu=struct("VersionTriple", major=INT, minor=INT, micro=INT),
-    package=STR,
 )
 
 _JOB_STATUS_INFO = Struct(
@@ -190,34 +190,14 @@ _DISK_STATUS = struct(
     last_job=optional(_LAST_JOB),
 )
 
-RESULTS: dict[str, Type] = {
-    "query-block": Array(_BLOCK_INFO),
-    "query-block-exports": Array(_EXPORT_INFO),
-    "query-block-jobs": Array(
-        Struct(
-            "BlockJobInfo",
-            _BLOCK_JOB_INFO_MEMBERS,
-            tag="type",
-            branches={"mirror": _MIRROR_INFO},
-        )
-    ),
-    "query-commands": Array(struct("CommandInfo", name=STR)),
-    "query-jobs": Array(_JOB_INFO),
-    "query-named-block-nodes": Array(_NODE_INFO),
-    "query-status": struct(
-        "StatusInfo", running=BOOL, singlestep=BOOL, status=Enum("RunState", ("running",))
-    ),
-    "query-version": _VERSION_INFO,
-    "x-nbdmirror-query-status": struct(
-        "Status",
-        package=STR,
-        pid=INT,
-        started_at_s=NUMBER,
-        disks=Array(_DISK_STATUS),
-        state_error=optional(STR),
-    ),
-}
-"""All others return nothing. (What query-qmp-schema returns is said by `introspection`.)"""
+STATUS = struct(
+    "Status",
+    package=STR,
+    pid=INT,
+    started_at_s=NUMBER,
+    disks=Array(_DISK_STATUS),
+    state_error=optional(STR),
+)
 
 _ENDED = named(type=JOB_TYPE, device=STR, len=INT, offset=INT, speed=INT)
 

@@ -16,14 +16,19 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.qmp.command import CommandTable
 from nbdmirror.qmp.queries import block_job_info, named_bitmaps
+from nbdmirror.qmp.results import STATUS
 from nbdmirror.server.bitmaps import Place
 from nbdmirror.server.chronicle import Course
 from nbdmirror.server.server import Server
 from nbdmirror.state.job_results import Result
 
+COMMANDS = CommandTable()
 
-def status(server: Server) -> dict[str, Any]:
+
+@COMMANDS.command("x-nbdmirror-query-status", returns=STATUS)
+def query_status(server: Server) -> dict[str, Any]:
     info: dict[str, Any] = {
         "package": f"nbdmirror {__version__}",
         "pid": os.getpid(),

@@ -23,9 +23,10 @@ from support.waiting import wait_until
 
 from nbdmirror.disk.bitmap import BITS_BYTES_MAX
 from nbdmirror.nbd_uri import URI_BYTES_MAX
-from nbdmirror.qmp.commands import OPEN_TIMEOUT_S_MAX
+from nbdmirror.qmp.mirror_commands import BUFFER_BYTES_MAX, JOB_ID_LENGTH_MAX
+from nbdmirror.qmp.node_commands import OPEN_TIMEOUT_S_MAX
 from nbdmirror.qmp.server import CLIENTS_MAX
-from nbdmirror.qmp.transaction import ACTIONS_MAX, BUFFER_BYTES_MAX, JOB_ID_LENGTH_MAX
+from nbdmirror.qmp.transaction import ACTIONS_MAX
 from nbdmirror.server.bitmaps import BITMAPS_MAX, BYTES_MAX, NAME_BYTES_MAX
 from nbdmirror.server.mirror_jobs import JOBS_MAX
 from nbdmirror.server.nodes import NAME_LENGTH_MAX, NODES_MAX

@@ -19,7 +19,7 @@ from support.serverprocess import Server
 from support.servers import Nbdmirror
 from support.waiting import wait_until
 
-from nbdmirror.qmp.arguments import COMMANDS
+from nbdmirror.qmp.commands import COMMANDS
 from nbdmirror.qmp.schema import Array, Enum, Plain, StringOr, Struct, Unsigned
 
 Command = tuple[str, Any]
@@ -134,7 +134,7 @@ def commands(pools: Pools) -> st.SearchStrategy[Command]:
     """A command with arguments that are mostly well-typed."""
 
     def of(name: str) -> st.SearchStrategy[Command]:
-        arguments = arguments_of(COMMANDS[name], pools.of_command(name))
+        arguments = arguments_of(COMMANDS[name].arguments, pools.of_command(name))
         if name in pools.usual:  # alone, or with more, else what comes behind them is hardly seen
             usual = pools.usual[name]
             more = st.tuples(arguments, usual).map(

@@ -158,7 +158,7 @@ def test_what_is_no_command_of_bitmaps(fake: Fake, run: Main, words: list[str]) 
 
 
 def test_every_bitmap_action_is_a_qmp_command() -> None:
-    from nbdmirror.qmp.arguments import COMMANDS
+    from nbdmirror.qmp.commands import COMMANDS
 
     for action in set(cli_parsers.BITMAP_ACTIONS) - {"list"}:
         assert f"block-dirty-bitmap-{action}" in COMMANDS

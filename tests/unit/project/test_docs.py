@@ -21,7 +21,7 @@ from support.staterecords import FILES, PLACES, Steps, path_of
 from nbdmirror.cli.main import build_parser
 from nbdmirror.errors import ConfigError
 from nbdmirror.nbdkit_host.process import Service
-from nbdmirror.qmp.arguments import COMMANDS
+from nbdmirror.qmp.commands import COMMANDS
 from nbdmirror.qmp.results import EVENTS
 from nbdmirror.qmp.schema import Array, Enum, StringOr, Struct
 
@@ -162,12 +162,12 @@ def test_every_qmp_argument_is_described(command: str) -> None:
     text = sections(text_of("qmp.md"), "###")[command]
     words = set(re.findall(r"[a-z0-9][a-z0-9-]*", text))
     if command == "transaction":  # the actions' arguments are the commands'
-        wanted = {"actions", "properties", *COMMANDS["transaction"].members}
-        actions = COMMANDS["transaction"].members["actions"].type
+        wanted = {"actions", "properties", *COMMANDS["transaction"].arguments.members}
+        actions = COMMANDS["transaction"].arguments.members["actions"].type
         assert isinstance(actions, Array) and isinstance(actions.of, Struct)
         wanted |= set(actions.of.branches)
     else:
-        wanted = set(words_of(COMMANDS[command]))
+        wanted = set(words_of(COMMANDS[command].arguments))
     assert wanted <= words, f"{command}: {sorted(wanted - words)}"
 
 

@@ -1,0 +1,138 @@
+"""A QMP command is one entry beside its handler: `CommandTable.command` or `CommandTable.action`.
+
+Schema, introspection, dispatch, what may stand in a transaction, and what the documentation is held
+to, are all read from the entry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from nbdmirror.events import Reply
+from nbdmirror.qmp.schema import NOTHING, Struct, Type
+from nbdmirror.server.bitmaps import Change
+from nbdmirror.server.server import Server
+
+Arguments = dict[str, Any]
+Handler = Callable[..., Any]
+Wait = Callable[[Server], Awaitable[None]]
+_AnyHandler = TypeVar("_AnyHandler", bound=Handler)
+_ChangeHandler = TypeVar("_ChangeHandler", bound=Callable[..., Change])
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What a command does in a transaction. Both functions take the server and the command's
+    arguments by name."""
+
+    change: Callable[..., Change]
+    """In one step of the event loop. Raises CommandError; then nothing was changed."""
+    prepare: Callable[..., Awaitable[None]] | None = None
+    """Awaited before that, on the QMP server's thread: what takes time."""
+    starts_job: bool = False
+    """It may stand in a grouped transaction: `change` takes the job's `group` as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """`handler` takes the server and the arguments by their names, with `_` for `-`. An optional
+    argument that was not given is not passed.
+
+    A coroutine runs on the QMP server's thread and returns a Reply. Any other function runs in one
+    step on the event loop's thread, and returns the result or None for an empty one. Both raise
+    CommandError, and then nothing was changed.
+    """
+
+    name: str
+    arguments: Struct
+    returns: Type
+    handler: Handler
+    action: Action | None = None
+    """None: the command may not stand in a transaction."""
+    is_deprecated: bool = False
+    """In QEMU."""
+
+    async def run(self, server: Server, arguments: Arguments) -> Reply:
+        """Check and carry out. Raises CommandError."""
+        self.arguments.check(arguments)
+        call = partial(self.handler, server, **by_name(arguments))
+        if not inspect.iscoroutinefunction(self.handler):
+            return await on_loop(server, call)
+        reply = await call()
+        assert isinstance(reply, Reply)
+        return reply
+
+
+class CommandTable(dict[str, Command]):
+    """Commands by their names, in the order in which they were added."""
+
+    def command(
+        self,
+        name: str,
+        arguments: Struct = NOTHING,
+        *,
+        returns: Type = NOTHING,
+        action: Action | None = None,
+        is_deprecated: bool = False,
+    ) -> Callable[[_AnyHandler], _AnyHandler]:
+        """Add the command that the decorated function carries out."""
+
+        def add(handler: _AnyHandler) -> _AnyHandler:
+            assert name not in self, f"{name} is there already"
+            self[name] = Command(name, arguments, returns, handler, action, is_deprecated)
+            return handler
+
+        return add
+
+    def action(
+        self,
+        name: str,
+        arguments: Struct,
+        *,
+        prepare: Callable[..., Awaitable[None]] | None = None,
+        starts_job: bool = False,
+        then: Wait | None = None,
+        is_deprecated: bool = False,
+    ) -> Callable[[_ChangeHandler], _ChangeHandler]:
+        """Add the command whose `Action.change` is the decorated function. By itself the command is
+        a transaction of this one action. It is answered when `then` is done."""
+
+        def add(change: _ChangeHandler) -> _ChangeHandler:
+            async def run(server: Server, /, **arguments: Any) -> Reply:
+                if prepare is not None:
+                    await prepare(server, **arguments)
+                reply = await on_loop(server, lambda: change(server, **arguments).commit())
+                if then is not None:
+                    await then(server)
+                return reply
+
+            action = Action(change, prepare, starts_job)
+            self.command(name, arguments, action=action, is_deprecated=is_deprecated)(run)
+            return change
+
+        return add
+
+
+def by_name(arguments: Arguments) -> Arguments:
+    """The arguments as Python's: `_` for `-`. The values stay as they are."""
+    return {name.replace("-", "_"): value for name, value in arguments.items()}
+
+
+async def on_loop(server: Server, call: Callable[[], Any]) -> Reply:
+    """What `call` returns in one step on the event loop's thread. Raises what it raises."""
+
+    def step() -> Reply:
+        value = call()
+        return Reply({} if value is None else value, server.events.next_number)
+
+    return await asyncio.wrap_future(server.loop.run(step))
+
+
+async def ask_loop(server: Server, call: Callable[[], Any]) -> Any:
+    """The same without the number of the next event: for a handler's intermediate steps."""
+    return await asyncio.wrap_future(server.loop.run(call))

@@ -1,0 +1,265 @@
+"""QMP's commands that start a mirror: blockdev-mirror and drive-mirror."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from nbdmirror.disk.bitmap import check_granularity
+from nbdmirror.disk.disk import Disk
+from nbdmirror.errors import CommandError, ConfigError
+from nbdmirror.events import Reply
+from nbdmirror.mirror.copier import BUFFER_BYTES_DEFAULT
+from nbdmirror.mirror.group import Group
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
+from nbdmirror.names import default_job_id, is_job_id
+from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
+from nbdmirror.qmp.addresses import target_uri
+from nbdmirror.qmp.arguments import BITMAP_MODE, COPY_MODE, NEW_IMAGE_MODE, ON_ERROR, SYNC
+from nbdmirror.qmp.command import CommandTable, ask_loop, on_loop
+from nbdmirror.qmp.opening import open_device
+from nbdmirror.qmp.saving import mirrors_saved
+from nbdmirror.qmp.schema import BOOL, INT, STR, UINT32, Member, Struct, named, optional
+from nbdmirror.server.bitmaps import Change, NamedBitmap, Place
+from nbdmirror.server.nodes import Node, NodeOptions
+from nbdmirror.server.server import Server
+
+COMMANDS = CommandTable()
+
+BUFFER_BYTES_MAX = 1 << 30
+"""Of one mirror. QEMU takes what it can get when the job starts; here it fills as the target is
+slow, beside the guests."""
+
+JOB_ID_LENGTH_MAX = 255
+"""It is in every event, and up to JOBS_MAX jobs are kept."""
+
+_BITMAP_SYNCS = ("incremental", "bitmap")
+
+_MIRROR: dict[str, Member] = named(
+    job_id=optional(STR),
+    device=STR,
+    target=STR,
+    sync=SYNC,
+    speed=optional(INT),
+    granularity=optional(UINT32),
+    buf_size=optional(INT),
+    on_source_error=optional(ON_ERROR),
+    on_target_error=optional(ON_ERROR),
+    unmap=optional(BOOL),
+    copy_mode=optional(COPY_MODE),
+    bitmap=optional(STR),
+    bitmap_mode=optional(BITMAP_MODE),
+    target_is_zero=optional(BOOL),
+    replaces=optional(STR),
+    auto_finalize=optional(BOOL),
+    auto_dismiss=optional(BOOL),
+    x_nbdmirror_allow_larger_target=optional(BOOL),
+    x_nbdmirror_target_cluster_size=optional(UINT32),
+)
+
+_BLOCKDEV_MIRROR = Struct("BlockdevMirror", {**_MIRROR, **named(filter_node_name=optional(STR))})
+
+_DRIVE_MIRROR = Struct(
+    "DriveMirror",
+    {
+        **_MIRROR,
+        **named(
+            mode=optional(NEW_IMAGE_MODE),
+            format=optional(STR),
+            node_name=optional(STR),
+            x_nbdmirror_reconnect_delay=optional(UINT32),
+        ),
+    },
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorArguments:
+    """What both commands take, with the defaults. None: not given."""
+
+    device: str
+    target: str
+    sync: str
+    job_id: str | None = None
+    speed: int = 0
+    granularity: int = 0
+    buf_size: int = 0
+    on_source_error: str = "report"
+    on_target_error: str = "report"
+    unmap: bool = True
+    copy_mode: str = "background"
+    bitmap: str | None = None
+    bitmap_mode: str | None = None
+    target_is_zero: bool = False
+    replaces: str | None = None
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+    x_nbdmirror_allow_larger_target: bool = False
+    x_nbdmirror_target_cluster_size: int = 0
+    filter_node_name: str | None = None
+    """Of blockdev-mirror alone."""
+
+
+async def _open_again(server: Server, **arguments: Any) -> None:
+    """Connect a target that was the source before a pivot, or that an earlier job lost: such a node
+    is closed."""
+    mirror, nodes = MirrorArguments(**arguments), server.nodes
+
+    def closed_target() -> Node | None:
+        node = nodes.find_target(nodes.find_disk(mirror.device), mirror.target)
+        return node if node is not None and nodes.is_closed(node) else None
+
+    node: Node | None = await ask_loop(server, closed_target)
+    if node is not None:
+        await ask_loop(server, partial(nodes.check_left, node.device.uri))
+        device = await open_device(partial(str, node.device.uri), node.device.pool.timeout_s)
+        if not await ask_loop(server, partial(nodes.reopen, node, device)):
+            device.close()
+
+
+@COMMANDS.action(
+    "blockdev-mirror", _BLOCKDEV_MIRROR, prepare=_open_again, starts_job=True, then=mirrors_saved
+)
+def blockdev_mirror(server: Server, group: Group | None = None, **arguments: Any) -> Change:
+    job = create_mirror(server, MirrorArguments(**arguments))
+    if group is not None:
+        group.add(job)
+    return Change(job.discard, partial(server.mirrors.begin, job))
+
+
+@COMMANDS.command("drive-mirror", _DRIVE_MIRROR)
+async def drive_mirror(
+    server: Server,
+    mode: str = "absolute-paths",
+    format: str = "raw",
+    node_name: str | None = None,
+    x_nbdmirror_reconnect_delay: int = 0,
+    **arguments: Any,
+) -> Reply:
+    mirror, nodes = MirrorArguments(**arguments), server.nodes
+    if mode != "existing":
+        raise CommandError("drive-mirror needs mode 'existing': the target is an NBD export")
+    if format not in ("raw", "nbd"):
+        raise CommandError(
+            f"drive-mirror writes format 'raw' alone: let the target's server make it "
+            f"'{format}', as qemu-nbd does"
+        )
+    await ask_loop(server, partial(nodes.find_disk, mirror.device))
+    if node_name is not None:
+        await ask_loop(server, partial(nodes.check_name, node_name))
+    elif mirror.replaces is not None:
+        raise CommandError("a node-name must be provided when replacing a named node of the graph")
+    uri = target_uri(mirror.target)
+    await ask_loop(server, partial(nodes.check_left, uri))
+    device = await open_device(lambda: uri, CONNECT_TIMEOUT_S)
+    options = NodeOptions(reconnect_delay_s=x_nbdmirror_reconnect_delay)
+    node = Node(node_name or "", device, options, is_owned=True)
+
+    def start() -> None:
+        if device.read_only:
+            raise CommandError(f"Target '{uri}' is read-only")
+        nodes.add(node)
+        try:
+            job = create_mirror(server, replace(mirror, target=node.name))
+        except CommandError:
+            nodes.forget(node)
+            raise
+        server.mirrors.begin(job)
+
+    try:
+        reply = await on_loop(server, start)
+    except CommandError:
+        device.close()
+        raise
+    await mirrors_saved(server)
+    return reply
+
+
+def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
+    """The job, created and not yet begun. Raises CommandError; then there is none. On the event
+    loop's thread."""
+    disk = server.nodes.find_disk(mirror.device)
+    node = server.nodes.find_target(disk, mirror.target)
+    # From here on in QEMU's order: of two errors the same is reported.
+    _check_size("granularity", mirror.granularity)
+    _check_size("x-nbdmirror-target-cluster-size", mirror.x_nbdmirror_target_cluster_size)
+    if mirror.replaces is not None:
+        server.nodes.check_replaces(disk, mirror.replaces)
+    bitmap = _sync_bitmap(server, disk, mirror)
+    if mirror.buf_size < 0:
+        raise CommandError("Invalid parameter 'buf-size'")
+    if mirror.buf_size > BUFFER_BYTES_MAX:
+        raise CommandError(f"Parameter 'buf-size' expects at most {BUFFER_BYTES_MAX}")
+    if node is None:
+        raise CommandError("Can't mirror node into itself")
+    if mirror.filter_node_name is not None:
+        server.nodes.check_name(mirror.filter_node_name)
+    job_id = mirror.job_id
+    if job_id is None:
+        job_id = default_job_id(disk.name, server.disks)
+    options = _options(mirror, job_id, reconnect_delay_s=node.options.reconnect_delay_s)
+    return server.mirrors.create(disk, node, options, bitmap)
+
+
+def _check_size(parameter: str, size: int) -> None:
+    """0 is as good as none."""
+    try:
+        if size:
+            check_granularity(size, parameter)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+
+
+def _sync_bitmap(server: Server, disk: Disk, mirror: MirrorArguments) -> NamedBitmap | None:
+    """The bitmap of sync=incremental and sync=bitmap, with the texts of QEMU's blockdev-backup."""
+    sync, name, mode = mirror.sync, mirror.bitmap, mirror.bitmap_mode
+    if sync not in _BITMAP_SYNCS:
+        if name is not None:
+            raise CommandError(f"sync mode '{sync}' is not compatible with bitmaps")
+        if mode is not None:
+            raise CommandError("Cannot specify bitmap sync mode without a bitmap")
+        return None
+    if name is None:
+        raise CommandError(f"must provide a valid bitmap name for '{sync}' sync mode")
+    if sync == "incremental" and mode not in (None, "on-success"):
+        raise CommandError(
+            "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"
+        )
+    if mode == "always":
+        raise CommandError("Bitmap Sync Mode 'always' is not supported by Mirror")
+    try:
+        return server.bitmaps.find_idle(Place(disk), name)
+    except CommandError as error:
+        if "not found" in str(error):
+            raise CommandError(f"Bitmap '{name}' could not be found") from error
+        raise
+
+
+def _options(mirror: MirrorArguments, job_id: str, *, reconnect_delay_s: float) -> MirrorOptions:
+    """The job's options; raises CommandError with QEMU's text."""
+    if not is_job_id(job_id):
+        raise CommandError(f"Invalid job ID '{job_id}'")
+    if len(job_id) > JOB_ID_LENGTH_MAX:
+        raise CommandError(f"Job ID is longer than {JOB_ID_LENGTH_MAX} characters")
+    if mirror.speed < 0:
+        raise CommandError("Parameter 'speed' expects a non-negative value")
+    return MirrorOptions(
+        job_id=job_id,
+        sync=mirror.sync,
+        copy_mode=CopyMode(mirror.copy_mode),
+        granularity=mirror.granularity,
+        buffer_bytes=mirror.buf_size or BUFFER_BYTES_DEFAULT,
+        speed_bytes_per_s=mirror.speed,
+        on_source_error=Policy(mirror.on_source_error),
+        on_target_error=Policy(mirror.on_target_error),
+        unmap=mirror.unmap,
+        reconnect_delay_s=reconnect_delay_s,
+        target_is_zero=mirror.target_is_zero,
+        clear_bitmap=mirror.bitmap_mode in (None, "on-success"),
+        cluster_bytes=mirror.x_nbdmirror_target_cluster_size,
+        allow_larger=mirror.x_nbdmirror_allow_larger_target,
+        auto_finalize=mirror.auto_finalize,
+        auto_dismiss=mirror.auto_dismiss,
+    )

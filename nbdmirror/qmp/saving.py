@@ -1,0 +1,63 @@
+"""A command that changes what outlives the process is answered when that is on disk.
+
+On the QMP server's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+
+from nbdmirror.errors import CommandError
+from nbdmirror.qmp.command import ask_loop
+from nbdmirror.server.server import Server
+from nbdmirror.state.null_store import Transient
+
+SAVED_S_MAX = 5.0
+"""A client that is to cancel the job whose target hangs, with a guest's write, must be answered."""
+
+
+async def mirrors_saved(server: Server) -> None:
+    """Wait until the mirrors are on disk. A mirror continues if they cannot be saved, and an event
+    reports that."""
+    with suppress(OSError):
+        await _saved(server, lambda kept: kept.saved())
+
+
+async def bitmaps_saved(server: Server) -> None:
+    """Wait until the persistent bitmaps are on disk. Raises CommandError if they cannot be saved:
+    that they are is promised."""
+    try:
+        await all_saved(server)
+    except OSError as error:
+        raise CommandError(f"The change is active but could not be saved: {error}") from error
+
+
+async def all_saved(server: Server) -> None:
+    """Wait until everything is on disk. Raises OSError."""
+    await _saved(server, lambda kept: kept.bits_saved())
+
+
+async def _saved(server: Server, save: Callable[[Transient], Future[None]]) -> None:
+    def saves() -> list[Future[None]]:
+        return [save(kept) for kept in server.kept.values() if kept.is_lasting]
+
+    futures: list[Future[None]] = await ask_loop(server, saves)
+    deadline_s = time.monotonic() + SAVED_S_MAX
+    for future in futures:
+        await _ended(asyncio.wrap_future(future), deadline_s)
+
+
+async def _ended(save: asyncio.Future[None], deadline_s: float) -> None:
+    """Raises OSError if the save failed, or has not ended by then."""
+    save.add_done_callback(lambda future: future.cancelled() or future.exception())  # is looked at
+    await asyncio.wait([save], timeout=max(0.0, deadline_s - time.monotonic()))
+    if not save.done():
+        raise TimeoutError("guests' writes in flight do not end")
+    try:
+        save.result()
+    except OSError as error:
+        raise OSError(f"the state directory cannot be written: {error}") from error
