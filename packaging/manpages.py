@@ -1,8 +1,8 @@
 """Manual pages from the documentation: docs/*.md become what `man` shows.
 
-The texts are those files; what they say of options and arguments is held to the parser and the
-schema by tests/unit/project/test_docs.py. From the parser itself come the synopses of commands,
-from the schema the signatures of QMP commands.
+The texts are those files; what they say of options and arguments is held to the parser and to the
+entries of QMP's commands by tests/unit/project/test_docs.py. From the parser itself come the
+synopses of commands.
 
 Markdown is read by markdown-it-py. Of it what the documentation uses is known here, and anything
 else is an error. Tables become lists, a row an entry: no terminal is wide enough for them.
@@ -15,19 +15,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
 from nbdmirror import __version__
 from nbdmirror.cli.main import build_parser
-from nbdmirror.qmp.arguments import COMMANDS
-from nbdmirror.qmp.schema import Array, Enum, Member, StringOr, Struct
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-BRANCHES_MAX = 2
-"""A union of more is not written out: its section tells of them."""
 
 
 @dataclass(frozen=True)
@@ -134,43 +129,12 @@ def _usage(word: str) -> str:
     )
 
 
-def signature(command: str) -> str:
-    """As a line of arguments: those in brackets are optional."""
-    return members_of(COMMANDS[command])
-
-
-def members_of(struct: Struct) -> str:
-    parts = [_member(name, member) for name, member in struct.members.items()]
-    if len(struct.branches) > BRANCHES_MAX:
-        parts.append("...")
-    elif struct.branches:
-        parts.append(" | ".join(map(members_of, struct.branches.values())))
-    return ", ".join(parts)
-
-
-def _member(name: str, member: Member) -> str:
-    text = f"{name}: {_type(member.type)}"
-    return f"[{text}]" if member.optional else text
-
-
-def _type(type_: Any) -> str:
-    if isinstance(type_, Enum):
-        return "|".join(type_.values) if len(type_.values) < 8 else "string"
-    if isinstance(type_, Array):
-        return f"[{_type(type_.of)}, ...]"
-    if isinstance(type_, StringOr):
-        return f"string or {_type(type_.other)}"
-    if isinstance(type_, Struct):
-        return "{" + members_of(type_) + "}"
-    return {"str": "string"}.get(type_.name, type_.name)
-
-
 # Blocks
 
 
 def _block(node: SyntaxTreeNode, page: Page) -> Iterator[str]:
     if node.type == "heading":
-        yield from _heading(node, page)
+        yield from _heading(node)
     elif node.type == "paragraph":
         yield ".PP"
         yield _beginning(_inline(node.children[0]))
@@ -190,18 +154,12 @@ def _block(node: SyntaxTreeNode, page: Page) -> Iterator[str]:
         raise AssertionError(f"{page.source}: no rule for {node.type}")
 
 
-def _heading(node: SyntaxTreeNode, page: Page) -> Iterator[str]:
+def _heading(node: SyntaxTreeNode) -> Iterator[str]:
     text = "".join(child.content for child in node.children[0].children)
     if node.tag == "h2":
         yield f'.SH "{escape(text if "nbdmirror" in text else text.upper())}"'
-        return
-    yield f'.SS "{escape(text)}"'
-    if page.name == "nbdmirror-qmp":
-        for command in (word.strip() for word in text.split(",")):
-            if command in COMMANDS and signature(command):
-                yield from (".PP", ".RS 2", ".nh", ".ad l")
-                yield f"\\fB{escape(command)}\\fR {escape(signature(command))}"
-                yield from (".ad", ".hy", ".RE")
+    else:
+        yield f'.SS "{escape(text)}"'
 
 
 def _table(node: SyntaxTreeNode) -> Iterator[str]:

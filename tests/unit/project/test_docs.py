@@ -15,6 +15,7 @@ import pytest
 from support.goldenstate import CASES, Golden
 from support.images import assert_identical
 from support.processes import ROOT
+from support.qmpsignatures import signature
 from support.recipes import ran, script_of
 from support.staterecords import FILES, PLACES, Steps, path_of
 
@@ -160,6 +161,12 @@ def test_every_qmp_command_has_its_section() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_qmp_argument_is_described(command: str) -> None:
     text = sections(text_of("qmp.md"), "###")[command]
+    shown = " ".join(text.split())
+    if arguments := signature(command):
+        assert f"{command} {arguments}" in shown
+    else:
+        assert f"    {command} " not in text
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)  # described beside that
     words = set(re.findall(r"[a-z0-9][a-z0-9-]*", text))
     if command == "transaction":  # the actions' arguments are the commands'
         wanted = {"actions", "properties", *COMMANDS["transaction"].arguments.members}

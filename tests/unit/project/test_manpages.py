@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from manpages import DOCS, PAGES, Page, escape, manual_pages, signature, subparsers
+from manpages import DOCS, PAGES, Page, escape, manual_pages, subparsers
+from support.qmpsignatures import signature
 from support.waiting import WAIT_S_MAX
 
-from nbdmirror.qmp.arguments import COMMANDS
+from nbdmirror.qmp.commands import COMMANDS
 
 COLUMNS_MAX = 300
 WORD = r"[\w'-]+(?:\.\w+)*"
@@ -87,11 +88,12 @@ def test_every_option_of_a_command_has_its_entry(shown: dict[str, str], command:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_qmp_command_has_its_signature(shown: dict[str, str], command: str) -> None:
     text = shown["nbdmirror-qmp"]
-    if COMMANDS[command].members:
+    members = COMMANDS[command].arguments.members
+    if members:
         line = re.search(rf"^ +{command} ({re.escape(signature(command))})$", text, re.MULTILINE)
         wrapped = " ".join(text.split())
         assert line or f"{command} {signature(command)}" in wrapped
-        for name, member in COMMANDS[command].members.items():
+        for name, member in members.items():
             in_brackets = f"[{name}: " in signature(command)
             assert member.optional is in_brackets
             assert f"{name}: " in signature(command)
