@@ -39,7 +39,7 @@ def with_priority(text: str, level: int) -> str:
     return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
 
 
-def complain(text: str, level: int = logging.ERROR) -> None:
+def print_startup_error(text: str, level: int = logging.ERROR) -> None:
     """One line on stderr, where there is no log yet: why the server does not start, or waits."""
     text = f"nbdmirror: {text}"
     line = with_priority(text, level) if goes_to_journal() else text

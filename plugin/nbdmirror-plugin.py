@@ -29,9 +29,9 @@ try:
     from nbdmirror import startup_error as startup
     from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
     from nbdmirror.identity import label
-    from nbdmirror.logs import complain
-    from nbdmirror.nbdkit_host.process import Service
-    from nbdmirror.nbdkit_host.thread_states import KeptStates, local, start_deleting
+    from nbdmirror.logs import print_startup_error
+    from nbdmirror.nbdkit_host.process import PluginProcess
+    from nbdmirror.nbdkit_host.thread_states import ThreadStates, local, start_deleting
 except SystemExit as refusal:  # one line, and not a traceback
     sys.stderr.write(f"{refusal}\n")
     os._exit(1)
@@ -45,7 +45,7 @@ except ImportError as error:
     os._exit(1)
 
 API_VERSION = 2
-service = Service()
+process = PluginProcess()
 
 
 class Handle:
@@ -54,7 +54,7 @@ class Handle:
     def __init__(self, disk, read_only):
         self.disk = disk
         self.read_only = read_only or disk.read_only
-        self.kept = KeptStates()
+        self.kept = ThreadStates()
 
 
 format_exception = traceback.format_exception
@@ -65,18 +65,18 @@ def format_briefly(kind, error, trace):
     one line, without a traceback; and of a lasting cause not each time."""
     is_ours = not isinstance(error, IO_ERRORS)
     text = "".join(format_exception(kind, error, trace)) if is_ours else str(error)
-    return [text if service.log is None else service.log.text_of(error, text)]
+    return [text if process.log is None else process.log.text_of(error, text)]
 
 
 traceback.format_exception = format_briefly
 
 
-def refuse(error, *, say=complain):
+def refuse(error, *, say=print_startup_error):
     """The server does not start: one line where the user looks, and exit status 1, as nbdkit has
     it."""
     say(str(error))
     startup.tell(str(error))
-    service.abandon()
+    process.abandon()
     os._exit(1)
 
 
@@ -99,14 +99,14 @@ def passing_errno(call):
 
 def config(key, value):
     try:
-        service.configure(key, value)
+        process.configure(key, value)
     except ConfigError as error:
         refuse(error)
 
 
 def config_complete():
     try:
-        service.check()
+        process.check()
     except ConfigError as error:
         refuse(error)
 
@@ -117,40 +117,40 @@ def thread_model():
 
 def get_ready():
     try:
-        service.open()
+        process.open()
     except ConfigError as error:
         refuse(error)
 
 
 def after_fork():
     try:
-        service.start(nbdkit.shutdown)  # first: it blocks the signals that threads would take
+        process.start(nbdkit.shutdown)  # first: it blocks the signals that threads would take
         start_deleting()
     except (Error, OSError, RuntimeError) as error:  # the last one: no thread can be had
         refuse(error, say=logging.getLogger("nbdmirror").error)
 
 
 def cleanup():
-    service.stop()
+    process.stop()
 
 
 def list_exports(readonly, is_tls):
-    return list(service.disks)
+    return list(process.disks)
 
 
 def default_export(readonly, is_tls):
-    return next(iter(service.disks))
+    return next(iter(process.disks))
 
 
 def open(readonly):
-    h = Handle(service.exports.find(nbdkit.export_name()), readonly)
-    service.exports.opened(h, h.disk)
+    h = Handle(process.exports.find(nbdkit.export_name()), readonly)
+    process.exports.opened(h, h.disk)
     return h
 
 
 def close(h):
-    service.exports.closed(h)
-    h.kept.give_back()
+    process.exports.closed(h)
+    h.kept.release()
 
 
 def export_description(h):

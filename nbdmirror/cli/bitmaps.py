@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from nbdmirror.cli.common import DONE, USAGE, CliError
 from nbdmirror.cli.jobs import only_disk
-from nbdmirror.cli.main import DONE, USAGE, CliError
 from nbdmirror.cli.session import Session
 from nbdmirror.cli.words import size
 

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from nbdmirror.cli import bitmaps as cli_bitmaps
 from nbdmirror.cli import status as cli_status
 from nbdmirror.cli import words as cli_words
+from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
 from nbdmirror.cli.jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
-from nbdmirror.cli.main import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
 from nbdmirror.cli.progress import Meter, PlainDisplay, open_display
 from nbdmirror.cli.session import Job, Session, connect, run_interruptible, server_path
 from nbdmirror.names import default_job_id

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from nbdmirror.cli.main import DONE, CliError
+from nbdmirror.cli.common import DONE, CliError
 from nbdmirror.startup_error import READY, READY_FD
 
 SIGNALLED = 128

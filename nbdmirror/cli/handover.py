@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 from qemu.qmp import QMPError
 
 from nbdmirror.cli import words as cli_words
+from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
 from nbdmirror.cli.jobs import Watch
-from nbdmirror.cli.main import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
 from nbdmirror.cli.progress import Display, open_display
 from nbdmirror.cli.session import QEMU, Session, connect, run_interruptible, server_path
 from nbdmirror.identity import Same, same_place

@@ -14,7 +14,7 @@ from typing import Any
 
 from nbdmirror.cli import status as cli_status
 from nbdmirror.cli import words as cli_words
-from nbdmirror.cli.main import DONE, CliError
+from nbdmirror.cli.common import DONE, CliError
 from nbdmirror.cli.progress import Display
 from nbdmirror.cli.session import Job, Session
 

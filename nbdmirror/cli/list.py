@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdmirror.cli import status as cli_status
-from nbdmirror.cli.main import DONE, CliError, default_qmp_paths
+from nbdmirror.cli.common import DONE, CliError, default_qmp_paths
 from nbdmirror.cli.session import Session, connect, run_interruptible
 
 PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.qmp")

@@ -15,7 +15,16 @@ from typing import NoReturn
 
 from nbdmirror import __version__
 from nbdmirror.cli import parsers as cli_parsers
-from nbdmirror.cli.streams import finish, open_streams, say
+from nbdmirror.cli.common import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    THREADS_DEFAULT,
+    THREADS_DIRECT_DEFAULT,
+    USAGE,
+    CliError,
+    absolute_uri,
+)
 from nbdmirror.limits import (
     CONNECTIONS_MAX,
     KEEPALIVE_S_MAX,
@@ -25,18 +34,10 @@ from nbdmirror.limits import (
     THREADS_MAX,
 )
 
-DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
-
-THREADS_DEFAULT, THREADS_DIRECT_DEFAULT = 8, 16
-"""Never far from the best, see docs/performance.md; the latter with --cache none, where each
-request waits for the disk."""
-
 _EPILOG = """\
 exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
 3 no server found; 4 timed out; 130 interrupted (jobs continue).
 The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
-_ANSWERS = ("status", "list", "events", "plugin-path")
-"""Commands that are about nothing but what they print."""
 _POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
 
@@ -44,17 +45,9 @@ _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
 SLOW_BYTES_PER_S = 64 << 10
 
 
-class CliError(Exception):
-    """One line for stderr that says what to do, and the exit status."""
-
-    def __init__(self, message: str, status: int = FAILED) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        say(f"nbdmirror: {message} (see: {self.prog} --help)")
+        print(f"nbdmirror: {message} (see: {self.prog} --help)", file=sys.stderr)
         sys.exit(USAGE)
 
 
@@ -82,20 +75,8 @@ def _rate(text: str) -> int:
     rate = parse_size(text)
     if 0 < rate < SLOW_BYTES_PER_S:
         word = f"{text} means {rate} bytes per second; 1M is one MiB per second"
-        say(f"nbdmirror: warning: {word}")
+        print(f"nbdmirror: warning: {word}", file=sys.stderr)
     return rate
-
-
-def absolute_uri(text: str, option: str = "") -> str:
-    """An NBD URI whose paths do not depend on this directory any more. Raises CliError, whose text
-    begins with `option`."""
-    from nbdmirror.errors import ConfigError
-    from nbdmirror.nbd_uri import absolute
-
-    try:
-        return absolute(text)
-    except ConfigError as error:
-        raise CliError(f"{option}{error}") from error
 
 
 def _seconds(text: str) -> float:
@@ -127,19 +108,6 @@ def _migration_uri(text: str) -> str:
     if kind == "tcp" and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r}: the port is not a number from 1 to 65535")
     return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
-
-
-def default_qmp_paths() -> list[str]:
-    """Where a server's control socket is by default. A server takes the first; a client the first
-    that exists: root's login session has XDG_RUNTIME_DIR, the service that it controls has not."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    paths = [os.path.join(runtime, "nbdmirror.qmp")] if runtime else []
-    if os.geteuid() == 0:
-        paths.append("/run/nbdmirror.qmp")
-    if not paths:
-        text = "there is no default control socket without XDG_RUNTIME_DIR: name one with --qmp"
-        raise CliError(text, USAGE)
-    return paths
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -309,6 +277,19 @@ def _run(args: argparse.Namespace) -> int:
     return cli_control.run(args)
 
 
+def _open_standard_streams() -> None:
+    """Those that whoever started us has closed: else what is opened next, a disk or a socket, gets
+    the number that messages are written to."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            os.set_inheritable(fd, True)
+            setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
+
+
 def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """An empty value is an unset variable of a shell, mostly. The rest nbdkit cannot hand on to its
     Python, or a line of the log would be two."""
@@ -327,7 +308,10 @@ def _called(name: str) -> str:
     return {"disks": "DISK", "target": "TARGET_URI", "names": "NAME"}.get(name, option)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
+    _open_standard_streams()
+    argv = list(sys.argv[1:] if argv is None else argv)
     extra: list[str] = []
     if argv[:1] == ["serve"] and "--" in argv:
         cut = argv.index("--")
@@ -338,36 +322,26 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--timeout: needs --wait")
     _check_texts(parser, args)
     args.nbdkit_args = extra
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
-    args = argparse.Namespace(command="")
     try:
-        open_streams()
-        args = _parse(list(sys.argv[1:] if argv is None else argv))
         status = _run(args)
-    except SystemExit as left:
-        left.code = finish(int(left.code or 0), failed=FAILED)
-        raise
+        sys.stdout.flush()
+        return status
     except CliError as error:
         if args.command == "serve":  # it may be a service
-            from nbdmirror.logs import complain
+            from nbdmirror.logs import print_startup_error
 
-            complain(str(error))
+            print_startup_error(str(error))
         else:
-            say(f"nbdmirror: {error}")
-        status = error.status
+            print(f"nbdmirror: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
-        status = INTERRUPTED
         if args.command == "events" or getattr(args, "watch", False):
-            status = DONE  # the way these are meant to end
-        else:
-            say("nbdmirror: interrupted; nothing was undone")
+            return DONE  # the way these are meant to end
+        print("nbdmirror: interrupted; nothing was undone", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except OSError as error:
-        status = finish(DONE, failed=FAILED)
-        if status == DONE and not isinstance(error, BrokenPipeError):
-            say(f"nbdmirror: {error}")
-        status = FAILED
-    return finish(status, failed=FAILED if args.command in _ANSWERS else None)
+        print(f"nbdmirror: {error}", file=sys.stderr)
+        return FAILED

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nbdmirror.cli.streams import say
 from nbdmirror.cli.words import duration, size, state
 
 RATE_WINDOW_S = 5.0
@@ -146,7 +145,7 @@ class PlainDisplay:
         self.note(str(progress))
 
     def note(self, text: str) -> None:
-        say(text)
+        print(text, file=sys.stderr, flush=True)
 
 
 class RichDisplay:

@@ -16,7 +16,7 @@ from typing import Any
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from nbdmirror.cli import words as cli_words
-from nbdmirror.cli.main import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
+from nbdmirror.cli.common import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 
 CONNECT_S_MAX = 10.0
 REPLY_S_MAX = 60.0

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nbdmirror.backoff import Backoff
 from nbdmirror.devices.base import Done
 from nbdmirror.event_loop import Loop, Timer
 
-RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
-"""Back-off: first and longest wait before what has failed is tried again."""
+RETRY_S = 0.1, 5.0
+"""The first and the longest wait before what has failed is tried again."""
 
 RETRY = "retry"
 
@@ -24,7 +25,7 @@ class Waits:
         self._advance = advance
         self._step: object | None = None
         self._timers: dict[str, Timer] = {}
-        self._retry_s = RETRY_S_MIN
+        self._backoff = Backoff(*RETRY_S)
 
     # A step: a scan, a reconnect, a flush. One at a time.
 
@@ -85,9 +86,8 @@ class Waits:
 
     def retry(self, call: Callable[[], None]) -> None:
         """Try again, later each time."""
-        self.after(RETRY, self._retry_s, call)
-        self._retry_s = min(RETRY_S_MAX, self._retry_s * 2)
+        self.after(RETRY, self._backoff.next_s(), call)
 
     def went_well(self) -> None:
         """The next failure is a new one."""
-        self._retry_s = RETRY_S_MIN
+        self._backoff.reset()

@@ -1,8 +1,5 @@
-"""RemoteDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones
-for the copier, on the same connections (see connection.py for how they share).
-
-With this, the modules that connections are made of are the only places that know libnbd.
-"""
+"""NbdDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones
+for the copier, on the same connections (shared_connection.py says how they share)."""
 
 from __future__ import annotations
 
@@ -30,11 +27,10 @@ from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.identity import Same, same_place
 from nbdmirror.nbdclient import tls
 from nbdmirror.nbdclient.block_status import LENGTH_MAX, collector, status_method
-from nbdmirror.nbdclient.exclusive_connection import Link
-from nbdmirror.nbdclient.handshake import DEPTH_CONTEXT, Announcement
-from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S, ConnectionPool
+from nbdmirror.nbdclient.handshake import DEPTH_CONTEXT, ExportInfo
+from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S, AnyConnection, ConnectionPool
 from nbdmirror.nbdclient.request import Parts
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +39,7 @@ LOSSES_MAX = 5
 time is not done for ever."""
 
 
-class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
+class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
     """An NBD export as a disk. Attributes are as the server announced them at the handshake.
 
     A guest's request that was in flight on a lost connection is done again on a new one: writing
@@ -54,8 +50,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
     def __init__(
         self,
         uri: str,
-        first: Connection,
-        announced: Announcement,
+        first: SharedConnection,
+        announced: ExportInfo,
         *,
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
@@ -77,7 +73,9 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.can_extents = announced.can_extents
         self.can_depth = announced.can_depth
         revived = self._connected_again
-        self.pool = ConnectionPool(uri, first, announced, on_revived=revived, timeout_s=timeout_s)
+        self.pool = ConnectionPool(
+            uri, first, announced, on_reconnected=revived, timeout_s=timeout_s
+        )
         self.on_lost_writes: Callable[[], None] | None = None
         """Called, from any thread, when changes that were acknowledged may be lost."""
         self._numbers = itertools.count(1)
@@ -96,9 +94,9 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...). Raises ConfigError."""
         for warning in tls.exposed_keys(uri):
             log.warning("%s", warning)
-        connection = Connection.open(uri, timeout_s, to_mirror=mirrors)
+        connection = SharedConnection.open(uri, timeout_s, to_mirror=mirrors)
         try:
-            announced = Announcement.of(connection.handle, uri)
+            announced = ExportInfo.of(connection.handle, uri)
             return cls(uri, connection, announced, timeout_s=timeout_s)
         except ConfigError:
             connection.close()
@@ -237,7 +235,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         if on_lost_writes is not None:
             on_lost_writes()
 
-    def _ask(self, request: Callable[..., None], *arguments: int) -> Link | Connection:
+    def _ask(self, request: Callable[..., None], *arguments: int) -> AnyConnection:
         """Returns the connection on which it was answered."""
         link = self.pool.pick()
         try:
@@ -247,8 +245,8 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         return link
 
     def _again(
-        self, link: Link | Connection, request: Callable[..., None], *arguments: int
-    ) -> Link | Connection:
+        self, link: AnyConnection, request: Callable[..., None], *arguments: int
+    ) -> AnyConnection:
         """It was lost with `link`: do it again, on connections that wait for the server. Each of
         those that broke together may be met first, and that is one loss."""
         losses = 1
@@ -278,7 +276,7 @@ class RemoteDevice(BlockDevice, AsyncSource, AsyncTarget):
         """A connection is broken or closed."""
         return self.pool.is_lost
 
-    def is_same_export(self, other: RemoteDevice) -> bool:
+    def is_same_export(self, other: NbdDevice) -> bool:
         """Whether both are the same export of the same server (rule 44)."""
         one, another = self.pool.shared.peer, other.pool.shared.peer
         if one is None or another is None:

@@ -1,9 +1,9 @@
-"""Link: one NBD connection for guests' threads, with libnbd's blocking calls.
+"""ExclusiveConnection: one NBD connection for guests' threads, with libnbd's blocking calls.
 
-A request is one call of libnbd, so the GIL is let go of once, and the kernel wakes the very thread
-that waits for the reply: nobody hands anything to anybody. That is half of what a request costs on
-a Connection that many share (docs/measurements/2026-11-23.md). The price is one connection for each
-thread that is busy, so it needs a server with multi-conn.
+A request is one call of libnbd, so the GIL is released once, and the kernel wakes the very thread
+that waits for the reply. A request costs half of what it costs on a SharedConnection
+(docs/measurements/2026-11-23.md). The price is one connection for each busy thread, so the server
+needs multi-conn. Elsewhere in this package such a connection is called a link.
 
 A link that breaks fails the request in flight with DeviceLost: its outcome is unknown.
 """
@@ -22,12 +22,12 @@ import nbd
 
 from nbdmirror.devices.base import Buffer
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.nbdclient.handle_state import Peek
+from nbdmirror.nbdclient.handle_state import HandleState
 from nbdmirror.nbdclient.handshake import reason
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
 
 
-class Link:
+class ExclusiveConnection:
     """Takes over `handle`, which is ready for requests. From any thread; one request at a time,
     others wait."""
 
@@ -39,7 +39,7 @@ class Link:
         self.generation = 0
         """The pool's."""
         self._handle = handle
-        self._peek = Peek(handle)
+        self._handle_state = HandleState(handle)
         # Of our own, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket(fileno=os.dup(handle.aio_get_fd()))
         self.watch = TcpWatch(self._socket)
@@ -94,7 +94,7 @@ class Link:
         may carry it out yet; see `end`. Only a request that is not wholly sent is cut off: such a
         one is not carried out."""
         self.is_lost = True
-        is_sending = self._peek.direction() & nbd.AIO_DIRECTION_WRITE
+        is_sending = self._handle_state.direction() & nbd.AIO_DIRECTION_WRITE
         with suppress(OSError):  # broken already
             self._socket.shutdown(socket.SHUT_RDWR if is_sending else socket.SHUT_RD)
 
@@ -137,7 +137,7 @@ class Link:
         # libnbd's binding closes a handle when the last reference goes. In its place is one that
         # was never connected: its methods fail in order.
         self._handle = nbd.NBD()
-        self._peek = Peek(self._handle)
+        self._handle_state = HandleState(self._handle)
         self._socket.close()
 
     def _call(self, call: Callable[[nbd.NBD], Any]) -> None:
@@ -149,7 +149,7 @@ class Link:
 
     def _error(self, error: Any) -> DeviceError:
         # While it waits libnbd may find the socket broken, and leave the handle as it was.
-        if self._peek.is_gone or error.errnum == errno.ENOTCONN:
+        if self._handle_state.is_gone or error.errnum == errno.ENOTCONN:
             self.is_lost = self._is_unknown = True
         if self.is_lost:
             return DeviceLost(f"{self.description}: connection lost: {reason(error)}")

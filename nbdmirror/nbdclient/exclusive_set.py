@@ -1,4 +1,4 @@
-"""LinkSet: the links of one NBD device: opened as guests need them, and given back.
+"""ExclusiveSet: the links of one NBD device: opened as guests need them, and given back.
 
 A server has so many places for clients, and does not say how many. Somebody else needs one too: the
 host that a guest moves to, a backup, whoever looks at the disk. So there is no link at first; one
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from nbdmirror.errors import ConfigError
-from nbdmirror.nbdclient.exclusive_connection import Link
+from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +50,20 @@ def wait_for_handshakes() -> None:
             thread.join(END_S_MAX)
 
 
-class LinkSet:
+class ExclusiveSet:
     """From any thread."""
 
     def __init__(
         self,
         description: str,
-        connect: Callable[[], Link],
+        connect: Callable[[], ExclusiveConnection],
         *,
         is_wanted: Callable[[], bool],
     ) -> None:
         """`connect` opens a further connection; raises ConfigError. While not `is_wanted`, none is
         opened."""
-        self.open: tuple[Link, ...] = ()
-        self._leaving: tuple[Link, ...] = ()
+        self.open: tuple[ExclusiveConnection, ...] = ()
+        self._leaving: tuple[ExclusiveConnection, ...] = ()
         """Not open any more; a request that is in flight on one is waited for."""
         self.may_grow = True
         """Whether `ask` is worth calling."""
@@ -94,7 +94,7 @@ class LinkSet:
                 self._thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
                 self._thread.start()
 
-    def begin_anew(self, generation: int) -> tuple[Link, ...]:
+    def begin_anew(self, generation: int) -> tuple[ExclusiveConnection, ...]:
         """Without links, of the pool's next generation; returns those that there were, for the
         caller to close."""
         with self._lock:
@@ -148,7 +148,7 @@ class LinkSet:
             if spare is not None:
                 spare.close()
 
-    def _open_one(self, epoch: int) -> Link | None:
+    def _open_one(self, epoch: int) -> ExclusiveConnection | None:
         if not self._is_wanted():
             return None
         try:
@@ -158,7 +158,7 @@ class LinkSet:
                 self._give_back(error)
             return None
 
-    def _add(self, link: Link, epoch: int) -> bool:
+    def _add(self, link: ExclusiveConnection, epoch: int) -> bool:
         """False if links are not wanted any more, or not such."""
         with self._lock:
             is_wanted = not self._is_closed and epoch == self._epoch

@@ -1,4 +1,4 @@
-"""OpenLink: a Link whose server does not find out that a request there was given up.
+"""ExclusiveUnixConnection: the server does not notice that a request was given up.
 
 A thread in one of libnbd's blocking calls is freed when the socket is shut down for reading. The
 server at the other end of a Unix socket notices that, other than on TCP, and cannot answer any
@@ -18,13 +18,13 @@ import nbd
 
 from nbdmirror.devices.base import Buffer
 from nbdmirror.errors import DeviceError, DeviceLost
-from nbdmirror.nbdclient.exclusive_connection import Link
+from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
 
 LOOK_MS = 100
 """How long a thread may wait after its request was given up."""
 
 
-class OpenLink(Link):
+class ExclusiveUnixConnection(ExclusiveConnection):
     """From any thread; one request at a time, others wait."""
 
     def __init__(self, handle: nbd.NBD, description: str) -> None:
@@ -62,17 +62,17 @@ class OpenLink(Link):
 
     def give_up(self) -> None:
         self.is_lost = True
-        if self._peek.direction() & nbd.AIO_DIRECTION_WRITE:
+        if self._handle_state.direction() & nbd.AIO_DIRECTION_WRITE:
             self.kill()  # not wholly sent: it is not carried out
 
     def end(self) -> bool:
         if not self._lock.acquire(blocking=False):
             return False  # who has it leaves soon
         try:
-            if self._cookie and not self._peek.is_gone:
+            if self._cookie and not self._handle_state.is_gone:
                 with suppress(nbd.Error):  # it is gone, and looked at again
                     self._handle.poll(0)
-                    if not self._peek.completed(self._cookie):
+                    if not self._handle_state.completed(self._cookie):
                         return False
             self._close_for_good()
             return True
@@ -92,7 +92,7 @@ class OpenLink(Link):
         self._kept = arguments[0] if arguments else b""
         try:
             self._cookie = method(*arguments, flags=flags)
-            while not (done := self._peek.completed(self._cookie)):
+            while not (done := self._handle_state.completed(self._cookie)):
                 if self.is_lost:
                     raise DeviceLost(f"{self.description}: connection lost")
                 self._handle.poll(LOOK_MS)
@@ -104,8 +104,8 @@ class OpenLink(Link):
             raise self._failed()
 
     def _failed(self) -> DeviceError:
-        code, text = self._peek.error()
-        if self._peek.is_gone or code == errno.ENOTCONN:
+        code, text = self._handle_state.error()
+        if self._handle_state.is_gone or code == errno.ENOTCONN:
             self.is_lost = True
         if self.is_lost:
             return DeviceLost(f"{self.description}: connection lost")

@@ -15,7 +15,7 @@ from functools import partial
 import nbd
 
 
-class Peek:
+class HandleState:
     """What is asked of a handle, and answered at once."""
 
     __slots__ = ("_handle", "completed", "direction", "is_closed", "is_dead")

@@ -20,7 +20,7 @@ from nbdmirror.errors import ConfigError, Unreachable
 from nbdmirror.identity import home_of, is_old_side
 from nbdmirror.nbd_uri import NbdUri, parse
 from nbdmirror.nbdclient import tls
-from nbdmirror.nbdclient.handle_state import Peek
+from nbdmirror.nbdclient.handle_state import HandleState
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
@@ -59,7 +59,7 @@ _RELIED_ON = {
 
 
 @dataclass(frozen=True, slots=True)
-class Announcement:
+class ExportInfo:
     """What a server says of an export at the handshake. Sizes in bytes; `preferred` is 0 if it was
     not told."""
 
@@ -81,7 +81,7 @@ class Announcement:
     maximum: int
 
     @classmethod
-    def of(cls, handle: nbd.NBD, uri: str) -> Announcement:
+    def of(cls, handle: nbd.NBD, uri: str) -> ExportInfo:
         """Raises ConfigError if there is none, or it makes no sense."""
         try:
             announced = cls._of(handle)
@@ -97,7 +97,7 @@ class Announcement:
         return announced
 
     @classmethod
-    def _of(cls, handle: nbd.NBD) -> Announcement:
+    def _of(cls, handle: nbd.NBD) -> ExportInfo:
         return cls(
             size=int(handle.get_size()),
             read_only=bool(handle.is_read_only()),
@@ -115,7 +115,7 @@ class Announcement:
             maximum=int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or PAYLOAD_BYTES_MAX,
         )
 
-    def change(self, now: Announcement) -> str:
+    def change(self, now: ExportInfo) -> str:
         """What of it that we rely on is another now (rule 40), in words; "" if nothing is."""
         before, after = asdict(self), asdict(now)
         for name, what in _RELIED_ON.items():
@@ -190,7 +190,7 @@ class _Attempt:
 
     def __init__(self, uri: str, keys: tls.ClientKeys | None, *, for_data_alone: bool) -> None:
         self.handle = handle = nbd.NBD()
-        self._peek = Peek(handle)
+        self._handle_state = HandleState(handle)
         self.failure: str | None = None
         """Why it has failed."""
         if keys is not None and keys.user:
@@ -220,12 +220,12 @@ class _Attempt:
         return int(self.handle.aio_get_fd())
 
     def mask(self) -> int:
-        direction = self._peek.direction()
+        direction = self._handle_state.direction()
         reads, writes = direction & nbd.AIO_DIRECTION_READ, direction & nbd.AIO_DIRECTION_WRITE
         return (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0)
 
     def notify(self) -> None:
-        is_reading = self._peek.direction() & nbd.AIO_DIRECTION_READ
+        is_reading = self._handle_state.direction() & nbd.AIO_DIRECTION_READ
         self._try(self.handle.aio_notify_read if is_reading else self.handle.aio_notify_write)
 
     def _try(self, step: Callable[[], object]) -> None:
@@ -234,7 +234,7 @@ class _Attempt:
         except nbd.Error as error:
             self.failure = reason(error)
             return
-        if self._peek.is_gone:
+        if self._handle_state.is_gone:
             self.failure = "the server closed the connection"
 
 

@@ -1,10 +1,10 @@
 """ConnectionPool: the connections of one NBD device: who uses which, and what becomes of lost ones.
 
-One Connection is always there: the event loop's, and everybody's where there is no other. If the
-server announces multi-conn, guests' threads get Links beside it, as many as they need (linkset.py).
-A device that guests are served from and that has lost a connection is connected to again by a
-thread of its own, for as long as it takes, while guests' requests wait for a bounded time; the
-target of a mirror is brought back by the job (`reopen`, `replace`), which has to know (rule 39).
+One SharedConnection always exists: the event loop's, which guests use too if there is no other. If
+the server announces multi-conn, guests' threads get ExclusiveConnections beside it ("links"), as
+many as they need (exclusive_set.py). If a disk's server is lost, a thread reconnects without a time
+limit, while guests' requests wait for a bounded time. A mirror's target is brought back by the job
+(`reopen`, `replace`), which has to know (rule 39).
 
 No connection is cut while its server lives and has requests to answer: the server may carry them
 out late, over newer data that came on another connection.
@@ -22,15 +22,18 @@ from functools import partial
 
 import nbd
 
+from nbdmirror.backoff import Backoff
 from nbdmirror.errors import ConfigError, DeviceLost
 from nbdmirror.event_loop import Loop
-from nbdmirror.nbdclient.exclusive_connection import Link
-from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, LinkSet
-from nbdmirror.nbdclient.exclusive_unix import OpenLink
-from nbdmirror.nbdclient.handshake import Announcement, connect
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
+from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, ExclusiveSet
+from nbdmirror.nbdclient.exclusive_unix import ExclusiveUnixConnection
+from nbdmirror.nbdclient.handshake import ExportInfo, connect
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 
 log = logging.getLogger(__name__)
+
+AnyConnection = ExclusiveConnection | SharedConnection
 
 CONNECT_TIMEOUT_S = 10.0
 """For the whole handshake, unless `open-timeout` says otherwise. To connect again takes as long as
@@ -41,14 +44,14 @@ LINK_PATIENCE = 3
 """For opening a further connection: so long, or so many times what a handshake took, if that is
 longer. A server that is full answers late or never."""
 
-PATIENCE_S = 2.0
+RECONNECT_TIMEOUT_S = 2.0
 """How long guests' requests wait for a lost server before they fail, unless more was asked for."""
 
 LIFE_S = 10.0
 """For a sign of life of a server that answers nothing."""
 
-REVIVE_PAUSE_S_MIN, REVIVE_PAUSE_S_MAX = 0.05, 1.0
-"""Between attempts to connect again."""
+RECONNECT_PAUSE_S = 0.05, 1.0
+"""Between attempts to reconnect: the first pause, and the longest."""
 
 LEFT_LOOK_S = 0.05
 """How often a link that was given up is looked at."""
@@ -66,25 +69,25 @@ class ConnectionPool:
     def __init__(
         self,
         uri: str,
-        first: Connection,
-        announced: Announcement,
+        first: SharedConnection,
+        announced: ExportInfo,
         *,
-        on_revived: Callable[[], None],
+        on_reconnected: Callable[[], None],
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        """`on_revived`: it was connected to again; what was not flushed may be lost. `timeout_s` is
+        """`on_reconnected` is called then; what was not flushed may be lost. `timeout_s` is
         for a handshake."""
         self.shared = first
         self._uri = uri
         self._announced = announced
-        self.left: tuple[Link | Connection, ...] = ()
+        self.left: tuple[AnyConnection, ...] = ()
         """Given up, with requests that the server may carry out yet."""
-        self._retired: tuple[Connection, ...] = ()
+        self._retired: tuple[SharedConnection, ...] = ()
         """Those before `shared`, with requests that the server has to answer yet; and the last one,
         which a thread may still be leaving."""
-        self._leaving: tuple[Link, ...] = ()
+        self._leaving: tuple[ExclusiveConnection, ...] = ()
         """The same of links."""
-        self.links = LinkSet(uri, self._connect_link, is_wanted=self._may_link)
+        self.links = ExclusiveSet(uri, self._connect_link, is_wanted=self._may_link)
         self.limit(CONNECTIONS_DEFAULT)
         self._alone = 0
         """Requests on the shared connection for lack of a link."""
@@ -93,15 +96,15 @@ class ConnectionPool:
         self._loop: Loop | None = None
         self._on_lost: Callable[[], None] | None = None
         self._changed = threading.Condition()  # guards what follows
-        self._reviver: threading.Thread | None = None
+        self._reconnector: threading.Thread | None = None
         self._lost_at_s = 0.0
-        self.patience_s = PATIENCE_S
+        self.reconnect_timeout_s = RECONNECT_TIMEOUT_S
         self.timeout_s = timeout_s
         self.to_mirror = first.to_mirror
         self.generation = 0
         """Counts the times that a lost device was connected to again; a connection that works is of
         the last generation."""
-        self._on_revived = on_revived
+        self._on_reconnected = on_reconnected
         self._closing = threading.Event()
 
     @property
@@ -115,14 +118,14 @@ class ConnectionPool:
         return any(connection.is_busy for connection in (*self._all, *self._old))
 
     @property
-    def _all(self) -> tuple[Link | Connection, ...]:
+    def _all(self) -> tuple[AnyConnection, ...]:
         return (self.shared, *self.links.open)
 
     @property
-    def _old(self) -> tuple[Link | Connection, ...]:
+    def _old(self) -> tuple[AnyConnection, ...]:
         return (*self._retired, *self._leaving)
 
-    def pick(self) -> Link | Connection:
+    def pick(self) -> AnyConnection:
         """This thread's connection for a blocking request: with as many as threads, nobody waits
         for another one's reply. Raises DeviceLost if there is none."""
         links = self.links.open
@@ -136,21 +139,21 @@ class ConnectionPool:
         if self.links.may_grow and link.is_busy:
             self.links.ask()
         link.is_used = True
-        return self._revive(link) if link.is_lost else link
+        return self._reconnect(link) if link.is_lost else link
 
-    def _pick_without_links(self) -> Connection:
+    def _pick_without_links(self) -> SharedConnection:
         shared = self.shared
         if shared.is_lost:
-            return self._revive(shared)
+            return self._reconnect(shared)
         self._alone += 1
         if shared.is_busy or self._alone > REQUESTS_ALONE:
             self._alone = 0
             self.links.ask()
         return shared
 
-    def pick_shared(self) -> Connection:
+    def pick_shared(self) -> SharedConnection:
         """The connection with structured replies, for block status."""
-        return self._revive(self.shared) if self.shared.is_lost else self.shared
+        return self._reconnect(self.shared) if self.shared.is_lost else self.shared
 
     # The loop.
 
@@ -166,13 +169,12 @@ class ConnectionPool:
         """Give the connection back to the threads that wait."""
         self._loop = self._on_lost = None
         self.shared.on_lost = None
-        if any(isinstance(link, OpenLink) for link in self.links.open):  # others take their place
+        links = self.links.open
+        if any(isinstance(one, ExclusiveUnixConnection) for one in links):  # others follow
             self._leaving += self.links.begin_anew(self.generation)
             self._see_off()
         for connection in (self.shared, *self._retired):
             connection.detach()
-
-    # Coming and going.
 
     def limit(self, connections: int) -> None:
         """Open so many at most; one if the server does not announce multi-conn."""
@@ -180,31 +182,32 @@ class ConnectionPool:
 
     def _may_link(self) -> bool:
         """Not before the server is known to be the one that it was, or to be another."""
-        return not self._closing.is_set() and not self.shared.is_lost and self._reviver is None
+        return not self._closing.is_set() and not self.shared.is_lost and self._reconnector is None
 
-    def _connect_link(self) -> Link:
+    def _connect_link(self) -> ExclusiveConnection:
         timeout_s = max(LINK_TIMEOUT_S, LINK_PATIENCE * self.shared.handshake_s)
         handle = self._connect(min(self.timeout_s, timeout_s), for_data_alone=True)
         is_unix_target = self._on_lost is not None and not self.shared.watch.is_tcp
-        return (OpenLink if is_unix_target else Link)(handle, self._uri)
+        kind = ExclusiveUnixConnection if is_unix_target else ExclusiveConnection
+        return kind(handle, self._uri)
 
-    def reopen(self) -> Connection:
+    def reopen(self) -> SharedConnection:
         """A new connection to the same disk as before, for `replace`; blocking, as long as it could
         have taken at first. Raises ConfigError: a disk that has changed is not written to (rule
         40)."""
-        return Connection.opened_by(partial(self._connect, self.timeout_s), self._uri)
+        return SharedConnection.opened_by(partial(self._connect, self.timeout_s), self._uri)
 
     def _connect(self, timeout_s: float, *, for_data_alone: bool = False) -> nbd.NBD:
         handle = connect(
             self._uri, timeout_s, for_data_alone=for_data_alone, to_mirror=self.to_mirror
         )
-        if change := self._announced.change(Announcement.of(handle, self._uri)):
+        if change := self._announced.change(ExportInfo.of(handle, self._uri)):
             with suppress(nbd.Error):
                 handle.aio_disconnect(0)
             raise ConfigError(f"{self._uri}: came back changed ({change}); it is not written to")
         return handle
 
-    def replace(self, connection: Connection) -> None:
+    def replace(self, connection: SharedConnection) -> None:
         """Use `connection` instead of all that there were; nothing is in flight (`is_busy`)."""
         loop, on_lost = self._loop, self._on_lost
         self.detach()
@@ -237,7 +240,7 @@ class ConnectionPool:
         loop, on_lost, shared = self._loop, self._on_lost, self.shared
         assert loop is not None
         if not shared.is_lost:
-            absent = Connection.absent(self._uri)
+            absent = SharedConnection.absent(self._uri)
             absent.peer, absent.handshake_s = shared.peer, shared.handshake_s
             absent.generation, absent.on_lost = shared.generation, on_lost
             with self._changed:
@@ -257,14 +260,14 @@ class ConnectionPool:
             self._look_at_left(loop)
 
     def _look_at_left(self, loop: Loop) -> None:
-        links = [one for one in self.left if isinstance(one, Link)]
+        links = [one for one in self.left if isinstance(one, ExclusiveConnection)]
         for link in links:
             if link.end():
                 self._is_over(link)
         if links:
             loop.call_later(LEFT_LOOK_S, partial(self._look_at_left, loop))
 
-    def _is_over(self, connection: Link | Connection) -> None:
+    def _is_over(self, connection: AnyConnection) -> None:
         self.left = tuple(one for one in self.left if one is not connection)
 
     def abandon(self) -> None:
@@ -288,7 +291,7 @@ class ConnectionPool:
 
     # A guest's thread that finds its connection lost.
 
-    def _revive(self, lost: Link | Connection) -> Connection:
+    def _reconnect(self, lost: AnyConnection) -> SharedConnection:
         """What breaks one connection breaks the others as a rule, and each is found lost when it is
         used next. That must not look like another loss, of what was written since. So there is one
         loss for all, when the first is found, and a new connection for all.
@@ -296,27 +299,27 @@ class ConnectionPool:
         Those that still work are left, not cut: a request on one is answered there, and is not done
         again. What was in flight on the lost one is done again at once if `shared` still works.
 
-        Until `patience_s` after that, requests wait for the server; then they fail at once, until
-        it is there again. (As `reconnect-delay` of QEMU's driver.)"""
+        Until `reconnect_timeout_s` after that, requests wait for the server; then they fail at
+        once, until the server is back. (As `reconnect-delay` of QEMU's driver.)"""
         with self._changed:
             if lost not in self._all:
                 return self.shared  # it was idle, or all were replaced
             if self._on_lost is not None:
                 raise DeviceLost(f"{self._uri}: connection lost")
-            if self._reviver is None:
+            if self._reconnector is None:
                 self._lost_at_s = time.monotonic()
-                self._reviver = threading.Thread(
-                    target=self._connect_again, name="nbdmirror-revive", daemon=True
+                self._reconnector = threading.Thread(
+                    target=self._connect_again, name="nbdmirror-reconnect", daemon=True
                 )
                 self._leaving += self.links.begin_anew(self.generation)
-                self._reviver.start()
-            self._wait_until_revived()
+                self._reconnector.start()
+            self._wait_for_reconnect()
             return self.shared
 
-    def _wait_until_revived(self) -> None:
+    def _wait_for_reconnect(self) -> None:
         """Also as long as `shared` seems to work."""
-        while self.shared.is_lost and self._reviver is not None and not self._closing.is_set():
-            left_s = self._lost_at_s + self.patience_s - time.monotonic()
+        while self.shared.is_lost and self._reconnector is not None and not self._closing.is_set():
+            left_s = self._lost_at_s + self.reconnect_timeout_s - time.monotonic()
             if left_s <= 0:
                 break
             self._changed.wait(left_s)
@@ -326,24 +329,22 @@ class ConnectionPool:
     def _connect_again(self) -> None:
         """On a thread of its own. An attempt that is under way when requests begin to fail goes on
         to its end: the server may be slow and not gone."""
-        pause_s, told = REVIVE_PAUSE_S_MIN, ""
-        connection = None
+        backoff, told, connection = Backoff(*RECONNECT_PAUSE_S), "", None
         self._see_off()
         while not self._closing.is_set() and self._on_lost is None:
             try:
                 connection = self.reopen()
                 break
             except ConfigError as error:
-                is_late = time.monotonic() >= self._lost_at_s + self.patience_s
+                is_late = time.monotonic() >= self._lost_at_s + self.reconnect_timeout_s
                 if is_late and str(error) != told:
                     told = str(error)
                     log.error("%s: lost: %s", self._uri, error)
-            self._closing.wait(pause_s)
-            pause_s = min(REVIVE_PAUSE_S_MAX, pause_s * 2)
+            self._closing.wait(backoff.next_s())
         if connection is not None:
             self._adopt(connection)
         with self._changed:
-            self._reviver = None
+            self._reconnector = None
             self._changed.notify_all()
         while not self._see_off() and not self._closing.wait(LEFT_LOOK_S):
             pass
@@ -363,10 +364,9 @@ class ConnectionPool:
                 is_done = False
         return is_done
 
-    def _adopt(self, connection: Connection) -> None:
+    def _adopt(self, connection: SharedConnection) -> None:
         """Serve guests from `connection`, unless a job has taken over, or it is the end."""
-        loop = self._loop
-        is_adopted = False
+        loop, is_adopted = self._loop, False
 
         def swap() -> None:
             """On the loop's thread, if there is one."""
@@ -376,7 +376,7 @@ class ConnectionPool:
             before = self.shared
             self.generation += 1
             connection.generation = self.generation
-            self._on_revived()  # before anything is acknowledged on the new one
+            self._on_reconnected()  # before anything is acknowledged on the new one
             self.shared = connection
             before.retire()
             idle = [one for one in self._retired if not one.is_busy]

@@ -1,4 +1,4 @@
-"""Request: a command in flight on a Connection, and who hears of its end."""
+"""Request: a command in flight on a SharedConnection, and who hears of its end."""
 
 from __future__ import annotations
 

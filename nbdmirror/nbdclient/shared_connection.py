@@ -1,4 +1,4 @@
-"""Connection: one libnbd handle, shared by guest threads (blocking) and the event loop
+"""SharedConnection: one libnbd handle, shared by guest threads (blocking) and the event loop
 (asynchronous).
 
 Any thread may start a request; libnbd serialises that. What must not be shared is waiting: a thread
@@ -33,7 +33,7 @@ from nbdmirror.devices.base import Buffer, Done
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.event_loop import Loop
 from nbdmirror.identity import Peer
-from nbdmirror.nbdclient.handle_state import Peek
+from nbdmirror.nbdclient.handle_state import HandleState
 from nbdmirror.nbdclient.handshake import connect, export_of, has_wide_lengths, reason, widen
 from nbdmirror.nbdclient.request import Parts, Request, nobody
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
@@ -50,14 +50,14 @@ _MASKS = {
 }
 
 
-class Connection:
+class SharedConnection:
     """An NBD connection that is ready for commands. `handle` is libnbd's, for its `aio_...`
     methods."""
 
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         self.handle = handle
         self.description = description
-        self._peek = Peek(handle)
+        self._handle_state = HandleState(handle)
         self.is_lost = not handle.aio_is_ready()
         self.generation = 0
         """The pool's."""
@@ -97,7 +97,7 @@ class Connection:
             self._poll.register(self._fd, 0)
 
     @classmethod
-    def open(cls, uri: str, timeout_s: float, *, to_mirror: bool = False) -> Connection:
+    def open(cls, uri: str, timeout_s: float, *, to_mirror: bool = False) -> SharedConnection:
         """Connect within `timeout_s`, the handshake included. `to_mirror` as in `connect`. Raises
         ConfigError with one clear line."""
         opened = cls.opened_by(partial(connect, uri, timeout_s, to_mirror=to_mirror), uri)
@@ -105,7 +105,7 @@ class Connection:
         return opened
 
     @classmethod
-    def opened_by(cls, connect: Callable[[], nbd.NBD], description: str) -> Connection:
+    def opened_by(cls, connect: Callable[[], nbd.NBD], description: str) -> SharedConnection:
         """The connection that `connect` makes; raises what that does."""
         began_s = time.monotonic()
         connection = cls(connect(), description)
@@ -113,7 +113,7 @@ class Connection:
         return connection
 
     @classmethod
-    def absent(cls, uri: str) -> Connection:
+    def absent(cls, uri: str) -> SharedConnection:
         """One that is lost from the start, to be replaced: its server is not there yet."""
         return cls(nbd.NBD(), uri)
 
@@ -157,7 +157,7 @@ class Connection:
                 request.finish()
             if done is not None and self._loop is not None:
                 self._loop.call_soon(self._after_ready)
-        if done is None and not self.is_lost and self._peek.direction() & _WRITE:
+        if done is None and not self.is_lost and self._handle_state.direction() & _WRITE:
             self._wake_driver()  # it may be waiting to read only
         return request
 
@@ -178,11 +178,11 @@ class Connection:
             loop = self._loop
             if loop is not None:
                 loop.call_soon(self._after_ready)  # it finds out before it hears of this error
-            elif not self.is_lost and self._peek.is_gone:
+            elif not self.is_lost and self._handle_state.is_gone:
                 self.is_lost = True
             raise request.error
 
-    # Link's requests, which block, in the same form.
+    # ExclusiveConnection's requests, which block, in the same form.
 
     def read(self, buf: memoryview, offset: int) -> None:
         parts = Parts(self.description, len(buf))
@@ -216,7 +216,7 @@ class Connection:
     def error(self, code: int, reason: str = "") -> DeviceError:
         """The exception for a failed command of this connection."""
         # libnbd's verdict on a command that was in flight on a dying handle is ENOTCONN.
-        if self.is_lost or code == errno.ENOTCONN or self._peek.is_gone:
+        if self.is_lost or code == errno.ENOTCONN or self._handle_state.is_gone:
             return self._lost()
         return DeviceError(f"{self.description}: {reason or os.strerror(code)}", code)
 
@@ -250,7 +250,7 @@ class Connection:
         return self._fd
 
     def poll_mask(self) -> int:
-        direction: int = self._peek.direction()
+        direction: int = self._handle_state.direction()
         if not direction and self._loop is not None:  # dead, and another thread found out
             self._loop.call_soon(self._after_ready)
         return _MASKS[direction]
@@ -311,7 +311,7 @@ class Connection:
             # libnbd's binding closes a handle when the last reference goes. In its place is one
             # that was never connected: its methods fail in order.
             self.handle = nbd.NBD()
-            self._peek = Peek(self.handle)
+            self._handle_state = HandleState(self.handle)
         self._socket.close()
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
@@ -340,7 +340,7 @@ class Connection:
             when_over()
 
     def _look_whether_gone(self) -> None:
-        if not self.is_lost and self._peek.is_gone:
+        if not self.is_lost and self._handle_state.is_gone:
             self.is_lost = True
             if self._loop is not None:
                 self._loop.detach(self)
@@ -353,7 +353,7 @@ class Connection:
 
     def _drive(self) -> None:
         """One wait and what came of it; by the leader."""
-        self._poll.modify(self._fd, _MASKS[self._peek.direction()])
+        self._poll.modify(self._fd, _MASKS[self._handle_state.direction()])
         for fd, mask in self._poll.poll():
             if fd == self._wake_fd:
                 try:
@@ -369,7 +369,7 @@ class Connection:
     def _notify(self, mask: int) -> None:
         handle = self.handle
         try:
-            direction = self._peek.direction()
+            direction = self._handle_state.direction()
             if direction & _READ and mask & (select.POLLIN | _TROUBLE):
                 handle.aio_notify_read()
             elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):

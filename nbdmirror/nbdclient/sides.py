@@ -28,8 +28,8 @@ from nbdmirror.errors import IO_ERRORS, ConfigError
 from nbdmirror.event_loop import Loop
 from nbdmirror.identity import HOME, LABEL, SERVER_ID
 from nbdmirror.nbd_uri import parse
-from nbdmirror.nbdclient.device import RemoteDevice
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def ask(question: str, uri: str) -> tuple[Side, str] | None:
     ConfigError: it cannot be reached, or is no nbdmirror, or an older one."""
     where = parse(uri)
     export = f"{question}/{SERVER_ID}/{where.export}"
-    connection = Connection.open(replace(where, export=export).exact, ANSWER_S_MAX)
+    connection = SharedConnection.open(replace(where, export=export).exact, ANSWER_S_MAX)
     try:
         said = connection.peer.label.split(" ") if connection.peer is not None else []
     finally:
@@ -91,7 +91,7 @@ def look(uri: str) -> tuple[Side, str] | None:
         return None
 
 
-def not_whole(device: RemoteDevice) -> str:
+def not_whole(device: NbdDevice) -> str:
     """Why a mirror does not make `device`, an old side, the disk."""
     return (
         f"Target '{device.uri}' is the disk's old side, and some of it was not written since its "
@@ -99,7 +99,7 @@ def not_whole(device: RemoteDevice) -> str:
     )
 
 
-def when_whole(device: RemoteDevice, loop: Loop, done: Done, *, writes_all: bool) -> None:
+def when_whole(device: NbdDevice, loop: Loop, done: Done, *, writes_all: bool) -> None:
     """Ask the server of an old side whether all of it was written, on a thread. `done` is told, on
     the loop's: ConfigError if not, and another error if that is not known. `writes_all`: the mirror
     writes all of the device."""
@@ -128,7 +128,7 @@ def when_whole(device: RemoteDevice, loop: Loop, done: Done, *, writes_all: bool
         done(error)
 
 
-def tell_moved(device: RemoteDevice) -> None:
+def tell_moved(device: NbdDevice) -> None:
     """The disk is served from `device` now, and that is written down. Waits for TOLD_S at most; an
     old side's server is told again and again until it has heard, or until this server ends."""
     if not is_old_side(device):
@@ -179,7 +179,7 @@ def wait_until_told() -> None:
         thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
-def is_old_side(device: RemoteDevice) -> bool:
+def is_old_side(device: NbdDevice) -> bool:
     """`device` is a target only, and may be written to by this process. Its server has said so at
     the last handshake."""
     peer = device.pool.shared.peer

@@ -27,10 +27,10 @@ TAKES_NOTHING_S = 5.0
 
 class Guests:
     """The connections that listening sockets of this process have accepted; but for those of
-    `spare`, a listening socket. From any thread, one at a time."""
+    `except_listener`, a listening socket. From any thread, one at a time."""
 
-    def __init__(self, *, spare: socket.socket | None) -> None:
-        self._spared = None if spare is None else _door(spare)
+    def __init__(self, *, except_listener: socket.socket | None) -> None:
+        self._excepted = None if except_listener is None else _address(except_listener)
 
     def hang_up(self, leave: Callable[[], None]) -> None:
         """Again and again, on those that have connected meanwhile. `leave` is called when those
@@ -51,15 +51,15 @@ class Guests:
 
     def connections(self) -> Iterator[socket.socket]:
         """Duplicates, to be closed."""
-        doors, connections = set(), []
+        addresses, connections = set(), []
         for sock in own_sockets():
             if _is_listening(sock):
-                doors.add(_door(sock))
+                addresses.add(_address(sock))
                 sock.close()
             else:
                 connections.append(sock)
         for sock in connections:
-            if _door(sock) in doors - {self._spared}:
+            if _address(sock) in addresses - {self._excepted}:
                 yield sock
             else:
                 sock.close()
@@ -67,7 +67,7 @@ class Guests:
     def listeners(self) -> Iterator[socket.socket]:
         """What guests connect to. Duplicates, to be closed."""
         for sock in own_sockets():
-            if _is_listening(sock) and _door(sock) != self._spared:
+            if _is_listening(sock) and _address(sock) != self._excepted:
                 yield sock
             else:
                 sock.close()
@@ -105,7 +105,7 @@ def unix_listeners() -> dict[str, os.stat_result]:
     return found
 
 
-def _door(sock: socket.socket) -> object:
+def _address(sock: socket.socket) -> object:
     """What a listening socket and those that it accepted have in common: a path, or a port."""
     name = sock.getsockname()
     return name if sock.family == socket.AF_UNIX else name[1]

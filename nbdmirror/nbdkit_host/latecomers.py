@@ -10,7 +10,7 @@ import time
 
 from nbdmirror import logs
 from nbdmirror.errors import Unreachable
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.nbdkit_host import systemd
 
@@ -33,19 +33,19 @@ class Opening:
         self._handshake_s = max(CONNECT_TIMEOUT_S, min(timeout_s, HANDSHAKE_S_MAX))
         self._deadline_s = time.monotonic() + timeout_s
 
-    def open(self, uri: str) -> RemoteDevice:
+    def open(self, uri: str) -> NbdDevice:
         """Raises ConfigError."""
         is_told = False
         while True:
             try:
-                device = RemoteDevice.open(uri, timeout_s=self._handshake_s)
+                device = NbdDevice.open(uri, timeout_s=self._handshake_s)
             except Unreachable as error:
                 left_s = self._deadline_s - time.monotonic()
                 if left_s <= 0:
                     raise
                 if not is_told:
                     text = f"{error}; trying again for {left_s:.0f} s (open-timeout)"
-                    logs.complain(text, logging.WARNING)
+                    logs.print_startup_error(text, logging.WARNING)
                     is_told = True
                 extend_s = SUPERVISOR_S + self._handshake_s
                 extend = f"EXTEND_TIMEOUT_USEC={extend_s * 1_000_000:.0f}"
@@ -53,5 +53,5 @@ class Opening:
                 time.sleep(min(RETRY_S, left_s))
                 continue
             if is_told:
-                logs.complain(f"connected to {uri}", logging.INFO)
+                logs.print_startup_error(f"connected to {uri}", logging.INFO)
             return device

@@ -1,5 +1,4 @@
-"""Service: the life of one nbdmirror process, as nbdkit leads it: configure, check, open, start,
-stop.
+"""PluginProcess: one nbdmirror process as nbdkit leads it: configure, check, open, start, stop.
 
 Everything that can be refused is refused before nbdkit goes into the background: disks are opened
 and the control socket is bound in `open`. Threads only start in `start`, after the fork.
@@ -32,7 +31,7 @@ from nbdmirror.layers import layers_of, share_storage
 from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
 from nbdmirror.nbd_uri import absolute, is_uri
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 from nbdmirror.nbdkit_host import systemd
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
@@ -70,7 +69,7 @@ FILES_MAX = 65536
 and nbdkit does not answer anybody any more when it has run out of them."""
 
 
-class Service:
+class PluginProcess:
     def __init__(self) -> None:
         self.disks: dict[str, Disk] = {}
         self.exports = Exports(self.disks)
@@ -157,7 +156,7 @@ class Service:
             source = self._open_disk(path, opening)
             self._check_other_disks(path, source)
             if not source.size:
-                logs.complain(f"warning: {path}: has 0 bytes; guests get an empty disk")
+                logs.print_startup_error(f"warning: {path}: has 0 bytes; guests get an empty disk")
             self.disks[name] = Disk(name, source)
         if self._qmp_path:
             self._listener = bind_unix_socket(self._qmp_path)
@@ -173,7 +172,7 @@ class Service:
         state.check_formats(self.disks)
         for name, disk in self.disks.items():
             raw, path = raw_device(disk.source), self._paths[name]
-            reached = raw.reached if isinstance(raw, RemoteDevice) else path
+            reached = raw.reached if isinstance(raw, NbdDevice) else path
             store = state.open(name, path, disk.size, reached=reached)
             source, size = disk.source, store.identity.size
             if store.truth:
@@ -206,7 +205,7 @@ class Service:
         self.log = logs.Log(in_background=in_background)
         self._note_what_nbdkit_made()
         self._log_what_is_served()
-        guests = Guests(spare=self._listener)
+        guests = Guests(except_listener=self._listener)
         self._end_on_signal(guests, shut_down)
         if self._keepalive_s:
             Watch(guests, self._keepalive_s, is_exact=self._is_keepalive_said).start()
@@ -320,8 +319,8 @@ class Service:
         for name, disk in self.disks.items():
             other = raw_device(disk.source)
             if (
-                isinstance(device, RemoteDevice)
-                and isinstance(other, RemoteDevice)
+                isinstance(device, NbdDevice)
+                and isinstance(other, NbdDevice)
                 and device.is_same_export(other)
             ):
                 raise ConfigError(f"file={path}: is the same export as disk '{name}'")

@@ -33,20 +33,20 @@ _ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 """States whose threads have ended."""
 
 
-class KeptStates:
-    """The thread states kept for one connection. Its threads call `keep`; `give_back` is called
+class ThreadStates:
+    """The thread states kept for one connection. Its threads call `keep`; `release` is called
     once, when nbdkit has joined all of them but the caller."""
 
     def __init__(self) -> None:
         self._states: list[int] = []
 
     def keep(self) -> None:
-        """Keep this thread's state until `give_back`; once a thread."""
+        """Keep this thread's state until `release`; once a thread."""
         _api.PyGILState_Ensure()
         self._states.append(_api.PyThreadState_Get())
         local.is_kept = True
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Have the states deleted: this thread's by nbdkit's own release, which follows; the
         others' soon, by the thread that `start_deleting` has started."""
         current = _api.PyThreadState_Get()

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from nbdmirror.errors import CommandError, ConfigError
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 
 
-async def open_device(uri: Callable[[], str], timeout_s: float) -> RemoteDevice:
+async def open_device(uri: Callable[[], str], timeout_s: float) -> NbdDevice:
     """Connect in a new thread: a server that does not answer delays nobody else, and neither does a
     file system with keys, which `uri` may read. asyncio's pool has six threads, and the process
     waits for them at its end, so it is not used. Raises CommandError."""
     loop = asyncio.get_running_loop()
-    opened: asyncio.Future[RemoteDevice] = loop.create_future()
+    opened: asyncio.Future[NbdDevice] = loop.create_future()
 
-    def report(device: RemoteDevice | None, error: Exception | None) -> None:
+    def report(device: NbdDevice | None, error: Exception | None) -> None:
         if device is not None and not opened.cancelled():
             opened.set_result(device)
         elif device is not None:
@@ -29,7 +29,7 @@ async def open_device(uri: Callable[[], str], timeout_s: float) -> RemoteDevice:
     def work() -> None:
         device, failure = None, None
         try:
-            device = RemoteDevice.open(uri(), timeout_s=timeout_s, mirrors=True)
+            device = NbdDevice.open(uri(), timeout_s=timeout_s, mirrors=True)
         except Exception as error:  # noqa: BLE001 - the command's, which is waiting for it
             failure = error
         with suppress(RuntimeError):  # the loop has ended

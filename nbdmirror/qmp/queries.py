@@ -9,7 +9,7 @@ from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
 from nbdmirror.mirror.mirror_job import MirrorJob
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.command import CommandTable
 from nbdmirror.qmp.results import BLOCK_INFO, BLOCK_JOB_INFO, EXPORT_INFO, JOB_INFO, NODE_INFO
 from nbdmirror.qmp.schema import BOOL, Array, optional, struct
@@ -180,7 +180,7 @@ def _bitmap_info(
 
 def _device_info(name: str, device: BlockDevice) -> dict[str, Any]:
     """QEMU's BlockDeviceInfo, as far as it means anything here."""
-    is_remote = isinstance(raw_device(device), RemoteDevice)
+    is_remote = isinstance(raw_device(device), NbdDevice)
     driver, filename = "nbd" if is_remote else "raw", device.description
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
     return {
@@ -210,6 +210,6 @@ def _io_limits(device: BlockDevice) -> dict[str, int]:
     is all that is known of the rest, which is about QEMU's buffers."""
     size = device.block_size
     limits = {"request-alignment": size.minimum}
-    if isinstance(raw_device(device), RemoteDevice):
+    if isinstance(raw_device(device), NbdDevice):
         limits |= {"opt-transfer": size.preferred, "max-transfer": size.maximum}
     return {**limits, "min-mem-alignment": 1, "opt-mem-alignment": mmap.PAGESIZE, "max-iov": 1024}

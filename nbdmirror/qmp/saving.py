@@ -14,7 +14,7 @@ from contextlib import suppress
 from nbdmirror.errors import CommandError
 from nbdmirror.qmp.command import ask_loop
 from nbdmirror.server.server import Server
-from nbdmirror.state.null_store import Transient
+from nbdmirror.state.null_store import StateStore
 
 SAVED_S_MAX = 5.0
 """A client that is to cancel the job whose target hangs, with a guest's write, must be answered."""
@@ -41,7 +41,7 @@ async def all_saved(server: Server) -> None:
     await _saved(server, lambda kept: kept.bits_saved())
 
 
-async def _saved(server: Server, save: Callable[[Transient], Future[None]]) -> None:
+async def _saved(server: Server, save: Callable[[StateStore], Future[None]]) -> None:
     def saves() -> list[Future[None]]:
         return [save(kept) for kept in server.kept.values() if kept.is_lasting]
 

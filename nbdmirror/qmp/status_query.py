@@ -15,7 +15,7 @@ from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.mirror.mirror_job import MirrorJob
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.command import CommandTable
 from nbdmirror.qmp.queries import block_job_info, named_bitmaps
 from nbdmirror.qmp.results import STATUS
@@ -63,7 +63,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
 def _is_connected(device: BlockDevice) -> bool:
     """A file is always."""
     raw = raw_device(device)
-    return not (isinstance(raw, RemoteDevice) and raw.is_lost)
+    return not (isinstance(raw, NbdDevice) and raw.is_lost)
 
 
 def _job(server: Server, job: MirrorJob) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from nbdmirror.disk.bitmap import GRANULARITY_DEFAULT, DirtyBitmap, bytes_of, check_bits
 from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError
-from nbdmirror.state.definition import BitmapRecord
-from nbdmirror.state.null_store import Transient
-from nbdmirror.state.recovery import Found
+from nbdmirror.state.disk_record import BitmapRecord
+from nbdmirror.state.null_store import StateStore
+from nbdmirror.state.recovery import RecoveredState
 
 NAME_BYTES_MAX = 1023
 """QEMU's BDRV_BITMAP_MAX_NAME_SIZE."""
@@ -68,13 +68,13 @@ class Bitmaps:
     """The bitmaps of all disks. Each change raises CommandError with QEMU's text, and
     changes nothing, if it cannot be done."""
 
-    def __init__(self, kept: Mapping[Disk, Transient]) -> None:
+    def __init__(self, kept: Mapping[Disk, StateStore]) -> None:
         """`kept`: what is to outlive the process of each disk."""
         self._kept = kept
         self._of: dict[Disk, dict[str, NamedBitmap]] = {}
         self._copies_bytes = 0
 
-    def take_up(self, disk: Disk, found: Found) -> None:
+    def take_up(self, disk: Disk, found: RecoveredState) -> None:
         """Go on with the persistent bitmaps of an earlier process."""
         for record in found.definition.bitmaps:
             bitmap = self._kept[disk].new_bitmap(record.key)(disk.size, record.granularity)
@@ -203,10 +203,10 @@ class Bitmaps:
         self._check_bytes(bitmap.size, bitmap.granularity, count)
         self._copies_bytes += length
 
-        def give_back() -> None:
+        def release() -> None:
             self._copies_bytes -= length
 
-        return give_back
+        return release
 
     def _check_bytes(self, size: int, granularity: int, count: int = 1) -> None:
         """Raise CommandError unless there is room for `count` more bitmaps like that."""

@@ -179,17 +179,21 @@ class Chronicle:
         if self._is_looking:
             self._loop.call_later(LOOK_S, self._look)
 
-    def target_lost(self, job: MirrorJob, patience_s: float) -> None:
+    def target_lost(self, job: MirrorJob, reconnect_timeout_s: float) -> None:
         """It is waited for; if it was so already, from now on for so long."""
         course, now_s = self.courses[job], self._loop.clock()
-        before, course.lost = course.lost, Lost(now_s, now_s + patience_s)
+        before, course.lost = course.lost, Lost(now_s, now_s + reconnect_timeout_s)
         if before is not None:
-            course.lost = Lost(before.since_s, now_s + patience_s)
+            course.lost = Lost(before.since_s, now_s + reconnect_timeout_s)
             return
         data: dict[str, object] = {"device": job.disk.name, "id": job.id, "target": course.target}
-        if math.isfinite(patience_s):
-            data["wait-s"] = float(patience_s)
-        how_long = f"for {patience_s:g} s" if math.isfinite(patience_s) else "without a limit"
+        if math.isfinite(reconnect_timeout_s):
+            data["wait-s"] = float(reconnect_timeout_s)
+        how_long = (
+            f"for {reconnect_timeout_s:g} s"
+            if math.isfinite(reconnect_timeout_s)
+            else "without a limit"
+        )
         log.warning("job %s: target %s is lost: reconnecting %s", job.id, course.target, how_long)
         self._events.append("X_NBDMIRROR_TARGET_LOST", data)
 

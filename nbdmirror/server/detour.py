@@ -18,7 +18,7 @@ from nbdmirror.devices.base import AsyncSource, Done, Extent
 from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import DeviceError
 from nbdmirror.event_loop import Loop
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 
 ROUNDS = 8
 TRIES_MAX = 32
@@ -34,7 +34,7 @@ ITSELF = "leads back to this server through another server: it is disk"
 
 
 def check_detour(
-    disk: Disk, source: AsyncSource, target: RemoteDevice, loop: Loop, done: Done
+    disk: Disk, source: AsyncSource, target: NbdDevice, loop: Loop, done: Done
 ) -> None:
     """`done` is told of an error if reads of `target` come to `disk`. `source`: the disk's."""
     _Search(disk, source, target, loop, done).begin_round()
@@ -42,7 +42,7 @@ def check_detour(
 
 class _Search:
     def __init__(
-        self, disk: Disk, source: AsyncSource, target: RemoteDevice, loop: Loop, done: Done
+        self, disk: Disk, source: AsyncSource, target: NbdDevice, loop: Loop, done: Done
     ) -> None:
         self._disk = disk
         self._source = source

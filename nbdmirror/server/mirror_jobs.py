@@ -29,9 +29,9 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
 from nbdmirror.mirror.scan import is_no_hole, is_not_zero, scan
 from nbdmirror.mirror.spot_check import first_difference
-from nbdmirror.nbdclient.device import RemoteDevice
-from nbdmirror.nbdclient.pool import PATIENCE_S
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.nbdclient.sides import tell_moved, when_whole
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
@@ -40,9 +40,9 @@ from nbdmirror.server.mirror_record import mirror_record, node_of, options_of
 from nbdmirror.server.nodes import Node, Nodes
 from nbdmirror.server.reconnect import copy_all, reconnect, reconnect_source
 from nbdmirror.server.target_checks import check_target, granularity_of
-from nbdmirror.state.definition import MirrorRecord
-from nbdmirror.state.null_store import Transient
-from nbdmirror.state.recovery import Found
+from nbdmirror.state.disk_record import MirrorRecord
+from nbdmirror.state.null_store import StateStore
+from nbdmirror.state.recovery import RecoveredState
 from nbdmirror.state.sealed_files import StateError
 
 log = logging.getLogger(__name__)
@@ -59,12 +59,12 @@ class _Mirror:
     """What belongs to one job beside itself."""
 
     node: Node
-    source: FileSource | RemoteDevice
+    source: FileSource | NbdDevice
     bitmap: NamedBitmap | None
     key: str
     record: MirrorRecord | None = None
     """As it was last kept."""
-    is_met: bool = True
+    has_connected_once: bool = True
     """Its target was there once since this process began; until then it is waited for."""
     retired: BlockDevice | None = None
     attempt: object = None
@@ -80,7 +80,7 @@ class Mirrors:
         nodes: Nodes,
         events: EventRing,
         loop: Loop,
-        kept: Mapping[Disk, Transient],
+        kept: Mapping[Disk, StateStore],
         chronicle: Chronicle,
     ) -> None:
         """`kept`: what is to outlive the process of each disk."""
@@ -162,11 +162,9 @@ class Mirrors:
         job.create()
         return job
 
-    def _attach(
-        self, job: MirrorJob, source: FileSource | RemoteDevice, target: RemoteDevice
-    ) -> None:
+    def _attach(self, job: MirrorJob, source: FileSource | NbdDevice, target: NbdDevice) -> None:
         """Have the loop drive both sides' connections, and the job hear of what is lost."""
-        if isinstance(source, RemoteDevice):
+        if isinstance(source, NbdDevice):
             source.pool.attach(self._loop, None)
             source.on_lost_writes = partial(copy_all, job.id, job.tracker)
         target.pool.attach(self._loop, job.target_lost)
@@ -185,7 +183,7 @@ class Mirrors:
                 {"device": job.disk.name, "id": job.id, "size": size, "target-size": other},
             )
 
-    def take_up(self, disk: Disk, found: Found, bitmaps: Bitmaps) -> None:
+    def take_up(self, disk: Disk, found: RecoveredState, bitmaps: Bitmaps) -> None:
         """Go on with the mirror of an earlier process. Raises StateError."""
         record = found.definition.mirror
         if record is None:
@@ -198,7 +196,7 @@ class Mirrors:
         bitmap = next((one for one in named if one.name == record.bitmap), None)
         self._nodes.add_again(node)
         job = self._make(disk, node, options, bitmap, record.granularity, record.key)
-        self._mirrors[job].is_met = False
+        self._mirrors[job].has_connected_once = False
         log.info("job %s: continues where the previous process ended", job.id)
         self._chronicle.begin(job)
         job.take_up(
@@ -226,9 +224,9 @@ class Mirrors:
         if user := self._nodes.user_of(node.device):
             raise CommandError(f"Target '{node.device.uri}' is in use: '{user}' is the same export")
 
-    def _source(self, disk: Disk) -> FileSource | RemoteDevice:
+    def _source(self, disk: Disk) -> FileSource | NbdDevice:
         device = raw_device(disk.source)
-        if isinstance(device, RemoteDevice):
+        if isinstance(device, NbdDevice):
             return device
         new = FileSource(disk.source, self._loop.call_soon)
         return self._file_sources.setdefault(disk.source, new)
@@ -274,8 +272,8 @@ class Mirrors:
         mirror = self._mirrors[job]
         device = mirror.node.device
         device.pool.detach()
-        device.pool.patience_s = max(PATIENCE_S, job.options.reconnect_delay_s)
-        if isinstance(mirror.source, RemoteDevice):
+        device.pool.reconnect_timeout_s = max(RECONNECT_TIMEOUT_S, job.options.reconnect_delay_s)
+        if isinstance(mirror.source, NbdDevice):
             mirror.source.pool.detach()
         mirror.retired = job.disk.swap(for_guests(device))
         self._nodes.pivoted(job.disk, mirror.node, raw_device(mirror.retired))
@@ -287,7 +285,7 @@ class Mirrors:
         job.tracker.close()
         if mirror.bitmap is not None:
             mirror.bitmap.is_busy = False
-        if isinstance(mirror.source, RemoteDevice):
+        if isinstance(mirror.source, NbdDevice):
             mirror.source.on_lost_writes = None
             if mirror.retired is None:
                 mirror.source.pool.detach()
@@ -306,7 +304,7 @@ class Mirrors:
         dirty = job.tracker.dirty
         ask, is_copied = source.start_extents, is_not_zero
         if job.options.sync == "top":
-            if not isinstance(source, RemoteDevice) or not source.can_depth:
+            if not isinstance(source, NbdDevice) or not source.can_depth:
                 dirty.mark_all()  # no layers: all is the top
                 done(None)
                 return
@@ -316,7 +314,7 @@ class Mirrors:
 
     def reconnect_source(self, job: MirrorJob, done: Done) -> None:
         source = self._mirrors[job].source
-        if isinstance(source, RemoteDevice) and source.pool.shared.is_lost:
+        if isinstance(source, NbdDevice) and source.pool.shared.is_lost:
             reconnect_source(source, self._loop, done)
         else:
             done(None)
@@ -336,7 +334,7 @@ class Mirrors:
             return job in self._mirrors and mirror.attempt is attempt
 
         def came_back() -> None:
-            mirror.is_met = True
+            mirror.has_connected_once = True
             job.tracker.target_came_back()
 
         def ended(error: BaseException | None) -> None:
@@ -344,26 +342,28 @@ class Mirrors:
                 self._chronicle.target_waited_for(job, is_back=error is None)
             done(error)
 
-        patience_s = job.options.reconnect_delay_s if mirror.is_met else math.inf
-        self._chronicle.target_lost(job, patience_s)
+        reconnect_timeout_s = (
+            job.options.reconnect_delay_s if mirror.has_connected_once else math.inf
+        )
+        self._chronicle.target_lost(job, reconnect_timeout_s)
         reconnect(
             device,
             self._loop,
-            patience_s=patience_s,
+            reconnect_timeout_s=reconnect_timeout_s,
             is_wanted=is_wanted,
             difference=self._difference(job),
             came_back=came_back,
             done=ended,
         )
 
-    def _difference(self, job: MirrorJob) -> Callable[[Connection], int | None]:
+    def _difference(self, job: MirrorJob) -> Callable[[SharedConnection], int | None]:
         """What tells whether a target is the one that it was. Only of a full copy clean means the
         same."""
         if job.options.sync != "full":
             return lambda connection: None
         suspects = job.tracker.may_differ()
 
-        def difference(connection: Connection) -> int | None:
+        def difference(connection: SharedConnection) -> int | None:
             rng = random.Random()
             return first_difference(job.disk, connection.read, job.tracker, suspects, rng)
 

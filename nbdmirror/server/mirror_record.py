@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
-from nbdmirror.nbdclient.device import RemoteDevice
-from nbdmirror.nbdclient.handshake import Announcement
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.handshake import ExportInfo
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.server.nodes import Node, NodeOptions
-from nbdmirror.state.definition import ExportRecord, JobRecord, MirrorRecord, TargetRecord
+from nbdmirror.state.disk_record import ExportRecord, JobRecord, MirrorRecord, TargetRecord
 
 if TYPE_CHECKING:
     from nbdmirror.mirror.mirror_job import MirrorJob
@@ -51,10 +51,10 @@ def options_of(record: MirrorRecord) -> MirrorOptions:
 def node_of(record: MirrorRecord) -> Node:
     """The target, which is not connected yet."""
     kept = record.node
-    device = RemoteDevice(
+    device = NbdDevice(
         kept.uri,
-        Connection.absent(kept.uri),
-        Announcement(**asdict(kept.announced)),
+        SharedConnection.absent(kept.uri),
+        ExportInfo(**asdict(kept.announced)),
         timeout_s=CONNECT_TIMEOUT_S if kept.open_timeout_s is None else kept.open_timeout_s,
     )
     device.pool.to_mirror = True

@@ -12,7 +12,7 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.mirror.mirror_job import MirrorJob
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 
 NODES_MAX = 256
@@ -40,7 +40,7 @@ class Node:
     """A target that was added: QEMU's block node."""
 
     name: str
-    device: RemoteDevice
+    device: NbdDevice
     options: NodeOptions = NodeOptions()
     is_owned: bool = False
     """Made by drive-mirror for one job: goes when the job goes."""
@@ -77,7 +77,7 @@ class Nodes:
         self._files: dict[str, OldFile] = {}
         self._connections = connections
         self._nodes: dict[str, Node] = {}
-        self._left: list[RemoteDevice] = []
+        self._left: list[NbdDevice] = []
         """Of mirrors that ended: their servers may carry out requests yet."""
 
     def __iter__(self) -> Iterator[Node]:
@@ -123,20 +123,20 @@ class Nodes:
         """The node that `disk` is served from since a pivot."""
         return next((node for node in self if node.disk is disk), None)
 
-    def user_of(self, device: RemoteDevice) -> str:
+    def user_of(self, device: NbdDevice) -> str:
         """What else uses the export that `device` is connected to: a disk or a node by its name; ""
         if nothing does that we can see."""
         sources = {disk.name: disk.source for disk in self._disks.values()}
         busy = {node.name: node.device for node in self if node.job or node.disk}
         for name, other in {**sources, **busy}.items():
             other = raw_device(other)
-            if not isinstance(other, RemoteDevice) or other is device:
+            if not isinstance(other, NbdDevice) or other is device:
                 continue
             if device.is_same_export(other):
                 return name
         return ""
 
-    def leave(self, device: RemoteDevice) -> None:
+    def leave(self, device: NbdDevice) -> None:
         """A mirror to `device` has ended. Nobody waits for what is in flight there, if anything is,
         and until the server has answered that, no other mirror goes there."""
         if device.pool.is_busy:
@@ -145,12 +145,12 @@ class Nodes:
             self._left = [*self.left, device]
 
     @property
-    def left(self) -> list[RemoteDevice]:
+    def left(self) -> list[NbdDevice]:
         """Devices that have requests of former mirrors in flight."""
         self._left = [device for device in self._left if device.pool.unanswered]
         return self._left
 
-    def check_left(self, uri: str, device: RemoteDevice | None = None) -> None:
+    def check_left(self, uri: str, device: NbdDevice | None = None) -> None:
         """Raise CommandError if such requests are at the same export. By the names alone, before
         there is a `device`: a server that hangs greets nobody."""
         for left in self.left:
@@ -171,7 +171,7 @@ class Nodes:
         """It has lost its connection and nobody uses it: it can be opened again."""
         return node.device.is_lost and not self.is_used(node)
 
-    def reopen(self, node: Node, device: RemoteDevice) -> bool:
+    def reopen(self, node: Node, device: NbdDevice) -> bool:
         """Give it a new connection. False if another client did so first, or took it away."""
         old = node.device
         if self._nodes.get(node.name) is not node or not self.is_closed(node):
@@ -262,7 +262,7 @@ class Nodes:
         blockdev-del, as in QEMU; what it was opened for is closed."""
         if (root := self.root_of(disk)) is not None:
             root.disk = None
-        elif isinstance(old, RemoteDevice):
+        elif isinstance(old, NbdDevice):
             self._nodes = {disk.name: Node(disk.name, old), **self._nodes}  # the oldest
         else:
             self._files[disk.name] = OldFile(old)

@@ -19,7 +19,7 @@ from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.errors import IO_ERRORS, DeviceError
 from nbdmirror.nbdclient.sides import MOVED_HERE, Side, look
 from nbdmirror.state.pivots import forget
-from nbdmirror.state.recovery import Found
+from nbdmirror.state.recovery import RecoveredState
 from nbdmirror.state.store import DiskStore
 from nbdmirror.state.writer import Writer
 
@@ -31,7 +31,7 @@ class OldSides:
         self,
         stores: Mapping[str, DiskStore],
         writers: Mapping[str, Writer],
-        take_up: Callable[[Disk, Found], None],
+        take_up: Callable[[Disk, RecoveredState], None],
     ) -> None:
         """`take_up`: have the disk's bitmaps again."""
         self._stores = stores
@@ -76,14 +76,14 @@ class OldSides:
         if not device.is_whole:
             log.warning("disk %s: stays a target only: not all of it was written", name)
             return
-        found: list[Found] = []
+        found: list[RecoveredState] = []
 
         def write() -> None:
             device.flush()
             store = self._stores[name]
             definition = forget(store.folder, name, store.identity)
             if definition is not None:
-                found.append(Found(definition, problem="they were of the other side"))
+                found.append(RecoveredState(definition, problem="they were of the other side"))
 
         try:
             self._writers[name].submit(write).result()

@@ -10,36 +10,37 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from nbdmirror.backoff import Backoff
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.ledger import Tracker
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
-from nbdmirror.nbdclient.device import RemoteDevice
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 
 log = logging.getLogger(__name__)
 
-PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 5.0
-"""Back-off between attempts."""
+PAUSE_S = 0.1, 5.0
+"""Between attempts: the first pause, and the longest."""
 
 
 def reconnect(
-    device: RemoteDevice,
+    device: NbdDevice,
     loop: Loop,
     *,
-    patience_s: float,
+    reconnect_timeout_s: float,
     is_wanted: Callable[[], bool],
-    difference: Callable[[Connection], int | None],
+    difference: Callable[[SharedConnection], int | None],
     came_back: Callable[[], None],
     done: Done,
 ) -> None:
-    """Try for `patience_s`, while `is_wanted`. `difference` tells, on a thread of ours, where the
-    target holds something else than it did; then it is not used. `came_back` is called when the
-    device has a new connection, which is not before the server has answered all that it was asked
-    on the old ones, or has ended them: it might do that later, over newer data. The error that
-    `done` is told is no DeviceLost: waiting was tried."""
+    """Try for `reconnect_timeout_s`, while `is_wanted`. `difference` reports, on a helper thread,
+    where the target's data differs from before; such a target is not used. `came_back` is called
+    when the device has a new connection. That is not before the server has answered all requests of
+    the old connections, or has ended these: it might carry them out later, over newer data. The
+    error that `done` gets is not DeviceLost: waiting was tried."""
     device.pool.give_up()  # of several connections, the others too: all starts anew
-    deadline_s = loop.clock() + patience_s
+    deadline_s = loop.clock() + reconnect_timeout_s
 
     def work() -> None:
         try:
@@ -50,7 +51,7 @@ def reconnect(
         else:
             loop.call_soon(partial(adopt, connection))
 
-    def adopt(connection: Connection) -> None:
+    def adopt(connection: SharedConnection) -> None:
         if not is_wanted():
             connection.close()
         elif not device.is_lost:  # an attempt from before a pause was first
@@ -64,7 +65,7 @@ def reconnect(
     threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
 
 
-def reconnect_source(device: RemoteDevice, loop: Loop, done: Done) -> None:
+def reconnect_source(device: NbdDevice, loop: Loop, done: Done) -> None:
     """As a guest's request would: for as long as those wait, and no longer. The error that `done`
     is told is no DeviceLost."""
 
@@ -80,18 +81,18 @@ def reconnect_source(device: RemoteDevice, loop: Loop, done: Done) -> None:
 
 
 def _connect(
-    device: RemoteDevice,
-    difference: Callable[[Connection], int | None],
+    device: NbdDevice,
+    difference: Callable[[SharedConnection], int | None],
     clock: Callable[[], float],
     deadline_s: float,
     is_wanted: Callable[[], bool],
-) -> Connection:
+) -> SharedConnection:
     """Blocks. Raises DeviceError when there is no more time, or nobody wants it any more."""
-    pause_s, told = PAUSE_S_MIN, ""
+    backoff, told = Backoff(*PAUSE_S), ""
     while True:
         try:
             if left := device.pool.unanswered:
-                pause_s = PAUSE_S_MIN
+                backoff.reset()
                 text = f"{device.uri}: has not answered {left} requests of the connection before"
                 raise DeviceError(text, errno.EIO)
             return _reopen(device, difference)
@@ -102,11 +103,12 @@ def _connect(
             left_s = deadline_s - clock()
             if left_s <= 0 or not device.is_lost or not is_wanted():
                 raise DeviceError(str(error), errno.EIO) from error
-        time.sleep(min(pause_s, left_s))
-        pause_s = min(PAUSE_S_MAX, pause_s * 2)
+        time.sleep(min(backoff.next_s(), left_s))
 
 
-def _reopen(device: RemoteDevice, difference: Callable[[Connection], int | None]) -> Connection:
+def _reopen(
+    device: NbdDevice, difference: Callable[[SharedConnection], int | None]
+) -> SharedConnection:
     """Raises ConfigError or DeviceError."""
     connection = device.pool.reopen()
     try:

@@ -18,7 +18,7 @@ from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient import tcp_watch as tcpwatch
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, wait_for_handshakes
 from nbdmirror.nbdclient.sides import wait_until_told
 from nbdmirror.server.bitmaps import Bitmaps
@@ -29,8 +29,8 @@ from nbdmirror.server.nodes import Nodes
 from nbdmirror.server.old_side import OldSides
 from nbdmirror.state.job_results import Result
 from nbdmirror.state.journaled_disk import JournaledDisk
-from nbdmirror.state.null_store import Transient
-from nbdmirror.state.recovery import Found
+from nbdmirror.state.null_store import NullStore
+from nbdmirror.state.recovery import RecoveredState
 from nbdmirror.state.sealed_files import StateError
 from nbdmirror.state.store import DiskStore
 from nbdmirror.state.writer import Writer
@@ -68,7 +68,7 @@ class Server:
         self.loop = loop
         self._stores = stores or {}
         self.writers = {name: Writer(loop, events, time.time) for name in self._stores}
-        self.kept = {disk: self._stores.get(name, Transient()) for name, disk in disks.items()}
+        self.kept = {disk: self._stores.get(name, NullStore()) for name, disk in disks.items()}
         self.nodes = Nodes(disks, connections)
         self.bitmaps = Bitmaps(self.kept)
         self.files = FileWatch(disks, events)
@@ -120,14 +120,14 @@ class Server:
         except (OSError, StateError) as error:
             log.warning("disk %s: how its last job ended is not known: %s", disk.name, error)
 
-    def _take_up(self, disk: Disk, found: Found) -> None:
+    def _take_up(self, disk: Disk, found: RecoveredState) -> None:
         self.bitmaps.take_up(disk, found)
         try:
             self.mirrors.take_up(disk, found, self.bitmaps)
         except StateError as error:
             log.error("disk %s: its mirror is not resumed: %s", disk.name, error)
 
-    def _have_bitmaps(self, disk: Disk, found: Found) -> None:
+    def _have_bitmaps(self, disk: Disk, found: RecoveredState) -> None:
         self.loop.run(partial(self.bitmaps.take_up, disk, found)).result()
 
     def cancel_jobs(self, when_done: Callable[[], None]) -> None:
@@ -171,7 +171,7 @@ class Server:
     def _note_clients(self) -> None:
         """Before they are hung up on. A client that was there may come back after a restart."""
         disks = ((name, raw_device(self.disks[name].source)) for name in self._stores)
-        moved = {name for name, device in disks if isinstance(device, RemoteDevice)}
+        moved = {name for name, device in disks if isinstance(device, NbdDevice)}
         deadline_s = self.loop.clock() + LEAVING_S_MAX
         while moved & set(self.in_use()) and self.loop.clock() < deadline_s:
             time.sleep(LEAVING_LOOK_S)
@@ -182,7 +182,7 @@ class Server:
         """Have guests' requests fail that wait for another server. From any thread."""
         for disk in self.disks.values():
             device = raw_device(disk.source)
-            if isinstance(device, RemoteDevice) and (device.pool.is_busy or device.is_lost):
+            if isinstance(device, NbdDevice) and (device.pool.is_busy or device.is_lost):
                 log.error("%s: does not answer; its requests in flight fail", device.uri)
                 device.pool.abandon()
 
@@ -219,10 +219,10 @@ class Server:
         wait_for_handshakes()
         wait_until_told()
 
-    def _remote_devices(self) -> list[RemoteDevice]:
+    def _remote_devices(self) -> list[NbdDevice]:
         sources = [raw_device(disk.source) for disk in self.disks.values()]
         devices = [*sources, *(node.device for node in self.nodes), *self.nodes.left]
-        return [device for device in devices if isinstance(device, RemoteDevice)]
+        return [device for device in devices if isinstance(device, NbdDevice)]
 
     def _end(self, name: str) -> None:
         """Of a disk, in a thread of its own: nobody but its storage is waited for."""

@@ -9,7 +9,7 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.errors import CommandError
 from nbdmirror.mirror.options import MirrorOptions
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.sides import is_old_side, not_whole
 from nbdmirror.server.bitmaps import NamedBitmap
 from nbdmirror.server.nodes import Node
@@ -24,7 +24,7 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
     if target.is_own_export():
         raise CommandError(f"Target '{target.uri}' is an export of this server itself")
     source = raw_device(disk.source)
-    if isinstance(source, RemoteDevice) and source.is_same_export(target):
+    if isinstance(source, NbdDevice) and source.is_same_export(target):
         raise CommandError(f"Target '{target.uri}' is the disk itself")
     if not node.is_active:
         raise CommandError("Permission 'write' unavailable on inactive node")
@@ -61,7 +61,7 @@ def check_is_disk(disk: Disk) -> None:
 
 
 def granularity_of(
-    disk: Disk, target: RemoteDevice, options: MirrorOptions, bitmap: NamedBitmap | None
+    disk: Disk, target: NbdDevice, options: MirrorOptions, bitmap: NamedBitmap | None
 ) -> int:
     """QEMU's choice: the target's cluster size, between 4 and 64 KiB, where it is known, else 64
     KiB; a bitmap's own with sync=bitmap.

@@ -15,20 +15,20 @@ from pathlib import Path
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.nbdclient.sides import Side, look
-from nbdmirror.state.definition import Definition
-from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.disk_file import DiskIdentity
+from nbdmirror.state.disk_record import DiskRecord
 from nbdmirror.state.intent_log import SLOTS, disk_ids, slot_bytes
 from nbdmirror.state.pivots import forget
 from nbdmirror.state.recovery import (
     OTHER_VERSION,
-    Found,
     OtherDisk,
-    Pivoted,
+    PivotRecord,
+    RecoveredState,
     check_formats,
-    examine,
     last_size,
     names,
     record_id,
+    recover,
 )
 from nbdmirror.state.sealed_files import (
     DiskFolder,
@@ -77,7 +77,7 @@ class StateDirectory:
         """What is kept of the disk `name`, a path or URI whose device has `size` bytes; `reached`
         is the URI with the address that it has led to. Raises ConfigError if it must not be served,
         or if nothing can be kept."""
-        identity = Identity.of(source, size)
+        identity = DiskIdentity.of(source, size)
         files = names(name)
         where = self._folder.path
         try:
@@ -114,7 +114,7 @@ class StateDirectory:
         )
 
     def _take_away_what_is_left(
-        self, files: dict[str, str], slots: Slots, found: Found | None
+        self, files: dict[str, str], slots: Slots, found: RecoveredState | None
     ) -> None:
         """By a server that was killed: files that were not yet in their place; and, where nothing
         of it is used, memory."""
@@ -123,7 +123,7 @@ class StateDirectory:
             for disk_id in disk_ids(slots):
                 discard_left(disk_id)
 
-    def _check_other_disks(self, name: str, identity: Identity) -> None:
+    def _check_other_disks(self, name: str, identity: DiskIdentity) -> None:
         """Raise ConfigError if another disk was pivoted away from `identity`: the old side does not
         become a disk by another name of it."""
         for path in sorted(self._folder.path.glob(names("*")["pivoted"])):
@@ -133,7 +133,7 @@ class StateDirectory:
                 continue
             accept = f"start with --accept-old-side {record_id(content)}"
             try:
-                pivoted = Pivoted.from_bytes(content)
+                pivoted = PivotRecord.from_bytes(content)
             except UnknownFormat as error:
                 raise ConfigError(
                     f"{path}: {error}; {identity.source} may be the old side of the disk {other}: "
@@ -149,7 +149,7 @@ class StateDirectory:
                     f"there"
                 )
 
-    def _check_side(self, name: str, identity: Identity, reached: str) -> Pivoted | None:
+    def _check_side(self, name: str, identity: DiskIdentity, reached: str) -> PivotRecord | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
         data under a running guest is worse than a start that is refused.
 
@@ -165,7 +165,7 @@ class StateDirectory:
             return None
         path, accept = self._folder.path / file, f"--accept-old-side {record_id(content)}"
         try:
-            pivoted = Pivoted.from_bytes(content)
+            pivoted = PivotRecord.from_bytes(content)
         except UnknownFormat as error:
             raise ConfigError(
                 f"{path}: {error}; the disk was moved to another server, and this file says where: "
@@ -197,7 +197,7 @@ class StateDirectory:
             )
         return pivoted
 
-    def _size(self, name: str, identity: Identity, pivoted: Pivoted | None) -> int:
+    def _size(self, name: str, identity: DiskIdentity, pivoted: PivotRecord | None) -> int:
         """The disk's, which is smaller than the device that it was moved to if that is larger:
         guests know it, and a mirror home fits only so."""
         if pivoted is None:
@@ -211,11 +211,13 @@ class StateDirectory:
             log.info(text, name, kept, identity.source, identity.size)
         return min(kept or identity.size, identity.size)
 
-    def _examine(self, name: str, identity: Identity, pivoted: Pivoted | None) -> Found | None:
+    def _examine(
+        self, name: str, identity: DiskIdentity, pivoted: PivotRecord | None
+    ) -> RecoveredState | None:
         """What can be used; a definition that is damaged is put aside."""
         path = self._folder.path
         try:
-            found = examine(self._folder, name, identity, pivoted)
+            found = recover(self._folder, name, identity, pivoted)
         except OtherDisk as error:
             raise ConfigError(
                 f"{path}/{error}; give this disk another name, or another state-dir"
@@ -230,6 +232,6 @@ class StateDirectory:
             self._unclean(names(name)["definition"], found.definition)
         return found
 
-    def _unclean(self, file: str, definition: Definition) -> None:
+    def _unclean(self, file: str, definition: DiskRecord) -> None:
         self._folder.prepare(file, replace(definition, clean_mtime_ns=None).to_bytes())
         self._folder.commit([file])

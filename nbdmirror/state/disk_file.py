@@ -53,7 +53,7 @@ def boot_id() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class DiskIdentity:
     """A disk as it can be told from others. Files and block devices; what has none of this is told
     by its name and size alone."""
 
@@ -70,7 +70,7 @@ class Identity:
     """A block device's, which all of its nodes have; as good as `device`."""
 
     @classmethod
-    def of(cls, source: str, size: int) -> Identity:
+    def of(cls, source: str, size: int) -> DiskIdentity:
         status = status_of(source)
         if status is None:
             number = _block_number(source)
@@ -84,7 +84,7 @@ class Identity:
             _filesystem(source, status.st_dev),
         )
 
-    def is_one_file(self, other: Identity) -> bool | None:
+    def is_one_file(self, other: DiskIdentity) -> bool | None:
         """The same file or block device, whatever its path; None if that cannot be known."""
         if self.number and self.number == other.number and self.boot == other.boot:
             return True
@@ -98,12 +98,12 @@ class Identity:
             return True
         return None
 
-    def is_same(self, other: Identity) -> bool:
+    def is_same(self, other: DiskIdentity) -> bool:
         """The same path, or surely the same file or device under another one."""
         is_same = same_place(self.source, other.source) is Same.YES
         return is_same or bool(self.is_one_file(other))
 
-    def shares_storage(self, other: Identity) -> bool:
+    def shares_storage(self, other: DiskIdentity) -> bool:
         """Whether `other`, which exists now, surely lies on the same file or device: a loop device
         on the file, a partition, a device that is mapped to it, or the other way round."""
         try:
@@ -111,7 +111,7 @@ class Identity:
         except OSError:
             return False
         files = [layer for layer in layers if layer.path and self.inode == layer.thing[2]]
-        if any(self.is_one_file(Identity.of(layer.path, 0)) for layer in files):
+        if any(self.is_one_file(DiskIdentity.of(layer.path, 0)) for layer in files):
             return True
         if not self.number or self.boot != boot_id():
             return False

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
-from nbdmirror.state.disk_file import Identity, mtime_ns, write_alive, write_seen
+from nbdmirror.state.disk_file import DiskIdentity, mtime_ns, write_alive, write_seen
 from nbdmirror.state.writer import Writer
 
 
@@ -20,7 +20,7 @@ class Heartbeat:
     def note_alive(self) -> None:
         write_alive(self._memory, self._writer.clock())
 
-    def beat(self, identity: Identity) -> None:
+    def beat(self, identity: DiskIdentity) -> None:
         """Each second. A look that is under way is not waited for."""
         self.note_alive()
         if identity.inode and (self._look is None or self._look.done()):

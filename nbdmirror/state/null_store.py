@@ -1,15 +1,19 @@
-"""Transient: what is kept of a disk where there is no state directory, which is nothing. It says
-what store.DiskStore's methods mean."""
+"""StateStore: what outlives the process of one disk's mirror and bitmaps. NullStore stands in where
+there is no state directory; store.DiskStore is the other one.
+
+All methods are called on the event loop's thread, and none of them waits for the disk.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.ledger import Tracker
-from nbdmirror.state.definition import BitmapRecord, MirrorRecord
+from nbdmirror.state.disk_record import BitmapRecord, MirrorRecord
 
 FORGET_S_MAX = 0.5
 """How long a job that was cancelled by force waits until that is on disk."""
@@ -17,48 +21,93 @@ FORGET_S_MAX = 0.5
 NewBitmap = Callable[[int, int], DirtyBitmap]
 
 
-class Transient:
-    """Nothing outlives the process. The methods are DiskStore's."""
+def done_future() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+class StateStore(ABC):
+    """Errors are given to `done` or to the future, and are never raised."""
+
+    is_lasting: bool
+    """Whether anything outlives the process."""
+
+    @abstractmethod
+    def new_bitmap(self, key: str) -> NewBitmap:
+        """Returns the function that creates the bitmaps of `key`."""
+
+    @abstractmethod
+    def keep_mirror(self, record: MirrorRecord, tracker: Tracker) -> None:
+        """Save this mirror, which is new or has changed."""
+
+    @abstractmethod
+    def prepare_end(self, pivot_to: str, done: Done) -> None:
+        """Prepare the end of a mirror that has succeeded; with a pivot if `pivot_to`, the target's
+        URI, is not empty. All that takes time happens here."""
+
+    @abstractmethod
+    def commit_end(self, done: Done) -> None:
+        """Record that the mirror has ended. If `done` gets no error the record is on disk;
+        otherwise nothing has changed."""
+
+    @abstractmethod
+    def undo_end(self) -> None:
+        """The mirror continues, although `commit_end` has recorded its end."""
+
+    @abstractmethod
+    def forget_mirror(self, done: Done) -> None:
+        """Record that the mirror was cancelled or has failed. `done` is called when that is on
+        disk, or after FORGET_S_MAX seconds."""
+
+    @abstractmethod
+    def keep_bitmap(self, record: BitmapRecord, bitmap: DirtyBitmap) -> None:
+        """Save this persistent bitmap, which is new or has changed."""
+
+    @abstractmethod
+    def drop_bitmap(self, key: str) -> None:
+        """This bitmap was removed, or is not persistent any more."""
+
+    @abstractmethod
+    def saved(self) -> Future[None]:
+        """Done when all changes until now are on disk; else it has the error."""
+
+    @abstractmethod
+    def bits_saved(self) -> Future[None]:
+        """Done when all that is dirty now is on disk as well; else it has the error."""
+
+
+class NullStore(StateStore):
+    """Nothing outlives the process."""
 
     is_lasting = False
 
     def new_bitmap(self, key: str) -> NewBitmap:
-        """What makes the bitmaps of `key`."""
         return DirtyBitmap
 
     def keep_mirror(self, record: MirrorRecord, tracker: Tracker) -> None:
-        """There is this mirror now, or it has changed."""
+        pass
 
     def prepare_end(self, pivot_to: str, done: Done) -> None:
-        """The mirror is about to end well; with a pivot if `pivot_to`, the target's URI, is not
-        empty. Does beforehand what takes time."""
         done(None)
 
     def commit_end(self, done: Done) -> None:
-        """It ends now. If `done` is told no error, that is on disk; otherwise nothing has
-        changed."""
         done(None)
 
     def undo_end(self) -> None:
-        """The mirror goes on after all, though `commit_end` was told that it ended."""
+        pass
 
     def forget_mirror(self, done: Done) -> None:
-        """It has ended otherwise. `done` is called when that is on disk, or after FORGET_S_MAX."""
         done(None)
 
     def keep_bitmap(self, record: BitmapRecord, bitmap: DirtyBitmap) -> None:
-        """There is this persistent bitmap now, or it has changed."""
+        pass
 
     def drop_bitmap(self, key: str) -> None:
-        """It is no more, or not persistent."""
+        pass
 
     def saved(self) -> Future[None]:
-        """Done when what there is, as far as it was said until now, is on disk; else it has the
-        error."""
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+        return done_future()
 
     def bits_saved(self) -> Future[None]:
-        """The same of what is dirty."""
-        return self.saved()
+        return done_future()

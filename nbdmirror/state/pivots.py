@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nbdmirror.state.definition import Definition
-from nbdmirror.state.disk_file import Identity
-from nbdmirror.state.recovery import Pivoted, names
+from nbdmirror.state.disk_file import DiskIdentity
+from nbdmirror.state.disk_record import DiskRecord
+from nbdmirror.state.recovery import PivotRecord, names
 from nbdmirror.state.sealed_files import Folder, StateError
 
 
 def note_end(
-    folder: Folder, name: str, pivoted: Pivoted | None, *, has_ended: bool
-) -> Pivoted | None:
+    folder: Folder, name: str, pivoted: PivotRecord | None, *, has_ended: bool
+) -> PivotRecord | None:
     """Write down whether the server that served the disk `name` from its new side has ended in
     order; returns the record as it is then. Raises OSError."""
     if pivoted is None or pivoted.has_ended == has_ended:
@@ -24,14 +24,14 @@ def note_end(
     return now
 
 
-def forget(folder: Folder, name: str, identity: Identity) -> Definition | None:
+def forget(folder: Folder, name: str, identity: DiskIdentity) -> DiskRecord | None:
     """Have the old side, `identity`, be the disk again: the record of the pivot goes, last of all.
     Of persistent bitmaps everything is dirty, since they were of the other side, and they are what
     is returned, if there are some; a mirror was from there. Raises OSError."""
     files = names(name)
     kept, removed = [], [files["bitmaps"], files["pivoted"]]
     try:
-        definition = Definition.from_bytes(folder.read(files["definition"]) or b"")
+        definition = DiskRecord.from_bytes(folder.read(files["definition"]) or b"")
     except StateError:
         definition = None  # put aside when it is looked at
     if definition is not None and definition.bitmaps:

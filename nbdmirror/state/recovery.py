@@ -5,8 +5,8 @@
     NAME.intents   where guests may have written since (intentlog.IntentLog)
     NAME.pivoted   since a pivot: which side is the disk, and which is not any more
 
-and in memory that outlives the process (lasting.Memory) the bitmaps themselves and the requests
-under way. Nothing here writes: `examine` reads once, at the start, and tells.
+and in memory that outlives the process (shared_memory.ShmDirectory) the bitmaps themselves and the
+requests in flight. Nothing here writes: `recover` reads once, at the start.
 
 What can be believed, best first: after an orderly end NAME.bitmaps is exact; after a killed process
 memory is; after a power cut NAME.bitmaps and NAME.intents together are no less than what is dirty.
@@ -26,14 +26,14 @@ from typing import Annotated, Any, Self
 
 from nbdmirror.disk.bitmap import DirtyBitmap, bytes_of
 from nbdmirror.identity import Same, same_place
-from nbdmirror.state.definition import Definition
 from nbdmirror.state.disk_file import (
-    Identity,
+    DiskIdentity,
     LastSeen,
     check_unchanged,
     check_unchanged_since_killed,
     check_unchanged_since_saved,
 )
+from nbdmirror.state.disk_record import DiskRecord
 from nbdmirror.state.intent_log import IntentLog, check_newer, slot_bytes
 from nbdmirror.state.journal import ranges_left
 from nbdmirror.state.json_record import (
@@ -52,7 +52,7 @@ from nbdmirror.state.json_record import (
     write,
 )
 from nbdmirror.state.sealed_files import Folder, StateError, UnknownFormat, seal, unseal
-from nbdmirror.state.shared_memory import Memory
+from nbdmirror.state.shared_memory import ShmDirectory
 
 KIND_BITMAPS, KIND_PIVOTED = "bitmaps", "pivoted"
 
@@ -67,7 +67,7 @@ ALIVE = "alive"
 
 
 @dataclass(frozen=True, slots=True)
-class SavedHead:
+class SnapshotHead:
     """The first line of NAME.bitmaps."""
 
     disk_id: Annotated[str, Key("disk", ID)]
@@ -78,7 +78,7 @@ class SavedHead:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class BitmapSnapshot:
     """NAME.bitmaps: what was dirty, by the bitmaps' keys, as DirtyBitmap.to_bytes has it."""
 
     disk_id: str
@@ -90,14 +90,14 @@ class Saved:
     def to_bytes(self) -> bytes:
         packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
         lengths = {key: len(one) for key, one in packed.items()}
-        head = SavedHead(self.disk_id, self.time_s, lengths, self.mtime_ns)
+        head = SnapshotHead(self.disk_id, self.time_s, lengths, self.mtime_ns)
         return seal(KIND_BITMAPS, b"".join([dump(head, indent=None), b"\n", *packed.values()]))
 
     @classmethod
     def from_bytes(cls, content: bytes, sizes: dict[str, int]) -> Self:
         """`sizes`: how many bytes each bitmap that is wanted has. Raises StateError."""
         head, _, rest = unseal(KIND_BITMAPS, content).partition(b"\n")
-        said = load(SavedHead, head)
+        said = load(SnapshotHead, head)
         bits: dict[str, bytes] = {}
         for key, length in said.lengths.items():
             if key in sizes:
@@ -110,12 +110,12 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
-class Pivoted:
+class PivotRecord:
     """NAME.pivoted."""
 
     truth: Annotated[str, Key("truth", TEXT)]
     """The URI of the export that the disk is served from."""
-    left: Annotated[tuple[Identity, ...], Key("left", ListOf(Object(Identity)))]
+    left: Annotated[tuple[DiskIdentity, ...], Key("left", ListOf(Object(DiskIdentity)))]
     """What it was served from before: not the disk any more."""
     time_s: Annotated[float, Key("time_s", NUMBER)]
     size: Annotated[int, Key("size", COUNT)] = 0
@@ -125,17 +125,19 @@ class Pivoted:
     back to it."""
 
     @classmethod
-    def after(cls, before: Pivoted | None, left: Identity, truth: str, time_s: float) -> Self:
+    def after(
+        cls, before: PivotRecord | None, left: DiskIdentity, truth: str, time_s: float
+    ) -> Self:
         """A pivot from `left` to `truth`, perhaps back to where it came from."""
         sides = (*(before.left if before else ()), left)
         kept = tuple(side for side in sides if same_place(side.source, truth) is not Same.YES)
         return cls(truth, kept, time_s, left.size)
 
-    def is_left(self, side: Identity) -> bool:
+    def is_left(self, side: DiskIdentity) -> bool:
         """`side` is not the disk any more."""
         return any(left.is_same(side) for left in self.left)
 
-    def has_left(self, side: Identity, source: str) -> bool:
+    def has_left(self, side: DiskIdentity, source: str) -> bool:
         """`side` was the disk before it was `source`."""
         is_truth = same_place(source, self.truth) is Same.YES
         return is_truth and self.is_left(side)
@@ -156,17 +158,17 @@ def record_id(content: bytes) -> str:
     """Names one record of a pivot, sound or damaged, and whether its server has ended in order or
     not: a later pivot's has another."""
     with suppress(StateError):
-        pivoted = Pivoted.from_bytes(content)
+        pivoted = PivotRecord.from_bytes(content)
         if pivoted.has_ended:
             content = replace(pivoted, has_ended=False).to_bytes()
     return hashlib.sha256(content).hexdigest()[:RECORD_ID_LENGTH]
 
 
 @dataclass(slots=True)
-class Found:
+class RecoveredState:
     """What an earlier process has left of a disk."""
 
-    definition: Definition
+    definition: DiskRecord
     problem: str = ""
     """Why nothing of what is dirty is believed; then all is."""
     log: IntentLog | None = None
@@ -204,9 +206,9 @@ def names(disk: str) -> dict[str, str]:
     }
 
 
-def examine(
-    folder: Folder, name: str, identity: Identity, pivoted: Pivoted | None = None
-) -> Found | None:
+def recover(
+    folder: Folder, name: str, identity: DiskIdentity, pivoted: PivotRecord | None = None
+) -> RecoveredState | None:
     """What there is of the disk `name`, which is `identity` now, since `pivoted` if there is such a
     record; None if there is nothing. Raises StateError if there is something and cannot even be
     told what, or if it is of another disk: `str(error)` begins with the file's name. Raises
@@ -216,7 +218,7 @@ def examine(
     if content is None:
         return None
     try:
-        definition = Definition.from_bytes(content)
+        definition = DiskRecord.from_bytes(content)
     except StateError as error:
         raise StateError(f"{files['definition']}: {error}") from error
     if pivoted is not None and pivoted.has_left(definition.identity, identity.source):
@@ -225,13 +227,15 @@ def examine(
     before = definition.identity
     if not before.is_same(identity):
         raise OtherDisk(f"{files['definition']}: is of {before.source}, not of {identity.source}")
-    found = Found(replace(definition, identity=identity))  # it may have another path by now
+    found = RecoveredState(
+        replace(definition, identity=identity)
+    )  # it may have another path by now
     if before.size != identity.size:
         found.problem = f"the disk had {before.size} bytes, it has {identity.size}"
     elif before.is_one_file(identity) is False:  # the same name alone
         found.problem = "another file is there now"
     else:
-        _believe(folder, files, found)
+        _load_trusted(folder, files, found)
     return found
 
 
@@ -241,8 +245,8 @@ def check_formats(folder: Folder, name: str) -> None:
     matter here. Raises OSError."""
     all_dirty = "everything counts as dirty"
     readers: dict[str, tuple[Callable[[bytes], object], str]] = {
-        "definition": (Definition.from_bytes, "the disk has no mirror and no bitmaps"),
-        "bitmaps": (partial(Saved.from_bytes, sizes={}), all_dirty),
+        "definition": (DiskRecord.from_bytes, "the disk has no mirror and no bitmaps"),
+        "bitmaps": (partial(BitmapSnapshot.from_bytes, sizes={}), all_dirty),
         "intents": (check_newer, all_dirty),
     }
     for which, (read, loss) in readers.items():
@@ -260,7 +264,7 @@ def last_size(folder: Folder, name: str, source: str) -> int:
     """The size that the disk `name` had when it was last served from `source`; 0 if that is not
     known. Raises OSError."""
     try:
-        identity = Definition.from_bytes(folder.read(names(name)["definition"]) or b"").identity
+        identity = DiskRecord.from_bytes(folder.read(names(name)["definition"]) or b"").identity
     except StateError:
         return 0
     return identity.size if same_place(identity.source, source) is Same.YES else 0
@@ -270,12 +274,12 @@ class OtherDisk(StateError):
     """The state under this name is of another disk."""
 
 
-def _believe(folder: Folder, files: dict[str, str], found: Found) -> None:
+def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) -> None:
     """Fill `found` with the best that there is, or with the reason why there is nothing."""
     definition = found.definition
     source = definition.identity.source
     sizes = _sizes(definition)
-    memory = Memory.find(definition.memory) if definition.clean_mtime_ns is None else None
+    memory = ShmDirectory.find(definition.memory) if definition.clean_mtime_ns is None else None
     try:
         last = LastSeen.from_bytes(memory.read(ALIVE) or b"") if memory is not None else None
         if memory is not None and last is not None:
@@ -299,24 +303,26 @@ def _believe(folder: Folder, files: dict[str, str], found: Found) -> None:
     _check_sizes(found, sizes)
 
 
-def _take_from_memory(memory: Memory, found: Found, sizes: dict[str, int]) -> None:
+def _take_from_memory(memory: ShmDirectory, found: RecoveredState, sizes: dict[str, int]) -> None:
     found.bits = {key: memory.bits_of(key) for key in sizes}
     found.ranges = list(ranges_left(memory.read(JOURNAL) or b""))
     _check_sizes(found, sizes)
 
 
-def _check_sizes(found: Found, sizes: dict[str, int]) -> None:
+def _check_sizes(found: RecoveredState, sizes: dict[str, int]) -> None:
     for key, contents in found.bits.items():
         if not contents or any(len(bits) != sizes[key] for bits in contents):
             found.problem = found.problem or "the bitmaps are of another size"
 
 
-def _saved(folder: Folder, files: dict[str, str], found: Found, sizes: dict[str, int]) -> Saved:
+def _saved(
+    folder: Folder, files: dict[str, str], found: RecoveredState, sizes: dict[str, int]
+) -> BitmapSnapshot:
     content = folder.read(files["bitmaps"])
     if content is None:
         raise StateError(f"{files['bitmaps']}: is missing")
     try:
-        saved = Saved.from_bytes(content, sizes)
+        saved = BitmapSnapshot.from_bytes(content, sizes)
         if saved.disk_id != found.definition.disk_id:
             raise StateError("is of another disk")
     except StateError as error:
@@ -325,7 +331,7 @@ def _saved(folder: Folder, files: dict[str, str], found: Found, sizes: dict[str,
     return saved
 
 
-def _log(folder: Folder, files: dict[str, str], definition: Definition) -> IntentLog:
+def _log(folder: Folder, files: dict[str, str], definition: DiskRecord) -> IntentLog:
     size = definition.identity.size
     slots = folder.slots(files["intents"], slot_bytes(size), 2)
     try:
@@ -336,7 +342,7 @@ def _log(folder: Folder, files: dict[str, str], definition: Definition) -> Inten
         slots.close()
 
 
-def _sizes(definition: Definition) -> dict[str, int]:
+def _sizes(definition: DiskRecord) -> dict[str, int]:
     records: Iterable[Any] = (*definition.bitmaps, definition.mirror)
     size = definition.identity.size
     return {r.key: bytes_of(size, r.granularity) for r in records if r is not None}

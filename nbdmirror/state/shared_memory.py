@@ -1,4 +1,4 @@
-"""Memory that outlives the process: files in /dev/shm, mapped.
+"""ShmDirectory: memory that outlives the process: files in /dev/shm, mapped.
 
 What is stored there is still there after `kill -9`, and that costs nothing: no system call, no
 disk. It is gone after a reboot. A folder is named after its disk's epoch, so that the next server
@@ -26,7 +26,7 @@ from nbdmirror.disk.bitmap import DirtyBitmap, bytes_of
 PLACE = Path("/dev/shm")
 
 
-class Memory:
+class ShmDirectory:
     """A folder of our own, mode 0700, with files of memory in it."""
 
     def __init__(self, path: Path) -> None:
@@ -35,14 +35,14 @@ class Memory:
         self._fd = -1
 
     @classmethod
-    def create(cls, disk_id: str) -> Memory:
+    def create(cls, disk_id: str) -> ShmDirectory:
         """A new one for an epoch of a disk, with a name that nobody can guess. Raises OSError."""
         memory = cls(Path(tempfile.mkdtemp(prefix=_prefix(disk_id), dir=PLACE)))
         memory.lock()
         return memory
 
     @classmethod
-    def find(cls, path: str) -> Memory | None:
+    def find(cls, path: str) -> ShmDirectory | None:
         """One that an earlier process of ours has left; None if it is not there, or not ours. In
         /dev/shm anybody may put anything."""
         folder = Path(path)
@@ -78,11 +78,11 @@ class Memory:
         finally:
             os.close(fd)
 
-    def bitmap(self, purpose: str, size: int, granularity: int) -> LastingBitmap:
+    def bitmap(self, purpose: str, size: int, granularity: int) -> ShmBitmap:
         """A clean bitmap, one of perhaps several for `purpose`. Raises OSError."""
         name = f"{purpose}.{next(self._numbers)}"
         pages = self.map(name, bytes_of(size, granularity))
-        return LastingBitmap(self, name, size, granularity, pages)
+        return ShmBitmap(self, name, size, granularity, pages)
 
     def bits_of(self, purpose: str) -> list[bytes]:
         """What the bitmaps for `purpose` held, as DirtyBitmap.to_bytes has it."""
@@ -114,7 +114,7 @@ class Memory:
             return []
 
 
-def discard_left(disk_id: str, path: str = "", *, but: Memory | None = None) -> None:
+def discard_left(disk_id: str, path: str = "", *, but: ShmDirectory | None = None) -> None:
     """Take away what servers of this disk that were killed have left, and what is at `path`; that
     of a process that lives, and `but`, stay."""
     found = [path] if path else []
@@ -123,7 +123,7 @@ def discard_left(disk_id: str, path: str = "", *, but: Memory | None = None) -> 
     for one in set(found):
         if but is None or one != str(but.path):
             with suppress(OSError):
-                if (memory := Memory.find(one)) is not None and memory.lock():
+                if (memory := ShmDirectory.find(one)) is not None and memory.lock():
                     memory.discard()
 
 
@@ -131,13 +131,13 @@ def _prefix(disk_id: str) -> str:
     return f"nbdmirror-state-{disk_id}_"
 
 
-class LastingBitmap(DirtyBitmap):
+class ShmBitmap(DirtyBitmap):
     """One whose bits outlive the process, until it is closed."""
 
     __slots__ = ("_memory", "_name")
 
     def __init__(
-        self, memory: Memory, name: str, size: int, granularity: int, pages: mmap.mmap
+        self, memory: ShmDirectory, name: str, size: int, granularity: int, pages: mmap.mmap
     ) -> None:
         super().__init__(size, granularity, pages)
         self._memory = memory

@@ -8,8 +8,7 @@ go on at the next start, onto a target that somebody uses by then.
 
 `Writer` has the thread that writes, in the order in which that was asked for; everything else
 happens on the event loop's thread. A state directory that fails is told of, and tried again, and
-ends nobody's I/O. transient.py says what the methods mean, and stands in where there is no state
-directory.
+ends nobody's I/O. StateStore (null_store.py) says what the methods mean.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.ledger import Ledger, Tracker
 from nbdmirror.state.checkpoint import Bits, Checkpoints
-from nbdmirror.state.definition import BitmapRecord, Definition, MirrorRecord
-from nbdmirror.state.disk_file import ALIVE_BYTES, Identity, mtime_ns
+from nbdmirror.state.disk_file import ALIVE_BYTES, DiskIdentity, mtime_ns
+from nbdmirror.state.disk_record import BitmapRecord, DiskRecord, MirrorRecord
 from nbdmirror.state.heartbeat import Heartbeat
 from nbdmirror.state.journal import JOURNAL_BYTES, Journal, Regions
-from nbdmirror.state.null_store import FORGET_S_MAX, NewBitmap, Transient
+from nbdmirror.state.null_store import FORGET_S_MAX, NewBitmap, StateStore, done_future
 from nbdmirror.state.pivots import note_end
 from nbdmirror.state.recovery import (
     ALIVE,
     JOURNAL,
-    Found,
-    Pivoted,
-    Saved,
+    BitmapSnapshot,
+    PivotRecord,
+    RecoveredState,
     names,
 )
 from nbdmirror.state.sealed_files import Folder, Slots
-from nbdmirror.state.shared_memory import Memory, discard_left
+from nbdmirror.state.shared_memory import ShmDirectory, discard_left
 from nbdmirror.state.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class _Mirror:
     tracker: Tracker
 
 
-class DiskStore(Transient):
+class DiskStore(StateStore):
     """Of one disk. `found` is what an earlier process left; `pivoted`, where the disk went;
     `is_target_only`: this is the side that it left, and what is kept stays as it is."""
 
@@ -74,11 +73,11 @@ class DiskStore(Transient):
         self,
         *,
         name: str,
-        identity: Identity,
+        identity: DiskIdentity,
         folder: Folder,
         slots: Slots,
-        found: Found | None,
-        pivoted: Pivoted | None,
+        found: RecoveredState | None,
+        pivoted: PivotRecord | None,
         is_target_only: bool = False,
     ) -> None:
         self.name = name
@@ -92,25 +91,25 @@ class DiskStore(Transient):
         self._slots = slots
         self.files = names(name)
         self._disk_id = found.definition.disk_id if found else uuid.uuid4().hex
-        self._memory: Memory | None = None
+        self._memory: ShmDirectory | None = None
         self._heartbeat: Heartbeat | None = None
         self._mirror: _Mirror | None = None
         self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
-        self._ending: tuple[Definition | None, Pivoted | None] | None = None
+        self._ending: tuple[DiskRecord | None, PivotRecord | None] | None = None
         """What is prepared for `commit_end`."""
-        self._ended: tuple[_Mirror | None, Pivoted | None, Identity] | None = None
+        self._ended: tuple[_Mirror | None, PivotRecord | None, DiskIdentity] | None = None
         """What was before the last end."""
         self._is_pivot_in_doubt = False
         """What NAME.pivoted says is perhaps not what it should."""
         self.is_left = True
         """No client had the disk open when the server was told to end."""
-        self._saves: Future[None] = Transient.saved(self)
+        self._saves: Future[None] = done_future()
         self._ticks = 0
         self._is_suspended = False
         self._since: DirtyBitmap | None = None
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> DiskIdentity:
         """What the disk is served from, and its size."""
         return self._identity
 
@@ -122,7 +121,7 @@ class DiskStore(Transient):
         self._writer = writer
         self._pivoted = note_end(self.folder, self.name, self._pivoted, has_ended=False)
         try:
-            self._memory = Memory.create(self._disk_id)
+            self._memory = ShmDirectory.create(self._disk_id)
             alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
             self._heartbeat = Heartbeat(alive, writer)
             self._heartbeat.note_alive()
@@ -163,7 +162,7 @@ class DiskStore(Transient):
                 self._saves.result()
             discard_left(self._disk_id, before.definition.memory, but=self._memory)
 
-    def _put_aside(self, found: Found) -> None:
+    def _put_aside(self, found: RecoveredState) -> None:
         """First of all: with a new log of intents it would be believed the next time."""
         for name in found.refused:
             self.folder.refuse(name)
@@ -215,12 +214,12 @@ class DiskStore(Transient):
     def _is_needed(self) -> bool:
         return self._mirror is not None or bool(self._bitmaps)
 
-    def _definition(self, *, has_mirror: bool = True) -> Definition | None:
+    def _definition(self, *, has_mirror: bool = True) -> DiskRecord | None:
         """What NAME.json is to say; None if there is nothing to keep."""
         mirror = self._mirror.record if self._mirror and has_mirror else None
         if mirror is None and not self._bitmaps:
             return None
-        return Definition(
+        return DiskRecord(
             disk_id=self._disk_id,
             identity=self._identity,
             memory=str(self._memory.path) if self._memory else "",
@@ -252,23 +251,23 @@ class DiskStore(Transient):
         saves = self._saves = self._writer.submit(call)
         self._writer.then(saves, done)
 
-    def _write(self, definition: Definition | None) -> None:
+    def _write(self, definition: DiskRecord | None) -> None:
         self._prepare(definition, None)
         self._commit(definition, None)
 
-    def _write_pivoted(self, pivoted: Pivoted | None, definition: Definition | None) -> None:
+    def _write_pivoted(self, pivoted: PivotRecord | None, definition: DiskRecord | None) -> None:
         self._prepare(definition, pivoted)
         if pivoted is None:
             self.folder.commit([], [self.files["pivoted"]])
         self._commit(definition, pivoted)
 
-    def _prepare(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
+    def _prepare(self, definition: DiskRecord | None, pivoted: PivotRecord | None) -> None:
         if pivoted is not None:
             self.folder.prepare(self.files["pivoted"], pivoted.to_bytes())
         if definition is not None:
             self.folder.prepare(self.files["definition"], definition.to_bytes())
 
-    def _commit(self, definition: Definition | None, pivoted: Pivoted | None) -> None:
+    def _commit(self, definition: DiskRecord | None, pivoted: PivotRecord | None) -> None:
         """The pivot first: it tells where the disk is, whatever the other file says."""
         names = [self.files["pivoted"]] if pivoted is not None else []
         if definition is not None:
@@ -282,8 +281,8 @@ class DiskStore(Transient):
         pivoted, identity = None, self._identity
         if pivot_to:
             now_s = self._writer.clock()
-            pivoted = Pivoted.after(self._pivoted, self._identity, pivot_to, now_s)
-            identity = Identity(pivot_to, self._identity.size)
+            pivoted = PivotRecord.after(self._pivoted, self._identity, pivot_to, now_s)
+            identity = DiskIdentity(pivot_to, self._identity.size)
         definition = self._definition(has_mirror=False)
         if definition is not None:
             definition = replace(definition, identity=identity)
@@ -308,7 +307,7 @@ class DiskStore(Transient):
             self._mirror = None
             if pivoted is not None:
                 self._pivoted = pivoted
-                self._identity = Identity(pivoted.truth, self._identity.size)
+                self._identity = DiskIdentity(pivoted.truth, self._identity.size)
             self.journal.regions = self._regions if self._is_needed else None
             if error is not None:
                 self.undo_end()  # some of it may have been done
@@ -355,7 +354,7 @@ class DiskStore(Transient):
     def _write_bits(self, bits: Bits) -> None:
         name = self.files["bitmaps"]
         changed_ns = mtime_ns(self._identity.source)
-        saved = Saved(self._disk_id, self._writer.clock(), bits, changed_ns)
+        saved = BitmapSnapshot(self._disk_id, self._writer.clock(), bits, changed_ns)
         self.folder.prepare(name, saved.to_bytes())
         self.folder.commit([name])
 

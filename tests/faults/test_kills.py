@@ -54,13 +54,16 @@ Tracker.target_came_back = lambda self: self._with_claims(self.dirty)
     ),
     "what was dirty is forgotten": (
         Cell("server", "READY", "busy"),
-        "from nbdmirror.state.recovery import Found\nFound.restore = lambda *arguments: None\n",
+        """
+from nbdmirror.state.recovery import RecoveredState
+RecoveredState.restore = lambda *arguments: None
+""",
     ),
     "everything is copied again": (
         Cell("server", "READY", "idle"),
         """
-from nbdmirror.state.recovery import Found
-Found.restore = lambda self, bitmap, key: bitmap.mark_all()
+from nbdmirror.state.recovery import RecoveredState
+RecoveredState.restore = lambda self, bitmap, key: bitmap.mark_all()
 """,
     ),
     "a pivot is not written down": (
@@ -73,16 +76,13 @@ DiskStore.commit_end = lambda self, done: done(None)
     ),
     "flushes do not reach the target": (
         Cell("target", "pivoted", "busy"),
-        (
-            "from nbdmirror.nbdclient.device import RemoteDevice\n"
-            "RemoteDevice.flush = lambda self: None\n"
-        ),
+        ("from nbdmirror.nbdclient.device import NbdDevice\nNbdDevice.flush = lambda self: None\n"),
     ),
     "a loss is not told": (
         Cell("target", "pivoted", "busy"),
         """
-from nbdmirror.nbdclient.device import RemoteDevice
-RemoteDevice._lose_writes = lambda self: None
+from nbdmirror.nbdclient.device import NbdDevice
+NbdDevice._lose_writes = lambda self: None
 """,
     ),
 }

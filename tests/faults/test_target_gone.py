@@ -24,8 +24,8 @@ from nbdmirror.errors import DeviceLost
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient import exclusive_set as linkset
 from nbdmirror.nbdclient import pool
-from nbdmirror.nbdclient.device import RemoteDevice
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.nbdclient.tcp_watch import PEER_LOST_S
 
 COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
@@ -326,7 +326,7 @@ def test_the_loop_knows_of_a_loss_before_it_hears_of_its_errors(target: Lossy) -
     posted: list[Callable[[], None]] = []
     loop = Loop(time.monotonic)
     loop.call_soon = posted.append  # type: ignore[method-assign]
-    connection = Connection.open(target.uri(), 5)
+    connection = SharedConnection.open(target.uri(), 5)
     connection.attach(loop)
     target.kill()
     with pytest.raises(DeviceLost):
@@ -349,7 +349,7 @@ def test_a_peer_that_the_network_has_lost_is_found_out(start: Start, folder: Pat
     target.argv = lambda: ["nbdkit", "-f", "-p", str(port), "-i", "127.0.0.1", "memory", "1M"]  # type: ignore[method-assign]
     target.uri = lambda: f"nbd://127.0.0.1:{port}"  # type: ignore[method-assign]
     start(target)
-    connection = Connection.open(target.uri(), 5.0)
+    connection = SharedConnection.open(target.uri(), 5.0)
     own = connection._socket
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PEER_LOST_S * 1000
@@ -363,7 +363,7 @@ def test_closing_does_not_wait_for_a_handshake(
     jobs wait meanwhile."""
     monkeypatch.setattr(pool, "LINK_TIMEOUT_S", 60.0)
     with Proxy(target.socket) as proxy:
-        device = RemoteDevice.open(proxy.uri)
+        device = NbdDevice.open(proxy.uri)
         assert device.can_multi_conn
         proxy.stall()
         device.pool.links.ask()

@@ -17,7 +17,7 @@ from support.processes import Finished, freeze, nbdmirror, run
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
-from nbdmirror.cli.main import DONE, FAILED, TIMED_OUT
+from nbdmirror.cli.common import DONE, FAILED, TIMED_OUT
 
 SIZE = 4 * MiB
 Cli = Callable[..., Finished]

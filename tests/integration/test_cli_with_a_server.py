@@ -19,7 +19,7 @@ from support.processes import Finished, nbdmirror_environment
 from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
-from nbdmirror.cli.main import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
+from nbdmirror.cli.common import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
 
 SIZE = 4 * MiB
 Cli = Callable[..., Finished]

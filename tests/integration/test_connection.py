@@ -1,4 +1,4 @@
-"""Connection: whose reply is whose while driving changes hands. The rest is tested by what uses it:
+"""SharedConnection: whose reply is whose while driving changes hands. What uses it tests the rest:
 test_device_contract, integration/test_nbd_source, and the tests with lost servers."""
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from support.waiting import InThread, wait_until
 
 from nbdmirror.errors import DeviceLost
 from nbdmirror.event_loop import Loop
-from nbdmirror.nbdclient.exclusive_connection import Link
-from nbdmirror.nbdclient.exclusive_unix import OpenLink
+from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
+from nbdmirror.nbdclient.exclusive_unix import ExclusiveUnixConnection
 from nbdmirror.nbdclient.handshake import connect
-from nbdmirror.nbdclient.shared_connection import Connection
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 
 
 def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
@@ -33,7 +33,7 @@ def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
     """A guest's thread had just seen that something can be read when the loop took over, and what
     it then reads is the answer to a request of the loop's."""
     image = make_noise(folder / "disk.img", MiB)
-    connection = Connection.open(start(QemuNbd(folder, image)).uri(), 5.0)
+    connection = SharedConnection.open(start(QemuNbd(folder, image)).uri(), 5.0)
     loop = Loop(time.monotonic)
     connection.attach(loop)
     told: list[BaseException | None] = []
@@ -47,9 +47,9 @@ def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
     connection.close()
 
 
-def link_to(target: Holding) -> Link:
+def link_to(target: Holding) -> ExclusiveConnection:
     """As a mirror's target has them."""
-    link = Link if target.port else OpenLink
+    link = ExclusiveConnection if target.port else ExclusiveUnixConnection
     return link(connect(target.uri(), 5.0, for_data_alone=True), target.uri())
 
 
@@ -126,7 +126,7 @@ def test_a_connection_that_is_given_up_ends_when_all_is_answered(
     """Those who wait hear of a loss at once: the loop's requests, and a guest's, whose buffer is
     the guest's again while the server has yet to read it."""
     target = start(Holding(folder, make_noise(folder / "disk.img", MiB)))
-    connection = Connection.open(target.uri(), 5.0)
+    connection = SharedConnection.open(target.uri(), 5.0)
     loop = Loop(time.monotonic)
     loop.start()
     loop.run(lambda: connection.attach(loop)).result(5.0)

@@ -19,7 +19,7 @@ from support.waiting import wait_until
 
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.nbdclient import handshake, pool, tls
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.handshake import connect
 
 HANDSHAKE_S = 3
@@ -32,7 +32,7 @@ def slow_server(folder: Path) -> NbdkitTarget:
     return NbdkitTarget(folder, "file", str(image), delay, filters=("delay",))
 
 
-def reads(device: RemoteDevice) -> bool:
+def reads(device: NbdDevice) -> bool:
     try:
         device.pread(memoryview(bytearray(4 * KiB)), 0)
     except DeviceError:
@@ -44,11 +44,11 @@ def test_a_server_with_a_slow_handshake_is_had_again(start: Start, folder: Path)
     """Requests fail after the time that they wait, and the attempt that is under way goes on."""
     server = slow_server(folder)
     start(server)
-    device = RemoteDevice.open(server.uri())
+    device = NbdDevice.open(server.uri())
     assert reads(device)
     server.kill()
     server.socket.unlink()
-    device.pool.patience_s = 0.2
+    device.pool.reconnect_timeout_s = 0.2
     began_s = time.monotonic()
     assert not reads(device)
     assert time.monotonic() - began_s < HANDSHAKE_S
@@ -60,8 +60,8 @@ def test_a_server_with_a_slow_handshake_is_had_again(start: Start, folder: Path)
 def test_requests_that_wait_long_enough_see_nothing_of_it(start: Start, folder: Path) -> None:
     server = slow_server(folder)
     start(server)
-    device = RemoteDevice.open(server.uri())
-    device.pool.patience_s = 60.0
+    device = NbdDevice.open(server.uri())
+    device.pool.reconnect_timeout_s = 60.0
     server.kill()
     server.socket.unlink()
     server.spawn()
@@ -74,7 +74,7 @@ def test_the_time_for_a_handshake_counts_everywhere(
 ) -> None:
     server = QemuNbd(folder, make_image(folder / "image.img", MiB))
     start(server)
-    device = RemoteDevice.open(server.uri(), timeout_s=77.0)
+    device = NbdDevice.open(server.uri(), timeout_s=77.0)
     asked: list[float] = []
 
     def connected(uri: str, timeout_s: float, **options: Any) -> nbd.NBD:

@@ -18,7 +18,7 @@ from support.servers import NbdkitTarget, Nbdmirror, QemuNbd, Server
 from support.waiting import WAIT_S_MAX, InThread, wait_until
 
 from nbdmirror.nbdclient import exclusive_set as linkset
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 
 SIZE = 4 * MiB
 THREADS = 8
@@ -38,7 +38,7 @@ def nbdkit(folder: Path, limit: int) -> Server:
 
 
 @contextmanager
-def busy(device: RemoteDevice) -> Iterator[None]:
+def busy(device: NbdDevice) -> Iterator[None]:
     """THREADS guests' threads read until the end; none of their requests fails."""
     is_over = threading.Event()
 
@@ -57,8 +57,8 @@ def busy(device: RemoteDevice) -> Iterator[None]:
 
 
 @contextmanager
-def opened(uri: str) -> Iterator[RemoteDevice]:
-    device = RemoteDevice.open(uri)
+def opened(uri: str) -> Iterator[NbdDevice]:
+    device = NbdDevice.open(uri)
     try:
         yield device
     finally:
@@ -94,7 +94,7 @@ def test_no_thread_is_left(
     """A process that ends does not wait for what has nothing to do."""
     monkeypatch.setattr(linkset, "IDLE_S", 1000.0)
     server = start(nbdkit(folder, 0))
-    device = RemoteDevice.open(server.uri())
+    device = NbdDevice.open(server.uri())
     with busy(device):
         wait_until(lambda: device.pool.links.open, "a link")
     (thread,) = (one for one in threading.enumerate() if one.name == "nbdmirror-links")

@@ -22,7 +22,7 @@ from nbdmirror.devices.base import Extent
 from nbdmirror.errors import DeviceError
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.block_status import LENGTH_MAX
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 
 TiB = 1 << 40
 SIZE = 8 * TiB
@@ -39,13 +39,13 @@ IS_WIDE = libnbd_version() >= (1, 18) and qemu_version() >= (8, 2)
 
 
 @pytest.fixture
-def device(start: Start, folder: Path) -> Iterator[RemoteDevice]:
+def device(start: Start, folder: Path) -> Iterator[NbdDevice]:
     """On qemu-nbd, with a large disk that is empty but for its first MiB, driven by a loop."""
     image = make_image(folder / "large.img", MiB, seed=7)
     with image.open("r+b") as file:
         file.truncate(SIZE)
     server = start(QemuNbd(folder, image))
-    remote = RemoteDevice.open(server.uri())
+    remote = NbdDevice.open(server.uri())
     loop = Loop(time.monotonic)
     loop.start()
     loop.run(lambda: remote.pool.attach(loop, None)).result(WAIT_S_MAX)
@@ -55,7 +55,7 @@ def device(start: Start, folder: Path) -> Iterator[RemoteDevice]:
     remote.close()
 
 
-def result_of(device: RemoteDevice, begin: Callable[[Callable[..., None]], None]) -> Any:
+def result_of(device: NbdDevice, begin: Callable[[Callable[..., None]], None]) -> Any:
     """What `begin(done)`, on the loop's thread, is told at the end."""
     loop = device.pool.shared._loop
     assert loop is not None
@@ -64,7 +64,7 @@ def result_of(device: RemoteDevice, begin: Callable[[Callable[..., None]], None]
     return answer.result(WAIT_S_MAX)
 
 
-def test_long_requests_are_not_cut_where_lengths_have_64_bits(device: RemoteDevice) -> None:
+def test_long_requests_are_not_cut_where_lengths_have_64_bits(device: NbdDevice) -> None:
     assert device.pool.shared.is_wide is IS_WIDE
     found, error = result_of(device, lambda done: device.start_extents(MiB, SIZE - MiB, done))
     assert error is None
@@ -73,7 +73,7 @@ def test_long_requests_are_not_cut_where_lengths_have_64_bits(device: RemoteDevi
     assert device.extents(0, MiB) == [Extent(MiB, zero=False, hole=False)]
 
 
-def test_zeroes_of_any_length(device: RemoteDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroes_of_any_length(device: NbdDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one request where the server can do that at once; what is not in it stays."""
     kept = bytearray(MiB // 2)
     device.pread(memoryview(kept), 0)
@@ -90,7 +90,7 @@ def test_zeroes_of_any_length(device: RemoteDevice, monkeypatch: pytest.MonkeyPa
 
 
 def test_zeroes_that_would_take_long_are_cut(
-    device: RemoteDevice, monkeypatch: pytest.MonkeyPatch
+    device: NbdDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that says of a long range that it has to write the zeroes is asked once."""
     requests = count_zeroes(device, monkeypatch, refuses_fast=True)
@@ -102,7 +102,7 @@ def test_zeroes_that_would_take_long_are_cut(
 
 
 def count_zeroes(
-    device: RemoteDevice, monkeypatch: pytest.MonkeyPatch, *, refuses_fast: bool = False
+    device: NbdDevice, monkeypatch: pytest.MonkeyPatch, *, refuses_fast: bool = False
 ) -> list[int]:
     """The lengths of the zero requests that are sent from now on."""
     connection, lengths = device.pool.shared, list[int]()

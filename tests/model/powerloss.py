@@ -26,17 +26,17 @@ import nbdmirror.state.journal
 import nbdmirror.state.store
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.disk_file import DiskIdentity
 from nbdmirror.state.intent_log import slot_bytes
 from nbdmirror.state.journal import Journal, Regions, ranges_left
-from nbdmirror.state.recovery import Found, examine, names
+from nbdmirror.state.recovery import RecoveredState, names, recover
 from nbdmirror.state.sealed_files import Folder, Slots
 from nbdmirror.state.store import DiskStore
 
 REGION_BYTES = 1024
 REQUESTS_MAX = 8
 KEY = "mirror-1"
-DISK = Identity("/nowhere/disk", 0)
+DISK = DiskIdentity("/nowhere/disk", 0)
 
 
 class SimSlots(Slots):
@@ -150,13 +150,13 @@ class PowerWorld(World):
         self.slots: dict[Guest, int] = {}
         self.folder = SimFolder()
         self.writer = StepWriter(self.loop.call_later)
-        self.identity = Identity(DISK.source, self.size)
+        self.identity = DiskIdentity(DISK.source, self.size)
         for module, name, value in (
             (nbdmirror.state.journal, "REQUESTS_MAX", REQUESTS_MAX),
             (nbdmirror.state.intent_log, "REGION_BYTES_MIN", REGION_BYTES),
             (nbdmirror.state.intent_log, "REGION_BYTES_MAX", REGION_BYTES),
             (nbdmirror.state.store, "Regions", self.regions_class),
-            (nbdmirror.state.store.Memory, "create", _no_memory),
+            (nbdmirror.state.store.ShmDirectory, "create", _no_memory),
         ):
             replaced = patch.object(module, name, value)
             replaced.start()
@@ -214,12 +214,12 @@ class PowerWorld(World):
         folder = SimFolder()
         folder.files = dict(self.folder.files)
         folder.logs = {names("disk")["intents"]: log}
-        found = examine(folder, "disk", self.identity)
+        found = recover(folder, "disk", self.identity)
         if found is None or found.definition.mirror is None:
             return  # nobody was told that it goes on
         self._check_told(self.recover(found), [self.source, self.durable_source], "a power cut")
 
-    def recover(self, found: Found) -> DirtyBitmap:
+    def recover(self, found: RecoveredState) -> DirtyBitmap:
         dirty = DirtyBitmap(self.size, self.granularity)
         found.restore(dirty, KEY)
         return dirty

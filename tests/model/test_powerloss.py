@@ -18,7 +18,7 @@ from model.powerloss import PowerWorld
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.ledger import Claim, Tracker
 from nbdmirror.state.journal import Journal, Regions
-from nbdmirror.state.recovery import Found
+from nbdmirror.state.recovery import RecoveredState
 
 STEPS = 40
 EXAMPLES = 300
@@ -114,7 +114,7 @@ class TouchesWithoutSync(PowerWorld):
 class ForgetsTheRegions(PowerWorld):
     """Recovery that believes the bitmaps alone."""
 
-    def recover(self, found: Found) -> DirtyBitmap:
+    def recover(self, found: RecoveredState) -> DirtyBitmap:
         found.ranges = []
         return super().recover(found)
 

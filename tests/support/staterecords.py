@@ -7,15 +7,15 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from nbdmirror.state.definition import (
+from nbdmirror.state.disk_file import DiskIdentity
+from nbdmirror.state.disk_record import (
     BitmapRecord,
-    Definition,
+    DiskRecord,
     ExportRecord,
     JobRecord,
     MirrorRecord,
     TargetRecord,
 )
-from nbdmirror.state.disk_file import Identity
 from nbdmirror.state.job_results import Result
 from nbdmirror.state.json_record import (
     COUNT,
@@ -34,12 +34,12 @@ from nbdmirror.state.json_record import (
     OrNull,
     members,
 )
-from nbdmirror.state.recovery import Pivoted, SavedHead
+from nbdmirror.state.recovery import PivotRecord, SnapshotHead
 
 FILES: dict[str, type[Any]] = {
-    "NAME.json": Definition,
-    "NAME.bitmaps": SavedHead,
-    "NAME.pivoted": Pivoted,
+    "NAME.json": DiskRecord,
+    "NAME.bitmaps": SnapshotHead,
+    "NAME.pivoted": PivotRecord,
     "NAME.last": Result,
 }
 """The files that hold JSON, and the record of each."""
@@ -92,13 +92,13 @@ EXPORT = ExportRecord(
 )  # fmt: skip
 TARGET = TargetRecord("t", "nbd://b/vda", False, 0.5, EXPORT, 60.0)
 MIRROR = MirrorRecord("mirror-1", 512, True, False, "", JOB, TARGET)
-IDENTITY = Identity("/srv/disk.img", 4096, 5, 9, "b", "f", 7)
+IDENTITY = DiskIdentity("/srv/disk.img", 4096, 5, 9, "b", "f", 7)
 SAMPLES: dict[str, Any] = {
-    "NAME.json": Definition(
+    "NAME.json": DiskRecord(
         "0" * 32, IDENTITY, MIRROR, (BitmapRecord("b", 512, True, "bitmap-1"),), "/dev/shm/x", 7
     ),
-    "NAME.bitmaps": SavedHead("0" * 32, 1.5, {"bitmap-1": 3}, 7),
-    "NAME.pivoted": Pivoted("nbd://b/vda", (IDENTITY,), 1.5, 4096),
+    "NAME.bitmaps": SnapshotHead("0" * 32, 1.5, {"bitmap-1": 3}, 7),
+    "NAME.pivoted": PivotRecord("nbd://b/vda", (IDENTITY,), 1.5, 4096),
     "NAME.last": Result("j", "nbd://b/vda", "completed", True, "", 1.5, 0.25),
 }
 """One of each, with something in each field."""

@@ -16,9 +16,9 @@ from support.servers import QemuNbd
 from test_state_bitmaps import bitmaps
 
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.state.definition import Definition
-from nbdmirror.state.disk_file import Identity
-from nbdmirror.state.recovery import Pivoted, examine
+from nbdmirror.state.disk_file import DiskIdentity
+from nbdmirror.state.disk_record import DiskRecord
+from nbdmirror.state.recovery import PivotRecord, recover
 from nbdmirror.state.sealed_files import DiskFolder
 
 MIRRORS = {"first-copy": 64, "ready": 3, "requests-under-way": 3, "orderly-end": 0}
@@ -135,7 +135,7 @@ def test_what_is_dirty_is_what_it_was(folder: Path, case: str, loses_memory: boo
     golden.make_images(disk, folder / "target.img")
     golden.lay(folder / "state", disk, target_uri, loses_memory=loses_memory)
     source = target_uri if case.startswith("pivot") else str(disk)
-    found = examine(DiskFolder(folder / "state"), "vda", Identity.of(source, size))
+    found = recover(DiskFolder(folder / "state"), "vda", DiskIdentity.of(source, size))
     assert found is not None and not found.problem
     is_exact = not loses_memory or case == "orderly-end"
 
@@ -159,8 +159,8 @@ def test_what_is_dirty_is_what_it_was(folder: Path, case: str, loses_memory: boo
 def test_nothing_of_the_files_is_lost(case: str) -> None:
     """What is written again has each key of the old files, and what it held."""
     golden = Golden(case)
-    records: dict[str, type[Definition] | type[Pivoted]] = dict(
-        zip(JSON_FILES, (Definition, Pivoted), strict=True)
+    records: dict[str, type[DiskRecord] | type[PivotRecord]] = dict(
+        zip(JSON_FILES, (DiskRecord, PivotRecord), strict=True)
     )
     for name in golden.files.keys() & records.keys():
         again = records[name].from_bytes(golden.files[name]).to_bytes()

@@ -13,6 +13,7 @@ from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
 
 from nbdmirror import unix_sockets as sockets
+from nbdmirror.cli import common
 from nbdmirror.cli import main as cli
 from nbdmirror.cli import session as cli_session
 
@@ -44,14 +45,14 @@ COMPLETED = (
 )
 def test_usage_errors(run: Main, argv: list[str]) -> None:
     status, out, err = run(*argv)
-    assert (status, out) == (cli.USAGE, "")
+    assert (status, out) == (common.USAGE, "")
     one_line(err)
 
 
 def test_nobody_there(run: Main, tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path / "no" / "dir", tmp_path):
         status, _, err = run("status", "--qmp", str(path))
-        assert status == cli.NO_SERVER
+        assert status == common.NO_SERVER
         assert str(path) in one_line(err)
         assert "--qmp" in err
 
@@ -60,18 +61,18 @@ def test_a_server_that_is_not_qmp(run: Main, tmp_path: Path, monkeypatch: Any) -
     monkeypatch.setattr(cli_session, "CONNECT_S_MAX", 0.2)
     with sockets.bind_unix_socket(str(tmp_path / "s")):
         status, _, err = run("status", "--qmp", str(tmp_path / "s"))
-        assert (status, "does not answer" in one_line(err)) == (cli.NO_SERVER, True)
+        assert (status, "does not answer" in one_line(err)) == (common.NO_SERVER, True)
 
 
 def test_default_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/x")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert cli.default_qmp_paths() == ["/x/nbdmirror.qmp", "/run/nbdmirror.qmp"]
+    assert common.default_qmp_paths() == ["/x/nbdmirror.qmp", "/run/nbdmirror.qmp"]
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert cli.default_qmp_paths() == ["/run/nbdmirror.qmp"]
+    assert common.default_qmp_paths() == ["/run/nbdmirror.qmp"]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(cli.CliError, match="--qmp"):
-        cli.default_qmp_paths()
+    with pytest.raises(common.CliError, match="--qmp"):
+        common.default_qmp_paths()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_sizes(text: str, size: int) -> None:
 
 def test_a_size_that_no_server_takes(run: Main) -> None:
     status, _, err = run("set-speed", "8388608T")
-    assert (status, "8 EiB" in one_line(err)) == (cli.USAGE, True)
+    assert (status, "8 EiB" in one_line(err)) == (common.USAGE, True)
     assert cli.parse_size("8388607T") < 2**63
 
 
@@ -100,7 +101,7 @@ def test_a_size_that_no_server_takes(run: Main) -> None:
 
 
 def test_mirror_sends_what_was_asked_for(fake: Fake, run: Main) -> None:
-    assert run("mirror", URI)[0] == cli.DONE
+    assert run("mirror", URI)[0] == common.DONE
     assert fake.calls[-2] == (
         "drive-mirror",
         {"device": "disk0", "target": URI, "mode": "existing", "sync": "full"},
@@ -108,7 +109,7 @@ def test_mirror_sends_what_was_asked_for(fake: Fake, run: Main) -> None:
     options = "--device d --sync top --copy-mode write-blocking --granularity 64K --buf-size 1M"
     options += " --speed 0 --on-source-error stop --on-target-error enospc --bitmap b --job j"
     options += " --target-cluster-size 2M --no-unmap --target-is-zero --allow-larger-target"
-    assert run("mirror", URI, *options.split())[0] == cli.DONE
+    assert run("mirror", URI, *options.split())[0] == common.DONE
     assert fake.calls[-2][1] == {
         "device": "d",
         "target": URI,
@@ -133,20 +134,20 @@ def test_mirror_sends_what_was_asked_for(fake: Fake, run: Main) -> None:
 def test_mirror_wants_one_disk(fake: Fake, run: Main, disks: list[str]) -> None:
     fake.disks = disks
     status, _, err = run("mirror", URI)
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert ("a, b" if disks else "no disks") in one_line(err)
 
 
 def test_mirror_and_wait(fake: Fake, run: Main) -> None:
     status, out, err = run("mirror", URI, "--wait", "ready")
-    assert (status, out) == (cli.DONE, "job disk0 is ready: the target follows the source\n")
+    assert (status, out) == (common.DONE, "job disk0 is ready: the target follows the source\n")
     assert re.search(r"^disk0: running, 25\.0%, 300 B left", err, re.MULTILINE)
     assert fake.jobs["disk0"]["ready"]
 
 
 def test_mirror_and_complete(fake: Fake, run: Main) -> None:
     status, out, _ = run("mirror", URI, "--wait", "completed")
-    assert status == cli.DONE
+    assert status == common.DONE
     assert out == COMPLETED.format("disk0")
     assert not fake.jobs
 
@@ -165,7 +166,7 @@ def test_mirror_and_complete(fake: Fake, run: Main) -> None:
 def test_mirror_fails(fake: Fake, run: Main, plan: dict[str, Any], text: str) -> None:
     fake.plan = plan
     status, out, err = run("mirror", URI, "--wait", "completed")
-    assert (status, out) == (cli.FAILED, "")
+    assert (status, out) == (common.FAILED, "")
     assert text in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("nbdmirror: ")
 
@@ -183,7 +184,7 @@ def test_mirror_to_a_target_of_another_size(fake: Fake, run: Main, options: list
 
     fake.do_drive_mirror = fails  # type: ignore[method-assign]
     status, out, err = run("mirror", URI, *options)
-    assert (status, out) == (cli.FAILED, "")
+    assert (status, out) == (common.FAILED, "")
     for part in ("1000 bytes", "target 2000", "--allow-larger-target"):
         assert part in one_line(err)
 
@@ -200,7 +201,7 @@ def test_mirror_is_cancelled_by_somebody_else(fake: Fake, run: Main) -> None:
     thread.start()
     status, _, err = run("wait", "--concluded")
     thread.join(WAIT_S_MAX)
-    assert status == cli.FAILED
+    assert status == common.FAILED
     # The end may be seen by `wait` before it begins to watch; then there is no job to wait for.
     assert "cancelled" in err or "no job" in err or "not seen" in err
 
@@ -211,19 +212,19 @@ def test_mirror_is_cancelled_by_somebody_else(fake: Fake, run: Main) -> None:
 def test_wait_ready_and_concluded(fake: Fake, run: Main) -> None:
     fake.add_job("j")
     assert run("wait", "--ready")[:2] == (
-        cli.DONE,
+        common.DONE,
         "job j is ready: the target follows the source\n",
     )
     fake.jobs["j"]["status"] = "completing"
     status, out, _ = run("wait", "--concluded", "--job", "j")
-    assert (status, out[:15]) == (cli.DONE, "job j completed")
+    assert (status, out[:15]) == (common.DONE, "job j completed")
 
 
 def test_wait_for_a_concluded_job_that_is_kept(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     fake.add_job("j", status="concluded", error="Input/output error")
     status, _, err = run("wait", "--concluded")
-    assert (status, "Input/output error" in err) == (cli.FAILED, True)
+    assert (status, "Input/output error" in err) == (common.FAILED, True)
 
 
 @pytest.mark.parametrize("until", ["--ready", "--concluded"])
@@ -244,16 +245,16 @@ def test_wait_for_a_job_that_ends_as_it_begins(
     fake.do_query_block_jobs = answer  # type: ignore[method-assign]
     status, out, err = run("wait", until, *which)
     if error:
-        assert (status, out) == (cli.FAILED, "")
+        assert (status, out) == (common.FAILED, "")
         assert error in one_line(err)
     else:
-        assert (status, out[:15], err) == (cli.DONE, "job j completed", "")
+        assert (status, out[:15], err) == (common.DONE, "job j completed", "")
 
 
 @pytest.mark.parametrize("which", [[], ["--job", "j"], ["--device", "disk0"]])
 def test_wait_for_a_job_of_which_nothing_is_known(fake: Fake, run: Main, which: list[str]) -> None:
     status, out, err = run("wait", "--concluded", *which)
-    assert (status, out) == (cli.FAILED, "")
+    assert (status, out) == (common.FAILED, "")
     assert "no job" in one_line(err)
 
 
@@ -261,7 +262,7 @@ def test_time_runs_out(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     fake.add_job("j")
     status, _, err = run("wait", "--ready", "--timeout", "0.1")
-    assert status == cli.TIMED_OUT
+    assert status == common.TIMED_OUT
     assert err.splitlines()[-1] == (
         "nbdmirror: timed out after 0.1 s; job j: running, 0.0%, 400 B left"
     )
@@ -270,7 +271,7 @@ def test_time_runs_out(fake: Fake, run: Main) -> None:
 def test_complete(fake: Fake, run: Main) -> None:
     fake.add_job("j", offset=400, ready=True, status="ready")
     status, out, _ = run("complete", "--timeout", "20")
-    assert (status, out) == (cli.DONE, COMPLETED.format("j"))
+    assert (status, out) == (common.DONE, COMPLETED.format("j"))
 
 
 def test_complete_of_a_paused_job_says_what_it_waits_for(fake: Fake, run: Main) -> None:
@@ -284,7 +285,7 @@ def test_complete_of_a_paused_job_says_what_it_waits_for(fake: Fake, run: Main) 
 
     fake.do_job_complete = complete  # type: ignore[method-assign]
     status, out, err = run("complete", "--timeout", "0.2")
-    assert (status, out) == (cli.TIMED_OUT, "")
+    assert (status, out) == (common.TIMED_OUT, "")
     assert err.count("will complete after: nbdmirror resume\n") == 1
 
 
@@ -292,7 +293,7 @@ def test_complete_before_ready_is_refused_with_advice(fake: Fake, run: Main) -> 
     fake.plan["stuck"] = True
     fake.add_job("j")
     status, _, err = run("complete")
-    assert (status, "wait --ready" in one_line(err)) == (cli.FAILED, True)
+    assert (status, "wait --ready" in one_line(err)) == (common.FAILED, True)
 
 
 @pytest.mark.parametrize(
@@ -307,19 +308,19 @@ def test_cancel(fake: Fake, run: Main, ready: bool, options: list[str], text: st
     fake.plan["stuck"] = True
     fake.add_job("j", ready=ready)
     status, out, _ = run("cancel", *options)
-    assert (status, text in out) == (cli.DONE, True)
+    assert (status, text in out) == (common.DONE, True)
 
 
 def test_choosing_a_job(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     assert "no job" in one_line(run("pause")[2])
     fake.add_job("j")
-    assert run("pause")[:2] == (cli.DONE, "job j is paused; continue with: nbdmirror resume\n")
-    assert run("resume", "--job", "j")[0] == cli.DONE
-    assert run("set-speed", "10M", "--device", "disk0")[0] == cli.DONE
+    assert run("pause")[:2] == (common.DONE, "job j is paused; continue with: nbdmirror resume\n")
+    assert run("resume", "--job", "j")[0] == common.DONE
+    assert run("set-speed", "10M", "--device", "disk0")[0] == common.DONE
     assert ("block-job-set-speed", {"device": "j", "speed": 10 << 20}) in fake.calls
     fake.add_job("k")
     status, _, err = run("resume")
-    assert (status, "several jobs (j, k)" in one_line(err)) == (cli.FAILED, True)
+    assert (status, "several jobs (j, k)" in one_line(err)) == (common.FAILED, True)
     assert "no job x" in one_line(run("resume", "--job", "x")[2])
     assert "no disk x" in one_line(run("resume", "--device", "x")[2])

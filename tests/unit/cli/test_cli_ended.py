@@ -6,7 +6,7 @@ import pytest
 from cliparts import Main, one_line
 from support.fakes import URI, Fake
 
-from nbdmirror.cli import main as cli
+from nbdmirror.cli import common
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def ended(fake: Fake) -> Fake:
 @pytest.mark.parametrize("verb", ["pause", "resume"])
 def test_a_job_that_has_ended_says_how(ended: Fake, run: Main, verb: str) -> None:
     status, _, err = run(verb)
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "has ended already (disk0: failed" in one_line(err)
     assert "No space left on device" in err and "nbdmirror dismiss" in err
     assert not [name for name, _ in ended.calls if name in ("job-pause", "job-resume")]
@@ -44,4 +44,4 @@ def test_the_status_of_a_job_that_has_ended_has_its_reason(ended: Fake, run: Mai
 )
 def test_an_empty_value_is_named_as_it_is_typed(run: Main, argv: list[str], text: str) -> None:
     status, _, err = run(*argv)
-    assert (status, text in one_line(err)) == (cli.USAGE, True)
+    assert (status, text in one_line(err)) == (common.USAGE, True)

@@ -12,8 +12,8 @@ from cliparts import Main, one_line
 from support.fakes import URI, FakeQemu
 from support.paritysides import StorageDaemon
 
+from nbdmirror.cli import common
 from nbdmirror.cli import control as cli_control
-from nbdmirror.cli import main as cli
 
 COMMANDS = {
     "mirror": ["mirror", URI],
@@ -48,7 +48,7 @@ def test_all_commands_are_tried() -> None:
 def test_a_command_to_a_qemu_is_refused(qemu: FakeQemu, run: Main, command: str) -> None:
     """Nothing is asked of it, and nothing is done to it."""
     status, out, err = run(*COMMANDS[command], "--qmp", qemu.path)
-    assert (status, out) == (cli.NO_SERVER, "")
+    assert (status, out) == (common.NO_SERVER, "")
     text = f"{qemu.path} is the control socket of QEMU 7.2.0, not of nbdmirror"
     assert text in one_line(err)
     assert qemu.calls == []
@@ -57,13 +57,13 @@ def test_a_command_to_a_qemu_is_refused(qemu: FakeQemu, run: Main, command: str)
 def test_a_list_names_a_qemu(qemu: FakeQemu, run: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NBDMIRROR_QMP", qemu.path)
     status, out, _ = run("list")
-    assert (status, "is the control socket of QEMU 7.2.0" in out) == (cli.DONE, True)
+    assert (status, "is the control socket of QEMU 7.2.0" in out) == (common.DONE, True)
 
 
 def test_a_real_storage_daemon(folder: Path, run: Main) -> None:
     with StorageDaemon(folder, "driver=null-co,size=4096") as daemon:
         status, out, err = run("status", "--qmp", str(daemon.qmp_path))
-    assert (status, out) == (cli.NO_SERVER, "")
+    assert (status, out) == (common.NO_SERVER, "")
     assert "is the control socket of QEMU " in one_line(err)
 
 
@@ -87,10 +87,10 @@ def test_what_is_at_the_path_is_said(run: Main, tmp_path: Path, kind: int, text:
     elif kind:
         os.mknod(path, kind | 0o600)
     status, _, err = run("status", "--qmp", str(path))
-    assert status == cli.NO_SERVER
+    assert status == common.NO_SERVER
     assert f"at {path} ({text})" in one_line(err)
 
 
 def test_a_path_that_no_socket_can_have(run: Main, tmp_path: Path) -> None:
     status, _, err = run("status", "--qmp", str(tmp_path / ("long" * 40)))
-    assert (status, "path too long" in one_line(err)) == (cli.NO_SERVER, True)
+    assert (status, "path too long" in one_line(err)) == (common.NO_SERVER, True)

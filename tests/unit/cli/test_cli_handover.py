@@ -13,6 +13,7 @@ import pytest
 from support.fakes import URI, Fake, FakeQemu
 from support.paritysides import StorageDaemon
 
+from nbdmirror.cli import common
 from nbdmirror.cli import handover as cli_handover
 from nbdmirror.cli import jobs as cli_jobs
 from nbdmirror.cli import main as cli
@@ -77,7 +78,7 @@ def add_ready_job(fake: Fake, **fields: Any) -> None:
 def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["handover", *words])
-    assert left.value.code == cli.USAGE
+    assert left.value.code == common.USAGE
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -97,7 +98,7 @@ def test_a_qemu_that_does_not_fit(
     for name, value in attributes.items():
         setattr(qemu, name, value)
     status, out, line = handover()
-    assert (status, out) == (cli.FAILED, "")
+    assert (status, out) == (common.FAILED, "")
     assert text in line
     assert changes(fake) + changes(qemu) == []
 
@@ -114,14 +115,14 @@ def test_a_mirror_that_does_not_fit(
 ) -> None:
     add_ready_job(fake, **fields)
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert text in line
     assert changes(fake) + changes(qemu) == []
 
 
 def test_which_disk(handover: Handover) -> None:
     status, _, line = handover("--device", "b")
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert line == "nbdmirror: there is no disk b; the server's disks are: disk0"
 
 
@@ -141,7 +142,7 @@ def test_the_order(fake: Fake, qemu: FakeQemu, handover: Handover, is_ready: boo
     if is_ready:
         add_ready_job(fake)
     status, out, _ = handover()
-    assert status == cli.DONE
+    assert status == common.DONE
     assert out.startswith(f"handed over: the guest runs at {TO} on {URI}; it was stopped for 7 ms")
     assert states == [("pre-switchover", "finish-migrate")]
     mirror = [] if is_ready else ["drive-mirror"]
@@ -172,7 +173,7 @@ def test_the_job_is_ended_by_somebody_else(fake: Fake, qemu: FakeQemu, handover:
 
     qemu.do_migrate = migrates  # type: ignore[method-assign]
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "ended by another client; the guest continues here; its disk is a.img" in line
     assert is_undone(qemu)
 
@@ -188,7 +189,7 @@ def test_the_job_is_stopped_by_an_error(fake: Fake, qemu: FakeQemu, handover: Ha
 
     qemu.do_migrate = migrates  # type: ignore[method-assign]
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "job disk0 was paused: nospace" in line
     assert "the mirror disk0 continues" in line
     assert is_undone(qemu)
@@ -203,7 +204,7 @@ def test_the_pivot_fails(fake: Fake, qemu: FakeQemu, handover: Handover) -> None
 
     fake.do_job_complete = completes  # type: ignore[method-assign]
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "job disk0 failed: nbd://target/export: Input/output error; disk disk0 is served" in line
     assert "the guest continues here" in line
     assert is_undone(qemu)
@@ -221,7 +222,7 @@ def test_somebody_cancels_softly_right_at_the_pivot(
 
     fake.do_job_complete = completes  # type: ignore[method-assign]
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "no pivot; the guest continues here; its disk is a.img" in line
     assert is_undone(qemu)
 
@@ -237,20 +238,20 @@ def test_another_disk_pivots_at_that_moment(fake: Fake, qemu: FakeQemu, handover
 
     fake.do_job_complete = completes  # type: ignore[method-assign]
     status, _, line = handover()
-    assert (status, "no pivot" in line) == (cli.FAILED, True)
+    assert (status, "no pivot" in line) == (common.FAILED, True)
     assert is_undone(qemu)
 
 
 def test_the_two_sockets_are_one_nbdmirrors(fake: Fake, handover: Handover) -> None:
     status, _, line = handover("--qemu", fake.path)
-    assert status == cli.NO_SERVER
+    assert status == common.NO_SERVER
     assert f"{fake.path} is the control socket of nbdmirror, not of QEMU" in line
     assert not changes(fake)
 
 
 def test_the_two_sockets_are_one_qemus(qemu: FakeQemu, handover: Handover) -> None:
     status, _, line = handover("--qmp", qemu.path)
-    assert status == cli.NO_SERVER
+    assert status == common.NO_SERVER
     assert f"{qemu.path} is the control socket of QEMU 7.2.0, not of nbdmirror" in line
     assert not changes(qemu)
 
@@ -258,7 +259,7 @@ def test_the_two_sockets_are_one_qemus(qemu: FakeQemu, handover: Handover) -> No
 def test_a_qemu_without_a_guest(fake: Fake, handover: Handover, folder: Path) -> None:
     with StorageDaemon(folder, "driver=null-co,size=4096") as daemon:
         status, _, line = handover("--qemu", str(daemon.qmp_path))
-    assert (status, "no guest to migrate" in line) == (cli.NO_SERVER, True)
+    assert (status, "no guest to migrate" in line) == (common.NO_SERVER, True)
     assert not changes(fake)
 
 
@@ -266,7 +267,7 @@ def test_the_pivot_is_refused(fake: Fake, qemu: FakeQemu, handover: Handover) ->
     add_ready_job(fake)
     fake.do_job_complete = None  # type: ignore[assignment]
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "does not know the command job-complete" in line
     assert "the guest continues here" in line
     assert is_undone(qemu)
@@ -295,9 +296,9 @@ def test_the_pivot_takes_too_long(
     fake.do_job_cancel = cancels  # type: ignore[method-assign]
     status, _, line = handover()
     if is_late:
-        assert status == cli.DONE
+        assert status == common.DONE
     else:
-        assert status == cli.FAILED
+        assert status == common.FAILED
         assert "job disk0 was cancelled" in line
         assert is_undone(qemu)
 
@@ -312,7 +313,7 @@ def test_the_pivot_cannot_be_given_up(
     fake.plan["stuck"] = True
     fake.do_job_cancel = fake.do_job_pause  # type: ignore[method-assign]
     status, _, line = handover()
-    assert status == cli.NO_SERVER
+    assert status == common.NO_SERVER
     assert "the server did not report whether the disk was pivoted" in line
     assert (qemu.guest, qemu.migration) == ("finish-migrate", "pre-switchover")
 
@@ -327,7 +328,7 @@ def test_an_interrupt_at_the_pivot_waits_for_the_outcome(fake: Fake, handover: H
 
     fake.do_job_complete = completes  # type: ignore[method-assign]
     status, out, _ = handover()
-    assert status == cli.DONE
+    assert status == common.DONE
     assert out.startswith("handed over: ")
 
 
@@ -337,7 +338,7 @@ def test_an_interrupt_at_the_pivot_waits_for_the_outcome(fake: Fake, handover: H
 def test_the_migration_fails(qemu: FakeQemu, handover: Handover) -> None:
     qemu.plan["end"] = "failed"
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "the migration failed after the pivot: Connection reset by peer" in line
     assert f"the guest: it continues here; the disk is {URI} now" in line
 
@@ -349,7 +350,7 @@ def test_the_migration_does_not_end(
     monkeypatch.setattr(cli_handover, "CANCEL_S_MAX", 0.1)
     qemu.plan["end"] = "device"
     status, _, line = handover()
-    assert status == cli.TIMED_OUT
+    assert status == common.TIMED_OUT
     assert "the guest: it is finish-migrate here" in line
     assert "migrate_cancel" not in changes(qemu)
 
@@ -357,6 +358,6 @@ def test_the_migration_does_not_end(
 def test_somebody_else_lets_the_guest_go_on(qemu: FakeQemu, handover: Handover) -> None:
     qemu.plan["steps"] = {"setup": "active", "active": "completed"}
     status, _, line = handover()
-    assert status == cli.FAILED
+    assert status == common.FAILED
     assert "another client continued the guest at the other side before the pivot" in line
     assert qemu.guest == "postmigrate"

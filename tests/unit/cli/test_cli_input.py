@@ -9,6 +9,7 @@ import re
 import pytest
 from cliparts import Main, one_line
 
+from nbdmirror.cli import common
 from nbdmirror.cli import main as cli
 
 
@@ -35,7 +36,7 @@ from nbdmirror.cli import main as cli
 def test_sizes_that_may_mean_something_else(run: Main, text: str) -> None:
     for arguments in (("set-speed", "--", text), ("mirror", "nbd://h", f"--speed={text}")):
         status, _, err = run(*arguments)
-        assert status == cli.USAGE
+        assert status == common.USAGE
         one_line(err)
 
 
@@ -76,7 +77,7 @@ def test_a_rate_that_nobody_means_gets_a_word(
 )
 def test_what_would_mean_nothing(run: Main, arguments: tuple[str, ...], words: str) -> None:
     status, _, err = run(*arguments)
-    assert (status, words in one_line(err)) == (cli.USAGE, True)
+    assert (status, words in one_line(err)) == (common.USAGE, True)
 
 
 def _numeric_options() -> list[tuple[str, str]]:
@@ -98,7 +99,7 @@ def test_a_refused_number_says_what_is_allowed(
 ) -> None:
     first = "add" if command == "bitmap" else "nbd://h"
     status, _, err = run(command, first, f"{option}={value}")
-    assert status == cli.USAGE
+    assert status == common.USAGE
     assert f"argument {option}: {value!r} is" in one_line(err)
     assert re.search(r"from \d+ to \d+|0 or more|examples: |more than 8 EiB", err)
 
@@ -107,7 +108,7 @@ def test_a_refused_number_says_what_is_allowed(
 def test_a_target_is_looked_at_before_anything_else(run: Main, target: str) -> None:
     for arguments in (("mirror", target), ("handover", target, "--qemu", "q", "--to", "tcp:h:1")):
         status, _, err = run(*arguments)
-        assert (status, target in one_line(err)) == (cli.FAILED, True)
+        assert (status, target in one_line(err)) == (common.FAILED, True)
 
 
 def test_where_a_guest_goes_is_named_from_here() -> None:

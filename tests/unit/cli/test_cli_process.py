@@ -17,7 +17,7 @@ import pytest
 from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
 
-from nbdmirror.cli import main as cli
+from nbdmirror.cli import common
 from nbdmirror.cli import progress as cli_progress
 from nbdmirror.cli import status as cli_status
 
@@ -129,7 +129,7 @@ def test_interrupting_a_wait_leaves_the_job(fake: Fake) -> None:
     assert process.stderr.readline().startswith("j: running")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=WAIT_S_MAX)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == common.INTERRUPTED
     assert err == "nbdmirror: interrupted; job j: running, 0.0%, 400 B left\n"
     assert "j" in fake.jobs
 
@@ -153,13 +153,13 @@ def test_events_until_the_server_ends(fake: Fake) -> None:
     fake.ring.append("SHUTDOWN", {"guest": False})
     fake.server.stop()
     out, err = with_json.communicate(timeout=WAIT_S_MAX)
-    assert (with_json.returncode, err) == (cli.DONE, "")
+    assert (with_json.returncode, err) == (common.DONE, "")
     assert json.loads(out.splitlines()[-1])["event"] == "SHUTDOWN"
     out, err = plain.communicate(timeout=WAIT_S_MAX)
-    assert (plain.returncode, err) == (cli.DONE, "")
+    assert (plain.returncode, err) == (common.DONE, "")
     assert out.splitlines()[-1].endswith(".500000 SHUTDOWN guest=false")
     assert "lost the connection" in watcher.communicate(timeout=WAIT_S_MAX)[1]
-    assert watcher.returncode == cli.NO_SERVER
+    assert watcher.returncode == common.NO_SERVER
 
 
 def test_the_server_dies_during_a_wait(fake: Fake) -> None:
@@ -170,7 +170,7 @@ def test_the_server_dies_during_a_wait(fake: Fake) -> None:
     assert process.stderr.readline().startswith("j: running")
     fake.server.stop()
     _, err = process.communicate(timeout=WAIT_S_MAX)
-    assert process.returncode == cli.NO_SERVER
+    assert process.returncode == common.NO_SERVER
     assert one_line(err) == "nbdmirror: lost the connection to the server; see: nbdmirror status\n"
 
 
@@ -193,7 +193,7 @@ def test_on_a_terminal(fake: Fake, argv: list[str]) -> None:
             process.send_signal(signal.SIGINT)
             interrupted = True  # a second one would end it the hard way while it tidies up
     os.close(ours)
-    assert process.wait(WAIT_S_MAX) == cli.DONE, drawn
+    assert process.wait(WAIT_S_MAX) == common.DONE, drawn
     assert b"\x1b[" in drawn
     if argv[0] == "mirror":
         assert "━".encode() in drawn

@@ -15,6 +15,7 @@ import pytest
 from cliparts import Main, one_line
 
 from nbdmirror import unix_sockets as sockets
+from nbdmirror.cli import common
 from nbdmirror.cli import main as cli
 from nbdmirror.cli import serve as cli_serve
 
@@ -82,7 +83,7 @@ def test_serve_command(plugin: str) -> None:
     ],
 )
 def test_what_it_refuses(plugin: str, arguments: list[str], words: str) -> None:
-    with pytest.raises(cli.CliError) as caught:
+    with pytest.raises(common.CliError) as caught:
         command(*arguments)
     assert words in str(caught.value)
 
@@ -105,12 +106,12 @@ def test_who_it_becomes(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
         before_plugin = argv[argv.index("-f") + 1 : argv.index("python")]
         assert before_plugin == ["-t", "8", *expected]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(cli.CliError, match="only root can run as another user"):
+    with pytest.raises(common.CliError, match="only root can run as another user"):
         command("a.img", "--user", "nobody")
 
 
 def test_names_are_unique(plugin: str) -> None:
-    with pytest.raises(cli.CliError, match="disk1 is taken"):
+    with pytest.raises(common.CliError, match="disk1 is taken"):
         command("disk1=a", "b")
 
 
@@ -154,7 +155,7 @@ def test_serve_becomes_nbdkit(disk: Path, run: Main, become: list[Any]) -> None:
     stale = disk.parent / "s"
     sockets.bind_unix_socket(str(stale)).close()
     status, _, err = run("serve", str(disk), "--socket", str(stale), "--", "-v")
-    assert (status, "Exec format error" in one_line(err)) == (cli.FAILED, True)
+    assert (status, "Exec format error" in one_line(err)) == (common.FAILED, True)
     assert become[0][1][:4] == ["nbdkit", "-U", str(stale), "-f"]
     assert "-v" in become[0][1]
     assert not stale.exists()
@@ -183,7 +184,7 @@ def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:
 
     def refused(*options: str, disk: str = str(disk)) -> str:
         status, out, err = run("serve", disk, *options)
-        assert (status, out) == (cli.FAILED, "")
+        assert (status, out) == (common.FAILED, "")
         return one_line(err)
 
     assert "no such disk" in refused(disk=str(here / "none"))
@@ -195,11 +196,6 @@ def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:
     assert "directory does not exist" in refused("--socket", str(here / "no" / "s"))
     assert "107 bytes" in refused("--socket", str(here / ("x" * 108)))
     assert "the same path" in refused("--socket", str(here / "q"), "--qmp", str(here / "q"))
-    assert "the same path" in refused("--qmp", str(here / "q"), "--pidfile", str(here / "q"))
-    os.symlink("gone.img", here / "link")
-    assert "a link to gone.img, which does not exist" in refused(disk=str(here / "link"))
-    os.symlink("circle", here / "circle")
-    assert "Too many levels" in refused(disk=str(here / "circle"))
     assert "No such file" in refused("--tls-psk", str(here / "none"))
     with sockets.bind_unix_socket(str(here / "live")):
         assert "in use" in refused("--socket", str(here / "live"))
@@ -213,37 +209,6 @@ def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:
     assert "nbdkit is not installed" in refused()
 
 
-def test_places_of_another_user(disk: Path, run: Main) -> None:
-    """What may not be looked at is not called missing, and nothing is made before it is known that
-    everything can be."""
-    here = disk.parent
-    (here / "closed").mkdir(mode=0o555)
-    shutil.copy(disk, here / "closed")
-    user = os.geteuid()
-
-    def refused(*options: str, disk: str = str(disk)) -> str:
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            status, _, err = run("serve", disk, *options)
-        finally:
-            os.seteuid(user)
-        assert status == cli.FAILED
-        assert {path.name for path in here.iterdir()} == before
-        return one_line(err)
-
-    before = {path.name for path in here.iterdir()}
-    for folder in (here, here.parent, here.parent.parent, here / "bin" / "nbdkit"):
-        folder.chmod(0o755)
-    for option in ("--socket", "--qmp", "--pidfile"):
-        # The open one is given too, and would be made first.
-        options = {"--qmp": "/var/tmp/q", option: str(here / "closed" / "place")}
-        said = refused(*[word for pair in options.items() for word in pair])
-        assert option in said and "cannot be created: Permission denied" in said
-    (here / "closed").chmod(0)
-    assert "Permission denied" in refused(disk=str(here / "closed" / disk.name))
-
-
 def test_the_real_nbdkit_has_our_python() -> None:
     if not shutil.which("nbdkit"):
         pytest.skip("nbdkit is not installed")
@@ -254,8 +219,8 @@ def test_plugin_path(run: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     package = tmp_path / "nbdmirror"
     monkeypatch.setattr(cli_serve, "PACKAGE", package)
     status, _, err = run("plugin-path")
-    assert (status, "install nbdmirror again" in one_line(err)) == (cli.FAILED, True)
+    assert (status, "install nbdmirror again" in one_line(err)) == (common.FAILED, True)
     for folder in (package / "_plugin", tmp_path / "plugin"):
         folder.mkdir(parents=True)
         (folder / "nbdmirror-plugin.py").touch()
-        assert run("plugin-path")[:2] == (cli.DONE, f"{folder}/nbdmirror-plugin.py\n")
+        assert run("plugin-path")[:2] == (common.DONE, f"{folder}/nbdmirror-plugin.py\n")

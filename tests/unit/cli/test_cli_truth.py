@@ -14,8 +14,8 @@ import pytest
 from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
 
+from nbdmirror.cli import common
 from nbdmirror.cli import control as cli_control
-from nbdmirror.cli import main as cli
 from nbdmirror.errors import CommandError
 
 
@@ -48,7 +48,7 @@ def test_cancel_of_a_job_that_pivots_before_it_hears(
 
     fake.do_block_job_cancel = cancel  # type: ignore[method-assign]
     status, out, err = run("cancel")
-    assert (status, out) == (cli.FAILED, "")
+    assert (status, out) == (common.FAILED, "")
     assert "had already been completed" in one_line(err)
     assert f"disk disk0 is served from {URI}" in err
     assert "a.img" not in err
@@ -58,10 +58,10 @@ def test_cancel_of_a_job_that_is_completing(fake: Fake, run: Main, ready: dict[s
     """A soft cancel would change nothing, so none is sent."""
     ready["ending"] = "complete"
     status, _, err = run("cancel")
-    assert (status, "cancel --force" in one_line(err)) == (cli.FAILED, True)
+    assert (status, "cancel --force" in one_line(err)) == (common.FAILED, True)
     assert not [name for name, _ in fake.calls if "cancel" in name]
     status, out, _ = run("cancel", "--force")
-    assert (status, "disk disk0 is served from a.img" in out) == (cli.DONE, True)
+    assert (status, "disk disk0 is served from a.img" in out) == (common.DONE, True)
 
 
 def test_complete_that_somebody_cancels(fake: Fake, run: Main, ready: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ def test_complete_that_somebody_cancels(fake: Fake, run: Main, ready: dict[str, 
 
     fake.do_job_complete = complete  # type: ignore[method-assign]
     status, out, err = run("complete")
-    assert (status, out) == (cli.FAILED, "")
+    assert (status, out) == (common.FAILED, "")
     assert "cancelled by another client" in one_line(err)
     assert "disk disk0 is served from a.img" in err
 
@@ -84,7 +84,7 @@ def test_another_disks_pivot_is_not_this_ones(fake: Fake, run: Main, ready: dict
 
     fake.do_block_job_cancel = cancel  # type: ignore[method-assign]
     status, out, _ = run("cancel")
-    assert status == cli.DONE
+    assert status == common.DONE
     assert out == f"job j ended; {URI} is a consistent copy; disk disk0 is served from a.img\n"
 
 
@@ -102,7 +102,7 @@ def test_what_was_asked_for_goes_on_when_time_runs_out(
     fake.do_job_complete = fake.do_block_job_cancel = end  # type: ignore[method-assign]
     status, _, err = run(ending, "--timeout", "0.1")
     last = err.splitlines()[-1]
-    assert status == cli.TIMED_OUT
+    assert status == common.TIMED_OUT
     assert (
         "completing for 0:02" if ending == "complete" else "being cancelled without --force"
     ) in last
@@ -126,7 +126,7 @@ def test_an_interrupt_says_that_the_job_will_pivot(fake: Fake, ready: dict[str, 
         pass
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=WAIT_S_MAX)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == common.INTERRUPTED
     assert "interrupted; job j: ready" in err.splitlines()[-1]
     assert "the job will pivot as soon as possible" in err.splitlines()[-1]
 
@@ -138,7 +138,7 @@ def test_a_pause_that_takes_its_time(fake: Fake, run: Main) -> None:
     fake.plan |= {"stuck": True, "slow to pause": True}
     fake.add_job("j")
     status, out, err = run("pause")
-    assert (status, out) == (cli.TIMED_OUT, "")
+    assert (status, out) == (common.TIMED_OUT, "")
     assert "not yet: job j: pausing" in one_line(err)
 
 
@@ -146,7 +146,7 @@ def test_a_second_pause_waits_for_the_first(fake: Fake, run: Main) -> None:
     """To the server it is paused already, as soon as it is to be."""
     fake.plan["stuck"] = True
     fake.add_job("j", paused=True)
-    assert run("pause")[0] == cli.TIMED_OUT
+    assert run("pause")[0] == common.TIMED_OUT
     fake.jobs["j"]["status"] = "paused"
     fake.calls.clear()
 
@@ -155,7 +155,7 @@ def test_a_second_pause_waits_for_the_first(fake: Fake, run: Main) -> None:
 
     fake.do_job_pause = refuse  # type: ignore[method-assign]
     status, _, err = run("pause")
-    assert (status, "already paused" in one_line(err)) == (cli.FAILED, True)
+    assert (status, "already paused" in one_line(err)) == (common.FAILED, True)
 
 
 def test_a_pause_that_the_job_does_not_live_to_see(fake: Fake, run: Main) -> None:
@@ -168,16 +168,16 @@ def test_a_pause_that_the_job_does_not_live_to_see(fake: Fake, run: Main) -> Non
 
     fake.do_job_pause = pause  # type: ignore[method-assign]
     status, out, err = run("pause")
-    assert (status, out) == (cli.FAILED, "")
+    assert (status, out) == (common.FAILED, "")
     assert f"job j failed: {URI}: Input/output error" in one_line(err)
 
 
 @pytest.mark.parametrize(
     ("plan", "status", "text"),
     [
-        ({}, cli.DONE, "job j continues: running"),
-        ({"stops again": True}, cli.FAILED, "has stopped again: no route to the target"),
-        ({"silent": True}, cli.TIMED_OUT, "nothing was copied yet: job j: running"),
+        ({}, common.DONE, "job j continues: running"),
+        ({"stops again": True}, common.FAILED, "has stopped again: no route to the target"),
+        ({"silent": True}, common.TIMED_OUT, "nothing was copied yet: job j: running"),
     ],
 )
 def test_resume(fake: Fake, run: Main, plan: dict[str, Any], status: int, text: str) -> None:
@@ -199,7 +199,7 @@ def test_resume_of_a_job_that_is_to_complete(fake: Fake, run: Main) -> None:
 
     fake.do_job_resume = resume  # type: ignore[method-assign]
     status, out, _ = run("resume")
-    assert (status, f"served from {URI}" in out) == (cli.DONE, True)
+    assert (status, f"served from {URI}" in out) == (common.DONE, True)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_resume_of_a_job_that_is_to_complete(fake: Fake, run: Main) -> None:
 def test_set_speed_says_which(fake: Fake, run: Main, rate: str, text: str) -> None:
     fake.plan["stuck"] = True
     fake.add_job("j")
-    assert run("set-speed", rate)[:2] == (cli.DONE, f"job j {text} from now on\n")
+    assert run("set-speed", rate)[:2] == (common.DONE, f"job j {text} from now on\n")
 
 
 def test_copy_mode(fake: Fake, run: Main) -> None:
@@ -218,7 +218,7 @@ def test_copy_mode(fake: Fake, run: Main) -> None:
     assert "write-blocking (not actively synced); nbdmirror status shows when it is" in out
     fake.jobs["j"]["actively-synced"] = True
     assert "copy mode write-blocking (actively synced)\n" in run("copy-mode", "write-blocking")[1]
-    assert run("copy-mode", "background")[:2] == (cli.DONE, "job j: copy mode background\n")
+    assert run("copy-mode", "background")[:2] == (common.DONE, "job j: copy mode background\n")
 
 
 # How the last job ended, though nobody waited
@@ -229,14 +229,18 @@ def test_copy_mode(fake: Fake, run: Main) -> None:
 @pytest.mark.parametrize(
     ("ending", "status", "text"),
     [
-        ("fails", cli.FAILED, f"failed: {URI}: No space left on device"),
-        ("is cancelled", cli.FAILED, "was cancelled (cancelled by force)"),
+        ("fails", common.FAILED, f"failed: {URI}: No space left on device"),
+        ("is cancelled", common.FAILED, "was cancelled (cancelled by force)"),
         (
             "pivots",
-            cli.DONE,
+            common.DONE,
             f"for 3.2 ms; disk disk0 is served from {URI}",
         ),
-        ("ends", cli.DONE, f"ended; {URI} is a consistent copy; disk disk0 is served from a.img"),
+        (
+            "ends",
+            common.DONE,
+            f"ended; {URI} is a consistent copy; disk disk0 is served from a.img",
+        ),
     ],
 )
 def test_wait_for_a_job_that_ended_long_ago(
@@ -252,7 +256,7 @@ def test_wait_for_a_job_that_ended_long_ago(
     if ending == "fails":
         for verb in (["complete"], ["cancel"], ["pause"]):
             found, _, err = run(*verb, *which)
-            assert (found, "the last job j: failed" in one_line(err)) == (cli.FAILED, True)
+            assert (found, "the last job j: failed" in one_line(err)) == (common.FAILED, True)
             assert "No space left on device" in err
         assert "last job j: failed" in run("status")[1]
 
@@ -284,7 +288,7 @@ def test_a_hint_stands_where_one_is_stuck(
     ready.update({"falling-behind": False, **state})
     assert text in run("status")[1]
     status, _, err = run("wait", "--concluded", "--timeout", "0.2")
-    assert status == cli.TIMED_OUT
+    assert status == common.TIMED_OUT
     *notes, last = err.splitlines()
     assert sum(text in line for line in notes) == 1
     assert text in last
@@ -312,7 +316,7 @@ def test_time_runs_out_before_the_target_answers(fake: Fake, run: Main, monkeypa
 
     fake.server._dispatch = slow
     status, _, err = run("mirror", URI, "--wait", "ready", "--timeout", "0.3")
-    assert status == cli.TIMED_OUT
+    assert status == common.TIMED_OUT
     assert "may still start" in one_line(err)
 
 
@@ -336,8 +340,8 @@ def test_finalize_and_dismiss(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     fake.add_job("j", status="pending", paused=True)
     status, out, _ = run("finalize")
-    assert (status, f"disk disk0 is served from {URI}" in out) == (cli.DONE, True)
+    assert (status, f"disk disk0 is served from {URI}" in out) == (common.DONE, True)
     fake.add_job("k", status="concluded", error="Input/output error")
     assert "nbdmirror dismiss" in run("status")[1]
-    assert run("dismiss")[:2] == (cli.DONE, "job k is dismissed\n")
+    assert run("dismiss")[:2] == (common.DONE, "job k is dismissed\n")
     assert "no job" in one_line(run("dismiss")[2])

@@ -11,6 +11,7 @@ from cliparts import Main, one_line
 from support.fakes import Fake
 
 from nbdmirror import unix_sockets as sockets
+from nbdmirror.cli import common
 from nbdmirror.cli import list as cli_list
 from nbdmirror.cli import main as cli
 from nbdmirror.cli import parsers as cli_parsers
@@ -71,7 +72,7 @@ def test_a_socket_of_another_user(run: Main, tmp_path: Path, monkeypatch: Any) -
 
     monkeypatch.setattr(QMPClient, "connect", connect)
     status, _, err = run("status", "--qmp", str(tmp_path / "s"))
-    assert status == cli.NO_SERVER
+    assert status == common.NO_SERVER
     assert "another user's" in one_line(err)
     assert "start one" not in err
 
@@ -80,7 +81,7 @@ def test_a_socket_of_another_user(run: Main, tmp_path: Path, monkeypatch: Any) -
 def test_version(run: Main, option: str) -> None:
     from nbdmirror import __version__
 
-    assert run(option)[:2] == (cli.DONE, f"nbdmirror {__version__}\n")
+    assert run(option)[:2] == (common.DONE, f"nbdmirror {__version__}\n")
 
 
 def test_each_option_has_its_help() -> None:
@@ -126,10 +127,10 @@ def test_bitmaps(fake: Fake, run: Main, monkeypatch: Any) -> None:
     assert run("bitmap", "list")[1] == "disk0  no bitmaps\n"
     said = "a: 128 KiB dirty, granularity 4 KiB, disabled\n"
     options = ["--granularity", "4K", "--disabled"]
-    assert run("bitmap", "add", "a", *options)[:2] == (cli.DONE, said)
+    assert run("bitmap", "add", "a", *options)[:2] == (common.DONE, said)
     assert run("bitmap", "list")[1] == f"disk0\n  {said}"
     assert '"name": "a"' in run("bitmap", "list", "--json")[1]
-    assert run("bitmap", "merge", "a", "b", "c")[0] == cli.DONE
+    assert run("bitmap", "merge", "a", "b", "c")[0] == common.DONE
     merge = {"node": "disk0", "target": "a", "bitmaps": ["b", "c"]}
     assert ("block-dirty-bitmap-merge", merge) in fake.calls
     assert run("bitmap", "remove", "a")[1] == "disk disk0 has no bitmap a any more\n"
@@ -152,7 +153,7 @@ def test_bitmaps(fake: Fake, run: Main, monkeypatch: Any) -> None:
 )
 def test_what_is_no_command_of_bitmaps(fake: Fake, run: Main, words: list[str]) -> None:
     status, out, err = run("bitmap", *words)
-    assert (status, out) == (cli.USAGE, "")
+    assert (status, out) == (common.USAGE, "")
     one_line(err)
     assert not fake.calls
 
@@ -173,7 +174,7 @@ def test_list(fake: Fake, run: Main, tmp_path: Path, monkeypatch: Any) -> None:
     stale = tmp_path / "stale.qmp"
     sockets.bind_unix_socket(str(stale)).close()
     monkeypatch.setattr(cli_list, "PLACES", (str(tmp_path / "*.qmp"),))
-    monkeypatch.setattr(cli, "default_qmp_paths", list)
+    monkeypatch.setattr(common, "default_qmp_paths", list)
     monkeypatch.setattr(cli_list, "default_qmp_paths", list)
     processes = [
         cli_list.Found(11, fake.path),
@@ -182,7 +183,7 @@ def test_list(fake: Fake, run: Main, tmp_path: Path, monkeypatch: Any) -> None:
     ]
     monkeypatch.setattr(cli_list, "_processes", lambda: processes)
     status, out, _ = run("list")
-    assert status == cli.DONE
+    assert status == common.DONE
     lines = out.splitlines()
     assert lines[:2] == [f"{fake.path}  process 11", "  disk0  1 GiB  read-write  a.img"]
     assert lines[2:4] == ["no control socket  process 12", "  the server has no control socket"]
@@ -195,7 +196,7 @@ def test_list(fake: Fake, run: Main, tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_list_of_nothing(run: Main, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(cli_list, "find", list)
-    assert run("list")[:2] == (cli.DONE, "no server was found on this host\n")
+    assert run("list")[:2] == (common.DONE, "no server was found on this host\n")
 
 
 def test_processes_are_known_by_the_plugin(monkeypatch: Any) -> None:
@@ -204,12 +205,3 @@ def test_processes_are_known_by_the_plugin(monkeypatch: Any) -> None:
     assert cli_list._socket(words, here) == "/r/q"
     assert cli_list._socket(["nbdkit", "qmp=q"], here) == f"{os.getcwd()}/q"
     assert cli_list._socket(["nbdkit"], here) == ""
-
-
-@pytest.mark.parametrize(("status", "flag"), [("pending", "finalize"), ("concluded", "dismiss")])
-def test_what_the_server_does_itself_is_asked_of_nobody(status: str, flag: str) -> None:
-    """A state that such a job passes through; writing its end down can take a moment."""
-    job = {"status": status, "ready": True, "ending": "complete", "ending-for-s": 1}
-    assert not cli_words.remarks({**job, f"auto-{flag}": True})
-    (remark,) = cli_words.remarks({**job, f"auto-{flag}": False})
-    assert f"nbdmirror {flag}" in remark.text

@@ -23,7 +23,7 @@ from nbdmirror.devices.aligned import AlignedDevice
 from nbdmirror.devices.base import BlockDevice, BlockSize, MemoryDevice
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError, DeviceError
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import wait_for_handshakes
 
 SIZES = (0, 1, 511, 512, 4096, 1 << 20, 1025 << 10, (1 << 20) + 1)
@@ -123,7 +123,7 @@ def on_loop_device(*, direct: bool) -> Factory:
 
 
 def on_nbdkit(*options: str, filters: tuple[str, ...] = ()) -> Factory:
-    """A RemoteDevice on a real server of a file, wrapped as `serve` does it."""
+    """A NbdDevice on a real server of a file, wrapped as `serve` does it."""
 
     @contextmanager
     def open_device(size: int, initial: bytes, read_only: bool) -> Iterator[BlockDevice]:
@@ -135,7 +135,7 @@ def on_nbdkit(*options: str, filters: tuple[str, ...] = ()) -> Factory:
                 Path(folder), "file", f"file={path}", *options, filters=filters, options=flags
             )
             with target:
-                device = RemoteDevice.open(target.uri())
+                device = NbdDevice.open(target.uri())
                 is_strict = device.block_size.minimum > 1
                 outer = AlignedDevice(device) if is_strict else device
                 try:

@@ -22,7 +22,7 @@ from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import SERVER_ID, Peer, Same, label, same_place
 from nbdmirror.names import DISK_LENGTH_MAX, default_job_id, is_job_id, split_disk
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 
 YES, NO, UNKNOWN = Same.YES, Same.NO, Same.UNKNOWN
 
@@ -140,7 +140,7 @@ def test_exports_of_real_servers(start: Start, folder: Path) -> None:
     hard.hardlink_to(one.socket)
     soft.symlink_to(one.socket)
     names = [one.uri(), f"nbd+unix:///?socket={hard}", f"nbd+unix:///?socket={soft}"]
-    devices = [RemoteDevice.open(name) for name in (*names, other.uri())]
+    devices = [NbdDevice.open(name) for name in (*names, other.uri())]
     *same, different = devices
     for device in same:
         assert device.is_same_export(same[0]) and same[0].is_same_export(device)
@@ -152,8 +152,8 @@ def test_exports_of_real_servers(start: Start, folder: Path) -> None:
 def test_a_server_with_several_addresses(start: Start, folder: Path) -> None:
     one, other = (start(OnTcp(folder, make_image(folder / name, MiB))) for name in "ab")
     hosts = ("127.0.0.1", "127.0.0.2", "[::ffff:127.0.0.1]", "127.1")
-    devices = [RemoteDevice.open(one.uri(host=host)) for host in hosts]
-    different = RemoteDevice.open(other.uri())
+    devices = [NbdDevice.open(one.uri(host=host)) for host in hosts]
+    different = NbdDevice.open(other.uri())
     for device in devices:
         assert device.is_same_export(devices[0])
         assert not device.is_same_export(different)
@@ -165,7 +165,7 @@ def test_our_exports_say_who_they_are(start: Start, folder: Path) -> None:
     """Whatever leads there: the default export's second name, or a forwarder in between."""
     disks = {name: make_image(folder / f"{name}.img", MiB) for name in ("vda", "vdb")}
     server = start(Nbdmirror(folder, *(f"{name}={path}" for name, path in disks.items())))
-    default, vda, vdb = (RemoteDevice.open(server.uri(name)) for name in ("", "vda", "vdb"))
+    default, vda, vdb = (NbdDevice.open(server.uri(name)) for name in ("", "vda", "vdb"))
     assert default.is_same_export(vda) and not vda.is_same_export(vdb)
     assert not vda.is_own_export()
     text = server.qmp.refusal(

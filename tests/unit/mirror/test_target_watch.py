@@ -21,7 +21,7 @@ from support.waiting import wait_until
 
 from nbdmirror.mirror.target_watch import FLUSH_TAKES_S, HUNG_S, TargetWatch
 from nbdmirror.nbdclient import pool
-from nbdmirror.nbdclient.device import RemoteDevice
+from nbdmirror.nbdclient.device import NbdDevice
 
 WAIT_S = 10.0
 
@@ -162,7 +162,7 @@ def test_a_server_whose_storage_takes_its_time_is_there_meanwhile(
     )
     script.chmod(0o755)
     target = start(NbdkitTarget(folder, "sh", str(script)))
-    device = RemoteDevice.open(target.uri())
+    device = NbdDevice.open(target.uri())
     read = requested(target.uri(), lambda guest: guest.pread(512, 0))
     wait_until((folder / "reads").exists, "a read is under way")
     assert device.is_server_there()
@@ -177,7 +177,7 @@ def test_a_server_that_is_stopped_is_not_there(
     monkeypatch.setattr(pool, "LIFE_S", 0.5)
     (folder / "t.img").write_bytes(bytes(MIB))
     target = start(QemuNbd(folder, folder / "t.img"))
-    device = RemoteDevice.open(target.uri())
+    device = NbdDevice.open(target.uri())
     assert device.is_server_there()
     freeze(target.pid)
     began_s = time.monotonic()

@@ -118,7 +118,7 @@ def test_the_guests_sockets_are_found() -> None:
         for listener in (control, door):
             listener.bind(("127.0.0.1", 0))
             listener.listen()
-        guests = hangup.Guests(spare=control)
+        guests = hangup.Guests(except_listener=control)
         with (
             socket.create_connection(control.getsockname()),
             socket.create_connection(door.getsockname()) as guest,

@@ -21,7 +21,7 @@ from support.staterecords import FILES, PLACES, Steps, path_of
 
 from nbdmirror.cli.main import build_parser
 from nbdmirror.errors import ConfigError
-from nbdmirror.nbdkit_host.process import Service
+from nbdmirror.nbdkit_host.process import PluginProcess
 from nbdmirror.qmp.commands import COMMANDS
 from nbdmirror.qmp.results import EVENTS
 from nbdmirror.qmp.schema import Array, Enum, StringOr, Struct
@@ -231,7 +231,7 @@ def test_commands_that_the_docs_show_can_be_parsed() -> None:
 
 def test_the_plugins_parameters_are_described() -> None:
     with pytest.raises(ConfigError, match="expected") as refusal:
-        Service().configure("no-such-parameter", "x")
+        PluginProcess().configure("no-such-parameter", "x")
     expected = re.split(r", | or ", str(refusal.value).partition("expected ")[2])
     assert len(expected) > 3
     rows = re.findall(r"^\| `([a-z-]+)=.*?` \|", text_of("plugin.md"), flags=re.MULTILINE)

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nbdmirror.state.definition import KIND_DEFINITION, Definition
 from nbdmirror.state.disk_file import (
     ALIVE_BYTES,
-    Identity,
+    DiskIdentity,
     LastSeen,
     check_unchanged,
     check_unchanged_since_killed,
@@ -22,11 +21,12 @@ from nbdmirror.state.disk_file import (
     write_alive,
     write_seen,
 )
+from nbdmirror.state.disk_record import KIND_DEFINITION, DiskRecord
 from nbdmirror.state.recovery import (
     KIND_BITMAPS,
     KIND_PIVOTED,
-    Pivoted,
-    Saved,
+    BitmapSnapshot,
+    PivotRecord,
 )
 from nbdmirror.state.sealed_files import StateError, seal
 
@@ -42,11 +42,11 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
-def identity(disk: Path) -> Identity:
-    return Identity.of(str(disk), 4096)
+def identity(disk: Path) -> DiskIdentity:
+    return DiskIdentity.of(str(disk), 4096)
 
 
-def after_a_reboot(before: Identity) -> Identity:
+def after_a_reboot(before: DiskIdentity) -> DiskIdentity:
     return replace(before, device=before.device + 7, boot="another")
 
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_known_is_not_guessed(disk: Path) -> None:
     before = replace(identity(disk), filesystem="")
     assert before.is_one_file(after_a_reboot(before)) is None
     assert before.is_one_file(replace(before, inode=before.inode + 1)) is False
-    assert before.is_one_file(Identity("nbd://host/x", 4096)) is None
+    assert before.is_one_file(DiskIdentity("nbd://host/x", 4096)) is None
 
 
 def test_a_hard_link_and_a_bind_mount_are_the_file(disk: Path) -> None:
@@ -158,17 +158,17 @@ def test_files_of_an_older_version_are_read() -> None:
         "disk_id": "0" * 32, "identity": OLD_IDENTITY, "memory": "", "clean_mtime_ns": 7,
         "mirror": None, "bitmaps": [],
     }  # fmt: skip
-    definition = Definition.from_bytes(old_file(KIND_DEFINITION, said))
-    assert definition.identity == Identity("/srv/disk.img", 4096, 5, 9)
+    definition = DiskRecord.from_bytes(old_file(KIND_DEFINITION, said))
+    assert definition.identity == DiskIdentity("/srv/disk.img", 4096, 5, 9)
     said = {"truth": "nbd://b/vda", "left": [OLD_IDENTITY], "time_s": NOW_S}
-    pivoted = Pivoted.from_bytes(old_file(KIND_PIVOTED, said))
+    pivoted = PivotRecord.from_bytes(old_file(KIND_PIVOTED, said))
     assert (pivoted.size, pivoted.left) == (0, (definition.identity,))
     head = json.dumps({"disk": "0" * 32, "time": NOW_S, "bitmaps": {}}).encode()
-    saved = Saved.from_bytes(seal(KIND_BITMAPS, head + b"\n"), {})
+    saved = BitmapSnapshot.from_bytes(seal(KIND_BITMAPS, head + b"\n"), {})
     assert (saved.time_s, saved.mtime_ns) == (NOW_S, 0)
 
 
-Now = Callable[[Identity], Identity]
+Now = Callable[[DiskIdentity], DiskIdentity]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,6 @@ Now = Callable[[Identity], Identity]
     ids=["the same number", "another number"],
 )
 def test_an_older_record_knows_no_boot(now: Now, is_one: bool | None) -> None:
-    before = Identity("/srv/disk.img", 4096, 5, 9)
+    before = DiskIdentity("/srv/disk.img", 4096, 5, 9)
     present = now(replace(before, boot="b", filesystem="f", source="/srv/other.img"))
     assert before.is_one_file(present) is is_one

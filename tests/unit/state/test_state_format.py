@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from support.staterecords import FILES, JOB, MIRROR, PLACES, SAMPLES, Steps, path_of, records
 
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
-from nbdmirror.nbdclient.handshake import Announcement
+from nbdmirror.nbdclient.handshake import ExportInfo
 from nbdmirror.server.mirror_record import options_of
-from nbdmirror.state.definition import ExportRecord, JobRecord, MirrorRecord
+from nbdmirror.state.disk_record import ExportRecord, JobRecord, MirrorRecord
 from nbdmirror.state.json_record import (
     ID,
     TEXT,
@@ -29,7 +29,7 @@ from nbdmirror.state.json_record import (
     load,
     members,
 )
-from nbdmirror.state.recovery import Saved
+from nbdmirror.state.recovery import BitmapSnapshot
 from nbdmirror.state.sealed_files import UnknownFormat
 
 files = pytest.mark.parametrize("file", FILES)
@@ -65,10 +65,12 @@ def test_what_is_written_is_read_again(file: str, data: st.DataObject) -> None:
 
 @given(st.dictionaries(st.text(), st.binary(), max_size=3), st.integers(0, 2**40))
 def test_bitmaps_that_are_written_are_read_again(bits: dict[str, bytes], mtime_ns: int) -> None:
-    saved = Saved("0" * 32, 1.5, bits, mtime_ns)
+    saved = BitmapSnapshot("0" * 32, 1.5, bits, mtime_ns)
     content = saved.to_bytes()
-    assert Saved.from_bytes(content, {key: len(one) for key, one in bits.items()}) == saved
-    assert Saved.from_bytes(content, {}) == Saved("0" * 32, 1.5, {}, mtime_ns), "none is wanted"
+    assert BitmapSnapshot.from_bytes(content, {key: len(one) for key, one in bits.items()}) == saved
+    assert BitmapSnapshot.from_bytes(content, {}) == BitmapSnapshot("0" * 32, 1.5, {}, mtime_ns), (
+        "none is wanted"
+    )
 
 
 @every_key
@@ -182,7 +184,7 @@ def test_errors_say_where_and_what(file: str, steps: Steps, value: Any, error: s
 
 
 @pytest.mark.parametrize(
-    ("record", "ours"), [(JobRecord, MirrorOptions), (ExportRecord, Announcement)]
+    ("record", "ours"), [(JobRecord, MirrorOptions), (ExportRecord, ExportInfo)]
 )
 def test_records_have_all_that_is_to_be_kept(record: type, ours: type) -> None:
     """Of a field that is new here nobody can forget to say how it is kept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Self
 
-from nbdmirror.state.disk_file import Identity
+from nbdmirror.state.disk_file import DiskIdentity
 from nbdmirror.state.json_record import (
     COUNT,
     FLAG,
@@ -65,7 +65,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
-    """What the target's server has announced: handshake.Announcement, field by field."""
+    """What the target's server has announced: handshake.ExportInfo, field by field."""
 
     size: Annotated[int, Key("size", COUNT)]
     read_only: Annotated[bool, Key("read_only", FLAG)]
@@ -113,15 +113,15 @@ class MirrorRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Definition:
+class DiskRecord:
     """NAME.json."""
 
     disk_id: Annotated[str, Key("disk_id", ID)]
-    identity: Annotated[Identity, Key("identity", Object(Identity))]
+    identity: Annotated[DiskIdentity, Key("identity", Object(DiskIdentity))]
     mirror: Annotated[MirrorRecord | None, Key("mirror", OrNull(Object(MirrorRecord)))]
     bitmaps: Annotated[tuple[BitmapRecord, ...], Key("bitmaps", ListOf(Object(BitmapRecord)))]
     memory: Annotated[str, Key("memory", TEXT)] = ""
-    """The folder of lasting.Memory, while a server runs."""
+    """The folder of shared_memory.ShmDirectory, while a server runs."""
     clean_mtime_ns: Annotated[int | None, Key("clean_mtime_ns", OrNull(INTEGER))] = None
     """After an orderly end: the disk file's time of change then; 0 if it has none. None while a
     server runs."""

@@ -1,0 +1,45 @@
+"""What all commands share: exit statuses, the error that ends a command, places and defaults."""
+
+from __future__ import annotations
+
+import os
+
+DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+"""Exit statuses: docs/cli.md."""
+
+THREADS_DEFAULT, THREADS_DIRECT_DEFAULT = 8, 16
+"""Never far from the best, see docs/performance.md; the latter with --cache none, where each
+request waits for the disk."""
+
+
+class CliError(Exception):
+    """One line for stderr that says what to do, and the exit status."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def absolute_uri(text: str, option: str = "") -> str:
+    """An NBD URI whose paths do not depend on this directory any more. Raises CliError, whose text
+    begins with `option`."""
+    from nbdmirror.errors import ConfigError
+    from nbdmirror.nbd_uri import absolute
+
+    try:
+        return absolute(text)
+    except ConfigError as error:
+        raise CliError(f"{option}{error}") from error
+
+
+def default_qmp_paths() -> list[str]:
+    """Where a server's control socket is by default. A server takes the first; a client the first
+    that exists: root's login session has XDG_RUNTIME_DIR, the service that it controls has not."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    paths = [os.path.join(runtime, "nbdmirror.qmp")] if runtime else []
+    if os.geteuid() == 0:
+        paths.append("/run/nbdmirror.qmp")
+    if not paths:
+        text = "there is no default control socket without XDG_RUNTIME_DIR: name one with --qmp"
+        raise CliError(text, USAGE)
+    return paths
