@@ -1,8 +1,8 @@
-"""A numbered ring of events between the jobs and the doors (QMP, HTTP, the log).
+"""A numbered ring of events between the jobs and those who report them (QMP, systemd).
 
-Jobs append; each door keeps the number of the next event that it wants and pulls. A door is only
-told that there is something (`subscribe`), by a callback that must not block and holds no lock of
-ours: callbacks that do work under locks are how such servers deadlock.
+Jobs append; each reader keeps the number of the next event that it wants and pulls. `subscribe`
+only reports that there is something, by a callback that must not block and holds no lock of ours:
+callbacks that do work under locks are how such servers deadlock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EVENTS_KEPT_MAX = 4096
-"""How far a door may fall behind before it misses events (QMP then drops that client)."""
+"""How far a reader may fall behind before it misses events (QMP then drops that client)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class EventRing:
 
     @property
     def next_number(self) -> int:
-        """The number that the next event will get: where a new door starts."""
+        """The number that the next event will get: where a new reader starts."""
         return self._next
 
     def append(self, name: str, data: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ SERVER_ID = uuid.uuid4().hex
 """Of this process."""
 
 TARGET_ONLY = " target-only"
-"""What a server adds to the label of an old side (targetonly.py)."""
+"""What a server adds to the label of an old side (target_only.py)."""
 HOME = "x-nbdmirror-home"
 """Before the name of an old side's export: the way in for the server that has the disk."""
 

@@ -1,7 +1,7 @@
 """The program people type: arguments, exit statuses and one-line errors.
 
 Parsing imports nothing but argparse; what a command needs (qemu.qmp takes 95 ms) is imported when
-the command runs: `cli_serve` for the server, `cli_control` for everything that speaks QMP.
+the command runs: serve.py for the server, control.py for nearly all that speaks QMP.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Arguments of the commands beyond the mirror itself: how a job is ended that waits for somebody,
-bitmaps, and which servers there are. Imports nothing but argparse, as `cli` does."""
+bitmaps, and which servers there are. Imports nothing but argparse, as main.py does."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ The life of a claim (the ledger's `Claim`: its bits are already clear):
                            ->  data: read, look for zeroes, write; piece after piece, one buffer
     -> settle: done, or dirty again
 
-Pieces are as large as can be and yet answered soon (depth.ANSWER_S): each is progress, and none is
-begun after `stop`. Many claims run at once, each with one slot; a slot is a buffer of
+Pieces are as large as can be and yet answered soon (in_flight.ANSWER_S): each is progress, and none
+is begun after `stop`. Many claims run at once, each with one slot; a slot is a buffer of
 `request_bytes`. So requests and bytes are both bounded. What the source says of its extents is
 asked after the bits are cleared, and a "zero" is believed only for the claim that asked; "data" is
 believed for later claims as well, since treating zeroes as data is never wrong.
@@ -29,12 +29,12 @@ from nbdmirror.mirror.in_flight import OPENING_BYTES, Crowd, Depth, Holes
 from nbdmirror.mirror.rate_limit import Pace
 
 REQUEST_BYTES_MAX = 1 << 20
-"""Largest read and write but one (depth.OPENING_BYTES), QEMU's MAX_IO_BYTES: larger ones gain
+"""Largest read and write but one (in_flight.OPENING_BYTES), QEMU's MAX_IO_BYTES: larger ones gain
 nothing on a local socket."""
 
 BUFFER_BYTES_DEFAULT = 64 << 20
 """Of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A target that is near gets
-no more than depth.QUICK_BYTES, so the rest is not even allocated for it."""
+no more than in_flight.QUICK_BYTES, so the rest is not even allocated for it."""
 
 
 class Observer(Protocol):

@@ -221,7 +221,7 @@ class ConnectionPool:
             self.attach(loop, on_lost)
 
     def look_at_peers(self, now_s: float) -> None:
-        """To be called each tcpwatch.LOOK_S, on the loop's thread."""
+        """To be called each tcp_watch.LOOK_S, on the loop's thread."""
         for connection in (*self._all, *self._old, *self.left):
             connection.watch.look(now_s)
 

@@ -5,8 +5,8 @@ Any thread may start a request; libnbd serialises that. What must not be shared 
 inside libnbd's own poll holds the handle's lock and keeps all others out. So the handle is polled
 from here, outside of libnbd, by one *driver* at a time:
 
- - the event loop while the connection is attached to one; - otherwise whichever guest thread is
- waiting and finds nobody leading (leader and followers). One thread alone drives
+ - the event loop while the connection is attached to one;
+ - otherwise one of the guests' threads that wait (leader and followers). One thread alone drives
    its own request without any hand-over; many threads pipeline their requests on one connection.
 
 Whoever drives wakes the others as their replies come. A connection that breaks fails each request
@@ -139,7 +139,7 @@ class SharedConnection:
         """Start `method`, one of the handle's `aio_...`, with `arguments` and a completion
         callback.
 
-        `done` is called on the loop's thread at the end; without it, `wait` for the request.
+        `done` is called on the loop's thread at the end; without it, call the request's `wait`.
         """
         request = Request(self, arguments, done)
         self._requests.add(request)

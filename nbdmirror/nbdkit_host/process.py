@@ -271,7 +271,7 @@ class PluginProcess:
             os._exit(0)
 
     def stop(self) -> None:
-        """Jobs within a bound, while clients can still see their events; then the doors, then the
+        """Jobs within a bound, while clients can still see their events; then QMP, then the
         disks, flushed and closed. Once."""
         with self._stopping:
             if not self._is_stopped:

@@ -1,6 +1,6 @@
 """Exports: a server's disks by the names of NBD exports, and which clients have them open.
 
-A disk that is a target only (targetonly.py) has two exports. By the disk's own name each request
+A disk that is a target only (target_only.py) has two exports. By the disk's own name each request
 fails with EPERM. The export x-nbdmirror-home/SERVER/NAME is for the one server process that has the
 disk. So no write of any other client is ever acknowledged. Once the old side is the disk again, all
 requests are carried out. Other disks are their own exports, and their requests take no longer.

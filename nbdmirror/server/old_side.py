@@ -2,7 +2,7 @@
 
 It does when the server that had the disk says that it has moved here, after that is written down
 there. Before, no other client than that server gets to read or to write here (exports.py), and old
-bytes are read to nobody (targetonly.py). docs/state.md has the argument.
+bytes are read to nobody (target_only.py). docs/state.md has the argument.
 
 From any thread but the loop's.
 """

@@ -1,6 +1,6 @@
 """Server: the disks, the target nodes, the bitmaps and the jobs of one process, and their loop.
 
-The doors (commands, http) call it; it calls none of them.
+The front ends (QMP) call it; it calls none of them.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ JOURNAL_BYTES = REQUESTS_MAX * 16
 
 
 class Journal:
-    """`memory` is JOURNAL_BYTES of zeroes, or what an earlier process left there: then `left` has
-    its requests under way."""
+    """`memory` is JOURNAL_BYTES of zeroes, or what an earlier process left there: then
+    `ranges_left` has the requests that it had in flight."""
 
     def __init__(self, memory: memoryview) -> None:
         self.regions: Regions | None = None

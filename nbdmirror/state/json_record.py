@@ -7,8 +7,8 @@ files stay as they are:
     number: Annotated[int, Key("number", COUNT)] = 0
 
 A field with a default is optional in files. Keys that are not known are ignored: a later version
-may have added them. So a key may be added where an older version may do without it; whatever
-changes what a file means needs another version of the file (statefile.VERSION). docs/state.md lists
+may have added them. So a key may be added where an older version may do without it. What changes
+the meaning of a file needs another version of the file (sealed_files.VERSION). docs/state.md lists
 all keys.
 """
 

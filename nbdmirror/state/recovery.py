@@ -2,7 +2,7 @@
 
     NAME.json      the disk, its mirror and its persistent bitmaps: what there is
     NAME.bitmaps   what was dirty in them when that was last saved
-    NAME.intents   where guests may have written since (intentlog.IntentLog)
+    NAME.intents   where guests may have written since (intent_log.IntentLog)
     NAME.pivoted   since a pivot: which side is the disk, and which is not any more
 
 and in memory that outlives the process (shared_memory.ShmDirectory) the bitmaps themselves and the

@@ -6,8 +6,8 @@ A file is one line of text and what follows it:
     LENGTH bytes, whose SHA-256 it is
 
 `head -1 FILE` tells what it is, and `tail -n +2 FILE | sha256sum` whether it is sound. The log of
-write intents is written in place, and has a form of its own (intentlog.py). docs/state.md describes
-the contents.
+write intents is written in place, and has a form of its own (intent_log.py). docs/state.md
+describes the contents.
 
 A folder does what a store needs of the file system, and no more, so that a test can put one in its
 place that loses what was not synced.

@@ -60,7 +60,7 @@ class SimSlots(Slots):
 
     def after_power_cut(self) -> list[SimSlots]:
         """What may be left: each slot as it was last synced, or as it is. Sectors of both are
-        test_intentlog.py's affair."""
+        test_intent_log.py's affair."""
         left = []
         for index, (old, new) in enumerate(zip(self.durable, self.content, strict=True)):
             for content in {old, new}:
