@@ -26,7 +26,7 @@ from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, leadi
 from nbdmirror.disk.ledger import Claim, Tracker
 from nbdmirror.mirror.buffers import Buffers, PageBuffer, Run
 from nbdmirror.mirror.in_flight import OPENING_BYTES, Crowd, Depth, Holes
-from nbdmirror.mirror.rate_limit import Pace
+from nbdmirror.mirror.rate_limit import Haste, Pace
 
 REQUEST_BYTES_MAX = 1 << 20
 """Largest read and write but one (in_flight.OPENING_BYTES), QEMU's MAX_IO_BYTES: larger ones gain
@@ -71,9 +71,7 @@ class _Copy:
 class Copier:
     """Copies what `tracker` says from `source` to `target` while `running`.
 
-    `pump` starts what can be started; it is called when something may have changed (guest writes
-    are not announced: who wants them copied pumps now and then).
-    """
+    `pump` starts what can be started. Guest writes are not announced: call it now and then."""
 
     def __init__(
         self,
@@ -138,14 +136,16 @@ class Copier:
         """No request of ours is in flight, flushes included."""
         return not self._copies and not self._flushes
 
-    @property
-    def remaining_bytes(self) -> int:
-        """Dirty, or in flight; QEMU's len is this and `offset`."""
-        return self.tracker.remaining_bytes
-
     def start(self) -> None:
         self.is_running = True
         self.pump()
+
+    def set_speed(self, speed_bytes_per_s: int) -> None:
+        self.pace.set_speed(speed_bytes_per_s)
+        self.pump()
+
+    def set_haste(self, haste: Haste) -> None:
+        self.pace.haste = haste
 
     def stop(self) -> None:
         """Claim no more, and begin no more pieces. What is in flight ends by itself; then
@@ -168,8 +168,7 @@ class Copier:
         self._free_buffers()
 
     def _free_buffers(self) -> None:
-        """One a turn of the loop: each holds the GIL, and so guests up, for a tenth of a
-        millisecond."""
+        """One a turn of the loop: each holds the GIL for a tenth of a millisecond."""
         if self._buffers.length:
             self._buffers.drop()
             self._call_later(0, self._free_buffers)
@@ -220,7 +219,7 @@ class Copier:
             if self.pace.may_begin_round():
                 claim = self.tracker.claim(0, length_max)
             if claim is not None:
-                self._depth.begin_round(is_kept_in_sync=self.pace.lag_s > 0)
+                self._depth.begin_round(is_kept_in_sync=self.pace.haste is Haste.LAG)
         if claim is not None:
             self._cursor = claim.end
         return claim

@@ -43,6 +43,8 @@ class Job(ABC):
         self.options = options
         self.status = JobStatus.UNDEFINED
         self.io_status = "ok"
+        self.speed_bytes_per_s = options.speed_bytes_per_s
+        """The limit; 0 for none."""
         self.error: str | None = None
         self.failure: BaseException | None = None
         """Why the job ended badly."""
@@ -182,11 +184,6 @@ class Job(ABC):
     @abstractmethod
     def length(self) -> int:
         """`offset` and what is left, in bytes: it grows while the guest writes."""
-
-    @property
-    @abstractmethod
-    def speed_bytes_per_s(self) -> int:
-        """The limit; 0 for none."""
 
     # What the work is.
 

@@ -26,7 +26,7 @@ from nbdmirror.mirror.job import Cancelled, Job
 from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions, Policy
 from nbdmirror.mirror.quiesce import Quiesce, Step
-from nbdmirror.mirror.rate_limit import LAG_S
+from nbdmirror.mirror.rate_limit import Haste
 from nbdmirror.mirror.resources import Owner, Target
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
@@ -68,7 +68,7 @@ class MirrorJob(Job):
         """How long guest writes were held at the ending, in seconds."""
         self.pivoted = False
         self.copier = copier(self)
-        self.copier.pace.speed_bytes_per_s = options.speed_bytes_per_s
+        self.copier.set_speed(options.speed_bytes_per_s)
         self._loop = loop
         self._owner = owner
         self._waits = Waits(loop, self.advance)
@@ -76,6 +76,7 @@ class MirrorJob(Job):
         self._quiesce: Quiesce | None = None
         self._watch = TargetWatch(
             copier=self.copier,
+            tracker=tracker,
             target=target,
             on_flush_error=partial(self.copy_failed, "write"),
             loop=loop,
@@ -156,11 +157,7 @@ class MirrorJob(Job):
 
     @property
     def length(self) -> int:
-        return self.offset + self.copier.remaining_bytes
-
-    @property
-    def speed_bytes_per_s(self) -> int:
-        return self.copier.pace.speed_bytes_per_s
+        return self.offset + self.tracker.remaining_bytes
 
     @property
     def is_level(self) -> bool:
@@ -249,8 +246,8 @@ class MirrorJob(Job):
         self._stopping.hurry()
 
     def limit_speed(self, speed_bytes_per_s: int) -> None:
-        self.copier.pace.set_speed(speed_bytes_per_s)
-        self.copier.pump()
+        self.speed_bytes_per_s = speed_bytes_per_s
+        self.copier.set_speed(speed_bytes_per_s)
         self._owner.changed(self)
 
     def forget(self, done: Done) -> None:
@@ -264,8 +261,9 @@ class MirrorJob(Job):
 
     def _go_on(self) -> None:
         if self.is_scanned:
-            self.copier.is_running = True
             self._mode.turn(synchronous=self.copy_mode is CopyMode.WRITE_BLOCKING)
+            self._hurry()
+            self.copier.start()
         else:
             self._do(self._owner.scan, self._scanned, "read")
 
@@ -273,9 +271,12 @@ class MirrorJob(Job):
         self.is_scanned = True
         self.release()
 
-    def _advance_copying(self) -> None:
+    def _hurry(self) -> None:
         is_hurried = self.status is JobStatus.RUNNING or self.may_end
-        self.copier.pace.lag_s = 0.0 if is_hurried else LAG_S
+        self.copier.set_haste(Haste.STEADY if is_hurried else Haste.LAG)
+
+    def _advance_copying(self) -> None:
+        self._hurry()
         self.copier.pump()
         in_sync = self.tracker.in_sync
         if in_sync:
@@ -301,6 +302,7 @@ class MirrorJob(Job):
     def _begin_quiesce(self) -> None:
         self._quiesce = Quiesce(
             ledger=self.disk.ledger,
+            tracker=self.tracker,
             copier=self.copier,
             loop=self._loop,
             on_level=self._on_level,

@@ -16,9 +16,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 
-from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.ledger import Ledger, Tracker
 from nbdmirror.event_loop import Loop, Timer
 from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.rate_limit import Haste
 
 LEVEL_BYTES_MIN, LEVEL_BYTES = 256 << 10, 4 << 20
 """Dirty bytes that may be left when guest writes are held: a few milliseconds of copying at most.
@@ -56,6 +57,7 @@ class Quiesce:
         self,
         *,
         ledger: Ledger,
+        tracker: Tracker,
         copier: Copier,
         loop: Loop,
         on_level: Callable[[], None],
@@ -64,6 +66,7 @@ class Quiesce:
     ) -> None:
         self.step = Step.CONVERGING
         self._ledger = ledger
+        self._tracker = tracker
         self._copier = copier
         self._loop = loop
         self._on_level = on_level
@@ -84,7 +87,7 @@ class Quiesce:
         elif self.step is Step.DRAINING and self._ledger.is_idle:
             self.step = Step.COPYING
             self.advance()
-        elif self.step is Step.COPYING and self._copier.tracker.in_sync:
+        elif self.step is Step.COPYING and self._tracker.in_sync:
             self.step = Step.FLUSHING
             self._copier.flush(self._flushed)
 
@@ -95,7 +98,7 @@ class Quiesce:
         if self._timer is None or step is Step.OPEN:
             return None
         self._timer.cancel()
-        self._copier.pace.is_urgent = False
+        self._copier.set_haste(Haste.STEADY)
         self._ledger.open_gate()
         return self._loop.clock() - self._closed_at_s
 
@@ -106,7 +109,7 @@ class Quiesce:
 
     def _is_close(self, level_bytes: int, patience_s: float) -> bool:
         is_late = self._loop.clock() - self._since_s >= patience_s
-        tracker = self._copier.tracker
+        tracker = self._tracker
         return is_late or tracker.dirty.dirty_bytes + tracker.in_flight_bytes <= level_bytes
 
     def _flushed_ahead(self, error: BaseException | None) -> None:
@@ -124,7 +127,7 @@ class Quiesce:
         self.step = Step.DRAINING
         self._closed_at_s = self._loop.clock()
         self._timer = self._loop.call_later(LIMIT_S, self._time_out)
-        self._copier.pace.is_urgent = True
+        self._copier.set_haste(Haste.GUESTS_WAIT)
         self._ledger.close_gate(self._on_idle)
         self.advance()
 
@@ -138,7 +141,7 @@ class Quiesce:
         if error is not None:
             self.release()
             self._on_flush_error(error)
-        elif self._copier.tracker.in_sync:
+        elif self._tracker.in_sync:
             assert self._timer is not None
             self._timer.cancel()
             self.step = Step.LEVEL

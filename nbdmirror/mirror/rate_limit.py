@@ -3,6 +3,7 @@ thread."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 
 SLICE_S = 0.1
@@ -12,6 +13,20 @@ BLOCK_JOB_SLICE_TIME)."""
 LAG_S = 0.25
 """Of a round, after READY: so far the target may lag behind, beside the time that copies take.
 Shorter writes more to regions that guests write to again and again; QEMU looks each 0.1 s."""
+
+
+class Haste(enum.Enum):
+    """How much a copier hurries."""
+
+    LAG = "lag"
+    """A round over the disk takes LAG_S at least: what is written again and again is copied once a
+    round."""
+
+    STEADY = "steady"
+    """As fast as the speed limit allows."""
+
+    GUESTS_WAIT = "guests wait"
+    """Guests' writes are held: the speed limit does not hold."""
 
 
 class Pace:
@@ -25,11 +40,7 @@ class Pace:
     ) -> None:
         self.speed_bytes_per_s = 0
         """0: no limit. It holds between claims, as QEMU's: what is in flight is not held back."""
-        self.lag_s = 0.0
-        """How long a round over the disk takes at least: what is written again and again is copied
-        once a round."""
-        self.is_urgent = False
-        """Guests wait: neither holds."""
+        self.haste = Haste.STEADY
         self._clock = clock
         self._call_later = call_later
         self._pump = pump
@@ -55,17 +66,17 @@ class Pace:
 
     def may_start(self) -> bool:
         """A claim."""
-        if not self.speed_bytes_per_s or self.is_urgent:
+        if not self.speed_bytes_per_s or self.haste is Haste.GUESTS_WAIT:
             return True
         return not self._must_wait(self._next_start_s)
 
     def may_begin_round(self) -> bool:
         """If so, it begins."""
-        if not self.lag_s or self.is_urgent:
+        if self.haste is not Haste.LAG:
             return True
         if self._must_wait(self._round_not_before_s):
             return False
-        self._round_not_before_s = self._clock() + self.lag_s
+        self._round_not_before_s = self._clock() + LAG_S
         return True
 
     def _must_wait(self, until_s: float) -> bool:

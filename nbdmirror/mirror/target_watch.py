@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable
 
+from nbdmirror.disk.ledger import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.resources import Target
@@ -36,12 +37,14 @@ class TargetWatch:
         self,
         *,
         copier: Copier,
+        tracker: Tracker,
         target: Target,
         on_flush_error: Callable[[BaseException], None],
         loop: Loop,
         reconnect_delay_s: float,
     ) -> None:
         self._copier = copier
+        self._tracker = tracker
         self._target = target
         self._on_flush_error = on_flush_error
         self._loop = loop
@@ -87,7 +90,7 @@ class TargetWatch:
         is_much = self._copier.written_bytes - self._covered_bytes >= self._flush_bytes
         if not self._is_flushing and (is_much or now_s >= self._flush_not_before_s):
             self._flush_not_before_s = now_s + FLUSH_S
-            if not self._copier.tracker.unflushed.is_empty:
+            if not self._tracker.unflushed.is_empty:
                 self._flush()
 
     def _ask(self) -> None:

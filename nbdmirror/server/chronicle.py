@@ -88,7 +88,7 @@ class Course:
         if self._level_s is None or job.tracker.in_sync or job.is_actively_synced:
             self._level_s = now_s
         elif (rates := self.rates) is not None and rates.dirty_bytes_per_s:
-            lag_s = job.copier.remaining_bytes / rates.dirty_bytes_per_s
+            lag_s = job.tracker.remaining_bytes / rates.dirty_bytes_per_s
             self._level_s = max(self._level_s, now_s - lag_s)
 
     @property
@@ -133,7 +133,7 @@ class Course:
             time_s=self._clock(),
             offset=job.offset,
             data=job.copier.written_bytes + tracker.written_bytes,
-            left=job.copier.remaining_bytes,
+            left=job.tracker.remaining_bytes,
             in_flight=tracker.in_flight_bytes,
             again=tracker.again_bytes,
         )

@@ -213,7 +213,7 @@ class MirrorMachine(RuleBasedStateMachine):
             return  # the job does not, before the target is back
         self.w.devices.at_once = at_once
         if action == "speed":
-            copier.pace.set_speed(speed)
+            copier.set_speed(speed)
         elif action == "flush":
             copier.flush(lambda error: None)
         elif action == "disown":

@@ -344,7 +344,7 @@ class World:
         """Let the copier do all that it can do while the guests, and one request, stand still."""
         if self.devices.is_lost:
             return
-        self.copier.pace.set_speed(0)
+        self.copier.set_speed(0)
         self.copier.start()
         for _ in range(DRAIN_STEPS_MAX):
             requests = [request for request in self.devices.requests if request is not spared]
@@ -372,7 +372,7 @@ class World:
             self.attach()
         if not self.is_tracking:
             self.mark_all()
-        self.copier.pace.set_speed(0)
+        self.copier.set_speed(0)
         self.copier.start()
         for _ in range(DRAIN_STEPS_MAX):
             if not self.guests and not self.devices.requests and self.tracker.in_sync:
@@ -390,7 +390,7 @@ class World:
         assert not self.guests, "a guest waits for ever"
         assert not self.devices.requests
         assert self.tracker.in_sync
-        assert self.copier.remaining_bytes == 0
+        assert self.tracker.remaining_bytes == 0
         assert self.source == self.target
         self.copier.flush(lambda error: None)
         for request in list(self.devices.requests):

@@ -11,6 +11,7 @@ from nbdmirror.devices.base import Extent, MemoryDevice
 from nbdmirror.mirror.buffers import ZERO_UNIT_BYTES
 from nbdmirror.mirror.copier import REQUEST_BYTES_MAX
 from nbdmirror.mirror.in_flight import PROBE_BYTES, QUICK_BYTES
+from nbdmirror.mirror.rate_limit import Haste
 
 QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
 
@@ -68,7 +69,7 @@ def test_odd_sizes(size: int, is_data: bool) -> None:
     assert devices.target == devices.device.data
     assert tracker.in_sync
     assert copier.copied_bytes == size
-    assert copier.remaining_bytes == 0
+    assert tracker.remaining_bytes == 0
     assert bool(watcher.settled) == bool(size)
 
 
@@ -181,7 +182,7 @@ def test_what_is_written_again_and_again_is_copied_once_a_round() -> None:
     copier, tracker, _ = a_copier(devices, clock=clock)
     copier.start()
     assert tracker.in_sync
-    copier.pace.lag_s = 0.25
+    copier.set_haste(Haste.LAG)
     before = len(devices.started)
     for _ in range(100):  # each 10 ms, for a second
         tracker.dirty.mark(64 * KIB, 1)
@@ -192,7 +193,7 @@ def test_what_is_written_again_and_again_is_copied_once_a_round() -> None:
     )
     assert 4 <= rounds <= 5
     tracker.dirty.mark(0, 1)
-    copier.pace.is_urgent = True
+    copier.set_haste(Haste.GUESTS_WAIT)
     copier.pump()
     assert tracker.in_sync, "guests wait"
 
@@ -201,7 +202,7 @@ def test_a_round_that_was_put_off_comes_by_itself() -> None:
     clock = Clock()
     devices = Devices(data(MIB))
     copier, tracker, _ = a_copier(devices, clock=clock)
-    copier.pace.lag_s = 0.25
+    copier.set_haste(Haste.LAG)
     copier.start()
     tracker.dirty.mark(0, 1)
     copier.pump()

@@ -7,7 +7,7 @@ from copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.mirror.in_flight import QUICK_BYTES
-from nbdmirror.mirror.rate_limit import SLICE_S
+from nbdmirror.mirror.rate_limit import SLICE_S, Haste
 
 # The speed limit. A claim is accounted for when the source has told its extents.
 
@@ -18,7 +18,7 @@ def test_speed_limit(speed: int) -> None:
     clock = Clock()
     devices = Devices(data(16 * MIB))
     copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
-    copier.pace.set_speed(speed)
+    copier.set_speed(speed)
     copier.start()
     claim = max(4 * KIB, min(MIB, int(speed * SLICE_S)))
     for _ in range(100):
@@ -34,7 +34,7 @@ def test_speed_limit_wakes_itself() -> None:
     clock = Clock()
     devices = Devices(data(MIB))
     copier, tracker, _ = a_copier(devices, clock=clock)
-    copier.pace.set_speed(MIB)
+    copier.set_speed(MIB)
     copier.start()
     for _ in range(30):
         clock.advance(SLICE_S)
@@ -49,7 +49,7 @@ def test_speed_limit_with_slow_extents() -> None:
     devices = Devices(data(32 * MIB), keeps=("extents",))
     speed = MIB
     copier, _, _ = a_copier(devices, clock=clock, granularity=4 * KIB)
-    copier.pace.set_speed(speed)
+    copier.set_speed(speed)
     copier.start()
     claim, slots = int(speed * SLICE_S), QUICK_BYTES // MIB
     for _ in range(200):
@@ -66,8 +66,8 @@ def test_speed_limit_with_slow_extents() -> None:
 def test_no_speed_limit_where_guests_wait() -> None:
     devices = Devices(data(4 * MIB))
     copier, tracker, _ = a_copier(devices)
-    copier.pace.set_speed(1)
-    copier.pace.is_urgent = True
+    copier.set_speed(1)
+    copier.set_haste(Haste.GUESTS_WAIT)
     copier.start()
     assert tracker.in_sync
 
@@ -77,6 +77,6 @@ def test_zeroes_are_free_where_the_target_unmaps(unmap: bool) -> None:
     """Rule 32."""
     devices = Devices(MemoryDevice(4 * MIB))
     copier, tracker, _ = a_copier(devices, unmap=unmap)
-    copier.pace.set_speed(MIB)
+    copier.set_speed(MIB)
     copier.start()
     assert tracker.in_sync == unmap

@@ -71,10 +71,10 @@ def test_zeroes_are_asked_for_in_pieces_that_are_answered_soon(mib_per_s: float)
     copier, tracker, _ = a_copier(devices, clock=clock)
     copier.start()
     while devices.kept:
-        before, length = copier.copied_bytes, copier.copied_bytes + copier.remaining_bytes
+        before, length = copier.copied_bytes, copier.copied_bytes + tracker.remaining_bytes
         devices.answer()
         assert copier.copied_bytes > before
-        assert copier.copied_bytes + copier.remaining_bytes == length == size
+        assert copier.copied_bytes + tracker.remaining_bytes == length == size
     assert tracker.in_sync
     assert sum(length for _, length in devices.of("zero")) == size
     assert devices.longest_s < PATIENCE_S

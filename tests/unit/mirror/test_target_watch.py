@@ -52,12 +52,13 @@ class World:
         self.posted: queue.Queue[Callable[[], None]] = queue.Queue()
         self.call_soon = self.posted.put
         self.devices = Devices(data(8 * MIB), keeps=("write", "flush"))
-        self.copier, _, _ = a_copier(self.devices, clock=self.clock)
+        self.copier, tracker, _ = a_copier(self.devices, clock=self.clock)
         self.target = Silent()
         loop: Any = self
         target: Any = self.target
         self.watch = TargetWatch(
             copier=self.copier,
+            tracker=tracker,
             target=target,
             on_flush_error=lambda error: None,
             loop=loop,
