@@ -1,8 +1,15 @@
-"""QMP's input: a stream of JSON values, cut and resynchronised as QEMU does. Pure: no I/O, no
-threads."""
+"""QMP's input: a stream of JSON values, one after the other. Pure: no I/O, no threads.
+
+A scanner looks for the end of each value, which is where its brackets balance, and `json` reads the
+value. So a value that is not JSON is one error, and the next value follows it. What is between
+values is one error as well, and so is a byte that no JSON has; then everything up to the next line
+end or `{` is skipped. No byte is looked at more than twice.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,29 +17,26 @@ from typing import Any
 from nbdmirror.errors import CommandError
 
 VALUE_BYTES_MAX = 1 << 20
-"""Tokens of one value. The longest real command, a transaction over many disks, has kilobytes;
-QEMU's 64 MiB would let each client take that much of a process that serves guests."""
+"""Of one value. The longest real command, a transaction over many disks, has kilobytes; QEMU's
+64 MiB would let each client take that much of a process that serves guests."""
 VALUE_TOKENS_MAX = 1 << 16
-"""QEMU: 2 Mi. A token costs us some 100 bytes, so this is 6 MiB a client at worst."""
+"""Brackets, commas, colons, quotes and escapes of one value. QEMU: 2 Mi of its tokens. What is
+between two of them costs us some 100 bytes, so this is 6 MiB a client at worst."""
 DEPTH_MAX = 128
-"""QEMU: 1024. QMP's schema needs less than ten; two Python frames a level stay far from the
-interpreter's limit of 1000."""
-WORD_BYTES_MAX = 1024
-"""Numbers and keywords: looked at again from their start when a packet ends within one."""
+"""QEMU: 1024. QMP's schema needs less than ten, and `json` calls itself once a level."""
 
-_SPACE = re.compile(rb"[ \t\r\n]*")
-_RECOVERY = re.compile(rb"[^{}\[\]:,\x00-\x1f\xfe\xff]*")
-_WORD = re.compile(rb"[a-z]+|[-0-9][-+.0-9eE]*")
-_NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-_STRING = {  # up to the closing quote, a byte that no string may hold, or an escape cut in two
-    q: re.compile(rb"(?:[^\\\x00-\x1f\xfe\xff" + q + rb"]++|\\[\x20-\xfd])*+") for q in (b'"', b"'")
+_BETWEEN = re.compile(rb"[ \t\r\n]*")
+_SKIPPED = re.compile(rb"[^\n{]*")
+_MARKS = {  # what the scanner stops at, by the quote of the string that it is in
+    b"": re.compile(rb"[{}\[\]:,\"'\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff]"),
+    b'"': re.compile(rb"\"|\\[\x20-\xfd]|[\x00-\x1f\xfe\xff]"),
+    b"'": re.compile(rb"'|\\[\x20-\xfd]|[\x00-\x1f\xfe\xff]"),
 }
-_ESCAPE = re.compile(
-    r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})"
-    r"|\\u([0-9a-fA-F]{4})|\\(u.{0,4}|.)",
-    re.DOTALL,
-)
-_SIMPLE_ESCAPES = dict(zip("\"'\\/bfnrt", "\"'\\/\b\f\n\r\t", strict=True))
+_CLOSING = {b"{": b"}", b"[": b"]"}
+_STRING = re.compile(r"\"(?P<a>(?:[^\"\\]++|\\.)*+)\"|'(?P<b>(?:[^'\\]++|\\.)*+)'", re.DOTALL)
+_QUOTE = re.compile(r"\\.|\"", re.DOTALL)
+_BACKSLASH = ord("\\")
+_INTEGER_LENGTH_MAX = len(str(-(1 << 63)))
 
 
 class ParseError(CommandError):
@@ -43,211 +47,124 @@ class ParseError(CommandError):
         self.fatal = fatal
 
 
-def _syntax(message: str) -> ParseError:
-    return ParseError(f"JSON parse error, {message}")
-
-
 class JsonStream:
-    """Cuts a byte stream into JSON values. Pure: no I/O, one owner.
-
-    As in QEMU, tokens are gathered until brackets balance and are then parsed as one value; after a
-    byte that starts no token, everything up to a structural or control character is skipped.
-    """
+    """Cuts a byte stream into JSON values. One owner."""
 
     def __init__(self) -> None:
-        self._rest = b""
-        self._quote = b""
-        self._string = bytearray()
-        self._recovering = False
-        self._begin_value()
-
-    def _begin_value(self) -> None:
-        self._tokens: list[bytes] = []
-        self._bytes = self._braces = self._brackets = 0
+        self._buffer = bytearray()
+        self._is_skipping = False
+        self._drop(0)
 
     def feed(self, data: bytes) -> Iterator[Any]:
         """Each value (or ParseError, as an object) that `data` completes; exhaust it before the
         next call. After a fatal error the stream is not to be used any more."""
-        buf = self._rest + data
-        self._rest = b""
-        position = 0
-        while position < len(buf):
+        self._buffer += data
+        value = None
+        while not (isinstance(value, ParseError) and value.fatal):
             try:
-                token, position = self._next_token(buf, position)
-                if token and self._push(token):
-                    value = _parse(self._tokens)
-                    self._begin_value()
-                    yield value
-            except _Stray as stray:
-                position = stray.position
-                self._begin_value()
-                self._recovering = True
-                text = stray.text[:WORD_BYTES_MAX].split(b"\0")[0]
-                yield _syntax(f"stray '{text.decode(errors='replace')}'")
-            except ParseError as error:
-                yield error
-                if error.fatal:
+                if not (end := self._find_end()):
                     return
-                self._begin_value()
+                text = self._buffer[:end]
+                self._drop(end)
+                value = _parse(text)
+            except ParseError as error:
+                value = error
+            yield value
 
-    def _next_token(self, buf: bytes, position: int) -> tuple[bytes, int]:
-        """A token and the position behind it; an empty one if `buf` ends before the token does."""
-        if self._quote:
-            return self._go_on_string(buf, position)
-        skipped = _RECOVERY if self._recovering else _SPACE
-        if match := skipped.match(buf, position):
-            position = match.end()
-        if position == len(buf):
-            return b"", position
-        self._recovering = False
-        byte = buf[position : position + 1]
-        if byte in b"{}[]:,":
-            return byte, position + 1
-        if byte in b"\"'":
-            self._quote = byte
-            self._string = bytearray(byte)
-            return b"", position + 1
-        if byte in b" \t\r\n":  # what ended a recovery
-            return b"", position + 1
-        match = _WORD.match(buf, position)
-        if not match:
-            raise _Stray(byte, position + 1)
-        if match.end() - position > WORD_BYTES_MAX:
-            raise ParseError("JSON token size limit exceeded", fatal=True)
-        if match.end() == len(buf):
-            self._rest = buf[position:]
-            return b"", len(buf)
-        word = match.group()
-        if not byte.isalpha() and not _NUMBER.fullmatch(word):
-            raise _Stray(word, match.end())
-        return word, match.end()
+    def _drop(self, end: int) -> None:
+        del self._buffer[:end]
+        self._seen = self._tokens = 0
+        self._open: list[bytes] = []
+        """What closes the brackets that are open."""
+        self._quote = b""
+        """What closes the string that is open."""
 
-    def _go_on_string(self, buf: bytes, position: int) -> tuple[bytes, int]:
-        match = _STRING[self._quote].match(buf, position)
-        assert match
-        end = match.end()
-        self._string += buf[position:end]
-        if self._bytes + len(self._string) > VALUE_BYTES_MAX:
-            raise ParseError("JSON token size limit exceeded", fatal=True)
-        if end == len(buf):
-            return b"", end
-        if buf[end:] == b"\\":
-            self._rest = b"\\"
-            return b"", len(buf)
-        quote, self._quote = self._quote, b""
-        if buf[end : end + 1] == quote:
-            return bytes(self._string), end + 1
-        end += buf[end] == 0x5C
-        raise _Stray(bytes(self._string) + buf[end : end + 1], end + 1)
+    def _has_begun(self) -> bool:
+        """Drop what is before the next value; whether that begins in the buffer."""
+        if self._is_skipping:
+            self._drop(_SKIPPED.match(self._buffer).end())  # type: ignore[union-attr]
+            self._is_skipping = not self._buffer
+        self._drop(_BETWEEN.match(self._buffer).end())  # type: ignore[union-attr]
+        if self._buffer and self._buffer[0] not in b"{[":
+            self._is_skipping = True
+            raise ParseError("QMP input must be a JSON object")
+        return bool(self._buffer)
 
-    def _push(self, token: bytes) -> bool:
-        """Add a token; True when it completes a value, a correct one or not."""
-        self._tokens.append(token)
-        self._bytes += len(token)
-        self._braces += (token == b"{") - (token == b"}")
-        self._brackets += (token == b"[") - (token == b"]")
-        if min(self._braces, self._brackets) < 0 or self._braces == self._brackets == 0:
-            return True
-        for what, size, limit in (
-            ("token size", self._bytes, VALUE_BYTES_MAX),
-            ("token count", len(self._tokens), VALUE_TOKENS_MAX),
-            ("nesting depth", self._braces + self._brackets, DEPTH_MAX),
+    def _find_end(self) -> int:
+        """Where the first value ends; 0: not in the buffer. Raises ParseError."""
+        if not self._open and not self._has_begun():
+            return 0
+        while mark := _MARKS[self._quote].search(self._buffer, self._seen):
+            self._seen, found = mark.end(), mark[0]
+            self._tokens += 1
+            self._check_limits(self._seen)
+            if found == self._quote:
+                self._quote = b""
+            elif found in (b'"', b"'"):
+                self._quote = found
+            elif found in _CLOSING:
+                self._open.append(_CLOSING[found])
+            elif found == self._open[-1]:
+                self._open.pop()
+                if not self._open:
+                    return self._seen
+            elif found not in (b":", b",") and found[0] != _BACKSLASH:
+                # A wrong bracket, or a byte that a client sends to end what it has begun.
+                self._is_skipping = found != b"\n"
+                self._drop(self._seen)
+                raise ParseError(f"JSON parse error, unexpected {str(found)[1:]}")
+        self._check_limits(len(self._buffer))
+        self._seen = max(self._seen, len(self._buffer) - 1)  # the last byte may begin an escape
+        return 0
+
+    def _check_limits(self, size: int) -> None:
+        for what, number, limit in (
+            ("nesting depth", len(self._open), DEPTH_MAX),  # in the order in which they are passed
+            ("token size", size, VALUE_BYTES_MAX),
+            ("token count", self._tokens, VALUE_TOKENS_MAX),
         ):
-            if size > limit:
+            if number > limit:
                 raise ParseError(f"JSON {what} limit exceeded", fatal=True)
-        return False
 
 
-class _Stray(Exception):
-    def __init__(self, text: bytes, position: int) -> None:
-        super().__init__()
-        self.text, self.position = text, position
+def _parse(value: bytearray) -> Any:
+    """Raises ParseError."""
+    try:
+        text = value.decode()
+        if "'" in text:
+            text = _STRING.sub(_in_double_quotes, text)
+        parsed = json.loads(
+            text,
+            parse_int=_number,
+            parse_float=_number,
+            parse_constant=_number,
+            object_pairs_hook=_members,
+        )
+        if "\\u" in text:  # half of a surrogate pair is no character, and cannot be encoded
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise ParseError(f"JSON parse error, {error}") from None
+    return parsed
 
 
-def _parse(tokens: list[bytes]) -> Any:
-    """The value that `tokens` spell. Strings are tokens without their closing quote."""
-    source = iter(tokens)
-    return _value(next(source), source)
+def _in_double_quotes(string: re.Match[str]) -> str:
+    """As in QEMU a string may be in single quotes, and have \\' in it."""
+    changed = {"\\'": "'", '"': '\\"'}
+    inside = string["a"] or string["b"] or ""
+    return f'"{_QUOTE.sub(lambda part: changed.get(part[0], part[0]), inside)}"'
 
 
-def _value(token: bytes, source: Iterator[bytes]) -> Any:
-    first = token[:1]
-    if first in b"\"'":
-        return _string(token)
-    if first in b"-0123456789":
-        return _number(token)
-    if first.isalpha():
-        if token not in (b"true", b"false", b"null"):
-            raise _syntax(f"invalid keyword '{token.decode()}'")
-        return {b"true": True, b"false": False}.get(token)
-    if first == b"[":
-        return _array(source)
-    if first == b"{":
-        return _object(source)
-    raise _syntax("expecting value")
-
-
-def _array(source: Iterator[bytes]) -> list[Any]:
-    values: list[Any] = []
-    token = next(source, b"]")
-    while values or token != b"]":
-        values.append(_value(token, source))
-        token = next(source, b"]")
-        if token == b"]":
-            break
-        if token != b",":
-            raise _syntax("expected separator in list")
-        token = next(source, b"]")
-    return values
-
-
-def _object(source: Iterator[bytes]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    token = next(source, b"}")
-    while members or token != b"}":
-        key = _value(token, source)
-        if not isinstance(key, str):
-            raise _syntax("key is not a string in object")
-        if next(source, b"") != b":":
-            raise _syntax("missing : in object pair")
-        if key in members:
-            raise _syntax("duplicate key")
-        members[key] = _value(next(source, b"}"), source)
-        token = next(source, b"}")
-        if token == b"}":
-            break
-        if token != b",":
-            raise _syntax("expected separator in dict")
-        token = next(source, b"}")
-    return members
-
-
-def _number(token: bytes) -> int | float:
-    """As QEMU: an integer that fits 64 bits stays one, anything else is a double."""
-    if not set(token) & set(b".eE") and -(1 << 63) <= int(token) < 1 << 64:
-        return int(token)
-    number = float(token)
-    if number in (float("inf"), float("-inf")):  # QEMU echoes `inf`, which is not JSON
-        raise _syntax(f"number out of range '{token.decode()}'")
+def _number(text: str) -> int | float:
+    """As in QEMU an integer that fits 64 bits stays one, and anything else is a double."""
+    is_integer = len(text) <= _INTEGER_LENGTH_MAX and text.lstrip("-").isdecimal()
+    if is_integer and -(1 << 63) <= int(text) < 1 << 64:
+        return int(text)
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"number out of range: {text[:_INTEGER_LENGTH_MAX]}")
     return number
 
 
-def _string(token: bytes) -> str:
-    try:
-        text = token[1:].decode()
-    except UnicodeDecodeError:
-        raise _syntax("invalid UTF-8 sequence in string") from None
-    return _ESCAPE.sub(_unescape, text) if "\\" in text else text
-
-
-def _unescape(match: re.Match[str]) -> str:
-    high, low, unit, other = match.groups()
-    if high:
-        return chr(0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF))
-    if unit and not 0xD800 <= int(unit, 16) < 0xE000:
-        return chr(int(unit, 16))
-    if unit or other[0] == "u":
-        raise _syntax(f"{match.group()} is not a valid Unicode character")
-    if other not in _SIMPLE_ESCAPES:
-        raise _syntax("invalid escape sequence in string")
-    return _SIMPLE_ESCAPES[other]
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(members := dict(pairs)) != len(pairs):
+        raise ValueError("duplicate key")
+    return members

@@ -11,9 +11,9 @@ Promises:
   and what happens after it was carried out follows it, as in QEMU (`Reply.next_event`).
 - A client that does not read, sends garbage or leaves harms no other and not the server.
 
-Texts and resynchronisation are compared with qemu-storage-daemon. Where we differ: limits are
-smaller and passing one ends the connection (QEMU goes on with the middle of the value), and so does
-a long row of errors.
+Texts are compared with qemu-storage-daemon. Where we differ: what is not JSON is one error, in our
+words; limits are smaller and passing one ends the connection (QEMU continues with the middle of the
+value), and so does a long row of errors.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _json(data: bytes) -> str | None:
         text.encode()
     except (ValueError, RecursionError):
         return None
-    return text if _is_within(value) else None
+    return text if isinstance(value, dict | list) and _is_within(value) else None
 
 
 def _refuse(word: str) -> Any:

@@ -45,25 +45,6 @@ def has(what: str) -> bool:
     return installed() >= SINCE[what]
 
 
-_JSON_TEXTS = {
-    "expecting ':'": "missing : in object pair",
-    "expected ',' or ']'": "expected separator in list",
-    "expected ',' or '}'": "expected separator in dict",
-    "expecting key": "key is not a string in object",
-    "expecting value": "key is not a string in object",
-}
-"""Of QEMU 11, where they are others. It tells a key that is missing from one that is no string."""
-
-
-def json_error(text: str) -> str:
-    """The text of a JSON error, to be compared. QEMU 11 puts line and column before it, and has
-    other words; nbdmirror has those of the versions before."""
-    if installed() < (11, 0):
-        return text
-    _, start, what = re.sub(r"^\d+:\d+: ", "", text).rpartition("JSON parse error, ")
-    return start + _JSON_TEXTS.get(what, what)
-
-
 def _before(version: Version, rewrite: Rewrite) -> Rewrite:
     return lambda lines: rewrite(lines) if installed() < version else lines
 

@@ -15,7 +15,6 @@ from nbdmirror.qmp import server as qmp
 
 WAIT_S_MAX = 10.0
 VERSION = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "nbdmirror"}
-EXPECTING = "JSON parse error, expecting value"
 NOT_OBJECT = "QMP input must be a JSON object"
 
 
