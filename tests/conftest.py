@@ -9,8 +9,8 @@ import pytest
 
 # What tests of one topic share, with assertions that explain themselves as those of tests do.
 pytest.register_assert_rewrite(
-    "support", "model", "badparts", "cliparts", "copierparts", "devicekinds", "ledgerthreads",
-    "qmpparts", "rulesparts",
+    "support", "model", "badparts", "cliparts", "copierparts", "devicekinds", "jobdevices",
+    "jobparts", "ledgerthreads", "qmpparts", "rulesparts",
 )  # fmt: skip
 
 pytest_plugins = ["support.fixtures"]

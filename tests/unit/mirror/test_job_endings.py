@@ -1,0 +1,193 @@
+"""How a job's end is written down, and jobs that end together, or are taken up again.
+In one process, with a clock that stands still."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from jobdevices import StillLoop
+from jobparts import (
+    IO_ERROR,
+    JobWorld,
+    a_group,
+    aborting,
+    created,
+    ready,
+)
+
+from nbdmirror.mirror.group import HOLD_S
+from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.timers import RETRY_S
+
+FOR_EVER_S = 300.0
+
+
+# How an end is written down.
+
+
+def test_an_end_is_written_down_before_it_is_one() -> None:
+    world = ready()
+    world.owner.holds = {"commit"}
+    world.job.complete()
+    world.pass_s(FOR_EVER_S)
+    assert world.status == "pending" and world.is_held and "pivot" not in world.owner.calls
+    world.owner.answer()
+    assert world.owner.calls == ["prepare", "commit", "pivot", "released", "dismissed"]
+
+
+def test_nothing_comes_between_an_end_and_its_record() -> None:
+    world = ready()
+    world.owner.holds = {"commit"}
+    world.job.complete()
+    world.pass_s(1.0)
+    world.job.cancel(force=True)
+    world.job.copy_failed("write", IO_ERROR)
+    world.pass_s(5.0)
+    assert world.status == "pending" and world.is_held
+    world.owner.answer()
+    assert "pivot" in world.owner.calls and not world.told("BLOCK_JOB_CANCELLED")
+    assert world.disk.source is world.target
+
+
+@pytest.mark.parametrize("step", ["prepare", "commit"])
+def test_an_end_that_cannot_be_written_down_is_tried_again(step: str) -> None:
+    world = ready()
+    world.owner.errors[step] = OSError(errno.EIO, "the state directory failed")
+    world.job.complete()
+    world.pass_s(20.0)
+    assert not world.job.is_over and "pivot" not in world.owner.calls
+    tries = world.owner.calls.count(step)
+    assert 3 <= tries <= 10, "with a back-off"
+    assert not world.is_held, "the guest goes on meanwhile"
+    world.write()
+    world.owner.errors.clear()
+    world.pass_s(2 * RETRY_S[1])
+    assert "pivot" in world.owner.calls
+
+
+def test_a_bad_end_is_written_down_before_it_is_told() -> None:
+    world = aborting()
+    world.pass_s(FOR_EVER_S)
+    assert world.status == "aborting" and not world.told("BLOCK_JOB_CANCELLED")
+    assert not world.is_held and not world.disk.ledger.bitmaps, "the guest is let go of"
+    world.owner.answer()
+    assert world.status == "null" and world.told("BLOCK_JOB_CANCELLED")
+
+
+# What an earlier process left.
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_a_job_is_taken_up(is_scanned: bool, is_paused: bool) -> None:
+    world = created()
+    world.job.take_up(lambda dirty: dirty.mark_all(), is_scanned=is_scanned, is_paused=is_paused)
+    world.pass_s(1.0)
+    if is_paused:
+        assert world.status == "paused" and not world.target.requests.started
+        world.job.resume()
+        world.pass_s(1.0)
+    assert world.status == "ready" and ("scan" in world.owner.calls) is not is_scanned
+    world.assert_identical()
+
+
+# Groups.
+
+
+def test_jobs_of_a_group_wait_for_one_another_and_end_in_one_step() -> None:
+    first, second = a_group("a", "b")
+    first.job.complete()
+    first.pass_s(FOR_EVER_S)
+    assert (first.status, second.status) == ("waiting", "ready")
+    assert not first.is_held, "its guest goes on meanwhile"
+    first.write()
+    second.job.complete()
+    first.pass_s(3.0)
+    assert (first.status, second.status) == ("null", "null")
+    assert "pivot" in first.owner.calls and "pivot" in second.owner.calls
+
+
+def test_a_job_that_fails_takes_its_group_along() -> None:
+    first, second = a_group("a", "b")
+    first.job.complete()
+    first.pass_s(1.0)
+    second.job.cancel(force=True)
+    first.pass_s(1.0)
+    assert first.told("BLOCK_JOB_CANCELLED") and second.told("BLOCK_JOB_CANCELLED")
+    assert "job b of its group" in str(first.job.failure)
+    assert "pivot" not in first.owner.calls
+
+
+def test_a_soft_cancel_of_one_cancels_the_others_by_force() -> None:
+    first, second = a_group("a", "b")
+    first.job.cancel(force=False)
+    first.pass_s(3.0)
+    assert first.told("BLOCK_JOB_COMPLETED") and second.told("BLOCK_JOB_CANCELLED")
+
+
+def test_jobs_that_are_cancelled_softly_in_one_step_end_well() -> None:
+    first, second = a_group("a", "b")
+    first.job.cancel(force=False)
+    second.job.cancel(force=False)
+    first.pass_s(3.0)
+    for world in (first, second):
+        assert world.told("BLOCK_JOB_COMPLETED") and not world.told("BLOCK_JOB_CANCELLED")
+
+
+def test_guests_are_not_held_for_long_for_another_job_of_the_group() -> None:
+    first, second = a_group("a", "b", auto_finalize=False)
+    for world in (first, second):
+        world.job.complete()
+    first.pass_s(3.0)
+    assert (first.status, second.status) == ("pending", "pending")
+    second.target.requests.holds = {"write", "flush"}
+    second.write()
+    first.job.finalize()
+    first.settle()
+    assert first.is_held
+    gate = first.disk.ledger.gate
+    assert gate is not None
+    first.pass_s(HOLD_S)
+    assert gate.opened.is_set() and first.told("X_NBDMIRROR_QUIESCE_TIMEOUT")
+    first.pass_s(FOR_EVER_S)
+    assert not first.is_held and len(first.told("X_NBDMIRROR_QUIESCE_TIMEOUT")) == 1
+    second.target.requests.answer_all()
+    first.pass_s(3.0)
+    assert (first.status, second.status) == ("null", "null")
+
+
+def test_no_job_of_a_group_ends_if_one_end_cannot_be_written_down() -> None:
+    first, second = a_group("a", "b")
+    second.owner.errors["commit"] = OSError(errno.EIO, "the state directory failed")
+    for world in (first, second):
+        world.job.complete()
+    first.pass_s(5.0)
+    for world in (first, second):
+        assert not world.job.is_over and "pivot" not in world.owner.calls
+    assert "uncommit" in first.owner.calls and "uncommit" not in second.owner.calls
+    second.owner.errors.clear()
+    first.pass_s(4 * RETRY_S[1])
+    for world in (first, second):
+        assert "pivot" in world.owner.calls
+
+
+def test_the_ends_of_a_group_are_all_written_down_before_any_is_one() -> None:
+    first, second = a_group("a", "b")
+    first.owner.holds = second.owner.holds = {"commit"}
+    for world in (first, second):
+        world.job.complete()
+    first.pass_s(3.0)
+    first.owner.answer()
+    first.pass_s(FOR_EVER_S)
+    assert "pivot" not in first.owner.calls and first.is_held and second.is_held
+    second.owner.answer()
+    assert "pivot" in first.owner.calls and "pivot" in second.owner.calls
+
+
+def test_a_job_alone_does_not_wait() -> None:
+    world = JobWorld(loop=StillLoop()).ready()
+    world.job.complete()
+    assert world.job.ending is Ending.COMPLETE
+    world.settle()
+    assert world.status == "null"
