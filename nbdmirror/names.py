@@ -15,11 +15,12 @@ DISK_RULE = (
 )
 
 _DISK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_JOB = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 def split_disk(text: str) -> tuple[str, str]:
-    """The name, "" if none is given, and the disk of a [NAME=]DISK that is no URI by itself."""
+    """The name, "" if none is given, and the disk of a [NAME=]DISK. A URI is no name with a disk:
+    what is before its first '=' has a ':'."""
     name, equals, disk = text.partition("=")
     return (name, disk) if equals and _DISK.fullmatch(name) else ("", text)
 
@@ -28,15 +29,15 @@ def is_too_long(name: str) -> bool:
     return len(name) > DISK_LENGTH_MAX
 
 
-def is_job_id(text: str) -> bool:
-    """QEMU's rule (id_wellformed)."""
-    return bool(_JOB.fullmatch(text))
+def is_wellformed_id(text: str) -> bool:
+    """QEMU's rule for the names of jobs and of nodes (id_wellformed)."""
+    return bool(_ID.fullmatch(text))
 
 
 def default_job_id(disk: str, disks: Collection[str]) -> str:
     """The job of a disk is called as the disk is; where no job may be called so, `job-` is put
     before it, as often as it takes to be no other disk's name."""
     job = disk
-    while not is_job_id(job) or (job != disk and job in disks):
+    while not is_wellformed_id(job) or (job != disk and job in disks):
         job = f"job-{job}"
     return job

@@ -215,7 +215,7 @@ def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     names: set[str] = set()
     for index, text in enumerate(args.disks):
-        name, disk = split_disk(text) if not is_uri(text) else ("", text)
+        name, disk = split_disk(text)
         if not disk:
             raise CliError(f"'{text}' names no disk", USAGE)
         if is_too_long(name):

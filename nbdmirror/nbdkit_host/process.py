@@ -291,7 +291,7 @@ class PluginProcess:
             self.log.stop()
 
     def _add_disk(self, value: str) -> None:
-        name, path = split_disk(value) if not is_uri(value) else ("", value)
+        name, path = split_disk(value)
         name = name or f"disk{len(self._paths)}"
         if not path:
             raise ConfigError(f"file={value}: names no disk")

@@ -14,7 +14,7 @@ from nbdmirror.mirror.copier import BUFFER_BYTES_DEFAULT
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
-from nbdmirror.names import default_job_id, is_job_id
+from nbdmirror.names import default_job_id, is_wellformed_id
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmp.addresses import target_uri
 from nbdmirror.qmp.arguments import BITMAP_MODE, COPY_MODE, NEW_IMAGE_MODE, ON_ERROR, SYNC
@@ -239,7 +239,7 @@ def _sync_bitmap(server: Server, disk: Disk, mirror: MirrorArguments) -> NamedBi
 
 def _options(mirror: MirrorArguments, job_id: str, *, reconnect_delay_s: float) -> MirrorOptions:
     """The job's options; raises CommandError with QEMU's text."""
-    if not is_job_id(job_id):
+    if not is_wellformed_id(job_id):
         raise CommandError(f"Invalid job ID '{job_id}'")
     if len(job_id) > JOB_ID_LENGTH_MAX:
         raise CommandError(f"Job ID is longer than {JOB_ID_LENGTH_MAX} characters")

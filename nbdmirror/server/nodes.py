@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,13 +11,13 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.names import is_wellformed_id
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 
 NODES_MAX = 256
 """Targets of all kinds. Each has a connection and three descriptors; QEMU has no such bound."""
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 NAME_LENGTH_MAX = 31
 _SERVED = "Failed to inactivate node: Operation not permitted"
 
@@ -200,7 +199,7 @@ class Nodes:
 
     def check_name(self, name: str) -> None:
         """Raise CommandError, with QEMU's text, unless a new node may be called `name`."""
-        if not _NAME.fullmatch(name):
+        if not is_wellformed_id(name):
             raise CommandError(f"Invalid node-name: '{name}'")
         if len(name) > NAME_LENGTH_MAX:
             raise CommandError("Node name too long")

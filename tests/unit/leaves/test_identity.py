@@ -21,7 +21,7 @@ from nbdmirror import syscalls as linux
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import SERVER_ID, Peer, Same, label, same_place
-from nbdmirror.names import DISK_LENGTH_MAX, default_job_id, is_job_id, split_disk
+from nbdmirror.names import DISK_LENGTH_MAX, default_job_id, is_wellformed_id, split_disk
 from nbdmirror.nbdclient.device import NbdDevice
 
 YES, NO, UNKNOWN = Same.YES, Same.NO, Same.UNKNOWN
@@ -241,6 +241,10 @@ def test_one_export_is_not_two_disks(start: Start, folder: Path) -> None:
         ("my disk=/x", ("", "my disk=/x")),
         ("a/b=/x", ("", "a/b=/x")),
         ("vda=", ("vda", "")),
+        ("nbd:h:1:exportname=x", ("", "nbd:h:1:exportname=x")),
+        ("NBD+unix:///?socket=/x", ("", "NBD+unix:///?socket=/x")),
+        ("nbd+x=y:1", ("", "nbd+x=y:1")),
+        ("nbd=nbds://h/?tls-psk-file=/k", ("nbd", "nbds://h/?tls-psk-file=/k")),
     ],
 )
 def test_name_and_disk(text: str, parts: tuple[str, str]) -> None:
@@ -250,6 +254,6 @@ def test_name_and_disk(text: str, parts: tuple[str, str]) -> None:
 def test_every_disk_has_a_name_for_its_job() -> None:
     disks = ["vda", "1", "job-1", "3f2a77c0-7d1e-4c6b-9b1d-0c0ffee00001", "9" * DISK_LENGTH_MAX]
     ids = [default_job_id(disk, disks) for disk in disks]
-    assert all(map(is_job_id, ids)) and len(set(ids)) == len(disks)
+    assert all(map(is_wellformed_id, ids)) and len(set(ids)) == len(disks)
     assert ids[:3] == ["vda", "job-job-1", "job-1"]
     assert max(map(len, ids)) <= 255
