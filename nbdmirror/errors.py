@@ -5,8 +5,7 @@
     │   └── Unreachable         an NBD server does not answer, or not yet
     ├── CommandError            a QMP command cannot be done: nothing was changed
     │   ├── CommandNotFound     no such command (QMP class CommandNotFound)
-    │   ├── DeviceNotActive     no such block job (QMP class DeviceNotActive)
-    │   └── DeviceNotFound      no such device (QMP class DeviceNotFound)
+    │   └── DeviceNotActive     no such block job (QMP class DeviceNotActive)
     └── DeviceError             an I/O request failed on one device; carries errno
         └── DeviceLost          the device went away; what was in flight has an unknown outcome
 
@@ -48,10 +47,6 @@ class CommandNotFound(CommandError):
 
 class DeviceNotActive(CommandError):
     qmp_class = "DeviceNotActive"
-
-
-class DeviceNotFound(CommandError):
-    qmp_class = "DeviceNotFound"
 
 
 class DeviceError(Error):

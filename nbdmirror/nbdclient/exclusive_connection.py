@@ -23,7 +23,7 @@ import nbd
 from nbdmirror.devices.base import Buffer
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.nbdclient.handle_state import HandleState
-from nbdmirror.nbdclient.handshake import reason
+from nbdmirror.nbdclient.handshake import readable
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
 
 
@@ -129,9 +129,12 @@ class ExclusiveConnection:
     def _close(self) -> None:
         if not self.is_lost:
             self.is_lost = True
-            with suppress(nbd.Error):  # it is gone
-                self._handle.aio_disconnect(0)
+            self._say_good_bye()
         self._let_go()
+
+    def _say_good_bye(self) -> None:
+        with suppress(nbd.Error):  # the server is gone
+            self._handle.aio_disconnect(0)
 
     def _let_go(self) -> None:
         # libnbd's binding closes a handle when the last reference goes. In its place is one that
@@ -148,10 +151,13 @@ class ExclusiveConnection:
                 raise self._error(error) from error
 
     def _error(self, error: Any) -> DeviceError:
+        return self._failure(error.errnum, str(error.string))
+
+    def _failure(self, code: int, text: str) -> DeviceError:
+        """What a request fails with; `code` and `text` are libnbd's. Locked."""
         # While it waits libnbd may find the socket broken, and leave the handle as it was.
-        if self._handle_state.is_gone or error.errnum == errno.ENOTCONN:
+        if self._handle_state.is_gone or code == errno.ENOTCONN:
             self.is_lost = self._is_unknown = True
         if self.is_lost:
-            return DeviceLost(f"{self.description}: connection lost: {reason(error)}")
-        code = error.errnum or errno.EIO
-        return DeviceError(f"{self.description}: {reason(error)}", code)
+            return DeviceLost(f"{self.description}: connection lost: {readable(text)}")
+        return DeviceError(f"{self.description}: {readable(text)}", code or errno.EIO)

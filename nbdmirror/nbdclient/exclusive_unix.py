@@ -9,7 +9,6 @@ request.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import nbd
 
 from nbdmirror.devices.base import Buffer
-from nbdmirror.errors import DeviceError, DeviceLost
+from nbdmirror.errors import DeviceLost
 from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
 
 LOOK_MS = 100
@@ -74,16 +73,15 @@ class ExclusiveUnixConnection(ExclusiveConnection):
                     self._handle.poll(0)
                     if not self._handle_state.completed(self._cookie):
                         return False
-            self._close_for_good()
+            self._say_good_bye()
+            self._let_go()
             return True
         finally:
             self._lock.release()
 
-    def _close_for_good(self) -> None:
+    def _let_go(self) -> None:
+        super()._let_go()
         self._cookie, self._kept = 0, b""
-        with suppress(nbd.Error):  # it is gone
-            self._handle.aio_disconnect(0)
-        self._let_go()
 
     def _wait(self, method: Callable[..., int], *arguments: Any, flags: int = 0) -> None:
         """Locked."""
@@ -101,12 +99,4 @@ class ExclusiveUnixConnection(ExclusiveConnection):
             raise self._error(error) from error
         self._cookie = 0
         if done < 0:
-            raise self._failed()
-
-    def _failed(self) -> DeviceError:
-        code, text = self._handle_state.error()
-        if self._handle_state.is_gone or code == errno.ENOTCONN:
-            self.is_lost = True
-        if self.is_lost:
-            return DeviceLost(f"{self.description}: connection lost")
-        return DeviceError(f"{self.description}: {text}", code or errno.EIO)
+            raise self._failure(*self._handle_state.error())

@@ -304,9 +304,12 @@ def has_wide_lengths(handle: nbd.NBD) -> bool:
 
 
 def reason(error: Any) -> str:
-    """libnbd's message, an nbd.Error's, without its function's name: one line that can be shown on
-    a terminal."""
-    text = str(error.string)
+    """`readable`, of an nbd.Error."""
+    return readable(str(error.string))
+
+
+def readable(text: str) -> str:
+    """A message of libnbd without its function's name: one line that can be shown on a terminal."""
     text = text.split(": ", 1)[1] if ": " in text else text
     return "".join(c if c.isprintable() else "?" for c in text[:REASON_LENGTH_MAX])
 

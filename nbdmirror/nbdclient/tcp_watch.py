@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 from contextlib import suppress
+from typing import NamedTuple
 
 KEEPALIVE_S = 10
 PEER_LOST_S = 30
@@ -26,7 +27,24 @@ _SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes that were not sent yet
 _TCP_ENDED = (6, 7, 8, 9, 11)
 """linux/tcp_states.h: the peer has closed, or reset the connection."""
 
-_INFO = struct.Struct("3xB20xI28xI")  # of linux/tcp.h's tcp_info: probes, unacked, last_ack_recv
+_INFO = struct.Struct("2xBB20xI24xII")
+
+
+class TcpInfo(NamedTuple):
+    """Some members of the kernel's tcp_info (linux/tcp.h)."""
+
+    retransmits: int
+    probes: int
+    """Questions whether the peer is there, or has room, that were not answered."""
+    unacknowledged: int
+    last_data_ms: int
+    """Milliseconds since the peer has sent data."""
+    last_acknowledgement_ms: int
+
+
+def tcp_info(own: socket.socket) -> TcpInfo:
+    """Raises OSError, and struct.error if the kernel has less to say."""
+    return TcpInfo(*_INFO.unpack(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)))
 
 
 class TcpWatch:
@@ -51,11 +69,11 @@ class TcpWatch:
         if not self.is_tcp:
             return
         try:
-            info = self._own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+            info = tcp_info(self._own)
             (unsent,) = struct.unpack("i", fcntl.ioctl(self._own, _SIOCOUTQNSD, bytes(4)))
-            questions, unacknowledged, ago_ms = _INFO.unpack(info)
-            self._note(unsent > 0 and not unacknowledged)
-            if self._is_full and self._is_silent(questions, now_s - ago_ms / 1000, now_s):
+            heard_s = now_s - info.last_acknowledgement_ms / 1000
+            self._note(unsent > 0 and not info.unacknowledged)
+            if self._is_full and self._is_silent(info.probes, heard_s, now_s):
                 self._own.shutdown(socket.SHUT_RDWR)
         except (OSError, struct.error):
             pass  # it is broken already, or closed

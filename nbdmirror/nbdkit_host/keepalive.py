@@ -10,12 +10,12 @@ while, a stopped virtual machine's for instance.
 from __future__ import annotations
 
 import socket
-import struct
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
+from nbdmirror.nbdclient.tcp_watch import tcp_info
 from nbdmirror.nbdkit_host.hangup import Guests
 
 KEEPALIVE_S = 300
@@ -27,10 +27,6 @@ PROBES = 5
 UNANSWERED = 2
 """Retransmissions, or looks whether there is room again, without any answer: one may be on its way
 at any moment."""
-
-_INFO = struct.Struct("@2xBB48xII")
-"""Of tcp_info (linux/tcp.h): retransmits, probes, last_data_recv and last_ack_recv, the latter two
-in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +76,10 @@ class Watch:
             return
         if not guest.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
             self._ask(guest)  # it was accepted before what listens had been told
-        info = guest.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
-        retransmits, probes, data_ms, acknowledgement_ms = _INFO.unpack(info)
-        is_silent = min(data_ms, acknowledgement_ms) >= self._limit_s * 1000
-        if is_silent and max(retransmits, probes) >= UNANSWERED:
+        info = tcp_info(guest)
+        silent_ms = min(info.last_data_ms, info.last_acknowledgement_ms)
+        is_silent = silent_ms >= self._limit_s * 1000
+        if is_silent and max(info.retransmits, info.probes) >= UNANSWERED:
             guest.shutdown(socket.SHUT_RDWR)
 
     def _ask(self, sock: socket.socket) -> None:

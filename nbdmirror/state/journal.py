@@ -174,11 +174,6 @@ class Regions:
                 self._on_disk = kept
                 self._write(kept, sync=self.error is not None)
 
-    @property
-    def on_disk_bytes(self) -> int:
-        """What a power cut would have us copy again, at most."""
-        return self._on_disk.count(1) << self.shift
-
     def close(self) -> None:
         self._slots.close()
 

@@ -90,7 +90,7 @@ def test_a_peer_that_says_nothing_more_while_its_window_is_full_is_lost(
 
         def getsockopt(self, *arguments: int) -> object:  # type: ignore[override]
             ago_ms = int((self.now_s - self.heard_s) * 1000)
-            return tcpwatch._INFO.pack(1, 0, ago_ms)
+            return tcpwatch._INFO.pack(0, 1, 0, ago_ms, ago_ms)
 
     silent = Silent(fileno=socket.dup(ours.fileno()))
     monkeypatch.setattr(watch, "_own", silent)
