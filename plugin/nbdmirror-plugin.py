@@ -6,20 +6,25 @@
     read-only=true     open the disks for reading only
     mirror-to=URI      start mirroring the first disk at once
     connections=N      most connections to an NBD server (default: 9)
-    state-dir=DIR      keep mirrors and persistent bitmaps there over restarts
+    state-dir=DIR      keep mirrors and persistent bitmaps there across restarts
     pidfile=PATH       what nbdkit's -P names: locked, and removed at the end
     open-timeout=SECONDS   try so long to connect to disks' NBD servers (default: once)
-    keepalive=SECONDS  give up guests on TCP without a sign of life for so long (default: 300)
-    accept-old-side=ID   serve a disk that was pivoted away from; the refusal shows the ID
+    keepalive=SECONDS  disconnect TCP guests that are silent for so long (default: 300)
+    accept-old-side=ID   serve the old side of a pivot; the refusal shows the ID
 
 Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order
 is its life cycle.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn, TypeVar
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -27,11 +32,13 @@ import nbdkit
 
 try:
     from nbdmirror import startup_error as startup
+    from nbdmirror.disk.disk import Disk
     from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
     from nbdmirror.identity import label
     from nbdmirror.logs import print_startup_error
     from nbdmirror.nbdkit_host.process import PluginProcess
     from nbdmirror.nbdkit_host.thread_states import ThreadStates, local, start_deleting
+    from nbdmirror.server.exports import OldSideExport
 except SystemExit as refusal:  # one line, and not a traceback
     sys.stderr.write(f"{refusal}\n")
     os._exit(1)
@@ -44,6 +51,8 @@ except ImportError as error:
     )
     os._exit(1)
 
+Result = TypeVar("Result")
+
 API_VERSION = 2
 process = PluginProcess()
 
@@ -51,7 +60,7 @@ process = PluginProcess()
 class Handle:
     """One guest connection."""
 
-    def __init__(self, disk, read_only):
+    def __init__(self, disk: Disk | OldSideExport, read_only: bool) -> None:
         self.disk = disk
         self.read_only = read_only or disk.read_only
         self.kept = ThreadStates()
@@ -60,7 +69,9 @@ class Handle:
 format_exception = traceback.format_exception
 
 
-def format_briefly(kind, error, trace):
+def format_briefly(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> list[str]:
     """nbdkit logs a callback's exception with this. What a disk or a guest did is no bug of ours:
     one line, without a traceback; and of a lasting cause not each time."""
     is_ours = not isinstance(error, IO_ERRORS)
@@ -68,10 +79,10 @@ def format_briefly(kind, error, trace):
     return [text if process.log is None else process.log.text_of(error, text)]
 
 
-traceback.format_exception = format_briefly
+traceback.format_exception = format_briefly  # type: ignore[assignment]
 
 
-def refuse(error, *, say=print_startup_error):
+def refuse(error: BaseException, *, say: Callable[[str], None] = print_startup_error) -> NoReturn:
     """The server does not start: one line where the user looks, and exit status 1, as nbdkit has
     it."""
     say(str(error))
@@ -80,10 +91,10 @@ def refuse(error, *, say=print_startup_error):
     os._exit(1)
 
 
-def passing_errno(call):
+def passing_errno(call: Callable[..., Result]) -> Callable[..., Result]:
     """The guest gets the errno as the disk gave it; and the thread's state is kept."""
 
-    def guarded(h, *arguments):
+    def guarded(h: Handle, *arguments: int) -> Result:
         try:
             local.is_kept
         except AttributeError:
@@ -97,32 +108,32 @@ def passing_errno(call):
     return guarded
 
 
-def config(key, value):
+def config(key: str, value: str) -> None:
     try:
         process.configure(key, value)
     except ConfigError as error:
         refuse(error)
 
 
-def config_complete():
+def config_complete() -> None:
     try:
         process.check()
     except ConfigError as error:
         refuse(error)
 
 
-def thread_model():
-    return nbdkit.THREAD_MODEL_PARALLEL
+def thread_model() -> int:
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
 
 
-def get_ready():
+def get_ready() -> None:
     try:
         process.open()
     except ConfigError as error:
         refuse(error)
 
 
-def after_fork():
+def after_fork() -> None:
     try:
         process.start(nbdkit.shutdown)  # first: it blocks the signals that threads would take
         start_deleting()
@@ -130,79 +141,79 @@ def after_fork():
         refuse(error, say=logging.getLogger("nbdmirror").error)
 
 
-def cleanup():
+def cleanup() -> None:
     process.stop()
 
 
-def list_exports(readonly, is_tls):
+def list_exports(readonly: bool, is_tls: bool) -> list[str]:
     return list(process.disks)
 
 
-def default_export(readonly, is_tls):
+def default_export(readonly: bool, is_tls: bool) -> str:
     return next(iter(process.disks))
 
 
-def open(readonly):
+def open(readonly: bool) -> Handle:
     h = Handle(process.exports.find(nbdkit.export_name()), readonly)
     process.exports.opened(h, h.disk)
     return h
 
 
-def close(h):
+def close(h: Handle) -> None:
     process.exports.closed(h)
     h.kept.release()
 
 
-def export_description(h):
+def export_description(h: Handle) -> str:
     return label(h.disk.name)
 
 
-def get_size(h):
+def get_size(h: Handle) -> int:
     return h.disk.size
 
 
-def block_size(h):
+def block_size(h: Handle) -> tuple[int, int, int]:
     size = h.disk.source.block_size
     return 1, max(512, size.preferred), 0xFFFFFFFF
 
 
-def can_write(h):
+def can_write(h: Handle) -> bool:
     return not h.read_only
 
 
-def can_multi_conn(h):
+def can_multi_conn(h: Handle) -> bool:
     return True
 
 
-def can_flush(h):
+def can_flush(h: Handle) -> bool:
     return True
 
 
-def can_fua(h):
-    return nbdkit.FUA_NATIVE
+def can_fua(h: Handle) -> int:
+    return int(nbdkit.FUA_NATIVE)
 
 
-def can_trim(h):
+def can_trim(h: Handle) -> bool:
     return True
 
 
-def can_zero(h):
+def can_zero(h: Handle) -> bool:
     return True
 
 
-def can_fast_zero(h):
+def can_fast_zero(h: Handle) -> bool:
     return True
 
 
-def can_extents(h):
+def can_extents(h: Handle) -> bool:
     return True
 
 
-def can_cache(h):
-    return nbdkit.CACHE_NATIVE
+def can_cache(h: Handle) -> int:
+    return int(nbdkit.CACHE_NATIVE)
 
 
-def pread(h, buf, offset, flags):
+def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     try:
         local.is_kept
     except AttributeError:
@@ -214,7 +225,7 @@ def pread(h, buf, offset, flags):
         raise
 
 
-def pwrite(h, buf, offset, flags):
+def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     try:
         local.is_kept
     except AttributeError:
@@ -227,17 +238,17 @@ def pwrite(h, buf, offset, flags):
 
 
 @passing_errno
-def flush(h, flags):
+def flush(h: Handle, flags: int) -> None:
     h.disk.flush()
 
 
 @passing_errno
-def trim(h, count, offset, flags):
+def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     h.disk.trim(offset, count, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
 @passing_errno
-def zero(h, count, offset, flags):
+def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     h.disk.zero(
         offset,
         count,
@@ -248,12 +259,12 @@ def zero(h, count, offset, flags):
 
 
 @passing_errno
-def cache(h, count, offset, flags):
+def cache(h: Handle, count: int, offset: int, flags: int) -> None:
     h.disk.cache(offset, count)
 
 
 @passing_errno
-def extents(h, count, offset, flags):
+def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     found, position = [], offset
     for extent in h.disk.extents(offset, count):
         kind = (nbdkit.EXTENT_ZERO if extent.zero else 0) | (
