@@ -3,7 +3,9 @@ and the signals as servers are to inherit them."""
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,13 @@ pytest.register_assert_rewrite(
     "jobparts", "ledgerthreads", "qmpparts", "rulesparts",
 )  # fmt: skip
 
-pytest_plugins = ["support.fixtures"]
+pytest_plugins = ["support.fixtures", "support.side_by_side"]
+
+# Compiled modules are kept, and not beside their sources: servers start in half the time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.setdefault(
+    "PYTHONPYCACHEPREFIX", str(Path(__file__).parent.parent / ".cache" / "pycache")
+)
 
 # What nohup, or a script that has this in its background, has ignored: servers would inherit it.
 for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
