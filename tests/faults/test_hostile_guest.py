@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import socket
 import struct
 import subprocess
@@ -34,17 +33,17 @@ from support.hostile import (
     ZERO,
 )
 from support.images import KiB, MiB, assert_identical, make_image, make_noise
+from support.seeds import SEED, print_seed
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
-SEED = random.SystemRandom().randrange(1000)
 SIZE = 2 * MiB
 HALF_OPEN = 1000
 
 
 @pytest.fixture
 def disk(folder: Path) -> Path:
-    sys.stdout.write(f"seed {SEED}\n")
+    print_seed()
     return make_image(folder / "disk.img", SIZE, SEED)
 
 

@@ -12,8 +12,9 @@ import pytest
 from support.clients import connected, requested
 from support.fixtures import Identical, Start
 from support.images import make_image, make_noise
-from support.losing import GRANULE, SEED, SIZE, Lossy, end
+from support.losing import GRANULE, SIZE, Lossy, end
 from support.qmpclient import Qmp
+from support.seeds import SEED
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
@@ -38,7 +39,7 @@ def target(start: Start, folder: Path) -> QemuNbd:
 
 @pytest.fixture
 def server(start: Start, folder: Path, source: Lossy) -> Nbdmirror:
-    server = start(Nbdmirror(folder, f"src={source.uri()}"))
+    server = start(Nbdmirror(folder, f"src={source.uri()}", bare=True))
     server.allowed.append("does not answer|flush at the end failed|connection lost|no answer")
     return server
 

@@ -3,8 +3,6 @@ has it. `./run soak` has all of them, for as long as one likes."""
 
 from __future__ import annotations
 
-import os
-import random
 import sys
 from itertools import product
 from pathlib import Path
@@ -18,15 +16,13 @@ from support.fixtures import Identical, Start, temporary_folder
 from support.guests import Guest
 from support.images import MiB, make_image, make_noise
 from support.losing import Lossy, add_target
+from support.seeds import SEED, print_seed
 from support.waiting import wait_until
-
-SEED = int(os.environ.get("NBDMIRROR_KILL_SEED") or random.SystemRandom().randrange(1_000_000))
-"""A new one each time, unless the environment has one."""
 
 
 @pytest.mark.parametrize(("what", "phase"), list(product(WHATS, PHASES)))
 def test_a_round(folder: Path, what: str, phase: str) -> None:
-    sys.stdout.write(f"NBDMIRROR_KILL_SEED={SEED}\n")  # pytest shows it with a failure
+    print_seed()
     cell = Cell(what, phase, GUESTS[SEED % 2])
     outcome = Round(folder, cell, SEED).run()
     sys.stdout.write(f"{outcome}\n")
@@ -91,6 +87,7 @@ NbdDevice._lose_writes = lambda self: None
 MUTANT_ROUNDS_MAX = 12
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_server_is_caught(name: str) -> None:
     cell, patches = MUTANTS[name]

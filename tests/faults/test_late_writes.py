@@ -117,7 +117,7 @@ def test_a_new_mirror_waits_for_what_a_cancelled_one_has_in_flight(
 ) -> None:
     """Whatever way it is asked for; what the old one wrote late is overwritten."""
     target = start(Holding(folder, image, multi_conn=multi_conn, tcp=tcp))
-    server = start(Nbdmirror(folder, disk))
+    server = start(Nbdmirror(folder, disk, bare=True))
     qmp = server.qmp
     if tcp:
         address = {"type": "inet", "host": "127.0.0.1", "port": str(target.port)}
@@ -141,7 +141,7 @@ def test_a_new_mirror_waits_for_what_a_cancelled_one_has_in_flight(
 def test_the_test_is_able_to_fail(start: Start, folder: Path, disk: Path, image: Path) -> None:
     """A server that does not wait: the job ends well, and the old data comes late."""
     target = start(Holding(folder, image, multi_conn=True))
-    server = start(Careless(folder, disk))
+    server = start(Careless(folder, disk, bare=True))
     leave_a_write(server, target, target.uri(), "background")
     server.qmp.start_mirror(target.uri())
     target.hold.unlink()
@@ -198,7 +198,7 @@ def test_a_server_that_was_killed_carries_nothing_out(
 ) -> None:
     """Its end is the end of what it was asked; the same place is a target again at once."""
     target = start(Holding(folder, image, multi_conn=True))
-    server = start(Nbdmirror(folder, disk))
+    server = start(Nbdmirror(folder, disk, bare=True))
     leave_a_write(server, target, target.uri(), "background")
     refused(lambda: server.qmp.start_mirror(target.uri()))
     target.kill()
@@ -216,7 +216,7 @@ def test_a_server_with_something_left_ends_soon(
     start: Start, folder: Path, disk: Path, image: Path, ending: str
 ) -> None:
     target = start(Holding(folder, image, multi_conn=True))
-    server = start(Nbdmirror(folder, disk))
+    server = start(Nbdmirror(folder, disk, bare=True))
     leave_a_write(server, target, target.uri(), "write-blocking")
     assert server.process is not None
     if ending == "quit":
@@ -258,7 +258,7 @@ def test_a_target_that_was_taken_for_lost_and_goes_on(
 ) -> None:
     """The job writes on a new connection when the old one's requests were answered."""
     target = start(QemuNbd(folder, image, shared=shared))
-    server = start(Patched(folder, disk))
+    server = start(Patched(folder, disk, bare=True))
     try:
         qmp = take_for_lost(start, server, target, copy_mode)
     finally:

@@ -13,10 +13,11 @@ import pytest
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, make_image, make_noise
-from support.losing import SEED, SIZE, Lossy, end, start_mirror
+from support.losing import SIZE, Lossy, end, start_mirror
 from support.processes import free_port
 from support.proxy import Proxy
 from support.qmpclient import Qmp
+from support.seeds import SEED
 from support.servers import NbdkitTarget, Nbdmirror
 from support.waiting import wait_until
 

@@ -10,8 +10,9 @@ from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import assert_identical, make_image, make_noise
-from support.losing import GRANULE, SEED, SIZE, Lossy, end, start_mirror, wait_caught_up
+from support.losing import GRANULE, SIZE, Lossy, end, start_mirror, wait_caught_up
 from support.processes import patched
+from support.seeds import SEED
 from support.servers import Nbdmirror
 from support.waiting import wait_until
 

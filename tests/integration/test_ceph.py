@@ -28,7 +28,7 @@ if lacking := missing():
     pytest.skip(f"no Ceph to try, for want of: {lacking}", allow_module_level=True)
 
 # The first test makes the Ceph; an OSD that comes back takes five to ten seconds.
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("ceph")]  # of one node
 
 SIZE = 8 * MiB
 RECIPE_SIZE = 1 << 30

@@ -298,6 +298,7 @@ def test_soft_cancels_in_one_transaction_keep_both_copies(start: Start, folder: 
         assert_identical(disk, image)
 
 
+@pytest.mark.alone
 def test_a_target_that_hangs_at_the_end_holds_no_other_guest_for_long(
     start: Start, identical: Identical, folder: Path
 ) -> None:

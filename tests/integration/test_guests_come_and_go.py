@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 from support.fixtures import Start
 from support.images import KiB, MiB, assert_identical, make_image
 from support.processes import nbdkit_version, resources, settled
+from support.seeds import SEED, print_seed
 from support.servers import Nbdmirror
 from support.waiting import STOP_S_MAX
 
@@ -28,7 +28,6 @@ CONNECTS = 1000
 GROWTH_BYTES_MAX = 2 * MiB
 """Kept thread states that are not given back are 5 to 10 KB a thread: 40 to 80 MB a thousand."""
 
-SEED = random.SystemRandom().randrange(1000)
 VANISHING_THREADS = THREADS if nbdkit_version() >= (1, 34) else 1
 
 
@@ -70,7 +69,7 @@ def vanish(uri: str) -> None:
 
 @pytest.fixture
 def image(folder: Path) -> Path:
-    sys.stdout.write(f"seed {SEED}\n")
+    print_seed()
     return make_image(folder / "disk.img", THREADS * MiB, SEED)
 
 

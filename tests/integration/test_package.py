@@ -50,6 +50,8 @@ DATA = {
 }
 """What the wheel installs beside Python's files, under the prefix."""
 
+pytestmark = pytest.mark.xdist_group("package")  # which is built once
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -18,6 +18,7 @@ MUTANT_SEARCHES_MAX = 20
 MUTANT_EXAMPLES_MAX = 250
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("machine", [MirrorMachine, LosingMachine])
 def test_the_invariant_holds(machine: type[MirrorMachine]) -> None:
     run_state_machine_as_test(

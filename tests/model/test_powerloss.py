@@ -55,6 +55,7 @@ class PowerMachine(MirrorMachine):
         self.w.loop.turn(elapsed_s)
 
 
+@pytest.mark.timeout(240)
 def test_nothing_is_lost_when_the_process_or_the_power_ends() -> None:
     run_state_machine_as_test(
         PowerMachine,

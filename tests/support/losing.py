@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import random
 import signal
-import sys
 from pathlib import Path
 
 from support.clients import connections
 from support.images import KiB, MiB
 from support.processes import freeze
 from support.qmpclient import Qmp
+from support.seeds import print_seed
 from support.servers import NbdkitTarget, Nbdmirror
 from support.waiting import wait_until
 
 PLUGIN = Path(__file__).with_name("lossy.py")
-SEED = int(os.environ.get("NBDMIRROR_FAULTS_SEED") or random.SystemRandom().randrange(1000))
-"""Of images and guests; a new one each time, unless the environment has one."""
 
 SIZE = 8 * MiB
 GRANULE = 64 * KiB
@@ -36,7 +32,7 @@ class Lossy(NbdkitTarget):
         self, folder: Path, image: Path, *, multi_conn: bool = True, extents: bool = True
     ) -> None:
         super().__init__(folder, "python", str(PLUGIN))
-        sys.stdout.write(f"NBDMIRROR_FAULTS_SEED={SEED}\n")  # pytest shows it with a failure
+        print_seed()
         self.image = image
         self.log_path = folder / f"lossy{self.number}.log"
         self.order_path = folder / f"lossy{self.number}.order"

@@ -4,7 +4,9 @@ checkout."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -101,10 +103,18 @@ def libnbd_version() -> tuple[int, ...]:
     return tuple(int(number) for number in nbd.NBD().get_version().split(".")[:3])
 
 
+_PORTS = range(10_000, 32_000)
+"""Below those that the kernel gives to clients, of which one could have a server's meanwhile."""
+_ports = itertools.cycle(random.SystemRandom().sample(_PORTS, len(_PORTS)))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Nobody listens there. Each call gives another one, in an order of this process's own."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def has_ended(pid: int) -> bool:

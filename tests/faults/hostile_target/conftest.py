@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hostileparts import SEED, SIZE
+from hostileparts import SIZE
 from support.fixtures import Start
 from support.guests import Guest
 from support.hostile import Hostile
 from support.images import assert_identical, make_image, make_noise
 from support.qmpclient import Qmp
+from support.seeds import SEED, print_seed
 from support.servers import Nbdmirror, QemuNbd
 
 
 @pytest.fixture
 def disk(folder: Path) -> Path:
-    sys.stdout.write(f"seed {SEED}\n")
+    print_seed()
     return make_image(folder / "disk.img", SIZE, SEED)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import struct
 
 from support.hostile import (
@@ -24,7 +23,6 @@ from support.hostile import (
 from support.images import MiB
 from support.qmpclient import Qmp, Refused
 
-SEED = random.SystemRandom().randrange(1000)
 SIZE = 2 * MiB
 OPEN_S = 2
 """open-timeout: a handshake that does not end is given up then."""

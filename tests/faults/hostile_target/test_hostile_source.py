@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbd
 import pytest
-from hostileparts import NO_WAY_OUT, SEED, SIZE, add, is_one_line, mirror
+from hostileparts import NO_WAY_OUT, SIZE, add, is_one_line, mirror
 from support import tricks
 from support.clients import connected, nbd_errno
 from support.fixtures import Start
@@ -30,6 +30,7 @@ from support.hostile import (
     Trick,
 )
 from support.images import KiB, assert_identical, make_empty, make_image, make_noise
+from support.seeds import SEED
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
 from test_hostile_target import ERRORS, GARBAGE, IS_STRICT, STRAY, check_log

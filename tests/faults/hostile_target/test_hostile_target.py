@@ -19,7 +19,6 @@ from hostileparts import (
     HANDSHAKES,
     KINDS,
     NO_WAY_OUT,
-    SEED,
     SIZE,
     add,
     is_one_line,
@@ -32,6 +31,7 @@ from support.hostile import SIMPLE_MAGIC, WRITE, ZERO, Hostile, Trick
 from support.images import MiB, assert_identical, make_noise
 from support.processes import libnbd_version, resources, run
 from support.qmpclient import Qmp
+from support.seeds import SEED
 from support.servers import Nbdmirror
 from support.waiting import wait_until
 

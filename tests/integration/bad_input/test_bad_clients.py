@@ -56,6 +56,7 @@ def lines(client: socket.socket, count: int) -> list[dict[str, object]]:
     return [json.loads(line) for line in received.splitlines()]
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("bystanders")
 def test_garbage(server: Nbdmirror) -> None:
     with raw_client(server) as client:
@@ -67,6 +68,7 @@ def test_garbage(server: Nbdmirror) -> None:
         client.sendall(os.urandom(100_000))
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("bystanders")
 def test_half_a_line(server: Nbdmirror) -> None:
     with raw_client(server) as client, raw_client(server) as leaver:
@@ -78,6 +80,7 @@ def test_half_a_line(server: Nbdmirror) -> None:
         assert lines(client, 1)[0] == {"return": {}}
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("bystanders")
 def test_a_hundred_megabytes_without_a_newline(server: Nbdmirror) -> None:
     before = resources(server.pid)[0]
@@ -92,6 +95,7 @@ def test_a_hundred_megabytes_without_a_newline(server: Nbdmirror) -> None:
         assert resources(server.pid)[0] - before < 64 * MiB
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("bystanders")
 def test_a_client_that_never_reads(server: Nbdmirror) -> None:
     with socket.socket(socket.AF_UNIX) as client:
@@ -128,6 +132,7 @@ def test_a_client_that_never_reads_events_does_not_stop_a_job(
         guest.wait_for_requests(30)
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("bystanders")
 def test_many_control_clients(server: Nbdmirror) -> None:
     """More than it takes are turned away; when they have gone there is room again."""

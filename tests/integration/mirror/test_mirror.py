@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("identical")
 
 @pytest.mark.parametrize("threads", ["1", ""])
 @pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.alone
 def test_a_guest_is_moved_to_any_target(
     start: Start, identical: Identical, disk: Path, kind: str, threads: str
 ) -> None:
@@ -70,6 +71,7 @@ def test_an_idle_guest_pivots_too(
         assert guest.pread(512, 0) == disk.read_bytes()[:512]
 
 
+@pytest.mark.alone
 def test_heavy_writers_do_not_keep_the_pivot_away(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:

@@ -293,6 +293,7 @@ def test_force_cancel_of_a_paused_job(
     assert qmp.steps("j") == ["running", "return", *ENDED_CANCELLED]
 
 
+@pytest.mark.alone
 def test_speed_is_kept_and_changed_at_once(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_zeroes_over_old_data_are_limited_paused_and_cancelled(
 
 
 @pytest.mark.parametrize("is_large", [False, True], ids=["small writes", "large writes"])
+@pytest.mark.alone
 def test_control_answers_while_there_is_always_dirt(
     identical: Identical, server: Nbdmirror, disk: Path, logged: Logged, is_large: bool
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_guest_that_vanishes_leaves_an_orderly_ending(
 
 
 @both_endings
+@pytest.mark.alone
 def test_an_ending_that_takes_too_long_gives_the_guest_its_disk_back(
     identical: Identical, server: Nbdmirror, disk: Path, faulty: Faulty, ending: str
 ) -> None:

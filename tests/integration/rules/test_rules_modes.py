@@ -140,6 +140,7 @@ def test_a_flush_that_fails_on_the_target_is_hidden_from_the_guest(
 
 
 @pytest.mark.parametrize("trouble", ["slow", "fails", "hangs", "lost"])
+@pytest.mark.alone
 def test_in_background_mode_the_guest_does_not_notice_the_targets_trouble(
     identical: Identical,
     server: Nbdmirror,
@@ -198,6 +199,7 @@ def test_what_only_guests_wrote_to_the_target_is_flushed_at_the_end(
     assert logged.requests("Flush"), "completed means flushed"
 
 
+@pytest.mark.alone
 def test_no_write_waits_longer_than_one_attempt(
     identical: Identical, server: Nbdmirror, disk: Path, faulty: Faulty
 ) -> None:

@@ -147,6 +147,7 @@ def enter(phase: str, server: Nbdmirror, hang: Hang) -> InThread:
 
 
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.alone
 def test_force_cancel_of_a_hanging_target(
     folder: Path, server: Nbdmirror, hang: Hang, phase: str, disk: Path
 ) -> None:

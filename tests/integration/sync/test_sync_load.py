@@ -153,6 +153,7 @@ def test_block_job_change_errors(qmp: Qmp) -> None:
 
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize("ending", ["block-job-complete", "block-job-cancel"])
+@pytest.mark.alone
 def test_endings_under_heavy_load(
     server: Nbdmirror, qmp: Qmp, target: QemuNbd, disk: Path, ending: str, copy_mode: str
 ) -> None:

@@ -11,7 +11,7 @@ from support.servers import Nbdmirror
 from tlsparts import SIZE, Site, TlsNbdmirror
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(tmp_path_factory.mktemp("keys"))
 

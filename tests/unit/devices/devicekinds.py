@@ -180,7 +180,13 @@ DEVICES: dict[str, Entry] = {
     "block-direct": Entry(on_loop_device(direct=True), size_unit=512, examples_max=15),
 }
 
-every_device = pytest.mark.parametrize("name", DEVICES)
+every_device = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.servers] if "remote" in name else [])
+        for name in DEVICES
+    ],
+)
 
 
 def content(size: int, seed: int) -> bytes:
