@@ -173,7 +173,7 @@ def test_a_mirror_reads_from_the_disk_meanwhile(
     source = start(Holding(folder, image))
     proxy = proxied(source.socket)
     target = start(QemuNbd(folder, make_noise(folder / "copy.img", SIZE, seed=5)))
-    server = start(Nbdmirror(folder, proxy.uri))
+    server = start(Nbdmirror(folder, proxy.uri, bare=True))
     server.allowed.append(LOST)
     qmp = server.qmp
     qmp.start_mirror(target.uri(), device="disk0")

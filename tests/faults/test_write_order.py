@@ -55,7 +55,7 @@ def test_what_follows_a_failed_write_is_not_on_the_target(
     plugin = folder / "target.py"
     plugin.write_text(TARGET)
     target = start(NbdkitTarget(folder, "python", str(plugin)))
-    server = start(Nbdmirror(folder, make_empty(folder / "disk.img", SIZE)))
+    server = start(Nbdmirror(folder, make_empty(folder / "disk.img", SIZE), bare=True))
     modes = {"copy_mode": "write-blocking", "on_target_error": "stop"}
     qmp = server.qmp
     with connected(server.uri()) as guest:

@@ -21,7 +21,7 @@ UUID = "3f2a77c0-7d1e-4c6b-9b1d-0c0ffee00001"
 
 def test_a_port_is_not_taken_modulo_65536(start: Start, folder: Path) -> None:
     """glibc does: another server's disk would be overwritten. Nobody is connected to."""
-    server = start(Nbdmirror(folder, make_image(folder / "disk.img", MiB)))
+    server = start(Nbdmirror(folder, make_image(folder / "disk.img", MiB), bare=True))
     mirror = {"device": "disk0", "sync": "full", "mode": "existing"}
     with socket.socket() as victim:
         victim.bind(("127.0.0.1", 0))
@@ -42,7 +42,7 @@ def test_a_port_is_not_taken_modulo_65536(start: Start, folder: Path) -> None:
 
 
 def test_over_qmp_a_relative_path_is_refused(start: Start, folder: Path) -> None:
-    server = start(Nbdmirror(folder, make_image(folder / "disk.img", MiB)))
+    server = start(Nbdmirror(folder, make_image(folder / "disk.img", MiB), bare=True))
     refusal = server.qmp.refusal
     unix = {"type": "unix", "path": "t"}
     node = {"driver": "nbd", "node-name": "t"}
@@ -71,7 +71,7 @@ def test_a_relative_path_means_what_it_means_where_it_is_typed(
     disk = make_noise(folder / "disk.img", MiB, 7)
     before = targets[1].image.read_bytes()
     monkeypatch.chdir(there)
-    server = start(Nbdmirror(folder, disk))
+    server = start(Nbdmirror(folder, disk, bare=True))
     monkeypatch.chdir(here)
     uri = "nbd+unix:///?socket=t"
     done = nbdmirror(
@@ -111,7 +111,7 @@ def test_each_name_can_be_mirrored(
 
 
 def test_an_empty_disk_is_served_with_a_word(start: Start, folder: Path) -> None:
-    server = start(Nbdmirror(folder, make_image(folder / "empty.img", 0)))
+    server = start(Nbdmirror(folder, make_image(folder / "empty.img", 0), bare=True))
     assert "empty.img: has 0 bytes" in server.stderr
     assert server.qmp.execute("query-block")[0]["inserted"]["image"]["virtual-size"] == 0
 

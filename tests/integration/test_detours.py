@@ -29,7 +29,7 @@ def by_nbdkit(folder: Path, uri: str) -> NbdkitTarget:
 
 
 def by_nbdmirror(folder: Path, uri: str) -> Nbdmirror:
-    return Nbdmirror(folder, uri)
+    return Nbdmirror(folder, uri, bare=True)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_proxy_of_the_disk_itself(
     image = make_image(folder / "disk.img", SIZE)
     before = image.read_bytes()
     disk = image if is_file else start(QemuNbd(folder, image)).uri()
-    server = start(Nbdmirror(folder, disk))
+    server = start(Nbdmirror(folder, disk, bare=True))
     server.allowed = ["leads back to this server"]
     uri = server.uri()
     for layer, proxy in enumerate(proxies, 2):
@@ -67,7 +67,7 @@ def test_a_proxy_of_the_disk_itself(
 
 def test_a_proxy_of_an_empty_disk(start: Start, folder: Path) -> None:
     """Of holes a server may tell without a look at the disk."""
-    server = start(Nbdmirror(folder, make_empty(folder / "disk.img", SIZE)))
+    server = start(Nbdmirror(folder, make_empty(folder / "disk.img", SIZE), bare=True))
     server.allowed = ["leads back to this server"]
     proxy = by_qemu(folder, server.uri())
     proxy.layer = 2
@@ -96,7 +96,7 @@ def test_a_guest_that_reads_much_is_not_mistaken(
 ) -> None:
     """Of a small disk, all of it in each moment, and by odd ranges too."""
     disk = make_image(folder / "disk.img", 64 * KiB)
-    server = start(Nbdmirror(folder, disk))
+    server = start(Nbdmirror(folder, disk, bare=True))
     is_over = threading.Event()
 
     def read() -> None:

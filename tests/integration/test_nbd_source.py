@@ -28,7 +28,7 @@ def target(start: Start, folder: Path, request: pytest.FixtureRequest) -> Lossy:
 
 @pytest.fixture
 def server(start: Start, folder: Path, target: Lossy) -> Nbdmirror:
-    server = start(Nbdmirror(folder, target.uri()))
+    server = start(Nbdmirror(folder, target.uri(), bare=True))
     server.allowed.append(LOST)
     return server
 
@@ -137,7 +137,7 @@ def test_after_a_pivot_requests_wait_as_long_as_the_nodes_reconnect_delay(
     start: Start, folder: Path, target: Lossy
 ) -> None:
     source = make_noise(folder / "s.img", 4 * MiB, seed=3)
-    server = start(Nbdmirror(folder, source))
+    server = start(Nbdmirror(folder, source, bare=True))
     server.allowed.append(LOST)
     address = {"type": "unix", "path": str(target.socket)}
     qmp = server.qmp

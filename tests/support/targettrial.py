@@ -30,7 +30,7 @@ def try_target(target: Target, folder: Path, start: Start) -> None:
     disk = make_sparse(folder / "disk.img")
     behind = start(target.make(folder, make_noise(folder / "target.img", SIZE)))
     able = abilities(behind.uri())
-    front = start(Nbdmirror(folder, disk))
+    front = start(Nbdmirror(folder, disk, bare=True))
     if target.refusal:
         with pytest.raises(Refused, match=target.refusal):
             front.qmp.start_mirror(behind.uri())
@@ -54,7 +54,7 @@ def try_target(target: Target, folder: Path, start: Start) -> None:
 
 def use_as_source(behind: Server, content: bytearray, folder: Path, start: Start) -> None:
     """Served, written to, and mirrored from."""
-    front = start(Nbdmirror(folder, behind.uri()))
+    front = start(Nbdmirror(folder, behind.uri(), bare=True))
     copy = start(QemuNbd(folder, make_noise(folder / "copy.img", SIZE)))
     with Guest(front.uri(), content) as guest:
         guest.wait_for_requests(REQUESTS)
