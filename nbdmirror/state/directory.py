@@ -82,6 +82,7 @@ class StateDirectory:
         where = self._folder.path
         try:
             self._check_other_disks(name, identity)
+            self._doubt_other_names(name, identity)
             pivoted = self._check_side(name, identity, reached or source)
             is_target_only = pivoted is not None and pivoted.is_left(identity)
             found = None
@@ -148,6 +149,28 @@ class StateDirectory:
                     f"{pivoted.truth} ({path}); serve that, or {accept} and lose what was written "
                     f"there"
                 )
+
+    def _doubt_other_names(self, name: str, identity: DiskIdentity) -> None:
+        """The state of a disk that is served under another name now does not hear of what guests
+        write there: from here on all of that disk counts as dirty."""
+        for path in sorted(self._folder.path.glob(names("*")["definition"])):
+            other = path.name.removesuffix(names("")["definition"])
+            if other == name or self._read_only:
+                continue
+            try:
+                definition = DiskRecord.from_bytes(self._folder.read(path.name) or b"")
+            except StateError:
+                continue  # which disk it was is not known
+            before = definition.identity
+            if before.is_same(identity) or before.shares_storage(identity):
+                text = (
+                    "disk %s: %s was the disk %s, of which everything counts as dirty from now on"
+                )
+                log.warning(text, name, identity.source, other)
+                doubted = replace(definition, memory="", clean_mtime_ns=None)
+                self._folder.prepare(path.name, doubted.to_bytes())
+                self._folder.commit([path.name], [names(other)["bitmaps"]])
+                discard_left(definition.disk_id, definition.memory)
 
     def _check_side(self, name: str, identity: DiskIdentity, reached: str) -> PivotRecord | None:
         """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old

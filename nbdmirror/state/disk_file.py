@@ -24,9 +24,9 @@ from nbdmirror.layers import layers_of, layers_of_device, share_storage
 from nbdmirror.state.json_record import COUNT, TEXT, Key
 from nbdmirror.state.sealed_files import StateError
 
-ALIVE_SLACK_S = 10.0
+ALIVE_SLACK_S = 3.0
 """A disk that was changed later than this after its server was last alive was changed by somebody
-else. The server notes each second that it lives."""
+else. The server notes four times a second that it lives, unless the machine is busy."""
 
 SEEN_SLACK_S = 3.0
 """A change that the server itself made after it last looked is not older than that look by more
@@ -38,7 +38,8 @@ saved."""
 
 _ALIVE = struct.Struct("d")
 _SEEN = struct.Struct("dq")
-ALIVE_BYTES = _ALIVE.size + _SEEN.size
+_IS_EXACT = struct.Struct("?")
+ALIVE_BYTES = _ALIVE.size + _SEEN.size + _IS_EXACT.size
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -147,6 +148,9 @@ class LastSeen:
     """When it began to look; 0 if it never did."""
     mtime_ns: int = 0
     """The time of change that it found."""
+    is_exact: bool = False
+    """Before that look it had the journal forget what was done, so that the journal tells whether
+    there was a change since. Older versions did not."""
 
     @classmethod
     def from_bytes(cls, content: bytes) -> LastSeen | None:
@@ -154,9 +158,10 @@ class LastSeen:
         if len(content) < _ALIVE.size:
             return None
         (alive_s,) = _ALIVE.unpack_from(content)
-        if len(content) < ALIVE_BYTES:
+        if len(content) < _ALIVE.size + _SEEN.size:
             return cls(alive_s)
-        return cls(alive_s, *_SEEN.unpack_from(content, _ALIVE.size))
+        seen_s, mtime_ns = _SEEN.unpack_from(content, _ALIVE.size)
+        return cls(alive_s, seen_s, mtime_ns, any(content[_ALIVE.size + _SEEN.size :]))
 
 
 def write_alive(memory: memoryview, time_s: float) -> None:
@@ -164,8 +169,9 @@ def write_alive(memory: memoryview, time_s: float) -> None:
 
 
 def write_seen(memory: memoryview, time_s: float, mtime_ns: int) -> None:
-    """`time_s` is from before the look."""
+    """`time_s` is from before the look, and Journal.forget_done from before that."""
     _SEEN.pack_into(memory, _ALIVE.size, time_s, mtime_ns)
+    _IS_EXACT.pack_into(memory, _ALIVE.size + _SEEN.size, True)
 
 
 def check_unchanged(source: str, clean_mtime_ns: int) -> None:
@@ -175,12 +181,17 @@ def check_unchanged(source: str, clean_mtime_ns: int) -> None:
         raise StateError("the disk was written to since its server ended")
 
 
-def check_unchanged_since_killed(source: str, last: LastSeen) -> None:
-    """By anybody but the server that was killed. Raises StateError."""
+def check_unchanged_since_killed(source: str, last: LastSeen, *, was_idle: bool) -> None:
+    """By anybody but the server that was killed. `was_idle`: the journal has no change since that
+    server last looked. Raises StateError."""
     status = status_of(source)
     if status is None or status.st_mtime_ns == last.mtime_ns:
         return
-    if not last.seen_s - SEEN_SLACK_S <= status.st_mtime <= last.alive_s + ALIVE_SLACK_S:
+    is_known = last.is_exact and was_idle
+    if (
+        is_known
+        or not last.seen_s - SEEN_SLACK_S <= status.st_mtime <= last.alive_s + ALIVE_SLACK_S
+    ):
         raise StateError("the disk was written to since its server was killed")
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 
 from nbdmirror.state.intent_log import SLOTS, IntentLog, region_bytes, region_count
@@ -35,6 +36,12 @@ CROWD_PAUSE_S = 0.001
 
 JOURNAL_BYTES = REQUESTS_MAX * 16
 
+UNUSED = (1 << 64) - 1
+"""In place of the offset of a slot that nobody has used since the last `forget_done`."""
+
+TAKEN_MAX = REQUESTS_MAX // 2
+"""Slots that `forget_done` takes at most, which guests cannot use for that moment."""
+
 
 class Journal:
     """`memory` is JOURNAL_BYTES of zeroes, or what an earlier process left there: then
@@ -44,6 +51,8 @@ class Journal:
         self.regions: Regions | None = None
         """Set while a bitmap of the disk is to survive a power cut."""
         self._cells = memory.cast("Q")  # offset and length by turns; length 0: nobody
+        offsets = self._cells[0::2]
+        offsets[:] = array("Q", [UNUSED]) * len(offsets)
         self._free = list(range(REQUESTS_MAX))
         self._uses = [0] * REQUESTS_MAX
 
@@ -72,6 +81,24 @@ class Journal:
         self._cells[2 * slot + 1] = 0
         self._free.append(slot)
 
+    def forget_done(self) -> None:
+        """From here on memory tells whether there was a change since (`is_untouched`). From one
+        thread at a time. Where guests are so busy that not all is forgotten, it tells that there
+        was one."""
+        taken: list[int] = []
+        offsets = self._cells[0::2].tolist()
+        left = len(offsets) - offsets.count(UNUSED)  # and those under way
+        while left and len(taken) < TAKEN_MAX:
+            try:
+                slot = self._free.pop()  # ours: guests write to theirs
+            except IndexError:
+                break
+            taken.append(slot)
+            if self._cells[2 * slot] != UNUSED:
+                self._cells[2 * slot] = UNUSED
+                left -= 1
+        self._free.extend(reversed(taken))
+
     def under_way(self) -> dict[int, int]:
         """The changes under way, for `has_drained`."""
         return {slot: self._uses[slot] for slot in range(REQUESTS_MAX) if self._cells[2 * slot + 1]}
@@ -89,6 +116,12 @@ def ranges_left(content: bytes) -> Iterator[tuple[int, int]]:
     for slot in range(len(cells) // 2):
         if cells[2 * slot + 1]:
             yield cells[2 * slot], cells[2 * slot + 1]
+
+
+def is_untouched(content: bytes) -> bool:
+    """Whether no change was begun, or under way, after the last `forget_done`."""
+    offsets = memoryview(content).cast("Q")[0::2].tolist()
+    return offsets.count(UNUSED) == len(offsets)
 
 
 class Regions:

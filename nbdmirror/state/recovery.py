@@ -35,7 +35,7 @@ from nbdmirror.state.disk_file import (
 )
 from nbdmirror.state.disk_record import DiskRecord
 from nbdmirror.state.intent_log import IntentLog, check_newer, slot_bytes
-from nbdmirror.state.journal import ranges_left
+from nbdmirror.state.journal import is_untouched, ranges_left
 from nbdmirror.state.json_record import (
     COUNT,
     FLAG,
@@ -283,7 +283,8 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
     try:
         last = LastSeen.from_bytes(memory.read(ALIVE) or b"") if memory is not None else None
         if memory is not None and last is not None:
-            check_unchanged_since_killed(source, last)
+            requests = memory.read(JOURNAL) or b""
+            check_unchanged_since_killed(source, last, was_idle=is_untouched(requests))
             _take_from_memory(memory, found, sizes)
             # Where guests may have written stays on disk until bitmaps have been saved again.
             found.is_log_needed = True

@@ -46,10 +46,10 @@ from nbdmirror.state.writer import Writer
 
 log = logging.getLogger(__name__)
 
-TICK_S = 1.0
-"""How often it is noted that the process lives."""
+BEAT_S = 0.25
+"""How often it is noted that the process lives, and what it sees of the disk's file."""
 
-CHECKPOINT_TICKS = 5
+CHECKPOINT_S = 5.0
 """How often what is dirty is saved. After a power cut regions that were written to within two of
 these are copied again."""
 
@@ -104,7 +104,6 @@ class DiskStore(StateStore):
         self.is_left = True
         """No client had the disk open when the server was told to end."""
         self._saves: Future[None] = done_future()
-        self._ticks = 0
         self._is_suspended = False
         self._since: DirtyBitmap | None = None
 
@@ -123,9 +122,9 @@ class DiskStore(StateStore):
         try:
             self._memory = ShmDirectory.create(self._disk_id)
             alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
-            self._heartbeat = Heartbeat(alive, writer)
-            self._heartbeat.note_alive()
             self.journal = Journal(memoryview(self._memory.map(JOURNAL, JOURNAL_BYTES)))
+            self._heartbeat = Heartbeat(alive, writer, self.journal)
+            self._heartbeat.note_alive()
         except OSError as error:
             self._give_memory_up(error)
         found = self.found
@@ -170,7 +169,8 @@ class DiskStore(StateStore):
 
     def start(self) -> None:
         """On the loop's thread, from when on guests may come."""
-        self._tick()
+        self._beat()
+        self._writer.call_later(CHECKPOINT_S, self._checkpoint)
 
     def _give_memory_up(self, error: OSError) -> None:
         """Some of it cannot be had, so that the rest tells less than what is dirty."""
@@ -340,12 +340,14 @@ class DiskStore(StateStore):
 
     # What is dirty.
 
-    def _tick(self) -> None:
-        self._writer.call_later(TICK_S, self._tick)
+    def _beat(self) -> None:
         if self._heartbeat is not None:
+            self._writer.call_later(BEAT_S, self._beat)
             self._heartbeat.beat(self._identity)
-        self._ticks += 1
-        if self._is_needed and not self._is_suspended and self._ticks % CHECKPOINT_TICKS == 0:
+
+    def _checkpoint(self) -> None:
+        self._writer.call_later(CHECKPOINT_S, self._checkpoint)
+        if self._is_needed and not self._is_suspended:
             self._checkpoints.tick()
 
     def bits_saved(self) -> Future[None]:

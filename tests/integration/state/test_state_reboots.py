@@ -18,8 +18,12 @@ from support.images import MiB, assert_identical, make_empty, make_image
 from support.kept import Kept, power_cut
 from support.mounts import ON_DISK, loop_device
 from support.servers import Nbdmirror, QemuNbd
+from support.waiting import wait_until
 from test_state_bitmaps import add, bitmaps
 
+from nbdmirror.state.disk_file import LastSeen
+from nbdmirror.state.journal import is_untouched
+from nbdmirror.state.recovery import ALIVE, JOURNAL
 from nbdmirror.state.sealed_files import seal, unseal
 
 
@@ -100,6 +104,77 @@ def test_a_file_that_was_moved_and_written_to(
     assert "was written to since" in server.stderr
     assert finish(server) == SIZE
     assert_identical(moved, target.image)
+
+
+# Somebody else writes while the server is down.
+
+
+def be_seen(server: Kept, disk: Path) -> None:
+    """The server has looked at its file after the guests' last write."""
+    memory = Path(str(server.definition()["memory"]))
+
+    def is_seen() -> bool:
+        last = LastSeen.from_bytes((memory / ALIVE).read_bytes())
+        is_idle = is_untouched((memory / JOURNAL).read_bytes())
+        return bool(last and is_idle and last.mtime_ns == disk.stat().st_mtime_ns)
+
+    wait_until(is_seen, "the server has looked at its disk")
+
+
+def write_a_granule(uri: str, offset: int) -> None:
+    with connected(uri) as guest:
+        guest.pwrite(b"x" * GRANULE, offset)
+        guest.flush()
+
+
+def rescue(server: Kept, disk: Path, by: str) -> None:
+    """What people do to have their disk back at once: a write, by another program, or by a server
+    of ours that does not know of the mirror."""
+    if by == "another program":
+        with disk.open("r+b") as file:
+            file.seek(3 * MiB)
+            file.write(b"rescue")
+        return
+    name, directory = ("vdq", server.state) if by == "another name" else ("vda", None)
+    options = ("--state-dir", str(directory)) if directory else ()
+    with Nbdmirror(server.folder, f"{name}={disk}", options=options) as other:
+        write_a_granule(other.uri(), 3 * MiB)
+
+
+@pytest.mark.parametrize("end", [Kept.kill, Kept.stop], ids=["killed", "orderly end"])
+@pytest.mark.parametrize("by", ["another program", "another name", "a server without state"])
+def test_a_disk_that_somebody_else_wrote_to_at_once(
+    server: Kept, target: QemuNbd, disk: Path, end: End, by: str
+) -> None:
+    """However soon that was, if guests were idle: or the mirror would complete without it."""
+    begin(server, target).wait_ready()
+    write_a_granule(server.uri(), 5 * MiB)
+    be_seen(server, disk)
+    end(server)
+    rescue(server, disk, by)
+    server.allowed.append("counts as dirty")
+    server.restart()
+    assert finish(server) == SIZE
+    server.stop()
+    assert_identical(disk, target.image)
+
+
+@pytest.mark.parametrize("end", [Kept.kill, Kept.stop], ids=["killed", "orderly end"])
+def test_a_block_device_under_another_name(
+    start: Start, folder: Path, target: QemuNbd, end: End
+) -> None:
+    """Its time of change tells nothing; the state directory knows whose device that was."""
+    with loop_device(make_image(folder / "disk.img", SIZE)) as device:
+        server = start(Kept(folder, device))
+        begin(server, target).wait_ready()
+        settle(server)
+        end(server)
+        rescue(server, Path(device), "another name")
+        server.allowed.append("counts as dirty")
+        server.restart()
+        assert finish(server) == SIZE
+        server.stop()
+        assert_identical(Path(device), target.image)
 
 
 # A larger target.

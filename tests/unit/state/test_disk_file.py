@@ -104,12 +104,13 @@ def noted(seen_s: float, mtime_s: float, alive_s: float) -> LastSeen:
 def test_an_idle_disk_is_believed_whatever_was_done_to_the_clock(disk: Path, step_s: float) -> None:
     """The last write was before the clock was set."""
     last = noted(NOW_S + step_s, NOW_S, NOW_S + step_s + 1)
-    check_unchanged_since_killed(str(disk), last)
+    check_unchanged_since_killed(str(disk), last, was_idle=False)
     check_unchanged_since_saved(str(disk), NOW_S + step_s, int(NOW_S) * 10**9)
 
 
 def test_what_the_server_wrote_after_its_last_look_is_its_own(disk: Path) -> None:
-    check_unchanged_since_killed(str(disk), noted(NOW_S - 1, NOW_S - HOUR_S, NOW_S - 0.5))
+    last = noted(NOW_S - 1, NOW_S - HOUR_S, NOW_S - 0.5)
+    check_unchanged_since_killed(str(disk), last, was_idle=False)
 
 
 @pytest.mark.parametrize("changed_s", [60.0, -60.0, -HOUR_S])
@@ -119,7 +120,20 @@ def test_a_time_of_change_that_the_server_cannot_have_made(disk: Path, changed_s
     last = noted(NOW_S, NOW_S - 10, NOW_S + 1)
     os.utime(disk, (NOW_S, NOW_S + changed_s))
     with pytest.raises(StateError, match="was written to since"):
-        check_unchanged_since_killed(str(disk), last)
+        check_unchanged_since_killed(str(disk), last, was_idle=False)
+
+
+def test_a_guest_that_was_idle_changed_nothing(disk: Path) -> None:
+    """So any change since the last look is somebody else's, however soon it came."""
+    last = noted(NOW_S - 0.5, NOW_S - 1, NOW_S - 0.2)
+    check_unchanged_since_killed(
+        str(disk), replace(last, mtime_ns=int(NOW_S) * 10**9), was_idle=True
+    )
+    with pytest.raises(StateError, match="was written to since"):
+        check_unchanged_since_killed(str(disk), last, was_idle=True)
+    check_unchanged_since_killed(str(disk), last, was_idle=False)
+    older = replace(last, is_exact=False)
+    check_unchanged_since_killed(str(disk), older, was_idle=True)
 
 
 def test_after_a_power_cut_an_older_time_is_no_sign(disk: Path) -> None:
@@ -140,7 +154,7 @@ def test_older_memory_notes_only_that_the_server_lived(disk: Path) -> None:
     write_alive(memoryview(memory), NOW_S)
     last = LastSeen.from_bytes(bytes(memory[:8]))
     assert last == LastSeen(NOW_S)
-    check_unchanged_since_killed(str(disk), last)
+    check_unchanged_since_killed(str(disk), last, was_idle=False)
     assert LastSeen.from_bytes(b"") is None
 
 

@@ -11,7 +11,15 @@ import pytest
 
 from nbdmirror.state import intent_log as intentlog
 from nbdmirror.state.intent_log import SECTOR_BYTES, SLOTS, IntentLog, region_bytes, slot_bytes
-from nbdmirror.state.journal import JOURNAL_BYTES, Journal, Regions, ranges_left
+from nbdmirror.state.journal import (
+    JOURNAL_BYTES,
+    REQUESTS_MAX,
+    TAKEN_MAX,
+    Journal,
+    Regions,
+    is_untouched,
+    ranges_left,
+)
 from nbdmirror.state.sealed_files import StateError
 
 MiB = 1 << 20
@@ -280,3 +288,55 @@ def test_more_requests_than_slots_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not through.wait(0.05)
     journal.end(slots[0])
     assert through.wait(10)
+
+
+def test_the_journal_tells_whether_there_was_a_change() -> None:
+    """Since the last `forget_done`; in doubt there was one."""
+    memory = bytearray(JOURNAL_BYTES)
+    journal = Journal(memoryview(memory))
+    assert is_untouched(bytes(memory))
+    slots = [journal.begin(0, 1) for _ in range(3)]
+    assert not is_untouched(bytes(memory))
+    for slot in slots[1:]:
+        journal.end(slot)
+    journal.forget_done()
+    assert not is_untouched(bytes(memory)), "one is under way"
+    journal.end(slots[0])
+    assert not is_untouched(bytes(memory)), "it ended since"
+    journal.forget_done()
+    assert is_untouched(bytes(memory))
+    journal.end(journal.begin(0, 512))
+    assert not is_untouched(bytes(memory))
+    for slot in [journal.begin(0, 1) for _ in range(TAKEN_MAX)]:
+        journal.end(slot)
+    journal.forget_done()
+    assert is_untouched(bytes(memory))
+
+
+def test_a_busy_journal_loses_no_slot_and_no_range() -> None:
+    """Guests' threads begin and end while what was done is forgotten."""
+    memory = bytearray(JOURNAL_BYTES)
+    journal = Journal(memoryview(memory))
+    has_ended = threading.Event()
+
+    def guest(number: int) -> None:
+        for _ in range(2000):
+            slot = journal.begin(number, number)
+            assert journal._cells[2 * slot : 2 * slot + 2].tolist() == [number, number]
+            journal.end(slot)
+
+    def looker() -> None:
+        while not has_ended.is_set():
+            journal.forget_done()
+
+    looking = threading.Thread(target=looker)
+    guests = [threading.Thread(target=guest, args=(number,)) for number in (1, 2, 3)]
+    for thread in (looking, *guests):
+        thread.start()
+    for thread in guests:
+        thread.join()
+    has_ended.set()
+    looking.join()
+    journal.forget_done()
+    assert sorted(journal._free) == list(range(REQUESTS_MAX))
+    assert not list(ranges_left(bytes(memory)))
