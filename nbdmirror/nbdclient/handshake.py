@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -39,6 +40,9 @@ second for TCP alone; here it is the whole handshake.)"""
 
 SEND_BUFFER_BYTES = 1 << 20
 """Of a Unix socket's connection: one request of the copier."""
+
+CUT_S = 0.5
+"""A server that sends without end is cut off so long after the time in which it had to be ready."""
 
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; past the limit net.core.wmem_max
 
@@ -170,7 +174,7 @@ def _connect(uri: str, timeout_s: float, *, for_data_alone: bool) -> nbd.NBD:
             attempt = _Attempt(waiting.pop(0), keys, for_data_alone=for_data_alone)
             attempts.append(attempt)
             next_s = now_s + NEXT_ADDRESS_S
-        _wait(attempts, min(deadline_s, next_s) if waiting else deadline_s)
+        _wait(attempts, min(deadline_s, next_s) if waiting else deadline_s, deadline_s)
         for attempt in list(attempts):
             if attempt.is_ready:
                 with socket.socket(fileno=os.dup(attempt.fileno())) as own:
@@ -238,7 +242,7 @@ class _Attempt:
             self.failure = "the server closed the connection"
 
 
-def _wait(attempts: list[_Attempt], until_s: float) -> None:
+def _wait(attempts: list[_Attempt], until_s: float, deadline_s: float) -> None:
     """Until one of them has come a step further, or that time."""
     poll = select.poll()
     by_fd = {}
@@ -249,7 +253,28 @@ def _wait(attempts: list[_Attempt], until_s: float) -> None:
         poll.register(attempt.fileno(), attempt.mask())
     left_s = max(0.0, until_s - time.monotonic())
     for fd, _ in poll.poll(int(left_s * 1000) + 1):
-        by_fd[fd].notify()
+        with _cut_off_at(deadline_s + CUT_S, fd):
+            by_fd[fd].notify()
+
+
+@contextmanager
+def _cut_off_at(moment_s: float, fd: int) -> Iterator[None]:
+    """libnbd reads replies to an option for as long as there are more. A server that sends them
+    without end would keep it for ever."""
+    with socket.socket(fileno=os.dup(fd)) as own:
+
+        def cut() -> None:
+            with suppress(OSError):  # it is not connected yet
+                own.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(max(0.0, moment_s - time.monotonic()), cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 def _addresses(where: NbdUri) -> list[str]:
