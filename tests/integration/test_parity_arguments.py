@@ -18,6 +18,7 @@ from support.paritydifferences import (
 from support.paritysides import Setting
 from support.paritysteps import (
     SLOW,
+    STARTED,
     Script,
     add,
     bitmaps,
@@ -273,7 +274,7 @@ def test_the_job_id_defaults_to_the_disk(folder: Path) -> None:
 def test_what_is_busy(folder: Path) -> None:
     second = call("a second target", lambda side: side.start_target("second", MiB))
     script: list[Script] = [
-        [second, add("other", "second"), start(**SLOW)],
+        [second, add("other", "second"), start(**SLOW), STARTED],
         [raw("blockdev-mirror", given())],
         [raw("blockdev-mirror", given(job_id="k"))],
         [raw("blockdev-mirror", given(job_id="k", target="other"))],

@@ -13,6 +13,7 @@ from support.paritysides import Setting, Side
 from support.paritysteps import (
     ACTIVELY_SYNCED,
     SLOW,
+    STARTED,
     Script,
     Step,
     add,
@@ -51,8 +52,6 @@ IN_FLIGHT = [
     held("target", "write"),
 ]
 IN_SYNC = in_sync()
-STARTED = until(lambda job: job["offset"] > 0, "something is copied")
-
 WAYS: dict[str, list[Script]] = {
     "running": [start(**SLOW), [STARTED]],
     "paused": [start(**SLOW), [STARTED, PAUSE, status("paused")]],

@@ -337,6 +337,9 @@ def dismiss() -> list[Step]:
 SLOW: dict[str, Any] = {"speed": 64 * KiB, "buf_size": 64 * KiB}
 """A job that stays in `running`."""
 
+STARTED = until(lambda job: job["offset"] > 0, "something is copied")
+"""Its first write is answered: a cancel by force does not leave it behind at the target."""
+
 
 def note(side: Side, line: str) -> None:
     """Into the transcript."""
