@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,21 +138,21 @@ def keys_in(said: Any, path: str = "") -> Iterator[str]:
 # QMP
 
 
-def words_of(type_: Any) -> Iterator[str]:
-    """Names of members and values, all the way down."""
+def words_of(type_: Any, *, values: bool = True) -> Iterator[str]:
+    """Names of members, and values of enums and unions, all the way down."""
     if isinstance(type_, Struct):
         for name, member in type_.members.items():
             yield name
-            yield from words_of(member.type)
+            yield from words_of(member.type, values=values)
         for name, branch in type_.branches.items():
-            yield name
-            yield from words_of(branch)
-    elif isinstance(type_, Enum):
+            yield from [name] if values else []
+            yield from words_of(branch, values=values)
+    elif isinstance(type_, Enum) and values:
         yield from type_.values
     elif isinstance(type_, Array):
-        yield from words_of(type_.of)
+        yield from words_of(type_.of, values=values)
     elif isinstance(type_, StringOr):
-        yield from words_of(type_.other)
+        yield from words_of(type_.other, values=values)
 
 
 def test_every_qmp_command_has_its_section() -> None:
@@ -176,6 +177,47 @@ def test_every_qmp_argument_is_described(command: str) -> None:
     else:
         wanted = set(words_of(COMMANDS[command].arguments))
     assert wanted <= words, f"{command}: {sorted(wanted - words)}"
+
+
+ONLY_NAMED = {"query-block", "query-named-block-nodes", "query-qmp-schema"}
+"""What these return is QEMU's, and large: its type is named."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_qmp_command_has_the_same_parts(command: str) -> None:
+    """An example, what is returned, with all members, and errors."""
+    text = sections(text_of("qmp.md"), "###")[command]
+    assert command in [request["execute"] for request, _ in conversation(text)]
+    parts = re.findall(r"^- (Arguments|Returns|Errors|Events)\b", text, flags=re.MULTILINE)
+    assert {"Returns", "Errors"} <= set(parts)
+    assert len(parts) == len(set(parts))
+    for other in re.findall(r"all that `([a-z-]+)` has", text):
+        text += sections(text_of("qmp.md"), "###")[other]
+    words = set(re.findall(r"[a-z0-9][a-z0-9-]*", re.sub(r"^    .*$", "", text, flags=re.M)))
+    if command not in ONLY_NAMED:
+        missing = set(words_of(COMMANDS[command].returns, values=False)) - words
+        assert not missing, f"{command}: {sorted(missing)}"
+
+
+def conversation(text: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The requests of a text and the answers, which may leave things out ("...")."""
+    block = r"^    %s (.*(?:\n        .*)*)"
+    pairs = re.findall(block % "->" + "\n" + block % "<-", text, flags=re.MULTILINE)
+    for request, answer in pairs:
+        yield json.loads(request), answer
+
+
+def test_the_examples_of_qmp_are_right() -> None:
+    """Arguments, and results that leave nothing out."""
+    found = list(conversation(text_of("qmp.md")))
+    assert len(found) > len(COMMANDS)
+    for request, answer in found:
+        if request["execute"] == "qmp_capabilities":
+            continue
+        command = COMMANDS[request["execute"]]
+        command.arguments.check(request.get("arguments", {}))
+        if "..." not in answer:
+            command.returns.check(json.loads(answer)["return"], command.name)
 
 
 def test_every_event_is_described() -> None:
