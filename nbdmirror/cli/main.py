@@ -25,6 +25,7 @@ from nbdmirror.cli.common import (
     CliError,
     absolute_uri,
 )
+from nbdmirror.cli.streams import finish, open_streams, say
 from nbdmirror.limits import (
     CONNECTIONS_MAX,
     KEEPALIVE_S_MAX,
@@ -38,6 +39,8 @@ _EPILOG = """\
 exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
 3 no server found; 4 timed out; 130 interrupted (jobs continue).
 The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
+_ANSWERS = ("status", "list", "events", "plugin-path")
+"""Commands that are about nothing but what they print."""
 _POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
 
@@ -47,7 +50,7 @@ SLOW_BYTES_PER_S = 64 << 10
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"nbdmirror: {message} (see: {self.prog} --help)", file=sys.stderr)
+        say(f"nbdmirror: {message} (see: {self.prog} --help)")
         sys.exit(USAGE)
 
 
@@ -75,7 +78,7 @@ def _rate(text: str) -> int:
     rate = parse_size(text)
     if 0 < rate < SLOW_BYTES_PER_S:
         word = f"{text} means {rate} bytes per second; 1M is one MiB per second"
-        print(f"nbdmirror: warning: {word}", file=sys.stderr)
+        say(f"nbdmirror: warning: {word}")
     return rate
 
 
@@ -277,19 +280,6 @@ def _run(args: argparse.Namespace) -> int:
     return cli_control.run(args)
 
 
-def _open_standard_streams() -> None:
-    """Those that whoever started us has closed: else what is opened next, a disk or a socket, gets
-    the number that messages are written to."""
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != fd:
-                os.dup2(null, fd)
-                os.close(null)
-            os.set_inheritable(fd, True)
-            setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
-
-
 def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """An empty value is an unset variable of a shell, mostly. The rest nbdkit cannot hand on to its
     Python, or a line of the log would be two."""
@@ -308,10 +298,7 @@ def _called(name: str) -> str:
     return {"disks": "DISK", "target": "TARGET_URI", "names": "NAME"}.get(name, option)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
-    _open_standard_streams()
-    argv = list(sys.argv[1:] if argv is None else argv)
+def _parse(argv: list[str]) -> argparse.Namespace:
     extra: list[str] = []
     if argv[:1] == ["serve"] and "--" in argv:
         cut = argv.index("--")
@@ -322,26 +309,36 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--timeout: needs --wait")
     _check_texts(parser, args)
     args.nbdkit_args = extra
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Usage errors and --help raise SystemExit."""
+    args = argparse.Namespace(command="")
     try:
+        open_streams()
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
         status = _run(args)
-        sys.stdout.flush()
-        return status
+    except SystemExit as left:
+        left.code = finish(int(left.code or 0), failed=FAILED)
+        raise
     except CliError as error:
         if args.command == "serve":  # it may be a service
             from nbdmirror.logs import print_startup_error
 
             print_startup_error(str(error))
         else:
-            print(f"nbdmirror: {error}", file=sys.stderr)
-        return error.status
+            say(f"nbdmirror: {error}")
+        status = error.status
     except KeyboardInterrupt:
+        status = INTERRUPTED
         if args.command == "events" or getattr(args, "watch", False):
-            return DONE  # the way these are meant to end
-        print("nbdmirror: interrupted; nothing was undone", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+            status = DONE  # the way these are meant to end
+        else:
+            say("nbdmirror: interrupted; nothing was undone")
     except OSError as error:
-        print(f"nbdmirror: {error}", file=sys.stderr)
-        return FAILED
+        status = finish(DONE, failed=FAILED)
+        if status == DONE and not isinstance(error, BrokenPipeError):
+            say(f"nbdmirror: {error}")
+        status = FAILED
+    return finish(status, failed=FAILED if args.command in _ANSWERS else None)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nbdmirror.cli.streams import say
 from nbdmirror.cli.words import duration, size, state
 
 RATE_WINDOW_S = 5.0
@@ -145,7 +146,7 @@ class PlainDisplay:
         self.note(str(progress))
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
 
 class RichDisplay:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import grp
+import itertools
 import os
 import pwd
 import re
@@ -26,6 +27,7 @@ from nbdmirror.cli.common import (
     absolute_uri,
     default_qmp_paths,
 )
+from nbdmirror.cli.places import check_directory, check_disk, check_port, may
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.names import DISK_RULE, is_too_long, split_disk
@@ -120,7 +122,10 @@ def serve_command(
     environ = os.environ if environ is None else environ
     # nbdkit's interpreter takes the first python3 in PATH for its home: it must be this one.
     path = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
-    return argv + parameters, {**environ, "PATH": path, "PYTHONPATH": _python_path(environ)}
+    ours = {"PATH": path, "PYTHONPATH": _python_path(environ)}
+    # In a script with LC_ALL=C that interpreter could not open a file called disk-ü.img: unlike
+    # python3, it takes the locale's encoding for that of names. nbdkit hands it UTF-8.
+    return argv + parameters, {**environ, **ours, "LC_ALL": "C.UTF-8"}
 
 
 def _listen_options(args: argparse.Namespace) -> list[str]:
@@ -279,32 +284,32 @@ def _check_places(args: argparse.Namespace) -> None:
     from nbdmirror.unix_sockets import claim_pidfile, remove_stale_socket
 
     for _, disk in _disks(args):
-        if not is_uri(disk) and not os.path.exists(disk):
-            text = f"{disk}: no such disk; create it first (truncate -s SIZE FILE)"
-            if "=" in disk:
-                text += f"; if the part before the '=' is meant as a name: {DISK_RULE}"
-            raise ConfigError(text)
-        if os.path.isdir(disk):
-            raise ConfigError(f"{disk}: is a directory, not a disk")
-    qmp = _qmp_path(args)
-    places = {"--qmp": qmp}
-    if args.socket:
-        places["--socket"] = os.path.abspath(args.socket)
-        if same_place(places["--socket"], qmp) is Same.YES:
-            raise ConfigError(f"--socket and --qmp are the same path: {qmp}")
+        if not is_uri(disk):
+            check_disk(disk)
+    places = {"--qmp": _qmp_path(args)}
+    for option, place in (("--socket", args.socket), ("--pidfile", args.pidfile)):
+        if place:
+            places[option] = os.path.abspath(place)
+    for (one, path), (other, second) in itertools.combinations(places.items(), 2):
+        if same_place(path, second) is Same.YES:
+            raise ConfigError(f"{other} and {one} are the same path: {path}")
+    pidfile = places.pop("--pidfile", None)
     for parameter, path in places.items():
         if not os.path.isdir(os.path.dirname(path)):
             raise ConfigError(f"{parameter}: {path}: its directory does not exist")
         if len(os.fsencode(path)) > 107:
             raise ConfigError(f"{parameter}: {path}: is longer than a Unix socket's 107 bytes")
         remove_stale_socket(path, parameter)
+        check_directory(parameter, path)
     _check_places_of_user(args)
     if not args.socket:
-        _check_port(_address(args), args.port or DEFAULT_PORT)
+        check_port(_address(args), args.port or DEFAULT_PORT)
     if args.mirror_to and args.daemonize:
         _warn_of_target(absolute_uri(args.mirror_to, "--mirror-to "))
-    if args.pidfile:
-        claim_pidfile(os.path.abspath(args.pidfile), "--pidfile")
+    if pidfile:
+        claim_pidfile(pidfile, "--pidfile")
+        if not os.path.exists(pidfile):
+            check_directory("--pidfile", pidfile)
 
 
 def _warn_of_target(uri: str) -> None:
@@ -330,7 +335,7 @@ def _check_places_of_user(args: argparse.Namespace) -> None:
     uid, gid = _identity(args)
     if uid is None or gid is None:
         return
-    if not _may("-r", str(PACKAGE), uid, gid):
+    if not may("-r", str(PACKAGE), uid, gid):
         raise ConfigError(
             f"--user: user {args.user} cannot read {PACKAGE}, where nbdmirror is installed"
         )
@@ -344,33 +349,9 @@ def _check_places_of_user(args: argparse.Namespace) -> None:
         except OSError as error:
             text = f"--state-dir: {path}: cannot be created: {error.strerror}"
             raise ConfigError(text) from error
-        if not _may("-w", path, uid, gid):
+        if not may("-w", path, uid, gid):
             raise ConfigError(f"--state-dir: {path}: user {args.user} cannot write there")
     if args.pidfile:
         path = os.path.abspath(args.pidfile)
-        if not _may("-w", path if os.path.exists(path) else os.path.dirname(path), uid, gid):
+        if not may("-w", path if os.path.exists(path) else os.path.dirname(path), uid, gid):
             raise ConfigError(f"--pidfile: {path}: user {args.user} cannot write there")
-
-
-def _may(access: str, path: str, uid: int, gid: int) -> bool:
-    """`access`: an option of test(1), -r or -w."""
-    test = subprocess.run(["test", access, path], user=uid, group=gid, extra_groups=(), check=False)
-    return test.returncode == 0
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigError(f"--address: {host}: {error.strerror}") from error
-    for family, kind, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-        except OSError as error:
-            raise ConfigError(
-                f"--port: cannot listen on {host} port {port}: {error.strerror}"
-            ) from error

@@ -143,15 +143,16 @@ def _faster(job: dict[str, Any]) -> str:
 
 def _of_the_end(job: dict[str, Any]) -> list[Remark]:
     status, found = job.get("status"), []
-    if status == "pending":
+    if status == "pending" and not job.get("auto-finalize"):
         text = "has finished its work; end the job with: nbdmirror finalize"
         found.append(Remark("pending", text))
     elif status == "waiting":
         text = "has finished its work and waits for the other jobs of its group"
         found.append(Remark("waiting", text))
-    elif status == "concluded":
+    elif status == "concluded" and not job.get("auto-dismiss"):
         found.append(Remark("concluded", "has ended; remove the job with: nbdmirror dismiss"))
-    elif (ending := job.get("ending", "none")) != "none":
+    elif status not in ("pending", "concluded") and job.get("ending", "none") != "none":
+        ending = job["ending"]
         since = duration(job.get("ending-for-s", 0))
         what, then = "being cancelled without --force", "end"
         if ending == "complete":

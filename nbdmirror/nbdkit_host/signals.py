@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -78,6 +79,8 @@ def _outlive_parent() -> None:
     """nbdkit 1.32 as Debian 12 has it asks the kernel for a SIGTERM when its parent ends, whether
     --exit-with-parent was given (which may be abbreviated) or not: the disk would go with the shell
     that started the server."""
-    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    words = []
+    with suppress(OSError):  # there is no /proc, in a chroot
+        words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
     if not any(word.startswith(b"--exi") for word in words):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)

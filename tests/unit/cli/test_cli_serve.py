@@ -196,6 +196,11 @@ def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:
     assert "directory does not exist" in refused("--socket", str(here / "no" / "s"))
     assert "107 bytes" in refused("--socket", str(here / ("x" * 108)))
     assert "the same path" in refused("--socket", str(here / "q"), "--qmp", str(here / "q"))
+    assert "the same path" in refused("--qmp", str(here / "q"), "--pidfile", str(here / "q"))
+    os.symlink("gone.img", here / "link")
+    assert "a link to gone.img, which does not exist" in refused(disk=str(here / "link"))
+    os.symlink("circle", here / "circle")
+    assert "Too many levels" in refused(disk=str(here / "circle"))
     assert "No such file" in refused("--tls-psk", str(here / "none"))
     with sockets.bind_unix_socket(str(here / "live")):
         assert "in use" in refused("--socket", str(here / "live"))
@@ -207,6 +212,37 @@ def test_serve_refuses_what_cannot_work(disk: Path, run: Main) -> None:
     assert "nbdkit-plugin-python" in refused()
     os.environ["PATH"] = str(here)
     assert "nbdkit is not installed" in refused()
+
+
+def test_places_of_another_user(disk: Path, run: Main) -> None:
+    """What may not be looked at is not called missing, and nothing is made before it is known that
+    everything can be."""
+    here = disk.parent
+    (here / "closed").mkdir(mode=0o555)
+    shutil.copy(disk, here / "closed")
+    user = os.geteuid()
+
+    def refused(*options: str, disk: str = str(disk)) -> str:
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            status, _, err = run("serve", disk, *options)
+        finally:
+            os.seteuid(user)
+        assert status == cli.FAILED
+        assert {path.name for path in here.iterdir()} == before
+        return one_line(err)
+
+    before = {path.name for path in here.iterdir()}
+    for folder in (here, here.parent, here.parent.parent, here / "bin" / "nbdkit"):
+        folder.chmod(0o755)
+    for option in ("--socket", "--qmp", "--pidfile"):
+        # The open one is given too, and would be made first.
+        options = {"--qmp": "/var/tmp/q", option: str(here / "closed" / "place")}
+        said = refused(*[word for pair in options.items() for word in pair])
+        assert option in said and "cannot be created: Permission denied" in said
+    (here / "closed").chmod(0)
+    assert "Permission denied" in refused(disk=str(here / "closed" / disk.name))
 
 
 def test_the_real_nbdkit_has_our_python() -> None:

@@ -205,3 +205,12 @@ def test_processes_are_known_by_the_plugin(monkeypatch: Any) -> None:
     assert cli_list._socket(words, here) == "/r/q"
     assert cli_list._socket(["nbdkit", "qmp=q"], here) == f"{os.getcwd()}/q"
     assert cli_list._socket(["nbdkit"], here) == ""
+
+
+@pytest.mark.parametrize(("status", "flag"), [("pending", "finalize"), ("concluded", "dismiss")])
+def test_what_the_server_does_itself_is_asked_of_nobody(status: str, flag: str) -> None:
+    """A state that such a job passes through; writing its end down can take a moment."""
+    job = {"status": status, "ready": True, "ending": "complete", "ending-for-s": 1}
+    assert not cli_words.remarks({**job, f"auto-{flag}": True})
+    (remark,) = cli_words.remarks({**job, f"auto-{flag}": False})
+    assert f"nbdmirror {flag}" in remark.text

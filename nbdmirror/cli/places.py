@@ -1,0 +1,64 @@
+"""Whether a server can have the places that it was given: looked at before nbdkit is started, which
+would say less, or say it where nobody looks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import subprocess
+
+from nbdmirror.errors import ConfigError
+from nbdmirror.names import DISK_RULE
+
+
+def check_disk(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        text = f"{path}: no such disk; create it first (truncate -s SIZE FILE)"
+        if os.path.islink(path):
+            text = f"{path}: is a link to {os.readlink(path)}, which does not exist"
+        if "=" in path:
+            text += f"; if the part before the '=' is meant as a name: {DISK_RULE}"
+        raise ConfigError(text) from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        raise ConfigError(f"{path}: is a directory, not a disk")
+
+
+def check_directory(parameter: str, path: str) -> None:
+    """nbdkit finds out when the control socket is there already, and would leave that behind; in
+    the background nobody sees why."""
+    folder = os.path.dirname(path)
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        is_readonly = os.statvfs(folder).f_flag & os.ST_RDONLY
+        reason = os.strerror(errno.EROFS if is_readonly else errno.EACCES)
+        raise ConfigError(f"{parameter}: {path}: cannot be created: {reason}")
+
+
+def check_port(host: str, port: int) -> None:
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"--address: {host}: {error.strerror}") from error
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise ConfigError(
+                f"--port: cannot listen on {host} port {port}: {error.strerror}"
+            ) from error
+
+
+def may(access: str, path: str, uid: int, gid: int) -> bool:
+    """Whether that user may: `access` is an option of test(1), -r or -w."""
+    test = subprocess.run(["test", access, path], user=uid, group=gid, extra_groups=(), check=False)
+    return test.returncode == 0
