@@ -20,11 +20,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, TypeVar
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until nbdkit has its handler Ctrl-C ends the process, as it ends nbdkit with another plugin,
+    # and does not raise an exception wherever Python happens to be.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

@@ -13,7 +13,15 @@ import stat
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
-from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp import (
+    ConnectError,
+    EventListener,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+)
+from qemu.qmp.qmp_client import GreetingError
 
 from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
@@ -174,7 +182,14 @@ async def connect(
         await asyncio.wait_for(client.connect(path), CONNECT_S_MAX)
     except (ConnectError, TimeoutError) as error:
         what = "server" if program == OURS else program
-        text = _why_nobody_answers(path, getattr(error, "exc", None))
+        reason = getattr(error, "exc", None)
+        if isinstance(reason, GreetingError):
+            text = (
+                f"{what} at {path}: does not greet as a QMP server: it is another program's socket"
+            )
+            text += ", or too many clients are connected: end some, or try again later"
+            raise CliError(text, NO_SERVER) from error
+        text = _why_nobody_answers(path, reason)
         if not text:
             text = f"{what} at {path}: {os.strerror(errno.EACCES)}: {FOREIGN_ADVICE}"
             raise CliError(text, NO_SERVER) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_a_server_that_starts_later(folder: Path, disk: Path) -> None:
                 assert_identical(other, server.uri("disk1"))
                 # A line that it waits and one that this is over, however many attempts there were.
                 lines = re.findall(
-                    "^nbdmirror: .*(?:tried again|connected to).*$", server.stderr, re.M
+                    "^nbdmirror: .*(?:trying again|connected to).*$", server.stderr, re.M
                 )
                 assert [first.uri() in line for line in lines] == [True, True]
                 server.stop()
@@ -97,3 +98,17 @@ def test_times_that_make_no_sense(disk: Path, parameter: str, value: str) -> Non
     assert process.wait(WAIT_S_MAX) == 1
     why = "expected .*" if value else "is empty"
     assert re.fullmatch(rf"nbdmirror: {parameter}={value}: {why}\n", server.stderr)
+
+
+def test_whoever_does_not_want_to_wait(folder: Path) -> None:
+    """Ctrl-C ends it: without a traceback, and nothing is left."""
+    server = waiting(folder, f"nbd+unix:///?socket={folder}/never", seconds=600)
+    process = server.spawn()
+    try:
+        wait_until(lambda: "trying again" in server.stderr, "it waits")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT_S_MAX) in (-signal.SIGINT, 128 + signal.SIGINT)
+        assert len(server.stderr.splitlines()) == 1, server.stderr
+        assert not server.qmp_path.exists()
+    finally:
+        server.kill()

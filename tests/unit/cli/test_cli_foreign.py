@@ -94,3 +94,14 @@ def test_what_is_at_the_path_is_said(run: Main, tmp_path: Path, kind: int, text:
 def test_a_path_that_no_socket_can_have(run: Main, tmp_path: Path) -> None:
     status, _, err = run("status", "--qmp", str(tmp_path / ("long" * 40)))
     assert (status, "path too long" in one_line(err)) == (common.NO_SERVER, True)
+
+
+def test_a_server_with_too_many_clients(
+    qemu: FakeQemu, run: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one, so nobody is told to start one."""
+    monkeypatch.setattr("nbdmirror.qmp.server.CLIENTS_MAX", 0)
+    status, _, err = run("status", "--qmp", qemu.path)
+    assert status == common.NO_SERVER
+    assert "too many clients are connected" in one_line(err)
+    assert "start one" not in err

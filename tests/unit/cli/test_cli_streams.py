@@ -12,6 +12,7 @@ import pytest
 from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
 
+from nbdmirror.cli import common as cli_common
 from nbdmirror.cli import main as cli
 
 
@@ -57,7 +58,7 @@ def test_an_answer_that_cannot_be_written(
     fake: Fake, unbuffered: str, output: int, argv: list[str]
 ) -> None:
     status, said = finished(fake, unbuffered, *argv, stdout=output)
-    assert status == cli.FAILED
+    assert status == cli_common.FAILED
     if said:
         assert "standard output: No space left" in one_line(said)
 
@@ -68,13 +69,13 @@ def test_what_became_of_the_job_counts(
 ) -> None:
     argv = ["mirror", URI, "--wait", "completed"]
     status, _ = finished(fake, unbuffered, *argv, **{stream: output})
-    assert status == cli.DONE
+    assert status == cli_common.DONE
     assert fake.source == URI, "the disk was moved"
 
 
 def test_a_refusal_that_nobody_hears(fake: Fake, output: int) -> None:
-    assert finished(fake, "", "complete", stderr=output)[0] == cli.FAILED
-    assert finished(fake, "", "compleat", stderr=output)[0] == cli.USAGE
+    assert finished(fake, "", "complete", stderr=output)[0] == cli_common.FAILED
+    assert finished(fake, "", "compleat", stderr=output)[0] == cli_common.USAGE
 
 
 def test_an_interrupt_before_anything_was_done(run: Main, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,5 +84,5 @@ def test_an_interrupt_before_anything_was_done(run: Main, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cli, "build_parser", interrupted)
     status, _, err = run("status")
-    assert status == cli.INTERRUPTED
+    assert status == cli_common.INTERRUPTED
     assert "interrupted" in one_line(err)
