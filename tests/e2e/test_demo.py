@@ -38,6 +38,8 @@ def run_demo(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.guarantee("Completed means identical")
+@pytest.mark.guarantee("No request is lost, fails or is answered twice")
 @pytest.mark.timeout(120)
 def test_the_demo(room: Path) -> None:
     done = run_demo(room)

@@ -80,6 +80,7 @@ class SiteA:
         return self.guest.transcript
 
 
+@pytest.mark.guarantee("A target that fails stays usable")
 def test_a_site_that_is_always_usable(folder: Path, hosts: Hosts, start: Start) -> None:
     a, b = hosts
     disk_b = make_noise(folder / "disk-b.img", DISK_BYTES)

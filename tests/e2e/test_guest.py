@@ -53,6 +53,7 @@ class Stage:
         assert self.source.read_bytes() == before, "written to after the pivot"
 
 
+@pytest.mark.guarantee("A virtual machine notices nothing")
 @pytest.mark.parametrize(
     ("options", "copy_mode"), [("defaults", "background"), ("discard", "write-blocking")]
 )
@@ -63,6 +64,8 @@ def test_pivot(folder: Path, start: Start, options: str, copy_mode: str) -> None
     stage.pivot()
 
 
+@pytest.mark.guarantee("Completed means identical")
+@pytest.mark.guarantee("A virtual machine notices nothing")
 def test_soft_cancel(folder: Path, start: Start) -> None:
     """While the guest writes the copy is a file system as after a power cut, with all that was
     synced; when it is quiet, byte for byte what it has."""
@@ -87,6 +90,7 @@ def test_soft_cancel(folder: Path, start: Start) -> None:
     assert_identical(stage.source, stage.target.image)
 
 
+@pytest.mark.guarantee("A virtual machine notices nothing")
 @pytest.mark.parametrize("is_ready", [False, True])
 def test_the_target_is_killed_and_comes_back(folder: Path, start: Start, is_ready: bool) -> None:
     """In the first copy within the reconnect delay, and later with none and the policy `stop`."""
@@ -110,6 +114,7 @@ def test_the_target_is_killed_and_comes_back(folder: Path, start: Start, is_read
     stage.pivot()
 
 
+@pytest.mark.guarantee("A server that is killed and started again is a pause")
 def test_the_server_is_killed_and_comes_back(folder: Path, start: Start) -> None:
     """With a mirror under way. The guest sees a disk that takes long to answer, once; the source
     is the truth, and the mirror starts anew."""
@@ -125,6 +130,7 @@ def test_the_server_is_killed_and_comes_back(folder: Path, start: Start) -> None
     stage.pivot()
 
 
+@pytest.mark.guarantee("A virtual machine notices nothing")
 def test_the_kernels_own_client(folder: Path, start: Start) -> None:
     """/dev/nbd0 in a guest, over TCP: the kernel's reading of the protocol, with discard."""
     source = make_disk(folder / "source.img")

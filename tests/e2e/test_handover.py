@@ -141,6 +141,7 @@ def last_line(done: Finished, status: int) -> str:
     return done.stderr.splitlines()[-1]
 
 
+@pytest.mark.guarantee("A guest that is handed over has one disk at a time")
 def test_handover(folder: Path, hosts: Hosts, start: Start) -> None:
     """With nbdmirror on both hosts; the other tests have qemu-nbd on host B."""
     stage = Stage(folder, hosts, start, NbdmirrorAt)
@@ -187,6 +188,7 @@ def take(stage: Stage, step: tuple[str, str, str]) -> None:
         talk.wait_for_event(what["event"], **what["data"])
 
 
+@pytest.mark.guarantee("A guest that is handed over has one disk at a time")
 def test_what_fails_before_the_pivot_changes_nothing(
     folder: Path, hosts: Hosts, start: Start
 ) -> None:
@@ -261,6 +263,7 @@ def test_what_fails_before_the_pivot_changes_nothing(
     stage.arrive(there)
 
 
+@pytest.mark.guarantee("A guest that is handed over has one disk at a time")
 def test_the_qemu_there_dies_after_the_pivot(folder: Path, hosts: Hosts, start: Start) -> None:
     """The guest goes on at host A, and its disk is on host B."""
     stage = Stage(folder, hosts, start)
@@ -280,6 +283,7 @@ def test_the_qemu_there_dies_after_the_pivot(folder: Path, hosts: Hosts, start: 
     check_disk(stage.target_image, stage.guest.shut_down())
 
 
+@pytest.mark.guarantee("A guest that is handed over has one disk at a time")
 def test_the_server_dies_at_the_pivot(folder: Path, hosts: Hosts, start: Start) -> None:
     """The guest is stopped, and waits there until there is a server again."""
     stage = Stage(folder, hosts, start)

@@ -225,6 +225,7 @@ while True:
 """
 
 
+@pytest.mark.guarantee("A guest that is killed, or sends garbage, harms no other")
 def test_a_guest_that_is_killed_while_it_reads(server: Nbdmirror) -> None:
     """With many replies on their way. nbdkit before 1.34 did not survive 28 of 30 such, where a
     connection has several threads."""
@@ -249,6 +250,7 @@ def in_the_handshake(client: socket.socket) -> None:
     client.sendall(struct.pack(">I", 3) + option(GO)[:12])
 
 
+@pytest.mark.guarantee("A guest that is killed, or sends garbage, harms no other")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", [half_greeted, in_the_handshake])
 def test_a_thousand_half_open_connections(

@@ -62,6 +62,7 @@ def go_on(source: Lossy) -> None:
     os.kill(source.pid, signal.SIGCONT)
 
 
+@pytest.mark.guarantee("It does not wait for a source that hangs")
 def test_a_forced_cancel_and_another_mirror(
     start: Start,
     folder: Path,
@@ -88,6 +89,7 @@ def test_a_forced_cancel_and_another_mirror(
     identical(source.uri(), other.image)
 
 
+@pytest.mark.guarantee("It does not wait for a source that hangs")
 def test_a_pause_and_what_follows(
     source: Lossy, server: Nbdmirror, target: QemuNbd, identical: Identical
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_guests_synchronous_write(
         identical(before, target.image)
 
 
+@pytest.mark.guarantee("It does not wait for a source that hangs")
 def test_the_server_ends(
     source: Lossy, server: Nbdmirror, target: QemuNbd, identical: Identical
 ) -> None:

@@ -20,6 +20,7 @@ from support.seeds import SEED, print_seed
 from support.waiting import wait_until
 
 
+@pytest.mark.guarantee("Killed in any phase")
 @pytest.mark.parametrize(("what", "phase"), list(product(WHATS, PHASES)))
 def test_a_round(folder: Path, what: str, phase: str) -> None:
     print_seed()
@@ -28,6 +29,7 @@ def test_a_round(folder: Path, what: str, phase: str) -> None:
     sys.stdout.write(f"{outcome}\n")
 
 
+@pytest.mark.guarantee("Killed in any phase")
 @pytest.mark.parametrize("number", range(STEPS_MAX // 2))
 def test_steps_of_a_pivot(folder: Path, number: int) -> None:
     """The server is killed before every other of the steps in its state directory: it is served
@@ -96,6 +98,7 @@ MUTANT_ROUNDS_MAX = 24
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.guarantee("Killed in any phase")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_server_is_caught(name: str) -> None:
     cell, patches = MUTANTS[name]

@@ -126,6 +126,7 @@ def lose_the_others(server: Nbdmirror, proxy: Proxy) -> InThread:
     return reads
 
 
+@pytest.mark.guarantee("One lost connection of several costs the others nothing")
 @pytest.mark.parametrize("pivoted", [False, True], ids=["from the start", "after a pivot"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_in_flight_beside_a_lost_connection_is_done_once(
@@ -162,6 +163,7 @@ def test_what_is_in_flight_beside_a_lost_connection_is_done_once(
     identical(bytes(expected), image)
 
 
+@pytest.mark.guarantee("One lost connection of several costs the others nothing")
 def test_a_mirror_reads_from_the_disk_meanwhile(
     start: Start,
     folder: Path,
@@ -210,6 +212,7 @@ def flush_at_last(guest: nbd.NBD) -> None:
     wait_until(is_flushed, "a flush succeeds")
 
 
+@pytest.mark.guarantee("One lost connection of several costs the others nothing")
 def test_the_test_is_able_to_fail(
     start: Start, folder: Path, image: Path, proxied: Callable[[Path], Proxy]
 ) -> None:
@@ -230,6 +233,7 @@ def test_the_test_is_able_to_fail(
     wait_until(lambda: image.read_bytes()[:LENGTH] == OLD, "the old write is carried out last")
 
 
+@pytest.mark.guarantee("One lost connection of several costs the others nothing")
 @pytest.mark.parametrize("pivoted", [False, True], ids=["from the start", "after a pivot"])
 def test_a_server_that_is_stopped_meanwhile_and_goes_on(
     start: Start,

@@ -99,6 +99,8 @@ def leave_a_write(server: Nbdmirror, target: Holding, node: str, copy_mode: str)
         other.flush()
 
 
+@pytest.mark.rule(19)
+@pytest.mark.guarantee("What is in flight at a cancel does not come late")
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize(
     ("multi_conn", "tcp"),
@@ -138,6 +140,7 @@ def test_a_new_mirror_waits_for_what_a_cancelled_one_has_in_flight(
     assert image.read_bytes()[: len(NEW)] == NEW
 
 
+@pytest.mark.guarantee("What is in flight at a cancel does not come late")
 def test_the_test_is_able_to_fail(start: Start, folder: Path, disk: Path, image: Path) -> None:
     """A server that does not wait: the job ends well, and the old data comes late."""
     target = start(Holding(folder, image, multi_conn=True))
@@ -150,6 +153,7 @@ def test_the_test_is_able_to_fail(start: Start, folder: Path, disk: Path, image:
     wait_until(lambda: image.read_bytes()[: len(OLD)] == OLD, "the old write is carried out last")
 
 
+@pytest.mark.guarantee("What is in flight at a cancel does not come late")
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize("shared", [1, 16])
 def test_a_stopped_server_that_goes_on(
@@ -245,6 +249,7 @@ def take_for_lost(start: Start, server: Nbdmirror, target: QemuNbd, copy_mode: s
     return qmp
 
 
+@pytest.mark.guarantee("What is in flight at a cancel does not come late")
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize("shared", [1, 16])
 def test_a_target_that_was_taken_for_lost_and_goes_on(

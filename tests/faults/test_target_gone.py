@@ -179,6 +179,8 @@ def test_a_changed_target_that_is_put_right_is_used_again(
     copy_is_good(qmp, guest, disk, target, identical)
 
 
+@pytest.mark.rule(40)
+@pytest.mark.guarantee("A target that was lost and came back")
 @pytest.mark.parametrize("change", ["all of it", "its first bytes", "zeroes"])
 def test_another_disk_of_the_same_size_is_noticed(
     server: Nbdmirror, target: Lossy, disk: Path, identical: Identical, change: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.images import KiB, MiB, make_empty
@@ -49,6 +50,7 @@ def flush(handle, flags):
 """Whatever is not zero cannot be written to its beginning."""
 
 
+@pytest.mark.guarantee("A target that fails stays usable")
 def test_what_follows_a_failed_write_is_not_on_the_target(
     folder: Path, start: Start, identical: Identical
 ) -> None:

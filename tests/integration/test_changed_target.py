@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from support.clients import connected
 from support.fixtures import Start
 from support.images import MiB, make_image, make_noise
@@ -12,6 +13,8 @@ from support.servers import Nbdmirror, QemuNbd
 SIZE = 4 * MiB
 
 
+@pytest.mark.rule(40)
+@pytest.mark.guarantee("A target that was lost and came back")
 def test_a_target_that_comes_back_changed_is_not_written_to(start: Start, folder: Path) -> None:
     disk = make_image(folder / "disk.img", SIZE)
     image = make_noise(folder / "target.img", SIZE)

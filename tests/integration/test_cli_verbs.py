@@ -37,6 +37,7 @@ def job_of(cli: Cli) -> dict[str, Any]:
     return dict(job)
 
 
+@pytest.mark.guarantee("What a command says at its end is so")
 def test_a_complete_that_nobody_waits_for_any_more(
     cli: Cli, disk: Path, target: QemuNbd, identical: Identical
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_complete_that_nobody_waits_for_any_more(
     identical(disk, target.image)
 
 
+@pytest.mark.guarantee("What a command says at its end is so")
 def test_a_complete_that_is_taken_back(cli: Cli, disk: Path, target: QemuNbd) -> None:
     assert cli("mirror", target.uri(), "--wait", "ready").returncode == DONE
     freeze(target.pid)

@@ -120,6 +120,7 @@ def test_a_link_whose_socket_breaks_while_libnbd_waits_is_lost(
     wait_until(link.end, "its socket has ended")
 
 
+@pytest.mark.rule(19)
 def test_a_connection_that_is_given_up_ends_when_all_is_answered(
     start: Start, folder: Path
 ) -> None:

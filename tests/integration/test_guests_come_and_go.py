@@ -95,6 +95,7 @@ def check_flat(server: Nbdmirror, visits: int, visit: Callable[[], object]) -> N
     assert grown[-1] < GROWTH_BYTES_MAX, f"{[one // visits for one in grown]} bytes a visit"
 
 
+@pytest.mark.guarantee("A thousand guests or mirrors leave nothing behind")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("threads", [1, THREADS])
 def test_a_thousand_guests_one_after_another(
@@ -121,6 +122,7 @@ def test_guests_that_vanish_with_requests_in_flight(
     check_flat(server, 200, lambda: vanish(server.uri()))
 
 
+@pytest.mark.guarantee("A thousand guests or mirrors leave nothing behind")
 @pytest.mark.timeout(120)
 def test_many_guests_hang_up_at_once(start: Start, folder: Path, image: Path) -> None:
     """A host goes down with all of its guests: some say good-bye, some do not."""

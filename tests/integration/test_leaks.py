@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import nbd
+import pytest
 from support.clients import connected
 from support.fixtures import Start
 from support.images import KiB, MiB, make_empty, make_image
@@ -56,6 +57,7 @@ def test_control_clients_leave_nothing_behind(start: Start, folder: Path) -> Non
     assert grown < GROWTH_BYTES_MAX
 
 
+@pytest.mark.guarantee("A thousand guests or mirrors leave nothing behind")
 def test_mirrors_leave_nothing_behind(start: Start, folder: Path) -> None:
     """Cancelled ones, failed ones, and pivots to and fro."""
     targets = [start(QemuNbd(folder, make_empty(folder / name, MiB))) for name in ("a", "b")]

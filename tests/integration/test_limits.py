@@ -189,6 +189,7 @@ def ask(client: Qmp, command: str, **arguments: Any) -> None:
     client.socket.sendall(json.dumps(message).encode())
 
 
+@pytest.mark.rule(37)
 def test_handshakes_that_never_end_hold_up_their_clients_alone(start: Start, disk: Path) -> None:
     """As many as there are clients; the last one is served at once, and the server ends at once."""
     server = start(Nbdmirror(disk.parent, disk, bare=True))

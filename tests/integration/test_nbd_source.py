@@ -33,6 +33,7 @@ def server(start: Start, folder: Path, target: Lossy) -> Nbdmirror:
     return server
 
 
+@pytest.mark.guarantee("An NBD server that is restarted under a guest")
 def test_a_request_in_flight_is_done_again(target: Lossy, server: Nbdmirror) -> None:
     with connected(server.uri()) as guest:
         guest.pwrite(DATA, 0)
@@ -46,6 +47,7 @@ def test_a_request_in_flight_is_done_again(target: Lossy, server: Nbdmirror) -> 
         assert guest.pread(2 * BLOCK, 0) == 2 * DATA
 
 
+@pytest.mark.guarantee("An NBD server that is restarted under a guest")
 def test_requests_wait_for_the_server(target: Lossy, server: Nbdmirror) -> None:
     with connected(server.uri()) as guest:
         expected = bytes(guest.pread(MiB, 0))
@@ -57,6 +59,7 @@ def test_requests_wait_for_the_server(target: Lossy, server: Nbdmirror) -> None:
         assert guest.pread(MiB, 0) == expected
 
 
+@pytest.mark.guarantee("An NBD server that is restarted under a guest")
 def test_a_flush_tells_once_of_writes_that_may_be_lost(target: Lossy, server: Nbdmirror) -> None:
     with connected(server.uri()) as guest:
         guest.pwrite(DATA, 0)
@@ -72,6 +75,7 @@ def test_a_flush_tells_once_of_writes_that_may_be_lost(target: Lossy, server: Nb
     assert_identical(2 * DATA, target.image.read_bytes()[: 2 * BLOCK])
 
 
+@pytest.mark.guarantee("An NBD server that is restarted under a guest")
 def test_the_flush_that_finds_the_loss_tells_of_it(target: Lossy, server: Nbdmirror) -> None:
     """No other request came in between: it is done again on a server that knows of nothing."""
     with connected(server.uri()) as guest:
@@ -166,6 +170,7 @@ def respawn(target: Lossy) -> None:
     target.spawn()
 
 
+@pytest.mark.guarantee("An NBD server that is restarted under a guest")
 def test_a_server_that_is_lost_again_and_again(target: Lossy, server: Nbdmirror) -> None:
     """Each time the request is done again."""
     with connected(server.uri()) as guest:

@@ -112,7 +112,17 @@ def test_the_wheel_has_what_it_must_and_no_more(built: dict[str, Path]) -> None:
 def test_the_sdist_has_what_builds_and_tests_it(built: dict[str, Path]) -> None:
     with tarfile.open(built[".gz"]) as sdist:
         names = {name.removeprefix(f"{STEM}/") for name in sdist.getnames()}
-    kept = ("nbdmirror", "plugin", "packaging", "docker", "tests", "docs", "bench", "matrix")
+    kept = (
+        "nbdmirror",
+        "plugin",
+        "packaging",
+        "docker",
+        "tests",
+        "docs",
+        "bench",
+        "matrix",
+        "typings",
+    )
     there = {
         str(path.relative_to(ROOT))
         for folder in kept

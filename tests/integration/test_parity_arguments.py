@@ -316,6 +316,7 @@ def test_options_of_every_node(folder: Path) -> None:
     assert_alike(folder, Setting(), script)
 
 
+@pytest.mark.rule(38)
 def test_a_negative_speed_leaves_no_job(folder: Path) -> None:
     script: list[Script] = [[add(), mirror(speed=-1), query(), FORCE[:1]]]
     assert_alike(folder, Setting(), script, NEVER_RAN)

@@ -58,6 +58,7 @@ from support.waiting import wait_until
 # Several in flight; the guest; lost connections
 
 
+@pytest.mark.rule(21)
 @by_side
 @pytest.mark.parametrize("policy", ["report", "stop"])
 def test_sixteen_in_flight(folder: Path, policy: str, side: str) -> None:
@@ -97,6 +98,8 @@ STOPPED_IS_BACKGROUND = Difference(
 )
 
 
+@pytest.mark.rule(10)
+@pytest.mark.guarantee("In write-blocking mode")
 @pytest.mark.parametrize("policy", ["report", "ignore", "stop"])
 def test_write_blocking_hides_the_targets_errors_from_the_guest(folder: Path, policy: str) -> None:
     script: list[Script] = [
@@ -164,6 +167,7 @@ def test_a_target_that_is_lost_and_comes_back(folder: Path, phase: str) -> None:
     assert_alike(folder, faulty("target"), script, RECONNECT)
 
 
+@pytest.mark.rule(40)
 def test_a_target_that_is_lost_within_the_reconnect_delay(folder: Path) -> None:
     """No event at all, and the guest notices nothing."""
     script: list[Script] = [
@@ -193,6 +197,7 @@ def test_a_target_that_is_lost_for_good(folder: Path) -> None:
     assert_alike(folder, faulty("target"), script, NOTICED_AT_ONCE)
 
 
+@pytest.mark.rule(21)
 def test_what_fits_again_after_enospc_is_copied(folder: Path) -> None:
     """Iotest 248: a full target that has room again."""
     script: list[Script] = [

@@ -47,6 +47,7 @@ from support.paritysteps import (
 )
 
 
+@pytest.mark.rule(20)
 @by_side
 @by_policy
 def test_for_ever_in_the_first_copy(folder: Path, policy: str, errno_name: str, side: str) -> None:
@@ -75,6 +76,7 @@ def test_for_ever_in_the_first_copy(folder: Path, policy: str, errno_name: str, 
     assert_alike(folder, faulty(side), script, BACK_OFF)
 
 
+@pytest.mark.guarantee("Errors are never skipped")
 @by_side
 @pytest.mark.parametrize("policy", ["ignore", "stop"])
 def test_once_in_the_first_copy(folder: Path, policy: str, side: str) -> None:
@@ -90,6 +92,8 @@ def test_once_in_the_first_copy(folder: Path, policy: str, side: str) -> None:
     assert_alike(folder, faulty(side), script, BACK_OFF)
 
 
+@pytest.mark.rule(21)
+@pytest.mark.guarantee("Errors are never skipped")
 @by_side
 @pytest.mark.parametrize(("policy", "errno_name"), [*SOME_POLICIES, ("enospc", "ENOSPC")])
 def test_after_ready(folder: Path, policy: str, errno_name: str, side: str) -> None:
@@ -116,6 +120,8 @@ def test_after_ready(folder: Path, policy: str, errno_name: str, side: str) -> N
     assert_alike(folder, faulty(side), script, BACK_OFF)
 
 
+@pytest.mark.rule(18)
+@pytest.mark.guarantee("Errors are never skipped")
 @pytest.mark.parametrize("ending", ENDINGS)
 @by_side
 @pytest.mark.parametrize(
@@ -150,6 +156,7 @@ def test_while_it_ends(folder: Path, policy: str, errno_name: str, side: str, en
     assert_alike(folder, faulty(side), script, BACK_OFF)
 
 
+@pytest.mark.rule(18)
 @by_side
 @pytest.mark.parametrize("policy", ["ignore", "stop"])
 @pytest.mark.parametrize("phase", ["first copy", "ready", "completing", "soft cancelling"])
@@ -176,6 +183,7 @@ def test_force_cancel_of_a_job_with_errors(
 # The target's flush
 
 
+@pytest.mark.rule(13, 14)
 @pytest.mark.parametrize(("policy", "errno_name"), SOME_POLICIES)
 def test_flush_before_ready(folder: Path, policy: str, errno_name: str) -> None:
     action = action_of(policy, errno_name)
@@ -212,6 +220,7 @@ ENDING_ANSWER = Difference(
 )
 
 
+@pytest.mark.rule(14)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_flush_where_nothing_was_written(folder: Path, ending: str) -> None:
     """With sync=none: before READY and at the end, since what the target holds was written by
@@ -235,6 +244,7 @@ DRAINED = Difference(
 )
 
 
+@pytest.mark.rule(13, 15)
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize(
     ("policy", "errno_name"),

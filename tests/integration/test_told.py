@@ -54,6 +54,7 @@ def ended(qmp: Qmp) -> dict[str, Any]:
 # How the last job of a disk ended
 
 
+@pytest.mark.guarantee("How a job ended is known afterwards")
 def test_a_job_that_completed(
     qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd, identical: Identical
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_job_that_was_cancelled(
     assert f"disk vda is served from {disk} as before" in server.stderr
 
 
+@pytest.mark.guarantee("How a job ended is known afterwards")
 def test_a_job_that_failed_while_nobody_looked(
     qmp: Qmp, server: Nbdmirror, target: QemuNbd
 ) -> None:

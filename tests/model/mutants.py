@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from model.parts import Guest
 from model.world import World
 
@@ -19,6 +20,7 @@ from nbdmirror.mirror.buffers import Run
 from nbdmirror.mirror.copier import Copier, _Copy
 
 
+@pytest.mark.rule(1)
 class MarksBeforeOnly(World):
     """L1; M1 "set dirty after the source write has finished, not before". 893 of 2,000 schedules of
     a seeded model ended with a corrupt target."""
@@ -34,6 +36,7 @@ class MarksBeforeOnly(World):
         self.ledger.leave(guest.token, 0, 0)
 
 
+@pytest.mark.rule(2)
 class MarksSuccessOnly(World):
     """L1; M2 "failed guest writes dirty the range too". 180 of 2,000 schedules."""
 
@@ -42,6 +45,7 @@ class MarksSuccessOnly(World):
         self.ledger.leave(guest.token, guest.offset, 0 if failed else guest.length)
 
 
+@pytest.mark.rule(33)
 class DecidesAtEntry(World):
     """L2; M33 "writes during job start-up". A job that starts mid-write, and the write decided at
     its entry whether to mark: 100 of 2,000 schedules."""
@@ -65,6 +69,7 @@ class DecidesAtEntry(World):
             super().leave(token, 0, 0)
 
 
+@pytest.mark.rule(7)
 class WritesWithoutWaiting(World):
     """L6; M7 "active writes wait for the whole range". 735 of 2,000 schedules."""
 
@@ -75,6 +80,7 @@ class WritesWithoutWaiting(World):
             return not any(other.overlaps(claim) for other in self._writes)
 
 
+@pytest.mark.rule(5)
 class ClaimsTwice(World):
     """L4; M5 "no two ops on one chunk". 5 of 2,000 schedules: what ordinary tests pass."""
 
@@ -89,6 +95,7 @@ class ClaimsTwice(World):
                 self._copies = copies + self._copies
 
 
+@pytest.mark.rule(3)
 class ClearsAtSettle(World):
     """L3; M3 "clear the bit, then look at the source"."""
 
@@ -106,6 +113,7 @@ class ClearsAtSettle(World):
             return progress
 
 
+@pytest.mark.rule(3, 6)
 class AsksExtentsFirst(World):
     """L3; M3 "before block status is asked or data read, since both may yield"."""
 
@@ -119,6 +127,7 @@ class AsksExtentsFirst(World):
             super()._have_extents(copy, extents)
 
 
+@pytest.mark.rule(20)
 class ForgetsFailedCopies(World):
     """L5; M20 "'ignore' does not mean skip"."""
 
@@ -127,6 +136,7 @@ class ForgetsFailedCopies(World):
             return super().settle(claim, failed=False)
 
 
+@pytest.mark.rule(9)
 class ClearsPartlyCovered(World):
     """L6; M9 "clearing on a partly written chunk loses the rest of it"."""
 
@@ -137,6 +147,7 @@ class ClearsPartlyCovered(World):
             return claim
 
 
+@pytest.mark.rule(3)
 class ClearsAfterWriting(World):
     """L6, for the reason of L3; M3: a background write that marks meanwhile is wiped out."""
 
@@ -154,6 +165,7 @@ class ClearsAfterWriting(World):
         super().end_synchronous(guest, failed=failed)
 
 
+@pytest.mark.rule(10)
 class ForgetsFailedWrites(World):
     """L6; M10 "target failure ... the range, aligned outward, is set dirty again"."""
 
@@ -180,6 +192,7 @@ class WakesNobody(World):
             return claim.length
 
 
+@pytest.mark.rule(39)
 class FlushCoversWhatIsInFlight(World):
     """M39: what is in flight when a flush is sent is not covered by it."""
 
@@ -188,6 +201,7 @@ class FlushCoversWhatIsInFlight(World):
             return bitmap
 
 
+@pytest.mark.rule(39)
 class UnflushedWhenItEnds(World):
     """M39: a copy in flight at a crash may be on the target or not."""
 
@@ -204,6 +218,7 @@ class UnflushedWhenItEnds(World):
             return super().settle(claim, failed=failed)
 
 
+@pytest.mark.rule(39)
 class ForgetsAFailedFlush(World):
     """M13, M39: what a flush that failed was to cover may be lost."""
 
@@ -212,6 +227,7 @@ class ForgetsAFailedFlush(World):
             super().end_flush(covered, failed=False)
 
 
+@pytest.mark.rule(22)
 class StoppedCountsAsCopied(World):
     """M22, L5: of a claim that a pause cuts short, what was not copied is dirty again."""
 
@@ -246,6 +262,7 @@ class DisownedCountsAsCopied(World):
                 self._settle(copy, failed=False)
 
 
+@pytest.mark.rule(19)
 class WritesWhatWasDisowned(World):
     """L4: an answer that comes late is written over what was copied since."""
 
@@ -276,6 +293,7 @@ class WritesBesideWhatIsLeft(World):
     loses_target = True
 
 
+@pytest.mark.rule(15)
 class LooksAtTheGateFirst(World):
     """The gate is Dekker's: a guest that looks before it announces itself gets through."""
 

@@ -19,6 +19,8 @@ MUTANT_EXAMPLES_MAX = 250
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.rule(4)
+@pytest.mark.guarantee("The invariant")
 @pytest.mark.parametrize("machine", [MirrorMachine, LosingMachine])
 def test_the_invariant_holds(machine: type[MirrorMachine]) -> None:
     run_state_machine_as_test(
@@ -33,6 +35,8 @@ def test_the_invariant_holds(machine: type[MirrorMachine]) -> None:
     )
 
 
+@pytest.mark.guarantee("The invariant")
+@pytest.mark.guarantee("A failed write counts")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_caught(mutant: type[World]) -> None:

@@ -56,6 +56,8 @@ class PowerMachine(MirrorMachine):
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.rule(47)
+@pytest.mark.guarantee("At no moment")
 def test_nothing_is_lost_when_the_process_or_the_power_ends() -> None:
     run_state_machine_as_test(
         PowerMachine,
@@ -69,6 +71,7 @@ def test_nothing_is_lost_when_the_process_or_the_power_ends() -> None:
     )
 
 
+@pytest.mark.rule(47)
 class WritesNothingDown(PowerWorld):
     """A write is marked after it is done: a crash between the two forgets it."""
 
@@ -79,6 +82,7 @@ class WritesNothingDown(PowerWorld):
             return slot
 
 
+@pytest.mark.rule(47)
 class LeavesTheDiskUnflushed(PowerWorld):
     """A power cut takes back what the target has: the region must stay until the disk is
     flushed."""
@@ -104,6 +108,7 @@ class RetiresWhatIsTouched(PowerWorld):
             super().retire()
 
 
+@pytest.mark.rule(47)
 class TouchesWithoutSync(PowerWorld):
     """The region is on its way to the disk when the write is issued."""
 
@@ -155,6 +160,7 @@ MUTANTS = (
 )
 
 
+@pytest.mark.guarantee("At no moment")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_caught(mutant: type[PowerWorld]) -> None:

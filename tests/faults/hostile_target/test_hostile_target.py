@@ -99,6 +99,7 @@ def each(tricks: list[Trick], kinds: list[str]) -> Callable[..., None]:
     return pytest.mark.parametrize(("trick", "kind"), pairs, ids=names)
 
 
+@pytest.mark.guarantee("A hostile target costs its own mirror")
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [("write", "first copy"), ("write", "READY"), ("flush", "first copy"), ("zero", "first copy")],
@@ -220,6 +221,7 @@ def test_a_close_after_each_number_of_requests(
     server.qmp.wait_status("concluded")
 
 
+@pytest.mark.guarantee("A hostile target costs its own mirror")
 def test_no_trick_leaves_anything_behind(server: Nbdmirror, target: Hostile) -> None:
     """Neither memory nor descriptors nor threads, however often."""
     qmp = server.qmp

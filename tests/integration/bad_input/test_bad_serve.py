@@ -89,6 +89,7 @@ def test_two_disks_of_one_name(disk: Path) -> None:
     one_line(serve(disk.parent, f"disk1={disk}", disk), "disk1")
 
 
+@pytest.mark.guarantee("What is refused has changed nothing")
 def test_a_second_disk_that_fails_leaves_nothing_started(disk: Path) -> None:
     with untouched(disk):
         one_line(serve(disk.parent, disk, disk.parent / "nope.img"), "nope.img")

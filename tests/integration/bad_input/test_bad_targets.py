@@ -148,6 +148,7 @@ def test_a_target_without_flush(start: Start, folder: Path, refuse: Callable[...
         refuse(target.uri(), "flush")
 
 
+@pytest.mark.rule(27, 43)
 @pytest.mark.parametrize("target_size", [0, SIZE - 512, SIZE + 1, 2 * SIZE])
 def test_a_target_of_another_size(
     start: Start, folder: Path, server: Nbdmirror, disk: Path, target_size: int
@@ -178,6 +179,7 @@ def test_a_target_of_another_size(
     assert_identical(guest.model, disk)
 
 
+@pytest.mark.rule(43)
 def test_a_larger_target_if_asked_for(
     start: Start, folder: Path, server: Nbdmirror, disk: Path, identical: Identical
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_larger_target_if_asked_for(
     identical(bytes(guest.model) + tail, image)
 
 
+@pytest.mark.rule(44)
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 @pytest.mark.parametrize("export", ["", "disk0", "disk1"])
 def test_the_target_is_an_export_of_ours(
@@ -228,6 +231,8 @@ def test_a_target_that_is_a_running_jobs_target(
     qmp.complete()
 
 
+@pytest.mark.rule(38)
+@pytest.mark.guarantee("What is refused has changed nothing")
 def test_wrong_arguments_start_nothing(
     start: Start, folder: Path, server: Nbdmirror, disk: Path
 ) -> None:
@@ -272,6 +277,7 @@ def test_a_mirror_to_that_fails_does_not_keep_the_disk_from_its_guest(
     assert server.qmp.execute("query-jobs") == []
 
 
+@pytest.mark.rule(44)
 def test_the_export_that_the_disk_is_served_from(start: Start, disk: Path) -> None:
     behind = start(QemuNbd(disk.parent, disk, shared=20))
     server = start(Nbdmirror(disk.parent, behind.uri()))

@@ -22,6 +22,8 @@ from support.waiting import wait_until
 pytestmark = pytest.mark.usefixtures("identical")
 
 
+@pytest.mark.guarantee("Completed means identical")
+@pytest.mark.guarantee("No request is lost, fails or is answered twice")
 @pytest.mark.parametrize("threads", ["1", ""])
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.alone
@@ -72,6 +74,8 @@ def test_an_idle_guest_pivots_too(
 
 
 @pytest.mark.alone
+@pytest.mark.rule(15)
+@pytest.mark.guarantee("The pause is bounded")
 def test_heavy_writers_do_not_keep_the_pivot_away(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:

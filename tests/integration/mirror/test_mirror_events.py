@@ -113,6 +113,7 @@ def test_cancel_in_pending_keeps_the_source(
         guest.wait_for_requests(50)
 
 
+@pytest.mark.rule(17)
 @pytest.mark.parametrize(
     "command", [("block-job-cancel", {}), ("block-job-cancel", {"force": True}), ("job-cancel", {})]
 )
@@ -160,6 +161,8 @@ def test_soft_cancel_after_ready_leaves_a_copy(
         later.wait_for_requests(50)
 
 
+@pytest.mark.rule(17)
+@pytest.mark.guarantee("Completed means identical")
 def test_soft_cancel_while_a_guest_writes_is_a_copy_of_one_moment(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:
@@ -184,6 +187,7 @@ def test_soft_cancel_while_a_guest_writes_is_a_copy_of_one_moment(
     identical(b"\1" * block * count + bytes((rows - count) * block), target.uri())
 
 
+@pytest.mark.rule(17)
 @pytest.mark.parametrize("verb", ["block-job-cancel", "job-cancel"])
 def test_force_cancel_after_ready(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path, verb: str
@@ -206,6 +210,7 @@ def test_force_cancel_after_ready(
         guest.wait_for_requests(50)
 
 
+@pytest.mark.rule(22)
 def test_pause_and_resume_before_ready(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:
@@ -235,6 +240,7 @@ def test_pause_and_resume_before_ready(
     assert statuses == ["running", "paused", "running", "ready"]
 
 
+@pytest.mark.rule(14)
 def test_pause_after_ready_is_standby(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:
@@ -259,6 +265,7 @@ def test_pause_after_ready_is_standby(
     assert qmp.steps("j").count("BLOCK_JOB_READY") == 1
 
 
+@pytest.mark.rule(46)
 def test_complete_in_standby_is_done_after_resume(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:
@@ -294,6 +301,7 @@ def test_force_cancel_of_a_paused_job(
 
 
 @pytest.mark.alone
+@pytest.mark.rule(38)
 def test_speed_is_kept_and_changed_at_once(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:
@@ -313,6 +321,7 @@ def test_speed_is_kept_and_changed_at_once(
     qmp.complete()
 
 
+@pytest.mark.rule(16, 46)
 def test_complete_before_ready_is_refused_and_changes_nothing(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:

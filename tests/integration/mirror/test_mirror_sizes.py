@@ -20,6 +20,8 @@ from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 pytestmark = pytest.mark.usefixtures("identical")
 
 
+@pytest.mark.rule(26)
+@pytest.mark.guarantee("Any size, to the last byte")
 @pytest.mark.parametrize("size", [0, 1, 512, 65535, MiB + 1, 1025 * KiB])
 @pytest.mark.parametrize("kind", ["memory", "file", "plain"])
 def test_odd_sizes(start: Start, identical: Identical, folder: Path, kind: str, size: int) -> None:
@@ -59,6 +61,7 @@ def test_sizes_of_whole_sectors(
         guest.wait_for_requests(50)
 
 
+@pytest.mark.rule(28)
 def test_an_empty_disk_is_ready_before_the_answer(
     start: Start, identical: Identical, folder: Path
 ) -> None:
@@ -73,6 +76,8 @@ def test_an_empty_disk_is_ready_before_the_answer(
     assert qmp.complete()["len"] == 0
 
 
+@pytest.mark.rule(30)
+@pytest.mark.guarantee("Old data does not shine through")
 @pytest.mark.parametrize("kind", ["qemu-nbd", "file", "plain", "nbdmirror"])
 @pytest.mark.parametrize("unmap", [True, False])
 def test_old_data_does_not_shine_through_holes(
@@ -145,6 +150,7 @@ def test_a_small_buffer(
         guest.wait_for_requests(60)
 
 
+@pytest.mark.rule(29)
 def test_sync_none_copies_only_what_is_written(
     identical: Identical, server: Nbdmirror, target: Server, disk: Path
 ) -> None:

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("identical")
 # 23, 25: whole clusters
 
 
+@pytest.mark.rule(23, 25)
 @pytest.mark.parametrize("policy", ["ignore", "stop"])
 def test_a_failed_first_touch_carries_the_whole_cluster_again(
     identical: Identical, server: Nbdmirror, disk: Path, faulty: Faulty, policy: str
@@ -71,6 +72,7 @@ def test_a_failed_first_touch_carries_the_whole_cluster_again(
 # 26, 27, 28: sizes
 
 
+@pytest.mark.rule(26)
 @both_modes
 def test_nothing_is_written_behind_the_end(
     start: Start, identical: Identical, folder: Path, copy_mode: str
@@ -91,6 +93,8 @@ def test_nothing_is_written_behind_the_end(
     identical(disk.read_bytes() + tail, target.image)
 
 
+@pytest.mark.rule(27, 40)
+@pytest.mark.guarantee("A target that was lost and came back")
 @pytest.mark.parametrize("change", ["smaller", "larger", "read-only", "blocks", "no flush"])
 def test_a_target_that_changed_within_the_reconnect_delay_is_not_written_to(
     identical: Identical, server: Nbdmirror, folder: Path, disk: Path, image: Path, change: str
@@ -129,6 +133,7 @@ def test_a_target_that_changed_within_the_reconnect_delay_is_not_written_to(
         target.kill()
 
 
+@pytest.mark.rule(27)
 def test_a_disk_that_grows_during_a_mirror_keeps_its_size(
     identical: Identical, server: Nbdmirror, disk: Path, logged: Logged
 ) -> None:
@@ -147,6 +152,7 @@ def test_a_disk_that_grows_during_a_mirror_keeps_its_size(
     assert logged.image.stat().st_size == SIZE
 
 
+@pytest.mark.rule(28)
 @both_modes
 @pytest.mark.parametrize("ending", ["block-job-complete", "block-job-cancel", "force"])
 @pytest.mark.parametrize("sync", ["full", "top", "none"])
@@ -175,6 +181,7 @@ def test_a_disk_of_no_bytes_waits_for_its_ending(
 # 31: what the source says of its holes
 
 
+@pytest.mark.rule(31)
 def test_a_source_that_fails_to_tell_its_extents(
     start: Start, identical: Identical, folder: Path, disk: Path, logged: Logged
 ) -> None:
@@ -192,6 +199,7 @@ def test_a_source_that_fails_to_tell_its_extents(
     assert not [event for event in server.qmp.events if event["event"] == "BLOCK_JOB_ERROR"]
 
 
+@pytest.mark.rule(31)
 def test_a_hole_that_does_not_read_as_zeroes_is_copied(
     start: Start, identical: Identical, folder: Path, logged: Logged
 ) -> None:
@@ -223,6 +231,7 @@ def test_a_hole_that_does_not_read_as_zeroes_is_copied(
 # 33: the start
 
 
+@pytest.mark.rule(33)
 @pytest.mark.parametrize("sync", ["full", "top"])
 def test_what_is_written_while_the_source_is_scanned_is_copied(
     start: Start, identical: Identical, folder: Path, sync: str
@@ -248,6 +257,7 @@ def test_what_is_written_while_the_source_is_scanned_is_copied(
 # 36, 44: the same disk
 
 
+@pytest.mark.rule(36)
 def test_a_node_is_not_mirrored_into_itself(
     start: Start, identical: Identical, server: Nbdmirror, disk: Path
 ) -> None:
@@ -266,6 +276,8 @@ def test_a_node_is_not_mirrored_into_itself(
 # 39, 40: a target that crashes
 
 
+@pytest.mark.rule(39)
+@pytest.mark.guarantee("A target that was lost and came back")
 @both_modes
 @pytest.mark.parametrize("phase", ["first copy", "ready"])
 def test_what_a_target_lost_in_a_crash_is_copied_again(

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("identical")
 # 19, 22, 30, 34, 37, 42: endings and pauses
 
 
+@pytest.mark.rule(19)
 def test_force_cancel_with_every_request_in_flight(
     start: Start, identical: Identical, folder: Path, faulty: Faulty
 ) -> None:
@@ -71,6 +72,7 @@ def test_force_cancel_with_every_request_in_flight(
     held.heal("write")
 
 
+@pytest.mark.rule(22)
 @both_modes
 @pytest.mark.parametrize("is_ready", [False, True], ids=["first copy", "ready"])
 def test_a_paused_job_leaves_its_target_alone(
@@ -124,6 +126,7 @@ def test_a_pause_does_not_wait_for_a_flush_that_takes_long(
     identical(disk, faulty.image)
 
 
+@pytest.mark.rule(30)
 @pytest.mark.parametrize("ending", ["complete", "cancel"])
 def test_zeroes_over_old_data_are_limited_paused_and_cancelled(
     start: Start, identical: Identical, folder: Path, logged: Logged, ending: str
@@ -152,6 +155,7 @@ def test_zeroes_over_old_data_are_limited_paused_and_cancelled(
     qmp.complete()
 
 
+@pytest.mark.rule(34)
 @pytest.mark.parametrize("is_large", [False, True], ids=["small writes", "large writes"])
 @pytest.mark.alone
 def test_control_answers_while_there_is_always_dirt(
@@ -176,6 +180,7 @@ def test_control_answers_while_there_is_always_dirt(
     qmp.complete()
 
 
+@pytest.mark.rule(37)
 @both_modes
 @both_endings
 def test_a_guest_that_vanishes_leaves_an_orderly_ending(
@@ -205,6 +210,8 @@ def test_a_guest_that_vanishes_leaves_an_orderly_ending(
         assert bytes(other.pread(SIZE, 0)) == disk.read_bytes()
 
 
+@pytest.mark.rule(42)
+@pytest.mark.guarantee("The pause is bounded")
 @both_endings
 @pytest.mark.alone
 def test_an_ending_that_takes_too_long_gives_the_guest_its_disk_back(
@@ -234,6 +241,7 @@ def test_an_ending_that_takes_too_long_gives_the_guest_its_disk_back(
             assert copy.get_size() == SIZE
 
 
+@pytest.mark.rule(42)
 @pytest.mark.parametrize("operation", ["write", "flush"])
 def test_errors_that_are_ignored_are_tried_again_with_a_back_off(
     identical: Identical, server: Nbdmirror, disk: Path, faulty: Faulty, operation: str

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("identical")
 # 10, 11, 13, 45: write-blocking mode
 
 
+@pytest.mark.rule(10)
 def test_where_the_source_fails_the_target_is_not_written(
     start: Start, identical: Identical, folder: Path, disk: Path, logged: Logged
 ) -> None:
@@ -61,6 +62,7 @@ def test_where_the_source_fails_the_target_is_not_written(
     end(qmp, "block-job-cancel")
 
 
+@pytest.mark.rule(11)
 def test_a_request_keeps_to_the_mode_that_it_began_in(
     start: Start, identical: Identical, folder: Path, disk: Path, logged: Logged
 ) -> None:
@@ -89,6 +91,8 @@ def test_a_request_keeps_to_the_mode_that_it_began_in(
     end(qmp, "block-job-complete")
 
 
+@pytest.mark.rule(13, 45)
+@pytest.mark.guarantee("Write-blocking")
 @both_modes
 def test_a_guests_flush(
     identical: Identical, server: Nbdmirror, disk: Path, logged: Logged, copy_mode: str
@@ -116,6 +120,7 @@ def test_a_guests_flush(
     assert len(logged.requests("Flush")) > seen, "flushed at the end"
 
 
+@pytest.mark.rule(45)
 def test_a_flush_that_fails_on_the_target_is_hidden_from_the_guest(
     identical: Identical, server: Nbdmirror, disk: Path, faulty: Faulty
 ) -> None:
@@ -139,6 +144,8 @@ def test_a_flush_that_fails_on_the_target_is_hidden_from_the_guest(
 # 41: the guest never pays
 
 
+@pytest.mark.rule(41)
+@pytest.mark.guarantee("It does not pay for the target")
 @pytest.mark.parametrize("trouble", ["slow", "fails", "hangs", "lost"])
 @pytest.mark.alone
 def test_in_background_mode_the_guest_does_not_notice_the_targets_trouble(
@@ -200,6 +207,7 @@ def test_what_only_guests_wrote_to_the_target_is_flushed_at_the_end(
 
 
 @pytest.mark.alone
+@pytest.mark.guarantee("The pause is bounded")
 def test_no_write_waits_longer_than_one_attempt(
     identical: Identical, server: Nbdmirror, disk: Path, faulty: Faulty
 ) -> None:

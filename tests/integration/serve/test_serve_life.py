@@ -31,6 +31,7 @@ def test_tcp(start: Start, disk: Path) -> None:
     assert_identical(disk, server.uri())
 
 
+@pytest.mark.guarantee("It ends when told")
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "cli"])
 @pytest.mark.parametrize("number", ["TERM", "INT", "HUP", "QUIT"])
 def test_a_signal_ends_it_with_a_client_connected(disk: Path, bare: bool, number: str) -> None:
@@ -155,6 +156,7 @@ def _exit_code(pid: int) -> str:
     return f"exit {os.waitstatus_to_exitcode(status)}" if found else ""
 
 
+@pytest.mark.guarantee("The control socket is its owner's alone")
 def test_the_control_socket_is_the_owners_alone(start: Start, disk: Path) -> None:
     server = start(Nbdmirror(disk.parent, disk))
     assert server.qmp_path.stat().st_mode & 0o777 == 0o600

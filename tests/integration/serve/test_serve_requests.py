@@ -165,6 +165,7 @@ def test_an_unknown_export_is_refused_and_others_are_served(start: Start, disk: 
     assert_identical(disk, server.uri("known"))
 
 
+@pytest.mark.guarantee("Connections see one another's writes")
 def test_connections_see_each_others_writes(start: Start, disk: Path) -> None:
     server = start(Nbdmirror(disk.parent, disk))
     with connected(server.uri()) as one, connected(server.uri()) as two:
@@ -207,6 +208,7 @@ def test_the_largest_request(start: Start, folder: Path) -> None:
 # errno
 
 
+@pytest.mark.guarantee("An errno arrives as it was")
 @pytest.mark.parametrize("name", ["ENOSPC", "EIO", "EPERM"])
 def test_an_nbd_sources_errno_reaches_the_guest(start: Start, folder: Path, name: str) -> None:
     errors = (f"error={name}", "error-rate=100%", f"error-file={folder}/now")
@@ -225,6 +227,7 @@ def test_an_nbd_sources_errno_reaches_the_guest(start: Start, folder: Path, name
         assert guest.pread(6, 0) == b"before"
 
 
+@pytest.mark.guarantee("An errno arrives as it was")
 def test_a_full_file_system_is_enospc_to_the_guest_and_can_be_relieved(folder: Path) -> None:
     with mounted("tmpfs", "size=1m") as place:
         image = make_empty(place / "disk.img", 4 * MiB)

@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
 from stateparts import GRANULE, End, begin, ends
 from support.clients import connected
 from support.fixtures import Identical, Start
@@ -31,6 +32,7 @@ def bitmaps(server: Kept) -> dict[str, dict[str, object]]:
     return {bitmap["name"]: bitmap for bitmap in found if "name" in bitmap}
 
 
+@pytest.mark.guarantee("Persistent bitmaps")
 @ends
 def test_persistent_bitmaps_are_there_again(server: Kept, end: End) -> None:
     qmp = server.qmp
@@ -53,6 +55,7 @@ def test_persistent_bitmaps_are_there_again(server: Kept, end: End) -> None:
     assert after["off"]["count"] == 0 or end is power_cut
 
 
+@pytest.mark.guarantee("Persistent bitmaps")
 @ends
 def test_an_increment_after_a_restart(
     identical: Identical, start: Start, folder: Path, server: Kept, disk: Path, end: End
@@ -76,6 +79,7 @@ def test_an_increment_after_a_restart(
     identical(disk, copy)
 
 
+@pytest.mark.guarantee("Persistent bitmaps")
 def test_commands_about_bitmaps_are_kept_when_they_are_answered(server: Kept) -> None:
     qmp = server.qmp
     for name in ("a", "b", "c"):

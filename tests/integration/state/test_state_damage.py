@@ -35,6 +35,7 @@ def empty(path: Path) -> None:
 DAMAGES = (truncate, flip, empty, Path.unlink)
 
 
+@pytest.mark.guarantee("What is damaged is not believed")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_bitmaps_that_cannot_be_read_are_all_dirty(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, damage: Callable[[Path], None]
@@ -50,6 +51,7 @@ def test_bitmaps_that_cannot_be_read_are_all_dirty(
     identical(disk, target.image)
 
 
+@pytest.mark.guarantee("What is damaged is not believed")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_log_that_cannot_be_read(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, damage: Callable[[Path], None]
@@ -71,6 +73,7 @@ def test_a_log_that_cannot_be_read(
     identical(disk, target.image)
 
 
+@pytest.mark.guarantee("What is damaged is not believed")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_definition_that_cannot_be_read_is_put_aside(
     server: Kept, target: QemuNbd, disk: Path, damage: Callable[[Path], None]
@@ -91,6 +94,7 @@ def test_a_definition_that_cannot_be_read_is_put_aside(
     assert_identical(disk, target.image)
 
 
+@pytest.mark.guarantee("Which side is the disk is never ambiguous")
 @pytest.mark.parametrize("damage", [truncate, flip, empty])
 def test_a_record_of_a_pivot_that_cannot_be_read(
     server: Kept, target: QemuNbd, damage: Callable[[Path], None]
@@ -104,6 +108,7 @@ def test_a_record_of_a_pivot_that_cannot_be_read(
     assert "vda.pivoted" in said and "--accept-old-side" in said
 
 
+@pytest.mark.guarantee("A disk that somebody else wrote to")
 @ends
 def test_a_disk_that_somebody_else_has_written_to(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
@@ -123,6 +128,7 @@ def test_a_disk_that_somebody_else_has_written_to(
     identical(disk, target.image)
 
 
+@pytest.mark.guarantee("A disk that somebody else wrote to")
 @pytest.mark.parametrize("by_link", [False, True], ids=["same name", "by a link"])
 def test_a_disk_that_was_replaced(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, by_link: bool

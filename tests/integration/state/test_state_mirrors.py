@@ -22,6 +22,7 @@ from support.waiting import wait_until
 from test_state_bitmaps import add, bitmaps
 
 
+@pytest.mark.guarantee("A mirror goes on where it was")
 @ends
 def test_a_mirror_goes_on_where_it_was(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
@@ -35,6 +36,7 @@ def test_a_mirror_goes_on_where_it_was(
     identical(disk, target.image)
 
 
+@pytest.mark.guarantee("A mirror goes on where it was")
 @ends
 def test_what_was_written_while_the_target_hung_is_copied(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
@@ -58,6 +60,7 @@ def test_what_was_written_while_the_target_hung_is_copied(
     identical(disk, target.image)
 
 
+@pytest.mark.guarantee("A mirror goes on where it was")
 @ends
 @pytest.mark.parametrize("phase", ["first copy", "ready"])
 def test_a_guest_that_writes_when_it_ends(
@@ -108,6 +111,7 @@ def test_what_a_job_is_told_is_kept(server: Kept, target: QemuNbd) -> None:
     qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
 
 
+@pytest.mark.guarantee("A job that was told to have ended stays so")
 @pytest.mark.parametrize("how", ["pivot", "soft cancel", "forced cancel", "error"])
 def test_a_job_that_has_ended_does_not_go_on(
     server: Kept, target: QemuNbd, disk: Path, how: str
@@ -147,6 +151,7 @@ def accept(server: Kept) -> str:
     return found[1]
 
 
+@pytest.mark.guarantee("Which side is the disk is never ambiguous")
 def test_the_old_side_is_not_served(server: Kept, target: QemuNbd, disk: Path) -> None:
     begin(server, target).wait_ready()
     server.qmp.complete()
@@ -290,6 +295,7 @@ def test_the_way_back_goes_on(start: Start, target: QemuNbd, folder: Path, end: 
     assert_identical(source.image, target.image)
 
 
+@pytest.mark.guarantee("Which side is the disk is never ambiguous")
 def test_back_and_forth(start: Start, server: Kept, target: QemuNbd, folder: Path) -> None:
     """After a pivot to B and one to C, neither A nor B is the disk."""
     third = start(QemuNbd(folder, make_noise(folder / "third.img", SIZE, 7)))

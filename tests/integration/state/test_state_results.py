@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from stateparts import End, begin, ends
 from support.fixtures import Identical
 from support.kept import Kept
@@ -20,6 +21,7 @@ def disk_of(server: Kept) -> dict[str, Any]:
     return dict(disk)
 
 
+@pytest.mark.guarantee("How a job ended is known afterwards")
 @ends
 def test_how_the_last_job_ended(server: Kept, target: QemuNbd, end: End) -> None:
     server.qmp.execute("block-dirty-bitmap-add", node="vda", name="b", persistent=True)

@@ -30,6 +30,7 @@ from wayhome import (
 )
 
 
+@pytest.mark.guarantee("Which side is the disk is never ambiguous")
 def test_no_request_of_a_guest_is_carried_out(a: Kept, b: Kept) -> None:
     """Not before the mirror home, not while it runs, and not when all was written: what a guest
     wrote then, it would lose. The guest that waits there, as a QEMU that a running guest is to

@@ -54,6 +54,7 @@ def test_only_what_a_bitmap_has_is_copied(
     qmp.execute("block-dirty-bitmap-merge", node="src", target="other", bitmaps=["b"])
 
 
+@pytest.mark.guarantee("A bitmap's increment")
 @pytest.mark.parametrize("ending", ["soft cancel", "complete", "force cancel", "never", "error"])
 def test_the_bitmap_is_cleared_on_success_alone(
     server: Nbdmirror, qmp: Qmp, disk: Path, target: QemuNbd, ending: str
@@ -154,6 +155,7 @@ def test_a_busy_bitmap_is_left_alone(qmp: Qmp, start: Start, folder: Path) -> No
     qmp.execute("block-dirty-bitmap-remove", node="src", name="b")
 
 
+@pytest.mark.guarantee("A bitmap's increment")
 def test_an_increment_while_a_guest_writes(
     identical: Identical, server: Nbdmirror, qmp: Qmp, disk: Path, target: QemuNbd
 ) -> None:

@@ -18,6 +18,8 @@ from syncparts import SIZE, soft_cancel, wait_in_sync
 # Sizes that the peer rounds
 
 
+@pytest.mark.rule(12)
+@pytest.mark.guarantee("Any size, to the last byte")
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize("size", [1, 511, 513, MiB + 1, 1025 * KiB + 1])
 def test_one_odd_byte_over(
@@ -78,6 +80,8 @@ def rebased(folder: Path, target: Path, base: Path) -> bytes:
 SMALL: dict[str, Any] = {"granularity": 512, "x_nbdmirror_target_cluster_size": CLUSTER}
 
 
+@pytest.mark.rule(24)
+@pytest.mark.guarantee("Whole clusters on first touch")
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize("buf_size", [0, 512])
 @pytest.mark.parametrize("sync", ["top", "none"])
@@ -114,6 +118,7 @@ def test_the_first_touch_carries_a_whole_cluster(
     assert rebased(folder, image, base) == held
 
 
+@pytest.mark.rule(25)
 def test_top_copies_what_the_top_layer_has(folder: Path, overlay: tuple[Path, Path]) -> None:
     """And no more: the target's other clusters stay unallocated."""
     base, source_image = overlay

@@ -146,6 +146,9 @@ def enter(phase: str, server: Nbdmirror, hang: Hang) -> InThread:
     return guest
 
 
+@pytest.mark.rule(41, 42)
+@pytest.mark.guarantee("It does not pay for the target")
+@pytest.mark.guarantee("Force cancel takes less than a second")
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.alone
 def test_force_cancel_of_a_hanging_target(
@@ -169,6 +172,7 @@ def test_force_cancel_of_a_hanging_target(
         other.pwrite(b"\x45" * 512, 0)
 
 
+@pytest.mark.rule(19)
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 def test_the_same_node_again_after_it_hung(
     identical: Identical,
@@ -215,6 +219,7 @@ def test_an_idle_job_whose_target_goes_away(
     assert qmp.wait_for_event("BLOCK_JOB_ERROR", 3)["action"] == policy
 
 
+@pytest.mark.rule(37)
 @pytest.mark.parametrize("phase", PHASES)
 def test_quit_with_a_hanging_target(
     start: Start, folder: Path, disk: Path, target: QemuNbd, phase: str
@@ -234,6 +239,8 @@ def test_quit_with_a_hanging_target(
         server.kill()
 
 
+@pytest.mark.rule(37)
+@pytest.mark.guarantee("It ends when told")
 @pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT", "quit"])
 @pytest.mark.parametrize("state", ["running", "paused", "ready", "standby", "pending", "concluded"])
 def test_the_server_ends_in_every_state(

@@ -81,6 +81,8 @@ def scribblers(uri: str, number: int = 4) -> Iterator[Callable[[int], None]]:
     assert not errors, errors
 
 
+@pytest.mark.rule(8, 12)
+@pytest.mark.guarantee("Write-blocking")
 @pytest.mark.parametrize("granularity", [512, 64 * KiB])
 def test_overlapping_writers_in_write_blocking_mode(folder: Path, granularity: int) -> None:
     """Four connections, overlapping writes: no deadlock, and the images are equal (iotest 151's
@@ -103,6 +105,8 @@ def test_overlapping_writers_in_write_blocking_mode(folder: Path, granularity: i
     assert_alike(folder, Setting(), script, PROGRESS)
 
 
+@pytest.mark.rule(11)
+@pytest.mark.guarantee("Write-blocking")
 @pytest.mark.parametrize("first", ["background", "write-blocking"])
 def test_the_copy_mode_changes_under_load(
     identical: Identical, server: Nbdmirror, qmp: Qmp, target: QemuNbd, disk: Path, first: str
@@ -151,6 +155,8 @@ def test_block_job_change_errors(qmp: Qmp) -> None:
             qmp.execute("job-finalize", id="j")
 
 
+@pytest.mark.rule(42)
+@pytest.mark.guarantee("Endings make progress under load")
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 @pytest.mark.parametrize("ending", ["block-job-complete", "block-job-cancel"])
 @pytest.mark.alone

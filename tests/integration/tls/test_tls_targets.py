@@ -59,6 +59,7 @@ WRONG: dict[str, tuple[str, str, str, list[str]]] = {
 
 
 # qemu-nbd does not start with a certificate that has expired.
+@pytest.mark.guarantee("A TLS peer is verified, or the connection refused")
 @pytest.mark.parametrize(
     ("kind", "case"),
     [(k, c) for k in KINDS for c in WRONG if (k, c) != ("qemu-nbd", "expired")],
@@ -107,6 +108,7 @@ def test_keys_of_ours_that_cannot_be_used(
     assert "client-key.pem: No such file" in refused(server, with_keys(plain, half))
 
 
+@pytest.mark.guarantee("A TLS peer is verified, or the connection refused")
 def test_servers_that_would_not_be_verified_are_refused(
     start: Start, folder: Path, site: Site, server: Nbdmirror
 ) -> None:

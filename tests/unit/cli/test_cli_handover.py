@@ -129,6 +129,7 @@ def test_which_disk(handover: Handover) -> None:
 # The order
 
 
+@pytest.mark.guarantee("A guest that is handed over has one disk at a time")
 @pytest.mark.parametrize("is_ready", [False, True])
 def test_the_order(fake: Fake, qemu: FakeQemu, handover: Handover, is_ready: bool) -> None:
     states = []

@@ -36,6 +36,7 @@ def ready(fake: Fake) -> dict[str, Any]:
 # Which side is served
 
 
+@pytest.mark.guarantee("What a command says at its end is so")
 def test_cancel_of_a_job_that_pivots_before_it_hears(
     fake: Fake, run: Main, ready: dict[str, Any]
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_pause_that_the_job_does_not_live_to_see(fake: Fake, run: Main) -> Non
     assert f"job j failed: {URI}: Input/output error" in one_line(err)
 
 
+@pytest.mark.guarantee("What a command says at its end is so")
 @pytest.mark.parametrize(
     ("plan", "status", "text"),
     [
@@ -224,6 +226,7 @@ def test_copy_mode(fake: Fake, run: Main) -> None:
 # How the last job ended, though nobody waited
 
 
+@pytest.mark.guarantee("How a job ended is known afterwards")
 @pytest.mark.parametrize("until", ["--ready", "--concluded"])
 @pytest.mark.parametrize("which", [[], ["--job", "j"], ["--device", "disk0"]])
 @pytest.mark.parametrize(

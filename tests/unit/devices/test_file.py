@@ -133,6 +133,7 @@ def test_a_full_file_system_is_told_as_such() -> None:
         device.close()
 
 
+@pytest.mark.guarantee("A lost write is not forgotten")
 def test_a_lost_write_fails_every_later_flush() -> None:
     """A loop device whose file has no room left: the page cache takes the write, write-back fails.
     Linux tells the first fdatasync only."""

@@ -256,6 +256,7 @@ def test_a_write_that_is_at_the_target_is_waited_for(hanging: Hanging) -> None:
 # The end.
 
 
+@pytest.mark.guarantee("It does not wait for a source that hangs")
 def test_the_end_waits_for_no_storage_longer_than_for_its_share(
     hanging: Hanging, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -35,6 +35,7 @@ def test_readers_do_not_mind_one_another(image: Path) -> None:
     first.close()
 
 
+@pytest.mark.guarantee("No second server writes to a raw file")
 @pytest.mark.skipif(QEMU_IMG is None, reason="qemu-img is not installed")
 def test_qemu_sees_our_lock_and_honours_it(image: Path) -> None:
     device = FileDevice.open(image)

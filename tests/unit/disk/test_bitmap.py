@@ -178,6 +178,7 @@ def test_a_disk_of_no_bytes() -> None:
     assert bitmap.next_run(0, 1 << 20) is None
 
 
+@pytest.mark.rule(26)
 def test_the_odd_last_granule_is_whole_only_to_the_disks_end() -> None:
     bitmap = DirtyBitmap(1000, 512)
     bitmap.mark_all()

@@ -90,6 +90,7 @@ def test_a_change_is_announced_while_it_runs(disk: Disk, probe: Probe, kind: str
     assert not disk.ledger.writes()
 
 
+@pytest.mark.rule(2)
 @changes
 def test_a_change_that_fails_has_left_all_the_same(disk: Disk, probe: Probe, kind: str) -> None:
     dirty = DirtyBitmap(SIZE, GRANULARITY)
@@ -101,6 +102,7 @@ def test_a_change_that_fails_has_left_all_the_same(disk: Disk, probe: Probe, kin
     assert dirty.dirty_bytes == (0 if kind == "flush" else GRANULARITY)
 
 
+@pytest.mark.rule(33)
 @changes
 def test_a_mirror_that_begins_in_mid_change_is_told(disk: Disk, probe: Probe, kind: str) -> None:
     dirty = DirtyBitmap(SIZE, GRANULARITY)
@@ -109,6 +111,7 @@ def test_a_mirror_that_begins_in_mid_change_is_told(disk: Disk, probe: Probe, ki
     assert dirty.next_run(0, SIZE) == (None if kind == "flush" else (GRANULARITY, GRANULARITY))
 
 
+@pytest.mark.rule(1, 47)
 @changes
 def test_nothing_is_marked_before_the_disk_has_it(disk: Disk, probe: Probe, kind: str) -> None:
     dirty = DirtyBitmap(SIZE, GRANULARITY)

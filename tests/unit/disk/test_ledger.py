@@ -59,6 +59,7 @@ def test_new_requests_are_counted_once() -> None:
     assert [ledger.new_requests() for _ in range(2)] == [1, 0]
 
 
+@pytest.mark.guarantee("The pause is bounded")
 def test_the_gate_lets_reads_through() -> None:
     ledger = Ledger()
     ledger.close_gate(lambda: None)
@@ -162,6 +163,7 @@ def test_idle_stays_true_while_a_guest_comes_to_the_closed_gate() -> None:
     assert answers == [True]
 
 
+@pytest.mark.guarantee("The pause is bounded")
 def test_who_was_let_go_is_not_held_by_the_next_gate() -> None:
     """An attempt to end timed out, and the next one begins at once, as Quiesce does."""
     ledger = Ledger()

@@ -19,6 +19,7 @@ from nbdmirror.disk.ledger import Claim, Tracker
 # Synchronous writes.
 
 
+@pytest.mark.rule(7)
 def test_a_write_waits_for_the_copy_on_its_granules() -> None:
     tracker = Tracker(SIZE, GRANULE)
     tracker.dirty.mark(0, 2 * GRANULE)
@@ -39,6 +40,7 @@ def test_a_write_waits_for_the_copy_on_its_granules() -> None:
     assert tracker.in_sync
 
 
+@pytest.mark.rule(6)
 def test_copies_keep_off_a_range_that_a_write_waits_for() -> None:
     tracker = Tracker(SIZE, GRANULE)
     tracker.dirty.mark(0, GRANULE)
@@ -59,6 +61,7 @@ def test_copies_keep_off_a_range_that_a_write_waits_for() -> None:
     assert tracker.in_sync
 
 
+@pytest.mark.rule(8)
 def test_writes_are_served_in_the_order_in_which_they_came() -> None:
     """Each overlaps its neighbours; the last one is free but for those before it."""
     tracker = Tracker(SIZE, GRANULE)
@@ -81,6 +84,7 @@ def test_writes_are_served_in_the_order_in_which_they_came() -> None:
     assert order == [0, 1, 2]
 
 
+@pytest.mark.rule(9)
 def test_whole_granules_are_clean_and_touched_ones_are_owned() -> None:
     tracker = Tracker(SIZE, GRANULE)
     tracker.dirty.mark_all()
@@ -93,6 +97,7 @@ def test_whole_granules_are_clean_and_touched_ones_are_owned() -> None:
     assert tracker.dirty.dirty_bytes == SIZE
 
 
+@pytest.mark.rule(9)
 def test_a_write_at_the_odd_end() -> None:
     tracker = Tracker(SIZE, GRANULE)
     tracker.dirty.mark_all()
@@ -103,6 +108,7 @@ def test_a_write_at_the_odd_end() -> None:
     tracker.end_write(claim, failed=False)
 
 
+@pytest.mark.rule(8)
 def test_overlapping_writers_neither_meet_nor_deadlock() -> None:
     """QEMU's iotest 151, testIntersectingActiveIO: writers that wait for each other. A copier goes
     on beside them."""
@@ -145,6 +151,7 @@ def test_overlapping_writers_neither_meet_nor_deadlock() -> None:
     assert tracker.in_sync
 
 
+@pytest.mark.rule(4)
 def test_in_sync_does_not_miss_what_turns_from_dirty_to_in_flight() -> None:
     """A synchronous write begins between the two looks of `in_sync`: at no moment was all clean."""
     tracker = Tracker(SIZE, GRANULE)
@@ -170,6 +177,8 @@ def test_in_sync_does_not_miss_what_turns_from_dirty_to_in_flight() -> None:
 # The cache of the target (rule 39): what it acknowledged, and may lose until it is flushed.
 
 
+@pytest.mark.rule(39)
+@pytest.mark.guarantee("A target that was lost and came back")
 def test_what_was_not_flushed_is_dirty_when_the_target_came_back() -> None:
     tracker = Tracker(SIZE, GRANULE)
     tracker.dirty.mark(0, 2 * GRANULE)
@@ -182,6 +191,7 @@ def test_what_was_not_flushed_is_dirty_when_the_target_came_back() -> None:
     assert tracker.dirty.dirty_bytes == 3 * GRANULE
 
 
+@pytest.mark.rule(39)
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_flush_covers_what_was_acknowledged_before_it_began(failed: bool) -> None:
     tracker = Tracker(SIZE, GRANULE)
@@ -194,6 +204,8 @@ def test_a_flush_covers_what_was_acknowledged_before_it_began(failed: bool) -> N
     assert tracker.dirty.is_dirty(0, GRANULE) == failed
 
 
+@pytest.mark.rule(40)
+@pytest.mark.guarantee("A target that was lost and came back")
 def test_a_copy_across_a_lost_connection_is_not_believed() -> None:
     """A piece of a claim was acknowledged before the target crashed, the rest after it came back:
     the claim ends well, and the target may have lost the first piece."""

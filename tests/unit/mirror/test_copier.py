@@ -38,6 +38,7 @@ def test_requests_and_bytes_are_bounded(buffer_bytes: int, slots: int) -> None:
     assert devices.target == devices.device.data
 
 
+@pytest.mark.rule(31)
 def test_a_huge_hole_is_few_requests() -> None:
     size = 1 << 40
 
@@ -60,6 +61,7 @@ def test_a_huge_hole_is_few_requests() -> None:
     assert copier.written_bytes == 0
 
 
+@pytest.mark.rule(26)
 @pytest.mark.parametrize("size", [0, 1, 511, 65535, 65536, 65537, MIB + 1, 3 * MIB + 513])
 @pytest.mark.parametrize("is_data", [False, True])
 def test_odd_sizes(size: int, is_data: bool) -> None:
@@ -97,6 +99,7 @@ def test_the_target_may_unmap_only_if_told(unmap: bool) -> None:
     assert devices.may_trim == {unmap}
 
 
+@pytest.mark.rule(31)
 def test_an_extents_error_means_data() -> None:
     """Rule 31: no failure of the copy."""
     devices = Devices(MemoryDevice(2 * MIB))
@@ -135,6 +138,7 @@ def test_what_ends_at_once_does_not_recurse() -> None:
     assert large.frames_max - before < 13 * 64
 
 
+@pytest.mark.rule(20)
 @pytest.mark.parametrize(
     ("kind", "operation", "is_data"),
     [("read", "read", True), ("write", "write", True), ("zero", "write", False)],
@@ -212,6 +216,7 @@ def test_a_round_that_was_put_off_comes_by_itself() -> None:
     assert tracker.in_sync
 
 
+@pytest.mark.rule(19)
 def test_after_stop_what_is_in_flight_ends_and_nothing_begins() -> None:
     devices = Devices(data(24 * MIB), keeps=("read",))
     copier, tracker, watcher = a_copier(devices)
@@ -227,6 +232,7 @@ def test_after_stop_what_is_in_flight_ends_and_nothing_begins() -> None:
     assert tracker.dirty.dirty_bytes == 24 * MIB - PROBE_BYTES - QUICK_MAX * REQUEST_BYTES_MAX
 
 
+@pytest.mark.rule(35)
 def test_new_writes_do_not_send_the_copier_back() -> None:
     """Rule 35: once around, then from the start."""
     devices = Devices(data(8 * MIB), keeps=("write",))

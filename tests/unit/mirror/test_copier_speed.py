@@ -12,6 +12,7 @@ from nbdmirror.mirror.rate_limit import SLICE_S, Haste
 # The speed limit. A claim is accounted for when the source has told its extents.
 
 
+@pytest.mark.rule(32)
 @pytest.mark.parametrize("speed", [1, 100_000, MIB, 20 * MIB])
 def test_speed_limit(speed: int) -> None:
     """Bytes started within t never exceed speed * t and one claim; and the limit is reached."""
@@ -42,6 +43,7 @@ def test_speed_limit_wakes_itself() -> None:
     assert tracker.in_sync
 
 
+@pytest.mark.rule(32)
 def test_speed_limit_with_slow_extents() -> None:
     """Several claims may begin before the first is accounted for: one for each slot, as in QEMU
     (rule 32); what was too much is waited for afterwards."""
@@ -72,6 +74,7 @@ def test_no_speed_limit_where_guests_wait() -> None:
     assert tracker.in_sync
 
 
+@pytest.mark.rule(32)
 @pytest.mark.parametrize("unmap", [False, True])
 def test_zeroes_are_free_where_the_target_unmaps(unmap: bool) -> None:
     """Rule 32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from itertools import pairwise
 
+import pytest
 from jobparts import (
     IO_ERROR,
     KIB,
@@ -33,6 +34,7 @@ def lose(world: JobWorld) -> None:
     world.settle()
 
 
+@pytest.mark.rule(40)
 def test_a_lost_target_is_brought_back_before_the_policy_is_asked() -> None:
     world = JobWorld(reconnect_delay_s=30.0)
     world.target.requests.holds = {"write"}
@@ -65,6 +67,7 @@ def test_without_a_reconnect_delay_a_lost_target_is_an_error() -> None:
     assert world.status == "null" and "reconnect" not in world.owner.calls
 
 
+@pytest.mark.rule(40)
 def test_a_target_that_is_lost_again_at_once_is_an_error() -> None:
     world = JobWorld(reconnect_delay_s=30.0, on_target_error=Policy.STOP).ready()
     lose(world)
@@ -140,6 +143,7 @@ def test_a_job_that_waits_for_its_target_is_paused_and_cancelled_at_once() -> No
 # Rule 42: bounds.
 
 
+@pytest.mark.rule(42)
 def test_guests_are_held_for_a_second_at_most() -> None:
     world = JobWorld().ready()
     world.target.requests.holds = {"write"}
@@ -170,6 +174,7 @@ def test_an_ending_holds_guests_after_a_while_however_much_is_dirty() -> None:
     assert "pivot" in world.owner.calls
 
 
+@pytest.mark.rule(42)
 def test_retries_come_later_each_time_up_to_a_bound() -> None:
     world = JobWorld(on_target_error=Policy.IGNORE)
     world.target.requests.errors["write"] = IO_ERROR

@@ -28,6 +28,7 @@ CANCEL_S_MAX = 1.0
 # Rules 13 and 14: flushes, and READY.
 
 
+@pytest.mark.rule(14)
 def test_ready_comes_after_a_flush_and_not_before() -> None:
     world = JobWorld()
     world.target.requests.holds = {"flush"}
@@ -49,6 +50,7 @@ def test_dirt_during_the_flush_for_ready_is_copied_later() -> None:
     world.assert_identical()
 
 
+@pytest.mark.rule(13)
 def test_a_flush_that_fails_before_ready_is_a_write_error() -> None:
     world = JobWorld(on_target_error=Policy.REPORT)
     world.target.requests.errors["flush"] = IO_ERROR
@@ -70,6 +72,7 @@ def test_a_flush_that_fails_before_ready_is_tried_again_if_errors_are_ignored() 
     assert world.status == "ready"
 
 
+@pytest.mark.rule(13)
 def test_a_guests_flush_is_the_sources_alone_in_background_mode() -> None:
     world = JobWorld().ready()
     flushes = world.target.requests.started.count("flush")
@@ -78,6 +81,7 @@ def test_a_guests_flush_is_the_sources_alone_in_background_mode() -> None:
     assert world.target.requests.started.count("flush") == flushes
 
 
+@pytest.mark.rule(14)
 def test_ready_comes_once_and_is_never_taken_back() -> None:
     world = JobWorld().ready()
     for _ in range(10):
@@ -106,6 +110,7 @@ def test_after_an_error_was_reported_there_is_no_ready() -> None:
 # Rule 15: an ending holds guests, counts again, and flushes.
 
 
+@pytest.mark.rule(15)
 def test_an_ending_waits_for_requests_under_way_and_counts_again() -> None:
     world = JobWorld().ready()
     token = world.begin()
@@ -131,6 +136,7 @@ def test_an_ending_flushes_behind_the_gate(ending: Ending) -> None:
     assert world.states[-4:] == ["waiting", "pending", "concluded", "null"]
 
 
+@pytest.mark.rule(15)
 def test_what_is_dirty_after_the_last_flush_is_copied_and_flushed_again() -> None:
     world = JobWorld().ready()
     world.target.requests.holds = {"flush"}
@@ -163,6 +169,7 @@ def test_a_flush_that_fails_behind_the_gate_opens_it_and_the_ending_begins_again
 # Rules 16 to 18: complete, cancel, and errors after them.
 
 
+@pytest.mark.rule(16)
 def test_complete_before_ready_is_refused_and_changes_nothing() -> None:
     world = JobWorld()
     world.target.requests.holds = {"write"}
@@ -186,6 +193,7 @@ def test_complete_in_standby_is_remembered_until_the_job_is_resumed() -> None:
     assert "pivot" in world.owner.calls
 
 
+@pytest.mark.rule(17)
 @pytest.mark.parametrize("force", [False, True])
 def test_a_cancel_before_ready_leaves_the_target_undefined(force: bool) -> None:
     world = JobWorld()
@@ -199,6 +207,7 @@ def test_a_cancel_before_ready_leaves_the_target_undefined(force: bool) -> None:
     assert world.job.error == "Operation canceled" and "forget" in world.owner.calls
 
 
+@pytest.mark.rule(17)
 def test_a_soft_cancel_after_ready_is_a_copy_of_one_moment() -> None:
     world = JobWorld().ready()
     world.write(3 * 64 * KIB)
@@ -239,6 +248,7 @@ def test_a_soft_cancel_does_not_take_a_complete_back() -> None:
     assert "pivot" in world.owner.calls
 
 
+@pytest.mark.rule(18)
 @pytest.mark.parametrize("ending", [Ending.COMPLETE, Ending.CANCEL])
 def test_an_error_while_it_ends_stops_it_and_resume_goes_on(ending: Ending) -> None:
     world = JobWorld(on_target_error=Policy.STOP).ready()
@@ -267,6 +277,7 @@ def test_an_error_while_it_ends_is_reported(ending: Ending) -> None:
     assert completed["error"] == "Input/output error" and world.disk.source is world.source
 
 
+@pytest.mark.rule(18)
 @pytest.mark.parametrize("policy", [Policy.STOP, Policy.IGNORE])
 def test_a_forced_cancel_gets_through_errors(policy: Policy) -> None:
     world = JobWorld(on_target_error=policy).ready()

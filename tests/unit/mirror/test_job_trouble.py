@@ -27,6 +27,7 @@ CANCEL_S_MAX = 1.0
 # Rule 19, and the first half of 42: a forced cancel with a target, or a source, that hangs.
 
 
+@pytest.mark.rule(19)
 @pytest.mark.parametrize("ending", [Ending.NONE, Ending.COMPLETE, Ending.CANCEL])
 @pytest.mark.parametrize("kind", ["write", "flush"])
 def test_a_forced_cancel_gives_a_hung_target_up(kind: str, ending: Ending) -> None:
@@ -66,6 +67,7 @@ def test_a_forced_cancel_does_not_wait_for_a_hung_source() -> None:
 # Rules 20 and 21: errors and policies.
 
 
+@pytest.mark.rule(20)
 def test_ignore_does_not_mean_skip() -> None:
     world = JobWorld(on_target_error=Policy.IGNORE)
     world.target.requests.errors["write"] = IO_ERROR
@@ -89,6 +91,7 @@ def test_ignored_errors_of_the_source_are_tried_again() -> None:
     world.assert_identical()
 
 
+@pytest.mark.rule(21)
 def test_report_ends_the_job_with_its_first_error_when_all_has_drained() -> None:
     world = JobWorld(on_target_error=Policy.REPORT)
     several_writes(world)
@@ -102,6 +105,7 @@ def test_report_ends_the_job_with_its_first_error_when_all_has_drained() -> None
     assert len(world.told("BLOCK_JOB_ERROR")) == 1
 
 
+@pytest.mark.rule(21)
 @pytest.mark.parametrize(
     ("policy", "error", "io_status"),
     [
@@ -166,6 +170,7 @@ def test_a_failed_synchronous_write_is_an_error_of_the_target() -> None:
 # Rule 22: a pause.
 
 
+@pytest.mark.rule(22)
 def test_a_paused_job_lets_nothing_fly() -> None:
     world = JobWorld()
     world.target.requests.holds = {"write"}

@@ -216,6 +216,7 @@ def test_extents_that_take_long_are_asked_for_in_smaller_ranges() -> None:
     assert devices.longest_s < 10 * ANSWER_S
 
 
+@pytest.mark.rule(19)
 def test_a_buffer_that_is_not_waited_for_is_not_used_again() -> None:
     """The source hangs, and the job is paused without it: its answers come when other copies are
     under way."""

@@ -18,6 +18,7 @@ from support.images import assert_identical
 from support.processes import ROOT
 from support.qmpsignatures import signature
 from support.recipes import ran, script_of
+from support.shown import shown
 from support.staterecords import FILES, PLACES, Steps, path_of
 
 from nbdmirror.cli.main import build_parser
@@ -299,25 +300,39 @@ def test_every_module_has_its_place_in_the_design() -> None:
     assert told == there
 
 
-@pytest.mark.parametrize("page", ["guarantees.md", "security.md"])
-def test_every_test_that_is_named_is_there(page: str) -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of(page))
+def test_every_test_that_is_named_is_there() -> None:
+    named = [
+        one for path in DOCS for one in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text())
+    ]
     assert named
     for file, test in named:
         tree = ast.parse((ROOT / file).read_text())
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert test in functions, f"{file}::{test}"
+        kinds = ast.FunctionDef | ast.ClassDef
+        assert test in {node.name for node in tree.body if isinstance(node, kinds)}, (
+            f"{file}::{test}"
+        )
 
 
 def test_every_rule_has_its_tests() -> None:
-    """Functions, and mutants that are in the list of those which must be caught."""
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", text_of("rules.md"), flags=re.MULTILINE)
-    assert [int(number) for number, _, _ in rows] == list(range(1, RULES + 1))
-    for number, _, tests in rows:
-        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
-        assert named and len(named) == tests.count("`") // 2, f"rule {number}: {tests}"
-        for file, test in named:
-            assert test in names_in(file), f"rule {number}: {file}::{test}"
+    """Functions, and mutants that are in the list of those which must be caught, have its mark."""
+    numbers = re.findall(r"^(\d+)\. ", text_of("rules.md"), flags=re.MULTILINE)
+    assert [int(number) for number in numbers] == list(range(1, RULES + 1))
+    assert set(shown()["rule"]) == set(range(1, RULES + 1))
+
+
+def test_every_guarantee_has_its_tests() -> None:
+    page = text_of("guarantees.md").partition("\n## What is not promised")[0]
+    bold = re.findall(r"^- \*\*(.+?)\*\*", page, flags=re.MULTILINE | re.DOTALL)
+    names = [re.sub(r"[.,:]+$", "", " ".join(name.replace("`", "").split())) for name in bold]
+    assert len(set(names)) == len(names)
+    assert set(shown()["guarantee"]) == set(names)
+
+
+def test_what_has_a_mark_is_run() -> None:
+    for tests_of in shown().values():
+        for tests in tests_of.values():
+            for file, name in (test.split("::") for test in tests):
+                assert name in names_in(file), f"{file}::{name}"
 
 
 @functools.cache

@@ -114,7 +114,8 @@ def test_what_docstrings_name_in_modules_exists() -> None:
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in PAGES])
 def test_environment_variables_of_pages_exist(path: Path) -> None:
     named = set(re.findall(r"(?<!X_)\bNBDMIRROR_[A-Z_]+\b", path.read_text()))
-    places = [ROOT / "run", *(ROOT / "bench").glob("*.py"), *SOURCES]
+    others = [*(ROOT / "bench").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    places = [ROOT / "run", *others, *SOURCES]
     there = "".join(place.read_text() for place in places)
     assert not {name for name in named if name not in there}
 

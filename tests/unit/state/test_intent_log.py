@@ -103,6 +103,7 @@ def test_a_write_that_was_cut_short_is_no_damage() -> None:
         assert found.sequence == (6 if any(which) else 5)
 
 
+@pytest.mark.guarantee("What is damaged is not believed")
 @pytest.mark.parametrize("index", [0, 1])
 def test_any_byte_that_is_wrong_is_damage(index: int) -> None:
     size = 1 << 40
