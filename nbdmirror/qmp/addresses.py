@@ -33,7 +33,7 @@ def nbd_uri(
         if not os.path.isabs(creds):
             raise CommandError(f"Parameter 'tls-creds' expects an absolute path, not '{creds}'")
         if not os.path.exists(creds):
-            raise CommandError(f"No TLS credentials with id '{creds}': it is the path of them here")
+            raise CommandError(f"No TLS credentials with id '{creds}': the path does not exist")
         psk_file = os.path.join(creds, PSK_NAME)
         if os.path.isdir(creds) and (
             os.path.exists(os.path.join(creds, AUTHORITY)) or not os.path.exists(psk_file)

@@ -143,8 +143,8 @@ async def drive_mirror(
         raise CommandError("drive-mirror needs mode 'existing': the target is an NBD export")
     if format not in ("raw", "nbd"):
         raise CommandError(
-            f"drive-mirror writes format 'raw' alone: let the target's server make it "
-            f"'{format}', as qemu-nbd does"
+            f"drive-mirror writes the format 'raw' only: for '{format}' serve the image with "
+            f"qemu-nbd --format={format}"
         )
     await ask_loop(server, partial(nodes.find_disk, mirror.device))
     if node_name is not None:
