@@ -200,7 +200,7 @@ def test_another_disk_of_the_same_size_is_noticed(
     mark = target.mark()
     server.allowed.append("came back changed|connection lost")
     target.come_back()
-    wait_until(lambda: "holds something else than it did" in server.stderr, "it is noticed")
+    wait_until(lambda: "it is another disk" in server.stderr, "it is noticed")
     assert target.changed(mark) == [] and target.image.read_bytes() == other
     target.kill()
     target.image.write_bytes(before)

@@ -9,6 +9,7 @@ thread, no clock and no chance: the same steps give the same bytes.
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -158,6 +159,10 @@ class StepDevices:
         self.target = target
         self.durable = bytearray(target)
         """What the target holds after a crash: what was acknowledged before a flush was sent."""
+        self._flush_numbers = itertools.count(1)
+        self._durable_number = 0
+        """Of the newest flush that was answered: an older one that is answered after it does not
+        bring back what was there before."""
         self.size = len(source)
         self.requests: list[Request] = []
         self.at_once: list[str] = []
@@ -197,6 +202,7 @@ class StepDevices:
         self._start(Request("zero", offset, length, move, done))
 
     def start_flush(self, done: Done) -> None:
+        number = next(self._flush_numbers)
         content = bytearray(self.target)
         changes = [r for r in self.requests if r.kind in ("write", "zero")]
         for request in changes:
@@ -206,7 +212,8 @@ class StepDevices:
             content[torn] = self.durable[torn]
 
         def answer(error: BaseException | None) -> None:
-            if error is None:
+            if error is None and number > self._durable_number:
+                self._durable_number = number
                 self.durable[:] = content
             done(error)
 
