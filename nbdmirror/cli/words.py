@@ -173,6 +173,8 @@ def _of_the_servers(job: dict[str, Any]) -> list[Remark]:
         left_s = job.get("target-wait-left-s")
         how_long = "without a limit" if left_s is None else f"for {duration(left_s)} more"
         text = f"the target has been lost for {duration(lost_s)}, reconnecting {how_long}; "
+        if reason := job.get("target-lost-reason"):
+            text += f"last attempt: {reason}; "
         found.append(Remark("target", f"{text}check its server, {give_up}"))
     for side in ("source", "target"):
         if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:

@@ -92,6 +92,9 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
             "action": error.action,
             "reason": error.reason,
         }
+    target = raw_device(job.target)
+    if isinstance(target, NbdDevice) and target.is_lost and target.reconnect_problem:
+        info["target-lost-reason"] = target.reconnect_problem
     if (course := server.chronicle.courses.get(job)) is not None:
         _add_course(info, course, server.loop.clock())
     return info

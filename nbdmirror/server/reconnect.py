@@ -39,6 +39,7 @@ def reconnect(
     when the device has a new connection. That is not before the server has answered all requests of
     the old connections, or has ended these: it might carry them out later, over newer data. The
     error that `done` gets is not DeviceLost: waiting was tried."""
+    device.reconnect_problem = ""
     device.pool.give_up()  # of several connections, the others too: all starts anew
     deadline_s = loop.clock() + reconnect_timeout_s
 
@@ -98,7 +99,7 @@ def _connect(
             return _reopen(device, difference)
         except (ConfigError, DeviceError) as error:
             if str(error) != told:
-                told = str(error)
+                told = device.reconnect_problem = str(error)
                 log.warning("%s", told)
             left_s = deadline_s - clock()
             if left_s <= 0 or not device.is_lost or not is_wanted():

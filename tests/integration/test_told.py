@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.fixtures import Identical, Start
 from support.images import MiB, make_noise
-from support.processes import freeze, run
+from support.processes import freeze, nbdmirror, run
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
@@ -250,3 +250,22 @@ def test_the_log_says_what_is_served_and_when(server: Nbdmirror, disk: Path) -> 
     time = r"nbdmirror: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO: "
     assert re.search(f"^{time}disk vda: served from {disk}, {SIZE} bytes", server.stderr, re.M)
     assert f"control socket: {server.qmp_path}" in server.stderr
+
+
+def test_why_a_target_is_lost_still(
+    qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd
+) -> None:
+    """It has come back as another one, and waiting does not mend that."""
+    begin(qmp, target, **SLOW, x_nbdmirror_reconnect_delay=60)
+    target.kill()
+    with target.image.open("r+b") as file:
+        file.truncate(target.image.stat().st_size + MiB)
+    target.socket.unlink()
+    target.start()
+    wait_until(
+        lambda: "came back changed" in str(job_of(qmp).get("target-lost-reason")), "why is told"
+    )
+    shown = nbdmirror("status", "--qmp", server.qmp_path).stdout
+    assert "the target has been lost" in shown and "came back changed" in shown
+    qmp.execute("block-job-cancel", device="vda", force=True)
+    qmp.wait_for_event("BLOCK_JOB_CANCELLED")

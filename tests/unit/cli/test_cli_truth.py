@@ -273,6 +273,10 @@ def test_wait_for_a_job_that_ended_long_ago(
         ({"target-silent-for-s": 7.0}, "the target has not answered for 0:07"),
         ({"target-lost-for-s": 5.0, "target-wait-left-s": 55.0}, "reconnecting for 0:55 more"),
         ({"target-lost-for-s": 5.0}, "reconnecting without a limit"),
+        (
+            {"target-lost-for-s": 5.0, "target-lost-reason": "came back changed"},
+            "came back changed",
+        ),
         ({"source-silent-for-s": 7.0}, "the source has not answered for 0:07"),
         ({"falling-behind": True, "copy-mode": "background"}, "copy-mode write-blocking"),
         ({"falling-behind": True, "speed": 1 << 20}, "nbdmirror set-speed"),
