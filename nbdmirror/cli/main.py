@@ -339,6 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         status = finish(DONE, failed=FAILED)
         if status == DONE and not isinstance(error, BrokenPipeError):
-            say(f"nbdmirror: {error}")
+            is_homeless = isinstance(error, FileNotFoundError) and error.filename is None
+            gone = "the current directory does not exist any more: write absolute paths"
+            say(f"nbdmirror: {gone if is_homeless else error}")
         status = FAILED
     return finish(status, failed=FAILED if args.command in _ANSWERS else None)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cliparts import WAIT_S_MAX, Main, one_line
@@ -86,3 +87,15 @@ def test_an_interrupt_before_anything_was_done(run: Main, monkeypatch: pytest.Mo
     status, _, err = run("status")
     assert status == cli_common.INTERRUPTED
     assert "interrupted" in one_line(err)
+
+
+def test_a_directory_that_is_gone(
+    run: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a relative path would be."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    status, _, err = run("serve", "disk.img", "--socket", "s", "--qmp", str(tmp_path / "q"))
+    assert status == cli_common.FAILED
+    assert "the current directory does not exist any more" in one_line(err)
