@@ -6,14 +6,23 @@ speak bytes; granule numbers never leave this module.
 Threads: `mark` and the clears are one C call on the bit array each, which is atomic under the GIL.
 That is what lets guest threads mark without a lock while the copier clears: each bit is set or
 cleared, never torn, and neighbours in the same byte are not disturbed.
+
+A disk of 16 TiB has 32 MiB of bits, so nobody walks them all to find or to count the dirty ones.
+The bits of one page are a region, and it is known of each how many are set (`_counts`), unless it
+was touched since. Whoever changes a bit says afterwards that the region was touched; whoever counts
+first takes that back and counts then. So a region either has the count that is known, or is
+touched, or somebody is about to say so. `dirty_granules`, `is_empty` and what is made of them are
+for one thread at a time; all else is for any.
 """
 
 from __future__ import annotations
 
 import mmap
+from array import array
+from collections.abc import Iterator
 
 from bitarray import bitarray
-from bitarray.util import count_and
+from bitarray.util import count_and, zeros
 
 from nbdmirror.errors import CommandError, ConfigError
 
@@ -30,6 +39,7 @@ BITS_BYTES_MAX = 512 << 20
 (BME_MAX_PHYS_SIZE). A mirror has three."""
 
 _PAGE_BITS = mmap.PAGESIZE * 8
+REGION_SHIFT = _PAGE_BITS.bit_length() - 1
 
 
 def check_granularity(granularity: int, parameter: str = "granularity") -> None:
@@ -59,20 +69,45 @@ class DirtyBitmap:
     granularity)` of them and all zero, which are the caller's: a mapped file, say.
     """
 
-    __slots__ = ("_bits", "_count", "_is_private", "_pages", "_shift", "granularity", "size")
+    __slots__ = (
+        "_bits",
+        "_count",
+        "_counts",
+        "_dirty_granules",
+        "_is_private",
+        "_is_used",
+        "_pages",
+        "_shift",
+        "_touched",
+        "granularity",
+        "size",
+    )
 
-    def __init__(self, size: int, granularity: int, pages: mmap.mmap | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        granularity: int,
+        pages: mmap.mmap | None = None,
+        *,
+        is_private: bool | None = None,
+    ) -> None:
+        """`is_private`: of the caller's pages, that they are anonymous and nobody's else."""
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
         self._count = -(-size // granularity)
-        self._is_private = pages is None
+        self._is_private = pages is None if is_private is None else is_private
         # Private: of shared pages, reading takes memory as well, and MADV_DONTNEED clears nothing.
         self._pages = pages or mmap.mmap(
             -1, bytes_of(size, granularity), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
         # Bits past `_count` in the last byte stay zero: every call is bounded by `_count`.
         self._bits = bitarray(buffer=self._pages, endian="little")
+        regions = -(-self._count >> REGION_SHIFT)
+        self._touched, self._is_used = zeros(regions, "little"), zeros(regions, "little")
+        self._counts = array("L", bytes(regions * array("L").itemsize))
+        self._dirty_granules = 0
+        """The sum of `_counts`."""
 
     def mark(self, offset: int, length: int) -> None:
         """Make every granule that the range touches dirty."""
@@ -82,22 +117,35 @@ class DirtyBitmap:
         last = (offset + length - 1) >> self._shift
         if first == last:
             self._bits[first] = 1
+            self._touched[first >> REGION_SHIFT] = 1
         else:
             self._bits[first : last + 1] = 1
+            self._touch(first, last + 1)
 
     def mark_all(self) -> None:
         self._bits[: self._count] = 1
+        self._touch(0, self._count)
 
     def clear(self, offset: int, length: int) -> None:
         """Make every granule that lies wholly in the range clean; the disk's short last one counts
         as whole when the range reaches the disk's end."""
-        first = -(-offset >> self._shift)
-        end = offset + length
-        last = self._count if end >= self.size else end >> self._shift
+        first, last = self._covered(offset, length)
+        start = first
         if last - first >= _PAGE_BITS and self._is_private:
             first, last = self._clear_pages(first, last)
         if first < last:
             self._bits[first:last] = 0
+        self._touch(start, last)
+
+    def _touch(self, first: int, end: int) -> None:
+        """After a change of bits from `first` to before `end`."""
+        if first < end:
+            self._touched[first >> REGION_SHIFT : ((end - 1) >> REGION_SHIFT) + 1] = 1
+
+    def _covered(self, offset: int, length: int) -> tuple[int, int]:
+        """The granules that lie wholly in the range: the first one, and the one behind the last."""
+        end = offset + length
+        return -(-offset >> self._shift), self._count if end >= self.size else end >> self._shift
 
     def _clear_pages(self, first: int, last: int) -> tuple[int, int]:
         """Clear whole pages by giving them back: a long hole takes no memory once it is copied. A
@@ -126,12 +174,15 @@ class DirtyBitmap:
     def merge(self, other: DirtyBitmap) -> None:
         """Make dirty what is dirty in `other`, which may have another granularity."""
         if (other.size, other.granularity) == (self.size, self.granularity):
-            self._bits |= other._bits
+            for region in other._regions():
+                page = self._page(region)
+                page |= other._page(region)  # one call, as all that changes bits
+                self._touched[region] = 1
             return
         offset = 0
         while run := other.next_run(offset, other.size):
             offset = run[0] + run[1]
-            self.mark(*run)
+            DirtyBitmap.mark(self, *run)
 
     def to_bytes(self) -> bytes:
         """A bit a granule, the first ones in the first byte's low bits; `bytes_of` of them."""
@@ -146,14 +197,19 @@ class DirtyBitmap:
         if other.find(1, self._count) >= 0:
             raise ValueError("bits behind the disk's end are set")
         self._bits |= other
+        self._touch(0, self._count)
 
     def subtract(self, other: DirtyBitmap) -> None:
         """Make clean what is dirty in `other`, which has the same granularity."""
-        self._bits &= ~other._bits
+        for region in other._regions():
+            page = self._page(region)
+            page &= ~other._page(region)
+            self._touched[region] = 1
 
     def common_bytes(self, other: DirtyBitmap) -> int:
         """Bytes in granules that are dirty in both; they have the same granularity."""
-        return self._bytes_of(count_and(self._bits, other._bits), other._is_last_dirty)
+        count = sum(count_and(self._page(r), other._page(r)) for r in other._regions())
+        return self._bytes_of(count, other._is_last_dirty)
 
     def bytes_in(self, offset: int, length: int) -> int:
         """Bytes in dirty granules of the range, which is of whole ones."""
@@ -167,7 +223,7 @@ class DirtyBitmap:
         """The first dirty run of whole granules at or after `offset`: its offset and length in
         bytes, cut at the disk's end and at `length_max` (at least one granule). None if there is
         none."""
-        first = self._bits.find(1, -(-offset >> self._shift), self._count)
+        first = self._find(-(-offset >> self._shift))
         if first < 0:
             return None
         stop = min(self._count, first + max(1, length_max >> self._shift))
@@ -184,13 +240,51 @@ class DirtyBitmap:
         last = (offset + length - 1) >> self._shift
         return self._bits.find(1, first, last + 1) >= 0
 
+    def _find(self, first: int) -> int:
+        """The first dirty granule that is not before `first`; -1 if there is none."""
+        for region in self._regions(first >> REGION_SHIFT):
+            start = max(first, region << REGION_SHIFT)
+            found = self._bits.find(1, start, min(self._count, (region + 1) << REGION_SHIFT))
+            if found >= 0:
+                return found
+        return -1
+
+    def _regions(self, region: int = 0) -> Iterator[int]:
+        """Those from `region` on that may have dirty granules."""
+        used, touched = self._is_used, self._touched
+        count = len(used)
+        while region < count:
+            one, other = used.find(1, region), touched.find(1, region)
+            region = min(one, other) if min(one, other) >= 0 else max(one, other)
+            if region < 0:
+                return
+            yield region
+            region += 1
+
+    def _page(self, region: int) -> bitarray:
+        """Its bits, not a copy."""
+        start = region * mmap.PAGESIZE
+        part = memoryview(self._pages)[start : start + mmap.PAGESIZE]
+        return bitarray(buffer=part, endian="little")
+
     @property
     def is_empty(self) -> bool:
-        return self._bits.find(1, 0, self._count) < 0
+        return self.dirty_granules == 0
 
     @property
     def dirty_granules(self) -> int:
-        return self._bits.count(1, 0, self._count)
+        touched = self._touched
+        region = touched.find(1)
+        while region >= 0:
+            self._is_used[region] = 1  # while it is not touched, and not counted yet
+            touched[region] = 0
+            stop = min(self._count, (region + 1) << REGION_SHIFT)
+            count = self._bits.count(1, region << REGION_SHIFT, stop)
+            self._dirty_granules += count - self._counts[region]
+            self._counts[region] = count
+            self._is_used[region] = count > 0
+            region = touched.find(1, region + 1)
+        return self._dirty_granules
 
     @property
     def dirty_bytes(self) -> int:

@@ -17,7 +17,8 @@ from typing import Any, cast
 
 from nbdmirror.devices.base import BlockDevice, Buffer, Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.ledger import Claim, Ledger, Tracker
+from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.ledger import Ledger, Tracker
 from nbdmirror.errors import IO_ERRORS, DeviceError
 
 

@@ -22,6 +22,9 @@ How it is kept:
     other synchronous writes, from before the source is written until the target has been. It
     clears what it covers whole *before* it writes, for the reason of 3: a background write that is
     under way at the same time marks afterwards, and is not wiped out.
+ 7. Details of a granule (fine.py) narrow what is sent, never who owns it: claims and `unflushed`
+    are of whole granules. All that marks leaves details *before* the bit, and a claim takes them
+    *after* it has cleared the bit: so the invariant holds for each unit of a granule.
 
 Locks. Guest reads, and guest writes in background mode, take none: `mark` is one C call under the
 GIL, and the gate is two steps in a fixed order on each side (Dekker's): a guest announces itself,
@@ -40,6 +43,8 @@ from dataclasses import dataclass, field
 
 from nbdmirror.devices.base import round_out
 from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.fine import FineBitmap
 
 
 class Ledger:
@@ -140,8 +145,7 @@ class Ledger:
     def is_idle(self) -> bool:
         """No changing request is under way. Once true behind a closed gate, it stays true: a guest
         that announces itself later sees the gate before it does any I/O."""
-        gate = self.gate
-        if gate is None:
+        if (gate := self.gate) is None:
             return not self.writing
         gate.was_idle = gate.was_idle or not self.writing
         return gate.was_idle
@@ -173,30 +177,10 @@ class _Gate:
     opened: threading.Event = field(default_factory=threading.Event)
 
 
-@dataclass(slots=True, eq=False)
-class Claim:
-    """A range of whole granules (the disk's odd end included) that one copy or one synchronous
-    write owns. Bytes."""
-
-    offset: int
-    length: int
-    progress: int = 0
-    """Bytes of a synchronous write that count as done at its end: those that were written. Of a
-    copy, those that have counted."""
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.length
-
-    def overlaps(self, other: Claim) -> bool:
-        return self.offset < other.end and other.offset < self.end
-
-
 class Tracker:
     """One mirror's dirty granules, its copies in flight and its synchronous writes.
 
-    `claim`, `shrink` and `settle` are the copier's; `begin_write` and `end_write` are for guest
-    threads.
+    `claim`, `shrink` and `settle` are the copier's; `begin_write` and `end_write` are guests'.
 
     `dirty`, `unflushed` and what a flush is under way for are, together, all that may differ from
     the target's storage: a range goes into `unflushed` before it leaves `dirty`, and out of there
@@ -209,11 +193,13 @@ class Tracker:
         size: int,
         granularity: int,
         new_bitmap: Callable[[int, int], DirtyBitmap] = DirtyBitmap,
+        unit: int = 0,
     ) -> None:
+        """`unit`: the smallest part of a granule that is copied alone, if not all of it."""
         self.size = size
         self.granularity = granularity
         self._new_bitmap = new_bitmap
-        self.dirty = new_bitmap(size, granularity)
+        self.dirty = FineBitmap(new_bitmap(size, granularity), unit or granularity)
         self.unflushed = new_bitmap(size, granularity)
         """What was sent to the target, or is about to be, since the last flush that succeeded: a
         target that crashes may lose it (rule 39)."""
@@ -268,7 +254,7 @@ class Tracker:
                         continue
                     claim.length = start - claim.offset
                 self.unflushed.mark(claim.offset, claim.length)
-                self.dirty.clear(claim.offset, claim.length)
+                claim.parts = self.dirty.take(claim.offset, claim.length)
                 self._copies.append(claim)
                 return claim
         return None
@@ -277,24 +263,21 @@ class Tracker:
         """Keep only the first `length` bytes (whole granules) of a copy; the rest is dirty
         again."""
         with self._lock:
-            self.dirty.mark(claim.offset + length, claim.length - length)
-            claim.length = length
-            if self._waiting:
-                self._changed.notify_all()
+            self.dirty.mark_again(*claim.shrink(length))
+            self._tell_waiting()
 
     def settle(self, claim: Claim, *, failed: bool) -> int:
         """A copy ended; if it failed, its range is dirty first. Returns the progress in bytes."""
         progress = 0
         with self._lock:
             if failed:
-                self.dirty.mark(claim.offset, claim.length)
+                self.dirty.mark_again(*claim.parts_in(claim.offset, claim.end))
             else:
                 progress = max(0, self._news(claim) - claim.progress)
                 if self._repeated is not None:
                     self._repeated.clear(claim.offset, claim.length)
             self._copies.remove(claim)
-            if self._waiting:
-                self._changed.notify_all()
+            self._tell_waiting()
         return progress
 
     def progress(self, claim: Claim, copied: int) -> int:
@@ -316,8 +299,7 @@ class Tracker:
         claim = Claim(start, min(span, self.size - start), progress=length)
         with self._lock:
             self._waiting.append(claim)
-            if not self._is_free_for(claim):
-                self._changed.wait_for(lambda: self._is_free_for(claim))
+            self._changed.wait_for(lambda: self._is_free_for(claim))
             self._waiting.remove(claim)
             self._writes.append(claim)
             self.unflushed.mark(offset, length)
@@ -329,12 +311,27 @@ class Tracker:
         again."""
         with self._lock:
             if failed:
-                self.dirty.mark(claim.offset, claim.length)
+                self.dirty.mark_again((claim.offset, claim.length))
             else:
                 self.written_bytes += claim.progress
             self._writes.remove(claim)
-            if self._waiting:
-                self._changed.notify_all()
+            self._tell_waiting()
+
+    def look(self) -> None:
+        """Sort what guests have written. Called twenty times a second."""
+        with self._lock:
+            self.dirty.look()
+
+    def refine(self) -> None:
+        """Copy parts of granules from now on."""
+        with self._lock:
+            self.dirty.refine()
+
+    def mark_all(self) -> None:
+        """From any thread: it may differ anywhere."""
+        with self._lock:
+            self.again_bytes += self.size - self.dirty.bytes_in(0, self.size)
+            self.dirty.mark_all()
 
     def begin_flush(self) -> DirtyBitmap:
         """A flush is about to be sent: what it covers, for `end_flush`; not what is in flight."""
@@ -389,10 +386,13 @@ class Tracker:
             bitmap.mark(claim.offset, claim.length)
         return bitmap
 
+    def _tell_waiting(self) -> None:
+        if self._waiting:
+            self._changed.notify_all()
+
     def _news(self, claim: Claim) -> int:
-        if self._repeated is None:
-            return claim.length
-        return claim.length - self._repeated.bytes_in(claim.offset, claim.length)
+        known = self._repeated.bytes_in(claim.offset, claim.length) if self._repeated else 0
+        return claim.length - known
 
     def _is_free_for(self, claim: Claim) -> bool:
         earlier = self._waiting[: self._waiting.index(claim)]

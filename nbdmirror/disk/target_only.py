@@ -74,7 +74,8 @@ class Coverage:
 
     @property
     def is_whole(self) -> bool:
-        return self._left.is_empty
+        with self._lock:
+            return self._left.is_empty
 
     def _set_run(self, start: int, stop: int, covered: bool) -> None:
         first, last = bisect_left(self._edges, start), bisect_right(self._edges, stop)

@@ -34,24 +34,24 @@ class PageBuffer:
         """`startswith` is a memcmp that ends at the first byte that differs."""
         return self._bytes.startswith(content, self._base + start)
 
-    def runs(self, offset: int, length: int) -> list[Run]:
-        """The first `length` bytes, read from `offset`, as runs of data and of zeroes, cut at
+    def runs(self, offset: int, length: int, start: int = 0) -> list[Run]:
+        """The `length` bytes at `start`, read from `offset`, as runs of data and of zeroes, cut at
         multiples of ZERO_UNIT_BYTES of the disk. Data costs nothing here: `has` ends at the first
         byte that differs."""
         runs: list[tuple[int, int, bool]] = []
-        start = 0
-        while start < length:
-            span = min(ZERO_UNIT_BYTES - (offset + start) % ZERO_UNIT_BYTES, length - start)
+        base, end = offset - start, offset + length
+        while offset < end:
+            span = min(ZERO_UNIT_BYTES - offset % ZERO_UNIT_BYTES, end - offset)
             zeroes = _ZEROES if span == ZERO_UNIT_BYTES else bytes(span)
-            is_zero = self.has(zeroes, start)
+            is_zero = self.has(zeroes, offset - base)
             if runs and runs[-1][2] == is_zero:
                 runs[-1] = (runs[-1][0], runs[-1][1] + span, is_zero)
             else:
-                runs.append((offset + start, span, is_zero))
-            start += span
+                runs.append((offset, span, is_zero))
+            offset += span
         view = self.view
         return [
-            (at, span, None if is_zero else view[at - offset : at - offset + span])
+            (at, span, None if is_zero else view[at - base : at - base + span])
             for at, span, is_zero in runs
         ]
 

@@ -18,13 +18,15 @@ It has no opinion about errors: it makes the claim dirty again and tells its obs
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
 from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, leading_bytes, round_out
-from nbdmirror.disk.ledger import Claim, Tracker
-from nbdmirror.mirror.buffers import Buffers, PageBuffer, Run
+from nbdmirror.disk.claim import Claim, joined
+from nbdmirror.disk.ledger import Tracker
+from nbdmirror.mirror.buffers import Buffers, Run
+from nbdmirror.mirror.copy_in_flight import Copy
 from nbdmirror.mirror.in_flight import OPENING_BYTES, Crowd, Depth, Holes
 from nbdmirror.mirror.rate_limit import Haste, Pace
 
@@ -45,27 +47,6 @@ class Observer(Protocol):
 
     def copy_settled(self) -> None:
         """Nothing is in flight any more: all is clean, or the copier is not running."""
-
-
-@dataclass(slots=True, eq=False)
-class _Copy:
-    """One claim on its way. `position` is where the next piece starts; `pending` counts the
-    requests of this piece on the target."""
-
-    claim: Claim
-    request_bytes: int
-    """The most of its data that is one request."""
-    weight: int
-    """Bytes for which it counts among those in flight: the most that it may have."""
-    buffer: PageBuffer | None = None
-    """Taken when there is data."""
-    position: int = 0
-    pending: int = 0
-    piece_bytes: int = 0
-    """Of data, being read or written."""
-    operation: str = "read"
-    error: BaseException | None = None
-    extents: list[Extent] = field(default_factory=list)
 
 
 class Copier:
@@ -98,6 +79,8 @@ class Copier:
         """Bytes copied since the start: QEMU's `offset`, which never goes back."""
         self.written_bytes = 0
         """Bytes of data sent to the target, zeroes not counted."""
+        self.spared_bytes = 0
+        """Bytes of claims that were clean, and not sent."""
         self.answers = 0
         """Requests that the target has answered."""
         self._clock = clock
@@ -116,7 +99,7 @@ class Copier:
         self.pace = Pace(clock, call_later, self.pump)
         self._holes = Holes(self._request_bytes)
         self._buffers = Buffers()
-        self._copies: set[_Copy] = set()
+        self._copies: set[Copy] = set()
         self._in_flight_bytes = self._piece_bytes = self._flushes = 0
         self._cursor = self._data_until = 0
         self._is_pumping = False
@@ -228,18 +211,23 @@ class Copier:
         next_bytes = self._next_bytes
         is_window = claim.length > max(next_bytes, self.tracker.granularity)
         length = min(claim.length, self._request_bytes if is_window else next_bytes)
+        start = claim.offset
+        if claim.parts is not None:
+            start = claim.parts[0][0]
+            length = min(length, sum(claim.parts[-1]) - start)
+            self.spared_bytes += claim.length - sum(span for _, span in claim.parts)
         # With a speed limit few claims begin before they are accounted for, small as they are.
         weight = self._request_bytes if self.pace.speed_bytes_per_s else length
         if self._depth.is_late:  # a large granule, whose pieces come one after the other
             weight = max(weight, min(claim.length, self.tracker.granularity))
-        copy = _Copy(claim, length, weight, position=claim.offset)
+        copy = Copy(claim, length, weight, position=start)
         self._crowd.count += not self._copies
         self._copies.add(copy)
         self._in_flight_bytes += weight
         self._depth.round_bytes += claim.length
-        if claim.end <= self._data_until:
+        if claim.end <= self._data_until or claim.parts is not None:
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
-            self.pace.account(claim.length)
+            self.pace.account(length)
             self._next_piece(copy)
             return
         start_s = self._clock()
@@ -254,7 +242,7 @@ class Copier:
 
         self.source.start_extents(claim.offset, claim.length, then)
 
-    def _have_extents(self, copy: _Copy, extents: list[Extent]) -> None:
+    def _have_extents(self, copy: Copy, extents: list[Extent]) -> None:
         """Keep of the claim what is of one kind: a run of zero granules, or a piece of data."""
         claim, granularity = copy.claim, self.tracker.granularity
         zero = leading_bytes(extents, zero=True)
@@ -276,12 +264,12 @@ class Copier:
             self.pace.account(claim.length)
         self._next_piece(copy)
 
-    def _give_back(self, copy: _Copy, length: int) -> None:
+    def _give_back(self, copy: Copy, length: int) -> None:
         self._depth.round_bytes -= copy.claim.length - length
         self.tracker.shrink(copy.claim, length)
         self._cursor = min(self._cursor, copy.claim.end)
 
-    def _next_piece(self, copy: _Copy) -> None:
+    def _next_piece(self, copy: Copy) -> None:
         """Zero or copy what comes next of the claim; at its end, or after an error, settle it."""
         claim = copy.claim
         if copy.error is None and copy.position < claim.end:
@@ -291,11 +279,12 @@ class Copier:
             self._settle(copy, failed=copy.error is not None or is_left)
         elif copy.extents[0].zero:
             length = min(self._holes.zeroed.length, claim.end - copy.position)
-            self._write(copy, [(copy.position, length, None)], self._clock())
+            end = copy.position + length
+            self._write(copy, [(copy.position, length, None)], end, self._clock())
         else:
             self._read(copy)
 
-    def _note_progress(self, copy: _Copy) -> None:
+    def _note_progress(self, copy: Copy) -> None:
         """Some of the claim is copied. The rest waits for another one if the copier was stopped, or
         if a zeroing target has become slow: a guest may wait for its granules."""
         copied = copy.position - copy.claim.offset
@@ -306,13 +295,22 @@ class Copier:
         else:
             self.copied_bytes += self.tracker.progress(copy.claim, copied)
 
-    def _read(self, copy: _Copy) -> None:
-        offset, start_s = copy.position, self._clock()
-        length = min(copy.request_bytes, self._depth.piece_bytes_max, copy.claim.end - offset)
+    def _read(self, copy: Copy) -> None:
+        """One piece: from the first to the last of its parts, of which the parts are written."""
+        start_s = self._clock()
+        length = min(copy.request_bytes, self._depth.piece_bytes_max)
+        if copy.buffer is not None:
+            length = min(length, len(copy.buffer.view))
+        end = min(copy.claim.end, copy.position + length)
+        parts = joined(copy.claim.parts_in(copy.position, end), self._depth.gap_bytes)
+        if not parts:
+            copy.position = end
+            self._next_piece(copy)
+            return
+        offset, length = parts[0][0], sum(parts[-1]) - parts[0][0]
         if copy.buffer is None:
-            copy.buffer = self._buffers.take(length)
+            copy.buffer = self._buffers.take(end - copy.position)
         buffer = copy.buffer
-        length = min(length, len(buffer.view))
         copy.operation, copy.piece_bytes = "read", length
         self._piece_bytes += length
 
@@ -322,12 +320,13 @@ class Copier:
             if error is not None:
                 self._piece_ended(copy, error)
             else:
-                self._write(copy, buffer.runs(offset, length), start_s)
+                runs = [buffer.runs(at, span, at - offset) for at, span in parts]
+                self._write(copy, list(chain.from_iterable(runs)), end, start_s)
 
         self.source.start_read(buffer.view[:length], offset, then)
 
-    def _write(self, copy: _Copy, runs: list[Run], start_s: float) -> None:
-        """`runs`: the next piece, which began at `start_s`."""
+    def _write(self, copy: Copy, runs: list[Run], end: int, start_s: float) -> None:
+        """`runs`: the next piece, which ends at `end` and began at `start_s`."""
         copy.operation = "write"
         copy.pending = len(runs)
         write_s, piece_bytes = self._clock(), self._piece_bytes
@@ -344,7 +343,7 @@ class Copier:
                 self._holes.zeroed.answered(length, now_s - write_s)
             else:
                 self._depth.copied(now_s - start_s, copy.piece_bytes, piece_bytes)
-            copy.position = runs[-1][0] + runs[-1][1]
+            copy.position = end
             self._piece_ended(copy, copy.error)
 
         for offset, length, content in runs:
@@ -355,13 +354,13 @@ class Copier:
                 self._depth.began(length)
                 self.target.start_write(content, offset, partial(then, length, False))
 
-    def _piece_ended(self, copy: _Copy, error: BaseException | None) -> None:
+    def _piece_ended(self, copy: Copy, error: BaseException | None) -> None:
         copy.error = error
         self._piece_bytes -= copy.piece_bytes
         copy.piece_bytes = 0
         self._next_piece(copy)
 
-    def _settle(self, copy: _Copy, *, failed: bool) -> None:
+    def _settle(self, copy: Copy, *, failed: bool) -> None:
         """`failed`, with an error or without: its range is dirty again."""
         self.copied_bytes += self.tracker.settle(copy.claim, failed=failed)
         self._copies.discard(copy)

@@ -67,6 +67,12 @@ guest that writes faster than that, no round would be the last."""
 BACKLOG_BYTES = 64 << 20
 """The same for a mirror that is only kept in sync, four rounds a second."""
 
+GAP_BYTES, QUICK_GAP_BYTES = 1 << 10, 16 << 10
+"""So much between two dirty places is sent with them, for one request less. To a target that is
+quick a request costs as much processor time as 64 KiB and more; a quarter of that keeps what is
+sent within a fifth of what was changed. Over a link what counts are the bytes, 100 of a request's
+own with its answer, and that fewer requests wait."""
+
 LOOK_S = 0.1
 WORKING_PER_S = range(100, 10_000)
 """So many requests a second are of guests at work. Fewer are a journal's write now and then; more
@@ -249,6 +255,11 @@ class Depth:
             return OPENING_BYTES
         least = min(self._request_bytes, PROBE_BYTES)
         return max(least, min(self._request_bytes, _power_of_two(int(self._room_bytes / 2))))
+
+    @property
+    def gap_bytes(self) -> int:
+        """How large a clean gap is cheaper to send than a request more."""
+        return QUICK_GAP_BYTES if self._is_quick else GAP_BYTES
 
     def has_room(self, in_flight_bytes: int) -> bool:
         """For a claim more."""

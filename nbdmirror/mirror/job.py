@@ -19,6 +19,7 @@ from nbdmirror.events import EventRing
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.job_states import JobStatus, check_transition, check_verb
 from nbdmirror.mirror.options import Ending, MirrorOptions
+from nbdmirror.mirror.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class Job(ABC):
         """By the user or by an error; the job may still be on its way to PAUSED or STANDBY."""
         self.is_finalizing = False
         """PENDING, and to end; `finish` follows when all of the group are level."""
+        self.traffic: Traffic | None = None
+        """Since READY."""
         self._events = events
         self.group = Group(self)
         self._when_ended: list[Callable[[], None]] = []
@@ -331,7 +334,8 @@ class Job(ABC):
 
     def concluded(self, event: str, **extra: object) -> None:
         """The last events; everything has been let go of."""
-        self.tell(event, **extra)
+        traffic = self.traffic.at_the_end() if self.traffic is not None else {}
+        self.tell(event, **traffic, **extra)
         self.to(JobStatus.CONCLUDED)
         if self.options.auto_dismiss:
             self.dismiss()

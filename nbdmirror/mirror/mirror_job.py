@@ -31,12 +31,12 @@ from nbdmirror.mirror.resources import Owner, Target
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
 from nbdmirror.mirror.timers import Waits
+from nbdmirror.mirror.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 """How often new guest writes are looked for when all was in sync."""
-
 
 OwnersStep = Callable[["MirrorJob", Done], None]
 
@@ -292,6 +292,8 @@ class MirrorJob(Job):
     def _become_ready(self) -> None:
         """Rule 14: after a flush, and once."""
         self._waits.went_well()
+        self.tracker.refine()
+        self.traffic = Traffic(self.copier, self.tracker)
         self.to(JobStatus.READY)
         self.tell("BLOCK_JOB_READY")
 
@@ -378,8 +380,7 @@ class MirrorJob(Job):
             self.pause_s = held_s
 
     def _fail(self, reason: BaseException) -> None:
-        """End with an error; the first one wins. What is in flight drains first. An end that is
-        being written down is not stopped any more."""
+        """Drain, and end with an error, the first one. An end being written down is not stopped."""
         if self._abort is None and not self.group.is_committing:
             self._abort = reason
             self.hold()
@@ -392,6 +393,7 @@ class MirrorJob(Job):
 
     def _poll(self) -> None:
         self._waits.after("poll", POLL_S, self._poll)
+        self.tracker.look()
         if self.copier.is_running:
             self._watch.look()
         self.advance()

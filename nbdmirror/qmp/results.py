@@ -136,6 +136,7 @@ _JOB_STATUS_INFO = Struct(
         **named(target=STR, sync=SYNC, copy_mode=COPY_MODE, granularity=INT),
         **named(on_source_error=ON_ERROR, on_target_error=ON_ERROR, reconnect_delay_s=NUMBER),
         **named(dirty_bytes=INT, in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
+        **named(sent_bytes=optional(INT), changed_bytes=optional(INT)),
         **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
         **named(
             ending=Enum("JobEnding", ("none", "complete", "cancel")),
@@ -201,9 +202,13 @@ STATUS = struct(
 
 _ENDED = named(type=JOB_TYPE, device=STR, len=INT, offset=INT, speed=INT)
 
+_TRAFFIC = {f"x-nbdmirror-{what}-bytes": Member(INT, optional=True) for what in ("sent", "changed")}
+
 EVENTS: dict[str, Struct] = {
-    "BLOCK_JOB_CANCELLED": Struct("BlockJobCancelled", _ENDED),
-    "BLOCK_JOB_COMPLETED": Struct("BlockJobCompleted", {**_ENDED, **named(error=optional(STR))}),
+    "BLOCK_JOB_CANCELLED": Struct("BlockJobCancelled", {**_ENDED, **_TRAFFIC}),
+    "BLOCK_JOB_COMPLETED": Struct(
+        "BlockJobCompleted", {**_ENDED, **_TRAFFIC, **named(error=optional(STR))}
+    ),
     "BLOCK_JOB_ERROR": struct(
         "BlockJobError",
         device=STR,

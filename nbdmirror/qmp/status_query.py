@@ -79,6 +79,8 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["in-flight-bytes"] = job.tracker.in_flight_bytes
     info["copied-bytes"] = job.copier.copied_bytes
     info["written-bytes"] = job.copier.written_bytes
+    if job.traffic is not None:
+        info["sent-bytes"], info["changed-bytes"] = job.traffic.since_ready
     info["again-bytes"] = job.tracker.again_bytes
     info["ending"] = "none" if job.is_over else job.ending.value
     info["quiesce-timeouts"] = job.quiesce_timeouts

@@ -132,7 +132,7 @@ class Course:
         return Sample(
             time_s=self._clock(),
             offset=job.offset,
-            data=job.copier.written_bytes + tracker.written_bytes,
+            data=job.copier.written_bytes + job.copier.spared_bytes + tracker.written_bytes,
             left=job.tracker.remaining_bytes,
             in_flight=tracker.in_flight_bytes,
             again=tracker.again_bytes,

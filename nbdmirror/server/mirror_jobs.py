@@ -39,7 +39,7 @@ from nbdmirror.server.detour import check_detour
 from nbdmirror.server.mirror_record import mirror_record, node_of, options_of
 from nbdmirror.server.nodes import Node, Nodes
 from nbdmirror.server.reconnect import copy_all, reconnect, reconnect_source
-from nbdmirror.server.target_checks import check_target, granularity_of
+from nbdmirror.server.target_checks import check_target, granularity_of, unit_of
 from nbdmirror.state.disk_record import MirrorRecord
 from nbdmirror.state.null_store import StateStore
 from nbdmirror.state.recovery import RecoveredState
@@ -125,7 +125,8 @@ class Mirrors:
     ) -> MirrorJob:
         source = self._source(disk)
         target = node.device
-        tracker = Tracker(disk.size, granularity, self._kept[disk].new_bitmap(key))
+        unit = unit_of(disk, target, options, granularity)
+        tracker = Tracker(disk.size, granularity, self._kept[disk].new_bitmap(key), unit)
         piece = min(OPENING_BYTES, target.block_size.maximum, disk.source.block_size.maximum)
 
         def copier(job: MirrorJob) -> Copier:

@@ -130,5 +130,4 @@ def copy_all(job: str, tracker: Tracker) -> None:
     """From any thread: the source may have lost what guests had written, and the target has that.
     Nobody knows where."""
     log.warning("job %s: the source may have lost writes: everything is copied again", job)
-    tracker.again_bytes += tracker.size - tracker.dirty.dirty_bytes
-    tracker.dirty.mark_all()
+    tracker.mark_all()

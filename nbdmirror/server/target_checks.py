@@ -6,6 +6,7 @@ from nbdmirror.devices.base import raw_device
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.disk.bitmap import GRANULARITY_DEFAULT, GRANULARITY_MAX
 from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.fine import UNIT_MIN
 from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.errors import CommandError
 from nbdmirror.mirror.options import MirrorOptions
@@ -81,3 +82,13 @@ def granularity_of(
         is_cluster = not preferred & (preferred - 1) and preferred <= GRANULARITY_MAX
         granularity = max(granularity, cluster or (preferred if is_cluster else 0))
     return max(granularity, least)
+
+
+def unit_of(disk: Disk, target: NbdDevice, options: MirrorOptions, granularity: int) -> int:
+    """The smallest part of a granule that is copied alone: a sector, or a block of either side.
+    A granule where the user has said how large one is, and where the target may have a backing file
+    that is not in place yet."""
+    if options.granularity or options.sync != "full":
+        return granularity
+    blocks = target.block_size.minimum, raw_device(disk.source).block_size.minimum
+    return min(granularity, max(UNIT_MIN, *blocks))

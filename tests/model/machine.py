@@ -41,6 +41,7 @@ COPIER_ACTIONS = (
     "disown",
     "speed",
     "flush",
+    "refine",
 )
 """`disown`: wait no longer for what the source was asked."""
 
@@ -66,6 +67,7 @@ class MirrorMachine(RuleBasedStateMachine):
         granules=st.sampled_from((1, 2, 3, 12)),
         tail=st.sampled_from((0, 1, 100, 511)),
         granularity=st.sampled_from((GRANULE, GRANULE, 2 * GRANULE)),
+        parts=st.sampled_from((4, 4, 1, 2)),
         buffer_bytes=st.sampled_from((4 * GRANULE, GRANULE, 16 * GRANULE)),
         request_bytes_max=st.sampled_from((GRANULE, 2 * GRANULE)),
         data=st.integers(0, (1 << 13) - 1),
@@ -78,6 +80,7 @@ class MirrorMachine(RuleBasedStateMachine):
         granules: int,
         tail: int,
         granularity: int,
+        parts: int,
         buffer_bytes: int,
         request_bytes_max: int,
         data: int,
@@ -91,6 +94,8 @@ class MirrorMachine(RuleBasedStateMachine):
         self.world = self.world_class(
             content[:size],
             granularity=granularity,
+            unit=granularity // parts,
+            begins_fine=bool(data & 1),
             buffer_bytes=buffer_bytes,
             request_bytes_max=request_bytes_max,
             stops_on_error=stops_on_error,
@@ -109,7 +114,9 @@ class MirrorMachine(RuleBasedStateMachine):
     @rule(
         granule=slots,
         delta=st.sampled_from((0, 0, 0, 100, GRANULE - 1)),
-        length=st.sampled_from((GRANULE, 1, 100, GRANULE + 100, 2 * GRANULE, 1 << 20, 1 << 20)),
+        length=st.sampled_from(
+            (128, GRANULE, 1, 100, GRANULE + 100, 2 * GRANULE, 1 << 20, 1 << 20)
+        ),
         is_zero=st.sampled_from((False, False, False, True)),
         cut=st.sampled_from((0.0, 0.5)),
         is_synchronous=st.sampled_from((False, False, True)),
@@ -216,6 +223,9 @@ class MirrorMachine(RuleBasedStateMachine):
             copier.set_speed(speed)
         elif action == "flush":
             copier.flush(lambda error: None)
+        elif action == "refine":
+            self.w.tracker.look()
+            self.w.tracker.refine()
         elif action == "disown":
             copier.stop()
             copier.disown()

@@ -17,7 +17,8 @@ from nbdmirror.devices.base import Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.ledger import Claim, Ledger, Tracker
 from nbdmirror.mirror.buffers import Run
-from nbdmirror.mirror.copier import Copier, _Copy
+from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.copy_in_flight import Copy as _Copy
 
 
 @pytest.mark.rule(1)
@@ -244,12 +245,12 @@ class CountsThePieceAhead(World):
     """L4: a claim lets go of no more than what the target has answered."""
 
     class copier_class(Copier):  # noqa: N801
-        def _write(self, copy: _Copy, runs: list[Run], start_s: float) -> None:
+        def _write(self, copy: _Copy, runs: list[Run], end: int, start_s: float) -> None:
             if copy.extents[0].zero and runs[-1][0] + runs[-1][1] < copy.claim.end:
                 self.tracker._copies.remove(copy.claim)
                 copy.claim.offset = runs[-1][0]
                 self.tracker._copies.append(copy.claim)
-            super()._write(copy, runs, start_s)
+            super()._write(copy, runs, end, start_s)
 
 
 class DisownedCountsAsCopied(World):

@@ -5,9 +5,11 @@ each step."""
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
+from model.fineparts import StepFine
+from model.invariants import check_durable_granules, check_parts
 from model.parts import (
     AnnouncedGuests,
     Guest,
@@ -22,6 +24,8 @@ from model.parts import (
     may_reconnect,
 )
 
+import nbdmirror.disk.fine
+import nbdmirror.disk.ledger
 import nbdmirror.mirror.buffers
 import nbdmirror.mirror.in_flight
 from nbdmirror.disk.ledger import Claim, Ledger, Tracker
@@ -33,6 +37,12 @@ ZERO_UNIT_BYTES = 256
 ZERO_BYTES_MAX = 1024
 """Instead of NBD's: a claim of zeroes is several pieces, also where the target is quick."""
 
+UNIT_BYTES = 128
+"""Of the gap that is filled, and of most worlds' parts of granules."""
+
+NOTES_MAX, DETAILS_MAX, TAKEN_MAX = 4, 2, 2
+"""Instead of FineBitmap's: also what is too much happens."""
+
 DRAIN_STEPS_MAX = 5000
 
 
@@ -42,6 +52,7 @@ class World:
 
     ledger_class: type[Ledger] = Ledger
     tracker_class: type[Tracker] = Tracker
+    fine_class: type[StepFine] = StepFine
     copier_class: type[Copier] = Copier
     loses_target = False
     """True in mutants that only a target with late requests shows."""
@@ -53,6 +64,8 @@ class World:
         content: bytes,
         *,
         granularity: int,
+        unit: int,
+        begins_fine: bool = False,
         buffer_bytes: int,
         request_bytes_max: int,
         stops_on_error: bool = False,
@@ -61,6 +74,7 @@ class World:
         self.target = bytearray(b"\xee" * len(content))
         self.size = len(content)
         self.granularity = granularity
+        self.unit, self.begins_fine = unit, begins_fine
         self.stops_on_error = stops_on_error
         self.loop = StepLoop()
         self.devices = StepDevices(self.source, self.target)
@@ -85,6 +99,12 @@ class World:
             patch.object(nbdmirror.mirror.buffers, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
             patch.object(nbdmirror.mirror.in_flight, "ZERO_BYTES_MAX", ZERO_BYTES_MAX),
             patch.object(nbdmirror.mirror.in_flight, "PROBE_BYTES", ZERO_UNIT_BYTES),
+            patch.object(nbdmirror.mirror.in_flight, "GAP_BYTES", UNIT_BYTES),
+            patch.object(nbdmirror.mirror.in_flight, "QUICK_GAP_BYTES", UNIT_BYTES),
+            patch.object(nbdmirror.disk.ledger, "FineBitmap", self.fine_class),
+            patch.object(nbdmirror.disk.fine, "NOTES_MAX", NOTES_MAX),
+            patch.object(nbdmirror.disk.fine, "DETAILS_MAX", DETAILS_MAX),
+            patch.object(nbdmirror.disk.fine, "TAKEN_MAX", TAKEN_MAX),
         ]
         for each in self._patches:
             each.start()
@@ -92,7 +112,7 @@ class World:
         self.ledger = self.ledger_class()
         self.announced = AnnouncedGuests()
         self.ledger.writing = self.announced
-        self.tracker = self.tracker_class(self.size, granularity)
+        self.tracker = self.tracker_class(self.size, granularity, unit=unit)
         self.condition = StepCondition()
         self.queue = StepQueue()
         stand_ins: Any = self.tracker
@@ -133,6 +153,8 @@ class World:
 
     def mark_all(self) -> None:
         self.tracker.dirty.mark_all()
+        if self.begins_fine:
+            self.tracker.refine()
         self.is_tracking = True
 
     def hold(self) -> None:
@@ -285,35 +307,13 @@ class World:
         if self.checks_overlap:
             self._check_overlap()
         if self.is_tracking and self.source != self.target:
-            self._check_granules()
+            check_parts(self)
         if self.is_tracking and self.source != self.devices.durable:
-            self._check_durable_granules()
+            check_durable_granules(self)
 
-    def _check_granules(self) -> None:
-        """THE INVARIANT of nbdmirror/disk/ledger.py."""
-        owned = self.claims
-        for offset in range(0, self.size, self.granularity):
-            granule = slice(offset, min(offset + self.granularity, self.size))
-            length = granule.stop - granule.start
-            assert (
-                self.source[granule] == self.target[granule]
-                or self.tracker.dirty.is_dirty(offset, length)
-                or any(c.offset <= offset and granule.stop <= c.end for c in owned)
-                or any(g.is_under_way and g.touches(offset, length) for g in self.guests)
-            ), f"lost: the granule at {offset} differs, is clean, and nobody is at it"
-
-    def _check_durable_granules(self) -> None:
-        """The same of what a crash of the target leaves: what may differ is told by the bitmaps
-        alone, whatever copies are in flight."""
-        may_differ = self.tracker.may_differ()
-        for offset in range(0, self.size, self.granularity):
-            granule = slice(offset, min(offset + self.granularity, self.size))
-            length = granule.stop - granule.start
-            assert (
-                self.source[granule] == self.devices.durable[granule]
-                or may_differ.is_dirty(offset, length)
-                or any(g.token is not None and g.touches(offset, length) for g in self.guests)
-            ), f"lost in a crash of the target: the granule at {offset}"
+    @property
+    def dirty(self) -> StepFine:
+        return cast(StepFine, self.tracker.dirty)
 
     def _check_overlap(self) -> None:
         claims = sorted(self.claims, key=lambda claim: claim.offset)

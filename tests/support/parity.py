@@ -85,7 +85,8 @@ def _line(message: Mapping[str, Any]) -> str:
         return f"   {message['note']}"
     if "event" in message:
         name = message["event"]
-        return "" if name.startswith("X_NBDMIRROR_") else f"<- {name} {shown(message['data'])}"
+        data = {k: v for k, v in message["data"].items() if not k.startswith("x-nbdmirror-")}
+        return "" if name.startswith("X_NBDMIRROR_") else f"<- {name} {shown(data)}"
     if "error" in message:
         return f"<- {message['error']['class']}: {message['error']['desc']}"
     return "<- return"

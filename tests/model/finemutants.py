@@ -1,0 +1,183 @@
+"""Mutants of what is known of the parts of granules (nbdmirror/disk/fine.py, and point 7 at the top
+of nbdmirror/disk/ledger.py); the machine of finemachine.py must catch each."""
+
+from __future__ import annotations
+
+from model.fineparts import StepFine
+from model.world import World
+
+import nbdmirror.disk.fine as fine
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.claim import Range
+from nbdmirror.disk.ledger import Claim, Tracker
+
+
+class NotesAfterTheBit(World):
+    """The bit is cleared between the two, and the note is left under a clean bit."""
+
+    class fine_class(StepFine):  # noqa: N801 - takes the place of the attribute
+        def mark(self, offset: int, length: int) -> None:
+            DirtyBitmap.mark(self, offset, length)
+            self.between.run("before the bit")
+            if len(self._notes) < self._room:
+                self._notes.append((offset, length))
+            else:
+                self._whole.mark(offset, length)
+
+
+class TakesDetailsBeforeTheBit(World):
+    """A mark that comes between the two is wiped out."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def take(self, offset: int, length: int) -> tuple[Range, ...] | None:
+            meanwhile = self.between.calls.pop("before details are taken", None)
+            parts = super().take(offset, length)
+            if meanwhile is not None:
+                meanwhile()
+            DirtyBitmap.clear(self, offset, length)
+            return parts
+
+
+class ReplacesTheNotes(World):
+    """Who has the old list in hand leaves a note that nobody reads."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def _sort_notes(self) -> None:
+            super()._sort_notes()
+            self._notes = type(self._notes)(self.between)
+
+
+class DropsTheOldestNote(World):
+    """Too many notes mean whole granules, not fewer notes."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def mark(self, offset: int, length: int) -> None:
+            if len(self._notes) >= self._room and self._notes:
+                del self._notes[0]
+            self._room += len(self._notes) >= self._room
+            super().mark(offset, length)
+
+
+class DropsDetailsThatAreTooMany(World):
+    """So do too many details."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def _add(self, granule: int, units: int) -> None:
+            if len(self._details) < fine.DETAILS_MAX:
+                super()._add(granule, units)
+
+
+class DetailsBeforeWholes(World):
+    """A granule that is dirty as a whole stays so, also if it is then written to in part."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def _take_granule(self, granule: int) -> list[Range]:
+            if granule in self._details:
+                self._whole.clear(granule << self._shift, self.granularity)
+            return super()._take_granule(granule)
+
+        def _add(self, granule: int, units: int) -> None:
+            self._details[granule] = self._details.get(granule, 0) | units
+
+
+class RefinesWhatIsThere(World):
+    """What was dirty before details counted is dirty as a whole."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def refine(self) -> None:
+            self._is_coarse = self._full == 1
+
+
+class RoundsInward(World):
+    """Part of a unit makes all of it dirty."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def _detail(self, offset: int, length: int) -> None:
+            unit = 1 << self._unit_shift
+            end = (offset + length) // unit * unit if length > unit else offset + length
+            super()._detail(offset, max(1, end - offset))
+
+
+class ForgetsThePartsOfPartlyCovered(World):
+    """A synchronous write leaves dirty what it does not cover."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def clear(self, offset: int, length: int) -> None:
+            super().clear(offset, length)
+            granule = offset >> self._shift
+            if granule in self._details:
+                self._details[granule] = 1
+
+
+class FailsToTheBit(World):
+    """Of a copy that failed not the bits alone are dirty again, but what was to be copied."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def settle(self, claim: Claim, *, failed: bool) -> int:
+            if failed:
+                DirtyBitmap.mark(self.dirty, claim.offset, claim.length)
+                claim.parts = ()
+            return super().settle(claim, failed=failed)
+
+
+class GivesBackToTheBit(World):
+    """So of what a copy gives back."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def shrink(self, claim: Claim, length: int) -> None:
+            DirtyBitmap.mark(self.dirty, claim.offset + length, claim.length - length)
+            claim.parts = claim.parts_in(claim.offset, claim.offset + length)
+            super().shrink(claim, length)
+
+
+class OwnsItsPartsAlone(World):
+    """A copy owns whole granules: it may send the gap between two parts as well."""
+
+    checks_overlap = False
+
+    class tracker_class(Tracker):  # noqa: N801
+        def _is_free_for(self, claim: Claim) -> bool:
+            copies, start, end = self._copies, claim.offset, claim.end
+            self._copies = [c for c in copies if c.overlaps(claim) and c.parts_in(start, end)]
+            self._copies = [c for c in self._copies if self._is_at(c, claim)]
+            try:
+                return super()._is_free_for(claim)
+            finally:
+                self._copies = copies
+
+        def begin_write(self, offset: int, length: int) -> Claim:
+            self.asked = offset, offset + length
+            return super().begin_write(offset, length)
+
+        def _is_at(self, copy: Claim, claim: Claim) -> bool:
+            return bool(copy.parts_in(*self.asked))
+
+
+class UnflushedInParts(World):
+    """What was sent since the last flush is known by whole granules, a filled gap included."""
+
+    class tracker_class(Tracker):  # noqa: N801
+        def claim(self, offset: int, length_max: int) -> Claim | None:
+            before = self.unflushed.copy()
+            claim = super().claim(offset, length_max)
+            if claim is not None and claim.parts is not None:
+                self.unflushed.clear_all()
+                self.unflushed.merge(before)
+            return claim
+
+
+FINE_MUTANTS = (
+    NotesAfterTheBit,
+    TakesDetailsBeforeTheBit,
+    ReplacesTheNotes,
+    DropsTheOldestNote,
+    DropsDetailsThatAreTooMany,
+    DetailsBeforeWholes,
+    RefinesWhatIsThere,
+    RoundsInward,
+    ForgetsThePartsOfPartlyCovered,
+    FailsToTheBit,
+    GivesBackToTheBit,
+    OwnsItsPartsAlone,
+    UnflushedInParts,
+)
