@@ -39,6 +39,7 @@ def test_the_invariant_holds(machine: type[MirrorMachine]) -> None:
 
 @pytest.mark.guarantee("The invariant")
 @pytest.mark.guarantee("A failed write counts")
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mutant", [*MUTANTS, *FINE_MUTANTS], ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_caught(mutant: type[World]) -> None:

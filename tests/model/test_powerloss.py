@@ -161,6 +161,7 @@ MUTANTS = (
 
 
 @pytest.mark.guarantee("At no moment")
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_caught(mutant: type[PowerWorld]) -> None:

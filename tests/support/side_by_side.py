@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """All workers come to the same order."""
     for item in items:
         if "start" in getattr(item, "fixturenames", ()):
-            item.add_marker("servers")
+            item.add_marker("slow")
     if LOCK in config.stash:
         items[:] = in_order(items)
 

@@ -88,7 +88,7 @@ def talkative(tmp_path: Path) -> Iterator[Talkative]:
     server.close()
 
 
-@pytest.mark.servers
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("command", ["events", "events --json", "status --watch"])
 def test_a_hundred_thousand_events(tmp_path: Path, talkative: Talkative, command: str) -> None:

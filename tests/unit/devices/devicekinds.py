@@ -182,10 +182,7 @@ DEVICES: dict[str, Entry] = {
 
 every_device = pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.servers] if "remote" in name else [])
-        for name in DEVICES
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] if "remote" in name else []) for name in DEVICES],
 )
 
 

@@ -350,7 +350,7 @@ def names_in(file: str) -> set[str]:
 # The tour
 
 
-@pytest.mark.servers
+@pytest.mark.slow
 def test_the_tour_of_the_readme(folder: Path) -> None:
     with ran(script_of(ROOT / "README.md"), folder) as text:
         served = re.findall(r"^disk0 .*  (\S+)$", text, flags=re.MULTILINE)

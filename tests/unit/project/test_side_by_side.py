@@ -61,7 +61,7 @@ def test_that_does_not_end(server, number):
 def pytest_run(folder: Path, tests: str) -> subprocess.Popen[str]:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_some.py").write_text(tests)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    alone\n    servers\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    alone\n    slow\n")
     options = ("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder", "-q")
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
@@ -74,14 +74,14 @@ def pytest_run(folder: Path, tests: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.servers
+@pytest.mark.slow
 def test_those_that_must_run_alone_do(tmp_path: Path) -> None:
     with pytest_run(tmp_path, TESTS) as run:
         output = run.communicate(timeout=WAIT_S_MAX)[0]
     assert run.returncode == 0 and "6 passed" in output, output
 
 
-@pytest.mark.servers
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["the group", "its first process"])
 def test_nothing_is_left_of_an_interrupted_run(tmp_path: Path, whom: str) -> None:
     """Ctrl-C on a terminal, or a signal to pytest alone."""
