@@ -30,7 +30,6 @@ class Group:
     def __init__(self, *jobs: Job) -> None:
         self.jobs: list[Job] = []
         self._held_in_vain: set[Job] = set()
-        self._uncommitted: set[Job] = set()
         for job in jobs:
             self.add(job)
 
@@ -63,12 +62,6 @@ class Group:
         level: a target that hangs must not stop the others' guests time after time."""
         return job not in self._held_in_vain
 
-    @property
-    def is_committing(self) -> bool:
-        """That the jobs have ended is being written down. Guests are held until it is, or is not:
-        nothing else may come between."""
-        return bool(self._uncommitted)
-
     def got_level(self) -> None:
         """A job holds its guest. If that was the last one all end, else the others come along."""
         if self.is_level:
@@ -79,14 +72,15 @@ class Group:
             job.advance_soon()
 
     def _commit(self) -> None:
+        """Guests are held until the last one is told of, well or not: nothing comes between."""
         jobs, failures = list(self.jobs), []
-        self._uncommitted = set(jobs)
+        left = set(jobs)
 
         def committed(job: Job, error: BaseException | None) -> None:
-            self._uncommitted.discard(job)
+            left.discard(job)
             if error is not None:
                 failures.append(job)
-            if self._uncommitted:
+            if left:
                 return
             for one in jobs:
                 if failures:

@@ -6,6 +6,7 @@ thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -15,10 +16,12 @@ from functools import partial
 
 from nbdmirror.devices.base import Done
 from nbdmirror.errors import CommandError, errno_of
+from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
+from nbdmirror.mirror.activity import Activity, check_follows
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.job_states import JobStatus, check_transition, check_verb
-from nbdmirror.mirror.options import Ending, MirrorOptions
+from nbdmirror.mirror.options import Ending, MirrorOptions, Policy
 from nbdmirror.mirror.traffic import Traffic
 
 log = logging.getLogger(__name__)
@@ -39,10 +42,11 @@ class Job(ABC):
 
     type = "mirror"
 
-    def __init__(self, options: MirrorOptions, events: EventRing) -> None:
+    def __init__(self, options: MirrorOptions, events: EventRing, loop: Loop) -> None:
         self.id = options.job_id
         self.options = options
         self.status = JobStatus.UNDEFINED
+        self.activity = Activity.NOT_STARTED
         self.io_status = "ok"
         self.speed_bytes_per_s = options.speed_bytes_per_s
         """The limit; 0 for none."""
@@ -53,13 +57,12 @@ class Job(ABC):
         self.quiesce_timeouts = 0
         """How often guests were held in vain."""
         self.ending = Ending.NONE
-        self.pause_wanted = False
-        """By the user or by an error; the job may still be on its way to PAUSED or STANDBY."""
         self.is_finalizing = False
         """PENDING, and to end; `finish` follows when all of the group are level."""
         self.traffic: Traffic | None = None
         """Since READY."""
         self._events = events
+        self._loop = loop
         self.group = Group(self)
         self._when_ended: list[Callable[[], None]] = []
 
@@ -119,7 +122,6 @@ class Job(ABC):
         if self.pause_wanted:
             raise CommandError("Job is already paused")
         log.info("job %s: pause requested", self.id)
-        self.pause_wanted = True
         self.hold()
         self.advance()
 
@@ -173,10 +175,15 @@ class Job(ABC):
         return self.status in (JobStatus.WAITING, JobStatus.PENDING)
 
     @property
-    @abstractmethod
+    def pause_wanted(self) -> bool:
+        """By the user or by an error; the job may still be on its way to PAUSED or STANDBY."""
+        return self.activity.is_pause
+
+    @property
     def is_level(self) -> bool:
         """Guest writes are held and the target equals the source, durably: `finish` may be
         called."""
+        return self.activity is Activity.HELD
 
     @property
     @abstractmethod
@@ -196,12 +203,12 @@ class Job(ABC):
         times."""
 
     @abstractmethod
-    def soon(self, call: Callable[[], None]) -> None:
-        """Have `call` called from the loop, after what is being done now."""
+    def left(self, old: Activity) -> None:
+        """`activity` is another one than `old`: end what belonged to that alone."""
 
     @abstractmethod
-    def hold(self) -> None:
-        """A pause begins: start nothing new."""
+    def changed(self) -> None:
+        """What is kept of the job may have become another."""
 
     @abstractmethod
     def release(self) -> None:
@@ -246,12 +253,47 @@ class Job(ABC):
 
     # For the subclass and the group.
 
+    def become(self, activity: Activity) -> None:
+        """End what the job does now, with all that belongs to it, and begin another activity."""
+        check_follows(self.activity, activity)
+        old, self.activity = self.activity, activity
+        self.left(old)
+
+    def hold(self) -> None:
+        """A pause: start nothing new. A job that is ending badly goes on with that."""
+        if not self.activity.is_bad_end:
+            self.become(Activity.PAUSING)
+            self.changed()
+
+    def fail(self, reason: BaseException) -> None:
+        """End with an error; the first one wins. What is in flight drains first. An end that is
+        being written down is not stopped any more."""
+        if not (self.activity is Activity.COMMITTING or self.activity.is_bad_end):
+            self.become(Activity.ABORTING)
+            self.failure = reason
+            self.changed()
+            self.break_group_up()
+
+    def is_ignored(self, operation: str, error: BaseException) -> bool:
+        """Do what the policy says of the error: QEMU's block_job_error_action. True if the job is
+        to try again."""
+        action = self.options.policy(operation).action(errno_of(error))
+        if action is Policy.STOP and self.has_done_its_work:
+            action = Policy.REPORT  # such a job can be neither paused nor resumed
+        self.tell_error(operation, str(action), error)
+        if action is Policy.REPORT:
+            self.fail(error)
+        elif action is Policy.STOP:
+            self.io_status = "nospace" if errno_of(error) == errno.ENOSPC else "failed"
+            self.hold()
+        return action is Policy.IGNORE
+
     def advance_soon(self) -> None:
-        self.soon(self.advance)
+        self._loop.call_soon(self.advance)
 
     def break_group_up(self) -> None:
         """This job will not end as the group is meant to: the others are cancelled, soon."""
-        self.soon(partial(self.group.break_up, self))
+        self._loop.call_soon(partial(self.group.break_up, self))
 
     @property
     def may_end(self) -> bool:
@@ -268,7 +310,6 @@ class Job(ABC):
 
     def unpause(self) -> None:
         """Back to where a pause found it; nothing is started yet (`release`)."""
-        self.pause_wanted = False
         self.io_status = "ok"
         if self.status is JobStatus.PAUSED:
             self.to(JobStatus.RUNNING)
@@ -315,10 +356,12 @@ class Job(ABC):
         data = {"device": disk, "id": self.id, "pause-ms": round(held_s * 1000, 3)}
         self._events.append("X_NBDMIRROR_PIVOTED", data)
 
-    def end_badly(self, reason: BaseException) -> None:
+    def end_badly(self) -> None:
         """Cancelled by force, or failed; nothing is in flight any more."""
-        self.failure = reason
+        reason = self.failure
+        assert reason is not None
         self.to(JobStatus.ABORTING)
+        self.become(Activity.CLEANING)
         self.detach()
 
         def conclude(_: BaseException | None) -> None:

@@ -16,21 +16,22 @@ from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.ledger import Tracker
-from nbdmirror.errors import CommandError, ConfigError, DeviceLost, errno_of
+from nbdmirror.errors import CommandError, ConfigError, DeviceLost
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
+from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.copy_mode import CopyModeSwitch
 from nbdmirror.mirror.group import HOLD_S
 from nbdmirror.mirror.job import Cancelled, Job
 from nbdmirror.mirror.job_states import JobStatus, check_verb
-from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions, Policy
-from nbdmirror.mirror.quiesce import Quiesce, Step
+from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions
+from nbdmirror.mirror.quiesce import Quiesce
 from nbdmirror.mirror.rate_limit import Haste
 from nbdmirror.mirror.resources import Owner, Target
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
-from nbdmirror.mirror.timers import Waits
+from nbdmirror.mirror.timers import RETRY, Waits
 from nbdmirror.mirror.traffic import Traffic
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class MirrorJob(Job):
         bitmap: DirtyBitmap | None = None,
     ) -> None:
         """`bitmap`: what sync=bitmap copies; it is cleared when the job completes."""
-        super().__init__(options, events)
+        super().__init__(options, events, loop)
         self.disk = disk
         self.target = target
         self.tracker = tracker
@@ -69,11 +70,10 @@ class MirrorJob(Job):
         self.pivoted = False
         self.copier = copier(self)
         self.copier.set_speed(options.speed_bytes_per_s)
-        self._loop = loop
         self._owner = owner
         self._waits = Waits(loop, self.advance)
-        self._abort: BaseException | None = None
         self._quiesce: Quiesce | None = None
+        """While guests may be held."""
         self._watch = TargetWatch(
             copier=self.copier,
             tracker=tracker,
@@ -113,11 +113,12 @@ class MirrorJob(Job):
         self.to(JobStatus.RUNNING)
         restore(self.tracker.dirty)
         self.is_scanned = is_scanned
-        self.pause_wanted = is_paused
+        if is_paused:
+            self.become(Activity.PAUSING)
         self._begin()
 
     def _begin(self) -> None:
-        if not self.pause_wanted:
+        if self.activity is Activity.NOT_STARTED:
             self.release()
         self.advance()
         self._poll()
@@ -125,7 +126,7 @@ class MirrorJob(Job):
     def fail_at_start(self, reason: str) -> None:
         """The job runs and ends at once with an error, as QEMU has it for unequal sizes."""
         self.to(JobStatus.RUNNING)
-        self._fail(CommandError(reason))
+        self.fail(CommandError(reason))
         self.advance_soon()
 
     # Commands beside those that every job has.
@@ -136,14 +137,14 @@ class MirrorJob(Job):
         self.copy_mode = copy_mode
         if self.copier.is_running:
             self._mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
-        self._owner.changed(self)
+        self.changed()
 
     # What queries show.
 
     @property
     def is_busy(self) -> bool:
         if self.status is JobStatus.READY:
-            return self.copier.in_flight > 0 or self._waits.is_for_retry
+            return self.copier.in_flight > 0 or self.activity.waits_to_try_again
         return self.status is JobStatus.RUNNING
 
     @property
@@ -159,42 +160,29 @@ class MirrorJob(Job):
     def length(self) -> int:
         return self.offset + self.tracker.remaining_bytes
 
-    @property
-    def is_level(self) -> bool:
-        return self._quiesce is not None and self._quiesce.step is Step.LEVEL
-
     # The copier's observer; `operation` is "read" for the source, "write" for the target.
 
     def copy_failed(self, operation: str, error: BaseException) -> None:
         """Rules 20 and 21. The range is dirty again already; what follows an error that was decided
         on, from the requests in flight with it, is part of it."""
         self._mode.note_error()
-        is_decided = self._abort is not None or self.pause_wanted or self._waits.is_for_retry
-        if is_decided or self.is_over or self.group.is_committing:
+        if not self.activity.hears_errors:
             return
         if isinstance(error, DeviceLost) and self._may_reconnect(operation):
             return
-        action = self.options.policy(operation).action(errno_of(error))
-        if action is Policy.STOP and self.has_done_its_work:
-            action = Policy.REPORT  # such a job can be neither paused nor resumed
-        self.tell_error(operation, str(action), error)
-        self.hold()
-        if action is Policy.REPORT:
-            self._fail(error)
-        elif action is Policy.STOP:
-            self.io_status = "nospace" if errno_of(error) == errno.ENOSPC else "failed"
-            self.pause_wanted = True
-        else:
-            self._waits.retry(self._retry)
+        if self.is_ignored(operation, error):
+            self.become(Activity.BACKING_OFF)
+            self._waits.retry(self._try_again)
         self.advance_soon()
 
     def _may_reconnect(self, operation: str) -> bool:
-        if self.copier.is_running or not self._waits.is_for_step:  # else it is being brought back
-            if not self._watch.may_reconnect(operation):
-                return False
-            self.hold()
+        """What is being brought back, or is going to be, is not lost once more."""
+        is_scan = self.activity is Activity.SCANNING and operation == "write"
+        if self.activity is Activity.RECONNECTING or is_scan:
+            return True
+        if may := self._watch.may_reconnect(operation):
             self.release()
-        return True
+        return may
 
     def copy_settled(self) -> None:
         self.advance()
@@ -207,53 +195,56 @@ class MirrorJob(Job):
     # Steps.
 
     def advance(self) -> None:
-        if self.is_over or self.status in (JobStatus.UNDEFINED, JobStatus.CREATED):
+        if self.status is JobStatus.CREATED:
             return
-        if self.status is JobStatus.ABORTING:
-            pass  # until that is written down
-        elif self._abort is not None:
-            if self._stopping.is_over():
-                self.end_badly(self._abort)
-        elif self.pause_wanted:
-            if self._stopping.is_over(for_pause=True):
+        match self.activity:
+            case Activity.COPYING | Activity.POSTPONED:
+                self._advance_copying()
+            case Activity.QUIESCING if self._quiesce is not None:
+                self._quiesce.advance()
+            case Activity.PAUSING if self._stopping.is_over(for_pause=True):
+                self.become(Activity.PAUSED)
                 self.paused()
-        elif self._waits.is_for_step or self._waits.is_for_retry:
-            pass
-        elif self._quiesce is not None:
-            self._quiesce.advance()
-        else:
-            self._advance_copying()
+            case Activity.ABORTING if self._stopping.is_over():
+                self.end_badly()
+            case _:
+                pass  # a step, a timer, the group or the user is waited for
 
-    def soon(self, call: Callable[[], None]) -> None:
-        self._loop.call_soon(call)
-
-    def hold(self) -> None:
-        """Start nothing new: no copies, no synchronous writes, no ending."""
+    def left(self, old: Activity) -> None:
         self._waits.abandon_step()
-        self.copier.stop()
-        self._mode.turn(synchronous=False)
-        self._release_guest()
+        if old.waits_to_try_again:
+            self._waits.cancel(RETRY)
+        if old.copies and not self.activity.copies:
+            self.copier.stop()
+            self._mode.turn(synchronous=False)
+        if old.may_hold_guests and not self.activity.may_hold_guests:
+            self._release_guest()
+
+    def changed(self) -> None:
         self._owner.changed(self)
 
     def release(self) -> None:
         """Copy, if need be after source and target were brought back."""
-        self._owner.changed(self)
+        self.become(Activity.RECONNECTING)
+        self.changed()
         then = partial(self._do, self._owner.reconnect, self._go_on, "write")
         self._do(self._owner.reconnect_source, then, "read")
 
     def abort(self, because: str) -> None:
-        self._fail(Cancelled(because))
-        self._stopping.hurry()
+        self.fail(Cancelled(because))
+        if self.activity is Activity.ABORTING:
+            self._stopping.hurry()
 
     def limit_speed(self, speed_bytes_per_s: int) -> None:
         self.speed_bytes_per_s = speed_bytes_per_s
         self.copier.set_speed(speed_bytes_per_s)
-        self._owner.changed(self)
+        self.changed()
 
     def forget(self, done: Done) -> None:
         self._owner.forget(self, done)
 
     def let_go(self) -> None:
+        self.become(Activity.ENDED)
         self._owner.released(self)
 
     def dismissed(self) -> None:
@@ -261,10 +252,12 @@ class MirrorJob(Job):
 
     def _go_on(self) -> None:
         if self.is_scanned:
+            self.become(Activity.COPYING)
             self._mode.turn(synchronous=self.copy_mode is CopyMode.WRITE_BLOCKING)
             self._hurry()
             self.copier.start()
         else:
+            self.become(Activity.SCANNING)
             self._do(self._owner.scan, self._scanned, "read")
 
     def _scanned(self) -> None:
@@ -283,14 +276,19 @@ class MirrorJob(Job):
             if self.status is JobStatus.READY and not self.may_end:
                 self._waits.went_well()  # else there is a flush to come, which may fail again
             self._mode.note_in_sync()
+        if self.activity is not Activity.COPYING:
+            return
         if self.status is JobStatus.RUNNING and in_sync:
+            self.become(Activity.FLUSHING)
             self._do(lambda _, done: self.copier.flush(done), self._become_ready, "write")
         elif self.may_end:
+            self.become(Activity.PREPARING)
             prepare = partial(self._owner.prepare, self)
             self._waits.do(prepare, self._begin_quiesce, self._not_written_down)
 
     def _become_ready(self) -> None:
         """Rule 14: after a flush, and once."""
+        self.become(Activity.COPYING)
         self._waits.went_well()
         self.tracker.refine()
         self.traffic = Traffic(self.copier, self.tracker)
@@ -302,6 +300,7 @@ class MirrorJob(Job):
         self._waits.do(partial(step, self), then, partial(self.copy_failed, operation))
 
     def _begin_quiesce(self) -> None:
+        self.become(Activity.QUIESCING)
         self._quiesce = Quiesce(
             ledger=self.disk.ledger,
             tracker=self.tracker,
@@ -315,18 +314,19 @@ class MirrorJob(Job):
 
     def _on_quiesce_timeout(self) -> None:
         """The guest writes faster than the rest could be copied: it goes on, and so do we."""
-        self._release_guest()
+        self.become(Activity.COPYING)
         self.tell_quiesce_timeout()
         self.advance_soon()
 
     def _on_level(self) -> None:
         """Guest writes are held and the target equals the source, durably."""
+        self.become(Activity.HELD)
         if self.status is JobStatus.READY:
             self.to(JobStatus.WAITING)
             self.group.arrived()
             if not (self.is_finalizing and self.group.is_level):
                 # QEMU holds the guest until then; here the mirror goes on.
-                self._release_guest()
+                self.become(Activity.COPYING)
                 return
         self._waits.after("level", HOLD_S, self._held_in_vain)
         self.group.got_level()
@@ -337,15 +337,16 @@ class MirrorJob(Job):
 
     def _not_written_down(self, error: BaseException) -> None:
         """The job cannot end before it can be kept that it has; it goes on, and tries again."""
-        self._release_guest()
         if isinstance(error, ConfigError):  # the target cannot be the disk
-            self._fail(error)
+            self.fail(error)
             self.advance_soon()
             return
+        self.become(Activity.POSTPONED)
         log.warning("job %s: continues, because its end cannot be recorded: %s", self.id, error)
-        self._waits.retry(self._retry)
+        self._waits.retry(self._try_again)
 
     def commit(self, done: Done) -> None:
+        self.become(Activity.COMMITTING)
         self._waits.cancel("level")
         self._owner.commit(self, done)
 
@@ -379,15 +380,10 @@ class MirrorJob(Job):
         if quiesce is not None and (held_s := quiesce.release()) is not None:
             self.pause_s = held_s
 
-    def _fail(self, reason: BaseException) -> None:
-        """Drain, and end with an error, the first one. An end being written down is not stopped."""
-        if self._abort is None and not self.group.is_committing:
-            self._abort = reason
-            self.hold()
-            self.break_group_up()
-
-    def _retry(self) -> None:
-        if self._abort is None and not self.pause_wanted:
+    def _try_again(self) -> None:
+        if self.activity is Activity.POSTPONED:
+            self.become(Activity.COPYING)
+        else:
             self.release()
         self.advance()
 

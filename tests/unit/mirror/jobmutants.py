@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.mirror import quiesce, timers
+from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.job import Job
 from nbdmirror.mirror.job_states import JobStatus
@@ -83,8 +84,14 @@ def skip(self: MirrorJob, operation: str, error: BaseException) -> None:
 
 def last_error_wins(self: MirrorJob, reason: BaseException) -> None:
     """Rule 21."""
-    self._abort = reason
-    self.hold()
+    if self.activity is not Activity.ABORTING:
+        self.become(Activity.ABORTING)
+    self.failure = reason
+
+
+def ends_at_any_time(self: MirrorJob, reason: BaseException) -> None:
+    """While the end is being written down, too."""
+    self.activity, self.failure = Activity.ABORTING, reason
 
 
 def always_report(self: Policy, error_number: int) -> Policy:
@@ -95,8 +102,8 @@ def each_error_is_told(self: MirrorJob, operation: str, error: BaseException) ->
     """Rule 21: stop, with an event for each request that was in flight."""
     self.tell_error(operation, "stop", error)
     self.io_status = "failed"
-    self.hold()
-    self.pause_wanted = True
+    if not self.pause_wanted:
+        self.hold()
     self.advance_soon()
 
 
@@ -109,7 +116,7 @@ def not_taken_back(self: MirrorJob, *, was_committed: bool) -> None:
 
 
 def unpause_keeps_the_status(self: Job) -> None:
-    self.pause_wanted = False
+    self.io_status = "ok"
 
 
 def never(*_: Any, **__: Any) -> bool:

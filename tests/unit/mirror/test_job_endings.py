@@ -17,7 +17,7 @@ from jobparts import (
 )
 
 from nbdmirror.mirror.group import HOLD_S
-from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.options import Ending, Policy
 from nbdmirror.mirror.timers import RETRY_S
 
 FOR_EVER_S = 300.0
@@ -48,6 +48,35 @@ def test_nothing_comes_between_an_end_and_its_record() -> None:
     world.owner.answer()
     assert "pivot" in world.owner.calls and not world.told("BLOCK_JOB_CANCELLED")
     assert world.disk.source is world.target
+
+
+def test_a_forced_cancel_of_an_end_that_is_being_written_down_leaves_the_target_alone() -> None:
+    """Guests are about to be served from it."""
+    world = ready()
+    world.owner.holds = {"commit"}
+    world.job.complete()
+    world.pass_s(1.0)
+    world.job.cancel(force=True)
+    world.pass_s(5.0)
+    world.owner.answer()
+    assert "pivot" in world.owner.calls and world.target.times_given_up == 0
+
+
+@pytest.mark.parametrize("policy", [Policy.STOP, Policy.REPORT, Policy.IGNORE])
+def test_an_error_while_an_end_cannot_be_written_down_is_one(policy: Policy) -> None:
+    world = JobWorld(on_target_error=policy).ready()
+    world.owner.errors["prepare"] = OSError(errno.EIO, "the state directory failed")
+    world.job.complete()
+    world.pass_s(10.0)
+    world.target.requests.errors["write"] = IO_ERROR
+    world.write()
+    world.pass_s(1.0)
+    assert world.told("BLOCK_JOB_ERROR")
+    assert (world.status, world.job.is_over) == {
+        Policy.STOP: ("standby", False),
+        Policy.REPORT: ("null", True),
+        Policy.IGNORE: ("ready", False),
+    }[policy]
 
 
 @pytest.mark.parametrize("step", ["prepare", "commit"])

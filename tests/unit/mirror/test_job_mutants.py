@@ -147,7 +147,7 @@ MUTANTS = [
     Mutant(
         "the last error wins",
         MirrorJob,
-        "_fail",
+        "fail",
         jobmutants.last_error_wins,
         rules.test_a_forced_cancel_does_not_hide_an_error,
     ),
@@ -277,9 +277,9 @@ MUTANTS = [
     ),
     Mutant(
         "a cancel comes between an end and its record",
-        Group,
-        "is_committing",
-        property(jobmutants.never),
+        MirrorJob,
+        "fail",
+        jobmutants.ends_at_any_time,
         endings.test_nothing_comes_between_an_end_and_its_record,
     ),
     Mutant(

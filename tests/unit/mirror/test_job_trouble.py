@@ -14,7 +14,7 @@ from jobparts import (
     several_writes,
 )
 
-from nbdmirror.errors import DeviceError
+from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.options import CopyMode, Ending, Policy
 from nbdmirror.mirror.timers import RETRY_S
 
@@ -230,3 +230,39 @@ def test_a_pause_in_mid_ending_opens_the_gate() -> None:
     world.job.resume()
     world.pass_s(1.0)
     assert "pivot" in world.owner.calls
+
+
+def test_pause_and_resume_of_a_job_that_is_failing_start_nothing() -> None:
+    """It drains; what is in flight at a target may take for ever."""
+    world = JobWorld(on_source_error=Policy.REPORT)
+    several_writes(world)
+    world.source.requests.errors["read"] = IO_ERROR
+    world.job.copy_failed("read", IO_ERROR)
+    world.settle()
+    assert world.status == "running"
+    world.job.pause()
+    with pytest.raises(CommandError, match="not paused"):
+        world.job.resume()
+    started = len(world.source.requests.started)
+    world.pass_s(FOR_EVER_S)
+    assert len(world.source.requests.started) == started and not world.job.copier.is_running
+    world.target.requests.answer_all()
+    world.pass_s(1.0)
+    assert world.status == "null" and world.job.error == "Input/output error"
+
+
+def test_pause_and_resume_while_an_ignored_error_waits_keep_the_back_off() -> None:
+    """Errors of what is tried after the resume are errors, and are not tried again at once."""
+    world = JobWorld(on_target_error=Policy.IGNORE)
+    world.target.requests.errors["write"] = IO_ERROR
+    world.start().pass_s(60.0)
+    for _ in range(10):
+        told = len(world.told("BLOCK_JOB_ERROR"))
+        world.job.pause()
+        world.settle()
+        world.job.resume()
+        world.settle()
+        assert len(world.told("BLOCK_JOB_ERROR")) == told + 1
+    told = len(world.told("BLOCK_JOB_ERROR"))
+    world.pass_s(4 * RETRY_S[1])
+    assert len(world.told("BLOCK_JOB_ERROR")) <= told + 5

@@ -1,0 +1,102 @@
+"""What a mirror job is doing: one value, and the table of what may follow it.
+
+A job's status (job_states) is what QEMU's tools see of the job. Its activity is what the job really
+does, and is finer: a job that is RUNNING copies, or waits for its target, or drains before it is
+PAUSED. The words for endings are those of QEMU's JobDriver: prepare, commit, abort, clean.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Activity(enum.Enum):
+    NOT_STARTED = "not started"
+    RECONNECTING = "reconnecting"
+    """Source and target are brought back, where they are lost."""
+    SCANNING = "scanning"
+    """The source is asked what there is to copy."""
+    COPYING = "copying"
+    FLUSHING = "flushing"
+    """In sync for the first time: READY follows (rule 14)."""
+    PREPARING = "preparing"
+    """For an end: what takes time is done while guests write on."""
+    QUIESCING = "quiescing"
+    """The target is brought level; guests' writes are held for the last of it."""
+    HELD = "held"
+    """Level, with guests' writes held, until all jobs of the group are."""
+    COMMITTING = "committing"
+    """The same, while the end is written down. Nothing can come between any more."""
+    POSTPONED = "postponed"
+    """Copying; the end could not be written down, and is tried again after a while."""
+    BACKING_OFF = "backing off"
+    """After an error that is ignored, until the next attempt."""
+    PAUSING = "pausing"
+    """Nothing new begins; what is in flight ends."""
+    PAUSED = "paused"
+    ABORTING = "aborting"
+    """A bad end: nothing new begins; what is in flight ends, or is given up."""
+    CLEANING = "cleaning"
+    """The bad end is written down."""
+    ENDED = "ended"
+
+    @property
+    def copies(self) -> bool:
+        """The copier runs, and guests' writes are synchronous where the copy mode says so."""
+        return self in _COPIES
+
+    @property
+    def may_hold_guests(self) -> bool:
+        """Guests' writes may be held; in any other one they are not."""
+        return self in _HOLDS_GUESTS
+
+    @property
+    def hears_errors(self) -> bool:
+        """An error is decided on. In any other one it belongs to an error that has been, or comes
+        too late."""
+        return self in _HEARS_ERRORS
+
+    @property
+    def waits_to_try_again(self) -> bool:
+        return self in (Activity.POSTPONED, Activity.BACKING_OFF)
+
+    @property
+    def is_pause(self) -> bool:
+        return self in (Activity.PAUSING, Activity.PAUSED)
+
+    @property
+    def is_bad_end(self) -> bool:
+        """Or the end itself: nothing but that can follow."""
+        return self in (Activity.ABORTING, Activity.CLEANING, Activity.ENDED)
+
+
+A = Activity
+
+_HOLDS_GUESTS = frozenset({A.QUIESCING, A.HELD, A.COMMITTING})
+_COPIES = _HOLDS_GUESTS | {A.COPYING, A.FLUSHING, A.PREPARING, A.POSTPONED}
+_HEARS_ERRORS = _COPIES - {A.COMMITTING} | {A.RECONNECTING, A.SCANNING}
+_TROUBLE = frozenset({A.RECONNECTING, A.BACKING_OFF, A.PAUSING, A.ABORTING})
+"""What an error, or the user, may bring about at almost any time."""
+
+MAY_FOLLOW: dict[Activity, frozenset[Activity]] = {
+    A.NOT_STARTED: frozenset({A.RECONNECTING, A.PAUSING, A.ABORTING, A.ENDED}),
+    A.RECONNECTING: _TROUBLE | {A.SCANNING, A.COPYING},
+    A.SCANNING: _TROUBLE,
+    A.COPYING: _TROUBLE | {A.FLUSHING, A.PREPARING},
+    A.FLUSHING: _TROUBLE | {A.COPYING},
+    A.PREPARING: _TROUBLE | {A.QUIESCING, A.POSTPONED},
+    A.QUIESCING: _TROUBLE | {A.HELD, A.COPYING},
+    A.HELD: _TROUBLE | {A.COMMITTING, A.COPYING},
+    A.COMMITTING: frozenset({A.POSTPONED, A.ENDED}),
+    A.POSTPONED: _TROUBLE | {A.COPYING},
+    A.BACKING_OFF: frozenset({A.RECONNECTING, A.PAUSING, A.ABORTING}),
+    A.PAUSING: frozenset({A.RECONNECTING, A.PAUSED, A.ABORTING}),
+    A.PAUSED: frozenset({A.RECONNECTING, A.ABORTING}),
+    A.ABORTING: frozenset({A.CLEANING}),
+    A.CLEANING: frozenset({A.ENDED}),
+    A.ENDED: frozenset(),
+}
+
+
+def check_follows(old: Activity, new: Activity) -> None:
+    assert new in MAY_FOLLOW[old], f"no way from {old.value} to {new.value}"
