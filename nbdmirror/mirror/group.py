@@ -11,29 +11,66 @@ On the event loop's thread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from nbdmirror.devices.base import Done
 from nbdmirror.mirror.job_states import JobStatus
-from nbdmirror.mirror.options import Ending
-
-if TYPE_CHECKING:
-    from nbdmirror.mirror.job import Job
+from nbdmirror.mirror.options import Ending, MirrorOptions
 
 HOLD_S = 1.0
 """How long a job's guest writes are held for the other jobs of its group to get level."""
 
 
+class GroupMember(Protocol):
+    """What a group asks of each of its jobs."""
+
+    id: str
+    options: MirrorOptions
+    status: JobStatus
+    ending: Ending
+    group: Group
+    is_finalizing: bool
+
+    @property
+    def is_over(self) -> bool: ...
+
+    @property
+    def is_level(self) -> bool:
+        """Guest writes are held and the target equals the source, durably: `finish` may be
+        called."""
+
+    def pend(self) -> None:
+        """All of the group have done their work."""
+
+    def advance_soon(self) -> None: ...
+
+    def commit(self, done: Done) -> None:
+        """Level: write down that the job has ended, as `ending` says, where that is kept."""
+
+    def commit_failed(self, *, was_committed: bool) -> None:
+        """That of this job, or of another one of its group, could not be written down: go on.
+        `was_committed`: this one's was, and has to be taken back."""
+
+    def finish(self) -> None:
+        """End well, now, as `ending` says. Cannot fail."""
+
+    def cancel(self, *, force: bool, because: str = ...) -> None: ...
+
+    def when_ended(self, call: Callable[[], None]) -> None: ...
+
+
 class Group:
     """`jobs`: newest first, the order in which QEMU ends them."""
 
-    def __init__(self, *jobs: Job) -> None:
-        self.jobs: list[Job] = []
-        self._held_in_vain: set[Job] = set()
+    def __init__(self, *jobs: GroupMember) -> None:
+        self.jobs: list[GroupMember] = []
+        self._held_in_vain: set[GroupMember] = set()
         for job in jobs:
             self.add(job)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: GroupMember) -> None:
         self.jobs.insert(0, job)
         job.group = self
 
@@ -57,7 +94,7 @@ class Group:
         """All targets equal their sources, durably, and all guests' writes are held."""
         return all(job.is_level for job in self.jobs)
 
-    def may_hold(self, job: Job) -> bool:
+    def may_hold(self, job: GroupMember) -> bool:
         """A job whose guest was held in vain does not hold it again before another one has got
         level: a target that hangs must not stop the others' guests time after time."""
         return job not in self._held_in_vain
@@ -76,7 +113,7 @@ class Group:
         jobs, failures = list(self.jobs), []
         left = set(jobs)
 
-        def committed(job: Job, error: BaseException | None) -> None:
+        def committed(job: GroupMember, error: BaseException | None) -> None:
             left.discard(job)
             if error is not None:
                 failures.append(job)
@@ -91,12 +128,12 @@ class Group:
         for job in jobs:
             job.commit(partial(committed, job))
 
-    def held_in_vain(self, job: Job) -> None:
+    def held_in_vain(self, job: GroupMember) -> None:
         self._held_in_vain.add(job)
         if len(self._held_in_vain) == len(self.jobs):
             self._held_in_vain.clear()
 
-    def break_up(self, cause: Job) -> None:
+    def break_up(self, cause: GroupMember) -> None:
         """`cause` has failed or was cancelled: no result counts any more. The others are cancelled
         by force, except those that were cancelled softly in the same step. Each is alone then."""
         jobs, self.jobs = self.jobs, []

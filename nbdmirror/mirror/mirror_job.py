@@ -28,10 +28,10 @@ from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions
 from nbdmirror.mirror.quiesce import Quiesce
 from nbdmirror.mirror.rate_limit import Haste
-from nbdmirror.mirror.resources import Owner, Target
+from nbdmirror.mirror.resources import MirrorResources, Target
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
-from nbdmirror.mirror.timers import RETRY, Waits
+from nbdmirror.mirror.timers import RETRY, JobTimers
 from nbdmirror.mirror.traffic import Traffic
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 """How often new guest writes are looked for when all was in sync."""
 
-OwnersStep = Callable[["MirrorJob", Done], None]
+ResourceStep = Callable[["MirrorJob", Done], None]
 
 
 class MirrorJob(Job):
@@ -55,7 +55,7 @@ class MirrorJob(Job):
         copier: Callable[[MirrorJob], Copier],
         loop: Loop,
         events: EventRing,
-        owner: Owner,
+        resources: MirrorResources,
         bitmap: DirtyBitmap | None = None,
     ) -> None:
         """`bitmap`: what sync=bitmap copies; it is cleared when the job completes."""
@@ -70,8 +70,8 @@ class MirrorJob(Job):
         self.pivoted = False
         self.copier = copier(self)
         self.copier.set_speed(options.speed_bytes_per_s)
-        self._owner = owner
-        self._waits = Waits(loop, self.advance)
+        self._resources = resources
+        self._timers = JobTimers(loop, self.advance)
         self._quiesce: Quiesce | None = None
         """While guests may be held."""
         self._watch = TargetWatch(
@@ -92,7 +92,7 @@ class MirrorJob(Job):
             # Waited for: no write that follows this one's answer may be on the target.
             on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
-        self._stopping = Stopping(self.copier, self._mode, self._waits, target.give_up)
+        self._stopping = Stopping(self.copier, self._mode, self._timers, target.give_up)
 
     def start(self) -> None:
         """Tracking is on before anything is marked or looked at (rule 33)."""
@@ -172,7 +172,7 @@ class MirrorJob(Job):
             return
         if self.is_ignored(operation, error):
             self.become(Activity.BACKING_OFF)
-            self._waits.retry(self._try_again)
+            self._timers.retry(self._try_again)
         self.advance_soon()
 
     def _may_reconnect(self, operation: str) -> bool:
@@ -211,9 +211,9 @@ class MirrorJob(Job):
                 pass  # a step, a timer, the group or the user is waited for
 
     def left(self, old: Activity) -> None:
-        self._waits.abandon_step()
+        self._timers.abandon_step()
         if old.waits_to_try_again:
-            self._waits.cancel(RETRY)
+            self._timers.cancel(RETRY)
         if old.copies and not self.activity.copies:
             self.copier.stop()
             self._mode.turn(synchronous=False)
@@ -221,14 +221,14 @@ class MirrorJob(Job):
             self._release_guest()
 
     def changed(self) -> None:
-        self._owner.changed(self)
+        self._resources.changed(self)
 
     def release(self) -> None:
         """Copy, if need be after source and target were brought back."""
         self.become(Activity.RECONNECTING)
         self.changed()
-        then = partial(self._do, self._owner.reconnect, self._go_on, "write")
-        self._do(self._owner.reconnect_source, then, "read")
+        then = partial(self._do, self._resources.reconnect, self._go_on, "write")
+        self._do(self._resources.reconnect_source, then, "read")
 
     def abort(self, because: str) -> None:
         self.fail(Cancelled(because))
@@ -241,14 +241,14 @@ class MirrorJob(Job):
         self.changed()
 
     def forget(self, done: Done) -> None:
-        self._owner.forget(self, done)
+        self._resources.forget(self, done)
 
     def let_go(self) -> None:
         self.become(Activity.ENDED)
-        self._owner.released(self)
+        self._resources.released(self)
 
     def dismissed(self) -> None:
-        self._owner.dismissed(self)
+        self._resources.dismissed(self)
 
     def _go_on(self) -> None:
         if self.is_scanned:
@@ -258,7 +258,7 @@ class MirrorJob(Job):
             self.copier.start()
         else:
             self.become(Activity.SCANNING)
-            self._do(self._owner.scan, self._scanned, "read")
+            self._do(self._resources.scan, self._scanned, "read")
 
     def _scanned(self) -> None:
         self.is_scanned = True
@@ -274,7 +274,7 @@ class MirrorJob(Job):
         in_sync = self.tracker.in_sync
         if in_sync:
             if self.status is JobStatus.READY and not self.may_end:
-                self._waits.went_well()  # else there is a flush to come, which may fail again
+                self._timers.went_well()  # else there is a flush to come, which may fail again
             self._mode.note_in_sync()
         if self.activity is not Activity.COPYING:
             return
@@ -283,21 +283,21 @@ class MirrorJob(Job):
             self._do(lambda _, done: self.copier.flush(done), self._become_ready, "write")
         elif self.may_end:
             self.become(Activity.PREPARING)
-            prepare = partial(self._owner.prepare, self)
-            self._waits.do(prepare, self._begin_quiesce, self._not_written_down)
+            prepare = partial(self._resources.prepare, self)
+            self._timers.do(prepare, self._begin_quiesce, self._not_written_down)
 
     def _become_ready(self) -> None:
         """Rule 14: after a flush, and once."""
         self.become(Activity.COPYING)
-        self._waits.went_well()
+        self._timers.went_well()
         self.tracker.refine()
         self.traffic = Traffic(self.copier, self.tracker)
         self.to(JobStatus.READY)
         self.tell("BLOCK_JOB_READY")
 
-    def _do(self, step: OwnersStep, then: Callable[[], None], operation: str) -> None:
+    def _do(self, step: ResourceStep, then: Callable[[], None], operation: str) -> None:
         """Do `step`, and `then` if it ends well; its error is one of `operation`."""
-        self._waits.do(partial(step, self), then, partial(self.copy_failed, operation))
+        self._timers.do(partial(step, self), then, partial(self.copy_failed, operation))
 
     def _begin_quiesce(self) -> None:
         self.become(Activity.QUIESCING)
@@ -328,7 +328,7 @@ class MirrorJob(Job):
                 # QEMU holds the guest until then; here the mirror goes on.
                 self.become(Activity.COPYING)
                 return
-        self._waits.after("level", HOLD_S, self._held_in_vain)
+        self._timers.after("level", HOLD_S, self._held_in_vain)
         self.group.got_level()
 
     def _held_in_vain(self) -> None:
@@ -343,23 +343,23 @@ class MirrorJob(Job):
             return
         self.become(Activity.POSTPONED)
         log.warning("job %s: continues, because its end cannot be recorded: %s", self.id, error)
-        self._waits.retry(self._try_again)
+        self._timers.retry(self._try_again)
 
     def commit(self, done: Done) -> None:
         self.become(Activity.COMMITTING)
-        self._waits.cancel("level")
-        self._owner.commit(self, done)
+        self._timers.cancel("level")
+        self._resources.commit(self, done)
 
     def commit_failed(self, *, was_committed: bool) -> None:
         if was_committed:
-            self._owner.uncommit(self)
+            self._resources.uncommit(self)
         self._not_written_down(OSError(errno.EIO, "the state directory failed"))
 
     def finish(self) -> None:
         if self.bitmap is not None and self.options.clear_bitmap:
             self.bitmap.clear_all()
         if self.ending is Ending.COMPLETE:
-            self._owner.pivot(self)
+            self._resources.pivot(self)
             self.pivoted = True
         self.detach()
         if self.pivoted:
@@ -372,10 +372,10 @@ class MirrorJob(Job):
         self.disk.ledger.detach(self.tracker.dirty)
         self._release_guest()
         self.copier.close()
-        self._waits.cancel_all()
+        self._timers.cancel_all()
 
     def _release_guest(self) -> None:
-        self._waits.cancel("level")
+        self._timers.cancel("level")
         quiesce, self._quiesce = self._quiesce, None
         if quiesce is not None and (held_s := quiesce.release()) is not None:
             self.pause_s = held_s
@@ -388,7 +388,7 @@ class MirrorJob(Job):
         self.advance()
 
     def _poll(self) -> None:
-        self._waits.after("poll", POLL_S, self._poll)
+        self._timers.after("poll", POLL_S, self._poll)
         self.tracker.look()
         if self.copier.is_running:
             self._watch.look()

@@ -18,7 +18,7 @@ class Target(BlockDevice, AsyncTarget, Protocol):
     def is_server_there(self) -> bool: ...
 
 
-class Owner(Protocol):
+class MirrorResources(Protocol):
     """Who made the job and takes it away again, and keeps what is to outlive the process."""
 
     def changed(self, job: MirrorJob) -> None:

@@ -30,7 +30,7 @@ Read = Callable[[memoryview, int], None]
 """Fill the buffer from that offset. Raises DeviceError."""
 
 
-def first_difference(
+def find_mismatch(
     disk: Disk, read_target: Read, tracker: Tracker, suspects: DirtyBitmap, rng: random.Random
 ) -> int | None:
     """The offset of a place where the target is not what it was; None if none was found.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.copy_mode import CopyModeSwitch
-from nbdmirror.mirror.timers import Waits
+from nbdmirror.mirror.timers import JobTimers
 
 CANCEL_GRACE_S = 0.3
 """How long a forced cancel lets requests end by themselves before the target's connection is
@@ -24,11 +24,11 @@ class Stopping:
     """`give_up` has what is in flight at the target fail, whatever becomes of it there."""
 
     def __init__(
-        self, copier: Copier, mode: CopyModeSwitch, waits: Waits, give_up: Callable[[], None]
+        self, copier: Copier, mode: CopyModeSwitch, timers: JobTimers, give_up: Callable[[], None]
     ) -> None:
         self._copier = copier
         self._mode = mode
-        self._waits = waits
+        self._timers = timers
         self._give_up = give_up
         self._is_late = False
 
@@ -38,18 +38,18 @@ class Stopping:
         changes nothing."""
         is_flush_left = for_pause and self._is_late and not self._copier.in_flight
         if (self._copier.is_idle or is_flush_left) and self._mode.has_drained():
-            self._waits.cancel(DISOWN)
+            self._timers.cancel(DISOWN)
             return True
-        if not self._waits.has(DISOWN):
+        if not self._timers.has(DISOWN):
             self._is_late = False
-            self._waits.after(DISOWN, SOURCE_GRACE_S, self._disown)
+            self._timers.after(DISOWN, SOURCE_GRACE_S, self._disown)
         return False
 
     def hurry(self) -> None:
         """A forced cancel. A hung target: give its connection up, so that what is in flight
         comes back."""
-        if not self._waits.has(CUT):
-            self._waits.after(CUT, CANCEL_GRACE_S, self._cut)
+        if not self._timers.has(CUT):
+            self._timers.after(CUT, CANCEL_GRACE_S, self._cut)
 
     def _cut(self) -> None:
         self._give_up()

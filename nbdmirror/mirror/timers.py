@@ -1,4 +1,4 @@
-"""Waits: what a job waits for: steps that others do, timers by name, and its next attempt.
+"""JobTimers: what a job waits for: steps that others do, timers by name, and its next attempt.
 
 On the event loop's thread.
 """
@@ -17,21 +17,17 @@ RETRY_S = 0.1, 5.0
 RETRY = "retry"
 
 
-class Waits:
+class JobTimers:
     """`advance` is called after each step that has ended, well or not."""
 
     def __init__(self, loop: Loop, advance: Callable[[], None]) -> None:
         self._loop = loop
         self._advance = advance
         self._step: object | None = None
-        self._timers: dict[str, Timer] = {}
+        self._by_name: dict[str, Timer] = {}
         self._backoff = Backoff(*RETRY_S)
 
     # A step: a scan, a reconnect, a flush. One at a time.
-
-    @property
-    def is_for_step(self) -> bool:
-        return self._step is not None
 
     def do(
         self,
@@ -61,28 +57,24 @@ class Waits:
 
     def after(self, name: str, delay_s: float, call: Callable[[], None]) -> None:
         def fire() -> None:
-            del self._timers[name]
+            del self._by_name[name]
             call()
 
         self.cancel(name)
-        self._timers[name] = self._loop.call_later(delay_s, fire)
+        self._by_name[name] = self._loop.call_later(delay_s, fire)
 
     def has(self, name: str) -> bool:
-        return name in self._timers
+        return name in self._by_name
 
     def cancel(self, name: str) -> None:
-        if (timer := self._timers.pop(name, None)) is not None:
+        if (timer := self._by_name.pop(name, None)) is not None:
             timer.cancel()
 
     def cancel_all(self) -> None:
-        for name in list(self._timers):
+        for name in list(self._by_name):
             self.cancel(name)
 
     # The next attempt.
-
-    @property
-    def is_for_retry(self) -> bool:
-        return self.has(RETRY)
 
     def retry(self, call: Callable[[], None]) -> None:
         """Try again, later each time."""

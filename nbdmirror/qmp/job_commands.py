@@ -12,6 +12,7 @@ from typing import Any
 
 from nbdmirror.errors import CommandError, DeviceNotActive
 from nbdmirror.events import Reply
+from nbdmirror.mirror.group import GroupMember
 from nbdmirror.mirror.job import Job
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import CopyMode
@@ -143,9 +144,9 @@ async def _end(
     before the reply, as in QEMU."""
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
-    left: set[Job] = set()
+    left: set[GroupMember] = set()
 
-    def one_ended(job: Job) -> None:
+    def one_ended(job: GroupMember) -> None:
         left.discard(job)
         if not left:
             loop.call_soon_threadsafe(ended.set_result, None)

@@ -1,4 +1,4 @@
-"""Mirrors: makes mirror jobs and owns them: what they are made of, and what becomes of it.
+"""MirrorJobs: makes mirror jobs and owns them: what they are made of, and what becomes of it.
 
 On the event loop's thread, except where it says otherwise.
 """
@@ -28,7 +28,7 @@ from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
 from nbdmirror.mirror.scan import is_no_hole, is_not_zero, scan
-from nbdmirror.mirror.spot_check import first_difference
+from nbdmirror.mirror.spot_check import find_mismatch
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
 from nbdmirror.nbdclient.shared_connection import SharedConnection
@@ -71,7 +71,7 @@ class _Mirror:
     """To bring the target back: the last one."""
 
 
-class Mirrors:
+class MirrorJobs:
     """The jobs of a server, by their ids, and what they run on."""
 
     def __init__(
@@ -151,7 +151,7 @@ class Mirrors:
             copier=copier,
             loop=self._loop,
             events=self._events,
-            owner=self,
+            resources=self,
             bitmap=bitmap.bitmap if bitmap else None,
         )
         node.job = job
@@ -232,7 +232,7 @@ class Mirrors:
         new = FileSource(disk.source, self._loop.call_soon)
         return self._file_sources.setdefault(disk.source, new)
 
-    # The jobs' owner.
+    # What the jobs are made of.
 
     def changed(self, job: MirrorJob) -> None:
         mirror, kept = self._mirrors.get(job), self._kept[job.disk]
@@ -366,7 +366,7 @@ class Mirrors:
 
         def difference(connection: SharedConnection) -> int | None:
             rng = random.Random()
-            return first_difference(job.disk, connection.read, job.tracker, suspects, rng)
+            return find_mismatch(job.disk, connection.read, job.tracker, suspects, rng)
 
         return difference
 

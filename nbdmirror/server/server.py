@@ -24,7 +24,7 @@ from nbdmirror.nbdclient.sides import wait_until_told
 from nbdmirror.server.bitmaps import Bitmaps
 from nbdmirror.server.chronicle import GOES_ON, SERVER_ENDS, Chronicle
 from nbdmirror.server.file_watch import FileWatch
-from nbdmirror.server.mirror_jobs import Mirrors
+from nbdmirror.server.mirror_jobs import MirrorJobs
 from nbdmirror.server.nodes import Nodes
 from nbdmirror.server.old_side import OldSides
 from nbdmirror.state.job_results import Result
@@ -76,7 +76,7 @@ class Server:
         self.sides = OldSides(self._stores, self.writers, self._have_bitmaps)
         self.in_use: Callable[[], Set[str]] = frozenset
         """The disks that clients have open."""
-        self.mirrors = Mirrors(
+        self.mirrors = MirrorJobs(
             nodes=self.nodes, events=events, loop=loop, kept=self.kept, chronicle=self.chronicle
         )
 

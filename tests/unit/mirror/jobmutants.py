@@ -14,7 +14,7 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, Policy
 from nbdmirror.mirror.quiesce import Quiesce
 from nbdmirror.mirror.stopping import Stopping
-from nbdmirror.mirror.timers import Waits
+from nbdmirror.mirror.timers import JobTimers
 
 
 def flush_never(self: Copier, done: Callable[[BaseException | None], None]) -> None:
@@ -131,6 +131,6 @@ def nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def retry_at_once(self: Waits, call: Callable[[], None]) -> None:
+def retry_at_once(self: JobTimers, call: Callable[[], None]) -> None:
     """Rule 42: no back-off."""
     self.after(timers.RETRY, 0.01, call)

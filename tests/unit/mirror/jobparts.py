@@ -25,7 +25,7 @@ GRANULARITY = 64 * KIB
 SIZE = 16 * GRANULARITY
 
 
-class FakeOwner:
+class FakeResources:
     """What a job is made of, and what is kept of it. A step in `holds` waits in `held`; one in
     `errors` ends with that; the others end well at once. That an end which is reported as a good
     one leaves two identical disks is checked here, in each test."""
@@ -124,7 +124,7 @@ class JobWorld:
         self.source = Source(self.loop, size)
         self.target = MemoryTarget(self.loop, size)
         self.disk = Disk(options["job_id"], self.source)
-        self.owner = FakeOwner(self)
+        self.resources = FakeResources(self)
         tracker = Tracker(size, GRANULARITY)
         loop_: Any = self.loop
         self.job = MirrorJob(
@@ -144,7 +144,7 @@ class JobWorld:
             ),
             loop=loop_,
             events=self.events,
-            owner=self.owner,
+            resources=self.resources,
         )
         self.job.create()
 
@@ -253,7 +253,7 @@ def ready() -> JobWorld:
 
 def aborting() -> JobWorld:
     world = ready()
-    world.owner.holds = {"forget"}
+    world.resources.holds = {"forget"}
     world.job.cancel(force=True)
     world.settle()
     return world

@@ -39,12 +39,12 @@ def test_a_lost_target_is_brought_back_before_the_policy_is_asked() -> None:
     world = JobWorld(reconnect_delay_s=30.0)
     world.target.requests.holds = {"write"}
     world.start()
-    world.owner.holds = {"reconnect"}
+    world.resources.holds = {"reconnect"}
     lose(world)
     world.pass_s(10.0)
     assert world.status == "running" and not world.told("BLOCK_JOB_ERROR")
     world.target.requests.holds.clear()
-    world.owner.answer()
+    world.resources.answer()
     world.pass_s(1.0)
     assert world.status == "ready"
     world.assert_identical()
@@ -52,7 +52,7 @@ def test_a_lost_target_is_brought_back_before_the_policy_is_asked() -> None:
 
 def test_the_policy_is_asked_when_the_target_does_not_come_back() -> None:
     world = JobWorld(reconnect_delay_s=30.0, on_target_error=Policy.STOP).ready()
-    world.owner.errors["reconnect"] = DeviceError("target: is lost", errno.EIO)
+    world.resources.errors["reconnect"] = DeviceError("target: is lost", errno.EIO)
     lose(world)
     world.job.target_lost()
     world.pass_s(1.0)
@@ -64,7 +64,7 @@ def test_without_a_reconnect_delay_a_lost_target_is_an_error() -> None:
     world.target.requests.holds = {"write"}
     world.start()
     lose(world)
-    assert world.status == "null" and "reconnect" not in world.owner.calls
+    assert world.status == "null" and "reconnect" not in world.resources.calls
 
 
 @pytest.mark.rule(40)
@@ -73,7 +73,7 @@ def test_a_target_that_is_lost_again_at_once_is_an_error() -> None:
     lose(world)
     world.job.target_lost()
     world.settle()
-    assert world.owner.calls == ["reconnect"]
+    assert world.resources.calls == ["reconnect"]
     lose(world)
     world.job.target_lost()
     world.settle()
@@ -104,13 +104,13 @@ def test_a_target_lost_in_mid_ending_opens_the_gate_and_the_ending_goes_on_later
     world.settle()
     world.target.requests.answer("flush")
     assert world.is_held
-    world.owner.holds = {"reconnect"}
+    world.resources.holds = {"reconnect"}
     lose(world)
     assert not world.is_held and world.status == "ready"
     world.target.requests.holds.clear()
-    world.owner.answer()
+    world.resources.answer()
     world.pass_s(1.0)
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 def test_a_lost_source_is_brought_back_with_or_without_a_reconnect_delay() -> None:
@@ -120,20 +120,20 @@ def test_a_lost_source_is_brought_back_with_or_without_a_reconnect_delay() -> No
     world.source.requests.holds.clear()
     world.source.requests.give_up()
     world.pass_s(1.0)
-    assert "reconnect_source" in world.owner.calls
+    assert "reconnect_source" in world.resources.calls
     assert world.status == "ready" and not world.told("BLOCK_JOB_ERROR")
 
 
 def test_a_job_that_waits_for_its_target_is_paused_and_cancelled_at_once() -> None:
     world = JobWorld(reconnect_delay_s=30.0).ready()
-    world.owner.holds = {"reconnect"}
+    world.resources.holds = {"reconnect"}
     lose(world)
     world.job.target_lost()
     world.settle()
     world.job.pause()
     world.settle()
     assert world.status == "standby"
-    world.owner.answer()
+    world.resources.answer()
     assert world.status == "standby" and not world.job.copier.is_running, "an answer from before"
     world.job.cancel(force=True)
     world.settle()
@@ -158,7 +158,7 @@ def test_guests_are_held_for_a_second_at_most() -> None:
     assert world.status == "ready" and world.job.quiesce_timeouts == 1
     world.target.requests.answer_all()
     world.pass_s(5.0)
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 def test_an_ending_holds_guests_after_a_while_however_much_is_dirty() -> None:
@@ -171,7 +171,7 @@ def test_an_ending_holds_guests_after_a_while_however_much_is_dirty() -> None:
     world.pass_s(CONVERGE_S / 2 + CATCH_UP_S + MOMENT_S)
     assert world.is_held
     world.target.requests.answer_all()
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 @pytest.mark.rule(42)
@@ -220,10 +220,10 @@ def test_progress_never_goes_back() -> None:
 
 def test_a_target_that_cannot_be_the_disk_ends_the_job() -> None:
     world = JobWorld().ready()
-    world.owner.errors["prepare"] = ConfigError("target: is a part of the disk")
+    world.resources.errors["prepare"] = ConfigError("target: is a part of the disk")
     world.job.complete()
     world.pass_s(1.0)
-    assert world.status == "null" and "pivot" not in world.owner.calls
+    assert world.status == "null" and "pivot" not in world.resources.calls
     assert isinstance(world.job.failure, ConfigError)
 
 

@@ -28,44 +28,44 @@ FOR_EVER_S = 300.0
 
 def test_an_end_is_written_down_before_it_is_one() -> None:
     world = ready()
-    world.owner.holds = {"commit"}
+    world.resources.holds = {"commit"}
     world.job.complete()
     world.pass_s(FOR_EVER_S)
-    assert world.status == "pending" and world.is_held and "pivot" not in world.owner.calls
-    world.owner.answer()
-    assert world.owner.calls == ["prepare", "commit", "pivot", "released", "dismissed"]
+    assert world.status == "pending" and world.is_held and "pivot" not in world.resources.calls
+    world.resources.answer()
+    assert world.resources.calls == ["prepare", "commit", "pivot", "released", "dismissed"]
 
 
 def test_nothing_comes_between_an_end_and_its_record() -> None:
     world = ready()
-    world.owner.holds = {"commit"}
+    world.resources.holds = {"commit"}
     world.job.complete()
     world.pass_s(1.0)
     world.job.cancel(force=True)
     world.job.copy_failed("write", IO_ERROR)
     world.pass_s(5.0)
     assert world.status == "pending" and world.is_held
-    world.owner.answer()
-    assert "pivot" in world.owner.calls and not world.told("BLOCK_JOB_CANCELLED")
+    world.resources.answer()
+    assert "pivot" in world.resources.calls and not world.told("BLOCK_JOB_CANCELLED")
     assert world.disk.source is world.target
 
 
 def test_a_forced_cancel_of_an_end_that_is_being_written_down_leaves_the_target_alone() -> None:
     """Guests are about to be served from it."""
     world = ready()
-    world.owner.holds = {"commit"}
+    world.resources.holds = {"commit"}
     world.job.complete()
     world.pass_s(1.0)
     world.job.cancel(force=True)
     world.pass_s(5.0)
-    world.owner.answer()
-    assert "pivot" in world.owner.calls and world.target.times_given_up == 0
+    world.resources.answer()
+    assert "pivot" in world.resources.calls and world.target.times_given_up == 0
 
 
 @pytest.mark.parametrize("policy", [Policy.STOP, Policy.REPORT, Policy.IGNORE])
 def test_an_error_while_an_end_cannot_be_written_down_is_one(policy: Policy) -> None:
     world = JobWorld(on_target_error=policy).ready()
-    world.owner.errors["prepare"] = OSError(errno.EIO, "the state directory failed")
+    world.resources.errors["prepare"] = OSError(errno.EIO, "the state directory failed")
     world.job.complete()
     world.pass_s(10.0)
     world.target.requests.errors["write"] = IO_ERROR
@@ -82,17 +82,17 @@ def test_an_error_while_an_end_cannot_be_written_down_is_one(policy: Policy) -> 
 @pytest.mark.parametrize("step", ["prepare", "commit"])
 def test_an_end_that_cannot_be_written_down_is_tried_again(step: str) -> None:
     world = ready()
-    world.owner.errors[step] = OSError(errno.EIO, "the state directory failed")
+    world.resources.errors[step] = OSError(errno.EIO, "the state directory failed")
     world.job.complete()
     world.pass_s(20.0)
-    assert not world.job.is_over and "pivot" not in world.owner.calls
-    tries = world.owner.calls.count(step)
+    assert not world.job.is_over and "pivot" not in world.resources.calls
+    tries = world.resources.calls.count(step)
     assert 3 <= tries <= 10, "with a back-off"
     assert not world.is_held, "the guest goes on meanwhile"
     world.write()
-    world.owner.errors.clear()
+    world.resources.errors.clear()
     world.pass_s(2 * RETRY_S[1])
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 def test_a_bad_end_is_written_down_before_it_is_told() -> None:
@@ -100,7 +100,7 @@ def test_a_bad_end_is_written_down_before_it_is_told() -> None:
     world.pass_s(FOR_EVER_S)
     assert world.status == "aborting" and not world.told("BLOCK_JOB_CANCELLED")
     assert not world.is_held and not world.disk.ledger.bitmaps, "the guest is let go of"
-    world.owner.answer()
+    world.resources.answer()
     assert world.status == "null" and world.told("BLOCK_JOB_CANCELLED")
 
 
@@ -117,7 +117,7 @@ def test_a_job_is_taken_up(is_scanned: bool, is_paused: bool) -> None:
         assert world.status == "paused" and not world.target.requests.started
         world.job.resume()
         world.pass_s(1.0)
-    assert world.status == "ready" and ("scan" in world.owner.calls) is not is_scanned
+    assert world.status == "ready" and ("scan" in world.resources.calls) is not is_scanned
     world.assert_identical()
 
 
@@ -134,7 +134,7 @@ def test_jobs_of_a_group_wait_for_one_another_and_end_in_one_step() -> None:
     second.job.complete()
     first.pass_s(3.0)
     assert (first.status, second.status) == ("null", "null")
-    assert "pivot" in first.owner.calls and "pivot" in second.owner.calls
+    assert "pivot" in first.resources.calls and "pivot" in second.resources.calls
 
 
 def test_a_job_that_fails_takes_its_group_along() -> None:
@@ -145,7 +145,7 @@ def test_a_job_that_fails_takes_its_group_along() -> None:
     first.pass_s(1.0)
     assert first.told("BLOCK_JOB_CANCELLED") and second.told("BLOCK_JOB_CANCELLED")
     assert "job b of its group" in str(first.job.failure)
-    assert "pivot" not in first.owner.calls
+    assert "pivot" not in first.resources.calls
 
 
 def test_a_soft_cancel_of_one_cancels_the_others_by_force() -> None:
@@ -188,30 +188,30 @@ def test_guests_are_not_held_for_long_for_another_job_of_the_group() -> None:
 
 def test_no_job_of_a_group_ends_if_one_end_cannot_be_written_down() -> None:
     first, second = a_group("a", "b")
-    second.owner.errors["commit"] = OSError(errno.EIO, "the state directory failed")
+    second.resources.errors["commit"] = OSError(errno.EIO, "the state directory failed")
     for world in (first, second):
         world.job.complete()
     first.pass_s(5.0)
     for world in (first, second):
-        assert not world.job.is_over and "pivot" not in world.owner.calls
-    assert "uncommit" in first.owner.calls and "uncommit" not in second.owner.calls
-    second.owner.errors.clear()
+        assert not world.job.is_over and "pivot" not in world.resources.calls
+    assert "uncommit" in first.resources.calls and "uncommit" not in second.resources.calls
+    second.resources.errors.clear()
     first.pass_s(4 * RETRY_S[1])
     for world in (first, second):
-        assert "pivot" in world.owner.calls
+        assert "pivot" in world.resources.calls
 
 
 def test_the_ends_of_a_group_are_all_written_down_before_any_is_one() -> None:
     first, second = a_group("a", "b")
-    first.owner.holds = second.owner.holds = {"commit"}
+    first.resources.holds = second.resources.holds = {"commit"}
     for world in (first, second):
         world.job.complete()
     first.pass_s(3.0)
-    first.owner.answer()
+    first.resources.answer()
     first.pass_s(FOR_EVER_S)
-    assert "pivot" not in first.owner.calls and first.is_held and second.is_held
-    second.owner.answer()
-    assert "pivot" in first.owner.calls and "pivot" in second.owner.calls
+    assert "pivot" not in first.resources.calls and first.is_held and second.is_held
+    second.resources.answer()
+    assert "pivot" in first.resources.calls and "pivot" in second.resources.calls
 
 
 def test_a_job_alone_does_not_wait() -> None:

@@ -27,7 +27,7 @@ from nbdmirror.mirror.options import Ending, MirrorOptions, Policy
 from nbdmirror.mirror.quiesce import Quiesce
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
-from nbdmirror.mirror.timers import Waits
+from nbdmirror.mirror.timers import JobTimers
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ MUTANTS = [
     ),
     Mutant(
         "an answer from before a pause counts",
-        Waits,
+        JobTimers,
         "abandon_step",
         jobmutants.nothing,
         bounds.test_a_job_that_waits_for_its_target_is_paused_and_cancelled_at_once,
@@ -233,14 +233,14 @@ MUTANTS = [
     ),
     Mutant(
         "retries without a back-off",
-        Waits,
+        JobTimers,
         "retry",
         jobmutants.retry_at_once,
         bounds.test_retries_come_later_each_time_up_to_a_bound,
     ),
     Mutant(
         "a success does not end the back-off",
-        Waits,
+        JobTimers,
         "went_well",
         jobmutants.nothing,
         bounds.test_after_a_success_the_next_failure_is_a_new_one,

@@ -116,10 +116,10 @@ def test_an_ending_waits_for_requests_under_way_and_counts_again() -> None:
     token = world.begin()
     world.job.complete()
     world.pass_s(0.5)
-    assert world.is_held and "pivot" not in world.owner.calls
+    assert world.is_held and "pivot" not in world.resources.calls
     world.end(token)
     world.pass_s(MOMENT_S)
-    assert "pivot" in world.owner.calls and not world.is_held
+    assert "pivot" in world.resources.calls and not world.is_held
     assert world.disk.source is world.target
 
 
@@ -145,9 +145,9 @@ def test_what_is_dirty_after_the_last_flush_is_copied_and_flushed_again() -> Non
     world.target.requests.answer("flush")
     world.job.tracker.dirty.mark(0, 1)  # say, a copy that failed
     world.target.requests.answer("flush")
-    assert "pivot" not in world.owner.calls
+    assert "pivot" not in world.resources.calls
     world.target.requests.answer("flush")
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 def test_a_flush_that_fails_behind_the_gate_opens_it_and_the_ending_begins_again() -> None:
@@ -163,7 +163,7 @@ def test_a_flush_that_fails_behind_the_gate_opens_it_and_the_ending_begins_again
     world.target.requests.errors.clear()
     world.target.requests.answer_all()
     world.pass_s(RETRY_S[1])
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 # Rules 16 to 18: complete, cancel, and errors after them.
@@ -190,7 +190,7 @@ def test_complete_in_standby_is_remembered_until_the_job_is_resumed() -> None:
     assert world.status == "standby" and not world.is_held
     world.job.resume()
     world.pass_s(1.0)
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 @pytest.mark.rule(17)
@@ -204,7 +204,7 @@ def test_a_cancel_before_ready_leaves_the_target_undefined(force: bool) -> None:
     world.pass_s(CANCEL_S_MAX)
     assert world.states[-3:] == ["aborting", "concluded", "null"]
     assert world.told("BLOCK_JOB_CANCELLED") and not world.told("BLOCK_JOB_COMPLETED")
-    assert world.job.error == "Operation canceled" and "forget" in world.owner.calls
+    assert world.job.error == "Operation canceled" and "forget" in world.resources.calls
 
 
 @pytest.mark.rule(17)
@@ -215,9 +215,9 @@ def test_a_soft_cancel_after_ready_is_a_copy_of_one_moment() -> None:
     world.pass_s(1.0)
     assert world.states[-4:] == ["waiting", "pending", "concluded", "null"]
     (completed,) = world.told("BLOCK_JOB_COMPLETED")
-    assert "error" not in completed and "pivot" not in world.owner.calls
+    assert "error" not in completed and "pivot" not in world.resources.calls
     assert world.disk.source is world.source
-    assert "commit" in world.owner.calls, "FakeOwner compares the disks there"
+    assert "commit" in world.resources.calls, "FakeResources compares the disks there"
 
 
 def test_a_forced_cancel_after_ready_is_cancelled() -> None:
@@ -245,7 +245,7 @@ def test_a_soft_cancel_does_not_take_a_complete_back() -> None:
     world.job.cancel(force=False)
     world.target.requests.answer_all()
     world.pass_s(1.0)
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 @pytest.mark.rule(18)

@@ -125,7 +125,7 @@ def test_a_forced_cancel_ends_a_job_in_any_state_that_takes_it(status: JobStatus
         world.pass_s(1.0)
         assert world.status == "null" and world.told("BLOCK_JOB_CANCELLED")
         assert not world.is_held and not world.disk.ledger.bitmaps
-        assert world.owner.calls[-2:] == ["released", "dismissed"]
+        assert world.resources.calls[-2:] == ["released", "dismissed"]
 
 
 def test_states_follow_the_table() -> None:
@@ -204,7 +204,7 @@ def test_a_pending_job_goes_on_as_a_mirror_and_holds_no_guest() -> None:
         world.assert_identical()
     world.job.finalize()
     world.pass_s(1.0)
-    assert world.status == "null" and "pivot" in world.owner.calls
+    assert world.status == "null" and "pivot" in world.resources.calls
 
 
 def test_an_error_of_a_pending_job_is_reported_whatever_the_policy() -> None:
@@ -232,7 +232,7 @@ def test_what_was_created_is_discarded_without_a_trace() -> None:
     world.job.discard()
     world.pass_s(1.0)
     assert world.states == ["created", "aborting", "concluded", "null"]
-    assert world.owner.calls == ["released", "dismissed"] and not world.target.requests.started
+    assert world.resources.calls == ["released", "dismissed"] and not world.target.requests.started
 
 
 def test_sizes_that_differ_are_an_error_of_a_job_that_runs() -> None:

@@ -229,7 +229,7 @@ def test_a_pause_in_mid_ending_opens_the_gate() -> None:
     assert world.status == "standby"
     world.job.resume()
     world.pass_s(1.0)
-    assert "pivot" in world.owner.calls
+    assert "pivot" in world.resources.calls
 
 
 def test_pause_and_resume_of_a_job_that_is_failing_start_nothing() -> None:

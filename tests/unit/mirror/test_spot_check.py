@@ -11,7 +11,7 @@ from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.ledger import Tracker
 from nbdmirror.errors import DeviceError
-from nbdmirror.mirror.spot_check import SAMPLES, first_difference
+from nbdmirror.mirror.spot_check import SAMPLES, find_mismatch
 
 GRANULE = 4096
 SIZE = 400 * GRANULE + 100
@@ -33,7 +33,7 @@ class Pair:
 
     def difference(self, seed: int = 1) -> int | None:
         suspects = self.tracker.may_differ()
-        return first_difference(
+        return find_mismatch(
             self.disk, self.read_target, self.tracker, suspects, random.Random(seed)
         )
 
@@ -112,4 +112,4 @@ def test_an_error_is_no_answer(pair: Pair) -> None:
         raise DeviceError("as ordered")
 
     with pytest.raises(DeviceError):
-        first_difference(pair.disk, fail, pair.tracker, pair.tracker.may_differ(), random.Random(1))
+        find_mismatch(pair.disk, fail, pair.tracker, pair.tracker.may_differ(), random.Random(1))
