@@ -166,10 +166,9 @@ def test_a_site_that_comes_up_in_any_order_after_a_power_cut(
     with Guest(uri_of(host), disk) as guest:
         guest.wait_for_requests(50)
     host.cut_power()
-    waits = (
-        "ExecStartPre=sh -c 'until systemctl show -p StatusText nbdmirror@vm1 | grep -q waiting;"
-        " do sleep 0.1; done'"
-    )
+    look = "systemctl show -p StatusText,ActiveState nbdmirror@vm1"
+    pattern = "-e waiting -e State=active"
+    waits = f"ExecStartPre=sh -c 'until {look} | grep -q {pattern}; do sleep 0.1; done'"
     for name in ("disk", "target"):
         (folder / "units" / f"{name}.service").write_text(STORAGE.format(name=name, more=waits))
     host.start()

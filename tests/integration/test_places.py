@@ -154,5 +154,9 @@ def test_a_number_that_makes_no_sense(folder: Path, said: str) -> None:
     disk = make_image(folder / "disk.img", SIZE)
     server = Nbdmirror(folder, str(disk), options=(f"--connections={said}",))
     done = run(*server.argv(), check=False)
+    assert done.returncode == 2
+    assert f"--connections: {said!r} is not a whole number from 1 to 64" in done.stderr
+    bare = Nbdmirror(folder, disk, bare=True, options=(f"connections={said}",))
+    done = run(*bare.argv(), check=False)
     assert done.returncode == 1
     assert f"connections={said}: expected a number from 1 to 64" in done.stderr

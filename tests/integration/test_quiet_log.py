@@ -75,7 +75,7 @@ def test_clients_and_guests_that_send_rubbish(start: Start, folder: Path) -> Non
     for number in range(30):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(server.qmp_path))
-            client.sendall(b"]" * 2000)
+            client.sendall(b"]\n" * 2000)
             while client.recv(1 << 16):
                 pass
         with pytest.raises(nbd.Error), connected(server.uri(f"rubbish{number}")):

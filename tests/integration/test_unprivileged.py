@@ -221,11 +221,11 @@ def test_a_state_directory_that_the_user_cannot_write(disk: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--user", "no-such-user"], "--user no-such-user: there is no such user here"),
+        (["--user", "no-such-user"], "--user no-such-user: no such user on this host"),
         (["--user", ""], "--user: is empty (see: nbdmirror --help)"),
-        (["--group", "no-such-group"], "--group no-such-group: there is no such group here"),
+        (["--group", "no-such-group"], "--group no-such-group: no such group on this host"),
         (["--user", "54321"], "--user 54321: this user has no group: name one with --group"),
-        (["--user", "4294967295"], "--user 4294967295: there is no such user here"),
+        (["--user", "4294967295"], "--user 4294967295: no such user on this host"),
     ],
 )
 def test_who_is_not_there(disk: Path, options: list[str], text: str) -> None:
