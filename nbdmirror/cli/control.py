@@ -277,7 +277,8 @@ async def _status(session: Session, args: argparse.Namespace) -> int:
         while True:
             watcher.show(await session.status())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(session.closed(), watcher.interval_s or WATCH_S)
+                async with asyncio.timeout(watcher.interval_s or WATCH_S):
+                    await session.closed()
                 raise CliError("lost the connection to the server", NO_SERVER)
 
 

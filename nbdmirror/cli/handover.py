@@ -336,7 +336,8 @@ class _Qemu:
 
     async def wait_for_news(self) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._session.events.get(), POLL_S)
+            async with asyncio.timeout(POLL_S):
+                await self._session.events.get()
 
     async def finish(self) -> int:
         """The last step. Returns for how many milliseconds the guest was stopped."""

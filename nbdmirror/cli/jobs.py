@@ -112,9 +112,10 @@ class Watch:
     async def news(self) -> None:
         """Return when something has happened, or POLL_S later."""
         with contextlib.suppress(TimeoutError):
-            self._heard.append(await asyncio.wait_for(self._session.events.get(), POLL_S))
+            async with asyncio.timeout(POLL_S):
+                self._heard.append(await self._session.events.get())
 
-    async def look(self) -> Job | None:
+    async def look(self, *, is_second: bool = False) -> Job | None:
         """Ask for the job's state, and hear what was told so far. None: the job is gone."""
         status = await self._session.status()
         found = None
@@ -130,6 +131,8 @@ class Watch:
             self._hear(event, found or {})
         if found is None or found.get("status") == "concluded":
             self._see_the_end(found)
+        elif self.end and not is_second:  # it ended after the answer: how, the next one says
+            return await self.look(is_second=True)
         return found
 
     def check_not_ended(self) -> None:

@@ -179,7 +179,8 @@ async def connect(
     client = QMPClient("nbdmirror")
     session = Session(client)
     try:
-        await asyncio.wait_for(client.connect(path), CONNECT_S_MAX)
+        async with asyncio.timeout(CONNECT_S_MAX):
+            await client.connect(path)
     except (ConnectError, TimeoutError) as error:
         what = "server" if program == OURS else program
         reason = getattr(error, "exc", None)
@@ -201,7 +202,8 @@ async def connect(
         yield session
     finally:
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
-            await asyncio.wait_for(client.disconnect(), DISCONNECT_S_MAX)
+            async with asyncio.timeout(DISCONNECT_S_MAX):
+                await client.disconnect()
 
 
 def _why_nobody_answers(path: str, error: BaseException | None) -> str:

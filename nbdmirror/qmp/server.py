@@ -133,7 +133,8 @@ class _Client:
         self._writer.close()
         with contextlib.suppress(OSError):
             try:
-                await asyncio.wait_for(self._writer.wait_closed(), FLUSH_S_MAX)
+                async with asyncio.timeout(FLUSH_S_MAX):
+                    await self._writer.wait_closed()
             except TimeoutError:
                 self._writer.transport.abort()  # of a transport that is closed it may raise
 

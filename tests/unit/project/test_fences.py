@@ -183,6 +183,14 @@ def test_functions_stay_short(name: str) -> None:
     assert not too_long
 
 
+def test_no_interrupt_is_lost() -> None:
+    """Before Python 3.12 asyncio.wait_for forgets that it was cancelled if what it waits for comes
+    at the same moment: an interrupted command went on. asyncio.timeout does not."""
+    package = ROOT / "nbdmirror"
+    users = [path for path in package.rglob("*.py") if "asyncio.wait_for(" in path.read_text()]
+    assert users == []
+
+
 def test_allowances_that_nobody_needs_are_gone() -> None:
     known_functions = {f"{name}:{node.name}" for name in TREES for node in functions(TREES[name])}
     assert set(LONG_MODULES) <= set(FILES)
