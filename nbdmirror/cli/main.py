@@ -108,8 +108,8 @@ def _migration_uri(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address (example: tcp:HOST:4444)")
     address = where.partition(",")[0]
     port = address.rpartition(":")[2]
-    if kind == "tcp" and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r}: the port is not a number from 1 to 65535")
+    if kind == "tcp" and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) <= PORT_MAX):
+        raise argparse.ArgumentTypeError(f"{text!r}: the port is not a number from 1 to {PORT_MAX}")
     return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
 
 

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from nbdmirror.errors import CommandError, ConfigError
+from nbdmirror.limits import PORT_MAX
 from nbdmirror.nbd_uri import NbdUri, parse
 from nbdmirror.nbdclient.tls import AUTHORITY, PSK_NAME
 
@@ -49,10 +50,10 @@ def nbd_uri(
             f"Parameter 'server.path' expects an absolute path, not '{server['path']}'"
         )
     port = "" if is_unix else server["port"]
-    if not is_unix and not (server["host"] and port.isdecimal() and 0 < int(port) < 65536):
+    if not is_unix and not (server["host"] and port.isdecimal() and 0 < int(port) <= PORT_MAX):
         address = f"{server['host']}:{port}"
         raise CommandError(
-            f"address resolution failed for {address}: a host and a number from 1 to 65535"
+            f"address resolution failed for {address}: a host and a number from 1 to {PORT_MAX}"
         )
     uri = NbdUri(
         text="",

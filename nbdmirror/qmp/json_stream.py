@@ -25,6 +25,7 @@ between two of them costs us some 100 bytes, so this is 6 MiB a client at worst.
 DEPTH_MAX = 128
 """QEMU: 1024. QMP's schema needs less than ten, and `json` calls itself once a level."""
 
+# These two match everywhere, if need be nothing: their match is never None.
 _BETWEEN = re.compile(rb"[ \t\r\n]*")
 _SKIPPED = re.compile(rb"[^\n{]*")
 _MARKS = {  # what the scanner stops at, by the quote of the string that it is in
