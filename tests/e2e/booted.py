@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,7 @@ class Booted:
         self._process = None
         groups = sorted((path for path in self._group.rglob("*") if path.is_dir()), reverse=True)
         for group in (*groups, self._group):
-            wait_until(lambda group=group: _removed(group), f"{group} is empty")  # type: ignore[misc]
+            wait_until(partial(_removed, group), f"{group} is empty")
 
 
 def _removed(group: Path) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,10 @@ def show(host: Booted, name: str) -> str:
     return host.run(f"systemctl show --value -p {name} nbdmirror@vm1")
 
 
+def has_restarted(host: Booted, times: int) -> bool:
+    return show(host, "NRestarts") == str(times)
+
+
 def is_served(host: Booted) -> bool:
     return show(host, "ActiveState") == "active"
 
@@ -110,7 +115,7 @@ def test_a_killed_server_is_back_and_its_mirror_goes_on(
             guest.wait_for_requests(50)
         host.kill(int(show(host, "MainPID")))
         killed_s = time.monotonic()
-        wait_until(lambda n=times: show(host, "NRestarts") == str(n), "it is started again")  # type: ignore[misc]
+        wait_until(partial(has_restarted, host, times), "it is started again")
         wait_until(lambda: is_served(host), "it serves again")
         with connected(uri_of(host)) as handle:
             assert handle.pread(512, 0) == guest.model[:512]

@@ -6,23 +6,20 @@ The mutants break what journal.py and checkpoint.py say; the same machine must c
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from model.machine import MirrorMachine
 from model.powerloss import PowerWorld
+from model.search import STEPS, search
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.ledger import Claim, Tracker
 from nbdmirror.state.journal import Journal, Regions
 from nbdmirror.state.recovery import RecoveredState
 
-STEPS = 40
 EXAMPLES = 300
-MUTANT_SEARCHES_MAX = 20
 MUTANT_EXAMPLES_MAX = 100
 
 
@@ -165,21 +162,5 @@ MUTANTS = (
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_caught(mutant: type[PowerWorld]) -> None:
-    machine: Any = type(f"{mutant.__name__}Machine", (PowerMachine,), {"world_class": mutant})
-
-    def search() -> None:
-        for number in range(MUTANT_SEARCHES_MAX):
-            run_state_machine_as_test(
-                seed(number)(machine),
-                settings=settings(
-                    max_examples=MUTANT_EXAMPLES_MAX,
-                    stateful_step_count=STEPS,
-                    deadline=None,
-                    database=None,
-                    phases=[Phase.generate],
-                    suppress_health_check=list(HealthCheck),
-                ),
-            )
-
     with pytest.raises(AssertionError, match="lost"):
-        search()
+        search(PowerMachine, mutant, MUTANT_EXAMPLES_MAX)
