@@ -67,7 +67,7 @@ class SiteA:
 
         def runs() -> bool:
             if self.server.qmp.job("disk0")["status"] == "standby":
-                self.do("resume")
+                nbdmirror("resume", "--qmp", self.server.qmp_path)
             return bool(self.server.qmp.job("disk0")["actively-synced"])
 
         wait_until(runs, "the mirror goes on")

@@ -13,6 +13,9 @@ from typing import Self
 
 LISTEN_POLL_S = 0.02
 JOIN_S_MAX = 5.0
+REQUEST_MAGIC = bytes.fromhex("25609513")
+"""Begins each request of NBD's, which come after the handshake."""
+
 HELD_BYTES_MAX = 1 << 20
 """On their way, in each direction of a connection."""
 
@@ -24,6 +27,8 @@ class _End:
     socket: socket.socket
     is_target: bool
     held: bytearray = field(default_factory=bytearray)
+    has_requests: bool = False
+    """Was sent requests: the handshake is over."""
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -74,6 +79,12 @@ class Proxy:
     def spare(self, content: bytes) -> None:
         with self._lock:
             self._spared_bytes = content
+
+    @property
+    def connections_at_work(self) -> int:
+        """Those that are there, and past their handshake."""
+        with self._lock:
+            return sum(target.has_requests for _, target in self._pairs)
 
     @property
     def has_spared(self) -> bool:
@@ -160,6 +171,7 @@ class Proxy:
         else:
             if there.is_target and self._spared_bytes is not None and self._spared_bytes in data:
                 self._spared = pair
+            there.has_requests |= there.is_target and REQUEST_MAGIC in data
             there.held += data
             self._give(pair, there)
 
