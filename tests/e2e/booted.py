@@ -71,7 +71,8 @@ ln -s /proc/self/fd dev/fd
 : >dev/console
 mount --bind ../console dev/console
 # Not chroot: who is in one may not have user namespaces of his own.
-pivot_root . mnt
+# By the C library: not every system's util-linux has a command for that.
+/usr/bin/python3 -c 'import ctypes, sys; sys.exit(ctypes.CDLL(None).pivot_root(b".", b"mnt"))'
 umount -l mnt
 exec /usr/bin/env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin \
     /lib/systemd/systemd --system systemd.unit=multi-user.target

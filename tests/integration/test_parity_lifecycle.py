@@ -183,7 +183,7 @@ def test_pause_and_resume(folder: Path) -> None:
         [start(**SLOW), STARTED, PAUSE, status("paused"), query(), PAUSE],
         [write(MiB - 4096, 4096), do("block-job-set-speed", device="j", speed=0), query()],
         [do("block-job-set-speed", device="j", **SLOW), RESUME, do("job-resume", id="j")],
-        [do("block-job-set-speed", device="j", speed=0), ready(), query()],
+        [do("block-job-set-speed", device="j", speed=4 * MiB), ready(), query()],
         [do("job-pause", id="j"), status("standby"), write(), zero(65536, 65536)],
         [do("job-pause", id="j"), do("job-resume", id="j"), IN_SYNC, query(), images()],
         [COMPLETE, status("concluded"), query()],

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,29 +27,39 @@ from nbdmirror.state.recovery import ALIVE, JOURNAL
 from nbdmirror.state.sealed_files import seal, unseal
 
 
-@contextmanager
-def mounted_image(image: Path, place: Path) -> Iterator[None]:
-    with loop_device(image) as device:
-        subprocess.run(["mount", device, str(place)], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.fixture
 def place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=ON_DISK, prefix="nbdmirror-test-") as folder:
         yield Path(folder)
 
 
+Mount = Callable[[Path], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def mounted(place: Path) -> Iterator[Mount]:
+    """At `place`, each time by another device: those before stay attached."""
+    with ExitStack() as devices:
+
+        @contextmanager
+        def mount(image: Path) -> Iterator[None]:
+            device = devices.enter_context(loop_device(image))
+            subprocess.run(["mount", device, str(place)], check=True)
+            try:
+                yield
+            finally:
+                subprocess.run(["umount", str(place)], check=True)
+
+        yield mount
+
+
 @ends
 def test_a_file_system_with_another_number(
-    start: Start, folder: Path, target: QemuNbd, place: Path, end: End
+    start: Start, folder: Path, target: QemuNbd, place: Path, mounted: Mount, end: End
 ) -> None:
-    image, occupied = make_empty(folder / "fs.img", 3 * SIZE), make_empty(folder / "o.img", MiB)
+    image = make_empty(folder / "fs.img", 3 * SIZE)
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    with mounted_image(image, place):
+    with mounted(image):
         disk = make_image(place / "disk.img", SIZE)
         before = disk.stat().st_dev
         server = start(Kept(folder, disk))
@@ -60,8 +70,8 @@ def test_a_file_system_with_another_number(
             guest.flush()
         settle(server)
         end(server)
-    with loop_device(occupied), mounted_image(image, place):
-        assert disk.stat().st_dev != before, "the same number: this test says nothing"
+    with mounted(image):
+        assert disk.stat().st_dev != before
         server.restart()
         count = int(str(bitmaps(server)["b"]["count"]))
         assert count == GRANULE or (end is power_cut and count <= 2 * MiB)
@@ -71,17 +81,17 @@ def test_a_file_system_with_another_number(
 
 
 def test_the_old_side_after_a_reboot_under_another_name(
-    start: Start, folder: Path, target: QemuNbd, place: Path
+    start: Start, folder: Path, target: QemuNbd, place: Path, mounted: Mount
 ) -> None:
     """It is not the disk any more, whatever its device's number and its own name are."""
-    image, occupied = make_empty(folder / "fs.img", 3 * SIZE), make_empty(folder / "o.img", MiB)
+    image = make_empty(folder / "fs.img", 3 * SIZE)
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    with mounted_image(image, place):
+    with mounted(image):
         server = start(Kept(folder, make_image(place / "disk.img", SIZE)))
         begin(server, target).wait_ready()
         server.qmp.complete()
         server.kill()
-    with loop_device(occupied), mounted_image(image, place):
+    with mounted(image):
         moved = (place / "disk.img").rename(place / "other.img")
         server.disks = [f"vda={moved}"]
         said = subprocess.run(server.argv(), capture_output=True, text=True, check=False)
