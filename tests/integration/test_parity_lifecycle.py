@@ -149,7 +149,7 @@ def test_the_plain_run(folder: Path) -> None:
     script: list[Script] = [
         start(auto_dismiss=True, speed=MiB, buf_size=64 * KiB),
         [
-            do("block-job-set-speed", device="j", speed=0),
+            do("block-job-set-speed", device="j", speed=4 * MiB),
             ready(),
             query(),
             write(0),
