@@ -55,7 +55,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
     if problem := server.files.changes.get(disk.name):
         info["problem"] = problem
     info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]
-    if (result := server.chronicle.results.get(disk)) is not None:
+    if (result := server.chronicle.results.get(disk.name)) is not None:
         info["last-job"] = _result(result)
     return info
 
@@ -97,7 +97,7 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     target = raw_device(job.target)
     if isinstance(target, NbdDevice) and target.is_lost and target.reconnect_problem:
         info["target-lost-reason"] = target.reconnect_problem
-    if (course := server.chronicle.courses.get(job)) is not None:
+    if (course := server.chronicle.courses.get(job.id)) is not None:
         _add_course(info, course, server.loop.clock())
     return info
 

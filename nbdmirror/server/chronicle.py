@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from nbdmirror.disk.disk import Disk
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.job import Cancelled, JobError
@@ -45,6 +44,7 @@ class Course:
 
     def __init__(self, job: MirrorJob, clock: Callable[[], float]) -> None:
         self.lost: Lost | None = None
+        self.disk = job.disk.name
         self.target = job.target.description
         self.source = job.disk.source.description
         self._job = job
@@ -147,13 +147,14 @@ class Chronicle:
         loop: Loop,
         events: EventRing,
         time_s: Callable[[], float],
-        keep: Callable[[Disk, Result], None],
+        keep: Callable[[str, Result], None],
     ) -> None:
-        """`time_s`: seconds since 1970. `keep`: have a result outlive the process, if it can."""
-        self.results: dict[Disk, Result] = {}
-        """Of the job of each disk that ended last."""
-        self.courses: dict[MirrorJob, Course] = {}
-        """Of those that have not ended."""
+        """`time_s`: seconds since 1970. `keep`: have the result of a disk, which is given by its
+        name, outlive the process if it can."""
+        self.results: dict[str, Result] = {}
+        """Of the job of each disk that ended last, by the disk's name."""
+        self.courses: dict[str, Course] = {}
+        """Of the jobs that have not ended, by their ids."""
         self._loop = loop
         self._events = events
         self._time_s = time_s
@@ -161,11 +162,11 @@ class Chronicle:
         self._is_looking = False
 
     def begin(self, job: MirrorJob) -> None:
-        course = self.courses[job] = Course(job, self._loop.clock)
+        course = self.courses[job.id] = Course(job, self._loop.clock)
         job.when_ended(partial(self._ended, job))
         log.info(
             "job %s: mirrors disk %s (%s) to %s, sync %s, %s",
-            *(job.id, job.disk.name, course.source, course.target),
+            *(job.id, course.disk, course.source, course.target),
             *(job.options.sync, job.copy_mode),
         )
         if not self._is_looking:
@@ -179,14 +180,14 @@ class Chronicle:
         if self._is_looking:
             self._loop.call_later(LOOK_S, self._look)
 
-    def target_lost(self, job: MirrorJob, reconnect_timeout_s: float) -> None:
+    def target_lost(self, job_id: str, reconnect_timeout_s: float) -> None:
         """It is waited for; if it was so already, from now on for so long."""
-        course, now_s = self.courses[job], self._loop.clock()
+        course, now_s = self.courses[job_id], self._loop.clock()
         before, course.lost = course.lost, Lost(now_s, now_s + reconnect_timeout_s)
         if before is not None:
             course.lost = Lost(before.since_s, now_s + reconnect_timeout_s)
             return
-        data: dict[str, object] = {"device": job.disk.name, "id": job.id, "target": course.target}
+        data: dict[str, object] = {"device": course.disk, "id": job_id, "target": course.target}
         if math.isfinite(reconnect_timeout_s):
             data["wait-s"] = float(reconnect_timeout_s)
         how_long = (
@@ -194,21 +195,21 @@ class Chronicle:
             if math.isfinite(reconnect_timeout_s)
             else "without a limit"
         )
-        log.warning("job %s: target %s is lost: reconnecting %s", job.id, course.target, how_long)
+        log.warning("job %s: target %s is lost: reconnecting %s", job_id, course.target, how_long)
         self._events.append("X_NBDMIRROR_TARGET_LOST", data)
 
-    def target_waited_for(self, job: MirrorJob, *, is_back: bool) -> None:
+    def target_waited_for(self, job_id: str, *, is_back: bool) -> None:
         """Not any more."""
-        course = self.courses[job]
+        course = self.courses[job_id]
         lost, course.lost = course.lost, None
         if is_back and lost is not None:
             lost_s = round(self._loop.clock() - lost.since_s, 3)
-            log.info("job %s: target %s is back after %g s", job.id, course.target, lost_s)
-            data = {"device": job.disk.name, "id": job.id, "lost-for-s": lost_s}
+            log.info("job %s: target %s is back after %g s", job_id, course.target, lost_s)
+            data = {"device": course.disk, "id": job_id, "lost-for-s": lost_s}
             self._events.append("X_NBDMIRROR_TARGET_BACK", data)
 
     def _ended(self, job: MirrorJob) -> None:
-        course = self.courses.pop(job)
+        course = self.courses.pop(job.id)
         failure = job.failure
         if str(failure) == GOES_ON:
             log.info("job %s: %s", job.id, failure)
@@ -216,7 +217,7 @@ class Chronicle:
         kind = "completed" if failure is None else "failed"
         if isinstance(failure, Cancelled):
             kind = "cancelled"
-        result = self.results[job.disk] = Result(
+        result = self.results[course.disk] = Result(
             job=job.id,
             target=course.target,
             result=kind,
@@ -225,15 +226,15 @@ class Chronicle:
             ended_at_s=round(self._time_s(), 3),
             pause_s=job.pause_s,
         )
-        self._keep(job.disk, result)
+        self._keep(course.disk, result)
         if job.pivoted:
             text = "job %s: pivoted: disk %s is served from %s, before from %s; writes held %.1f ms"
             pause_ms = 1000 * (job.pause_s or 0)
-            log.info(text, job.id, job.disk.name, course.target, course.source, pause_ms)
+            log.info(text, job.id, course.disk, course.target, course.source, pause_ms)
         elif kind == "completed":
             text = "job %s: ended: %s is a copy; disk %s is served from %s as before"
-            log.info(text, job.id, course.target, job.disk.name, course.source)
+            log.info(text, job.id, course.target, course.disk, course.source)
         else:
             text = "job %s: %s: %s; %s is unusable; disk %s is served from %s as before"
-            names = course.target, job.disk.name, course.source
+            names = course.target, course.disk, course.source
             log.warning(text, job.id, kind, result.reason, *names)

@@ -340,13 +340,13 @@ class MirrorJobs:
 
         def ended(error: BaseException | None) -> None:
             if is_wanted():
-                self._chronicle.target_waited_for(job, is_back=error is None)
+                self._chronicle.target_waited_for(job.id, is_back=error is None)
             done(error)
 
         reconnect_timeout_s = (
             job.options.reconnect_delay_s if mirror.has_connected_once else math.inf
         )
-        self._chronicle.target_lost(job, reconnect_timeout_s)
+        self._chronicle.target_lost(job.id, reconnect_timeout_s)
         reconnect(
             device,
             self._loop,

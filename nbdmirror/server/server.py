@@ -91,7 +91,7 @@ class Server:
             disk.journal = store.journal
             if store.found is not None:
                 self.loop.run(partial(self._take_up, disk, store.found)).result()
-            self._recall_result(disk, store)
+            self._recall_result(name, store)
             store.begun()
             self.loop.call_soon(store.start)
         self.files.start()
@@ -102,23 +102,22 @@ class Server:
             device.pool.look_at_peers(self.loop.clock())
         self.loop.call_later(tcpwatch.LOOK_S, self._look_at_peers)
 
-    def _keep_result(self, disk: Disk, result: Result) -> None:
-        if (store := self._stores.get(disk.name)) is not None:
-            name = store.files["last"]
+    def _keep_result(self, disk: str, result: Result) -> None:
+        if (store := self._stores.get(disk)) is not None:
+            file = store.files["last"]
 
             def write() -> None:
-                store.folder.prepare(name, result.to_bytes())
-                store.folder.commit([name])
+                store.folder.prepare(file, result.to_bytes())
+                store.folder.commit([file])
 
-            self.writers[disk.name].submit(write)
+            self.writers[disk].submit(write)
 
-    def _recall_result(self, disk: Disk, store: DiskStore) -> None:
-        name = store.files["last"]
+    def _recall_result(self, disk: str, store: DiskStore) -> None:
         try:
-            if (content := store.folder.read(name)) is not None:
+            if (content := store.folder.read(store.files["last"])) is not None:
                 self.chronicle.results[disk] = Result.from_bytes(content)
         except (OSError, StateError) as error:
-            log.warning("disk %s: how its last job ended is not known: %s", disk.name, error)
+            log.warning("disk %s: how its last job ended is not known: %s", disk, error)
 
     def _take_up(self, disk: Disk, found: RecoveredState) -> None:
         self.bitmaps.take_up(disk, found)
