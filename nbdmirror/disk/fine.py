@@ -18,12 +18,16 @@ Then a detail is never lost under a bit that is set later. If the details are ta
 steps of a mark, they are in the hands of whoever took them, who looks at the source afterwards and
 so sees the write; the bit that is set then has no details, and such a granule is dirty as a whole.
 
-At first all is coarse: whatever is taken is taken as a whole, so that a disk that is dirty from end
-to end needs no second bitmap that says so. `refine` ends that. By then each write that is still to
-set its bit has left its details, and whatever else is dirty is noted to be so as a whole.
+At first all is *coarse*: no notes are left, and whatever is taken is taken as a whole. So a disk
+that is dirty from end to end costs a guest no more than a plain bitmap. After `refine` this changes
+in two steps. Guests leave notes at once. Parts are taken when each write that began before has set
+its bit; whatever is dirty by then is dirty as a whole. A guest that writes very often makes all
+coarse again for a while: small requests would cost it more than they save.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 from nbdmirror.disk.bitmap import REGION_SHIFT, DirtyBitmap
 from nbdmirror.disk.claim import Range
@@ -31,9 +35,13 @@ from nbdmirror.disk.claim import Range
 UNIT_MIN = 512
 """The smallest part that is told apart: a sector, and so what any guest's write is made of."""
 
-NOTES_MAX = 1024
-"""Writes that are noted between two looks (`look`): 20,000 a second, for which 2 % of a processor
-have to do. Guests that write more often find that whole granules travel as quickly."""
+NOTES_MAX = 512
+"""Writes that are noted between two looks (`look`): 10,000 a second. Of a guest that writes more
+often whole granules are copied: a small request for each of its writes would take more of the
+processors than the bytes are worth, and leave the guest less of them."""
+
+COARSE_LOOKS = 20
+"""So many looks after that, a second, it is seen whether the guest still writes so often."""
 
 DETAILS_MAX = 1 << 15
 """Granules with details: 8 MiB of memory at most."""
@@ -42,14 +50,25 @@ TAKEN_MAX = 64
 """A longer run of dirty granules is taken as a whole."""
 
 
+class Writes(Protocol):
+    """Guests' requests that change the disk, as the ledger has them. A request is among them from
+    before it writes until it has marked."""
+
+    def writes(self) -> frozenset[int]: ...
+
+    def writes_left(self, writes: frozenset[int]) -> frozenset[int]: ...
+
+
 class FineBitmap(DirtyBitmap):
     """`bits` with details. No more than this marks or clears them from now on."""
 
     __slots__ = (
         "_bits_owner",
+        "_coarse_looks",
         "_details",
         "_full",
         "_is_coarse",
+        "_leaving",
         "_notes",
         "_room",
         "_unit_shift",
@@ -62,16 +81,21 @@ class FineBitmap(DirtyBitmap):
         details: each granule is dirty as a whole."""
         super().__init__(bits.size, bits.granularity, bits._pages, is_private=bits._is_private)
         self.noted_bytes = 0
-        """What guests have written, each byte as often as it was."""
+        """What guests have written, each byte as often as it was; about, while all is coarse."""
         self._bits_owner = bits
         self._is_coarse = True
+        """All that is dirty is dirty as a whole."""
+        self._coarse_looks: int | None = None
+        """Looks until notes are left again; None: they are not asked for."""
+        self._leaving: frozenset[int] = frozenset()
+        """Writes that perhaps leave no notes."""
         self._unit_shift = unit.bit_length() - 1
         self._full = (1 << (bits.granularity // unit)) - 1
         self._whole = DirtyBitmap(bits.size, bits.granularity)
         """Granules that are dirty as a whole, whatever the details of them say."""
         self._details: dict[int, int] = {}
         """By granule: a bit for each dirty unit."""
-        self._notes: list[Range] = []
+        self._notes: list[Range] | None = None
         self._room = NOTES_MAX
 
     def mark(self, offset: int, length: int) -> None:
@@ -79,12 +103,13 @@ class FineBitmap(DirtyBitmap):
         if not length:
             return
         notes = self._notes
-        if len(notes) < self._room:  # more get in when several look at once: no harm
+        if notes is None:
+            self.noted_bytes += length
+        elif len(notes) < self._room:  # more get in when several look at once: no harm
             notes.append((offset, length))
         else:
-            self.noted_bytes += length  # about: several threads may do this at once
-            if self._full > 1:
-                self._whole.mark(offset, length)
+            self.noted_bytes += length
+            self._whole.mark(offset, length)
         first = offset >> self._shift
         if first == (offset + length - 1) >> self._shift:  # as DirtyBitmap does, without a call
             self._bits[first] = 1
@@ -98,10 +123,39 @@ class FineBitmap(DirtyBitmap):
     # Under the owner's lock, or before anybody else knows of it.
 
     def refine(self) -> None:
-        """Tell parts of granules apart from now on."""
-        if self._is_coarse and self._full > 1:
-            self._is_coarse = False
-            self._whole.merge(self)
+        """Tell parts of granules apart, soon."""
+        if self._full > 1:
+            self._coarse_looks = 0
+
+    def look(self, guests: Writes) -> None:
+        """Make room for notes. To be called twenty times a second."""
+        if self._notes is None:
+            if self._coarse_looks:
+                self._coarse_looks -= 1
+            elif self._coarse_looks is not None:
+                self._begin_notes()
+                self._leaving = guests.writes()  # in this order
+            return
+        is_rushed = len(self._notes) >= self._room
+        self._sort_notes()
+        self._room = NOTES_MAX
+        if is_rushed:
+            self._coarsen()
+        elif self._is_coarse:
+            self._leaving = guests.writes_left(self._leaving)
+            if not self._leaving:
+                self._whole.merge(self)
+                self._is_coarse = False
+
+    def _begin_notes(self) -> None:
+        self._notes = []
+
+    def _coarsen(self) -> None:
+        """What a guest still leaves in the notes goes with them: its bit is coarse. It is among
+        those for whom the next notes wait."""
+        self._is_coarse, self._notes, self._coarse_looks = True, None, COARSE_LOOKS
+        self._details.clear()
+        self._whole.clear_all()
 
     def mark_all(self) -> None:
         if not self._is_coarse:
@@ -118,15 +172,11 @@ class FineBitmap(DirtyBitmap):
             self._whole.merge_bytes(content)
         super().merge_bytes(content)
 
-    def look(self) -> None:
-        """Make room for notes. To be called twenty times a second."""
-        self._sort_notes()
-        self._room = NOTES_MAX
-
     def mark_again(self, *parts: Range) -> None:
         """What was taken, or must be copied for another reason than a guest's write."""
         for offset, length in parts:
-            self._detail(offset, length)
+            if not self._is_coarse:
+                self._detail(offset, length)
             _mark_bits(self, offset, length)
 
     def clear(self, offset: int, length: int) -> None:
@@ -176,7 +226,7 @@ class FineBitmap(DirtyBitmap):
 
     def _forget(self, first: int, last: int) -> None:
         """What is copied or overwritten as a whole needs no details, seen or not."""
-        if first >= last or self._full == 1:
+        if first >= last or self._notes is None:
             return
         start = first << self._shift
         self._whole.clear(start, (last - first) << self._shift)
@@ -189,7 +239,7 @@ class FineBitmap(DirtyBitmap):
 
     def _sort_notes(self) -> None:
         notes = self._notes
-        if not (count := len(notes)):
+        if notes is None or not (count := len(notes)):
             return
         taken = notes[:count]
         del notes[:count]  # not the list: a guest may have it in hand
@@ -203,8 +253,6 @@ class FineBitmap(DirtyBitmap):
         first, last = offset >> self._unit_shift, (offset + length - 1) >> self._unit_shift
         shift = self._shift - self._unit_shift
         granule, end = first >> shift, last >> shift
-        if self._full == 1:
-            return  # no details are dirty as a whole
         if granule == end:
             self._add(granule, ((2 << (last - first)) - 1) << (first - (granule << shift)))
             return

@@ -317,13 +317,13 @@ class Tracker:
             self._writes.remove(claim)
             self._tell_waiting()
 
-    def look(self) -> None:
-        """Sort what guests have written. Called twenty times a second."""
+    def look(self, guests: Ledger) -> None:
+        """Sort what `guests` have written. Called twenty times a second."""
         with self._lock:
-            self.dirty.look()
+            self.dirty.look(guests)
 
     def refine(self) -> None:
-        """Copy parts of granules from now on."""
+        """Copy parts of granules, soon."""
         with self._lock:
             self.dirty.refine()
 

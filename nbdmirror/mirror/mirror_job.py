@@ -389,7 +389,7 @@ class MirrorJob(Job):
 
     def _poll(self) -> None:
         self._timers.after("poll", POLL_S, self._poll)
-        self.tracker.look()
+        self.tracker.look(self.disk.ledger)
         if self.copier.is_running:
             self._watch.look()
         self.advance()

@@ -58,7 +58,7 @@ class FineMachine(MirrorMachine):
                 for each in others[:1]:
                     self._finish(each)
             elif action == "look":
-                self.w.tracker.look()
+                self.w.look()
             elif action == "copy":
                 self.w.copy_all()
             else:
@@ -69,6 +69,25 @@ class FineMachine(MirrorMachine):
             (self.w.copy_all if action == "copy" else self.w.copier.pump)()
         else:
             self._finish(guest)
+        self.w.dirty.between.calls.clear()
+
+    @precondition(lambda self: self.w.is_tracking and not self.w.guests and not self.w.is_held)
+    @precondition(lambda self: self.w.dirty._notes is None)
+    @rule(granule=slots, unit=st.integers(0, 3), other=st.integers(0, 3))
+    def details_begin(self, granule: int, unit: int, other: int) -> None:
+        """One who saw no notes is to set a bit while another one leaves a note."""
+        self.w.copy_all()
+        self.guest_asks(granule, unit * 128, 128, False, 0.5, False, 3, False)
+        if not self.w.guests or not self.w.guests[-1].is_under_way:
+            return
+        guest = self.w.guests[-1]
+
+        def meanwhile() -> None:
+            self.w.refine()
+            self.guest_asks(granule, other * 128, 128, False, 0.0, False, 9, False)
+
+        self.w.dirty.between.calls["before the bit"] = meanwhile
+        self._finish(guest)
         self.w.dirty.between.calls.clear()
 
     @precondition(lambda self: self.w.is_tracking and not self.w.guests and not self.w.is_held)
@@ -97,10 +116,22 @@ class FineMachine(MirrorMachine):
                 self.w.devices.end(request, "well")
         self.guest_asks(granule, other * 128, 128, False, 0.0, is_synchronous, 9, False)
 
+    @precondition(lambda self: self.w.is_tracking and not self.w.guests and not self.w.is_held)
+    @rule(granule=slots, unit=st.integers(4, 7), other=st.integers(4, 7))
+    def a_copy_gives_back(self, granule: int, unit: int, other: int) -> None:
+        """All but its first granule, to which a guest writes then, and then it fails."""
+        self._begin_with_details()
+        for each in (0, unit):
+            self.guest_asks(granule, each * 128, 128, False, 0.0, False, 9, False)
+        if claim := self.w.tracker.claim(0, 2 * self.w.granularity):
+            self.w.tracker.shrink(claim, min(claim.length, self.w.granularity))
+            self.w.tracker.settle(claim, failed=True)
+            self.guest_asks(granule, other * 128, 128, False, 0.0, False, 9, False)
+
     def _begin_with_details(self) -> None:
         self.w.copy_all()
-        self.w.tracker.look()
-        self.w.tracker.refine()
+        self.w.look()
+        self.w.refine()
 
     def _finish(self, guest: Guest) -> None:
         for _ in range(9):

@@ -9,6 +9,7 @@ from model.world import World
 import nbdmirror.disk.fine as fine
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Range
+from nbdmirror.disk.fine import Writes
 from nbdmirror.disk.ledger import Claim, Tracker
 
 
@@ -19,7 +20,7 @@ class NotesAfterTheBit(World):
         def mark(self, offset: int, length: int) -> None:
             DirtyBitmap.mark(self, offset, length)
             self.between.run("before the bit")
-            if len(self._notes) < self._room:
+            if self._notes is not None and len(self._notes) < self._room:
                 self._notes.append((offset, length))
             else:
                 self._whole.mark(offset, length)
@@ -44,7 +45,8 @@ class ReplacesTheNotes(World):
     class fine_class(StepFine):  # noqa: N801
         def _sort_notes(self) -> None:
             super()._sort_notes()
-            self._notes = type(self._notes)(self.between)
+            if self._notes is not None:
+                self._begin_notes()
 
 
 class DropsTheOldestNote(World):
@@ -52,9 +54,8 @@ class DropsTheOldestNote(World):
 
     class fine_class(StepFine):  # noqa: N801
         def mark(self, offset: int, length: int) -> None:
-            if len(self._notes) >= self._room and self._notes:
+            if self._notes and len(self._notes) >= self._room:
                 del self._notes[0]
-            self._room += len(self._notes) >= self._room
             super().mark(offset, length)
 
 
@@ -84,8 +85,28 @@ class RefinesWhatIsThere(World):
     """What was dirty before details counted is dirty as a whole."""
 
     class fine_class(StepFine):  # noqa: N801
-        def refine(self) -> None:
-            self._is_coarse = self._full == 1
+        def look(self, guests: Writes) -> None:
+            before, self._whole = self._whole, DirtyBitmap(self.size, self.granularity)
+            super().look(guests)
+            self._whole = before
+
+
+class RefinesTooEarly(World):
+    """So is what is written by requests that saw no notes, and are still to set their bits."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def look(self, guests: Writes) -> None:
+            self._leaving = frozenset()
+            super().look(guests)
+
+
+class StaysFineWhenRushed(World):
+    """Where no notes are left bits mean whole granules."""
+
+    class fine_class(StepFine):  # noqa: N801
+        def _coarsen(self) -> None:
+            super()._coarsen()
+            self._is_coarse = False
 
 
 class RoundsInward(World):
@@ -174,6 +195,8 @@ FINE_MUTANTS = (
     DropsDetailsThatAreTooMany,
     DetailsBeforeWholes,
     RefinesWhatIsThere,
+    RefinesTooEarly,
+    StaysFineWhenRushed,
     RoundsInward,
     ForgetsThePartsOfPartlyCovered,
     FailsToTheBit,

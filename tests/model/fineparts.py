@@ -7,6 +7,9 @@ from collections.abc import Callable
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.fine import FineBitmap
 
+BOUNDS = {"NOTES_MAX": 8, "DETAILS_MAX": 2, "TAKEN_MAX": 2, "COARSE_LOOKS": 1}
+"""Instead of FineBitmap's: also what is too much happens."""
+
 
 class Between:
     """What other threads do between two steps of somebody who marks or takes; once."""
@@ -53,8 +56,18 @@ class StepFine(FineBitmap):
     def __init__(self, bits: DirtyBitmap, unit: int) -> None:
         super().__init__(bits, unit)
         self.between = Between()
-        self._notes = StepNotes(self.between)
         self._whole = StepWhole(bits.size, bits.granularity, self.between)
+
+    def mark(self, offset: int, length: int) -> None:
+        if self._notes is not None or not length:
+            super().mark(offset, length)
+            return
+        self.noted_bytes += length  # as there, where no notes are left
+        self.between.run("before the bit")
+        DirtyBitmap.mark(self, offset, length)
+
+    def _begin_notes(self) -> None:
+        self._notes = StepNotes(self.between)
 
     def _sort_notes(self) -> None:
         self.between.run("before details are taken")
@@ -68,7 +81,7 @@ class StepFine(FineBitmap):
         start = offset & -self.granularity
         if self._is_coarse or self._whole.is_dirty(start, 1):
             return True
-        notes = [n for n in self._notes if n[0] < start + self.granularity and start < sum(n)]
+        notes = [n for n in self._notes or () if n[0] < start + self.granularity and start < sum(n)]
         details = self._details.get(offset >> self._shift)
         if details is None and not notes:
             return True

@@ -42,6 +42,7 @@ COPIER_ACTIONS = (
     "speed",
     "flush",
     "refine",
+    "look",
 )
 """`disown`: wait no longer for what the source was asked."""
 
@@ -224,8 +225,9 @@ class MirrorMachine(RuleBasedStateMachine):
         elif action == "flush":
             copier.flush(lambda error: None)
         elif action == "refine":
-            self.w.tracker.look()
-            self.w.tracker.refine()
+            self.w.refine()
+        elif action == "look":
+            self.w.look()
         elif action == "disown":
             copier.stop()
             copier.disown()

@@ -4,11 +4,12 @@ each step."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any, cast
 from unittest.mock import patch
 
-from model.fineparts import StepFine
+from model.fineparts import BOUNDS, StepFine
 from model.invariants import check_durable_granules, check_parts
 from model.parts import (
     AnnouncedGuests,
@@ -31,17 +32,11 @@ import nbdmirror.mirror.in_flight
 from nbdmirror.disk.ledger import Claim, Ledger, Tracker
 from nbdmirror.mirror.copier import Copier
 
-ZERO_UNIT_BYTES = 256
-"""Instead of the copier's 64 KiB: one piece becomes several requests."""
-
-ZERO_BYTES_MAX = 1024
-"""Instead of NBD's: a claim of zeroes is several pieces, also where the target is quick."""
+ZERO_UNIT_BYTES, ZERO_BYTES_MAX = 256, 1024
+"""Instead of the copier's: one piece becomes several requests, and a claim several pieces."""
 
 UNIT_BYTES = 128
 """Of the gap that is filled, and of most worlds' parts of granules."""
-
-NOTES_MAX, DETAILS_MAX, TAKEN_MAX = 4, 2, 2
-"""Instead of FineBitmap's: also what is too much happens."""
 
 DRAIN_STEPS_MAX = 5000
 
@@ -94,7 +89,8 @@ class World:
         self._frozen: bytes | None = None
         self._offset_before = 0
         self._guests_made = 0
-        self._patches = [
+        self._patches = ExitStack()
+        for each in (
             patch.object(nbdmirror.mirror.buffers, "ZERO_UNIT_BYTES", ZERO_UNIT_BYTES),
             patch.object(nbdmirror.mirror.buffers, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
             patch.object(nbdmirror.mirror.in_flight, "ZERO_BYTES_MAX", ZERO_BYTES_MAX),
@@ -102,12 +98,9 @@ class World:
             patch.object(nbdmirror.mirror.in_flight, "GAP_BYTES", UNIT_BYTES),
             patch.object(nbdmirror.mirror.in_flight, "QUICK_GAP_BYTES", UNIT_BYTES),
             patch.object(nbdmirror.disk.ledger, "FineBitmap", self.fine_class),
-            patch.object(nbdmirror.disk.fine, "NOTES_MAX", NOTES_MAX),
-            patch.object(nbdmirror.disk.fine, "DETAILS_MAX", DETAILS_MAX),
-            patch.object(nbdmirror.disk.fine, "TAKEN_MAX", TAKEN_MAX),
-        ]
-        for each in self._patches:
-            each.start()
+            *(patch.object(nbdmirror.disk.fine, name, bound) for name, bound in BOUNDS.items()),
+        ):
+            self._patches.enter_context(each)
 
         self.ledger = self.ledger_class()
         self.announced = AnnouncedGuests()
@@ -130,8 +123,7 @@ class World:
         )
 
     def close(self) -> None:
-        for each in self._patches:
-            each.stop()
+        self._patches.close()
 
     # The copier's observer, which does what the job does.
 
@@ -154,8 +146,17 @@ class World:
     def mark_all(self) -> None:
         self.tracker.dirty.mark_all()
         if self.begins_fine:
-            self.tracker.refine()
+            self.refine()
         self.is_tracking = True
+
+    def refine(self) -> None:
+        """Begin with details; but while writes are under way that began before, see `look`."""
+        self.tracker.refine()
+        for _ in range(2):
+            self.look()
+
+    def look(self) -> None:
+        self.tracker.look(self.ledger)
 
     def hold(self) -> None:
         """Close the gate, as the job does at its end."""
@@ -388,8 +389,7 @@ class World:
             self.check()
         self.answer_what_is_left()
         assert not self.guests, "a guest waits for ever"
-        assert not self.devices.requests
-        assert self.tracker.in_sync
+        assert not self.devices.requests and self.tracker.in_sync
         assert self.tracker.remaining_bytes == 0
         assert self.source == self.target
         self.copier.flush(lambda error: None)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nbdmirror.disk import fine
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim, Range, joined
-from nbdmirror.disk.fine import NOTES_MAX, FineBitmap
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.fine import COARSE_LOOKS, NOTES_MAX, FineBitmap
+from nbdmirror.disk.ledger import Ledger, Tracker
 
 KIB = 1 << 10
 GRANULE, UNIT = 64 * KIB, 512
@@ -25,9 +25,19 @@ lengths = st.sampled_from((1, 511, 512, 4096, GRANULE - 1, GRANULE, 3 * GRANULE)
 )
 
 
+NOBODY = Ledger()
+"""No request is under way."""
+
+
+def refine(bits: Tracker | FineBitmap) -> None:
+    bits.refine()
+    for _ in range(2):
+        bits.look(NOBODY)
+
+
 def a_tracker(unit: int = UNIT) -> Tracker:
     tracker = Tracker(SIZE, GRANULE, unit=unit)
-    tracker.refine()
+    refine(tracker)
     return tracker
 
 
@@ -62,7 +72,7 @@ def test_a_small_write_is_a_small_part() -> None:
 def test_what_was_written_is_taken_and_nothing_else(writes: list[Range]) -> None:
     """Rounded out to units, each once, apart from each other and within the disk."""
     bitmap = FineBitmap(DirtyBitmap(SIZE, GRANULE), UNIT)
-    bitmap.refine()
+    refine(bitmap)
     writes = [(at, min(span, SIZE - at)) for at, span in writes]
     for write in writes:
         bitmap.mark(*write)
@@ -80,7 +90,7 @@ def test_too_much_is_coarse_and_never_missed(writes: list[Range], room: int) -> 
         patch.setattr(fine, "NOTES_MAX", room)
         patch.setattr(fine, "DETAILS_MAX", room)
         bitmap = FineBitmap(DirtyBitmap(SIZE, GRANULE), UNIT)
-        bitmap.refine()
+        refine(bitmap)
         writes = [(at, min(span, SIZE - at)) for at, span in writes]
         for write in writes:
             bitmap.mark(*write)
@@ -90,20 +100,58 @@ def test_too_much_is_coarse_and_never_missed(writes: list[Range], room: int) -> 
 
 def test_notes_are_bounded_until_somebody_looks() -> None:
     tracker = a_tracker()
+    notes = tracker.dirty._notes
+    assert notes is not None
     for _ in range(2 * NOTES_MAX):
         tracker.dirty.mark(0, 1)
-    assert len(tracker.dirty._notes) == NOTES_MAX
+    assert len(notes) == NOTES_MAX
     assert claimed(tracker).parts is None
     tracker.dirty.mark(GRANULE, 1)
     assert claimed(tracker).parts is None, "who writes so often is copied in whole granules"
-    tracker.look()
+    assert tracker.dirty.noted_bytes == 2 * NOTES_MAX + 1
+
+
+def test_who_writes_often_is_copied_in_whole_granules_for_a_while() -> None:
+    tracker = a_tracker()
+    for _ in range(NOTES_MAX):
+        tracker.dirty.mark(0, 1)
+    tracker.look(NOBODY)
+    for _ in range(COARSE_LOOKS):
+        tracker.dirty.mark(2 * GRANULE, 1)
+        assert tracker.dirty._notes is None, "nothing is noted meanwhile"
+        tracker.look(NOBODY)
+    while tracker.dirty._notes is None:
+        tracker.look(NOBODY)
+    tracker.look(NOBODY)
+    tracker.dirty.mark(2 * GRANULE, 1)
+    while (claim := claimed(tracker)).offset < 2 * GRANULE:
+        pass
+    assert claim.parts is None, "the bit of the writes that nobody noted"
+    tracker.settle(claim, failed=False)
     tracker.dirty.mark(2 * GRANULE, 1)
     assert claimed(tracker).parts == ((2 * GRANULE, UNIT),)
 
 
+def test_parts_wait_for_writes_that_saw_no_notes() -> None:
+    """Their bits are still to come, and a note of another write would narrow them."""
+    ledger, tracker = Ledger(), Tracker(SIZE, GRANULE, unit=UNIT)
+    ledger.attach(tracker.dirty)
+    old = ledger.enter()
+    tracker.refine()
+    for _ in range(3):
+        tracker.look(ledger)
+    new = ledger.enter()
+    ledger.leave(new, 0, 100)
+    ledger.leave(old, 8 * KIB, 100)
+    assert claimed(tracker).parts is None
+    tracker.look(ledger)
+    ledger.leave(ledger.enter(), GRANULE, 100)
+    assert claimed(tracker).parts == ((GRANULE, UNIT),)
+
+
 def test_the_users_granularity_is_what_is_copied() -> None:
     tracker = Tracker(SIZE, GRANULE)
-    tracker.refine()
+    refine(tracker)
     tracker.dirty.mark(1, 1)
     assert claimed(tracker).parts is None
     assert tracker.dirty.noted_bytes == 1
@@ -120,7 +168,7 @@ def test_a_part_is_no_smaller_than_a_block() -> None:
 def test_what_was_dirty_before_it_was_refined_is_whole() -> None:
     tracker = Tracker(SIZE, GRANULE, unit=UNIT)
     tracker.dirty.mark_all()
-    tracker.refine()
+    refine(tracker)
     tracker.dirty.mark(0, 4 * KIB)
     claim = claimed(tracker)
     assert claim.parts is None
@@ -219,7 +267,7 @@ def test_parts_are_joined_over_small_gaps(spans: list[Range], gap: int) -> None:
 def test_a_granule_that_becomes_whole_while_it_is_taken_stays_dirty() -> None:
     """No more of the details is removed than was seen."""
     bitmap = FineBitmap(DirtyBitmap(SIZE, GRANULE), UNIT)
-    bitmap.refine()
+    refine(bitmap)
     bitmap.mark(0, 4 * KIB)
     calls: list[bool] = []
 
