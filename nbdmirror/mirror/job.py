@@ -45,11 +45,10 @@ class Job(ABC):
     def __init__(self, options: MirrorOptions, events: EventRing, loop: Loop) -> None:
         self.id = options.job_id
         self.options = options
+        """As they are now: the speed and the copy mode can be changed."""
         self.status = JobStatus.UNDEFINED
         self.activity = Activity.NOT_STARTED
         self.io_status = "ok"
-        self.speed_bytes_per_s = options.speed_bytes_per_s
-        """The limit; 0 for none."""
         self.error: str | None = None
         self.failure: BaseException | None = None
         """Why the job ended badly."""
@@ -337,7 +336,7 @@ class Job(ABC):
             "device": self.id,
             "len": self.length,
             "offset": self.offset,
-            "speed": self.speed_bytes_per_s,
+            "speed": self.options.speed_bytes_per_s,
         }
         self._events.append(event, {**data, **extra})
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from nbdmirror.devices.base import Done
@@ -28,7 +29,7 @@ from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions
 from nbdmirror.mirror.quiesce import Quiesce
 from nbdmirror.mirror.rate_limit import Haste
-from nbdmirror.mirror.resources import MirrorResources, Target
+from nbdmirror.mirror.resources import JobState, MirrorResources, Target
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
 from nbdmirror.mirror.timers import RETRY, JobTimers
@@ -38,8 +39,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 """How often new guest writes are looked for when all was in sync."""
-
-ResourceStep = Callable[["MirrorJob", Done], None]
 
 
 class MirrorJob(Job):
@@ -64,7 +63,6 @@ class MirrorJob(Job):
         self.target = target
         self.tracker = tracker
         self.bitmap = bitmap
-        self.copy_mode = options.copy_mode
         self.pause_s: float | None = None
         """How long guest writes were held at the ending, in seconds."""
         self.pivoted = False
@@ -134,7 +132,7 @@ class MirrorJob(Job):
     def change(self, copy_mode: CopyMode) -> None:
         """block-job-change. Back to background, which QEMU refuses, is offered as well."""
         check_verb(self.id, self.status, "change")
-        self.copy_mode = copy_mode
+        self.options = replace(self.options, copy_mode=copy_mode)
         if self.copier.is_running:
             self._mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
         self.changed()
@@ -221,14 +219,19 @@ class MirrorJob(Job):
             self._release_guest()
 
     def changed(self) -> None:
-        self._resources.changed(self)
+        if self.status is not JobStatus.CREATED:
+            is_paused = self.pause_wanted and self.io_status == "ok"
+            self._resources.changed(JobState(self.options, self.is_scanned, is_paused))
 
     def release(self) -> None:
         """Copy, if need be after source and target were brought back."""
         self.become(Activity.RECONNECTING)
         self.changed()
-        then = partial(self._do, self._resources.reconnect, self._go_on, "write")
-        self._do(self._resources.reconnect_source, then, "read")
+        self._do(self._resources.reconnect_source, self._reconnect_target, "read")
+
+    def _reconnect_target(self) -> None:
+        step = partial(self._resources.reconnect, self.copier.answers > 0)
+        self._do(step, self._go_on, "write")
 
     def abort(self, because: str) -> None:
         self.fail(Cancelled(because))
@@ -236,24 +239,24 @@ class MirrorJob(Job):
             self._stopping.hurry()
 
     def limit_speed(self, speed_bytes_per_s: int) -> None:
-        self.speed_bytes_per_s = speed_bytes_per_s
+        self.options = replace(self.options, speed_bytes_per_s=speed_bytes_per_s)
         self.copier.set_speed(speed_bytes_per_s)
         self.changed()
 
     def forget(self, done: Done) -> None:
-        self._resources.forget(self, done)
+        self._resources.forget(done)
 
     def let_go(self) -> None:
         self.become(Activity.ENDED)
-        self._resources.released(self)
+        self._resources.released()
 
     def dismissed(self) -> None:
-        self._resources.dismissed(self)
+        self._resources.dismissed()
 
     def _go_on(self) -> None:
         if self.is_scanned:
             self.become(Activity.COPYING)
-            self._mode.turn(synchronous=self.copy_mode is CopyMode.WRITE_BLOCKING)
+            self._mode.turn(synchronous=self.options.copy_mode is CopyMode.WRITE_BLOCKING)
             self._hurry()
             self.copier.start()
         else:
@@ -280,10 +283,10 @@ class MirrorJob(Job):
             return
         if self.status is JobStatus.RUNNING and in_sync:
             self.become(Activity.FLUSHING)
-            self._do(lambda _, done: self.copier.flush(done), self._become_ready, "write")
+            self._do(self.copier.flush, self._become_ready, "write")
         elif self.may_end:
             self.become(Activity.PREPARING)
-            prepare = partial(self._resources.prepare, self)
+            prepare = partial(self._resources.prepare, self.ending)
             self._timers.do(prepare, self._begin_quiesce, self._not_written_down)
 
     def _become_ready(self) -> None:
@@ -295,9 +298,9 @@ class MirrorJob(Job):
         self.to(JobStatus.READY)
         self.tell("BLOCK_JOB_READY")
 
-    def _do(self, step: ResourceStep, then: Callable[[], None], operation: str) -> None:
+    def _do(self, step: Callable[[Done], None], then: Callable[[], None], operation: str) -> None:
         """Do `step`, and `then` if it ends well; its error is one of `operation`."""
-        self._timers.do(partial(step, self), then, partial(self.copy_failed, operation))
+        self._timers.do(step, then, partial(self.copy_failed, operation))
 
     def _begin_quiesce(self) -> None:
         self.become(Activity.QUIESCING)
@@ -348,18 +351,19 @@ class MirrorJob(Job):
     def commit(self, done: Done) -> None:
         self.become(Activity.COMMITTING)
         self._timers.cancel("level")
-        self._resources.commit(self, done)
+        self._resources.commit(done)
 
     def commit_failed(self, *, was_committed: bool) -> None:
         if was_committed:
-            self._resources.uncommit(self)
+            self._resources.uncommit()
+            self.changed()
         self._not_written_down(OSError(errno.EIO, "the state directory failed"))
 
     def finish(self) -> None:
         if self.bitmap is not None and self.options.clear_bitmap:
             self.bitmap.clear_all()
         if self.ending is Ending.COMPLETE:
-            self._resources.pivot(self)
+            self._resources.pivot()
             self.pivoted = True
         self.detach()
         if self.pivoted:

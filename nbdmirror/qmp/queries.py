@@ -33,7 +33,7 @@ def block_job_info(job: MirrorJob) -> dict[str, Any]:
         "busy": job.is_busy,
         # In QEMU a job that has done its work holds its guest, and that counts.
         "paused": job.pause_wanted or job.has_done_its_work,
-        "speed": job.speed_bytes_per_s,
+        "speed": job.options.speed_bytes_per_s,
         "io-status": job.io_status,
         "ready": job.is_ready,
         "status": str(job.status),

@@ -70,7 +70,7 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info = block_job_info(job)
     info["target"] = job.target.description
     info["sync"] = job.options.sync
-    info["copy-mode"] = str(job.copy_mode)
+    info["copy-mode"] = str(job.options.copy_mode)
     info["on-source-error"] = str(job.options.on_source_error)
     info["on-target-error"] = str(job.options.on_target_error)
     info["reconnect-delay-s"] = float(job.options.reconnect_delay_s)

@@ -48,7 +48,7 @@ class Course:
         self.target = job.target.description
         self.source = job.disk.source.description
         self._job = job
-        self._mode = job.copy_mode
+        self._mode = job.options.copy_mode
         self._clock = clock
         self._meter = Meter()
         self._ending_since_s: float | None = None
@@ -69,9 +69,9 @@ class Course:
         answers = job.copier.answers, job.copier.copied_bytes, job.tracker.written_bytes
         if answers != self._answers or not self._waits_for("read") | self._waits_for("write"):
             self._answers, self._answered_s = answers, now_s
-        if job.copy_mode is not self._mode:
-            self._mode = job.copy_mode
-            log.info("job %s: copy mode %s", job.id, job.copy_mode)
+        if job.options.copy_mode is not self._mode:
+            self._mode = job.options.copy_mode
+            log.info("job %s: copy mode %s", job.id, job.options.copy_mode)
         if job.last_error is not self._error:
             self._error, self._error_s = job.last_error, now_s
         if job.copier.is_running:
@@ -167,7 +167,7 @@ class Chronicle:
         log.info(
             "job %s: mirrors disk %s (%s) to %s, sync %s, %s",
             *(job.id, course.disk, course.source, course.target),
-            *(job.options.sync, job.copy_mode),
+            *(job.options.sync, job.options.copy_mode),
         )
         if not self._is_looking:
             self._is_looking = True

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
+from nbdmirror.mirror.resources import JobState
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.handshake import ExportInfo
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
@@ -13,20 +13,18 @@ from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.server.nodes import Node, NodeOptions
 from nbdmirror.state.disk_record import ExportRecord, JobRecord, MirrorRecord, TargetRecord
 
-if TYPE_CHECKING:
-    from nbdmirror.mirror.mirror_job import MirrorJob
 
-
-def mirror_record(job: MirrorJob, node: Node, *, key: str, bitmap: str) -> MirrorRecord:
-    """As the job is now. `bitmap`: the name of the one that it is made from, or ""."""
-    options = replace(job.options, copy_mode=job.copy_mode, speed_bytes_per_s=job.speed_bytes_per_s)
+def mirror_record(
+    state: JobState, node: Node, *, granularity: int, key: str, bitmap: str
+) -> MirrorRecord:
+    """`bitmap`: the name of the one that the mirror is made from, or ""."""
     return MirrorRecord(
         key=key,
-        granularity=job.tracker.granularity,
-        is_scanned=job.is_scanned,
-        is_paused=job.pause_wanted and job.io_status == "ok",
+        granularity=granularity,
+        is_scanned=state.is_scanned,
+        is_paused=state.is_paused,
         bitmap=bitmap,
-        job=JobRecord(**asdict(options)),
+        job=JobRecord(**asdict(state.options)),
         node=TargetRecord(
             name=node.name,
             uri=node.device.uri,

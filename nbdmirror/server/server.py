@@ -77,7 +77,7 @@ class Server:
         self.in_use: Callable[[], Set[str]] = frozenset
         """The disks that clients have open."""
         self.mirrors = MirrorJobs(
-            nodes=self.nodes, events=events, loop=loop, kept=self.kept, chronicle=self.chronicle
+            nodes=self.nodes, events=events, loop=loop, stores=self.kept, chronicle=self.chronicle
         )
 
     def start(self) -> None:

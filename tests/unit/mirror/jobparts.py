@@ -19,6 +19,7 @@ from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
+from nbdmirror.mirror.resources import JobState
 
 KIB, MIB = 1 << 10, 1 << 20
 GRANULARITY = 64 * KIB
@@ -48,42 +49,43 @@ class FakeResources:
         else:
             done(self.errors.get(name))
 
-    def changed(self, job: MirrorJob) -> None:
+    def changed(self, state: JobState) -> None:
         pass
 
-    def prepare(self, job: MirrorJob, done: Done) -> None:
+    def prepare(self, ending: Ending, done: Done) -> None:
         self._step("prepare", done)
 
-    def commit(self, job: MirrorJob, done: Done) -> None:
+    def commit(self, done: Done) -> None:
         assert self.world.is_held, "the end is written down while guests write"
         self.world.assert_identical()
         self._step("commit", done)
 
-    def uncommit(self, job: MirrorJob) -> None:
+    def uncommit(self) -> None:
         self.calls.append("uncommit")
 
-    def forget(self, job: MirrorJob, done: Done) -> None:
+    def forget(self, done: Done) -> None:
         self._step("forget", done)
 
-    def pivot(self, job: MirrorJob) -> None:
+    def pivot(self) -> None:
         self.calls.append("pivot")
         self.world.assert_identical()
-        job.disk.swap(self.world.target)
+        self.world.disk.swap(self.world.target)
 
-    def released(self, job: MirrorJob) -> None:
+    def released(self) -> None:
+        job = self.world.job
         self.calls.append("released")
         job.tracker.close()
         if job.failure is None and job.error is None and job.ending is not Ending.NONE:
             self.world.assert_identical()
 
-    def dismissed(self, job: MirrorJob) -> None:
+    def dismissed(self) -> None:
         self.calls.append("dismissed")
 
-    def scan(self, job: MirrorJob, done: Done) -> None:
-        job.tracker.dirty.mark_all()
+    def scan(self, done: Done) -> None:
+        self.world.job.tracker.dirty.mark_all()
         self._step("scan", done)
 
-    def reconnect_source(self, job: MirrorJob, done: Done) -> None:
+    def reconnect_source(self, done: Done) -> None:
         if self.world.source.requests.is_lost:
             self._step("reconnect_source", partial(self._source_is_back, done))
         else:
@@ -93,7 +95,7 @@ class FakeResources:
         self.world.source.requests.is_lost = error is not None
         done(error)
 
-    def reconnect(self, job: MirrorJob, done: Done) -> None:
+    def reconnect(self, has_copied: bool, done: Done) -> None:
         if self.world.target.requests.is_lost:
             self._step("reconnect", partial(self._target_is_back, done))
         else:

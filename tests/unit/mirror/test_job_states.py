@@ -164,7 +164,7 @@ def test_a_paused_job_takes_a_speed_and_a_copy_mode(make: Callable[[], JobWorld]
     assert world.disk.synchronous is None and not world.job.copier.is_running
     world.job.resume()
     world.pass_s(1.0)
-    assert world.status == "ready" and world.job.speed_bytes_per_s == 1 << 30
+    assert world.status == "ready" and world.job.options.speed_bytes_per_s == 1 << 30
     assert world.job.is_actively_synced
 
 
@@ -179,7 +179,7 @@ def test_a_negative_speed_changes_nothing(make: Callable[[], JobWorld]) -> None:
     world = make()
     with pytest.raises(CommandError, match="non-negative"):
         world.job.set_speed(-1)
-    assert world.job.speed_bytes_per_s == 0
+    assert world.job.options.speed_bytes_per_s == 0
 
 
 def test_a_speed_limit_holds() -> None:

@@ -1,0 +1,234 @@
+"""JobResources: what one mirror job runs on, and what becomes of that when the job ends.
+
+On the event loop's thread, except where it says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from nbdmirror.devices.aligned import for_guests
+from nbdmirror.devices.async_file import FileSource
+from nbdmirror.devices.base import BlockDevice, Done, raw_device
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.ledger import Tracker
+from nbdmirror.event_loop import Loop
+from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.in_flight import OPENING_BYTES, Crowd
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.options import Ending, MirrorOptions
+from nbdmirror.mirror.resources import JobState
+from nbdmirror.mirror.scan import is_no_hole, is_not_zero, scan
+from nbdmirror.mirror.spot_check import find_mismatch
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
+from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.nbdclient.sides import tell_moved, when_whole
+from nbdmirror.server.bitmaps import NamedBitmap
+from nbdmirror.server.chronicle import Chronicle
+from nbdmirror.server.detour import check_detour
+from nbdmirror.server.mirror_record import mirror_record
+from nbdmirror.server.nodes import Node, Nodes
+from nbdmirror.server.reconnect import copy_all, reconnect, reconnect_source
+from nbdmirror.server.sources import Sources
+from nbdmirror.state.disk_record import MirrorRecord
+from nbdmirror.state.null_store import StateStore
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class JobResources:
+    """A MirrorResources. In use from `acquire` to `released`."""
+
+    options: MirrorOptions
+    """As the job was made; those that change do not matter here."""
+    disk: Disk
+    node: Node
+    source: FileSource | NbdDevice
+    bitmap: NamedBitmap | None
+    tracker: Tracker
+    key: str
+    """Of what is saved of the mirror."""
+    store: StateStore
+    sources: Sources
+    nodes: Nodes
+    loop: Loop
+    chronicle: Chronicle
+    has_connected_once: bool
+    """Its target was there once since this process began; until then it is waited for."""
+    on_dismissed: Callable[[], object]
+    _is_in_use: bool = field(default=False, init=False)
+    _record: MirrorRecord | None = field(default=None, init=False)
+    """As it was last kept."""
+    _retired: BlockDevice | None = field(default=None, init=False)
+    """What the disk was served from before the pivot."""
+    _attempt: object = field(default=None, init=False)
+    """To bring the target back: the last one."""
+
+    def new_copier(self, crowd: Crowd, job: MirrorJob) -> Copier:
+        """`crowd`: of all copiers of the server."""
+        target = self.node.device
+        piece = min(OPENING_BYTES, target.block_size.maximum, self.disk.source.block_size.maximum)
+        return Copier(
+            source=self.source,
+            target=target,
+            tracker=self.tracker,
+            observer=job,
+            clock=self.loop.clock,
+            call_later=self.loop.call_later,
+            buffer_bytes=self.options.buffer_bytes,
+            request_bytes_max=1 << (piece.bit_length() - 1),
+            unmap=self.options.unmap,
+            crowd=crowd,
+        )
+
+    def acquire(self, job: MirrorJob) -> None:
+        """Have the loop drive both sides' connections, and the job hear of what is lost."""
+        self._is_in_use = True
+        self.node.job = job
+        if self.bitmap is not None:
+            self.bitmap.is_busy = True
+        if isinstance(self.source, NbdDevice):
+            self.source.pool.attach(self.loop, None)
+            self.source.on_lost_writes = partial(copy_all, job.id, self.tracker)
+        self.node.device.pool.attach(self.loop, job.target_lost)
+
+    def changed(self, state: JobState) -> None:
+        if not self._is_in_use or not self.store.is_lasting:
+            return
+        record = mirror_record(
+            state,
+            self.node,
+            granularity=self.tracker.granularity,
+            key=self.key,
+            bitmap=self.bitmap.name if self.bitmap else "",
+        )
+        if record != self._record:
+            self._record = record
+            self.store.keep_mirror(record, self.tracker)
+
+    def prepare(self, ending: Ending, done: Done) -> None:
+        device = self.node.device
+
+        def checked(error: BaseException | None) -> None:
+            if error is not None:
+                done(error)
+            elif self._is_in_use:
+                self.store.prepare_end(device.uri, done)
+
+        if ending is Ending.COMPLETE:
+            when_whole(device, self.loop, checked, writes_all=self.options.writes_all)
+        else:
+            self.store.prepare_end("", done)
+
+    def commit(self, done: Done) -> None:
+        self.store.commit_end(done)
+
+    def uncommit(self) -> None:
+        self.store.undo_end()
+        self._record = None
+
+    def forget(self, done: Done) -> None:
+        self.store.forget_mirror(done)
+
+    def pivot(self) -> None:
+        device = self.node.device
+        device.pool.detach()
+        device.pool.reconnect_timeout_s = max(RECONNECT_TIMEOUT_S, self.options.reconnect_delay_s)
+        if isinstance(self.source, NbdDevice):
+            self.source.pool.detach()
+        self._retired = self.disk.swap(for_guests(device))
+        self.nodes.pivoted(self.disk, self.node, raw_device(self._retired))
+
+    def released(self) -> None:
+        node, source = self.node, self.source
+        self._is_in_use = False
+        node.job = None
+        self.tracker.close()
+        if self.bitmap is not None:
+            self.bitmap.is_busy = False
+        if isinstance(source, NbdDevice):
+            source.on_lost_writes = None
+            if self._retired is None:
+                source.pool.detach()
+        if self._retired is not None:
+            tell_moved(node.device)  # before anybody hears that the job has completed
+            self.sources.retire(self._retired, self.disk)
+            return
+        self.nodes.leave(node.device)
+        node.device.pool.detach()
+        if node.is_owned:
+            self.nodes.forget(node)
+            node.device.close()
+
+    def dismissed(self) -> None:
+        self.on_dismissed()
+
+    def scan(self, done: Done) -> None:
+        source, dirty = self.source, self.tracker.dirty
+        ask, is_copied = source.start_extents, is_not_zero
+        if self.options.sync == "top":
+            if not isinstance(source, NbdDevice) or not source.can_depth:
+                dirty.mark_all()  # no layers: all is the top
+                done(None)
+                return
+            ask, is_copied = source.start_top_layer, is_no_hole
+        scan(ask, dirty, is_copied=is_copied, is_wanted=lambda: self._is_in_use, done=done)
+
+    def reconnect_source(self, done: Done) -> None:
+        if isinstance(self.source, NbdDevice) and self.source.pool.shared.is_lost:
+            reconnect_source(self.source, self.loop, done)
+        else:
+            done(None)
+
+    def reconnect(self, has_copied: bool, done: Done) -> None:
+        device = self.node.device
+        if not device.is_lost:
+            if has_copied:
+                done(None)
+            else:  # nothing was written there yet
+                check_detour(self.disk, self.source, device, self.loop, done)
+            return
+        attempt = self._attempt = object()  # those before, if it was paused meanwhile, give up
+
+        def is_wanted() -> bool:
+            return self._is_in_use and self._attempt is attempt
+
+        def came_back() -> None:
+            self.has_connected_once = True
+            self.tracker.target_came_back()
+
+        def ended(error: BaseException | None) -> None:
+            if is_wanted():
+                self.chronicle.target_waited_for(self.options.job_id, is_back=error is None)
+            done(error)
+
+        reconnect_timeout_s = (
+            self.options.reconnect_delay_s if self.has_connected_once else math.inf
+        )
+        self.chronicle.target_lost(self.options.job_id, reconnect_timeout_s)
+        reconnect(
+            device,
+            self.loop,
+            reconnect_timeout_s=reconnect_timeout_s,
+            is_wanted=is_wanted,
+            difference=self._difference(),
+            came_back=came_back,
+            done=ended,
+        )
+
+    def _difference(self) -> Callable[[SharedConnection], int | None]:
+        """What tells whether a target is the one that it was. Only of a full copy clean means the
+        same."""
+        if self.options.sync != "full":
+            return lambda connection: None
+        suspects = self.tracker.may_differ()
+
+        def difference(connection: SharedConnection) -> int | None:
+            rng = random.Random()
+            return find_mismatch(self.disk, connection.read, self.tracker, suspects, rng)
+
+        return difference
