@@ -27,8 +27,8 @@ from nbdmirror.disk.claim import Claim, joined
 from nbdmirror.disk.ledger import Tracker
 from nbdmirror.mirror.buffers import Buffers, Run
 from nbdmirror.mirror.copy_in_flight import Copy
-from nbdmirror.mirror.in_flight import OPENING_BYTES, Crowd, Depth, Holes
-from nbdmirror.mirror.rate_limit import Haste, Pace
+from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad, Holes, InFlightWindow
+from nbdmirror.mirror.rate_limit import Haste, RateLimit
 
 REQUEST_BYTES_MAX = 1 << 20
 """Largest read and write but one (in_flight.OPENING_BYTES), QEMU's MAX_IO_BYTES: larger ones gain
@@ -66,9 +66,9 @@ class Copier:
         buffer_bytes: int = BUFFER_BYTES_DEFAULT,
         request_bytes_max: int = OPENING_BYTES,  # what both sides take; a power of two
         unmap: bool = True,
-        crowd: Crowd | None = None,
+        load: CopierLoad | None = None,
     ) -> None:
-        """`crowd`: of all copiers of this loop."""
+        """`load`: of all copiers of this loop."""
         self.source = source
         self.target = target
         self.tracker = tracker
@@ -88,15 +88,15 @@ class Copier:
         # At least one granule, as in QEMU; a larger one than a request goes in several pieces.
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max, REQUEST_BYTES_MAX)
-        self._crowd = crowd or Crowd(clock, lambda: 0)
+        self._load = load or CopierLoad(clock, lambda: 0)
         self._slots = max(1, buffer_bytes // self._request_bytes)
-        self._depth = Depth(
+        self._window = InFlightWindow(
             self._request_bytes,
-            self._crowd,
+            self._load,
             opening_bytes=min(self._slots * self._request_bytes, request_bytes_max),
             granularity=tracker.granularity,
         )
-        self.pace = Pace(clock, call_later, self.pump)
+        self._rate_limit = RateLimit(clock, call_later, self.pump)
         self._holes = Holes(self._request_bytes)
         self._buffers = Buffers()
         self._copies: set[Copy] = set()
@@ -124,17 +124,17 @@ class Copier:
         self.pump()
 
     def set_speed(self, speed_bytes_per_s: int) -> None:
-        self.pace.set_speed(speed_bytes_per_s)
+        self._rate_limit.set_speed(speed_bytes_per_s)
         self.pump()
 
     def set_haste(self, haste: Haste) -> None:
-        self.pace.haste = haste
+        self._rate_limit.haste = haste
 
     def stop(self) -> None:
         """Claim no more, and begin no more pieces. What is in flight ends by itself; then
         `copy_settled` is called."""
         self.is_running = False
-        self._depth.start_over()
+        self._window.start_over()
         self._holes.zeroed.start_over()
 
     def disown(self) -> None:
@@ -163,7 +163,7 @@ class Copier:
         was_busy = bool(self._copies)
         self._is_pumping = True
         try:
-            while self.is_running and self._has_room() and self.pace.may_start():
+            while self.is_running and self._has_room() and self._rate_limit.may_start():
                 claim = self._claim()
                 if claim is None:
                     break
@@ -176,7 +176,7 @@ class Copier:
 
     def _has_room(self) -> bool:
         is_a_slot_free = len(self._copies) < self._slots and self._free_bytes >= self._request_bytes
-        return is_a_slot_free and self._depth.has_room(self._in_flight_bytes)
+        return is_a_slot_free and self._window.has_room(self._in_flight_bytes)
 
     @property
     def _free_bytes(self) -> int:
@@ -185,7 +185,7 @@ class Copier:
     @property
     def _next_bytes(self) -> int:
         """Of the next request at most."""
-        length = self._depth.request_bytes
+        length = self._window.request_bytes
         return length if length <= self._free_bytes else self._request_bytes
 
     def _claim(self) -> Claim | None:
@@ -194,40 +194,40 @@ class Copier:
         granularity = self.tracker.granularity
         is_hole = self._cursor >= self._data_until and self._holes.is_inside
         length_max = self._holes.claim_bytes if is_hole else self._next_bytes
-        length_max = min(length_max, self.pace.claim_bytes_max or length_max)
+        length_max = min(length_max, self._rate_limit.claim_bytes_max or length_max)
         length_max = max(granularity, length_max)
         claim = self.tracker.claim(self._cursor, length_max) if self._cursor else None
         if claim is None:
             self._cursor = self._data_until = 0
-            if self.pace.may_begin_round():
+            if self._rate_limit.may_begin_round():
                 claim = self.tracker.claim(0, length_max)
             if claim is not None:
-                self._depth.begin_round(is_kept_in_sync=self.pace.haste is Haste.LAG)
+                self._window.begin_round(is_kept_in_sync=self._rate_limit.haste is Haste.LAG)
         if claim is not None:
             self._cursor = claim.end
         return claim
 
     def _begin(self, claim: Claim) -> None:
         next_bytes = self._next_bytes
-        is_window = claim.length > max(next_bytes, self.tracker.granularity)
-        length = min(claim.length, self._request_bytes if is_window else next_bytes)
+        is_hole_likely = claim.length > max(next_bytes, self.tracker.granularity)
+        length = min(claim.length, self._request_bytes if is_hole_likely else next_bytes)
         start = claim.offset
         if claim.parts is not None:
             start = claim.parts[0][0]
             length = min(length, sum(claim.parts[-1]) - start)
             self.spared_bytes += claim.length - sum(span for _, span in claim.parts)
         # With a speed limit few claims begin before they are accounted for, small as they are.
-        weight = self._request_bytes if self.pace.speed_bytes_per_s else length
-        if self._depth.is_late:  # a large granule, whose pieces come one after the other
+        weight = self._request_bytes if self._rate_limit.speed_bytes_per_s else length
+        if self._window.is_late:  # a large granule, whose pieces come one after the other
             weight = max(weight, min(claim.length, self.tracker.granularity))
         copy = Copy(claim, length, weight, position=start)
-        self._crowd.count += not self._copies
+        self._load.count += not self._copies
         self._copies.add(copy)
         self._in_flight_bytes += weight
-        self._depth.round_bytes += claim.length
+        self._window.round_bytes += claim.length
         if claim.end <= self._data_until or claim.parts is not None:
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
-            self.pace.account(length)
+            self._rate_limit.account(length)
             self._next_piece(copy)
             return
         start_s = self._clock()
@@ -252,7 +252,7 @@ class Copier:
             copy.extents = [Extent(zero, zero=True, hole=extents[0].hole)]
             if zero < claim.length:
                 self._give_back(copy, zero)
-            self.pace.account(0 if self.unmap else zero)
+            self._rate_limit.account(0 if self.unmap else zero)
         else:
             data = leading_bytes(extents, zero=False)
             self._data_until = max(claim.offset + data, claim.offset + granularity)
@@ -261,11 +261,11 @@ class Copier:
             if claim.length > length_max:
                 self._give_back(copy, length_max)
             copy.extents = [Extent(claim.length, zero=False, hole=False)]
-            self.pace.account(claim.length)
+            self._rate_limit.account(claim.length)
         self._next_piece(copy)
 
     def _give_back(self, copy: Copy, length: int) -> None:
-        self._depth.round_bytes -= copy.claim.length - length
+        self._window.round_bytes -= copy.claim.length - length
         self.tracker.shrink(copy.claim, length)
         self._cursor = min(self._cursor, copy.claim.end)
 
@@ -298,11 +298,11 @@ class Copier:
     def _read(self, copy: Copy) -> None:
         """One piece: from the first to the last of its parts, of which the parts are written."""
         start_s = self._clock()
-        length = min(copy.request_bytes, self._depth.piece_bytes_max)
+        length = min(copy.request_bytes, self._window.piece_bytes_max)
         if copy.buffer is not None:
             length = min(length, len(copy.buffer.view))
         end = min(copy.claim.end, copy.position + length)
-        parts = joined(copy.claim.parts_in(copy.position, end), self._depth.gap_bytes)
+        parts = joined(copy.claim.parts_in(copy.position, end), self._window.gap_bytes)
         if not parts:
             copy.position = end
             self._next_piece(copy)
@@ -334,7 +334,7 @@ class Copier:
         def then(length: int, is_zero: bool, error: BaseException | None) -> None:
             now_s = self._clock()
             self.answers += 1
-            self._depth.answered(now_s - write_s, is_zero=is_zero)
+            self._window.answered(now_s - write_s, is_zero=is_zero)
             copy.error = copy.error or error
             copy.pending -= 1
             if copy.pending:
@@ -342,7 +342,7 @@ class Copier:
             if copy.extents[0].zero:
                 self._holes.zeroed.answered(length, now_s - write_s)
             else:
-                self._depth.copied(now_s - start_s, copy.piece_bytes, piece_bytes)
+                self._window.copied(now_s - start_s, copy.piece_bytes, piece_bytes)
             copy.position = end
             self._piece_ended(copy, copy.error)
 
@@ -351,7 +351,7 @@ class Copier:
                 self.target.start_zero(offset, length, self.unmap, partial(then, length, True))
             else:
                 self.written_bytes += length
-                self._depth.began(length)
+                self._window.began(length)
                 self.target.start_write(content, offset, partial(then, length, False))
 
     def _piece_ended(self, copy: Copy, error: BaseException | None) -> None:
@@ -365,8 +365,8 @@ class Copier:
         self.copied_bytes += self.tracker.settle(copy.claim, failed=failed)
         self._copies.discard(copy)
         self._in_flight_bytes -= copy.weight
-        self._crowd.count -= not self._copies
-        has_room = self._depth.has_room(self._in_flight_bytes + self._buffers.length)
+        self._load.count -= not self._copies
+        has_room = self._window.has_room(self._in_flight_bytes + self._buffers.length)
         is_free = copy.error is None  # else a connection that was given up may have the buffer
         if is_free and has_room and copy.buffer and len(copy.buffer.view) <= self._request_bytes:
             self._buffers.keep(copy.buffer)

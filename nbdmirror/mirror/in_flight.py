@@ -1,4 +1,4 @@
-"""Depth: how much of a copier's work may be in flight now. On the event loop's thread."""
+"""InFlightWindow: how much of a copier's work may be in flight now. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ANSWER_S = 0.5
 for. So a storage that is slow answers all that it was asked for within moments: its
 progress shows, a pause comes about, and nobody takes it for one that hangs."""
 
-WINDOW_BYTES_MAX = 32 << 30
+CLAIM_BYTES_MAX = 32 << 30
 """Longest claim where nothing is known of the source: a hole of this length is one claim, if the
 target zeroes as quickly as that. Long enough that the bitmap can give back whole pages."""
 
-ZERO_BYTES_MAX = WINDOW_BYTES_MAX
+ZERO_BYTES_MAX = CLAIM_BYTES_MAX
 """Largest zero request. To a target whose lengths have 32 bits it goes in pieces."""
 
 STRIDE_GROWTH = 8
@@ -125,7 +125,7 @@ class Holes:
     def __init__(self, request_bytes: int) -> None:
         """`request_bytes`: what both begin with."""
         self._request_bytes = request_bytes
-        self._asked = Stride(request_bytes, WINDOW_BYTES_MAX)
+        self._asked = Stride(request_bytes, CLAIM_BYTES_MAX)
         self.zeroed = Stride(request_bytes, ZERO_BYTES_MAX)
         self.is_inside = False
         """The last answer about extents was a hole."""
@@ -145,7 +145,7 @@ class Holes:
             self._asked.start_over()
 
 
-class Crowd:
+class CopierLoad:
     """What the copiers of one event loop share with each other, and with the guests.
 
     `new_requests`: how many requests of guests have begun since it was last called.
@@ -179,7 +179,7 @@ class Crowd:
         return self._guests_work
 
 
-class Depth:
+class InFlightWindow:
     """Begins with one small request, whose answer tells how far the target is: several would wait
     for each other, and a local target would be taken for a distant one, with fresh memory for each.
     To one that was never quick, GROWTH more with each answer, so four times as many each round
@@ -187,7 +187,7 @@ class Depth:
     """
 
     def __init__(
-        self, request_bytes: int, crowd: Crowd, *, opening_bytes: int = 0, granularity: int = 1
+        self, request_bytes: int, load: CopierLoad, *, opening_bytes: int = 0, granularity: int = 1
     ) -> None:
         """`request_bytes`: the largest request, but for one of `opening_bytes`; `granularity`: the
         smallest."""
@@ -195,7 +195,7 @@ class Depth:
         self._probe_bytes = min(request_bytes, max(PROBE_BYTES, granularity))
         self._opening_bytes = opening_bytes
         self._largest_bytes = 0
-        self._crowd = crowd
+        self._load = load
         self._quickest_s = math.inf
         self._answers = 0
         self._writes = 0
@@ -267,7 +267,7 @@ class Depth:
             return False
         if not self._is_quick:
             return in_flight_bytes < self.request_bytes * (1 + GROWTH * self._writes)
-        mirrors = max(1, self._crowd.count)
+        mirrors = max(1, self._load.count)
         room = max(1, QUICK_BYTES // mirrors // self._request_bytes) * self._request_bytes
         if self._yields:
             room = min(room, int(self._quickest_s * YIELDING_BYTES_PER_S) // mirrors)
@@ -275,7 +275,7 @@ class Depth:
 
     @property
     def _yields(self) -> bool:
-        return self._is_quick and self._may_yield and self._crowd.guests_need_room
+        return self._is_quick and self._may_yield and self._load.guests_need_room
 
     @property
     def _is_quick(self) -> bool:
@@ -296,7 +296,7 @@ class Depth:
     def answered(self, took_s: float, *, is_zero: bool = False) -> None:
         """A write was answered, or a write of zeroes: this may take its time at a target that is
         near, so it never means that more should be in flight."""
-        self._quickest_s = min(self._quickest_s, took_s / max(1, self._crowd.count))
+        self._quickest_s = min(self._quickest_s, took_s / max(1, self._load.count))
         self._answers += 1
         self._writes += not is_zero
 

@@ -1,5 +1,7 @@
-"""Pace: when a copier may begin its next claim: the speed limit, and rounds. On the event loop's
-thread."""
+"""RateLimit: when a copier may begin its next claim: the speed limit, and rounds.
+
+On the event loop's thread.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ class Haste(enum.Enum):
     """Guests' writes are held: the speed limit does not hold."""
 
 
-class Pace:
+class RateLimit:
     """`pump` is called when what was to wait may begin."""
 
     def __init__(

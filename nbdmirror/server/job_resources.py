@@ -18,7 +18,7 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.ledger import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.copier import Copier
-from nbdmirror.mirror.in_flight import OPENING_BYTES, Crowd
+from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
 from nbdmirror.mirror.resources import JobState
@@ -68,8 +68,8 @@ class JobResources:
     _attempt: object = field(default=None, init=False)
     """To bring the target back: the last one."""
 
-    def new_copier(self, crowd: Crowd, job: MirrorJob) -> Copier:
-        """`crowd`: of all copiers of the server."""
+    def new_copier(self, load: CopierLoad, job: MirrorJob) -> Copier:
+        """`load`: of all copiers of the server."""
         target = self.node.device
         piece = min(OPENING_BYTES, target.block_size.maximum, self.disk.source.block_size.maximum)
         return Copier(
@@ -82,7 +82,7 @@ class JobResources:
             buffer_bytes=self.options.buffer_bytes,
             request_bytes_max=1 << (piece.bit_length() - 1),
             unmap=self.options.unmap,
-            crowd=crowd,
+            load=load,
         )
 
     def acquire(self, job: MirrorJob) -> None:

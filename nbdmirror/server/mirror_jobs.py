@@ -14,7 +14,7 @@ from nbdmirror.errors import CommandError
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.activity import Activity
-from nbdmirror.mirror.in_flight import Crowd
+from nbdmirror.mirror.in_flight import CopierLoad
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
@@ -51,7 +51,9 @@ class MirrorJobs:
         """Until they are dismissed."""
         self._stores = stores
         self._chronicle = chronicle
-        self._crowd = Crowd(loop.clock, lambda: sum(disk.ledger.new_requests() for disk in stores))
+        self._load = CopierLoad(
+            loop.clock, lambda: sum(disk.ledger.new_requests() for disk in stores)
+        )
         self._nodes = nodes
         self._events = events
         self._loop = loop
@@ -111,7 +113,7 @@ class MirrorJobs:
             disk=disk,
             target=node.device,
             tracker=tracker,
-            copier=partial(resources.new_copier, self._crowd),
+            copier=partial(resources.new_copier, self._load),
             loop=self._loop,
             events=self._events,
             resources=resources,

@@ -197,7 +197,7 @@ def test_the_targets_memory_is_used_again(
     start: Start, identical: Identical, folder: Path, kind: str
 ) -> None:
     """glibc's malloc would map the buffer of each request anew, 256 pages for each MiB, had not one
-    request been larger than all others (depth.OPENING_BYTES). Until then it takes some 10,000,
+    request been larger than all others (in_flight.OPENING_BYTES). Until then it takes some 10,000,
     whatever the size."""
     size = 192 * MiB
     disk = make_noise(folder / "disk.img", size)

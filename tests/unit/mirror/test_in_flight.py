@@ -1,4 +1,5 @@
-"""Depth: how many requests are in flight, how large, beside guests and to targets near and far."""
+"""InFlightWindow: how many requests are in flight, and how large they are, beside guests and to
+targets near and far."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from nbdmirror.mirror.in_flight import (
     QUICK_BYTES,
     QUICK_WRITE_S,
     YIELDING_REQUEST_BYTES,
-    Crowd,
-    Depth,
+    CopierLoad,
+    InFlightWindow,
 )
 
 QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
@@ -109,12 +110,12 @@ def test_what_is_in_flight_grows_with_each_round_trip(granularity: int) -> None:
 
 @pytest.mark.parametrize(("count", "each"), [(1, 4), (2, 2), (3, 1), (9, 1)])
 def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int) -> None:
-    crowd = Crowd(Clock(), lambda: 0)
+    load = CopierLoad(Clock(), lambda: 0)
     all_devices = [Devices(data(8 * MIB), keeps=("write",)) for _ in range(count)]
-    copiers = [a_copier(devices, crowd=crowd)[0] for devices in all_devices]
+    copiers = [a_copier(devices, load=load)[0] for devices in all_devices]
     for copier in copiers:
         copier.start()
-    assert crowd.count == count
+    assert load.count == count
     for _ in range(QUICK_MAX):  # those that came first had the processor's cache for themselves
         for devices in all_devices:
             devices.kept.pop(0)()
@@ -123,7 +124,7 @@ def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int)
         for devices in all_devices:
             if devices.kept:
                 devices.kept.pop(0)()
-    assert crowd.count == 0
+    assert load.count == 0
 
 
 @pytest.mark.parametrize(
@@ -132,10 +133,10 @@ def test_mirrors_to_quick_targets_share_what_is_in_flight(count: int, each: int)
 )
 def test_guests_at_work_get_a_processor(processors: int, requests: int, each: int) -> None:
     clock = Clock()
-    crowd = Crowd(clock, lambda: requests, processors)
+    load = CopierLoad(clock, lambda: requests, processors)
     clock.advance(LOOK_S)
     devices = Devices(data(8 * MIB), keeps=("write",))
-    copier, tracker, _ = a_copier(devices, clock=clock, crowd=crowd)
+    copier, tracker, _ = a_copier(devices, clock=clock, load=load)
     copier.start()
     clock.advance(YIELDING_REQUEST_BYTES / 2e9)
     devices.kept.pop(0)()
@@ -151,12 +152,12 @@ def test_guests_at_work_get_a_processor(processors: int, requests: int, each: in
 
 def test_guests_at_work_do_not_make_holes_many_requests() -> None:
     clock = Clock()
-    crowd = Crowd(clock, lambda: 200, 2)
+    load = CopierLoad(clock, lambda: 200, 2)
     clock.advance(LOOK_S)
     device = MemoryDevice(64 * MIB)
     device.pwrite(b"x" * MIB, 0)
     devices = Devices(device)
-    copier, _, _ = a_copier(devices, clock=clock, crowd=crowd)
+    copier, _, _ = a_copier(devices, clock=clock, load=load)
     copier.start()
     assert devices.target == device.data
     assert len(devices.of("write")) == 1 + 2
@@ -166,11 +167,11 @@ def test_guests_at_work_do_not_make_holes_many_requests() -> None:
 def test_a_guest_that_was_at_work_all_along_is_seen() -> None:
     """However long ago somebody looked."""
     clock = Clock()
-    crowd = Crowd(clock, lambda: 20_000, 2)
+    load = CopierLoad(clock, lambda: 20_000, 2)
     clock.advance(10)
-    assert crowd.guests_need_room
+    assert load.guests_need_room
     clock.advance(1)
-    assert not crowd.guests_need_room, "it has become one that keeps a processor busy"
+    assert not load.guests_need_room, "it has become one that keeps a processor busy"
 
 
 def test_the_first_requests_are_small() -> None:
@@ -263,23 +264,23 @@ def test_holes_take_no_large_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(length for length in made if length != OPENING_BYTES) == REQUEST_BYTES_MAX
 
 
-def a_depth_beside_guests() -> Depth:
+def a_window_beside_guests() -> InFlightWindow:
     clock = Clock()
-    depth = Depth(MIB, Crowd(clock, lambda: 200, 2))
+    window = InFlightWindow(MIB, CopierLoad(clock, lambda: 200, 2))
     clock.advance(LOOK_S)
-    return depth
+    return window
 
 
 def test_a_copy_that_does_not_converge_yields_to_nobody() -> None:
     """Nor does one that is far behind. What it may have in flight is told in bytes."""
-    depth = a_depth_beside_guests()
-    depth.answered(0.0001)
+    window = a_window_beside_guests()
+    window.answered(0.0001)
 
     def yields_after(round_bytes: int, *, is_kept_in_sync: bool = False) -> bool:
-        depth.round_bytes = round_bytes
-        depth.begin_round(is_kept_in_sync=is_kept_in_sync)
-        assert depth.has_room(99_999)
-        return not depth.has_room(100_000)
+        window.round_bytes = round_bytes
+        window.begin_round(is_kept_in_sync=is_kept_in_sync)
+        assert window.has_room(99_999)
+        return not window.has_room(100_000)
 
     assert yields_after(0), "the first round"
     assert yields_after(1000 * MIB)
@@ -296,10 +297,10 @@ def test_a_copy_that_does_not_converge_yields_to_nobody() -> None:
 def test_rounds_are_told_by_what_they_claimed() -> None:
     """A guest that dirties as much in each round as was copied in it."""
     clock = Clock()
-    crowd = Crowd(clock, lambda: 200, 2)
+    load = CopierLoad(clock, lambda: 200, 2)
     clock.advance(LOOK_S)
     devices = Devices(data(8 * MIB), keeps=("write",))
-    copier, tracker, _ = a_copier(devices, clock=clock, crowd=crowd)
+    copier, tracker, _ = a_copier(devices, clock=clock, load=load)
     copier.start()
     depths, done = [], 0
     for _ in range(5):
@@ -327,23 +328,23 @@ def test_what_was_given_back_does_not_count_twice() -> None:
     copier, tracker, _ = a_copier(devices)
     copier.start()
     assert tracker.in_sync
-    assert copier._depth.round_bytes == 256 * MIB
+    assert copier._window.round_bytes == 256 * MIB
 
 
 def test_over_a_network_a_copy_that_yields_has_more_in_flight() -> None:
-    depth = a_depth_beside_guests()
-    depth.answered(QUICK_WRITE_S * 0.9)
-    depth.begin_round(is_kept_in_sync=False)
-    assert depth.has_room(1_799_999)
-    assert not depth.has_room(1_800_000)
+    window = a_window_beside_guests()
+    window.answered(QUICK_WRITE_S * 0.9)
+    window.begin_round(is_kept_in_sync=False)
+    assert window.has_room(1_799_999)
+    assert not window.has_room(1_800_000)
 
 
 def test_when_guests_rest_the_copy_takes_what_there_is() -> None:
     clock = Clock()
     asked = iter([200, 0, 200])
-    crowd = Crowd(clock, lambda: next(asked), 2)
+    load = CopierLoad(clock, lambda: next(asked), 2)
     found = []
     for _ in range(7):
-        found.append(crowd.guests_need_room)
+        found.append(load.guests_need_room)
         clock.advance(LOOK_S * 0.6)
     assert found == [False, False, True, True, False, False, True]
