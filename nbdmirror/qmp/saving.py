@@ -24,7 +24,7 @@ async def mirrors_saved(server: Server) -> None:
     """Wait until the mirrors are on disk. A mirror continues if they cannot be saved, and an event
     reports that."""
     with suppress(OSError):
-        await _saved(server, lambda kept: kept.saved())
+        await _saved(server, lambda store: store.saved())
 
 
 async def bitmaps_saved(server: Server) -> None:
@@ -38,12 +38,12 @@ async def bitmaps_saved(server: Server) -> None:
 
 async def all_saved(server: Server) -> None:
     """Wait until everything is on disk. Raises OSError."""
-    await _saved(server, lambda kept: kept.bits_saved())
+    await _saved(server, lambda store: store.bits_saved())
 
 
 async def _saved(server: Server, save: Callable[[StateStore], Future[None]]) -> None:
     def saves() -> list[Future[None]]:
-        return [save(kept) for kept in server.kept.values() if kept.is_lasting]
+        return [save(store) for store in server.stores.values() if store.is_lasting]
 
     futures: list[Future[None]] = await ask_loop(server, saves)
     deadline_s = time.monotonic() + SAVED_S_MAX

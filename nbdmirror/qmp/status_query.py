@@ -47,7 +47,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         "size": disk.size,
         "read-only": disk.read_only,
         "connected": _is_connected(disk.source),
-        "lasting": server.kept[disk].is_lasting,
+        "lasting": server.stores[disk].is_lasting,
         "bitmaps": named_bitmaps(server, Place(disk)),
     }
     if isinstance(disk.source, TargetOnly):

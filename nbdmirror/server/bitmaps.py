@@ -68,16 +68,16 @@ class Bitmaps:
     """The bitmaps of all disks. Each change raises CommandError with QEMU's text, and
     changes nothing, if it cannot be done."""
 
-    def __init__(self, kept: Mapping[Disk, StateStore]) -> None:
-        """`kept`: what is to outlive the process of each disk."""
-        self._kept = kept
+    def __init__(self, stores: Mapping[Disk, StateStore]) -> None:
+        """`stores`: what is to outlive the process of each disk."""
+        self._stores = stores
         self._of: dict[Disk, dict[str, NamedBitmap]] = {}
         self._copies_bytes = 0
 
     def take_up(self, disk: Disk, found: RecoveredState) -> None:
         """Go on with the persistent bitmaps of an earlier process."""
         for record in found.definition.bitmaps:
-            bitmap = self._kept[disk].new_bitmap(record.key)(disk.size, record.granularity)
+            bitmap = self._stores[disk].new_bitmap(record.key)(disk.size, record.granularity)
             found.restore(bitmap, record.key)
             self._add(disk, NamedBitmap(record.name, bitmap, record.is_recording, record.key))
 
@@ -117,13 +117,13 @@ class Bitmaps:
         if sum(map(len, self._of.values())) >= BITMAPS_MAX:
             raise CommandError(f"There are {BITMAPS_MAX} bitmaps already; remove some")
         self._check_bytes(disk.size, granularity)
-        kept, key = self._kept[disk], f"bitmap-{uuid.uuid4().hex}" if persistent else ""
-        if persistent and (place.target or not kept.is_lasting):
+        store, key = self._stores[disk], f"bitmap-{uuid.uuid4().hex}" if persistent else ""
+        if persistent and (place.target or not store.is_lasting):
             raise CommandError(
                 f"Can't store persistent bitmaps to {place.target or disk.name}: "
                 f"Operation not supported"
             )
-        make = kept.new_bitmap(key) if persistent else DirtyBitmap
+        make = store.new_bitmap(key) if persistent else DirtyBitmap
         bitmap = NamedBitmap(
             name, make(disk.size, granularity), not disabled, key, target=place.target
         )
@@ -228,7 +228,7 @@ class Bitmaps:
     def _drop(self, disk: Disk, bitmap: NamedBitmap) -> None:
         del self._of[disk][bitmap.name]
         disk.ledger.detach(bitmap.bitmap)
-        self._kept[disk].drop_bitmap(bitmap.key)
+        self._stores[disk].drop_bitmap(bitmap.key)
         bitmap.bitmap.close()
 
     def _keep(self, disk: Disk, bitmap: NamedBitmap) -> None:
@@ -236,7 +236,7 @@ class Bitmaps:
             record = BitmapRecord(
                 bitmap.name, bitmap.bitmap.granularity, bitmap.is_recording, bitmap.key
             )
-            self._kept[disk].keep_bitmap(record, bitmap.bitmap)
+            self._stores[disk].keep_bitmap(record, bitmap.bitmap)
 
     def _set_recording(self, disk: Disk, bitmap: NamedBitmap, recording: bool) -> None:
         if recording != bitmap.is_recording:

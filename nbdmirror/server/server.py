@@ -66,25 +66,28 @@ class Server:
         self.disks = disks
         self.events = events
         self.loop = loop
-        self._stores = stores or {}
-        self.writers = {name: Writer(loop, events, time.time) for name in self._stores}
-        self.kept = {disk: self._stores.get(name, NullStore()) for name, disk in disks.items()}
+        self._disk_stores = stores or {}
+        self.writers = {name: Writer(loop, events, time.time) for name in self._disk_stores}
+        self.stores = {
+            disk: self._disk_stores.get(name, NullStore()) for name, disk in disks.items()
+        }
+        """Of every disk, also of those of which nothing is kept."""
         self.nodes = Nodes(disks, connections)
-        self.bitmaps = Bitmaps(self.kept)
+        self.bitmaps = Bitmaps(self.stores)
         self.files = FileWatch(disks, events)
         self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
-        self.sides = OldSides(self._stores, self.writers, self._have_bitmaps)
+        self.sides = OldSides(self._disk_stores, self.writers, self._have_bitmaps)
         self.in_use: Callable[[], Set[str]] = frozenset
         """The disks that clients have open."""
         self.mirrors = MirrorJobs(
-            nodes=self.nodes, events=events, loop=loop, stores=self.kept, chronicle=self.chronicle
+            nodes=self.nodes, events=events, loop=loop, stores=self.stores, chronicle=self.chronicle
         )
 
     def start(self) -> None:
         """Start the loop's thread, and what an earlier process has left; after nbdkit has forked,
         before guests come."""
         self.loop.start()
-        for name, store in self._stores.items():
+        for name, store in self._disk_stores.items():
             disk = self.disks[name]
             store.begin(self.writers[name], disk.sync)
             assert isinstance(disk, JournaledDisk)
@@ -103,7 +106,7 @@ class Server:
         self.loop.call_later(tcpwatch.LOOK_S, self._look_at_peers)
 
     def _keep_result(self, disk: str, result: Result) -> None:
-        if (store := self._stores.get(disk)) is not None:
+        if (store := self._disk_stores.get(disk)) is not None:
             file = store.files["last"]
 
             def write() -> None:
@@ -145,7 +148,7 @@ class Server:
         for job in list(self.mirrors.jobs.values()):
             if job in left:
                 job.when_ended(partial(ended, job))
-                goes_on = job.disk.name in self._stores
+                goes_on = job.disk.name in self._disk_stores
                 job.cancel(force=True, because=GOES_ON if goes_on else SERVER_ENDS)
             else:
                 job.dismiss()
@@ -159,7 +162,7 @@ class Server:
         self._note_clients()
 
         def end() -> None:
-            for name, store in self._stores.items():
+            for name, store in self._disk_stores.items():
                 store.suspend(self.disks[name].ledger)
             self.cancel_jobs(ended.set)
 
@@ -169,13 +172,13 @@ class Server:
 
     def _note_clients(self) -> None:
         """Before they are hung up on. A client that was there may come back after a restart."""
-        disks = ((name, raw_device(self.disks[name].source)) for name in self._stores)
+        disks = ((name, raw_device(self.disks[name].source)) for name in self._disk_stores)
         moved = {name for name, device in disks if isinstance(device, NbdDevice)}
         deadline_s = self.loop.clock() + LEAVING_S_MAX
         while moved & set(self.in_use()) and self.loop.clock() < deadline_s:
             time.sleep(LEAVING_LOOK_S)
-        for name in self._stores.keys() & self.in_use():
-            self._stores[name].is_left = False
+        for name in self._disk_stores.keys() & self.in_use():
+            self._disk_stores[name].is_left = False
 
     def give_up(self) -> None:
         """Have guests' requests fail that wait for another server. From any thread."""
@@ -232,8 +235,8 @@ class Server:
             disk.source.close()
         except IO_ERRORS as error:
             log.error("%s: flush at the end failed: %s", name, error)
-        if name in self._stores and self.writers[name].stop(END_S_MAX):
+        if name in self._disk_stores and self.writers[name].stop(END_S_MAX):
             try:
-                self._stores[name].finish()
+                self._disk_stores[name].finish()
             except OSError as error:
                 log.error("disk %s: its state cannot be saved: %s", name, error)
