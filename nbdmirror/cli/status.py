@@ -58,6 +58,9 @@ def _job_text(job: dict[str, Any], meters: dict[str, Meter]) -> str:
     parts += [part for part in (sync, mode(job), limit(job)) if part]
     if job.get("lag-s", 0) >= LAG_TOLD_S:
         parts.append(f"the target is {duration(job['lag-s'])} behind")
+    if changed := job.get("changed-bytes"):
+        sent = job.get("sent-bytes", 0)
+        parts.append(f"sent {size(sent)} for {size(changed)} changed ({sent / changed:.2f})")
     if job.get("pause-ms") is not None:
         parts.append(f"guest writes were held for {job['pause-ms']:.1f} ms")
     return ", ".join(parts)

@@ -43,6 +43,16 @@ def test_a_lag_is_told_from_a_second_on() -> None:
     assert "the target is 1:05 behind" in said(65)
 
 
+def test_what_was_sent_for_what_was_changed() -> None:
+    def said(**job: int) -> str:
+        known = {name.replace("_", "-"): value for name, value in job.items()}
+        disk = {"name": "vda", "jobs": [{"device": "j", **known}]}
+        return cli_status.text({"disks": [disk]})
+
+    assert "sent" not in said() and "sent" not in said(sent_bytes=0, changed_bytes=0)
+    assert "sent 3 MiB for 2 MiB changed (1.50)" in said(sent_bytes=3 << 20, changed_bytes=2 << 20)
+
+
 def test_status_tolerates_what_is_missing() -> None:
     assert cli_status.text({}) == "no disks"
     assert cli_status.text({"disks": [{}]}) == "?  read-write"
