@@ -31,7 +31,6 @@ class GroupMember(Protocol):
     status: JobStatus
     ending: Ending
     group: Group
-    is_finalizing: bool
 
     @property
     def is_over(self) -> bool: ...
@@ -66,6 +65,8 @@ class Group:
 
     def __init__(self, *jobs: GroupMember) -> None:
         self.jobs: list[GroupMember] = []
+        self.is_finalizing = False
+        """All are PENDING, and are to end; `finish` follows when all are level."""
         self._held_in_vain: set[GroupMember] = set()
         for job in jobs:
             self.add(job)
@@ -85,8 +86,8 @@ class Group:
                 self.finalize()
 
     def finalize(self) -> None:
+        self.is_finalizing = True
         for job in self.jobs:
-            job.is_finalizing = True
             job.advance_soon()
 
     @property
@@ -135,7 +136,10 @@ class Group:
 
     def break_up(self, cause: GroupMember) -> None:
         """`cause` has failed or was cancelled: no result counts any more. The others are cancelled
-        by force, except those that were cancelled softly in the same step. Each is alone then."""
+        by force, except those that were cancelled softly in the same step. Each is alone then; a
+        job that was alone has no others."""
+        if len(self.jobs) == 1:
+            return
         jobs, self.jobs = self.jobs, []
         for job in jobs:
             Group(job)

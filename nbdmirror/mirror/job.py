@@ -56,8 +56,6 @@ class Job(ABC):
         self.quiesce_timeouts = 0
         """How often guests were held in vain."""
         self.ending = Ending.NONE
-        self.is_finalizing = False
-        """PENDING, and to end; `finish` follows when all of the group are level."""
         self.traffic: Traffic | None = None
         """Since READY."""
         self._events = events
@@ -297,7 +295,7 @@ class Job(ABC):
     @property
     def may_end(self) -> bool:
         """The next step is to get level, and to hold the guest for that."""
-        if self.is_finalizing:
+        if self.group.is_finalizing:
             return self.group.may_hold(self)
         return self.is_ready and self.ending is not Ending.NONE
 

@@ -327,7 +327,7 @@ class MirrorJob(Job):
         if self.status is JobStatus.READY:
             self.to(JobStatus.WAITING)
             self.group.arrived()
-            if not (self.is_finalizing and self.group.is_level):
+            if not (self.group.is_finalizing and self.group.is_level):
                 # QEMU holds the guest until then; here the mirror goes on.
                 self.become(Activity.COPYING)
                 return

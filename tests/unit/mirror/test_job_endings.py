@@ -95,6 +95,23 @@ def test_an_end_that_cannot_be_written_down_is_tried_again(step: str) -> None:
     assert "pivot" in world.resources.calls
 
 
+def test_a_soft_cancel_that_gets_level_at_once_is_tried_again_as_well() -> None:
+    """Nothing has to be waited for on a disk of no bytes: the job is at its end before the others
+    of its group, of which there are none, hear that it was cancelled."""
+    world = JobWorld(size=0).ready()
+    world.resources.holds = {"commit"}
+    world.resources.errors["commit"] = OSError(errno.EIO, "the state directory failed")
+    world.job.cancel(force=False)
+    world.job.advance()
+    assert world.status == "pending"
+    world.settle()
+    world.resources.holds.clear()
+    world.resources.answer()
+    world.resources.errors.clear()
+    world.pass_s(2 * RETRY_S[1])
+    assert world.job.is_over and world.job.error is None
+
+
 def test_a_bad_end_is_written_down_before_it_is_told() -> None:
     world = aborting()
     world.pass_s(FOR_EVER_S)
