@@ -40,7 +40,7 @@ time is not done for ever."""
 
 
 class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
-    """An NBD export as a disk. Attributes are as the server announced them at the handshake.
+    """An NBD export as a disk. `announced` is what the server said of it at the handshake.
 
     A guest's request that was in flight on a lost connection is done again on a new one: writing
     the same bytes to the same place twice is no harm. What the server had acknowledged and not
@@ -63,15 +63,6 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.block_size = BlockSize(
             announced.minimum, announced.preferred or 4096, announced.maximum
         )
-        self.can_multi_conn = announced.can_multi_conn
-        self.can_flush = announced.can_flush
-        self.can_fua = announced.can_fua
-        self.can_trim = announced.can_trim
-        self.can_zero = announced.can_zero
-        self.can_fast_zero = announced.can_fast_zero
-        self.can_cache = announced.can_cache
-        self.can_extents = announced.can_extents
-        self.can_depth = announced.can_depth
         revived = self._connected_again
         self.pool = ConnectionPool(
             uri, first, announced, on_reconnected=revived, timeout_s=timeout_s
@@ -88,7 +79,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         self._losses = 0
         """Counts the times that acknowledged changes may have been lost."""
         self._losses_told = 0
-        self._zeroes_fast = self.can_zero and self.can_fast_zero
+        self._zeroes_fast = announced.can_zero and announced.can_fast_zero
         """As far as is known: a server that can tell may find that it cannot do it."""
 
     @classmethod
@@ -123,7 +114,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
             for start, length in pieces(0, len(buf), self.block_size.maximum):
                 self.pwrite(view[start : start + length], offset + start, fua)
             return
-        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        flags = nbd.CMD_FLAG_FUA if fua and self.announced.can_fua else 0
         link = self.pool.pick()
         try:
             link.write(buf, offset, flags)
@@ -146,9 +137,9 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         fast: bool = False,
     ) -> None:
         self._refuse_if_read_only()
-        if fast and not (self.can_zero and self.can_fast_zero):
+        if fast and not (self.announced.can_zero and self.announced.can_fast_zero):
             raise DeviceError(f"{self.uri}: has no fast zero", errno.ENOTSUP)
-        if not self.can_zero:
+        if not self.announced.can_zero:
             zeroes = bytes(min(length, self.block_size.maximum, 1 << 20))
             for start, span in pieces(offset, length, len(zeroes) or 1):
                 self.pwrite(memoryview(zeroes)[:span], start)
@@ -156,19 +147,19 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
                 self.flush()
             return
         flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
-        flags |= nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
+        flags |= nbd.CMD_FLAG_FUA if fua and self.announced.can_fua else 0
         for start, span in pieces(offset, length, LENGTH_MAX):
             self._change(lambda link, *at: link.zero(*at, flags), span, start)
-        if fua and not self.can_fua:
+        if fua and not self.announced.can_fua:
             self.flush()
 
     def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         self._refuse_if_read_only()
-        flags = nbd.CMD_FLAG_FUA if fua and self.can_fua else 0
-        if self.can_trim:
+        flags = nbd.CMD_FLAG_FUA if fua and self.announced.can_fua else 0
+        if self.announced.can_trim:
             for start, span in pieces(offset, length, LENGTH_MAX):
                 self._change(lambda link, *at: link.trim(*at, flags), span, start)
-        if fua and not (self.can_trim and self.can_fua):
+        if fua and not (self.announced.can_trim and self.announced.can_fua):
             self.flush()
 
     def flush(self) -> None:
@@ -189,14 +180,14 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         return DeviceError(f"{self.uri}: lost its connection with writes not flushed")
 
     def _flush(self) -> None:
-        if self.can_flush:
+        if self.announced.can_flush:
             changed = self._changed
             self._ask(lambda link: link.flush())
             # Not before: a loss that the flush itself finds is one of what it was to cover.
             self._flushed = max(self._flushed, changed)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        if not self.can_extents or not length:
+        if not self.announced.can_extents or not length:
             return [Extent(length, zero=False, hole=False)]
         span = min(length, LENGTH_MAX)
         try:
@@ -206,7 +197,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         return found or [Extent(length, zero=False, hole=False)]
 
     def cache(self, offset: int, length: int) -> None:
-        if self.can_cache:
+        if self.announced.can_cache:
             self._ask(lambda link: link.cache(length, offset))
 
     def _extents(self, offset: int, length: int) -> list[Extent]:
@@ -321,7 +312,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         if length > LENGTH_MAX and connection.is_wide and self._zeroes_fast:
             self._start_wide_zero(offset, length, may_trim, done)
             return
-        if self.can_zero:
+        if self.announced.can_zero:
             length_max, flags = LENGTH_MAX, self._zero_flags(may_trim)
         else:
             length_max, flags = min(self.block_size.maximum, 1 << 20), 0
@@ -336,7 +327,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
                 done(first_error)
                 return
             start, span = parts.pop()
-            if self.can_zero:
+            if self.announced.can_zero:
                 connection.start(connection.handle.aio_zero, span, start, flags=flags, done=step)
             else:
                 connection.start(connection.handle.aio_pwrite, zeroes[:span], start, done=step)
@@ -370,7 +361,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         connection.start(connection.handle.aio_flush, done=finish)
 
     def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        if not self.can_extents:
+        if not self.announced.can_extents:
             done([Extent(length, zero=False, hole=False)], None)
             return
         self._start_status(offset, length, nbd.CONTEXT_BASE_ALLOCATION, done)

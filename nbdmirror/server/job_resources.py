@@ -171,7 +171,7 @@ class JobResources:
         source, dirty = self.source, self.tracker.dirty
         ask, is_copied = source.start_extents, is_not_zero
         if self.options.sync == "top":
-            if not isinstance(source, NbdDevice) or not source.can_depth:
+            if not isinstance(source, NbdDevice) or not source.announced.can_depth:
                 dirty.mark_all()  # no layers: all is the top
                 done(None)
                 return

@@ -37,7 +37,7 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         raise CommandError("Block node is read-only")
     if is_old_side(target) and not options.writes_all:
         raise CommandError(not_whole(target))
-    if not target.can_flush and disk.size:
+    if not target.announced.can_flush and disk.size:
         raise CommandError(
             f"Target '{target.uri}' does not support flush, so that its data cannot be made safe"
         )

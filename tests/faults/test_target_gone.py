@@ -367,7 +367,7 @@ def test_closing_does_not_wait_for_a_handshake(
     monkeypatch.setattr(pool, "LINK_TIMEOUT_S", 60.0)
     with Proxy(target.socket) as proxy:
         device = NbdDevice.open(proxy.uri)
-        assert device.can_multi_conn
+        assert device.announced.can_multi_conn
         proxy.stall()
         device.pool.links.ask()
         wait_until(lambda: proxy.connections == 2, "a further connection hangs in its handshake")
