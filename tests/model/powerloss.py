@@ -158,9 +158,7 @@ class PowerWorld(World):
             (nbdmirror.state.store, "Regions", self.regions_class),
             (nbdmirror.state.store.ShmDirectory, "create", _no_memory),
         ):
-            replaced = patch.object(module, name, value)
-            replaced.start()
-            self._patches.append(replaced)
+            self._patches.enter_context(patch.object(module, name, value))
         log = self.folder.slots(names("disk")["intents"], slot_bytes(self.size), 2)
         self.store = DiskStore(
             name="disk", identity=self.identity, folder=self.folder, slots=log, found=None,
