@@ -1,5 +1,5 @@
-"""Bounds of the numbers that users set, for the command line and the plugin alike. This module
-imports nothing, so that the command line starts quickly."""
+"""The numbers that users set, and their bounds, for the command line and the plugin alike. This
+module imports nothing, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -18,3 +18,15 @@ OPEN_TIMEOUT_S_MAX = 86400
 
 RECONNECT_DELAY_S_MAX = 2**32 - 1
 """QEMU's type of the same option is uint32."""
+
+_DIGITS_MAX = 18
+
+
+def whole_number(text: str, least: int, most: int) -> int | None:
+    """The whole number that `text` is, if it is one from `least` to `most`. Python's int() accepts
+    signs, spaces, underscores and other scripts' digits as well, and fails with thousands of them.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX):
+        return None
+    number = int(text)
+    return number if least <= number <= most else None

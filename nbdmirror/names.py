@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from nbdmirror.errors import ConfigError
+
 DISK_LENGTH_MAX = 200
 """A file's name has 255 bytes, and those of a state directory have suffixes; a job's ID has 255."""
 
@@ -25,8 +27,15 @@ def split_disk(text: str) -> tuple[str, str]:
     return (name, disk) if equals and _DISK.fullmatch(name) else ("", text)
 
 
-def is_too_long(name: str) -> bool:
-    return len(name) > DISK_LENGTH_MAX
+def name_disk(text: str, index: int) -> tuple[str, str]:
+    """The name and the disk of a [NAME=]DISK. Without one the name is disk0, disk1 and so on, by
+    the `index` of the disk in all disks. Raises ConfigError."""
+    name, disk = split_disk(text)
+    if not disk:
+        raise ConfigError(f"'{text}' names no disk")
+    if len(name) > DISK_LENGTH_MAX:
+        raise ConfigError(f"{text[:40]}...: the name is too long: {DISK_RULE}")
+    return name or f"disk{index}", disk
 
 
 def is_wellformed_id(text: str) -> bool:

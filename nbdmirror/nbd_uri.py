@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote_to_bytes
 
 from nbdmirror.errors import ConfigError
-from nbdmirror.limits import PORT_MAX
+from nbdmirror.limits import PORT_MAX, whole_number
 
 DEFAULT_PORT = 10809
 """IANA's, where a URI names none."""
@@ -207,10 +207,10 @@ def _authority(text: str, authority: str, transport: str) -> tuple[str, str, int
     port = DEFAULT_PORT
     bracket = address.rfind("]")
     if (colon := address.rfind(":")) > bracket and address.count(":", bracket + 1) == 1:
-        port = _port(text, address[colon + 1 :], 2**31 if transport == "vsock" else PORT_MAX + 1)
+        port = _port(text, address[colon + 1 :], 2**31 - 1 if transport == "vsock" else PORT_MAX)
         address = address[:colon]
     if transport == "vsock":
-        if address and not (re.fullmatch("[0-9]{1,10}", address) and int(address) < 2**32):
+        if address and whole_number(address, 0, 2**32 - 1) is None:
             raise ConfigError(f"{text}: the host of a vsock must be a machine's number (CID)")
         return user, address or "2", port
     return user, _host(text, address), port
@@ -236,10 +236,10 @@ def _host(text: str, host: str) -> str:
     return host or "localhost"
 
 
-def _port(text: str, port: str, end: int = PORT_MAX + 1) -> int:
-    if not re.fullmatch("[0-9]{1,12}", port) or not 0 < int(port) < end:
-        raise ConfigError(f"{text}: the port '{port}' is not a number from 1 to {end - 1}")
-    return int(port)
+def _port(text: str, port: str, most: int = PORT_MAX) -> int:
+    if (number := whole_number(port, 1, most)) is None:
+        raise ConfigError(f"{text}: the port '{port}' is not a number from 1 to {most}")
+    return number
 
 
 def _parameters(text: str, query: str) -> dict[str, str]:

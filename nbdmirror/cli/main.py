@@ -33,6 +33,7 @@ from nbdmirror.limits import (
     PORT_MAX,
     RECONNECT_DELAY_S_MAX,
     THREADS_MAX,
+    whole_number,
 )
 
 _EPILOG = """\
@@ -90,14 +91,13 @@ def _seconds(text: str) -> float:
 
 
 def _number(least: int, most: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` to `most`. Python's int() accepts spaces, underscores
-    and other scripts' digits as well."""
+    """A parser of whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
+        if (number := whole_number(text, least, most)) is None:
             text = f"{text!r} is not a whole number from {least} to {most}"
             raise argparse.ArgumentTypeError(text)
-        return int(text)
+        return number
 
     return parse
 
@@ -108,7 +108,7 @@ def _migration_uri(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address (example: tcp:HOST:4444)")
     address = where.partition(",")[0]
     port = address.rpartition(":")[2]
-    if kind == "tcp" and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) <= PORT_MAX):
+    if kind == "tcp" and whole_number(port, 1, PORT_MAX) is None:
         raise argparse.ArgumentTypeError(f"{text!r}: the port is not a number from 1 to {PORT_MAX}")
     return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
 

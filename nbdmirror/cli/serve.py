@@ -30,13 +30,17 @@ from nbdmirror.cli.common import (
 from nbdmirror.cli.places import check_directory, check_disk, check_port, may
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
-from nbdmirror.names import DISK_RULE, is_too_long, split_disk
+from nbdmirror.limits import whole_number
+from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 """Not "localhost": where that names ::1 too and IPv6 is off, nbdkit refuses to start."""
 DUMP_PLUGIN_S_MAX = 30
+
+ID_MAX = 2**32 - 2
+"""Of a user or a group: the next number means nobody (chown(2))."""
 
 TARGET_S_MAX = 3.0
 
@@ -159,8 +163,8 @@ def _identity(args: argparse.Namespace) -> tuple[int | None, int | None]:
         return None, None
     if os.geteuid() != 0:
         raise CliError("--user and --group: only root can run as another user", USAGE)
-    uid = _number(args.user, "user", lambda name: pwd.getpwnam(name).pw_uid)
-    gid = _number(args.group, "group", lambda name: grp.getgrnam(name).gr_gid)
+    uid = _id(args.user, "user", lambda name: pwd.getpwnam(name).pw_uid)
+    gid = _id(args.group, "group", lambda name: grp.getgrnam(name).gr_gid)
     if uid is not None and gid is None:
         try:
             gid = pwd.getpwuid(uid).pw_gid
@@ -170,15 +174,16 @@ def _identity(args: argparse.Namespace) -> tuple[int | None, int | None]:
     return uid, gid
 
 
-def _number(text: str | None, kind: str, look_up: Callable[[str], int]) -> int | None:
+def _id(text: str | None, kind: str, look_up: Callable[[str], int]) -> int | None:
     if text is None:
         return None
     try:
         return look_up(text)
     except KeyError:
-        if text.isdecimal() and int(text) < 2**32 - 1:
-            return int(text)
-    raise CliError(f"--{kind} {text}: no such {kind} on this host", USAGE)
+        number = whole_number(text, 0, ID_MAX)
+    if number is None:
+        raise CliError(f"--{kind} {text}: no such {kind} on this host", USAGE)
+    return number
 
 
 def _tls_options(args: argparse.Namespace) -> list[str]:
@@ -220,16 +225,15 @@ def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     names: set[str] = set()
     for index, text in enumerate(args.disks):
-        name, disk = split_disk(text)
-        if not disk:
-            raise CliError(f"'{text}' names no disk", USAGE)
-        if is_too_long(name):
-            raise CliError(f"{text[:40]}...: the name is too long: {DISK_RULE}", USAGE)
-        full_name = name or f"disk{index}"
-        if full_name in names:
-            raise CliError(f"{text}: the name {full_name} is taken; give each disk its own NAME=")
-        names.add(full_name)
-        found.append((name, absolute_uri(disk) if is_uri(disk) else os.path.abspath(disk)))
+        try:
+            name, disk = name_disk(text, index)
+        except ConfigError as error:
+            raise CliError(str(error), USAGE) from error
+        if name in names:
+            raise CliError(f"{text}: the name {name} is taken; give each disk its own NAME=")
+        names.add(name)
+        given = "" if disk == text else name
+        found.append((given, absolute_uri(disk) if is_uri(disk) else os.path.abspath(disk)))
     return found
 
 

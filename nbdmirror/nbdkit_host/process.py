@@ -28,8 +28,8 @@ from nbdmirror.errors import ConfigError, Error
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.layers import layers_of, share_storage
-from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX
-from nbdmirror.names import DISK_RULE, is_too_long, split_disk
+from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX, whole_number
+from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import absolute, is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
@@ -121,14 +121,14 @@ class PluginProcess:
         elif key == "accept-old-side":
             self._accepted.add(_record_id(key, value))
         elif key == "keepalive":
-            self._keepalive_s = _seconds(key, value, KEEPALIVE_S_MAX)
+            self._keepalive_s = _number(key, value, 0, KEEPALIVE_S_MAX, "number of seconds")
             self._is_keepalive_said = True
         elif key == "pidfile":
             self._pidfile = os.path.abspath(value)
         elif key == "open-timeout":
-            self._open_timeout_s = _seconds(key, value, OPEN_TIMEOUT_S_MAX)
+            self._open_timeout_s = _number(key, value, 0, OPEN_TIMEOUT_S_MAX, "number of seconds")
         elif key == "connections":
-            self._connections = _number(key, value)
+            self._connections = _number(key, value, 1, CONNECTIONS_MAX)
         elif key == "mirror-to":
             self._mirror_to = _absolute(key, value)
         else:
@@ -291,14 +291,12 @@ class PluginProcess:
             self.log.stop()
 
     def _add_disk(self, value: str) -> None:
-        name, path = split_disk(value)
-        name = name or f"disk{len(self._paths)}"
-        if not path:
-            raise ConfigError(f"file={value}: names no disk")
+        try:
+            name, path = name_disk(value, len(self._paths))
+        except ConfigError as error:
+            raise ConfigError(f"file: {error}") from error
         if name in self._paths:
             raise ConfigError(f"file={value}: there are two disks called '{name}'")
-        if is_too_long(name):
-            raise ConfigError(f"file={value[:40]}...: the name is too long: {DISK_RULE}")
         self._paths[name] = _absolute("file", path) if is_uri(path) else os.path.abspath(path)
 
     def _open_disk(self, path: str, opening: Opening) -> BlockDevice:
@@ -357,16 +355,10 @@ def _absolute(key: str, uri: str) -> str:
         raise ConfigError(f"{key}={error}") from error
 
 
-def _seconds(key: str, value: str, most: int) -> int:
-    if not (value.isascii() and value.isdigit() and int(value) <= most):
-        raise ConfigError(f"{key}={value}: expected a whole number of seconds, {most} at most")
-    return int(value)
-
-
-def _number(key: str, value: str) -> int:
-    if not value.isascii() or not value.isdigit() or not 0 < int(value) <= CONNECTIONS_MAX:
-        raise ConfigError(f"{key}={value}: expected a number from 1 to {CONNECTIONS_MAX}")
-    return int(value)
+def _number(key: str, value: str, least: int, most: int, what: str = "number") -> int:
+    if (number := whole_number(value, least, most)) is None:
+        raise ConfigError(f"{key}={value}: expected a {what} from {least} to {most}")
+    return number
 
 
 def _record_id(key: str, value: str) -> str:

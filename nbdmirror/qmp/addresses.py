@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from nbdmirror.errors import CommandError, ConfigError
-from nbdmirror.limits import PORT_MAX
+from nbdmirror.limits import PORT_MAX, whole_number
 from nbdmirror.nbd_uri import NbdUri, parse
 from nbdmirror.nbdclient.tls import AUTHORITY, PSK_NAME
 
@@ -50,7 +50,7 @@ def nbd_uri(
             f"Parameter 'server.path' expects an absolute path, not '{server['path']}'"
         )
     port = "" if is_unix else server["port"]
-    if not is_unix and not (server["host"] and port.isdecimal() and 0 < int(port) <= PORT_MAX):
+    if not is_unix and not (server["host"] and whole_number(port, 1, PORT_MAX)):
         address = f"{server['host']}:{port}"
         raise CommandError(
             f"address resolution failed for {address}: a host and a number from 1 to {PORT_MAX}"

@@ -110,6 +110,14 @@ def test_who_it_becomes(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
         command("a.img", "--user", "nobody")
 
 
+@pytest.mark.parametrize("said", ["nobody-at-all", "²", "-1", "4294967295", "1" * 5000])
+def test_users_that_there_are_not(plugin: str, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for option in ("--user", "--group"):
+        with pytest.raises(common.CliError, match="no such"):
+            command("a.img", f"{option}={said}")
+
+
 def test_names_are_unique(plugin: str) -> None:
     with pytest.raises(common.CliError, match="disk1 is taken"):
         command("disk1=a", "b")
