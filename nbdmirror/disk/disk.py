@@ -18,7 +18,8 @@ from typing import Any, cast
 from nbdmirror.devices.base import BlockDevice, Buffer, Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
-from nbdmirror.disk.ledger import Ledger, Tracker
+from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import IO_ERRORS, DeviceError
 
 

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, leading_bytes, round_out
 from nbdmirror.disk.claim import Claim, joined
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.buffers import Buffers, Run
 from nbdmirror.mirror.copy_in_flight import Copy
 from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad, Holes, InFlightWindow

@@ -12,7 +12,7 @@ from functools import partial
 
 from nbdmirror.devices.base import BlockDevice
 from nbdmirror.disk.disk import Disk, SynchronousWrites
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 
 
 class CopyModeSwitch:

@@ -16,7 +16,7 @@ from functools import partial
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import CommandError, ConfigError, DeviceLost
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing

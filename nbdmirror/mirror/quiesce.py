@@ -16,7 +16,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 
-from nbdmirror.disk.ledger import Ledger, Tracker
+from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop, Timer
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.rate_limit import Haste

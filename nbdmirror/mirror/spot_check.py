@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 
 SAMPLES = 32
 """The disk's first and last granules are two of them: labels and file systems' heads are there."""

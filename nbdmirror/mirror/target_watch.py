@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable
 
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.resources import Target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.copier import Copier
 
 

@@ -15,7 +15,7 @@ from nbdmirror.devices.aligned import for_guests
 from nbdmirror.devices.async_file import FileSource
 from nbdmirror.devices.base import BlockDevice, Done, raw_device
 from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad

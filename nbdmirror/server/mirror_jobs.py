@@ -9,7 +9,7 @@ from functools import partial
 
 from nbdmirror.disk.bitmap import check_bits
 from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import CommandError
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing

@@ -12,7 +12,7 @@ from functools import partial
 
 from nbdmirror.backoff import Backoff
 from nbdmirror.devices.base import Done
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice

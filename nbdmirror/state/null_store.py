@@ -12,7 +12,7 @@ from concurrent.futures import Future
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.state.disk_record import BitmapRecord, MirrorRecord
 
 FORGET_S_MAX = 0.5

@@ -24,7 +24,8 @@ from functools import partial
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.ledger import Ledger, Tracker
+from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.state.checkpoint import Bits, Checkpoints
 from nbdmirror.state.disk_file import ALIVE_BYTES, DiskIdentity, mtime_ns
 from nbdmirror.state.disk_record import BitmapRecord, DiskRecord, MirrorRecord

@@ -46,7 +46,7 @@ MUTANTS = {
     "what was not flushed is forgotten": (
         Cell("target", "READY", "busy"),
         """
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 Tracker.target_came_back = lambda self: self._with_claims(self.dirty)
 """,
     ),

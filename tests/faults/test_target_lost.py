@@ -29,7 +29,7 @@ MOMENTS = {
 EARLY = ("first copy", "flush for READY")
 
 FORGETFUL = """
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 
 def target_came_back(self):
     with self._lock:

@@ -8,9 +8,9 @@ from model.world import World
 
 import nbdmirror.disk.fine as fine
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.claim import Range
+from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.fine import Writes
-from nbdmirror.disk.ledger import Claim, Tracker
+from nbdmirror.disk.tracker import Tracker
 
 
 class NotesAfterTheBit(World):

@@ -15,7 +15,9 @@ from model.world import World
 
 from nbdmirror.devices.base import Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.ledger import Claim, Ledger, Tracker
+from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.buffers import Run
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.copy_in_flight import Copy as _Copy

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nbdmirror.devices.base import Done, Extent, ExtentsDone, merge_extents
-from nbdmirror.disk.ledger import Claim
+from nbdmirror.disk.claim import Claim
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.event_loop import Timer
 from nbdmirror.server.reconnect import _connect

@@ -15,7 +15,8 @@ from model.powerloss import PowerWorld
 from model.search import STEPS, search
 
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.ledger import Claim, Tracker
+from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.state.journal import Journal, Regions
 from nbdmirror.state.recovery import RecoveredState
 

@@ -25,11 +25,11 @@ from model.parts import (
     may_reconnect,
 )
 
-import nbdmirror.disk.fine
-import nbdmirror.disk.ledger
-import nbdmirror.mirror.buffers
-import nbdmirror.mirror.in_flight
-from nbdmirror.disk.ledger import Claim, Ledger, Tracker
+from nbdmirror.disk import fine, tracker
+from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.tracker import Tracker
+from nbdmirror.mirror import buffers, in_flight
 from nbdmirror.mirror.copier import Copier
 
 ZERO_UNIT_BYTES, ZERO_BYTES_MAX = 256, 1024
@@ -91,14 +91,14 @@ class World:
         self._guests_made = 0
         self._patches = ExitStack()
         for each in (
-            patch.object(nbdmirror.mirror.buffers, "ZERO_UNIT_BYTES", ZERO_UNIT_BYTES),
-            patch.object(nbdmirror.mirror.buffers, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
-            patch.object(nbdmirror.mirror.in_flight, "ZERO_BYTES_MAX", ZERO_BYTES_MAX),
-            patch.object(nbdmirror.mirror.in_flight, "PROBE_BYTES", ZERO_UNIT_BYTES),
-            patch.object(nbdmirror.mirror.in_flight, "GAP_BYTES", UNIT_BYTES),
-            patch.object(nbdmirror.mirror.in_flight, "QUICK_GAP_BYTES", UNIT_BYTES),
-            patch.object(nbdmirror.disk.ledger, "FineBitmap", self.fine_class),
-            *(patch.object(nbdmirror.disk.fine, name, bound) for name, bound in BOUNDS.items()),
+            patch.object(buffers, "ZERO_UNIT_BYTES", ZERO_UNIT_BYTES),
+            patch.object(buffers, "_ZEROES", bytes(ZERO_UNIT_BYTES)),
+            patch.object(in_flight, "ZERO_BYTES_MAX", ZERO_BYTES_MAX),
+            patch.object(in_flight, "PROBE_BYTES", ZERO_UNIT_BYTES),
+            patch.object(in_flight, "GAP_BYTES", UNIT_BYTES),
+            patch.object(in_flight, "QUICK_GAP_BYTES", UNIT_BYTES),
+            patch.object(tracker, "FineBitmap", self.fine_class),
+            *(patch.object(fine, name, bound) for name, bound in BOUNDS.items()),
         ):
             self._patches.enter_context(each)
 

@@ -19,7 +19,7 @@ from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk, SynchronousWrites
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.nbdkit_host.hangup import own_sockets

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 
 WAIT_S = 20.0
 GRANULE = 512

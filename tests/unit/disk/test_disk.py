@@ -12,7 +12,7 @@ import pytest
 from nbdmirror.devices.base import Buffer, Extent, MemoryDevice
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk, SynchronousWrites
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import DeviceError
 
 SIZE, GRANULARITY, WAIT_S = 1 << 20, 4096, 10.0

@@ -13,7 +13,8 @@ from nbdmirror.disk import fine
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim, Range, joined
 from nbdmirror.disk.fine import COARSE_LOOKS, NOTES_MAX, FineBitmap
-from nbdmirror.disk.ledger import Ledger, Tracker
+from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.tracker import Tracker
 
 KIB = 1 << 10
 GRANULE, UNIT = 64 * KIB, 512

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from ledgerthreads import GRANULE, SIZE, count_waiting, running, wait
 
-from nbdmirror.disk.ledger import Claim, Tracker
+from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.tracker import Tracker
 
 # Synchronous writes.
 

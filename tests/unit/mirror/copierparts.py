@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nbdmirror.devices.base import Done, Extent, ExtentsDone, MemoryDevice
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror import buffers as buffer_module
 from nbdmirror.mirror.buffers import PageBuffer
 from nbdmirror.mirror.copier import REQUEST_BYTES_MAX, Copier

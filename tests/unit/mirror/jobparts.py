@@ -12,7 +12,7 @@ from jobdevices import MemoryTarget, Source, StillLoop
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import DeviceError
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.copier import Copier

@@ -9,7 +9,7 @@ import pytest
 
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.ledger import Tracker
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.spot_check import SAMPLES, find_mismatch
 

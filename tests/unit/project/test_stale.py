@@ -95,7 +95,7 @@ def test_files_that_docstrings_and_comments_name_exist() -> None:
 
 
 def test_what_docstrings_name_in_modules_exists() -> None:
-    """As `ledger.Tracker` or `in_flight.ANSWER_S`."""
+    """As `tracker.Tracker` or `in_flight.ANSWER_S`."""
     contents: dict[str, set[str]] = {}
     for path in SOURCES:
         names = contents.setdefault(path.stem, set())
