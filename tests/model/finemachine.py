@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from model.fineparts import BOUNDS
 from model.machine import GRANULE, GUESTS_MAX, MirrorMachine, slots
 from model.parts import Guest
 
@@ -127,6 +128,19 @@ class FineMachine(MirrorMachine):
             self.w.tracker.shrink(claim, min(claim.length, self.w.granularity))
             self.w.tracker.settle(claim, failed=True)
             self.guest_asks(granule, other * 128, 128, False, 0.0, False, 9, False)
+
+    @precondition(lambda self: self.w.is_tracking and not self.w.guests and not self.w.is_held)
+    @rule(granule=slots, unit=st.integers(0, 3), other=st.integers(0, 3))
+    def details_end_for_a_while(self, granule: int, unit: int, other: int) -> None:
+        """A guest writes so often that nothing is noted, and later less."""
+        self._begin_with_details()
+        for _ in range(BOUNDS["NOTES_MAX"]):
+            self.guest_asks(granule, 0, 128, False, 0.0, False, 9, False)
+        self.w.look()
+        self.guest_asks(granule, unit * 128, 128, False, 0.0, False, 9, False)
+        for _ in range(BOUNDS["COARSE_LOOKS"] + 1):
+            self.w.look()
+        self.guest_asks(granule, other * 128, 128, False, 0.0, False, 9, False)
 
     def _begin_with_details(self) -> None:
         self.w.copy_all()

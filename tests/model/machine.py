@@ -42,7 +42,6 @@ COPIER_ACTIONS = (
     "speed",
     "flush",
     "refine",
-    "look",
 )
 """`disown`: wait no longer for what the source was asked."""
 
@@ -226,8 +225,6 @@ class MirrorMachine(RuleBasedStateMachine):
             copier.flush(lambda error: None)
         elif action == "refine":
             self.w.refine()
-        elif action == "look":
-            self.w.look()
         elif action == "disown":
             copier.stop()
             copier.disown()
