@@ -14,6 +14,7 @@ from mirrorparts import SIZE, SLOW, qemu_nbd_raw
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import KiB, MiB, make_image, make_noise
+from support.late import started
 from support.serverprocess import Server
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
@@ -131,7 +132,7 @@ def test_a_raw_node_outlives_the_drive_mirror_whose_node_it_is_on(
     qmp.execute("block-job-cancel", device="j", force=True)
     qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
     for _ in range(2):
-        qmp.start_mirror("upper")
+        started(lambda: qmp.start_mirror("upper"))  # the target may have a request left
         qmp.wait_ready()
         qmp.execute("block-job-cancel", device="j")
         qmp.wait_completed()
@@ -148,7 +149,7 @@ def test_a_cancelled_mirror_can_be_done_again(
     with Guest(server.uri(), disk) as guest:
         identical(guest, target.uri())
         for force in (True, True, False):
-            qmp.start_mirror("tgt")
+            started(lambda: qmp.start_mirror("tgt"))  # the target may have requests left
             qmp.wait_ready()
             guest.wait_for_requests(20)
             qmp.execute("block-job-cancel", device="j", force=force)
