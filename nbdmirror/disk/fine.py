@@ -27,10 +27,9 @@ coarse again for a while: small requests would cost it more than they save.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from nbdmirror.disk.bitmap import REGION_SHIFT, DirtyBitmap
 from nbdmirror.disk.claim import Range
+from nbdmirror.disk.ledger import Ledger
 
 UNIT_MIN = 512
 """The smallest part that is told apart: a sector, and so what any guest's write is made of."""
@@ -48,15 +47,6 @@ DETAILS_MAX = 1 << 15
 
 TAKEN_MAX = 64
 """A longer run of dirty granules is taken as a whole."""
-
-
-class Writes(Protocol):
-    """Guests' requests that change the disk, as the ledger has them. A request is among them from
-    before it writes until it has marked."""
-
-    def writes(self) -> frozenset[int]: ...
-
-    def writes_left(self, writes: frozenset[int]) -> frozenset[int]: ...
 
 
 class FineBitmap(DirtyBitmap):
@@ -127,8 +117,9 @@ class FineBitmap(DirtyBitmap):
         if self._full > 1:
             self._coarse_looks = 0
 
-    def look(self, guests: Writes) -> None:
-        """Make room for notes. To be called twenty times a second."""
+    def look(self, guests: Ledger) -> None:
+        """Make room for notes. To be called twenty times a second. A write is among those of
+        `guests` from before it begins until it has marked."""
         if self._notes is None:
             if self._coarse_looks:
                 self._coarse_looks -= 1

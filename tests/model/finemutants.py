@@ -9,7 +9,7 @@ from model.world import World
 import nbdmirror.disk.fine as fine
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim, Range
-from nbdmirror.disk.fine import Writes
+from nbdmirror.disk.ledger import Ledger
 from nbdmirror.disk.tracker import Tracker
 
 
@@ -85,7 +85,7 @@ class RefinesWhatIsThere(World):
     """What was dirty before details counted is dirty as a whole."""
 
     class fine_class(StepFine):  # noqa: N801
-        def look(self, guests: Writes) -> None:
+        def look(self, guests: Ledger) -> None:
             before, self._whole = self._whole, DirtyBitmap(self.size, self.granularity)
             super().look(guests)
             self._whole = before
@@ -94,8 +94,8 @@ class RefinesWhatIsThere(World):
 class RefinesTooEarly(World):
     """So is what is written by requests that saw no notes, and are still to set their bits."""
 
-    class fine_class(StepFine):  # noqa: N801
-        def look(self, guests: Writes) -> None:
+    class fine_class(StepFine):  # noqa: N801 - takes the place of the attribute
+        def look(self, guests: Ledger) -> None:
             self._leaving = frozenset()
             super().look(guests)
 
@@ -103,7 +103,7 @@ class RefinesTooEarly(World):
 class StaysFineWhenRushed(World):
     """Where no notes are left bits mean whole granules."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):  # noqa: N801 - takes the place of the attribute
         def _coarsen(self) -> None:
             super()._coarsen()
             self._is_coarse = False
