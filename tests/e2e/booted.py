@@ -20,7 +20,7 @@ import pytest
 from support.processes import ROOT, run
 from support.waiting import wait_until
 
-BOOT_S_MAX = 120.0
+BOOT_S_MAX = 60.0
 INIT = Path("/lib/systemd/systemd")
 CGROUPS = Path("/sys/fs/cgroup")
 

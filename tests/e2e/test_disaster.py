@@ -67,7 +67,8 @@ class SiteA:
 
         def runs() -> bool:
             if self.server.qmp.job("disk0")["status"] == "standby":
-                nbdmirror("resume", "--qmp", self.server.qmp_path)
+                done = nbdmirror("resume", "--qmp", self.server.qmp_path)
+                assert done.returncode == 0 or "No route to host" in done.stderr, done.stderr
             return bool(self.server.qmp.job("disk0")["actively-synced"])
 
         wait_until(runs, "the mirror goes on")

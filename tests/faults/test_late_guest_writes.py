@@ -96,7 +96,7 @@ def have_connections(uri: str, proxy: Proxy) -> None:
 
         def has_some() -> bool:
             read_at_once(busy)
-            return proxy.connections_at_work > 3
+            return proxy.connections_at_work > 5
 
         wait_until(has_some, "the guest's threads have connections")
 

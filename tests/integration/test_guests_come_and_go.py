@@ -76,7 +76,7 @@ def image(folder: Path) -> Path:
 def serve(start: Start, folder: Path, image: Path, threads: int) -> Nbdmirror:
     server = start(Thrifty(folder, image, bare=True, nbdkit=("-t", str(threads))))
     # nbdkit says that a guest has gone, by pieces that other threads' pieces can part.
-    server.allowed = ["nbdkit: python", "error: read request: "]
+    server.allowed = ["nbdkit: python", r"^(python\S*: )?error: read request: "]
     return server
 
 

@@ -148,13 +148,8 @@ def test_two_rounds_after_each_ending(folder: Path, state: str, ending: str) -> 
 def test_the_plain_run(folder: Path) -> None:
     script: list[Script] = [
         start(auto_dismiss=True, speed=MiB, buf_size=64 * KiB),
-        [
-            do("block-job-set-speed", device="j", speed=4 * MiB),
-            ready(),
-            query(),
-            write(0),
-            write(MiB // 2),
-        ],
+        [do("block-job-set-speed", device="j", speed=4 * MiB), ready()],
+        [do("block-job-set-speed", device="j", speed=0), query(), write(0), write(MiB // 2)],
         [IN_SYNC, query(), COMPLETE, status("null"), query(), images(), swapped()],
     ]
     assert_alike(folder, Setting(), script)
@@ -183,7 +178,8 @@ def test_pause_and_resume(folder: Path) -> None:
         [start(**SLOW), STARTED, PAUSE, status("paused"), query(), PAUSE],
         [write(MiB - 4096, 4096), do("block-job-set-speed", device="j", speed=0), query()],
         [do("block-job-set-speed", device="j", **SLOW), RESUME, do("job-resume", id="j")],
-        [do("block-job-set-speed", device="j", speed=4 * MiB), ready(), query()],
+        [do("block-job-set-speed", device="j", speed=4 * MiB), ready()],
+        [do("block-job-set-speed", device="j", speed=0), query()],
         [do("job-pause", id="j"), status("standby"), write(), zero(65536, 65536)],
         [do("job-pause", id="j"), do("job-resume", id="j"), IN_SYNC, query(), images()],
         [COMPLETE, status("concluded"), query()],
