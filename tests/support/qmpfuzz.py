@@ -10,11 +10,12 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from support.qmpclient import Qmp
+from support.qmpclient import Qmp, Refused
 from support.serverprocess import Server
 from support.servers import Nbdmirror
 from support.waiting import wait_until
@@ -316,7 +317,8 @@ class Session:
         qmp = self.good
         for job in qmp.execute("query-jobs"):
             if job["status"] != "concluded":
-                qmp.execute("job-cancel", id=job["id"])
+                with suppress(Refused):  # it has ended since
+                    qmp.execute("job-cancel", id=job["id"])
         wait_until(self._dismissed, "jobs have gone")
         for block in qmp.execute("query-block"):
             for bitmap in block["inserted"].get("dirty-bitmaps", []):
