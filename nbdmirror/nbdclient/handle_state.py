@@ -18,13 +18,14 @@ import nbd
 class HandleState:
     """What is asked of a handle, and answered at once."""
 
-    __slots__ = ("_handle", "completed", "direction", "is_closed", "is_dead")
+    __slots__ = ("_handle", "completed", "direction", "is_closed", "is_dead", "is_processing")
 
     def __init__(self, handle: nbd.NBD) -> None:
         self._handle = handle  # the pointer is good for as long as it lives
         self.direction: Callable[[], int] = handle.aio_get_direction
         self.is_dead: Callable[[], int] = handle.aio_is_dead
         self.is_closed: Callable[[], int] = handle.aio_is_closed
+        self.is_processing: Callable[[], int] = handle.aio_is_processing
         self.completed: Callable[[int], int] = self._completed
         """1: the command with that cookie has succeeded, -1: failed (`error`), 0: is in flight."""
         if _library is not None:
@@ -35,6 +36,7 @@ class HandleState:
             self.direction = partial(_library.nbd_aio_get_direction, pointer)
             self.is_dead = partial(_library.nbd_aio_is_dead, pointer)
             self.is_closed = partial(_library.nbd_aio_is_closed, pointer)
+            self.is_processing = partial(_library.nbd_aio_is_processing, pointer)
             self.completed = partial(_library.nbd_aio_command_completed, pointer)
 
     def _completed(self, cookie: int) -> int:
@@ -55,12 +57,19 @@ class HandleState:
         """Dead, or closed by the server in order, as one does that ends."""
         return bool(self.is_dead() or self.is_closed())
 
+    @property
+    def is_stuck(self) -> bool:
+        """It was told of a reply that was not there, and holds back requests until one comes
+        (libnbd 1.14 to 1.24). While it sends, it waits to write; with a part of a reply it is ready
+        again: so no other state is like this."""
+        return bool(self.is_processing()) and self.direction() == nbd.AIO_DIRECTION_READ
+
 
 def _open_library() -> ctypes.PyDLL | None:
     try:
         library = ctypes.PyDLL("libnbd.so.0")  # the one that the binding has loaded
-        for name in ("nbd_aio_get_direction", "nbd_aio_is_dead", "nbd_aio_is_closed"):
-            getattr(library, name).argtypes = (ctypes.c_void_p,)
+        for name in ("get_direction", "is_dead", "is_closed", "is_processing"):
+            getattr(library, f"nbd_aio_{name}").argtypes = (ctypes.c_void_p,)
         library.nbd_aio_command_completed.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
         library.nbd_get_error.restype = ctypes.c_char_p
     except (OSError, AttributeError):

@@ -372,6 +372,11 @@ class SharedConnection:
             direction = self._handle_state.direction()
             if direction & _READ and mask & (select.POLLIN | _TROUBLE):
                 handle.aio_notify_read()
+                # If nothing was there to read (two drivers saw the same reply while the loop took
+                # over; TLS's own records), libnbd waits for a reply's first byte and sends no
+                # request until that comes. Told a second time, it goes on.
+                while self._handle_state.is_stuck:
+                    handle.aio_notify_read()
             elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):
                 handle.aio_notify_write()
         except nbd.Error as error:

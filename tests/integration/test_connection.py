@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import nbd
@@ -44,6 +46,74 @@ def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
     loop.run_once(1.0)
     assert told == [None]
     assert buffer == image.read_bytes()[:512]
+    connection.close()
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_driver_that_finds_nothing_to_read_holds_back_no_request(
+    start: Start, folder: Path, times: int
+) -> None:
+    """Two saw the same reply, and the other has read it: libnbd alone would send nothing more."""
+    image = make_noise(folder / "disk.img", MiB)
+    connection = SharedConnection.open(start(QemuNbd(folder, image)).uri(), 5.0)
+    for _ in range(times):
+        connection._notify(select.POLLIN)
+    buffer = memoryview(bytearray(512))
+    request = InThread(lambda: connection.read(buffer, 0))
+    request.result(5.0)
+    assert buffer == image.read_bytes()[:512]
+    connection.close()
+
+
+def test_a_driver_that_finds_nothing_to_read_in_the_midst_of_a_request(
+    start: Start, folder: Path
+) -> None:
+    """Half of a write is sent, and the server reads no more of it."""
+    server = start(QemuNbd(folder, make_noise(folder / "disk.img", 32 * MiB)))
+    connection = SharedConnection.open(server.uri(), 5.0)
+    data = os.urandom(16 * MiB)
+    freeze(server.process.pid)
+    request = InThread(lambda: connection.write(data, MiB))
+    wait_until(lambda: bool(connection._handle_state.direction() & 2), "its socket is full")
+    connection._notify(select.POLLIN)
+    connection._notify(select.POLLIN)
+    server.process.send_signal(signal.SIGCONT)
+    request.result(5.0)
+    buffer = memoryview(bytearray(len(data)))
+    connection.read(buffer, MiB)
+    assert buffer == data
+    connection.close()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_loop_takes_over_and_leaves_again_and_again(
+    start: Start, folder: Path, count: int
+) -> None:
+    """At any moment of the guests' requests: each is answered, with its own data."""
+    image = make_noise(folder / "disk.img", MiB)
+    content = image.read_bytes()
+    connection = SharedConnection.open(start(QemuNbd(folder, image)).uri(), 5.0)
+    answers = [0] * count
+    is_over = threading.Event()
+
+    def read(block: int) -> None:
+        buffer = memoryview(bytearray(4096))
+        while not is_over.is_set():
+            connection.read(buffer, block * 4096)
+            assert buffer == content[block * 4096 :][:4096]
+            answers[block] += 1
+
+    guests = [InThread(partial(read, block)) for block in range(count)]
+    loop = Loop(time.monotonic)
+    for _ in range(1000):
+        connection.attach(loop)
+        for _ in range(3):
+            loop.run_once(0.001)
+        connection.detach()
+    is_over.set()
+    for guest in guests:
+        guest.result(5.0)
+    assert all(answers)
     connection.close()
 
 
