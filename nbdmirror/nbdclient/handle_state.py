@@ -57,11 +57,19 @@ class HandleState:
         """Dead, or closed by the server in order, as one does that ends."""
         return bool(self.is_dead() or self.is_closed())
 
-    @property
-    def is_stuck(self) -> bool:
-        """It was told of a reply that was not there, and holds back requests until one comes
-        (libnbd 1.14 to 1.24). While it sends, it waits to write; with a part of a reply it is ready
-        again: so no other state is like this."""
+    def notify_read(self) -> None:
+        """Have libnbd read what has come. Raises nbd.Error when the connection broke.
+
+        If nothing is there to read (two drivers saw the same reply while the event loop took over,
+        or a record of TLS itself came), libnbd 1.14 to 1.24 waits for the first byte of a reply and
+        sends no request until then. After a second notification the handle is ready again.
+        """
+        self._handle.aio_notify_read()
+        while self._is_stuck():
+            self._handle.aio_notify_read()
+
+    def _is_stuck(self) -> bool:
+        # A handle that sends a request waits to write, and one with a part of a reply is ready.
         return bool(self.is_processing()) and self.direction() == nbd.AIO_DIRECTION_READ
 
 

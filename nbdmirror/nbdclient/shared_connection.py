@@ -367,18 +367,12 @@ class SharedConnection:
             loop.call_soon(self._after_ready)
 
     def _notify(self, mask: int) -> None:
-        handle = self.handle
         try:
             direction = self._handle_state.direction()
             if direction & _READ and mask & (select.POLLIN | _TROUBLE):
-                handle.aio_notify_read()
-                # If nothing was there to read (two drivers saw the same reply while the loop took
-                # over; TLS's own records), libnbd waits for a reply's first byte and sends no
-                # request until that comes. Told a second time, it goes on.
-                while self._handle_state.is_stuck:
-                    handle.aio_notify_read()
+                self._handle_state.notify_read()
             elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):
-                handle.aio_notify_write()
+                self.handle.aio_notify_write()
         except nbd.Error as error:
             # The handle is dead: libnbd has failed every request. Only here it tells why.
             log.warning("%s: connection broken: %s", self.description, reason(error))
