@@ -20,8 +20,9 @@ from bench import measures
 from bench.lab import GiB, KiB, Lab, MiB, TiB
 from bench.load import Load
 from bench.measures import READY, Figures
+from bench.processes import BenchError
 from bench.results import short
-from bench.servers import QemuNbd
+from bench.servers import GuestServer, QemuNbd
 
 ROUNDS = 3
 GRANULE = 64 * KiB
@@ -80,7 +81,7 @@ def _fraction(lab: Lab, subject: str, percent: float) -> Figures:
         return {"resync": _resync_s(server, job, [number * GRANULE for number in chosen])}
 
 
-def _resync_s(server: measures.GuestServer, job: str, places: Sequence[int]) -> float:
+def _resync_s(server: GuestServer, job: str, places: Sequence[int]) -> float:
     """From resuming to being in sync, after a 4k write to each of the places while paused."""
     server.qmp.execute("block-job-pause", {"device": job})
     deadline_s = time.monotonic() + RESYNC_S_MAX
@@ -101,7 +102,7 @@ def _resync_s(server: measures.GuestServer, job: str, places: Sequence[int]) -> 
 
 def _wait(deadline_s: float, what: str) -> None:
     if time.monotonic() > deadline_s:
-        raise measures.BenchError(f"no {what} in time")
+        raise BenchError(f"no {what} in time")
     time.sleep(0.002)
 
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from guestparts import NoGuestHere, guest_parts, machine_options
+from e2e.guestparts import NoGuestHere, guest_parts, machine_options
 from support.images import MiB
 from support.processes import run
 from support.qmpclient import Qmp
@@ -86,7 +86,7 @@ class Console:
             return re.compile(pattern).search(self.transcript, self._heard)
 
         try:
-            found = wait_until(look, f"{pattern!r} on the console", timeout_s)
+            found: re.Match[str] = wait_until(look, f"{pattern!r} on the console", timeout_s)
         except AssertionError as error:
             raise AssertionError(f"{error}; heard: {self.transcript[-800:]}") from None
         self._heard = found.end()

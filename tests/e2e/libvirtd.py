@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from guest import BOOT_S_MAX, KERNEL_WORDS, Console
-from guestparts import CACHE, NoGuestHere, guest_parts
+from e2e.guest import BOOT_S_MAX, KERNEL_WORDS, Console
+from e2e.guestparts import CACHE, NoGuestHere, guest_parts
 from support.processes import run
 from support.serverprocess import Server
 from support.waiting import wait_until

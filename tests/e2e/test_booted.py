@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from booted import Booted, booted
+from e2e.booted import Booted, booted
 from support.clients import connected
 from support.fixtures import Identical
 from support.guests import Guest
@@ -109,7 +109,7 @@ def test_a_killed_server_is_back_and_its_mirror_goes_on(
     host.run("systemctl start target && systemctl enable --now nbdmirror@vm1")
     cli = "NBDMIRROR_QMP=/run/nbdmirror/vm1/qmp nbdmirror"
     host.run(f"{cli} mirror '{uri}' --reconnect-delay 20 --wait ready --timeout 30")
-    known = disk.read_bytes()
+    known = bytearray(disk.read_bytes())
     for times in (1, 2, 3):
         with Guest(uri_of(host), known, seed=times) as guest:
             guest.wait_for_requests(50)

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from guest import ALL_FILES, DISK_BYTES, WRITERS, Machine, check_disk, make_disk, nbd_drive
-from hosts import NBD_PORT, Host, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
+from e2e.guest import ALL_FILES, DISK_BYTES, WRITERS, Machine, check_disk, make_disk, nbd_drive
+from e2e.hosts import NBD_PORT, Host, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
 from support.fixtures import Start
 from support.images import make_noise
 from support.processes import nbdmirror

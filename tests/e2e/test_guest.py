@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from guest import ALL_FILES, WRITERS, Machine, check_disk, make_disk, nbd_drive
+from e2e.guest import ALL_FILES, WRITERS, Machine, check_disk, make_disk, nbd_drive
 from support.fixtures import Start
 from support.images import assert_identical, make_noise
 from support.servers import Nbdmirror, QemuNbd

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from guest import ALL_FILES, Machine, check_disk, make_disk, nbd_drive
-from hosts import NBD_PORT, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
+from e2e.guest import ALL_FILES, Machine, check_disk, make_disk, nbd_drive
+from e2e.hosts import NBD_PORT, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
 from support.fixtures import Start
 from support.images import MiB, make_empty, make_noise
 from support.processes import ROOT, Finished, freeze, nbdmirror, nbdmirror_environment

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from guest import ALL_FILES, WROTE, check_disk, make_disk
-from libvirtd import Domain, Libvirtd, let_qemu_in
+from e2e.guest import ALL_FILES, WROTE, check_disk, make_disk
+from e2e.libvirtd import Domain, Libvirtd, let_qemu_in
 from support.fixtures import Start
 from support.images import make_noise
 from support.processes import ROOT

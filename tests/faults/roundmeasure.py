@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from roundplan import GRANULE, IN_FLIGHT_BYTES, REGION, SIZE, Waits
-from roundscene import Scene
+from faults.roundplan import GRANULE, IN_FLIGHT_BYTES, REGION, SIZE, Waits
+from faults.roundscene import Scene
 from support.images import Content, MiB, assert_identical
 from support.losing import CHANGES, Lossy, Range
 from support.waiting import WAIT_S_MAX, wait_until

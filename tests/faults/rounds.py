@@ -14,8 +14,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from roundmeasure import Measured
-from roundplan import ENDING_S, FIRST_COPY_BYTES_PER_S, GRANULE, RECONNECT_S, SIZE, Outcome
+from faults.roundmeasure import Measured
+from faults.roundplan import ENDING_S, FIRST_COPY_BYTES_PER_S, GRANULE, RECONNECT_S, SIZE, Outcome
 from support.clients import connections
 from support.losing import Lossy, add_target
 from support.serverprocess import Server

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from roundplan import SIZE, ZONES, Cell, Outcome, Plan
+from faults.roundplan import SIZE, ZONES, Cell, Outcome, Plan
+from faults.witness import Witness
 from support.images import make_image, make_noise
 from support.kept import Kept
 from support.losing import Lossy
@@ -25,7 +26,6 @@ from support.proxy import Proxy
 from support.qmpclient import Qmp
 from support.serverprocess import Server
 from support.servers import QemuNbd
-from witness import Witness
 
 STEPS = """
 import os, signal

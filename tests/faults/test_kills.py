@@ -9,9 +9,9 @@ from pathlib import Path
 
 import nbd
 import pytest
-from roundplan import GUESTS, PHASES, SIZE, STEPS_MAX, WHATS, Cell
-from rounds import Round
-from roundscene import Mirror
+from faults.roundplan import GUESTS, PHASES, SIZE, STEPS_MAX, WHATS, Cell
+from faults.rounds import Round
+from faults.roundscene import Mirror
 from support.fixtures import Identical, Start, temporary_folder
 from support.guests import Guest
 from support.images import MiB, make_image, make_noise

@@ -51,8 +51,9 @@ def test_it_tells_its_zeroes(start: Start, folder: Path, extents: bool) -> None:
     target = start(Lossy(folder, make_noise(folder / "t.img", MiB), extents=extents))
     found: list[int] = []
 
-    def note(context: str, offset: int, entries: list[int], error: object) -> None:
+    def note(context: str, offset: int, entries: list[int], error: object) -> int:
         found.extend(entries)
+        return 0
 
     with connected(target.uri()) as client:
         client.zero(BLOCK, BLOCK)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "stress"))
-import soak
-from marathon import Marathon
+from faults.rounds import Round
+from stress import soak
+from stress.marathon import Marathon
 
 CELL = "guest, READY, busy"
 SEED = 7
@@ -33,7 +32,7 @@ def test_a_report(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
 
 
 def test_a_failure(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    class Broken(soak.Round):
+    class Broken(Round):
         def run(self) -> NoReturn:
             raise AssertionError("a write is lost")
 
@@ -49,7 +48,7 @@ def test_it_ends_in_time(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     now_s = iter(range(0, 1000, 20))
-    monkeypatch.setattr(soak.time, "monotonic", lambda: next(now_s))
+    monkeypatch.setattr("stress.soak.time.monotonic", lambda: next(now_s))
     monkeypatch.setattr(soak.Soak, "round", lambda *_: None)
     assert run_soak(monkeypatch, "2m") == 0
     assert has_line(capfd.readouterr().out, r"rounds +0, and 0 that failed")

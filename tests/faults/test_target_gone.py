@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from support.fixtures import Identical, Start
@@ -323,12 +324,14 @@ def test_a_black_hole_that_is_cut_and_a_job_that_is_paused_meanwhile(
 # The connection itself
 
 
-def test_the_loop_knows_of_a_loss_before_it_hears_of_its_errors(target: Lossy) -> None:
+def test_the_loop_knows_of_a_loss_before_it_hears_of_its_errors(
+    target: Lossy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A guest's thread finds out, in write-blocking mode, and tells the job by `call_soon`. The job
     connects again only if the connection says by then that it is lost."""
     posted: list[Callable[[], None]] = []
     loop = Loop(time.monotonic)
-    loop.call_soon = posted.append  # type: ignore[method-assign]
+    monkeypatch.setattr(loop, "call_soon", posted.append)
     connection = SharedConnection.open(target.uri(), 5)
     connection.attach(loop)
     target.kill()
@@ -344,14 +347,22 @@ def test_the_loop_knows_of_a_loss_before_it_hears_of_its_errors(target: Lossy) -
 # The network swallows everything
 
 
+class OnTcp(NbdkitTarget):
+    def start(self) -> Self:
+        self.port = free_port()
+        return super().start()
+
+    def argv(self) -> list[str]:
+        return ["nbdkit", "-f", "-p", str(self.port), "-i", "127.0.0.1", "memory", "1M"]
+
+    def uri(self, export: str = "") -> str:
+        return f"nbd://127.0.0.1:{self.port}"
+
+
 def test_a_peer_that_the_network_has_lost_is_found_out(start: Start, folder: Path) -> None:
     """The kernel is told to; that it then does so is the kernel's affair (and tests/e2e has a link
     that is cut)."""
-    target = NbdkitTarget(folder, "memory", "1M")
-    port = free_port()
-    target.argv = lambda: ["nbdkit", "-f", "-p", str(port), "-i", "127.0.0.1", "memory", "1M"]  # type: ignore[method-assign]
-    target.uri = lambda: f"nbd://127.0.0.1:{port}"  # type: ignore[method-assign]
-    start(target)
+    target = start(OnTcp(folder, "memory", "1M"))
     connection = SharedConnection.open(target.uri(), 5.0)
     own = connection._socket
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbd
 import pytest
+from e2e.hosts import Hosts, NbdmirrorAt, two_hosts
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
@@ -20,9 +21,6 @@ from support.kept import Kept
 from support.processes import patched, resources
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import WAIT_S_MAX, wait_until
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
-from hosts import Hosts, NbdmirrorAt, two_hosts
 
 GUESTS = 4  # of each kind
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sectors import SECTOR, Lost, Sectors
+from faults.sectors import SECTOR, Lost, Sectors
 
 OLD, NEW, NEWER, OTHER = (bytes([n]) * SECTOR for n in range(1, 5))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import nbd
-from sectors import SECTOR, Sectors
+from faults.sectors import SECTOR, Sectors
 from support.images import KiB
 from support.waiting import WAIT_S_MAX, wait_until
 

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.cephnode import Ceph, RbdNbd, missing
@@ -84,7 +85,7 @@ def guest(server: Nbdmirror, folder: Path, identical: Identical) -> Iterator[Gue
         yield guest
 
 
-def pivot(server: Nbdmirror, guest: Guest, target: str, **options: object) -> None:
+def pivot(server: Nbdmirror, guest: Guest, target: str, **options: Any) -> None:
     server.qmp.start_mirror(target, **options)
     finish(server, guest)
 

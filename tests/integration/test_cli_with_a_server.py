@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.fixtures import Identical, Start
@@ -129,8 +130,8 @@ def test_a_server_that_dies_in_the_middle(
     words = [target.uri() if word == "TARGET" else word for word in command.split()]
     if words[0] != "mirror":
         is_to_complete = words[0] == "complete"
-        options = {} if is_to_complete else {"speed": 64 * KiB, "buf_size": 64 * KiB}
-        server.qmp.start_mirror(target.uri(), **options)
+        slow: dict[str, Any] = {"speed": 64 * KiB, "buf_size": 64 * KiB}
+        server.qmp.start_mirror(target.uri(), **({} if is_to_complete else slow))
         if is_to_complete:
             server.qmp.wait_ready()
             server.qmp.execute("job-pause", id="j")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ class Pair:
 
     def wait_ready(self) -> None:
         for job in JOBS:
-            wait_until(lambda job=job: self.qmp.job(job)["ready"], f"{job} is ready")
+            wait_until(partial(self._is_ready, job), f"{job} is ready")
+
+    def _is_ready(self, job: str) -> bool:
+        return bool(self.qmp.job(job)["ready"])
 
     def end_in_order(self, *jobs: str) -> None:
         """Complete them one after the other; all but the last one wait."""

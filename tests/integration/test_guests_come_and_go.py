@@ -86,7 +86,7 @@ def check_flat(server: Nbdmirror, visits: int, visit: Callable[[], object]) -> N
     _, threads, descriptors = resources(server.pid)
     for _ in range(visits // 2):
         visit()
-    grown = []
+    grown: list[int] = []
     while not grown or (len(grown) < 3 and grown[-1] >= GROWTH_BYTES_MAX):
         before = settled(server.pid, threads, descriptors)
         for _ in range(visits):

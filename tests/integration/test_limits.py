@@ -266,7 +266,7 @@ def test_a_client_that_was_gone_before_its_answer_leaves_its_place(server: Nbdmi
 
     def is_served() -> bool:
         with contextlib.suppress(ConnectionError, Refused), Qmp(server.qmp_path) as client:
-            return client.execute("query-jobs") == []
+            return bool(client.execute("query-jobs") == [])
         return False
 
     wait_until(is_served, "a place among the clients")

@@ -154,7 +154,7 @@ def copy_distributions(names: set[str], site: Path) -> None:
         for file in distribution.files or ():
             if ".." not in file.parts and file.suffix != ".pyc":
                 (site / file).parent.mkdir(parents=True, exist_ok=True)
-                (site / file).write_bytes(file.locate().read_bytes())
+                (site / file).write_bytes(Path(file.locate()).read_bytes())
 
 
 class Installed(Nbdmirror):

@@ -44,6 +44,8 @@ def given(**changed: Any) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if value is not None}
 
 
+BAD_SPEEDS: list[Any] = [-1, 2**63, -(2**63) - 1, 1.5, "1", True, []]
+
 WRONG: dict[str, list[dict[str, Any]]] = {
     "blockdev-mirror": [
         {},
@@ -103,7 +105,7 @@ WRONG: dict[str, list[dict[str, Any]]] = {
         {"device": "nope"},
         {"speed": 1},
         {"device": "nope", "speed": 0},
-        *[{"device": "nope", "speed": n} for n in (-1, 2**63, -(2**63) - 1, 1.5, "1", True, [])],
+        *[{"device": "nope", "speed": n} for n in BAD_SPEEDS],
     ],
     **{
         f"block-job-{verb}": [{}, {"device": "nope"}, {"device": 1}, {"id": "j"}]

@@ -40,7 +40,12 @@ from support.paritysteps import (
 from support.waiting import wait_until
 
 JOB = "copy-vda-libvirt-1-format"
-LIBVIRT = {"job_id": JOB, "device": "src", "auto_finalize": True, "auto_dismiss": False}
+LIBVIRT: dict[str, Any] = {
+    "job_id": JOB,
+    "device": "src",
+    "auto_finalize": True,
+    "auto_dismiss": False,
+}
 
 
 def delete(*names: str) -> list[Any]:
@@ -71,7 +76,7 @@ def test_libvirt_copies_a_disk(folder: Path, way: str) -> None:
         **LIBVIRT,
     )
     unused = ["libvirt-2-format", "libvirt-2-storage"]
-    end = {
+    end: dict[str, Script] = {
         "pivot": [do("job-complete", id=JOB), ENDED, images(), swapped(), delete("src")],
         "abort": [do("block-job-cancel", device=JOB), ENDED, images(), delete(*unused)],
         "async abort": [
@@ -115,7 +120,7 @@ def test_libvirt_12_copies_a_disk(folder: Path, way: str) -> None:
     copy = {**COPY_12, **synchronous, **known({"target-is-zero": True})}
     drained = do("transaction", actions=[add_bitmap])
     new, old = "libvirt-2-storage", "src"
-    end = {
+    end: dict[str, Script] = {
         "pivot": [drained, do("job-complete", id=JOB_12), ENDED_12, LOOK_12, delete(old)],
         "abort": [do("block-job-cancel", device=JOB_12), ENDED_12, delete(new)],
     }

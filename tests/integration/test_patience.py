@@ -18,7 +18,7 @@ from support.servers import NbdkitTarget, QemuNbd
 from support.waiting import wait_until
 
 from nbdmirror.errors import ConfigError, DeviceError
-from nbdmirror.nbdclient import handshake, pool, tls
+from nbdmirror.nbdclient import pool, tls
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.handshake import connect
 
@@ -149,7 +149,7 @@ def names(monkeypatch: pytest.MonkeyPatch, port: int, *hosts: str) -> Iterator[N
     """Every name has these addresses."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in hosts]
     with monkeypatch.context() as patch:
-        patch.setattr(handshake.socket, "getaddrinfo", lambda *_, **__: found)
+        patch.setattr("nbdmirror.nbdclient.handshake.socket.getaddrinfo", lambda *_, **__: found)
         yield
 
 

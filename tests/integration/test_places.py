@@ -14,7 +14,8 @@ from support.fixtures import Start
 from support.images import KiB, MiB, make_image
 from support.processes import run
 from support.qmpclient import Qmp
-from support.servers import NbdkitTarget, Nbdmirror, QemuNbd, Server
+from support.serverprocess import Server
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 from support.waiting import WAIT_S_MAX, InThread, wait_until
 
 from nbdmirror.nbdclient import exclusive_set as linkset

@@ -15,9 +15,9 @@ import pytest
 from support.clients import connected
 from support.fixtures import Start
 from support.images import MiB, make_image
-from support.processes import WAIT_S_MAX, patched
+from support.processes import patched
 from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
-from support.waiting import wait_until
+from support.waiting import WAIT_S_MAX, wait_until
 
 REQUESTS = 2000
 LINE = r"pread: error: "

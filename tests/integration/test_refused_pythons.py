@@ -52,8 +52,9 @@ def test_the_command_line(tmp_path: Path, patch: str, words: str, command: list[
 @PYTHONS
 def test_the_plugin_alone(folder: Path, patch: str, words: str) -> None:
     (folder / "disk.img").write_bytes(bytes(4096))
-    command = ["nbdkit", "-f", "-U", folder / "s", "python", PLUGIN, f"file={folder / 'disk.img'}"]
-    assert_refused(under(folder, patch, *command), "nbdmirror:", words)
+    command = ["nbdkit", "-f", "-U", f"{folder}/s", "python"]
+    disk = f"file={folder / 'disk.img'}"
+    assert_refused(under(folder, patch, *command, PLUGIN, disk), "nbdmirror:", words)
     assert not (folder / "s").exists()
 
 
@@ -69,7 +70,15 @@ def test_what_is_compiled_for_another_python(folder: Path) -> None:
     shutil.copytree(Path(sysconfig.get_path("platlib")) / "bitarray", packages / "bitarray")
     for library in (packages / "bitarray").glob("*.so"):
         library.rename(library.with_name(library.name.replace("cpython-3", "cpython-2")))
-    command = ["env", f"PYTHONPATH={packages}", "nbdkit", "-f", "-U", folder / "s", "python"]
+    command: list[str | Path] = [
+        "env",
+        f"PYTHONPATH={packages}",
+        "nbdkit",
+        "-f",
+        "-U",
+        folder / "s",
+        "python",
+    ]
     done = run(*command, PLUGIN, f"file={folder / 'disk.img'}", check=False)
     assert_refused(done, "nbdmirror: nbdkit's Python", "bitarray")
 

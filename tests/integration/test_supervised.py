@@ -61,7 +61,7 @@ class Journal:
 def in_journal(server: Nbdmirror, journal: Journal) -> Iterator[subprocess.Popen[bytes]]:
     environ = {**server.environment(), "JOURNAL_STREAM": journal.stream}
     process = subprocess.Popen(
-        server.argv(), env=environ, stdin=subprocess.DEVNULL, stderr=journal.theirs
+        server.argv(), env=environ, stdin=subprocess.DEVNULL, stderr=journal.theirs.fileno()
     )
     try:
         yield process

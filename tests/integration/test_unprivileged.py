@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 @pytest.fixture(autouse=True)
 def _readable() -> None:
-    test = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "test", "-r", PLUGIN]
-    if run(*test, check=False).returncode:
+    test = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "test", "-r"]
+    if run(*test, PLUGIN, check=False).returncode:
         pytest.skip("the checkout is not readable for other users")
 
 
@@ -251,7 +251,7 @@ def test_a_user_that_cannot_read_nbdmirror_is_refused(disk: Path, open_folder: P
     shutil.copytree(ROOT / "plugin", installed / "plugin")
     installed.chmod(0o700)
     command = ["env", f"--chdir={disk.parent}", f"PYTHONPATH={installed}", sys.executable]
-    words = ["-m", "nbdmirror", "serve", disk, "--socket", disk.parent / "s", "--user", "nobody"]
-    done = run(*command, *words, check=False)
+    words = ["-m", "nbdmirror", "serve", "--user", "nobody", "--socket"]
+    done = run(*command, *words, disk.parent / "s", disk, check=False)
     assert done.returncode == 1
     assert f"user nobody cannot read {installed}/nbdmirror" in done.stderr

@@ -28,9 +28,10 @@ from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.state.disk_file import DiskIdentity
 from nbdmirror.state.intent_log import slot_bytes
-from nbdmirror.state.journal import Journal, Regions, ranges_left
+from nbdmirror.state.journal import JOURNAL_BYTES, Journal, Regions, ranges_left
 from nbdmirror.state.recovery import RecoveredState, names, recover
 from nbdmirror.state.sealed_files import Folder, Slots
+from nbdmirror.state.shared_memory import ShmDirectory
 from nbdmirror.state.store import DiskStore
 
 REGION_BYTES = 1024
@@ -151,22 +152,21 @@ class PowerWorld(World):
         self.folder = SimFolder()
         self.writer = StepWriter(self.loop.call_later)
         self.identity = DiskIdentity(DISK.source, self.size)
-        for module, name, value in (
+        patches: tuple[tuple[object, str, object], ...] = (
             (nbdmirror.state.journal, "REQUESTS_MAX", REQUESTS_MAX),
             (nbdmirror.state.intent_log, "REGION_BYTES_MIN", REGION_BYTES),
             (nbdmirror.state.intent_log, "REGION_BYTES_MAX", REGION_BYTES),
             (nbdmirror.state.store, "Regions", self.regions_class),
-            (nbdmirror.state.store.ShmDirectory, "create", _no_memory),
-        ):
+            (ShmDirectory, "create", _no_memory),
+        )
+        for module, name, value in patches:
             self._patches.enter_context(patch.object(module, name, value))
         log = self.folder.slots(names("disk")["intents"], slot_bytes(self.size), 2)
         self.store = DiskStore(
             name="disk", identity=self.identity, folder=self.folder, slots=log, found=None,
             pivoted=None,
         )  # fmt: skip
-        self.store.journal = self.journal_class(
-            memoryview(bytearray(nbdmirror.state.store.JOURNAL_BYTES))
-        )
+        self.store.journal = self.journal_class(memoryview(bytearray(JOURNAL_BYTES)))
         writer: Any = self.writer
         self.store.begin(writer, self.flush_source)
         self.store.begun()

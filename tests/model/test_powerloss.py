@@ -25,7 +25,7 @@ MUTANT_EXAMPLES_MAX = 100
 
 
 class PowerMachine(MirrorMachine):
-    world_class: type[PowerWorld] = PowerWorld  # type: ignore[assignment]
+    world_class: type[PowerWorld] = PowerWorld
 
     @property
     def w(self) -> PowerWorld:

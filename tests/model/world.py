@@ -4,7 +4,7 @@ each step."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from itertools import pairwise
 from typing import Any, cast
 from unittest.mock import patch
@@ -100,7 +100,7 @@ class World:
             patch.object(tracker, "FineBitmap", self.fine_class),
             *(patch.object(fine, name, bound) for name, bound in BOUNDS.items()),
         ):
-            self._patches.enter_context(each)
+            self._patches.enter_context(cast("AbstractContextManager[object]", each))
 
         self.ledger = self.ledger_class()
         self.announced = AnnouncedGuests()

@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
+sys.path.insert(0, str(TESTS))
 
-from marathon import MarathonThread  # noqa: E402
-from roundplan import CALM, CELLS, Cell, Outcome  # noqa: E402
-from rounds import Round  # noqa: E402
+from faults.roundplan import CALM, CELLS, Cell, Outcome  # noqa: E402
+from faults.rounds import Round  # noqa: E402
+from stress.marathon import MarathonThread  # noqa: E402
 from support.fixtures import temporary_folder  # noqa: E402 - found only now
 from support.images import KiB  # noqa: E402
 
@@ -208,6 +208,7 @@ def cell_of(text: str) -> Cell:
 
 
 def say(line: str) -> None:
+    assert sys.__stdout__ is not None
     sys.__stdout__.write(f"{line}\n")
     sys.__stdout__.flush()
 

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 from support import qmpfuzz
 from support.processes import ROOT
-
-sys.path.append(str(ROOT / "tests" / "unit" / "qmp"))
-import test_qmp_fuzz
-from test_qmp_fuzz import session  # noqa: F401 - a fixture
+from unit.qmp import test_qmp_fuzz
+from unit.qmp.test_qmp_fuzz import session  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.stress
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from model.machine import MirrorMachine
-from model.test_mirror_invariant import EXAMPLES, STEPS
+from model.search import STEPS
+from model.test_mirror_invariant import EXAMPLES
 
 ROUNDS = 25
 

@@ -4,12 +4,9 @@ replays it. `./run soak` is the same for as long as one likes."""
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-import soak
+from stress import soak
 
 pytestmark = pytest.mark.stress
 

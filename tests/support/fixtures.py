@@ -9,17 +9,33 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import pytest
 from support.guests import Guest
 from support.images import Content, assert_identical
 from support.kept import MEMORIES
-from support.serverprocess import Server
 
-AnyServer = TypeVar("AnyServer", bound=Server)
-Start = Callable[[AnyServer], AnyServer]
+
+class Startable(Protocol):
+    """A Server, or what is started and stopped like one."""
+
+    layer: int
+
+    def start(self) -> Self: ...
+    def stop(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+AnyServer = TypeVar("AnyServer", bound=Startable)
 Identical = Callable[[Content | Guest, Content | Guest], None]
+
+
+class Start(Protocol):
+    """The fixture `start`."""
+
+    def __call__(self, server: AnyServer, /) -> AnyServer: ...
+
 
 MEMORY = Path("/dev/shm")
 HAS_PASSED = pytest.StashKey[bool]()
@@ -67,7 +83,7 @@ def pytest_runtest_makereport(
 def start(folder: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
     """start(server): it is running when this returns, and is stopped, and checked, after the test:
     first guests, then the servers under test, then what these were connected to."""
-    started: list[Server] = []
+    started: list[Startable] = []
 
     def begin(server: AnyServer) -> AnyServer:
         started.append(server.start())

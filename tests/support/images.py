@@ -75,10 +75,10 @@ def chunks(content: Content) -> Iterator[bytes]:
             size = guest.get_size()
             most = guest.get_block_size(nbd.SIZE_MAXIMUM) or CHUNK_BYTES
             for start in range(0, size, CHUNK_BYTES):
-                chunk = bytearray()
+                parts = bytearray()
                 for at in range(start, min(start + CHUNK_BYTES, size), min(most, CHUNK_BYTES)):
-                    chunk += guest.pread(min(most, CHUNK_BYTES, size - at), at)
-                yield bytes(chunk)
+                    parts += guest.pread(min(most, CHUNK_BYTES, size - at), at)
+                yield bytes(parts)
 
 
 def assert_identical(source: Content, target: Content) -> None:

@@ -181,7 +181,8 @@ class Side:
             self._targets_stack = stack.enter_context(contextlib.ExitStack())
             if self.setting.target != "none":
                 self._start_target(stack)
-            self.server = stack.enter_context(self._server(stack))
+            self.server = self._server(stack)
+            stack.enter_context(self.server)
             self.qmp = stack.enter_context(Qmp(self.server.qmp_path, timeout_s=STEP_S_MAX))
             self.stack = stack.pop_all()
         return self

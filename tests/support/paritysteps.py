@@ -318,8 +318,9 @@ def drive(target: str, **options: Any) -> Step:
     """drive-mirror as the job "j"; SOCKET stands for the target's."""
 
     def run(side: Side) -> None:
-        given = {"job_id": "j", "device": "src", "sync": "full", "mode": "existing"}
-        given |= {"auto_dismiss": False, "target": target.replace("SOCKET", side.target_socket())}
+        given: dict[str, Any] = {"job_id": "j", "device": "src", "sync": "full"}
+        given |= {"mode": "existing", "auto_dismiss": False}
+        given |= {"target": target.replace("SOCKET", side.target_socket())}
         with contextlib.suppress(Refused):
             side.qmp.execute("drive-mirror", **{**given, **options})
 

@@ -126,9 +126,8 @@ class Proxy:
             sources = [a for pair in pairs for a, b in (pair, pair[::-1]) if not _is_full(b)]
             sinks = [end for end in ends if end.held]
             try:
-                readable, writable, _ = select.select(
-                    [self._listener, *sources], sinks, [], LISTEN_POLL_S
-                )
+                read_from: list[socket.socket | _End] = [self._listener, *sources]
+                readable, writable, _ = select.select(read_from, sinks, [], LISTEN_POLL_S)
             except (OSError, ValueError):
                 continue  # one of them was reset meanwhile
             if self._listener in readable:
@@ -143,10 +142,11 @@ class Proxy:
 
     def _accept(self) -> None:
         near = self._listener.accept()[0]
-        is_path = isinstance(self._target, Path)
-        far = socket.socket(socket.AF_UNIX if is_path else socket.AF_INET)
+        address = self._target if isinstance(self._target, tuple) else str(self._target)
+        is_inet = isinstance(address, tuple)
+        far = socket.socket(socket.AF_INET if is_inet else socket.AF_UNIX)
         try:
-            far.connect(str(self._target) if is_path else self._target)
+            far.connect(address)
         except OSError:
             near.close()
             far.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,7 @@ def _spoiled(value: dict[str, Any]) -> st.SearchStrategy[Any]:
 class Session:
     """A server under fire, and what must hold after each salvo."""
 
-    def __init__(self, server: Nbdmirror, targets: list[Server]) -> None:
+    def __init__(self, server: Nbdmirror, targets: Sequence[Server]) -> None:
         """`targets`: good ones, t0 and so on."""
         self.server = server
         self.good = server.qmp

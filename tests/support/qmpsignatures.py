@@ -39,4 +39,4 @@ def _type(type_: Any) -> str:
         return f"string or {_type(type_.other)}"
     if isinstance(type_, Struct):
         return "{" + members_of(type_) + "}"
-    return {"str": "string"}.get(type_.name, type_.name)
+    return "string" if type_.name == "str" else str(type_.name)

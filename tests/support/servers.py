@@ -112,15 +112,17 @@ class QemuNbd(Server):
         options: tuple[str, ...] = (),
     ) -> None:
         super().__init__(folder)
-        self.image = image
+        self.image = Path(image)
         self.export = export
         self.options = [f"--shared={shared}", *(["--read-only"] if read_only else []), *options]
         self.fmt = fmt
+        self.image_name = str(image)
+        """An URI's has no path."""
 
     def argv(self) -> list[str]:
         fixed = ["--persistent", "--discard=unmap", f"--socket={self.socket}"]
         names = [f"--export-name={self.export}", f"--format={self.fmt}"]
-        return ["qemu-nbd", *fixed, *names, *self.options, str(self.image)]
+        return ["qemu-nbd", *fixed, *names, *self.options, self.image_name]
 
     def uri(self, export: str | None = None) -> str:
         return super().uri(self.export if export is None else export)
@@ -176,6 +178,8 @@ class QsdTarget(Server):
         super().__init__(folder)
         self.image = image
         self.fmt = fmt
+        self.image_name = str(image)
+        """An URI's has no path."""
 
     def argv(self) -> list[str]:
         file = f"driver=file,node-name=file0,filename={self.image},discard=unmap"

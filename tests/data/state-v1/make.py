@@ -24,11 +24,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "integration" / "state")]
+sys.path.insert(0, str(TESTS))
 
 # What follows is found by the path above, hence E402.
 import nbd  # noqa: E402
-from stateparts import settle  # noqa: E402
+from integration.state.stateparts import settle  # noqa: E402
 from support.clients import connected  # noqa: E402
 from support.fixtures import temporary_folder  # noqa: E402
 from support.images import KiB, MiB, make_image, make_noise  # noqa: E402

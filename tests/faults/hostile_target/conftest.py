@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hostileparts import SIZE
+from faults.hostile_target.hostileparts import SIZE
 from support.fixtures import Start
 from support.guests import Guest
 from support.hostile import Hostile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from support.hostile import (
     ACK,
@@ -42,8 +43,8 @@ def add(qmp: Qmp, target: Hostile, **options: object) -> None:
     )  # fmt: skip
 
 
-def mirror(qmp: Qmp, **options: object) -> None:
-    qmp.start_mirror("evil", **({"auto_dismiss": False} | options))
+def mirror(qmp: Qmp, **options: Any) -> None:
+    qmp.start_mirror("evil", **{"auto_dismiss": False, **options})
 
 
 def refusal(qmp: Qmp, command: str, **arguments: object) -> str:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hostileparts import (
+from faults.hostile_target.hostileparts import (
     HANDSHAKES,
     OPEN_S,
     SIZE,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import nbd
 import pytest
-from hostileparts import NO_WAY_OUT, SIZE, add, is_one_line, mirror
+from faults.hostile_target.hostileparts import NO_WAY_OUT, SIZE, add, is_one_line, mirror
+from faults.hostile_target.test_hostile_target import ERRORS, GARBAGE, IS_STRICT, STRAY, check_log
 from support import tricks
 from support.clients import connected, nbd_errno
 from support.fixtures import Start
@@ -33,7 +34,6 @@ from support.images import KiB, assert_identical, make_empty, make_image, make_n
 from support.seeds import SEED
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
-from test_hostile_target import ERRORS, GARBAGE, IS_STRICT, STRAY, check_log
 
 BAD_READS: list[Trick] = [
     tricks.data_too_long, tricks.data_beyond, tricks.data_before, tricks.hole_beyond,

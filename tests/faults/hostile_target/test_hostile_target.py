@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostileparts import (
+from faults.hostile_target.hostileparts import (
     FORCE_S_MAX,
     HANDSHAKES,
     KINDS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from badparts import SIZE
+from integration.bad_input.badparts import SIZE
 from support.fixtures import Start
 from support.servers import Nbdmirror
 

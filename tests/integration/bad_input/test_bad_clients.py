@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from badparts import SIZE
+from integration.bad_input.badparts import SIZE
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, assert_identical, make_noise
@@ -145,7 +145,7 @@ def test_many_control_clients(server: Nbdmirror) -> None:
 
     def is_answering() -> bool:
         with contextlib.suppress(ConnectionError), Qmp(server.qmp_path) as client:
-            return client.execute("query-jobs") == []
+            return bool(client.execute("query-jobs") == [])
         return False
 
     wait_until(is_answering, "it answers again")

@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from badparts import SIZE, bare, one_line, serve, untouched
+from integration.bad_input.badparts import SIZE, bare, one_line, serve, untouched
 from support.fixtures import Start
 from support.images import assert_identical, make_image
 from support.processes import nbdmirror, run

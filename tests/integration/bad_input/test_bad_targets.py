@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from badparts import SIZE, one_line, untouched
+from integration.bad_input.badparts import SIZE, one_line, untouched
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
@@ -187,7 +188,8 @@ def test_a_larger_target_if_asked_for(
     tail = image.read_bytes()[SIZE:]
     target = start(NbdkitTarget(folder, "file", f"file={image}"))
     with Guest(server.uri(), disk) as guest:
-        server.qmp.start_mirror(target.uri(), **{"x-nbdmirror-allow-larger-target": True})
+        larger: dict[str, Any] = {"x-nbdmirror-allow-larger-target": True}
+        server.qmp.start_mirror(target.uri(), **larger)
         server.qmp.wait_ready()
         server.qmp.complete()
         guest.wait_for_requests(30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mirrorparts import SIZE, qemu_nbd_raw
+from integration.mirror.mirrorparts import SIZE, qemu_nbd_raw
 from support.fixtures import Start
 from support.serverprocess import Server
 from support.servers import Nbdmirror

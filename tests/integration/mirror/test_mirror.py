@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mirrorparts import SIZE, SLOW, TARGETS, qemu_nbd_raw
+from integration.mirror.mirrorparts import SIZE, SLOW, TARGETS, qemu_nbd_raw
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mirrorparts import SIZE, SLOW, qemu_nbd_raw
+from integration.mirror.mirrorparts import SIZE, SLOW, qemu_nbd_raw
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import KiB, MiB, make_image, make_noise

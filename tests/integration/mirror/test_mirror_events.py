@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mirrorparts import ENDED_CANCELLED, ENDED_WELL, READY, SIZE, SLOW, STARTED
+from integration.mirror.mirrorparts import ENDED_CANCELLED, ENDED_WELL, READY, SIZE, SLOW, STARTED
 from support.clients import connected
 from support.fixtures import Identical
 from support.guests import Guest

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mirrorparts import READY, SIZE, TARGETS, nbdkit_memory
+from integration.mirror.mirrorparts import READY, SIZE, TARGETS, nbdkit_memory
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest

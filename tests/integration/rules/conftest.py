@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rulesparts import SIZE, Logged
+from integration.rules.rulesparts import SIZE, Logged
 from support.fixtures import Start
 from support.images import make_noise
 from support.paritysides import Faulty

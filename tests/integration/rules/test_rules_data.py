@@ -11,7 +11,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from rulesparts import (
+from integration.rules.rulesparts import (
     CHANGED_TARGET,
     GRANULE,
     SIZE,

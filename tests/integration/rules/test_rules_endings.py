@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import nbd
 import pytest
-from rulesparts import (
+from integration.rules.rulesparts import (
     GRANULE,
     SIZE,
     Logged,
@@ -58,7 +59,7 @@ def test_force_cancel_with_every_request_in_flight(
     qmp.execute("block-job-set-speed", device="j", speed=0)
     wait_until(lambda: status_of(qmp)["in-flight-bytes"] >= 4 * MiB, "all slots are taken", 5)
     guests = [
-        requested(server.uri("src"), lambda handle, n=n: handle.pwrite(b"\x61" * 100, n * MiB))
+        requested(server.uri("src"), partial(nbd.NBD.pwrite, buf=b"\x61" * 100, offset=n * MiB))
         for n in (0, 1, 12)
     ]
     assert cancel_by_force(qmp) < 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbd
 import pytest
-from rulesparts import (
+from integration.rules.rulesparts import (
     GRANULE,
     SIZE,
     Logged,

@@ -23,7 +23,14 @@ def test_names_beyond_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loc
     with QemuNbd(tmp_path, target) as server:
         (folder / "zïel").symlink_to(server.socket)
         uri = f"nbd+unix:///?socket={folder}/zïel"
-        places = ["--socket", folder / "ß", "--qmp", folder / "qß", "--pidfile", pidfile]
+        places: list[str | Path] = [
+            "--socket",
+            folder / "ß",
+            "--qmp",
+            folder / "qß",
+            "--pidfile",
+            pidfile,
+        ]
         started = nbdmirror("serve", disk, *places, "--state-dir", state, "--daemonize")
         assert started.returncode == 0, started.stderr
         pid = int(pidfile.read_text())

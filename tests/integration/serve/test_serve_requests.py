@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbd
 import pytest
-from serveparts import SIZES
+from integration.serve.serveparts import SIZES
 from support.clients import connected, nbd_errno
 from support.fixtures import Start
 from support.images import (
@@ -38,7 +38,7 @@ def test_the_last_byte(start: Start, folder: Path, size: int) -> None:
         assert guest.pread(1, size - 1) == b"\0"
         guest.pwrite(b"Z", size - 1)
         guest.trim(1, size - 1)
-        assert guest.pread(1, size - 1) in (b"\0", b"Z")
+        assert bytes(guest.pread(1, size - 1)) in (b"\0", b"Z")
         guest.cache(size, 0)
         guest.flush()
     assert image.stat().st_size == size

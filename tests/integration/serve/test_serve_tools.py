@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbd
 import pytest
-from serveparts import SIZES
+from integration.serve.serveparts import SIZES
 from support.clients import connected
 from support.fixtures import Start
 from support.guests import Guest

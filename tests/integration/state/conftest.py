@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stateparts import SIZE
+from integration.state.stateparts import SIZE
 from support.fixtures import Start
 from support.images import make_image, make_noise
 from support.kept import Kept

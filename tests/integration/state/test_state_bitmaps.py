@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from stateparts import GRANULE, End, begin, ends
+from integration.state.stateparts import GRANULE, End, begin, ends
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.images import MiB

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stateparts import GRANULE, SIZE, TOLD, End, begin, ends, finish, settle
+from integration.state.stateparts import GRANULE, SIZE, TOLD, End, begin, ends, finish, settle
+from integration.state.test_state_bitmaps import add, bitmaps
 from support.clients import connected
 from support.fixtures import Identical
 from support.images import MiB, assert_identical, make_image
 from support.kept import Kept, power_cut, refusal
 from support.servers import QemuNbd
-from test_state_bitmaps import add, bitmaps
 
 
 def truncate(path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from stateparts import SIZE, TOLD, begin, finish, settle
+from integration.state.stateparts import SIZE, TOLD, begin, finish, settle
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, make_image

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import nbd
 import pytest
-from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from integration.state.stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from integration.state.test_state_bitmaps import add, bitmaps
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
@@ -19,7 +20,6 @@ from support.kept import Kept, power_cut, refusal
 from support.processes import freeze
 from support.servers import OnTcp, QemuNbd
 from support.waiting import wait_until
-from test_state_bitmaps import add, bitmaps
 
 
 @pytest.mark.guarantee("A mirror goes on where it was")

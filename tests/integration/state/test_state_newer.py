@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stateparts import SIZE, End, begin, ends, finish, settle
+from integration.state.stateparts import SIZE, End, begin, ends, finish, settle
+from integration.state.test_state_bitmaps import add
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.images import MiB, make_image
 from support.kept import Kept, refusal
 from support.servers import QemuNbd
-from test_state_bitmaps import add
 
 from nbdmirror.state.sealed_files import seal
 

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from integration.state.stateparts import GRANULE, SIZE, End, begin, ends, finish, settle
+from integration.state.test_state_bitmaps import add, bitmaps
 from support.clients import connected
 from support.fixtures import Start
 from support.images import MiB, assert_identical, make_empty, make_image
@@ -19,7 +20,6 @@ from support.kept import Kept, power_cut
 from support.mounts import ON_DISK, loop_device
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
-from test_state_bitmaps import add, bitmaps
 
 from nbdmirror.state.disk_file import LastSeen
 from nbdmirror.state.journal import is_untouched

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stateparts import End, begin, ends
+from integration.state.stateparts import End, begin, ends
 from support.fixtures import Identical
 from support.kept import Kept
 from support.servers import QemuNbd

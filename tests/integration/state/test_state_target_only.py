@@ -8,14 +8,8 @@ import subprocess
 
 import nbd
 import pytest
-from stateparts import SIZE
-from support.clients import connected, nbd_errno
-from support.fixtures import Start
-from support.images import MiB, assert_identical, make_noise
-from support.kept import Kept, refusal
-from support.servers import QemuNbd
-from support.waiting import wait_until
-from wayhome import (
+from integration.state.stateparts import SIZE
+from integration.state.wayhome import (
     REFUSED,
     begin,
     gone_to,
@@ -28,6 +22,12 @@ from wayhome import (
     start_as_target,
     way_in,
 )
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_noise
+from support.kept import Kept, refusal
+from support.servers import QemuNbd
+from support.waiting import wait_until
 
 
 @pytest.mark.guarantee("Which side is the disk is never ambiguous")

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from stateparts import finish
+from integration.state.stateparts import finish
+from integration.state.test_state_bitmaps import bitmaps
 from support.clients import connected
 from support.fixtures import Start
 from support.goldenstate import CASES, JSON_FILES, Golden, unsealed
 from support.images import assert_identical
 from support.kept import Kept, power_cut, refusal
 from support.servers import QemuNbd
-from test_state_bitmaps import bitmaps
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.state.disk_file import DiskIdentity

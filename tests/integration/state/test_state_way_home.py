@@ -7,15 +7,8 @@ import errno
 import json
 from pathlib import Path
 
-from stateparts import SIZE
-from support.clients import connected, nbd_errno
-from support.fixtures import Start
-from support.images import MiB, assert_identical, make_empty, make_image
-from support.kept import Kept, refusal
-from support.mounts import loop_device
-from support.servers import NbdkitTarget, QemuNbd
-from support.waiting import wait_until
-from wayhome import (
+from integration.state.stateparts import SIZE
+from integration.state.wayhome import (
     REFUSED,
     begin,
     gone_to,
@@ -27,6 +20,13 @@ from wayhome import (
     start_as_target,
     write,
 )
+from support.clients import connected, nbd_errno
+from support.fixtures import Start
+from support.images import MiB, assert_identical, make_empty, make_image
+from support.kept import Kept, refusal
+from support.mounts import loop_device
+from support.servers import NbdkitTarget, QemuNbd
+from support.waiting import wait_until
 
 from nbdmirror.state.sealed_files import seal, unseal
 

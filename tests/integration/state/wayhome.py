@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 import nbd
-from stateparts import GRANULE, SIZE
+from integration.state.stateparts import GRANULE, SIZE
 from support.clients import connected, nbd_errno
 from support.images import assert_identical
 from support.kept import Kept

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from integration.sync.syncparts import SIZE
 from support.fixtures import Start
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
-from syncparts import SIZE
 
 
 @pytest.fixture

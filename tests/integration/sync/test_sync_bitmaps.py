@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.sync.syncparts import SIZE, add_bitmap, marks, soft_cancel
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
@@ -14,7 +15,6 @@ from support.images import assert_identical, make_image, make_noise
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
-from syncparts import SIZE, add_bitmap, marks, soft_cancel
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,7 @@ def test_jobs_in_a_transaction(start: Start, folder: Path) -> None:
     assert statuses[:4] == [
         ("j0", "created"), ("j1", "created"), ("j0", "running"), ("j1", "running")
     ]  # fmt: skip
-    for job in ("j0", "j1"):
-        wait_until(lambda job=job: qmp.job(job)["ready"], "READY")
+    wait_until(lambda: all(qmp.job(job)["ready"] for job in ("j0", "j1")), "READY")
     assert qmp.refusal("transaction", actions=complete("j0", "nope"))
     assert qmp.refusal("transaction", actions=complete("nope", "j0")) == "Job not found"
     assert qmp.job("j0")["ready"]

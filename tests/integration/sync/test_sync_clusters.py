@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.sync.syncparts import SIZE, soft_cancel, wait_in_sync
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.images import KiB, MiB, make_image, make_noise, make_qcow2
 from support.processes import run
 from support.servers import Nbdmirror, QemuNbd
-from syncparts import SIZE, soft_cancel, wait_in_sync
 
 # Sizes that the peer rounds
 

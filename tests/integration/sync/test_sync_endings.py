@@ -15,6 +15,7 @@ from typing import Any
 
 import nbd
 import pytest
+from integration.sync.syncparts import SIZE, soft_cancel
 from support.clients import connected, requested
 from support.fixtures import Identical, Start
 from support.images import KiB
@@ -23,7 +24,6 @@ from support.processes import free_port, freeze
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import InThread, wait_until
-from syncparts import SIZE, soft_cancel
 
 FORCE_S_MAX = 1.0
 QUIT_S_MAX = 4.0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.sync.syncparts import SIZE
 from support.clients import connected
 from support.fixtures import Identical
 from support.guests import Guest
@@ -25,7 +26,6 @@ from support.paritysteps import start as start_of_job
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
-from syncparts import SIZE
 
 WRITES = 300
 """Of each writer, where they are to get into each other's way."""

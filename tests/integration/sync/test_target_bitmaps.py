@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.sync.syncparts import marks, soft_cancel
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, make_image, make_noise
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
-from syncparts import marks, soft_cancel
 
 SIZE = 8 * MiB
 SEED = 41
@@ -66,9 +66,9 @@ def begin(qmp: Qmp, phase: str, copy_mode: str, how: str) -> None:
     mirror = {"job-id": "j", "device": "src", "target": "tgt", "sync": "full"}
     slow = {"copy-mode": copy_mode, "speed": 4 * MiB, "buf-size": 128 * 1024}
     new = {"node": "tgt", "name": "b", "disabled": how == "enable"}
-    old = {"node": "tgt", "name": "b"}
+    old: dict[str, object] = {"node": "tgt", "name": "b"}
     first = [("blockdev-mirror", {**mirror, **slow})]
-    last = [("block-dirty-bitmap-add", new)]
+    last: list[tuple[str, dict[str, object]]] = [("block-dirty-bitmap-add", new)]
     if how != "add":
         last.append((f"block-dirty-bitmap-{how}", old))
     if phase == "created":

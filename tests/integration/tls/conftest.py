@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from integration.tls.tlsparts import SIZE, Site, TlsNbdmirror
 from support.fixtures import Start
 from support.images import make_image
 from support.servers import Nbdmirror
-from tlsparts import SIZE, Site, TlsNbdmirror
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from integration.tls.tlsparts import Site, TlsNbdmirror, refusal, with_keys
 from support.clients import connected
 from support.fixtures import Start
 from support.guests import Guest
 from support.images import assert_identical
 from support.keys import HERE, psk
 from support.processes import Finished, nbdmirror, run
-from tlsparts import Site, TlsNbdmirror, refusal, with_keys
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.nbdclient import tls

@@ -9,6 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.tls.tlsparts import (
+    KINDS,
+    SIZE,
+    Overt,
+    Site,
+    TlsNbdkit,
+    TlsNbdmirror,
+    target_of,
+    with_keys,
+)
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import assert_identical, make_noise
@@ -18,7 +28,6 @@ from support.proxy import Proxy
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror
 from support.waiting import wait_until
-from tlsparts import KINDS, SIZE, Overt, Site, TlsNbdkit, TlsNbdmirror, target_of, with_keys
 
 LIFE_S = 8
 """Of a certificate that is to expire during a test: long enough for the mirror to get ready."""

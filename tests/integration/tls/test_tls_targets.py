@@ -7,14 +7,14 @@ from pathlib import Path
 
 import nbd
 import pytest
+from integration.tls.test_tls_guests import one_line
+from integration.tls.tlsparts import KINDS, SIZE, Site, TlsNbdkit, target_of, with_keys
 from support.fixtures import Start
 from support.guests import Guest
 from support.images import assert_identical, make_noise
 from support.keys import psk
 from support.processes import nbdmirror
 from support.servers import NbdkitTarget, Nbdmirror
-from test_tls_guests import one_line
-from tlsparts import KINDS, SIZE, Site, TlsNbdkit, target_of, with_keys
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.nbdclient import tls

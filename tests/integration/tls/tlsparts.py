@@ -153,5 +153,5 @@ def target_of(kind: str, folder: Path, *, keys: Path | None, verify: bool = True
         return TlsNbdkit(folder, image)
     if keys.suffix == ".psk":
         return TlsQemuNbd(folder, image, f"tls-creds-psk,dir={keys.parent}")
-    peer = "on" if verify else "off"
-    return TlsQemuNbd(folder, image, f"tls-creds-x509,dir={keys},verify-peer={peer}")
+    verified = "on" if verify else "off"
+    return TlsQemuNbd(folder, image, f"tls-creds-x509,dir={keys},verify-peer={verified}")

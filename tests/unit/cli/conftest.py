@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cliparts import Main
 from support.fakes import Fake
+from unit.cli.cliparts import Main
 
 from nbdmirror.cli import control as cli_control
 from nbdmirror.cli import jobs as cli_jobs

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
+from unit.cli.cliparts import WAIT_S_MAX, Main, one_line
 
 from nbdmirror import unix_sockets as sockets
 from nbdmirror.cli import common

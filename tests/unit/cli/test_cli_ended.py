@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cliparts import Main, one_line
 from support.fakes import URI, Fake
+from unit.cli.cliparts import Main, one_line
 
 from nbdmirror.cli import common
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cliparts import Main, one_line
 from support.fakes import URI, FakeQemu
 from support.paritysides import StorageDaemon
+from unit.cli.cliparts import Main, one_line
 
 from nbdmirror.cli import common
 from nbdmirror.cli import control as cli_control

@@ -7,7 +7,7 @@ import os
 import re
 
 import pytest
-from cliparts import Main, one_line
+from unit.cli.cliparts import Main, one_line
 
 from nbdmirror.cli import common
 from nbdmirror.cli import main as cli

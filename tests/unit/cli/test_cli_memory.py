@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ EVENT = {
 }
 
 
-def line(message: dict[str, object]) -> bytes:
+def line(message: Mapping[str, object]) -> bytes:
     return json.dumps(message).encode() + b"\r\n"
 
 
@@ -109,7 +109,9 @@ def test_a_hundred_thousand_events(tmp_path: Path, talkative: Talkative, command
                     for _ in range(BATCH if command.startswith("events") else 0):
                         assert process.stdout is not None and process.stdout.readline()
                 if command.startswith("status"):
-                    assert process.stdout.readline() and process.stdout.readline()
+                    assert (
+                        process.stdout and process.stdout.readline() and process.stdout.readline()
+                    )
 
             show(WARM)
             before, _, _ = resources(process.pid)

@@ -14,8 +14,8 @@ import threading
 from typing import Any
 
 import pytest
-from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
+from unit.cli.cliparts import WAIT_S_MAX, Main, one_line
 
 from nbdmirror.cli import common
 from nbdmirror.cli import progress as cli_progress
@@ -77,7 +77,7 @@ def test_rates_of_a_server_that_says_none() -> None:
     assert again.rates is None, "those of before are none of now"
 
 
-SAYS = {"falling-behind": False, "copy-bytes-per-s": 0, "zero-bytes-per-s": 0}
+SAYS: dict[str, object] = {"falling-behind": False, "copy-bytes-per-s": 0, "zero-bytes-per-s": 0}
 SAYS |= {"dirty-bytes-per-s": 0, "device": "j", "offset": 0, "len": 2048, "status": "running"}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cliparts import Main, one_line
+from unit.cli.cliparts import Main, one_line
 
 from nbdmirror import unix_sockets as sockets
 from nbdmirror.cli import common
@@ -237,7 +237,7 @@ def test_places_of_another_user(disk: Path, run: Main) -> None:
             status, _, err = run("serve", disk, *options)
         finally:
             os.seteuid(user)
-        assert status == cli.FAILED
+        assert status == common.FAILED
         assert {path.name for path in here.iterdir()} == before
         return one_line(err)
 

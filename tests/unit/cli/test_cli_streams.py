@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
+from unit.cli.cliparts import WAIT_S_MAX, Main, one_line
 
 from nbdmirror.cli import common as cli_common
 from nbdmirror.cli import main as cli

@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 import pytest
-from cliparts import WAIT_S_MAX, Main, one_line
 from support.fakes import URI, Fake
+from unit.cli.cliparts import WAIT_S_MAX, Main, one_line
 
 from nbdmirror.cli import common
 from nbdmirror.cli import control as cli_control

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cliparts import Main, one_line
 from support.fakes import Fake
+from unit.cli.cliparts import Main, one_line
 
 from nbdmirror import unix_sockets as sockets
 from nbdmirror.cli import common

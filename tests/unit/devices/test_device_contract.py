@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from devicekinds import DEVICES, SIZES, content, every_device, opened, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from unit.devices.devicekinds import DEVICES, SIZES, content, every_device, opened, read
 
 from nbdmirror.devices.base import BlockDevice, Buffer, Extent
 from nbdmirror.errors import IO_ERRORS, errno_of

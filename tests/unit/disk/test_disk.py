@@ -170,7 +170,12 @@ def test_a_change_behind_the_gate_is_the_new_source_s(disk: Disk, probe: Probe, 
     at_source, at_target, ended = threading.Event(), threading.Event(), threading.Event()
     probe.during, target.during = at_source.set, at_target.set
     disk.ledger.close_gate(lambda: None)
-    thread = threading.Thread(target=lambda: (CHANGES[kind](disk), ended.set()), daemon=True)
+
+    def change() -> None:
+        CHANGES[kind](disk)
+        ended.set()
+
+    thread = threading.Thread(target=change, daemon=True)
     thread.start()
     assert disk.ledger.is_idle
     assert disk.swap(target) is probe

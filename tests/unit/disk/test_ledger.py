@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 
 import pytest
-from ledgerthreads import GRANULE, SIZE, running, wait
 from model.parts import AnnouncedGuests
+from unit.disk.ledgerthreads import GRANULE, SIZE, running, wait
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.ledger import Ledger

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ledgerthreads import GRANULE, SIZE, count_waiting, running, wait
+from unit.disk.ledgerthreads import GRANULE, SIZE, count_waiting, running, wait
 
 from nbdmirror.disk.claim import Claim
 from nbdmirror.disk.tracker import Tracker

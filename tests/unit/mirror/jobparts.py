@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from jobdevices import MemoryTarget, Source, StillLoop
+from unit.mirror.jobdevices import MemoryTarget, Source, StillLoop
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.disk import Disk

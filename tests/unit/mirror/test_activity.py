@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobparts import ready
+from unit.mirror.jobparts import ready
 
 from nbdmirror.mirror.activity import MAY_FOLLOW, Activity
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
-from copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data, frames
+from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data, frames
 
 from nbdmirror.devices.base import Extent, MemoryDevice
 from nbdmirror.mirror.buffers import ZERO_UNIT_BYTES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from copierparts import KIB, MIB, Clock, Devices, a_copier, data
+from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.mirror.in_flight import QUICK_BYTES

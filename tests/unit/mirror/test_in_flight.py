@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data
+from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_made, data
 
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.mirror.buffers import ZERO_UNIT_BYTES

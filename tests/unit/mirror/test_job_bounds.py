@@ -6,7 +6,7 @@ import errno
 from itertools import pairwise
 
 import pytest
-from jobparts import (
+from unit.mirror.jobparts import (
     IO_ERROR,
     KIB,
     MIB,

@@ -6,8 +6,8 @@ from __future__ import annotations
 import errno
 
 import pytest
-from jobdevices import StillLoop
-from jobparts import (
+from unit.mirror.jobdevices import StillLoop
+from unit.mirror.jobparts import (
     IO_ERROR,
     JobWorld,
     a_group,

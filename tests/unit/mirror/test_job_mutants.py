@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import jobmutants
 import pytest
-import test_job_bounds as bounds
-import test_job_endings as endings
-import test_job_rules as rules
-import test_job_states as states
-import test_job_trouble as trouble
-from jobparts import IO_ERROR, NO_SPACE
+from unit.mirror import jobmutants
+from unit.mirror import test_job_bounds as bounds
+from unit.mirror import test_job_endings as endings
+from unit.mirror import test_job_rules as rules
+from unit.mirror import test_job_states as states
+from unit.mirror import test_job_trouble as trouble
+from unit.mirror.jobparts import IO_ERROR, NO_SPACE
 
 from nbdmirror.mirror import mirror_job, quiesce, stopping
 from nbdmirror.mirror.copier import Copier

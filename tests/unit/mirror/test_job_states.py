@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from jobparts import (
+from unit.mirror.jobparts import (
     IO_ERROR,
     JobWorld,
     a_group,

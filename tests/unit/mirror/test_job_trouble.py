@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pytest
-from jobparts import (
+from unit.mirror.jobparts import (
     IO_ERROR,
     NO_SPACE,
     JobWorld,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from copierparts import KIB, MIB, Clock, Devices, a_copier, data
+from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
 from nbdmirror.devices.base import Extent, MemoryDevice
 from nbdmirror.mirror.in_flight import ANSWER_S

@@ -138,7 +138,7 @@ def test_the_guests_sockets_are_found() -> None:
 
 def test_how_long_answers_have_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
-    monkeypatch.setattr(hangup.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr("nbdmirror.nbdkit_host.hangup.time.monotonic", lambda: now_s)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         waiting = hangup._Waiting()

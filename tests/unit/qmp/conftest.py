@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qmpparts import Raw, Server
+from unit.qmp.qmpparts import Raw, Server
 
 
 @pytest.fixture

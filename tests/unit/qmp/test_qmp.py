@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qmpparts import NOT_OBJECT, VERSION, WAIT_S_MAX, Server, first_client
 from support.waiting import wait_until
+from unit.qmp.qmpparts import NOT_OBJECT, VERSION, WAIT_S_MAX, Server, first_client
 
 from nbdmirror import unix_sockets as sockets
 from nbdmirror.errors import ConfigError

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qemu.qmp import EventListener, ExecuteError, QMPClient
-from qmpparts import NOT_OBJECT, WAIT_S_MAX, Raw, Server
 from support.jsonfuzz import held_bytes
 from support.waiting import wait_until
+from unit.qmp.qmpparts import NOT_OBJECT, WAIT_S_MAX, Raw, Server
 
 from nbdmirror.errors import CommandError
 from nbdmirror.events import EVENTS_KEPT_MAX

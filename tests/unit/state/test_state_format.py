@@ -197,7 +197,8 @@ def test_records_have_all_that_is_to_be_kept(record: type, ours: type) -> None:
 )
 def test_every_option_can_be_kept(field: str, values: type[StrEnum]) -> None:
     for value in values:
-        record = replace(MIRROR, job=replace(JOB, **{field: value}))
+        changed: dict[str, Any] = {field: value}
+        record = replace(MIRROR, job=replace(JOB, **changed))
         again = load(MirrorRecord, dump(record))
         assert getattr(options_of(again), field) is value
 
