@@ -30,7 +30,7 @@ def _complete_paths(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 _complete_paths(command)
-        elif re.search(r"\b(PATH|FILE|DISK)$", str(action.metavar)):
+        elif re.search(r"\b(PATH|FILE|DISK|SOCKET)$", str(action.metavar)):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif action.metavar == "DIR":
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

@@ -275,9 +275,23 @@ def _run(args: argparse.Namespace) -> int:
         from nbdmirror.cli import list as cli_list
 
         return cli_list.run(args)
+    if args.command == "web":
+        return _web(args)
     from nbdmirror.cli import control as cli_control
 
     return cli_control.run(args)
+
+
+def _web(args: argparse.Namespace) -> int:
+    try:
+        from nbdmirror.cli import web as cli_web
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package == "nbdmirror":
+            raise
+        text = f"web: the Python package {package} is not installed: pip install 'nbdmirror[web]'"
+        raise CliError(text) from error
+    return cli_web.run(args)
 
 
 def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -295,7 +309,8 @@ def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def _called(name: str) -> str:
     """An argument as it is typed."""
     option = f"--{name.replace('_', '-')}"
-    return {"disks": "DISK", "target": "TARGET_URI", "names": "NAME"}.get(name, option)
+    words = {"disks": "DISK", "target": "TARGET_URI", "names": "NAME", "sockets": "SOCKET"}
+    return words.get(name, option)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -332,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
         status = error.status
     except KeyboardInterrupt:
         status = INTERRUPTED
-        if args.command == "events" or getattr(args, "watch", False):
+        if args.command in ("events", "web") or getattr(args, "watch", False):
             status = DONE  # the way these are meant to end
         else:
             say("nbdmirror: interrupted; nothing was undone")

@@ -41,21 +41,32 @@ def check_directory(parameter: str, path: str) -> None:
 
 
 def check_port(host: str, port: int) -> None:
+    for probe in bound(host, port, "--address", "--port"):
+        probe.close()
+
+
+def bound(host: str, port: int, host_option: str, port_option: str) -> list[socket.socket]:
+    """TCP sockets, bound to all addresses of `host`, that do not listen yet. Raises ConfigError,
+    which begins with the option that is to blame."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "is no name of a host"
+        raise ConfigError(f"{host_option}: {host}: {reason}") from error
+    found: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in addresses:
+            found.append(socket.socket(family, kind, protocol))
+            found[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                found[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            found[-1].bind(address)
     except OSError as error:
-        raise ConfigError(f"--address: {host}: {error.strerror}") from error
-    for family, kind, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-        except OSError as error:
-            raise ConfigError(
-                f"--port: cannot listen on {host} port {port}: {error.strerror}"
-            ) from error
+        for one in found:
+            one.close()
+        text = f"{port_option}: cannot listen on {host} port {port}: {error.strerror}"
+        raise ConfigError(text) from error
+    return found
 
 
 def may(access: str, path: str, uid: int, gid: int) -> bool:

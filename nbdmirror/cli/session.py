@@ -206,14 +206,21 @@ async def connect(
                 await client.disconnect()
 
 
-def _why_nobody_answers(path: str, error: BaseException | None) -> str:
-    """ "" if the socket is another user's. The kernel refuses a connection to a file or a directory
-    with the words that it has for a socket without a server."""
+def no_socket(path: str) -> str:
+    """What is there, if that is something else than a socket; else empty."""
     with contextlib.suppress(OSError):
         mode = os.stat(path).st_mode
         if not stat.S_ISSOCK(mode):
             kind = next((kind for is_one, kind in _KINDS if is_one(mode)), "a device")
             return f"that is {kind}, and no socket"
+    return ""
+
+
+def _why_nobody_answers(path: str, error: BaseException | None) -> str:
+    """ "" if the socket is another user's. The kernel refuses a connection to a file or a directory
+    with the words that it has for a socket without a server."""
+    if text := no_socket(path):
+        return text
     if isinstance(error, PermissionError):
         return ""
     if isinstance(error, OSError):

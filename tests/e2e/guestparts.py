@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.debianpackages import PackagesError, command, download
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = ROOT / ".cache" / "guest"
 INIT = Path(__file__).with_name("guest_init.sh")
@@ -51,11 +53,10 @@ PICKED = re.compile(
 )
 """The files that a guest needs, in the packages."""
 
-COMMAND_S_MAX = 300.0
 TRIAL_S_MAX = 10.0
 
 
-class GuestPartsError(Exception):
+class GuestPartsError(PackagesError):
     """There is no guest, and there should be; the text says why, in one line."""
 
 
@@ -73,7 +74,7 @@ class Parts:
 
 @functools.cache
 def guest_parts() -> Parts:
-    """All that there must be to boot a guest; what is missing is made. Raises GuestPartsError."""
+    """All that there must be to boot a guest; what is missing is made. Raises PackagesError."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise NoGuestHere("guests are made of Debian's packages, and there is no apt-get")
     if (machine := os.uname().machine) != "x86_64":
@@ -96,7 +97,7 @@ def _unpack_packages(place: Path) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         folder = Path(scratch)
-        _download(folder)
+        download(lambda: [*_kernel_packages(), BUSYBOX_PACKAGE], folder)
         parts = folder / "parts"
         parts.mkdir()
         for package in folder.glob("*.deb"):
@@ -114,21 +115,9 @@ def _unpack_packages(place: Path) -> None:
                 raise
 
 
-def _download(folder: Path) -> None:
-    try:
-        names = [*_kernel_packages(), BUSYBOX_PACKAGE]
-        _command("apt-get", "-q", "download", *names, folder=folder)
-    except GuestPartsError:
-        # The lists of packages may be absent or stale.
-        if os.geteuid() == 0:
-            _command("apt-get", "-q", "update", folder=folder)
-        names = [*_kernel_packages(), BUSYBOX_PACKAGE]
-        _command("apt-get", "-q", "download", *names, folder=folder)
-
-
 def _kernel_packages() -> list[str]:
     """What the package of no version depends on, itself or by others."""
-    text = _command("apt-cache", "depends", "--recurse", "--important", KERNEL_PACKAGE, folder=ROOT)
+    text = command("apt-cache", "depends", "--recurse", "--important", KERNEL_PACKAGE, folder=ROOT)
     found = [line for line in text.splitlines() if KERNEL_PARTS.fullmatch(line)]
     if not found:
         raise GuestPartsError(f"apt knows no package {KERNEL_PACKAGE}")
@@ -151,23 +140,6 @@ def _pick(package: Path, place: Path) -> None:
                 data = content.read()
                 name = f"{module}.ko" if module else next(filter(None, others))
                 (place / name).write_bytes(lzma.decompress(data) if compressed else data)
-
-
-def _command(*command: str, folder: Path) -> str:
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_S_MAX,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise GuestPartsError(f"{' '.join(command)}: {last}")
-    return done.stdout
 
 
 # The initramfs: a cpio archive in the kernel's "newc" format
@@ -196,7 +168,7 @@ def _nbd_client() -> Iterable[tuple[str, Path]]:
     client = shutil.which("nbd-client", path=search)
     if not client:
         raise GuestPartsError("nbd-client is missing; ./run setup installs it")
-    libraries = re.findall(r"(?:=> |^\s*)(/\S+) \(", _command("ldd", client, folder=ROOT), re.M)
+    libraries = re.findall(r"(?:=> |^\s*)(/\S+) \(", command("ldd", client, folder=ROOT), re.M)
     yield "bin/nbd-client", Path(client)
     for library in libraries:
         # The loader has one place, and looks into the others by default.
@@ -283,5 +255,5 @@ if __name__ == "__main__":
         guest_parts()
     except NoGuestHere as error:
         sys.stderr.write(f"run: tests with virtual machines will be skipped: {error}\n")
-    except GuestPartsError as error:
+    except PackagesError as error:
         sys.exit(f"run: cannot make virtual machines for the tests: {error}")

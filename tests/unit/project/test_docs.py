@@ -27,6 +27,7 @@ from nbdmirror.nbdkit_host.process import PluginProcess
 from nbdmirror.qmp.commands import COMMANDS
 from nbdmirror.qmp.results import EVENTS
 from nbdmirror.qmp.schema import Array, Enum, StringOr, Struct
+from nbdmirror.web.metrics import METRICS
 
 DOCS = [
     ROOT / "README.md",
@@ -267,6 +268,26 @@ def test_commands_that_the_docs_show_can_be_parsed() -> None:
             if command in parsers:
                 told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split(" -- ")[0]))
                 assert told <= options_of(parsers[command]), f"{path.name}: {command}{rest}"
+
+
+# Metrics
+
+
+def test_every_metric_is_described() -> None:
+    """With its type and labels, in the words that Prometheus shows."""
+    rows = re.findall(
+        r"^\| `(nbdmirror_\w+)` \| (\w+) \| (.*?) \| (.*) \|$", text_of("monitoring.md"), re.M
+    )
+    told = {name: (kind, re.findall(r"`(\w+)`", labels), text) for name, kind, labels, text in rows}
+    assert len(told) == len(rows)
+    there = {
+        metric.name: (metric.kind, list(metric.labels(level)), metric.help.removesuffix("."))
+        for level, metrics in METRICS.items()
+        for metric in metrics
+    }
+    assert told == there
+    used = set(re.findall(r"\bnbdmirror_\w+", text_of("monitoring.md")))
+    assert used <= set(there)
 
 
 # The plugin

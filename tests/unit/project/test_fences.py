@@ -30,20 +30,26 @@ MAY_IMPORT = {
     "server": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state"),
     "qmp": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server"),
     "nbdkit_host": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server", "qmp"),
-    "cli": (LEAVES, "nbdclient.tls"),
+    "web": (LEAVES,),  # knows neither QMP nor the command line
+    "cli": (LEAVES, "nbdclient.tls", "web"),
 }
 
 # Module from outside -> the only places that may import it.
 ONLY_IN = {
     "nbd": "nbdclient.*",
     "nbdkit": "plugin/*",
-    "asyncio": "qmp.* cli.* nbdkit_host.process",
-    "socket": "nbdclient.* nbdkit_host.* qmp.server cli.* identity nbd_uri unix_sockets",
+    "asyncio": "qmp.* cli.* nbdkit_host.process web.*",
+    "socket": "nbdclient.* nbdkit_host.* qmp.server cli.* identity nbd_uri unix_sockets"
+    " web.service",
     "socketserver": "",
     "select": "event_loop nbdclient.* cli.*",
     "selectors": "event_loop nbdclient.*",
     "qemu": "cli.*",
     "rich": "cli.*",
+    "starlette": "web.*",
+    "uvicorn": "web.service",
+    "prometheus_client": "web.metrics",
+    "jinja2": "web.page",
 }
 
 # Module from outside -> the places that may not import it: there it is injected, so that a test
@@ -64,7 +70,8 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 # What the command line's client commands must do without, to start fast and to run on a machine
 # that has no NBD software.
-NOT_IN_A_CLIENT = ("nbd", "libnbdmod", "nbdkit", "rich", "bitarray")
+WEB = ("starlette", "uvicorn", "prometheus_client", "jinja2")
+NOT_IN_A_CLIENT = ("nbd", "libnbdmod", "nbdkit", "rich", "bitarray", *WEB)
 
 
 def source_files() -> dict[str, Path]:

@@ -1,0 +1,89 @@
+"""The HTTP server, and what its clients cannot do: take all connections, hold one for ever, or stop
+it from ending.
+
+A connection is for one request and lasts ten seconds at most, so no client has to be watched; if
+there are too many, the oldest goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from nbdmirror.web.app import HEADERS, application
+from nbdmirror.web.host import Connect, Find, Host
+
+CONNECTIONS_MAX = 64
+CONNECTION_S_MAX = 10.0
+
+
+async def serve(
+    sockets: list[socket.socket], *, find: Find, connect: Connect, is_loopback: bool
+) -> None:
+    """Serve on sockets that listen, until SIGINT or SIGTERM."""
+    host = Host(find, connect, time.time)
+    watching = asyncio.ensure_future(host.run())
+    server = _Server(_config(application(host, is_loopback=is_loopback)))
+    watching.add_done_callback(lambda _: server.end())
+    try:
+        await server.serve(sockets)
+    finally:
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+
+
+def _config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=_Connection,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        headers=[*HEADERS, ("Connection", "close")],
+    )
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal is the way this is meant to end: it is not raised again afterwards."""
+        self.end()
+
+    def end(self) -> None:
+        """Also from a signal's handler."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """No client is waited for."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await super().shutdown(sockets)
+
+
+class _Connection(H11Protocol):
+    """One client's."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._began_s = self.loop.time()
+        self._limit = self.loop.call_later(CONNECTION_S_MAX, transport.abort)
+        others = [one for one in self.connections if isinstance(one, _Connection)]
+        if len(others) > CONNECTIONS_MAX:
+            min(others, key=lambda one: one._began_s).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._limit.cancel()
+        super().connection_lost(exc)

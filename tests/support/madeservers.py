@@ -1,0 +1,170 @@
+"""The HTTP server in a thread of this process, with servers that are made up, and its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Self
+
+from support.waiting import POLL_S, WAIT_S_MAX
+
+from nbdmirror.web import service
+from nbdmirror.web.host import NoAnswer
+
+JOB: dict[str, Any] = {
+    "device": "vda",
+    "status": "ready",
+    "ready": True,
+    "paused": False,
+    "io-status": "ok",
+    "type": "mirror",
+    "len": 1 << 30,
+    "offset": (1 << 30) - (3 << 16),
+    "speed": 0,
+    "target": "nbd://backup/vda",
+    "sync": "full",
+    "copy-mode": "background",
+    "actively-synced": False,
+    "dirty-bytes": 1 << 16,
+    "in-flight-bytes": 2 << 16,
+    "copied-bytes": 1 << 31,
+    "written-bytes": 1 << 30,
+    "sent-bytes": 12 << 20,
+    "changed-bytes": 10 << 20,
+    "again-bytes": 0,
+    "ending": "none",
+    "quiesce-timeouts": 0,
+    "target-connected": True,
+    "falling-behind": False,
+    "copy-bytes-per-s": 5 << 20,
+    "zero-bytes-per-s": 0,
+    "dirty-bytes-per-s": 4 << 20,
+    "left-s": 1.5,
+    "lag-s": 0.25,
+}
+
+
+def disk(name: str = "vda", *jobs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "source": f"/srv/{name}.img",
+        "size": 1 << 30,
+        "read-only": False,
+        "connected": True,
+        "lasting": True,
+        "bitmaps": [],
+        "jobs": list(jobs),
+        **{key.replace("_", "-"): value for key, value in more.items()},
+    }
+
+
+def status(*disks: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "package": "nbdmirror 0.1.0",
+        "pid": 812,
+        "started-at-s": 1_700_000_000.5,
+        "disks": list(disks),
+        **{key.replace("_", "-"): value for key, value in more.items()},
+    }
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """What a test's thread sees to."""
+    while True:
+        if is_so():
+            return
+        await asyncio.sleep(POLL_S)
+
+
+class Made:
+    """A server: what it says, or an error that there is no answer; `asked` counts the questions."""
+
+    def __init__(self, says: Any) -> None:
+        self.says = says
+        self.asked = 0
+        self.is_silent = False
+        self.unread: list[dict[str, Any]] = []
+
+    async def status(self) -> Any:
+        self.asked += 1
+        await until(lambda: not self.is_silent)
+        if isinstance(self.says, Exception):
+            raise self.says
+        return self.says
+
+    async def events(self) -> list[dict[str, Any]]:
+        await until(lambda: bool(self.unread))
+        unread, self.unread = self.unread, []
+        return unread
+
+
+class Serving:
+    """On a free port of the loopback interface. `servers`: by the names of their sockets."""
+
+    def __init__(self, servers: dict[str, Made]) -> None:
+        self.servers = servers
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port = self.listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._task: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._task is not None
+        self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+        self._thread.join(WAIT_S_MAX)
+        assert not self._thread.is_alive()
+        self.listener.close()
+
+    def _run(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._task = asyncio.current_task()
+        await service.serve(
+            [self.listener],
+            find=lambda: list(self.servers),
+            connect=self._connect,
+            is_loopback=True,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _connect(self, name: str) -> AsyncIterator[Made]:
+        if name not in self.servers:
+            raise NoAnswer(f"no server at {name}")
+        yield self.servers[name]
+
+    def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
+        return get(self.port, path, method, **headers)
+
+    def json(self, path: str) -> Any:
+        return json.loads(self.get(path)[1])
+
+    def connection(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), WAIT_S_MAX)
+
+
+def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
+    """The status of an answer, and its text."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S_MAX)
+    try:
+        client.request(method, path, headers=headers)
+        answer = client.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        client.close()

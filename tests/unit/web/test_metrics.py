@@ -1,0 +1,153 @@
+"""The metrics: as Prometheus wants them, whatever a server says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
+from prometheus_client.parser import text_string_to_metric_families as parse
+from support.madeservers import JOB, disk, status
+from support.promtool import checked
+
+from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.web.host import Report, plain
+from nbdmirror.web.metrics import JOB_STATES, METRICS, rendered
+
+OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
+LAST = {"id": "vda", "target": "nbd://b", "result": "failed", "ended-at-s": 1.7e9, "reason": "?"}
+
+
+def text_of(*reports: Report, accept: str = "") -> str:
+    return rendered(reports, accept)[0].decode()
+
+
+def values(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """By the name and the values of the labels, sorted by the labels' names."""
+    found = [sample for family in parse(text) for sample in family.samples]
+    named = {
+        (one.name, tuple(v for _, v in sorted(one.labels.items()))): one.value for one in found
+    }
+    assert len(named) == len(found), "a series is there twice"
+    return named
+
+
+ALL = (
+    Report("/run/a.qmp", 1.7e9, status(disk("vda", JOB, last_job=LAST), disk("vdb"))),
+    Report("/run/b.qmp", 1.7e9, status(state_error="No space left on device")),
+    Report("/run/c.qmp", 1.7e9, error="no answer within 5 s"),
+)
+
+
+@pytest.mark.parametrize("reports", [ALL, ()], ids=["servers", "none"])
+def test_promtool_is_content(reports: tuple[Report, ...]) -> None:
+    assert checked("check", "metrics", text=text_of(*reports)) == ""
+
+
+def test_promtool_complains_of_what_is_wrong() -> None:
+    text = "# HELP nbdmirror_things Things.\n# TYPE nbdmirror_things counter\nnbdmirror_things 1\n"
+    assert "counter metrics should have" in checked("check", "metrics", text=text)
+
+
+def test_the_other_format_has_the_same() -> None:
+    families = parse_open(text_of(*ALL, accept=OPEN_METRICS))  # type: ignore[no-untyped-call]
+    opened = {family.name for family in families}
+    assert opened == {family.name for family in parse(text_of(*ALL))}
+
+
+def test_every_metric_has_a_value() -> None:
+    """Of a job that copies, and of one that follows."""
+    copying = JOB | {"device": "other", "ready": False, "status": "running"}
+    text = text_of(*ALL, Report("/run/d.qmp", 1.7e9, status(disk("vda", copying))))
+    there = {name for name, _ in values(text)}
+    metrics = {metric.name for level in METRICS.values() for metric in level}
+    assert there == metrics
+
+
+def test_what_they_say() -> None:
+    found = values(text_of(*ALL))
+    assert found["nbdmirror_server_up", ("/run/a.qmp",)] == 1
+    assert found["nbdmirror_server_up", ("/run/c.qmp",)] == 0
+    assert found["nbdmirror_disk_protected", ("vda", "/run/a.qmp")] == 1
+    assert found["nbdmirror_disk_protected", ("vdb", "/run/a.qmp")] == 0
+    job = ("vda", "vda", "/run/a.qmp")
+    assert found["nbdmirror_job_lag_seconds", job] == 0.25
+    assert found["nbdmirror_job_dirtied_bytes_total", job] == 10 << 20
+    assert found["nbdmirror_job_converging", job] == 1
+    assert found["nbdmirror_job_state", (*job, "ready")] == 1
+    assert sum(v for (name, _), v in found.items() if name == "nbdmirror_job_state") == 1
+    assert found["nbdmirror_disk_last_job_result", ("vda", "failed", "/run/a.qmp")] == 1
+    assert ("nbdmirror_job_end_timestamp_seconds", job) not in found
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"status": "running"},
+        {"status": "standby"},
+        {"status": "concluded"},
+        {"io-status": "nospace"},
+        {"target-connected": False},
+    ],
+)
+def test_a_disk_is_protected_only_while_its_target_follows(trouble: dict[str, Any]) -> None:
+    found = values(text_of(Report("a", 0, status(disk("vda", JOB | trouble)))))
+    assert found["nbdmirror_disk_protected", ("vda", "a")] == 0
+
+
+def test_a_server_without_a_state_directory_has_none_to_report_of() -> None:
+    found = values(text_of(Report("a", 0, status(disk("vda", lasting=False)))))
+    assert ("nbdmirror_state_dir_ok", ("a",)) not in found
+    broken = status(disk("vda"), state_error="No space left on device")
+    found = values(text_of(Report("a", 0, broken)))
+    assert found["nbdmirror_state_dir_ok", ("a",)] == 0
+
+
+def test_a_server_that_does_not_answer_has_no_old_numbers() -> None:
+    found = values(text_of(Report("a", 1.0, error="Connection refused")))
+    assert {name for name, _ in found} == {"nbdmirror_build_info", "nbdmirror_server_up"}
+
+
+def test_all_states_are_known() -> None:
+    """`null` and `undefined` are of jobs that are there no more, or not yet."""
+    assert set(JOB_STATES) == set(map(str, JobStatus)) - {"null", "undefined"}
+
+
+@pytest.mark.parametrize(
+    "name", ['a"b', "a\\b", "a\nb", "ä€\U0001f600", "\udcff", "", "x" * 5000, "{}", "\x00\x7f"]
+)
+def test_names_are_labels(name: str) -> None:
+    """One of another server's choosing is no way to write lines here."""
+    report = Report(plain(name), 1.0, plain(status(disk(name, JOB | {"device": name}))))
+    text = text_of(report)
+    assert checked("check", "metrics", text=text) == ""
+    assert ("nbdmirror_disk_size_bytes", (plain(name), plain(name))) in values(text)
+
+
+def test_disks_and_jobs_of_one_name_are_one_series() -> None:
+    found = values(text_of(Report("a", 1.0, status(disk("vda", JOB, JOB), disk("vda", JOB)))))
+    assert found["nbdmirror_job_lag_seconds", ("vda", "vda", "a")] == 0.25
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+KEYS = sorted({*status(), *disk(), *JOB, "last-job", "problem", "state-error"})
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_answer_can_be_shown(data: st.DataObject) -> None:
+    """Servers differ in age, and another program may speak QMP."""
+    strange = st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4)
+    job, one = JOB | data.draw(strange), disk() | data.draw(strange)
+    one["jobs"] = data.draw(st.just([job]) | JSON)
+    said = status() | data.draw(strange)
+    said["disks"] = data.draw(st.just([one]) | JSON)
+    report = Report("a", 1.0, plain(said))
+    values(text_of(report))
+    list(parse_open(text_of(report, accept=OPEN_METRICS)))  # type: ignore[no-untyped-call]

@@ -1,0 +1,219 @@
+"""The HTTP server: what is where, and that no client keeps others from being served."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from support.madeservers import JOB, Made, Serving, disk, status
+from support.waiting import WAIT_S_MAX, wait_until
+
+from nbdmirror.errors import Error
+from nbdmirror.web import host as web_host
+from nbdmirror.web import service
+from nbdmirror.web.host import NoAnswer
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
+    """Two servers, one of which cannot be asked."""
+    monkeypatch.setattr(web_host, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(web_host, "INTERVAL_S_MIN", 0.05)
+    servers = {"/a": Made(status(disk("vda", JOB))), "/b": Made(NoAnswer("no server at /b"))}
+    with Serving(servers) as one:
+        wait_until(lambda: one.json("/healthz")["servers"] == 2, "both were asked")
+        yield one
+
+
+def test_what_is_where(serving: Serving) -> None:
+    assert serving.json("/status") == [
+        {"qmp": "/a", **status(disk("vda", JOB))},
+        {"qmp": "/b", "error": "no server at /b"},
+    ]
+    assert serving.json("/healthz") == {
+        "status": "ok",
+        "servers": 2,
+        "not-answering": {"/b": "no server at /b"},
+    }
+    assert 'nbdmirror_server_up{server="/a"} 1.0' in serving.get("/metrics")[1]
+    assert serving.get("/nothing")[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/healthz"])
+def test_nothing_can_be_changed(serving: Serving, path: str) -> None:
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert serving.get(path, method)[0] == 405
+    assert serving.get(path, "HEAD") == (200, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_ours"),
+    [
+        ("localhost", True),
+        ("LOCALHOST:10810", True),
+        ("127.0.0.1:80", True),
+        ("[::1]:10810", True),
+        ("192.0.2.1", True),  # by a forwarded port; no name that can be given another address
+        ("example.com", False),
+        ("localhost.example.com:10810", False),
+        ("127.0.0.1.example.com", False),
+        ("[::1].example.com", False),
+        ("user@localhost", False),
+    ],
+)
+def test_another_name_for_this_machine_is_refused(
+    serving: Serving, name: str, is_ours: bool
+) -> None:
+    code, text = serving.get("/status", Host=name)
+    assert code == (200 if is_ours else 421)
+    assert is_ours or "vda" not in text
+
+
+def test_a_server_is_not_asked_more_often_for_more_clients(serving: Serving) -> None:
+    server = serving.servers["/a"]
+    before, began_s = server.asked, time.monotonic()
+    for _ in range(300):
+        assert serving.get("/metrics")[0] == 200
+    took_s = time.monotonic() - began_s
+    assert server.asked - before <= 2 + took_s / web_host.INTERVAL_S_MIN
+
+
+def test_one_that_does_not_answer_holds_up_no_other(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_host, "ANSWER_S_MAX", 0.2)
+    silent = serving.servers["/c"] = Made(status())
+    silent.is_silent = True
+    wait_until(lambda: "/c" in serving.json("/healthz")["not-answering"], "it was given up")
+    before = serving.servers["/a"].asked
+    wait_until(lambda: serving.servers["/a"].asked > before + 3, "the other is asked on")
+    assert serving.json("/healthz")["not-answering"]["/c"] == "no answer within 0.2 s"
+    silent.is_silent = False
+    wait_until(lambda: "/c" not in serving.json("/healthz")["not-answering"], "it is back")
+
+
+def test_servers_come_and_go(serving: Serving) -> None:
+    serving.servers["/c"] = Made(status(disk("new")))
+    wait_until(lambda: "new" in serving.get("/status")[1], "it appears")
+    del serving.servers["/a"], serving.servers["/c"]
+    wait_until(lambda: len(serving.json("/status")) == 1, "they disappear")
+    assert "/a" not in serving.get("/metrics")[1]
+
+
+def test_an_event_has_the_server_asked(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_host, "INTERVAL_S", 3600.0)
+    server = serving.servers["/a"]
+    wait_until(lambda: not server.unread, "what is under way has ended")
+    server.says = status(disk("changed"))
+    server.unread.append({"event": "JOB_STATUS_CHANGE", "data": {}})
+    wait_until(lambda: "changed" in serving.get("/status")[1], "the news is there")
+
+
+@pytest.mark.parametrize(
+    "says",
+    [None, [], 7, {"disks": {"a": 1}}, {"disks": [1, None, {}]}, Error("a bug"), {"x": 1e999}],
+)
+def test_a_strange_answer_is_that_servers_alone(serving: Serving, says: object) -> None:
+    strange = serving.servers["/c"] = Made(says)
+    wait_until(lambda: strange.asked > 1, "it was asked")
+    for path in ("/status", "/healthz", "/metrics"):
+        code, text = serving.get(path)
+        assert (code, "/a" in text or path == "/healthz") == (200, True)
+        assert "NaN" not in text and "Infinity" not in text
+
+
+def test_too_many_servers_are_said(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_host, "SERVERS_MAX", 1)
+    wait_until(lambda: serving.json("/healthz").get("left-out") == 1, "one is left out")
+    assert [one["qmp"] for one in serving.json("/status")] == ["/a"]
+
+
+# Clients
+
+
+def test_connections_that_ask_nothing_keep_nobody_out(serving: Serving) -> None:
+    """Three times as many as there may be: some that say nothing, some that stop in the middle of a
+    request, some that do not read the answer."""
+    said = (
+        b"",
+        b"GET /metrics HTTP/1.1\r\nHost: local",
+        b"GET /status HTTP/1.1\r\nHost: [::1]\r\n\r\n",
+    )
+    with contextlib.ExitStack() as stack:
+        for number in range(3 * service.CONNECTIONS_MAX):
+            client = stack.enter_context(serving.connection())
+            client.sendall(said[number % 3])
+            if number % 16 == 0:
+                assert serving.get("/metrics")[0] == 200
+        assert serving.get("/metrics")[0] == 200
+
+
+def test_a_connection_ends(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then does not lengthen its time."""
+    monkeypatch.setattr(service, "CONNECTION_S_MAX", 0.3)
+    with serving.connection() as client, contextlib.suppress(OSError):
+        client.settimeout(0.02)
+        deadline_s = time.monotonic() + WAIT_S_MAX
+        while time.monotonic() < deadline_s:
+            client.sendall(b"G")
+            with contextlib.suppress(TimeoutError):
+                assert client.recv(1) == b""
+                return
+        raise AssertionError("it goes on")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # a TLS handshake
+        b"NBDMAGIC" * 8 + b"\r\n\r\n",
+        b"GET /" + b"x" * (1 << 20),
+        b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * (1 << 16),
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /%ff%00%0a HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET //[ HTTP/1.1\r\nHost: [\r\n\r\n",
+        b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nHost: \r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100,
+    ],
+)
+def test_a_request_that_is_none(
+    serving: Serving, sent: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It gets an answer, or is hung up on; nothing is logged for it."""
+    with serving.connection() as client, contextlib.suppress(OSError):
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(1 << 16):
+            pass
+    assert serving.get("/healthz")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_answer_has_its_headers(serving: Serving) -> None:
+    for path in ("/status", "/nothing"):
+        with serving.connection() as client:
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: client.recv(1 << 16), b"")).decode().lower()
+        for line in (
+            "cache-control: no-store",
+            "content-security-policy: default-src 'none'",
+            "x-content-type-options: nosniff",
+            "connection: close",
+        ):
+            assert f"\n{line}" in answer
+        assert "\nserver:" not in answer
+
+
+def test_the_status_is_json_of_any_name(serving: Serving) -> None:
+    name = "\udcff</script>\n"
+    serving.servers[name] = Made(status(disk(name)))
+    wait_until(lambda: len(serving.json("/status")) == 3, "it was asked")
+    found = {one["qmp"] for one in json.loads(serving.get("/status")[1])}
+    assert "\\udcff</script>\n" in found
