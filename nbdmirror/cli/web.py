@@ -19,6 +19,7 @@ from nbdmirror.cli.common import DONE, NO_SERVER, CliError
 from nbdmirror.cli.list import find
 from nbdmirror.cli.places import bound
 from nbdmirror.cli.session import Session, connect, no_socket, run_interruptible
+from nbdmirror.cli.status import event_text
 from nbdmirror.cli.streams import say
 from nbdmirror.errors import ConfigError
 from nbdmirror.web.host import NoAnswer
@@ -69,9 +70,10 @@ class _Conversation:
     async def status(self) -> dict[str, Any]:
         return await self._session.status()
 
-    async def events(self) -> list[dict[str, Any]]:
+    async def events(self) -> list[str]:
         first = await self._session.events.get()
-        return [dict(event) for event in (first, *self._session.events.clear())]
+        events = (first, *self._session.events.clear())
+        return [event_text(dict(event)).partition(" ")[2] for event in events]
 
 
 def _check(place: str) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nbdmirror.web.host import Host
+from nbdmirror.web.live import EVENTS, Live
 from nbdmirror.web.metrics import rendered
+from nbdmirror.web.page import FOLDER
 
 _POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = [
@@ -49,13 +52,31 @@ def application(host: Host, *, is_loopback: bool) -> ASGIApp:
             answer["left-out"] = host.left_out
         return JSONResponse(answer)
 
+    live = Live(host, os.uname().nodename)
+
+    async def page(request: Request) -> Response:
+        return HTMLResponse(live.page())
+
     routes = [
+        Route("/", page),
+        Route(EVENTS, live.listen),
+        *map(_file, ("page.css", "page.js")),
         Route("/metrics", metrics),
         Route("/status", status),
         Route("/healthz", healthz),
     ]
     app = Starlette(routes=routes)
     return _LoopbackNames(app) if is_loopback else app
+
+
+def _file(name: str) -> Route:
+    content = (FOLDER / name).read_text()
+    kind = {".css": "text/css", ".js": "text/javascript"}[name[name.index(".") :]]
+
+    async def file(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return Route(f"/{name}", file)
 
 
 class _LoopbackNames:

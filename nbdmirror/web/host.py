@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from nbdmirror.web.history import History
+from nbdmirror.web.records import Report, plain
 
 INTERVAL_S = 2.0
 """Between two questions to a server, and between two searches for servers."""
@@ -33,53 +34,12 @@ class Conversation(Protocol):
     """With one server. All may raise NoAnswer."""
 
     def status(self) -> Awaitable[Any]: ...
-    def events(self) -> Awaitable[list[dict[str, Any]]]:
+    def events(self) -> Awaitable[list[str]]:
         """Those that have come since the last call, one at least: waits for it."""
 
 
 Find = Callable[[], Iterable[str]]
 Connect = Callable[[str], AbstractAsyncContextManager[Conversation]]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a server has said of itself at `time_s`, in seconds since 1970; or why it has not."""
-
-    socket: str
-    time_s: float
-    status: dict[str, Any] = field(default_factory=dict)
-    """Of x-nbdmirror-query-status."""
-    error: str = ""
-
-    @property
-    def disks(self) -> list[dict[str, Any]]:
-        return records(self.status, "disks")
-
-    @property
-    def as_json(self) -> dict[str, Any]:
-        """As `nbdmirror list --json` has it."""
-        what = {"error": self.error} if self.error else self.status
-        return {"qmp": self.socket, **what}
-
-
-def records(owner: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The list of objects that is there. Empty where there is none: servers differ in age."""
-    found = owner.get(key)
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-
-
-def plain(value: Any) -> Any:
-    """JSON without what not all of its readers can read: half characters, as in the name of a file
-    that is not UTF-8, and numbers that are none."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    if isinstance(value, dict):
-        return {plain(key): plain(one) for key, one in value.items()}
-    return value
 
 
 class Host:
@@ -88,6 +48,9 @@ class Host:
 
     def __init__(self, find: Find, connect: Connect, time_s: Callable[[], float]) -> None:
         self.left_out = 0
+        self.history = History(time_s)
+        self.version = 0
+        """Higher whenever anything has changed."""
         self._find = find
         self._connect = connect
         self._time_s = time_s
@@ -95,11 +58,16 @@ class Host:
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         """Those, and of servers that are there no more."""
+        self._news = asyncio.Event()
 
     @property
     def reports(self) -> list[Report]:
         """Of all servers that there are and were asked, by their sockets' names."""
         return [report for _, report in sorted(self._reports.items())]
+
+    async def changed(self) -> None:
+        """Returns when anything has changed since the call."""
+        await self._news.wait()
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -118,7 +86,9 @@ class Host:
         there = there[:SERVERS_MAX]
         for socket in self._watching.keys() - set(there):
             self._watching.pop(socket).cancel()
-            self._reports.pop(socket, None)
+            if self._reports.pop(socket, None):
+                self.history.forget(plain(socket))
+                self._tell(socket, "is there no more")
         for socket in there:
             if socket not in self._watching:
                 task = asyncio.ensure_future(self._watch(socket))
@@ -151,11 +121,26 @@ class Host:
                 await asyncio.sleep(INTERVAL_S_MIN)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(INTERVAL_S - INTERVAL_S_MIN):
-                        await server.events()
+                        for text in await server.events():
+                            self._tell(socket, text)
 
     def _report(self, socket: str, status: dict[str, Any] | None = None, error: str = "") -> None:
         """Unless the server is there no more."""
-        if asyncio.current_task() is self._watching.get(socket):
-            self._reports[socket] = Report(
-                plain(socket), self._time_s(), status or {}, plain(error)
-            )
+        if asyncio.current_task() is not self._watching.get(socket):
+            return
+        before = self._reports.get(socket)
+        report = Report(plain(socket), self._time_s(), status or {}, plain(error))
+        self._reports[socket] = report
+        self.history.add(report)
+        if before and before.error != report.error:
+            self._tell(socket, report.error or "answers again")
+        self._wake()
+
+    def _tell(self, socket: str, text: str) -> None:
+        self.history.note(plain(socket), plain(text))
+        self._wake()
+
+    def _wake(self) -> None:
+        self.version += 1
+        self._news.set()
+        self._news = asyncio.Event()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -18,9 +17,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from nbdmirror import __version__
-from nbdmirror.web.host import Report, records
-
-Record = dict[str, Any]
+from nbdmirror.web.records import Record, Report, member, number, records
 
 JOB_STATES = (
     "created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting",
@@ -49,16 +46,8 @@ class Metric:
         return (*LABELS[level], self.label) if self.label else LABELS[level]
 
 
-def _number(value: Any) -> float | None:
-    """A bool is one; text is none, and neither is what no double can hold."""
-    try:
-        return float(value) if isinstance(value, bool | int | float) else None
-    except OverflowError:
-        return None
-
-
 def _key(key: str) -> Callable[[Record], float | None]:
-    return lambda record: _number(record.get(key))
+    return lambda record: number(record.get(key))
 
 
 def _is(key: str, *values: object) -> Callable[[Record], float | None]:
@@ -92,13 +81,8 @@ def _follows(job: Record) -> bool:
     return is_well and job.get("status") in FOLLOWING
 
 
-def _last_job(disk: Record) -> Record:
-    last = disk.get("last-job")
-    return last if isinstance(last, dict) else {}
-
-
 def _end(job: Record) -> float | None:
-    left_s = _number(job.get("left-s"))
+    left_s = number(job.get("left-s"))
     return None if left_s is None or job.get("ready") else job["time-s"] + left_s
 
 
@@ -167,12 +151,12 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "nbdmirror_disk_last_job_end_timestamp_seconds",
             "When the last job of the disk ended, in seconds since 1970.",
-            lambda disk: _number(_last_job(disk).get("ended-at-s")),
+            lambda disk: number(member(disk, "last-job").get("ended-at-s")),
         ),
         Metric(
             "nbdmirror_disk_last_job_result",
             "How the last job of the disk ended: 1 for that result, 0 for the others.",
-            lambda disk: _one_of("result", RESULTS)(_last_job(disk)),
+            lambda disk: _one_of("result", RESULTS)(member(disk, "last-job")),
             "result",
         ),
     ),
@@ -345,5 +329,5 @@ def _add(
     if isinstance(value, dict):
         for name, number in value.items():
             family.add_metric([*labels, name], number)
-    elif value is not None:
+    elif value is not None and (value >= 0 or metric.kind == "gauge"):
         family.add_metric(list(labels), value)

@@ -2,7 +2,8 @@
 it from ending.
 
 A connection is for one request and lasts ten seconds at most, so no client has to be watched; if
-there are too many, the oldest goes.
+there are too many, the oldest goes. Those of pages that follow what happens last longer; there are
+few of them, and they must read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nbdmirror.web.app import HEADERS, application
 from nbdmirror.web.host import Connect, Find, Host
+from nbdmirror.web.live import EVENTS
 
 CONNECTIONS_MAX = 64
 CONNECTION_S_MAX = 10.0
@@ -79,11 +81,26 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._began_s = self.loop.time()
-        self._limit = self.loop.call_later(CONNECTION_S_MAX, transport.abort)
-        others = [one for one in self.connections if isinstance(one, _Connection)]
+        self._limit = self.loop.call_later(CONNECTION_S_MAX, self._end)
+        others = [
+            one
+            for one in self.connections
+            if isinstance(one, _Connection) and not one._is_listening
+        ]
         if len(others) > CONNECTIONS_MAX:
             min(others, key=lambda one: one._began_s).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._limit.cancel()
         super().connection_lost(exc)
+
+    def _end(self) -> None:
+        if self._is_listening and not self.flow.write_paused:
+            self._limit = self.loop.call_later(CONNECTION_S_MAX, self._end)
+        else:
+            self.transport.abort()
+
+    @property
+    def _is_listening(self) -> bool:
+        is_answered = getattr(self.cycle, "response_complete", True)  # None before a request
+        return not is_answered and self.scope["path"] == EVENTS

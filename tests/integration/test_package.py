@@ -49,6 +49,8 @@ DATA = {
     ),
 }
 """What the wheel installs beside Python's files, under the prefix."""
+PAGE = ("events.html", "page.css", "page.html", "page.js", "servers.html")
+"""Of `nbdmirror web`."""
 
 pytestmark = pytest.mark.xdist_group("package")  # which is built once
 
@@ -98,6 +100,7 @@ def test_the_wheel_has_what_it_must_and_no_more(built: dict[str, Path]) -> None:
     assert modules == {name for name in names if re.fullmatch(MODULE, name)}
     assert installed_in_wheel(names) == {
         "nbdmirror/py.typed",
+        *(f"nbdmirror/web/{name}" for name in PAGE),
         "nbdmirror/_plugin/nbdmirror-plugin.py",
         f"{STEM}.dist-info/METADATA",
         f"{STEM}.dist-info/RECORD",

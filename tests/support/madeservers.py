@@ -89,7 +89,7 @@ class Made:
         self.says = says
         self.asked = 0
         self.is_silent = False
-        self.unread: list[dict[str, Any]] = []
+        self.unread: list[str] = []
 
     async def status(self) -> Any:
         self.asked += 1
@@ -98,7 +98,7 @@ class Made:
             raise self.says
         return self.says
 
-    async def events(self) -> list[dict[str, Any]]:
+    async def events(self) -> list[str]:
         await until(lambda: bool(self.unread))
         unread, self.unread = self.unread, []
         return unread

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "server": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state"),
     "qmp": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server"),
     "nbdkit_host": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server", "qmp"),
-    "web": (LEAVES,),  # knows neither QMP nor the command line
+    "web": (LEAVES, "cli.words", "cli.progress", "cli.status"),  # the words; it knows no QMP
     "cli": (LEAVES, "nbdclient.tls", "web"),
 }
 

@@ -13,8 +13,8 @@ from support.madeservers import JOB, disk, status
 from support.promtool import checked
 
 from nbdmirror.mirror.job_states import JobStatus
-from nbdmirror.web.host import Report, plain
 from nbdmirror.web.metrics import JOB_STATES, METRICS, rendered
+from nbdmirror.web.records import Report, plain
 
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
 LAST = {"id": "vda", "target": "nbd://b", "result": "failed", "ended-at-s": 1.7e9, "reason": "?"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from support.waiting import WAIT_S_MAX, wait_until
 
 from nbdmirror.errors import Error
 from nbdmirror.web import host as web_host
-from nbdmirror.web import service
+from nbdmirror.web import live, service
 from nbdmirror.web.host import NoAnswer
 
 
@@ -109,7 +111,7 @@ def test_an_event_has_the_server_asked(serving: Serving, monkeypatch: pytest.Mon
     server = serving.servers["/a"]
     wait_until(lambda: not server.unread, "what is under way has ended")
     server.says = status(disk("changed"))
-    server.unread.append({"event": "JOB_STATUS_CHANGE", "data": {}})
+    server.unread.append("JOB_STATUS_CHANGE status=ready")
     wait_until(lambda: "changed" in serving.get("/status")[1], "the news is there")
 
 
@@ -217,3 +219,128 @@ def test_the_status_is_json_of_any_name(serving: Serving) -> None:
     wait_until(lambda: len(serving.json("/status")) == 3, "it was asked")
     found = {one["qmp"] for one in json.loads(serving.get("/status")[1])}
     assert "\\udcff</script>\n" in found
+
+
+# Pages that follow what happens
+
+
+class Listener:
+    """A page's connection to /events."""
+
+    def __init__(self, serving: Serving, *lines: str) -> None:
+        self.socket = serving.connection()
+        self._file = self.socket.makefile("rb")
+        head = ["GET /events HTTP/1.1", "Host: localhost", *lines, "", ""]
+        self.socket.sendall("\r\n".join(head).encode())
+        self.code = int(self._file.readline().split()[1])
+
+    def next(self, kind: str) -> str:
+        """The next message of this kind."""
+        while self._file.readline().strip() != f"event: {kind}".encode():
+            pass
+        lines = [self._file.readline(), self._file.readline()]
+        assert lines[0].startswith(b"id: ")
+        return str(json.loads(lines[1].removeprefix(b"data: ")))
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "REFRESH_S", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_gets_what_happens(serving: Serving) -> None:
+    with contextlib.closing(Listener(serving)) as page:
+        assert "vda" in page.next("servers")
+        serving.servers["/a"].says = status(disk("vda\r\nevent: x\r\n\r\n", JOB))
+        while "event: x" not in page.next("servers"):
+            pass
+        serving.servers["/a"].unread.append("JOB_STATUS_CHANGE status=paused")
+        assert "status=paused" in page.next("events")
+        serving.servers["/a"].says = NoAnswer("the server is gone")
+        assert "the server is gone" in page.next("events")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_that_comes_back_gets_what_is_new(serving: Serving) -> None:
+    serving.servers["/a"].unread += ["FIRST", "SECOND"]
+    wait_until(lambda: "SECOND" in serving.get("/")[1], "they are on the page")
+    numbers = re.findall(r'data-number="(\d+)"', serving.get("/")[1])
+    with contextlib.closing(Listener(serving, f"Last-Event-ID: {numbers[1]}")) as page:
+        text = page.next("events")
+        assert "SECOND" in text and "FIRST" not in text
+    for strange in ("x", "-1", "9" * 400):
+        with contextlib.closing(Listener(serving, f"Last-Event-ID: {strange}")) as page:
+            assert "FIRST" in page.next("events")
+
+
+def test_pages_are_bounded(serving: Serving) -> None:
+    """One that goes gives its place back; those that stay keep no scrape out."""
+    with contextlib.ExitStack() as stack:
+        pages = [Listener(serving) for _ in range(live.LISTENERS_MAX)]
+        for page in pages:
+            stack.callback(page.close)
+            assert page.code == 200
+            page.next("servers")
+        refused = Listener(serving)
+        stack.callback(refused.close)
+        assert refused.code == 503
+        assert serving.get("/metrics")[0] == 200
+        pages[3].close()
+
+        def has_place() -> bool:
+            another = Listener(serving)
+            stack.callback(another.close)
+            return another.code == 200
+
+        wait_until(has_place, "there is a place again")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_is_no_connection_that_ends_soon(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CONNECTION_S_MAX", 0.1)
+    with contextlib.closing(Listener(serving)) as page:
+        for number in range(5):
+            serving.servers["/a"].unread.append(f"NEWS{number}")
+            while f"NEWS{number}" not in page.next("events"):
+                pass
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_that_does_not_read_is_hung_up_on(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CONNECTION_S_MAX", 0.1)
+    monkeypatch.setattr(live, "LISTENERS_MAX", 1)
+    server, number = serving.servers["/a"], itertools.count()
+    with serving.connection() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.recv(16)
+
+        def has_place() -> bool:
+            server.says = status(disk("x" * 300_000 + str(next(number))))
+            with contextlib.closing(Listener(serving)) as another:
+                return another.code == 200
+
+        assert not has_place()
+        wait_until(has_place, "its place is free")
+    server.says = status()
+    assert serving.get("/healthz")[0] == 200
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_asks_again_now_and_then(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LISTENING_S_MAX", 0.2)
+    with contextlib.closing(Listener(serving)) as page:
+        page.socket.settimeout(WAIT_S_MAX)
+        page.next("servers")
+        while page.socket.recv(1 << 16):
+            pass
+    assert serving.get("/")[0] == 200

@@ -1,0 +1,103 @@
+"""Pages that follow what happens, by server-sent events. What they get is made once for all.
+
+A message has a part of the page as a string of JSON: names may have line ends, which end messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from nbdmirror.limits import whole_number
+from nbdmirror.web import page
+from nbdmirror.web.host import Host
+
+EVENTS = "/events"
+"""The path."""
+LISTENERS_MAX = 16
+REFRESH_S = 1.0
+"""A page changes no more often."""
+SILENCE_S_MAX = 15.0
+LISTENING_S_MAX = 300.0
+"""Then a page asks again, by itself: one that is gone without a word does not keep its place."""
+AGAIN_MS = 2000
+
+
+class Live:
+    """`name`: the host's."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self._host = host
+        self._name = name
+        self._listeners = 0
+        self._made = ""
+        self._made_of = -1
+
+    def page(self) -> str:
+        return page.page(self._name, self._servers(), self._host.history)
+
+    def _servers(self) -> str:
+        """As of now; made once for all."""
+        if self._made_of != self._host.version:
+            self._made_of = self._host.version
+            self._made = page.servers_html(self._host.reports, self._host.history)
+        return self._made
+
+    async def listen(self, request: Request) -> Response:
+        if self._listeners >= LISTENERS_MAX:
+            text = f"there are {LISTENERS_MAX} open pages already"
+            return PlainTextResponse(text, status_code=503, headers={"Retry-After": "10"})
+        after = whole_number(request.headers.get("last-event-id", ""), 0, 2**53)
+        return _Stream(self, self._messages(after or 0))
+
+    async def _messages(self, newest: int) -> AsyncIterator[str]:
+        """`newest`: the number of the last event that is there already."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + LISTENING_S_MAX
+        shown, version = "", -1
+        yield f"retry: {AGAIN_MS}\n\n"
+        while loop.time() < end_s:
+            version = self._host.version
+            if (html := self._servers()) != shown:
+                shown = html
+                yield _message("servers", html, newest)
+            if notes := [note for note in self._host.history.notes if note.number > newest]:
+                newest = notes[0].number
+                yield _message("events", page.events_html(notes), newest)
+            if not await self._has_news(version):
+                yield ": nothing new\n\n"
+            await asyncio.sleep(REFRESH_S)
+
+    async def _has_news(self, version: int) -> bool:
+        """Waits for what is newer than `version`; not for ever, since only a message shows that a
+        client is gone."""
+        if self._host.version == version:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SILENCE_S_MAX):
+                    await self._host.changed()
+        return self._host.version != version
+
+
+def _message(kind: str, html: str, newest: int) -> str:
+    return f"event: {kind}\nid: {newest}\ndata: {json.dumps(html)}\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Counts as a listener as long as it lasts, however it ends."""
+
+    def __init__(self, live: Live, messages: AsyncIterator[str]) -> None:
+        super().__init__(messages, media_type="text/event-stream")
+        self._live = live
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._live._listeners += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._live._listeners -= 1

@@ -1,0 +1,217 @@
+"""The page for people: all of what it shows is made here, in the words of the command line. What
+servers say is text that nobody has checked; the templates escape all of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from nbdmirror.cli import words
+from nbdmirror.cli.progress import Meter
+from nbdmirror.cli.status import result_text
+from nbdmirror.web.history import SPAN_S, History, Key, Note, jobs_of
+from nbdmirror.web.plot import HEIGHT, WIDTH, Plot, plot
+from nbdmirror.web.records import Record, Report, member, number, records
+
+GOOD, BUSY, BAD = "good", "busy", "bad"
+"""How it is with a disk, a job or a server."""
+
+FOLDER = Path(__file__).parent
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(FOLDER),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    name: str
+    state: str
+    mood: str
+    target: str
+    percent: float
+    rows: list[tuple[str, str]]
+    """What is to be known in numbers: a name, and a value with its unit."""
+    remarks: list[str]
+    rates: Plot
+    lag: Plot
+    is_plotted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    name: str
+    facts: list[str]
+    source: str
+    trouble: list[str]
+    jobs: list[Job]
+    last: str
+    """How the last job ended, if there is none now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    socket: str
+    package: str
+    since: str
+    trouble: list[str]
+    disks: list[Disk]
+
+
+def page(host: str, servers: str, history: History) -> str:
+    """`servers`: what servers_html has made."""
+    template = _ENVIRONMENT.get_template("page.html")
+    return template.render(host=host, servers=servers, events=events_html(list(history.notes)))
+
+
+def servers_html(reports: list[Report], history: History) -> str:
+    """The part of the page that changes."""
+    template = _ENVIRONMENT.get_template("servers.html")
+    return template.render(
+        servers=[_shown(report, history) for report in reports],
+        width=WIDTH,
+        height=HEIGHT,
+        minutes=int(SPAN_S / 60),
+        rate=lambda value: "-" if value is None else f"{words.size(value)}/s",
+        seconds=_seconds,
+    )
+
+
+def events_html(notes: list[Note]) -> str:
+    """Items of a list, the newest first."""
+    template = _ENVIRONMENT.get_template("events.html")
+    return template.render(notes=[(note, _moment(note.time_s)) for note in notes])
+
+
+def _shown(report: Report, history: History) -> Server:
+    try:
+        return _server(report, history)
+    except Exception as error:  # noqa: BLE001 - the others are to be shown nevertheless
+        text = f"the server's answer cannot be understood: {error!r}"
+        return Server(report.socket, "", "", [text], [])
+
+
+def _server(report: Report, history: History) -> Server:
+    status = report.status
+    trouble = [report.error] if report.error else []
+    if error := status.get("state-error"):
+        trouble.append(f"the state directory cannot be written: {error}")
+    since = number(status.get("started-at-s"))
+    jobs = {id(job): (key, job) for key, job in jobs_of(report)}
+    return Server(
+        socket=report.socket,
+        package=_text(status.get("package")),
+        since="" if since is None else _moment(since, "%Y-%m-%d %H:%M:%S"),
+        trouble=trouble,
+        disks=[
+            _disk(
+                disk,
+                [_job(*jobs[id(job)], history, report.time_s) for job in records(disk, "jobs")],
+            )
+            for disk in report.disks
+        ],
+    )
+
+
+def _disk(disk: Record, jobs: list[Job]) -> Disk:
+    size = number(disk.get("size"))
+    trouble = []
+    if disk.get("connected") is False:
+        trouble.append("its NBD server is lost: requests wait, and fail if it does not return")
+    if target := disk.get("target-only"):
+        trouble.append(f"target only: the disk is served from {target}")
+    if problem := disk.get("problem"):
+        trouble.append(_text(problem))
+    last = member(disk, "last-job")
+    return Disk(
+        name=_text(disk.get("name")),
+        facts=[
+            *([] if size is None else [words.size(size)]),
+            "read-only" if disk.get("read-only") else "read-write",
+        ],
+        source=_text(disk.get("source")),
+        trouble=trouble,
+        jobs=jobs,
+        last=result_text(last) if last and not jobs else "",
+    )
+
+
+def _job(key: Key, job: Record, history: History, now_s: float) -> Job:
+    progress = Meter(time.monotonic).update(job)
+    samples = history.samples(key)
+    times_s = [sample.time_s for sample in samples]
+    remarks = [remark.text for remark in words.remarks(job)]
+    return Job(
+        name=_text(job.get("device")),
+        state=words.state(job),
+        mood=_mood(job),
+        target=_text(job.get("target")),
+        percent=min(100.0, max(0.0, progress.percent)),
+        rows=_rows(job, progress.left),
+        remarks=remarks,
+        rates=plot(
+            times_s,
+            [sample.copied_bytes_per_s for sample in samples],
+            [sample.dirtied_bytes_per_s for sample in samples],
+            now_s=now_s,
+            span_s=SPAN_S,
+        ),
+        lag=plot(times_s, [sample.lag_s for sample in samples], now_s=now_s, span_s=SPAN_S),
+        is_plotted=len(samples) > 1,
+    )
+
+
+def _mood(job: Record) -> str:
+    if job.get("io-status", "ok") != "ok" or job.get("target-connected") is False:
+        return BAD
+    if job.get("falling-behind") or job.get("error") or job.get("status") == "aborting":
+        return BAD
+    return GOOD if job.get("status") == "ready" else BUSY
+
+
+def _rows(job: Record, left: int) -> list[tuple[str, str]]:
+    """Those that mean something, in the order of what an operator asks."""
+    found: list[tuple[str, str]] = []
+
+    def add(name: str, key: str, unit: str = "") -> None:
+        if (value := number(job.get(key))) is not None:
+            found.append((name, _seconds(value) if unit == "s" else f"{words.size(value)}{unit}"))
+
+    add("The target is behind by", "lag-s", "s")
+    found.append(("Left to copy", words.size(left)))
+    if not job.get("ready"):
+        add("Time left at this rate", "left-s", "s")
+    add("Dirty", "dirty-bytes")
+    add("In flight", "in-flight-bytes")
+    add("Copied", "copy-bytes-per-s", "/s")
+    add("Changed by guests", "dirty-bytes-per-s", "/s")
+    changed, sent = number(job.get("changed-bytes")), number(job.get("sent-bytes"))
+    if changed and sent is not None:
+        text = f"{words.size(sent)} for {words.size(changed)} ({sent / changed:.2f})"
+        found.append(("Sent since READY, for what guests changed", text))
+    if mode := words.mode(job):
+        found.append(("Copy mode", mode))
+    if speed := number(job.get("speed")):
+        found.append(("Speed limit", f"{words.size(speed)}/s"))
+    return found
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f} s" if value < 60 else words.duration(value)
+
+
+def _moment(time_s: float, form: str = "%H:%M:%S") -> str:
+    return time.strftime(form, time.localtime(time_s))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,65 @@
+"""What a server has said, as far as it can be understood: servers differ in age, and a socket may
+be another program's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a server has said of itself at `time_s`, in seconds since 1970; or why it has not."""
+
+    socket: str
+    time_s: float
+    status: Record = field(default_factory=dict)
+    """Of x-nbdmirror-query-status."""
+    error: str = ""
+
+    @property
+    def disks(self) -> list[Record]:
+        return records(self.status, "disks")
+
+    @property
+    def as_json(self) -> Record:
+        """As `nbdmirror list --json` has it."""
+        what = {"error": self.error} if self.error else self.status
+        return {"qmp": self.socket, **what}
+
+
+def records(owner: Record, key: str) -> list[Record]:
+    """The objects in a list that is there. Empty where there is none."""
+    found = owner.get(key)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def member(owner: Record, key: str) -> Record:
+    """The object that is there. Empty where there is none."""
+    found = owner.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def number(value: Any) -> float | None:
+    """A bool is one; text is none, and neither is what no double can hold."""
+    try:
+        return float(value) if isinstance(value, bool | int | float) else None
+    except OverflowError:
+        return None
+
+
+def plain(value: Any) -> Any:
+    """JSON without what not all of its readers can read: half characters, as in the name of a file
+    that is not UTF-8, and numbers that are none."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {plain(key): plain(one) for key, one in value.items()}
+    return value

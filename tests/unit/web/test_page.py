@@ -1,0 +1,242 @@
+"""The page as HTML: text of servers stays text, and who cannot see it can read it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.madeservers import JOB, disk, status
+
+from nbdmirror.web import history as web_history
+from nbdmirror.web.history import NOTES_MAX, SPAN_S, History
+from nbdmirror.web.page import events_html, page, servers_html
+from nbdmirror.web.plot import HEIGHT, WIDTH, plot
+from nbdmirror.web.records import Report, plain
+
+VOID = {"meta", "link", "input", "br", "img", "polyline"}
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;{{7*7}}\r\nevent: x"
+LAST = {"id": "vda", "target": "nbd://b", "result": "failed", "ended-at-s": 1.7e9, "reason": "gone"}
+
+
+class Parsed(HTMLParser):
+    """`elements`: each with its attributes and the text in it."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self._open: list[int] = []
+        self.feed(html)
+        self.close()
+        assert not self._open, "an element is not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in VOID:
+            self._open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.elements[self._open.pop()][0] == tag
+
+    def handle_data(self, data: str) -> None:
+        for index in self._open:
+            self.elements[index][2].append(data)
+
+    def all(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
+        found = [(attributes, texts) for name, attributes, texts in self.elements if name == tag]
+        return [(attributes, " ".join(" ".join(texts).split())) for attributes, texts in found]
+
+    @property
+    def text(self) -> str:
+        return self.all("body")[0][1]
+
+
+def whole(*reports: Report, samples: int = 3) -> Parsed:
+    history = History(lambda: 1.7e9)
+    for report in reports:
+        for age in range(samples, 0, -1):
+            history.add(Report(report.socket, report.time_s - 2.0 * age, report.status))
+        history.note(report.socket, "JOB_STATUS_CHANGE status=ready id=vda")
+    return Parsed(page("host1", servers_html(list(reports), history), history))
+
+
+def report(*disks: dict[str, Any], socket: str = "/run/a.qmp", **more: Any) -> Report:
+    return Report(socket, 1.7e9, status(*disks, **more))
+
+
+def test_what_it_shows() -> None:
+    text = whole(
+        report(disk("vda", JOB), disk("vdb", last_job=LAST), disk("vdc", read_only=True)),
+        Report("/run/b.qmp", 1.7e9, error="no answer within 5 s"),
+    ).text
+    for part in (
+        "/run/a.qmp", "nbdmirror 0.1.0", "vda 1 GiB, read-write", "/srv/vda.img",
+        "Job vda: ready", "nbd://backup/vda", "The target is behind by 0.2 s",
+        "Left to copy 192 KiB", "Dirty 64 KiB", "In flight 128 KiB", "Copied 5 MiB/s",
+        "Changed by guests 4 MiB/s", "12 MiB for 10 MiB (1.20)", "Copy mode background",
+        "Last job vda: failed", "gone", "vdc 1 GiB, read-only", "No job",
+        "/run/b.qmp no answer within 5 s", "JOB_STATUS_CHANGE status=ready id=vda",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("trouble", "text"),
+    [
+        ({"target-connected": False, "target-lost-for-s": 12}, "the target has been lost for 0:12"),
+        ({"io-status": "nospace"}, "I/O error (nospace)"),
+        ({"falling-behind": True}, "falls behind: the guest writes faster"),
+        ({"target-silent-for-s": 30}, "the target has not answered for 0:30"),
+    ],
+)
+def test_trouble_is_shown_as_status_shows_it(trouble: dict[str, Any], text: str) -> None:
+    assert text in whole(report(disk("vda", JOB | trouble))).text
+
+
+def test_trouble_of_a_disk_and_a_server() -> None:
+    found = whole(
+        report(
+            disk("a", connected=False), disk("b", problem="was truncated"), disk("c", target_only="nbd://x"),
+            state_error="No space left on device",
+        )
+    )  # fmt: skip
+    for part in ("server is lost", "was truncated", "is served from nbd://x", "No space left"):
+        assert part in found.text
+
+
+def test_text_of_servers_stays_text() -> None:
+    """Wherever they have some."""
+    job = JOB | dict.fromkeys(("device", "status", "target", "copy-mode", "io-status"), EVIL)
+    job |= {"error": EVIL, "last-error": {"reason": EVIL, "action": "ignore", "operation": EVIL}}
+    evil = disk(EVIL, job, source=EVIL, problem=EVIL, target_only=EVIL)
+    ended = disk(EVIL, last_job=LAST | dict.fromkeys(("id", "reason", "target"), EVIL))
+    history = History(lambda: 1.7e9)
+    history.note(EVIL, EVIL)
+    reports = [
+        Report(EVIL, 1.7e9, status(evil, ended, package=EVIL, state_error=EVIL)),
+        Report(EVIL, 1.7e9, error=EVIL),
+    ]
+    found = Parsed(page(EVIL, servers_html(reports, history), history))
+    assert [attributes for attributes, _ in found.all("script")] == [
+        {"src": "page.js", "defer": None}
+    ]
+    assert found.all("img") == []
+    assert not [a for _, attributes, _ in found.elements for a in attributes if a.startswith("on")]
+    assert found.text.count("{{7*7}}") >= 14
+
+
+def test_it_asks_no_other_address() -> None:
+    found = whole(report(disk("vda", JOB)))
+    links = [
+        value
+        for _, attributes, _ in found.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "action", "data", "poster", "srcset", "style")
+    ]
+    assert set(links) == {"data:,", "page.css", "page.js", "status", "metrics", "healthz", ""}
+
+
+def test_it_can_be_read_without_being_seen() -> None:
+    found = whole(report(disk("vda", JOB), disk("vdb")), report(disk("vdc", JOB), socket="/b"))
+    levels = [int(tag[1]) for tag, _, _ in found.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert found.all("html")[0][0]["lang"] == "en"
+    assert len(found.all("main")) == 1
+    assert len(found.all("table")) == len(found.all("caption")) == 2
+    assert all(attributes.get("scope") == "row" for attributes, _ in found.all("th"))
+    assert all(attributes.get("aria-label") for attributes, _ in found.all("progress"))
+    assert all(
+        attributes["role"] == "img" and attributes["aria-label"]
+        for attributes, _ in found.all("svg")
+    )
+    names = [attributes["id"] for _, attributes, _ in found.elements if attributes.get("id")]
+    assert len(set(names)) == len(names)
+    labelled = [a["aria-labelledby"] for _, a, _ in found.elements if a.get("aria-labelledby")]
+    assert set(labelled) <= set(names)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+KEYS = sorted({*status(), *disk(), *JOB, "last-job", "problem", "state-error", "last-error"})
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_answer_can_be_shown(data: st.DataObject) -> None:
+    strange = st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4)
+    job, one = JOB | data.draw(strange), disk() | data.draw(strange)
+    one["jobs"] = data.draw(st.just([job]) | JSON)
+    said = status() | data.draw(strange)
+    said["disks"] = data.draw(st.just([one]) | JSON)
+    assert "/run/a.qmp" in whole(Report("/run/a.qmp", 1.7e9, plain(said))).text
+
+
+# The last minutes
+
+
+def test_history_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(lambda: 0.0)
+    key = ("/run/a.qmp", "vda", "vda")
+    for number in range(5000):
+        history.add(Report("/run/a.qmp", number / 2, status(disk("vda", JOB))))
+        history.note("a", str(number))
+    samples = history.samples(key)
+    assert len(samples) <= SPAN_S / web_history.SAMPLE_S + 1
+    assert samples[-1].time_s - samples[0].time_s <= SPAN_S
+    assert [note.text for note in history.notes] == [str(4999 - n) for n in range(NOTES_MAX)]
+    history.add(Report("/run/a.qmp", 3000.0, status(disk("vda"))))
+    assert history.samples(key) == []
+
+
+def test_events_of_a_restarted_process_are_newer() -> None:
+    """Pages that stay open show those that are newer than what they have."""
+    before, after = History(lambda: 1.7e9), History(lambda: 1.7e9 + 5)
+    for _ in range(100):
+        before.note("a", "b")
+    after.note("a", "b")
+    assert after.notes[0].number > before.notes[0].number
+
+
+def test_events_are_items() -> None:
+    history = History(lambda: 1.7e9)
+    assert events_html([]) == ""
+    history.note("/run/a.qmp", "first")
+    history.note("/run/a.qmp", "second")
+    items = Parsed(f"<body>{events_html(list(history.notes))}</body>").all("li")
+    assert [text.split()[-1] for _, text in items] == ["second", "first"]
+
+
+# Plots
+
+VALUES = st.lists(st.none() | st.floats(0, 1e300), max_size=30)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(VALUES, VALUES)
+def test_points_are_in_the_picture(first: list[float | None], second: list[float | None]) -> None:
+    count = min(len(first), len(second))
+    times_s = [2.0 * number for number in range(count)]
+    found = plot(times_s, first[:count], second[:count], now_s=2.0 * count, span_s=40.0)
+    for line in found.lines:
+        for piece in line.pieces:
+            points = [tuple(map(float, point.split(","))) for point in piece.split()]
+            assert len(points) > 1
+            assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+            assert [x for x, _ in points] == sorted(x for x, _ in points)
+
+
+def test_a_gap_is_a_gap() -> None:
+    found = plot([0, 1, 2, 3, 4], [1, 2, None, 4, 4], now_s=4, span_s=4)
+    assert found.lines[0].pieces == ["0.0,45.0 75.0,30.0", "225.0,0.0 300.0,0.0"]
+    assert (found.top, found.lines[0].now) == (4, 4)
