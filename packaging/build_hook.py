@@ -28,7 +28,7 @@ class GeneratedFiles(BuildHookInterface):  # type: ignore[type-arg]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
             build_data["shared_data"][str(file)] = path
-        for document in sorted(root.glob("docs/**/*.md")):
+        for document in sorted([*root.glob("docs/**/*.md"), *root.glob("docs/monitoring/*")]):
             place = document.relative_to(root / "docs")
             build_data["shared_data"][str(document)] = f"share/doc/nbdmirror/{place}"
 

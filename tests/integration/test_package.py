@@ -45,7 +45,8 @@ DATA = {
     "share/fish/vendor_completions.d/nbdmirror.fish",
     *(
         f"share/doc/nbdmirror/{path}"
-        for path in glob("**/*.md", root_dir=ROOT / "docs", recursive=True)
+        for pattern in ("**/*.md", "monitoring/*")
+        for path in glob(pattern, root_dir=ROOT / "docs", recursive=True)
     ),
 }
 """What the wheel installs beside Python's files, under the prefix."""
