@@ -8,11 +8,9 @@ import time
 from typing import Any
 
 from nbdmirror.cli.progress import Meter
-from nbdmirror.cli.words import duration, limit, mode, remarks, size
+from nbdmirror.cli.words import lag, limit, mode, remarks, size
 
 WATCH_TERMINAL_S = 0.5
-LAG_TOLD_S = 1.0
-"""A mirror that follows lags behind by less."""
 ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 PIVOTED = "X_NBDMIRROR_PIVOTED"
 
@@ -56,8 +54,7 @@ def _job_text(job: dict[str, Any], meters: dict[str, Meter]) -> str:
         parts.append(f"to {job['target']}")
     sync = f"sync {job['sync']}" if job.get("sync", "full") != "full" else ""
     parts += [part for part in (sync, mode(job), limit(job)) if part]
-    if job.get("lag-s", 0) >= LAG_TOLD_S:
-        parts.append(f"the target is {duration(job['lag-s'])} behind")
+    parts += lag(job)
     if changed := job.get("changed-bytes"):
         sent = job.get("sent-bytes", 0)
         parts.append(f"sent {size(sent)} for {size(changed)} changed ({sent / changed:.2f})")

@@ -3,6 +3,7 @@ job's state, with what to do about it. Tolerant of missing keys: servers differ 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,18 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def lag(job: dict[str, Any]) -> list[str]:
+    """How far the target is behind, if the server says so. Before READY it is nothing yet."""
+    if (lag_s := job.get("lag-s")) is not None:
+        tenths = math.ceil(lag_s * 10)  # never too small
+        parts = [f"lag {tenths / 10} s" if tenths < 600 else f"lag {duration(-(-tenths // 10))}"]
+        if unflushed := job.get("unflushed-bytes"):
+            parts.append(f"{size(unflushed)} not flushed")
+        return parts
+    is_copying = job.get("status") in ("running", "paused") and "unflushed-bytes" in job
+    return ["no copy yet"] if is_copying else []
 
 
 def refusal(text: str) -> str:

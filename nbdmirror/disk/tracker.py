@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable
 
 from nbdmirror.devices.base import round_out
+from nbdmirror.disk.backlog import Backlog
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.fine import FineBitmap
 from nbdmirror.disk.ledger import Ledger
 
@@ -49,6 +50,7 @@ class Tracker:
         self.again_bytes = 0
         """What became dirty since it may have been lost, not since a guest wrote it."""
         self._flushing: list[DirtyBitmap] = []
+        self._backlog = Backlog(size, granularity)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # for those in `_waiting`, and only then
         self._copies: list[Claim] = []
@@ -60,6 +62,13 @@ class Tracker:
         """Bytes claimed by copies and synchronous writes."""
         with self._lock:
             return sum(c.length for c in self._copies) + sum(c.length for c in self._writes)
+
+    @property
+    def unflushed_bytes(self) -> int:
+        """Bytes in granules that were sent to the target, or are being sent, since the last flush
+        that has ended well."""
+        with self._lock:
+            return sum(bitmap.dirty_bytes for bitmap in (self.unflushed, *self._flushing))
 
     @property
     def remaining_bytes(self) -> int:
@@ -94,6 +103,7 @@ class Tracker:
                     claim.length = start - claim.offset
                 self.unflushed.mark(claim.offset, claim.length)
                 claim.parts = self.dirty.take(claim.offset, claim.length)
+                self._backlog.took(claim, claim.offset, claim.length)
                 self._copies.append(claim)
                 return claim
         return None
@@ -102,7 +112,7 @@ class Tracker:
         """Keep only the first `length` bytes (whole granules) of a copy; the rest is dirty
         again."""
         with self._lock:
-            self.dirty.mark_again(*claim.shrink(length))
+            self._give_back(claim, claim.shrink(length))
             self._tell_waiting()
 
     def settle(self, claim: Claim, *, failed: bool) -> int:
@@ -110,12 +120,13 @@ class Tracker:
         progress = 0
         with self._lock:
             if failed:
-                self.dirty.mark_again(*claim.parts_in(claim.offset, claim.end))
+                self._give_back(claim, claim.parts_in(claim.offset, claim.end))
             else:
                 progress = max(0, self._news(claim) - claim.progress)
                 if self._repeated is not None:
                     self._repeated.clear(claim.offset, claim.length)
             self._copies.remove(claim)
+            self._backlog.left(claim)
             self._tell_waiting()
         return progress
 
@@ -143,6 +154,7 @@ class Tracker:
             self._writes.append(claim)
             self.unflushed.mark(offset, length)
             self.dirty.clear(offset, length)
+            self._backlog.took(claim, offset, length)
         return claim
 
     def end_write(self, claim: Claim, *, failed: bool) -> None:
@@ -150,10 +162,11 @@ class Tracker:
         again."""
         with self._lock:
             if failed:
-                self.dirty.mark_again((claim.offset, claim.length))
+                self._give_back(claim, ((claim.offset, claim.length),))
             else:
                 self.written_bytes += claim.progress
             self._writes.remove(claim)
+            self._backlog.left(claim)
             self._tell_waiting()
 
     def look(self, guests: Ledger) -> None:
@@ -171,12 +184,14 @@ class Tracker:
         with self._lock:
             self.again_bytes += self.size - self.dirty.bytes_in(0, self.size)
             self.dirty.mark_all()
+            self._backlog.all_may_be_lost()
 
     def begin_flush(self) -> DirtyBitmap:
         """A flush is about to be sent: what it covers, for `end_flush`; not what is in flight."""
         with self._lock:
             covered = self.unflushed
             self._flushing.append(covered)
+            self._backlog.flush_begins(self._flushing)
             self.unflushed = self._with_claims(self._new_bitmap(self.size, self.granularity))
         return covered
 
@@ -191,6 +206,9 @@ class Tracker:
                 self._repeated.merge(covered)
                 self._repeated.subtract(self.dirty)
                 self.dirty.merge(covered)
+                self._backlog.may_be_lost(covered)
+            else:
+                self._backlog.flush_ended(covered)
             self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
         covered.close()
 
@@ -201,9 +219,25 @@ class Tracker:
             before = self.dirty.dirty_bytes
             for bitmap in (self.unflushed, *self._flushing):
                 self.dirty.merge(bitmap)
+                self._backlog.may_be_lost(bitmap)
             self.again_bytes += self.dirty.dirty_bytes - before
             self.unflushed.clear_all()
             self._with_claims(self.unflushed)
+
+    def renew_backlog(self) -> bool:
+        """Whether the target's storage has all of the backlog; if so, another one begins now. On
+        the thread that claims and flushes."""
+        with self._lock:
+            if is_durable := self._backlog.is_durable:
+                claims = (*self._copies, *self._writes)
+                self._backlog.begin(self.dirty, claims, self.unflushed, self._flushing)
+        return is_durable
+
+    @property
+    def needs_flush(self) -> bool:
+        """All of the backlog is copied, and no flush for it is under way."""
+        with self._lock:
+            return self._backlog.needs_flush
 
     def may_differ(self) -> DirtyBitmap:
         """What source and the target's storage may differ in, and more; a copy. Without guests'
@@ -219,6 +253,10 @@ class Tracker:
         """The mirror has ended, and no guest marks its bitmap any more."""
         for bitmap in (self.dirty, self.unflushed, *self._flushing):
             bitmap.close()
+
+    def _give_back(self, claim: Claim, parts: tuple[Range, ...]) -> None:
+        self.dirty.mark_again(*parts)
+        self._backlog.gave_back(claim, parts)
 
     def _with_claims(self, bitmap: DirtyBitmap) -> DirtyBitmap:
         for claim in (*self._copies, *self._writes):

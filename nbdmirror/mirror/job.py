@@ -21,6 +21,7 @@ from nbdmirror.events import EventRing
 from nbdmirror.mirror.activity import Activity, check_follows
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.job_states import JobStatus, check_transition, check_verb
+from nbdmirror.mirror.lag import Lag
 from nbdmirror.mirror.options import Ending, MirrorOptions, Policy
 from nbdmirror.mirror.traffic import Traffic
 
@@ -57,7 +58,8 @@ class Job(ABC):
         """How often guests were held in vain."""
         self.ending = Ending.NONE
         self.traffic: Traffic | None = None
-        """Since READY."""
+        self.lag: Lag | None = None
+        """Both since READY."""
         self._events = events
         self._loop = loop
         self.group = Group(self)
@@ -374,8 +376,10 @@ class Job(ABC):
 
     def concluded(self, event: str, **extra: object) -> None:
         """The last events; everything has been let go of."""
-        traffic = self.traffic.at_the_end() if self.traffic is not None else {}
-        self.tell(event, **traffic, **extra)
+        for since_ready in (self.traffic, self.lag):
+            if since_ready is not None:
+                extra = since_ready.at_the_end() | extra
+        self.tell(event, **extra)
         self.to(JobStatus.CONCLUDED)
         if self.options.auto_dismiss:
             self.dismiss()

@@ -294,7 +294,7 @@ class MirrorJob(Job):
         self.become(Activity.COPYING)
         self._timers.went_well()
         self.tracker.refine()
-        self.traffic = Traffic(self.copier, self.tracker)
+        self.traffic, self.lag = Traffic(self.copier, self.tracker), self._watch.follow()
         self.to(JobStatus.READY)
         self.tell("BLOCK_JOB_READY")
 
@@ -372,6 +372,7 @@ class MirrorJob(Job):
         self.concluded("BLOCK_JOB_COMPLETED")
 
     def detach(self) -> None:
+        self._watch.end()
         self._mode.turn(synchronous=False)
         self.disk.ledger.detach(self.tracker.dirty)
         self._release_guest()
@@ -394,6 +395,5 @@ class MirrorJob(Job):
     def _poll(self) -> None:
         self._timers.after("poll", POLL_S, self._poll)
         self.tracker.look(self.disk.ledger)
-        if self.copier.is_running:
-            self._watch.look()
+        self._watch.look()
         self.advance()

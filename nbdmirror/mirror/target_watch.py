@@ -1,5 +1,5 @@
-"""TargetWatch: what a mirror does about its target now and then: flushes it, and notices that it
-does not answer any more. On the event loop's thread."""
+"""TargetWatch: what a mirror does about its target now and then: flushes it, sees how far it lags
+behind, and notices that it does not answer any more. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.lag import Lag
 from nbdmirror.mirror.resources import Target
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,14 @@ log = logging.getLogger(__name__)
 FLUSH_S = 10.0
 """How often what the target has acknowledged is flushed, so that little is copied again when it is
 lost. QEMU flushes for READY and at the end only."""
+
+READY_FLUSH_S = 1.0
+"""The same after READY, where the lag ends with a flush: at most so often, once what was dirty when
+the lag was last looked at is copied."""
+
+FLUSH_SHARE = 0.1
+"""Of the time, for such flushes: a target to which a flush is dear gets them more seldom, but as
+often as FLUSH_S says."""
 
 FLUSH_TAKES_S = 2.0
 FLUSH_BYTES_MIN = 16 << 20
@@ -51,7 +60,10 @@ class TargetWatch:
         self._clock = clock = loop.clock
         self._reconnect_delay_s = reconnect_delay_s
         self._reconnect_not_before_s = {"read": 0.0, "write": 0.0}
-        self._flush_not_before_s = clock() + FLUSH_S
+        self._began_s = clock()
+        self._lag: Lag | None = None
+        self._flush_not_before_s = -math.inf
+        self._flush_due_s = clock() + FLUSH_S
         self._answers = -1
         self._answered_s = 0.0
         self._asked_s: float | None = None
@@ -76,8 +88,23 @@ class TargetWatch:
         self._reconnect_not_before_s[operation] = now_s + RECONNECT_PAUSE_S
         return True
 
+    def follow(self) -> Lag:
+        """The mirror is READY: its target was flushed just now."""
+        self._flush_not_before_s = self._clock() + READY_FLUSH_S
+        self._lag = Lag(self._tracker, self._clock, self._began_s)
+        return self._lag
+
+    def end(self) -> None:
+        """The mirror ends."""
+        if self._lag is not None:
+            self._lag.end()
+
     def look(self) -> None:
-        """To be called several times a second while the mirror copies."""
+        """To be called several times a second, whatever the mirror does."""
+        if self._lag is not None:
+            self._lag.look()
+        if not self._copier.is_running:
+            return
         now_s = self._clock()
         if self._copier.is_idle or self._copier.answers != self._answers:
             if self._answers >= 0 and not self._copier.is_idle:
@@ -87,11 +114,18 @@ class TargetWatch:
             since_s = self._answered_s if self._asked_s is None else self._asked_s
             if now_s - since_s > self._patience_s:
                 self._ask()
-        is_much = self._copier.written_bytes - self._covered_bytes >= self._flush_bytes
-        if not self._is_flushing and (is_much or now_s >= self._flush_not_before_s):
-            self._flush_not_before_s = now_s + FLUSH_S
+        if not self._is_flushing and self._is_flush_due(now_s):
+            self._flush()
+
+    def _is_flush_due(self, now_s: float) -> bool:
+        is_due = self._copier.written_bytes - self._covered_bytes >= self._flush_bytes
+        if is_due or now_s >= self._flush_due_s:
+            self._flush_due_s = now_s + FLUSH_S
             if not self._tracker.unflushed.is_empty:
-                self._flush()
+                return True
+        if self._lag is None or now_s < self._flush_not_before_s:
+            return False
+        return self._tracker.needs_flush
 
     def _ask(self) -> None:
         """For a sign of life, in a thread: it may not come."""
@@ -129,6 +163,7 @@ class TargetWatch:
         def done(error: BaseException | None) -> None:
             self._is_flushing = False
             took_s = self._clock() - start_s
+            self._flush_not_before_s = start_s + max(READY_FLUSH_S, took_s / FLUSH_SHARE)
             if took_s > FLUSH_TAKES_S:
                 self._flush_bytes = max(FLUSH_BYTES_MIN, covered_bytes * FLUSH_TAKES_S / took_s)
             else:

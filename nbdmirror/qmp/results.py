@@ -135,7 +135,8 @@ _JOB_STATUS_INFO = Struct(
         **_MIRROR_INFO.members,
         **named(target=STR, sync=SYNC, copy_mode=COPY_MODE, granularity=INT),
         **named(on_source_error=ON_ERROR, on_target_error=ON_ERROR, reconnect_delay_s=NUMBER),
-        **named(dirty_bytes=INT, in_flight_bytes=INT, copied_bytes=INT, written_bytes=INT),
+        **named(dirty_bytes=INT, in_flight_bytes=INT, unflushed_bytes=INT),
+        **named(copied_bytes=INT, written_bytes=INT),
         **named(sent_bytes=optional(INT), changed_bytes=optional(INT)),
         **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
         **named(
@@ -202,12 +203,15 @@ STATUS = struct(
 
 _ENDED = named(type=JOB_TYPE, device=STR, len=INT, offset=INT, speed=INT)
 
-_TRAFFIC = {f"x-nbdmirror-{what}-bytes": Member(INT, optional=True) for what in ("sent", "changed")}
+_SINCE_READY = {
+    **{f"x-nbdmirror-{what}-bytes": Member(INT, optional=True) for what in ("sent", "changed")},
+    "x-nbdmirror-lag-s": Member(NUMBER, optional=True),
+}
 
 EVENTS: dict[str, Struct] = {
-    "BLOCK_JOB_CANCELLED": Struct("BlockJobCancelled", {**_ENDED, **_TRAFFIC}),
+    "BLOCK_JOB_CANCELLED": Struct("BlockJobCancelled", {**_ENDED, **_SINCE_READY}),
     "BLOCK_JOB_COMPLETED": Struct(
-        "BlockJobCompleted", {**_ENDED, **_TRAFFIC, **named(error=optional(STR))}
+        "BlockJobCompleted", {**_ENDED, **_SINCE_READY, **named(error=optional(STR))}
     ),
     "BLOCK_JOB_ERROR": struct(
         "BlockJobError",

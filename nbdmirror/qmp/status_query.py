@@ -14,6 +14,7 @@ from nbdmirror import __version__
 from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
+from nbdmirror.mirror.lag import round_up
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.command import CommandTable
@@ -77,10 +78,13 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["granularity"] = job.tracker.granularity
     info["dirty-bytes"] = 0 if job.is_over else job.tracker.dirty.dirty_bytes
     info["in-flight-bytes"] = job.tracker.in_flight_bytes
+    info["unflushed-bytes"] = 0 if job.is_over else job.tracker.unflushed_bytes
     info["copied-bytes"] = job.copier.copied_bytes
     info["written-bytes"] = job.copier.written_bytes
     if job.traffic is not None:
         info["sent-bytes"], info["changed-bytes"] = job.traffic.since_ready
+    if job.lag is not None and not job.is_over:
+        info["lag-s"] = round_up(job.lag.lag_s)
     info["again-bytes"] = job.tracker.again_bytes
     info["ending"] = "none" if job.is_over else job.ending.value
     info["quiesce-timeouts"] = job.quiesce_timeouts
@@ -107,8 +111,6 @@ def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
         info["ending-for-s"] = round(course.ending_for_s, 3)
     if "last-error" in info:
         info["last-error"]["ago-s"] = round(course.error_ago_s, 3)
-    if (lag_s := course.lag_s) is not None:
-        info["lag-s"] = round(lag_s, 3)
     if (lost := course.lost) is not None:
         info["target-lost-for-s"] = round(now_s - lost.since_s, 3)
         if math.isfinite(lost.until_s):

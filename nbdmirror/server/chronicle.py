@@ -56,8 +56,6 @@ class Course:
         self._answered_s = clock()
         self._error: JobError | None = None
         self._error_s = 0.0
-        self._level_s: float | None = None
-        """As of when the target has all; None before READY."""
 
     def look(self) -> None:
         """About once a second."""
@@ -78,26 +76,6 @@ class Course:
             self._meter.add(self._sample())
         else:
             self._meter.start_over()
-        self._look_for_lag(now_s)
-
-    def _look_for_lag(self, now_s: float) -> None:
-        """What is left was written lately, at the rate at which guests write."""
-        job = self._job
-        if not (job.is_ready or job.has_done_its_work):
-            return
-        if self._level_s is None or job.tracker.in_sync or job.is_actively_synced:
-            self._level_s = now_s
-        elif (rates := self.rates) is not None and rates.dirty_bytes_per_s:
-            lag_s = job.tracker.remaining_bytes / rates.dirty_bytes_per_s
-            self._level_s = max(self._level_s, now_s - lag_s)
-
-    @property
-    def lag_s(self) -> float | None:
-        """About how old the oldest write is that the target lacks; None before READY. It grows
-        while the job stands still."""
-        now_s = self._clock()
-        self._look_for_lag(now_s)
-        return None if self._level_s is None else now_s - self._level_s
 
     @property
     def rates(self) -> Rates | None:

@@ -20,7 +20,7 @@ from faults.roundplan import SIZE, ZONES, Cell, Outcome, Plan
 from faults.witness import Witness
 from support.images import make_image, make_noise
 from support.kept import Kept
-from support.losing import Lossy
+from support.losing import SELDOM_FLUSHES, Lossy
 from support.processes import nbdmirror_environment, patched
 from support.proxy import Proxy
 from support.qmpclient import Qmp
@@ -57,9 +57,10 @@ os.unlink = counted(os.unlink, is_in_folder)
 """The server kills itself before the step of that number that it does in its state directory, once
 there is the file that says so."""
 
-QUICK_FLUSHES = (
-    "import nbdmirror.mirror.target_watch\nnbdmirror.mirror.target_watch.FLUSH_S = 0.15\n"
-)
+QUICK_FLUSHES = """
+import nbdmirror.mirror.target_watch as watch
+watch.FLUSH_S = watch.READY_FLUSH_S = 0.15
+"""
 NOT_OURS = r"is not the disk any more: since .* it is served from (\S+) \("
 
 
@@ -156,8 +157,7 @@ class Scene:
         self.server = Mirror(self.folder, self.old_side)
         self.step_path = self.folder / "step"
         self.server.patches = STEPS.format(order=str(self.step_path)) + self.patches
-        if plan.has_quick_flushes:
-            self.server.patches += QUICK_FLUSHES
+        self.server.patches += QUICK_FLUSHES if plan.has_quick_flushes else SELDOM_FLUSHES
         self._start(self.server)
         self._memory.update(self.server.memory())
         self.guest.uri = self.server.uri()

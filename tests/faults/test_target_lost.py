@@ -10,8 +10,16 @@ from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import assert_identical, make_image, make_noise
-from support.losing import GRANULE, SIZE, Lossy, end, start_mirror, wait_caught_up
-from support.processes import patched
+from support.losing import (
+    GRANULE,
+    SELDOM_FLUSHES,
+    SIZE,
+    Lossy,
+    SeldomFlushing,
+    end,
+    start_mirror,
+    wait_caught_up,
+)
 from support.seeds import SEED
 from support.servers import Nbdmirror
 from support.waiting import wait_until
@@ -41,11 +49,10 @@ Tracker.target_came_back = target_came_back
 """A broken variant of rule 39: `unflushed` is not merged into `dirty`."""
 
 
-class Mutant(Nbdmirror):
+class Mutant(SeldomFlushing):
     """nbdmirror with FORGETFUL in it."""
 
-    def environment(self) -> dict[str, str]:
-        return patched(super().environment(), self.folder, FORGETFUL)
+    patches = SELDOM_FLUSHES + FORGETFUL
 
 
 @pytest.fixture
@@ -68,7 +75,7 @@ def test_a_target_that_is_lost_and_comes_back(
     is_early, is_ending = moment in EARLY, moment.startswith("completing")
     multi_conn = verb == COMPLETE
     target = start(Lossy(disk.parent, image, multi_conn=multi_conn, extents=not multi_conn))
-    server = start(Nbdmirror(disk.parent, f"src={disk}", bare=True))
+    server = start(SeldomFlushing(disk.parent, f"src={disk}", bare=True))
     with Guest(server.uri("src"), disk, seed=SEED, connections=2) as guest:
         if is_early:
             target.order(MOMENTS[moment])
@@ -112,7 +119,7 @@ def test_a_soft_cancel_or_complete_of_a_disk_at_rest(
 ) -> None:
     """Lost at the ending's flush: then both images can be compared, whatever the ending."""
     target = start(Lossy(disk.parent, image))
-    server = start(Nbdmirror(disk.parent, f"src={disk}", bare=True))
+    server = start(SeldomFlushing(disk.parent, f"src={disk}", bare=True))
     qmp = start_mirror(server, target.uri())
     qmp.wait_ready()
     write_some(server)
@@ -128,7 +135,7 @@ def test_a_soft_cancel_or_complete_of_a_disk_at_rest(
 def test_write_blocking(start: Start, identical: Identical, disk: Path, image: Path) -> None:
     """The guest's own writes find the target lost; it is not told."""
     target = start(Lossy(disk.parent, image))
-    server = start(Nbdmirror(disk.parent, f"src={disk}", bare=True))
+    server = start(SeldomFlushing(disk.parent, f"src={disk}", bare=True))
     with Guest(server.uri("src"), disk, seed=SEED, connections=2) as guest:
         qmp = start_mirror(server, target.uri(), copy_mode="write-blocking")
         qmp.wait_ready()
@@ -168,7 +175,7 @@ def test_only_what_was_not_flushed_is_sent_again(
     start: Start, identical: Identical, disk: Path, image: Path
 ) -> None:
     target = start(Lossy(disk.parent, image))
-    server = start(Nbdmirror(disk.parent, f"src={disk}", bare=True))
+    server = start(SeldomFlushing(disk.parent, f"src={disk}", bare=True))
     lose_unflushed_writes(start, server, target)
     qmp, lost_at = server.qmp, target.mark()
     offset = qmp.job()["offset"]

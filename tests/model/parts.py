@@ -142,6 +142,8 @@ class Request:
     move: Callable[[int, int], None]
     answer: Callable[[BaseException | None], None]
     moved: int = 0
+    before: bytes = b""
+    """What the target had there."""
 
     def go_on(self, part: float) -> None:
         """Let this part of what is left take effect."""
@@ -170,8 +172,8 @@ class StepDevices:
         """How coarse the answers about extents are. A unit with any data in it is data."""
         self.extents_max = 99
         """Answers may fall short, down to one extent."""
-        self.torn: Callable[[], list[slice]] = list
-        """Where others are writing to the target."""
+        self.torn: Callable[[], list[tuple[slice, bytes]]] = list
+        """Where others are writing to the target, and what was there before."""
         self.is_lost = False
         """The target's connection was given up, and there is no other yet."""
         self.left: list[Request] = []
@@ -205,11 +207,9 @@ class StepDevices:
         number = next(self._flush_numbers)
         content = bytearray(self.target)
         changes = [r for r in self.requests if r.kind in ("write", "zero")]
-        for request in changes:
-            torn = slice(request.offset, request.offset + request.length)
-            content[torn] = self.durable[torn]
-        for torn in self.torn():
-            content[torn] = self.durable[torn]
+        torn = [(slice(r.offset, r.offset + r.length), r.before) for r in changes]
+        for part, before in (*torn, *self.torn()):
+            content[part] = before
 
         def answer(error: BaseException | None) -> None:
             if error is None and number > self._durable_number:
@@ -262,6 +262,7 @@ class StepDevices:
 
     def _start(self, request: Request) -> None:
         assert 0 <= request.offset <= request.offset + request.length <= self.size
+        request.before = bytes(self.target[request.offset : request.offset + request.length])
         outcome = self.at_once.pop(0) if self.at_once else "later"
         if self.is_lost and request.kind in _TO_TARGET:
             request.answer(DeviceLost("the target is lost"))
@@ -305,6 +306,8 @@ class Guest:
     """In background mode, between `enter` and the end of `leave`."""
     is_at_target: bool = False
     """In write-blocking mode, when the source has been written."""
+    before: bytes = b""
+    """What the target had there when the granules became this one's."""
     is_given_up: bool = False
     """While it was at the target: that write fails."""
 

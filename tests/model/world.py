@@ -82,7 +82,7 @@ class World:
         """Somebody has closed the gate."""
         self.is_told_idle = False
         self.devices.torn = lambda: [
-            slice(guest.offset, guest.offset + guest.length)
+            (slice(guest.offset, guest.offset + guest.length), guest.before)
             for guest in self.guests
             if guest.claim in self.tracker._writes
         ]
@@ -103,8 +103,7 @@ class World:
             self._patches.enter_context(cast("AbstractContextManager[object]", each))
 
         self.ledger = self.ledger_class()
-        self.announced = AnnouncedGuests()
-        self.ledger.writing = self.announced
+        self.ledger.writing = self.announced = AnnouncedGuests()
         self.tracker = self.tracker_class(self.size, granularity, unit=unit)
         self.condition = StepCondition()
         self.queue = StepQueue()
@@ -268,6 +267,7 @@ class World:
             if seen != self.condition.notified:  # otherwise nobody has woken this thread
                 try:
                     guest.claim = self.begin_synchronous(guest)
+                    guest.before = bytes(self.target[guest.offset :][: guest.length])
                     return
                 except WouldBlock:
                     waiting = self.queue.newest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.clients import connections
 from support.images import KiB, MiB
-from support.processes import freeze
+from support.processes import freeze, patched
 from support.qmpclient import Qmp
 from support.seeds import print_seed
 from support.servers import NbdkitTarget, Nbdmirror
@@ -20,7 +20,21 @@ GRANULE = 64 * KiB
 RECONNECT_S = 20
 CHANGES = ("write", "zero", "trim")
 
+SELDOM_FLUSHES = """
+import nbdmirror.mirror.target_watch
+nbdmirror.mirror.target_watch.READY_FLUSH_S = 3600.0
+"""
+
 Range = tuple[int, int]
+
+
+class SeldomFlushing(Nbdmirror):
+    """After READY it flushes each FLUSH_S, whatever the lag: so there is something to lose."""
+
+    patches = SELDOM_FLUSHES
+
+    def environment(self) -> dict[str, str]:
+        return patched(super().environment(), self.folder, self.patches)
 
 
 class Lossy(NbdkitTarget):

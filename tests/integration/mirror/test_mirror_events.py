@@ -51,7 +51,7 @@ def test_events_of_a_plain_run(identical: Identical, server: Nbdmirror, target: 
         }
     ]
     traffic = {"x-nbdmirror-sent-bytes": 0, "x-nbdmirror-changed-bytes": 0}
-    assert qmp.complete() == {**told, **traffic}
+    assert qmp.complete() == {**told, **traffic, "x-nbdmirror-lag-s": 0}
     qmp.wait_status("null")
     assert qmp.execute("query-block-jobs") == []
     assert [step for step in qmp.steps("j") if step != "return"] == [

@@ -28,6 +28,7 @@ from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, make_empty, make_noise
+from support.losing import SeldomFlushing
 from support.paritysides import Faulty
 from support.servers import NbdkitTarget, Nbdmirror
 from support.waiting import wait_until
@@ -283,7 +284,6 @@ def test_a_node_is_not_mirrored_into_itself(
 def test_what_a_target_lost_in_a_crash_is_copied_again(
     start: Start,
     identical: Identical,
-    server: Nbdmirror,
     folder: Path,
     disk: Path,
     image: Path,
@@ -291,6 +291,7 @@ def test_what_a_target_lost_in_a_crash_is_copied_again(
     copy_mode: str,
 ) -> None:
     """It comes back as it was at its last flush: what it acknowledged since then is gone."""
+    server = start(SeldomFlushing(disk.parent, f"src={disk}", bare=True))
     target = start(NbdkitTarget(folder, "file", f"file={image}"))
     qmp = server.qmp
     slow: Options = {"speed": 2 * MiB, "buf_size": GRANULE} if phase == "first copy" else {}

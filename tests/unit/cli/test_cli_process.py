@@ -34,13 +34,20 @@ def test_status(fake: Fake, run: Main) -> None:
     assert status == fake.do_x_nbdmirror_query_status({})
 
 
-def test_a_lag_is_told_from_a_second_on() -> None:
-    def said(lag_s: float) -> str:
-        job = {"device": "j", "status": "ready", "lag-s": lag_s}
-        return cli_status.text({"disks": [{"name": "d", "jobs": [job]}]})
+def test_how_far_the_target_is_behind() -> None:
+    def said(**job: object) -> str:
+        known = {name.replace("_", "-"): value for name, value in job.items()}
+        disk = {"name": "d", "jobs": [{"device": "j", **known}]}
+        return cli_status.text({"disks": [disk]})
 
-    assert "behind" not in said(0.3)
-    assert "the target is 1:05 behind" in said(65)
+    assert ", lag 0.0 s" in said(status="ready", lag_s=0, unflushed_bytes=0)
+    behind = said(status="ready", lag_s=1.312, unflushed_bytes=2 << 20)
+    assert ", lag 1.4 s, 2 MiB not flushed" in behind, "never too small"
+    assert ", lag 1:05" in said(status="standby", lag_s=64.2)
+    for status in ("running", "paused"):
+        assert ", no copy yet" in said(status=status, unflushed_bytes=1)
+        assert "copy" not in said(status=status), "a server that does not know"
+    assert "copy" not in said(status="concluded", unflushed_bytes=0)
 
 
 def test_what_was_sent_for_what_was_changed() -> None:

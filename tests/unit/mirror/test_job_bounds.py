@@ -88,11 +88,12 @@ def test_a_target_that_is_lost_again_at_once_is_an_error() -> None:
 
 def test_what_was_not_flushed_is_copied_again_after_a_lost_connection() -> None:
     world = JobWorld(reconnect_delay_s=30.0).ready()
+    world.target.requests.holds = {"flush"}
     world.write()
     world.pass_s(1.0)
+    world.target.requests.holds.clear()
     world.target.data[:512] = bytes(512)  # its server crashed
     lose(world)
-    world.job.target_lost()
     world.pass_s(1.0)
     world.assert_identical()
 
