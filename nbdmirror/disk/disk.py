@@ -230,7 +230,8 @@ class SynchronousWrites:
         def to_target(start: int, length: int) -> None:
             self._target.pwrite(view[start - offset : start - offset + length], start, fua)
 
-        return self._both(offset, len(buf), lambda: source.pwrite(buf, offset, fua), to_target)
+        to_source = lambda: source.pwrite(buf, offset, fua)  # noqa: E731
+        return self._both(offset, len(buf), fua, to_source, to_target)
 
     def zero(
         self, source: BlockDevice, offset: int, length: int, may_trim: bool, fua: bool
@@ -241,16 +242,17 @@ class SynchronousWrites:
         def to_target(start: int, length: int) -> None:
             self._target.zero(start, length, may_trim=may_trim, fua=fua)
 
-        return self._both(offset, length, to_source, to_target)
+        return self._both(offset, length, fua, to_source, to_target)
 
     def flush(self) -> None:
         """Rule 45: an acknowledged flush holds on both sides."""
-        self._fails(object(), self._target.flush)
+        self._fails(object(), self._target.flush, flushes=True)
 
     def _both(
         self,
         offset: int,
         length: int,
+        fua: bool,
         to_source: Callable[[], None],
         to_target: Callable[[int, int], None],
     ) -> DirtyBitmap | None:
@@ -265,7 +267,7 @@ class SynchronousWrites:
             finally:
                 is_ours = self._at_source.pop(claim, False)
             if is_ours and span > 0:
-                failed = self._fails(claim, lambda: to_target(start, span))
+                failed = self._fails(claim, lambda: to_target(start, span), flushes=fua)
             if not failed and span < length:
                 tracker.dirty.mark(offset, start - offset)
                 tracker.dirty.mark(start + span, offset + length - start - span)
@@ -274,20 +276,31 @@ class SynchronousWrites:
                 tracker.end_write(claim, failed=failed)
         return tracker.dirty if is_ours else None
 
-    def _fails(self, request: object, call: Callable[[], None]) -> bool:
+    def _fails(self, request: object, call: Callable[[], None], *, flushes: bool) -> bool:
         """The request says that it is at the target and then looks whether it may be; `give_up`
         forbids it and then looks who is: one of the two sees the other."""
         self._at_target.add(request)
         try:
             if self._is_over:
                 return True
-            call()
+            if flushes:
+                self._flushing(call)
+            else:
+                call()
         except IO_ERRORS as error:
             self._on_error(error)
             return True
         finally:
             self._at_target.discard(request)
         return False
+
+    def _flushing(self, call: Callable[[], None]) -> None:
+        meanwhile, failed = self._tracker.begin_guests_flush(), True
+        try:
+            call()
+            failed = False
+        finally:
+            self._tracker.end_guests_flush(meanwhile, failed=failed)
 
     def _whole(self, offset: int, length: int) -> tuple[int, int]:
         """The range of granules covered whole; its length is not positive if there are none."""

@@ -50,6 +50,8 @@ class Tracker:
         self.again_bytes = 0
         """What became dirty since it may have been lost, not since a guest wrote it."""
         self._flushing: list[DirtyBitmap] = []
+        self._guests_flushes: list[list[DirtyBitmap]] = []
+        """For each that is under way at the target: what other flushes have covered meanwhile."""
         self._backlog = Backlog(size, granularity)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # for those in `_waiting`, and only then
@@ -201,16 +203,32 @@ class Tracker:
         that is no work of the job's, and so not in ours."""
         with self._lock:
             if failed:
-                if self._repeated is None:
-                    self._repeated = DirtyBitmap(self.size, self.granularity)
-                self._repeated.merge(covered)
-                self._repeated.subtract(self.dirty)
-                self.dirty.merge(covered)
-                self._backlog.may_be_lost(covered)
+                self._repeat(covered)
             else:
                 self._backlog.flush_ended(covered)
+                for meanwhile in self._guests_flushes:
+                    meanwhile.append(covered.copy())
             self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
         covered.close()
+
+    def begin_guests_flush(self) -> list[DirtyBitmap]:
+        """From any thread: a guest flushes the target itself (write-blocking), which the target may
+        answer with an error for all that was not flushed. To be ended with `end_guests_flush`."""
+        meanwhile: list[DirtyBitmap] = []
+        with self._lock:
+            self._guests_flushes.append(meanwhile)
+        return meanwhile
+
+    def end_guests_flush(self, meanwhile: list[DirtyBitmap], *, failed: bool) -> None:
+        """As `end_flush`. What another flush has covered that ended meanwhile counts as well: the
+        target may have told that one nothing, because it told this one."""
+        with self._lock:
+            self._guests_flushes = [one for one in self._guests_flushes if one is not meanwhile]
+            if failed:
+                lost = self.unflushed.copy()
+                for bitmap in (*self._flushing, *meanwhile):
+                    lost.merge(bitmap)
+                self._repeat(lost)
 
     def target_came_back(self) -> None:
         """After a lost connection: what was not flushed may be lost, so it is dirty (rule 39); so
@@ -257,6 +275,14 @@ class Tracker:
     def _give_back(self, claim: Claim, parts: tuple[Range, ...]) -> None:
         self.dirty.mark_again(*parts)
         self._backlog.gave_back(claim, parts)
+
+    def _repeat(self, covered: DirtyBitmap) -> None:
+        if self._repeated is None:
+            self._repeated = DirtyBitmap(self.size, self.granularity)
+        self._repeated.merge(covered)
+        self._repeated.subtract(self.dirty)
+        self.dirty.merge(covered)
+        self._backlog.may_be_lost(covered)
 
     def _with_claims(self, bitmap: DirtyBitmap) -> DirtyBitmap:
         for claim in (*self._copies, *self._writes):

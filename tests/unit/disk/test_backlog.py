@@ -112,6 +112,26 @@ def test_a_synchronous_write_over_some_of_it_has_to_end_well() -> None:
     assert tracker.needs_flush
 
 
+def test_a_guests_flush_that_fails_takes_what_others_have_flushed_meanwhile() -> None:
+    """The target told the guest's, and so nobody else."""
+    tracker = begun(1)
+    copy_all(tracker)
+    guests = tracker.begin_guests_flush()
+    flush(tracker)
+    assert tracker.renew_backlog(), "as far as anybody knows"
+    tracker.dirty.mark(3 * GRANULE, 1)
+    copy_all(tracker)
+    tracker.end_guests_flush(guests, failed=True)
+    assert tracker.dirty.dirty_bytes == 2 * GRANULE
+    flush(tracker)
+    assert not tracker.renew_backlog()
+    copy_all(tracker)
+    flush(tracker)
+    assert tracker.renew_backlog()
+    tracker.end_guests_flush(tracker.begin_guests_flush(), failed=False)
+    assert tracker.dirty.is_empty
+
+
 def test_all_may_be_lost() -> None:
     tracker = begun(1)
     copy_all(tracker)

@@ -139,11 +139,19 @@ class MemoryTarget(MemoryDevice):
         self.times_given_up = 0
         self.guests_error: BaseException | None = None
         """What synchronous writes of guests end with."""
+        self.guests_flush: Callable[[], None] = lambda: None
+        self.guests_fua: Callable[[], None] = lambda: None
+        """What a guest's flush does here, and its write with FUA, beside writing."""
 
     def pwrite(self, buf: Any, offset: int, fua: bool = False) -> None:
         if self.guests_error is not None:
             raise self.guests_error
         super().pwrite(buf, offset, fua)
+        if fua:
+            self.guests_fua()
+
+    def flush(self) -> None:
+        self.guests_flush()
 
     def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
         content = bytes(buf)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 from unit.mirror.jobparts import (
+    GRANULARITY,
     IO_ERROR,
     NO_SPACE,
     JobWorld,
@@ -266,3 +267,37 @@ def test_pause_and_resume_while_an_ignored_error_waits_keep_the_back_off() -> No
     told = len(world.told("BLOCK_JOB_ERROR"))
     world.pass_s(4 * RETRY_S[1])
     assert len(world.told("BLOCK_JOB_ERROR")) <= told + 5
+
+
+@pytest.mark.rule(13, 45)
+@pytest.mark.parametrize("policy", [Policy.IGNORE, Policy.STOP])
+@pytest.mark.parametrize("is_fua", [False, True])
+def test_what_a_guests_flush_fails_to_cover_is_copied_again(policy: Policy, is_fua: bool) -> None:
+    """Write-blocking: the target lost what it had not written back, and told the guest's flush, or
+    its write with FUA, and not the job's next flush. The guest is not told."""
+    world = JobWorld(copy_mode=CopyMode.WRITE_BLOCKING, on_target_error=policy).ready()
+    before = bytes(world.target.data)
+    for number in range(4):
+        world.write(number * GRANULARITY)
+
+    def lose() -> None:
+        world.target.data[:] = before
+        raise IO_ERROR
+
+    world.target.guests_flush = lose
+    if is_fua:
+        world.target.guests_fua = lose
+        world.disk.pwrite(b"f" * 512, 5 * GRANULARITY, True)
+    else:
+        world.disk.flush()
+    world.settle()
+    world.target.guests_flush = world.target.guests_fua = lambda: None
+    if policy is Policy.STOP:
+        world.settle()
+        assert world.status == "standby"
+        world.job.resume()
+    world.pass_s(RETRY_S[1])
+    world.assert_identical()
+    world.job.complete()
+    world.pass_s(5.0)
+    assert "pivot" in world.resources.calls
