@@ -108,7 +108,7 @@ def claim_pidfile(path: str, parameter: str) -> None:
     os.close(fd)
     if file.st_nlink != 1 or not _may_remove(file, place):
         raise ConfigError(
-            f"{parameter}: {path}: is a file of user {_name_of(file.st_uid)}, or has another name; "
+            f"{parameter}: {path}: belongs to user {_name_of(file.st_uid)}, or is a hard link; "
             f"it was left alone"
         )
     if not is_pidfile:

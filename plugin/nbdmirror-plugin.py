@@ -53,7 +53,7 @@ except ImportError as error:
     # nbdmirror is installed for.
     sys.stderr.write(
         f"nbdmirror: nbdkit's Python {sys.version.split()[0]} cannot load what nbdmirror needs "
-        f"({error}): install nbdmirror for this Python, and have PYTHONPATH or PATH lead there\n"
+        f"({error}): install nbdmirror for this Python, and set PYTHONPATH or PATH accordingly\n"
     )
     os._exit(1)
 

@@ -47,9 +47,9 @@ def _check(args: argparse.Namespace) -> None:
         raise CliError(f"bitmap {args.action}: expects {wanted}", USAGE)
     for option in ONLY_OF_ADD:
         if getattr(args, option) and args.action != "add":
-            raise CliError(f"bitmap {args.action}: --{option} goes with add alone", USAGE)
+            raise CliError(f"bitmap {args.action}: --{option} is for add only", USAGE)
     if args.json and args.action != "list":
-        raise CliError(f"bitmap {args.action}: --json goes with list alone", USAGE)
+        raise CliError(f"bitmap {args.action}: --json is for list only", USAGE)
 
 
 async def _list(session: Session, args: argparse.Namespace) -> int:

@@ -45,9 +45,7 @@ FINISH_S_MAX = 60.0
 """For the last of the guest's memory, after the pivot."""
 ELSEWHERE = ("inmigrate", "postmigrate", "finish-migrate")
 OVER = ("none", "completed", "failed", "cancelled")
-QEMU_ADVICE = (
-    "--qemu names a QMP socket of its own of the QEMU that runs the guest (-qmp unix:PATH)"
-)
+QEMU_ADVICE = "name a QMP socket of the QEMU that runs the guest with --qemu (QEMU: -qmp unix:PATH)"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +78,7 @@ async def _undisturbed(step: Coroutine[Any, Any, Result], display: Display) -> R
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            why = "so that it is known where the guest is"
+            why = "so that the guest's location is known"
             display.note(f"interrupted: this step is finished first, {why}")
     return task.result()
 
@@ -115,7 +113,7 @@ class _Handover:
                 text = f"job {self._job} mirrors {name} to {target}, not to {self._args.target}"
                 raise CliError(f"{text}: name that target, or end the job")
             if job.get("paused"):
-                text = f"job {self._job} is paused; let it continue with: nbdmirror resume"
+                text = f"job {self._job} is paused; continue with: nbdmirror resume"
                 raise CliError(text)
             if not job.get("auto-finalize", True):
                 text = f"job {self._job} has auto-finalize off: the guest would wait for you"

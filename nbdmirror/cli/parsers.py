@@ -39,7 +39,7 @@ def _add_bitmap(bitmap: argparse.ArgumentParser, parse_size: Callable[[str], int
     )
     add = bitmap.add_argument
     add("action", metavar="ACTION", choices=BITMAP_ACTIONS, help=", ".join(BITMAP_ACTIONS))
-    names = "the bitmap; for merge, those that are added to it"
+    names = "the bitmap; merge: the destination, then the sources"
     add("names", metavar="NAME", nargs="*", help=names)
     add("--device", metavar="NAME", help="the disk (default: the only one; list: all)")
     add("--granularity", type=parse_size, metavar="SIZE", help="add: bytes a bit (default: 64K)")

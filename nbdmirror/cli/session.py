@@ -32,7 +32,7 @@ REPLY_S_MAX = 60.0
 DISCONNECT_S_MAX = 2.0
 SERVER_ADVICE = "start one, or name its control socket with --qmp or NBDMIRROR_QMP"
 OURS, QEMU = "nbdmirror", "QEMU"
-FOREIGN_ADVICE = "the socket is another user's; run this as the one who started it, or as root"
+FOREIGN_ADVICE = "the socket belongs to another user; run this command as that user, or as root"
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -185,9 +185,7 @@ async def connect(
         what = "server" if program == OURS else program
         reason = getattr(error, "exc", None)
         if isinstance(reason, GreetingError):
-            text = (
-                f"{what} at {path}: does not greet as a QMP server: it is another program's socket"
-            )
+            text = f"{what} at {path}: sends no QMP greeting: the socket belongs to another program"
             text += ", or too many clients are connected: end some, or try again later"
             raise CliError(text, NO_SERVER) from error
         text = _why_nobody_answers(path, reason)
@@ -212,7 +210,7 @@ def no_socket(path: str) -> str:
         mode = os.stat(path).st_mode
         if not stat.S_ISSOCK(mode):
             kind = next((kind for is_one, kind in _KINDS if is_one(mode)), "a device")
-            return f"that is {kind}, and no socket"
+            return f"that is {kind}, not a socket"
     return ""
 
 
@@ -225,4 +223,4 @@ def _why_nobody_answers(path: str, error: BaseException | None) -> str:
         return ""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    return "it does not answer as a QMP server does"
+    return "it does not answer as a QMP server"

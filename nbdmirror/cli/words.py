@@ -25,7 +25,7 @@ _REFUSALS = (
     ),
     (
         r"Job '(.*)' in state 'pending' cannot accept command verb '.*'",
-        r"job \1 has finished its work, which rules this out; end it with: nbdmirror finalize",
+        r"job \1 has finished its work and cannot do this now; end it with: nbdmirror finalize",
     ),
     (
         r"Job '(.*)' in state '(.*)' cannot accept command verb '(.*)'",
@@ -69,7 +69,7 @@ _REFUSALS = (
     ),
     (
         r"Can't store persistent bitmaps to .*: Operation not supported",
-        "the server saves nothing when it ends: start it with --state-dir for persistent bitmaps",
+        "the server has no state directory: start it with --state-dir for persistent bitmaps",
     ),
     (
         r"Parameter '(?:x-nbdmirror-)?([a-z-]*-size|granularity|speed|reconnect-delay)' (.*)",

@@ -250,7 +250,9 @@ class AlignedDevice(Wrapper):
         first, last, edges = self._cut(offset, end)
         if fast and first == last:
             # What is left of it would be a read and a write: not what `fast` asks for.
-            raise DeviceError(f"{self.description}: no fast zero below a unit", errno.ENOTSUP)
+            raise DeviceError(
+                f"{self.description}: no fast zero of less than a block", errno.ENOTSUP
+            )
         if not edges:
             key = self._ranges.enter(first, last)
             try:

@@ -266,7 +266,7 @@ class MemoryDevice(BlockDevice):
             raise DeviceError(f"{self.description}: is read-only", errno.EROFS)
         if offset < 0 or length < 0 or offset + length > self.size:
             raise DeviceError(
-                f"{self.description}: {length} bytes at {offset} lie outside of {self.size}",
+                f"{self.description}: {length} bytes at {offset} lie outside its {self.size} bytes",
                 errno.EINVAL,
             )
 

@@ -177,7 +177,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
             raise self._lost_writes()
 
     def _lost_writes(self) -> DeviceError:
-        return DeviceError(f"{self.uri}: lost its connection with writes not flushed")
+        return DeviceError(f"{self.uri}: the connection was lost with writes not flushed")
 
     def _flush(self) -> None:
         if self.announced.can_flush:

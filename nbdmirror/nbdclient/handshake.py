@@ -156,8 +156,8 @@ def connect(
         return _connect(home, left_s, for_data_alone=for_data_alone)
     except ConfigError as error:
         raise Unreachable(
-            f"'{uri}' is the old side of a disk, and takes a mirror only from the server that the "
-            f"disk is on; its log says why it does not take this one"
+            f"'{uri}' is the old side of a disk, and accepts a mirror only from the server that "
+            f"has the disk; the log of the server there says why this mirror is refused"
         ) from error
 
 

@@ -86,7 +86,7 @@ class Parts:
         """At the end of the read."""
         if not self._missing_bytes:
             return None
-        return DeviceError(f"{self._description}: a reply to a read lacks some data", errno.EIO)
+        return DeviceError(f"{self._description}: a reply lacks some data", errno.EIO)
 
     def check(self, done: Done) -> Done:
         """`done` with that error, if there is no other."""

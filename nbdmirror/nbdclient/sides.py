@@ -109,7 +109,7 @@ def when_whole(device: NbdDevice, loop: Loop, done: Done, *, writes_all: bool) -
         try:
             said = ask(SIDE, device.uri)
             if said is None:
-                failure = OSError(f"{device.uri}: its server does not say what it has")
+                failure = OSError(f"{device.uri}: its server does not report which side it has")
             elif said[0] is Side.TARGET:
                 failure = ConfigError(not_whole(device))
         except (ConfigError, *IO_ERRORS) as error:
@@ -166,8 +166,8 @@ def _tell(uri: str) -> None:
 
 def _not_told(why: object) -> str:
     return (
-        f"the disk has moved there, but the server there does not know: {why}. If that server is "
-        f"started again, it needs --accept-old-side"
+        f"the disk has moved there, but the server there has not been notified: {why}. If that "
+        f"server is started again, it needs --accept-old-side"
     )
 
 

@@ -83,7 +83,7 @@ class CommandTable(dict[str, Command]):
         """Add the command that the decorated function carries out."""
 
         def add(handler: _AnyHandler) -> _AnyHandler:
-            assert name not in self, f"{name} is there already"
+            assert name not in self, f"{name} exists already"
             self[name] = Command(name, arguments, returns, handler, action, is_deprecated)
             return handler
 

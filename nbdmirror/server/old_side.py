@@ -71,7 +71,9 @@ class OldSides:
         if not isinstance(device, TargetOnly):
             return
         if not server or server != device.writer:
-            log.warning("disk %s: stays a target only: that server has not mirrored here", name)
+            log.warning(
+                "disk %s: stays a target only: the server that asks has not mirrored here", name
+            )
             return
         if not device.is_whole:
             log.warning("disk %s: stays a target only: not all of it was written", name)
@@ -83,7 +85,9 @@ class OldSides:
             store = self._stores[name]
             definition = forget(store.folder, name, store.identity)
             if definition is not None:
-                found.append(RecoveredState(definition, problem="they were of the other side"))
+                found.append(
+                    RecoveredState(definition, problem="its bitmaps come from the other side")
+                )
 
         try:
             self._writers[name].submit(write).result()

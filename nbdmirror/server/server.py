@@ -120,7 +120,7 @@ class Server:
             if (content := store.folder.read(store.files["last"])) is not None:
                 self.chronicle.results[disk] = Result.from_bytes(content)
         except (OSError, StateError) as error:
-            log.warning("disk %s: how its last job ended is not known: %s", disk, error)
+            log.warning("disk %s: the result of its last job is not known: %s", disk, error)
 
     def _take_up(self, disk: Disk, found: RecoveredState) -> None:
         self.bitmaps.take_up(disk, found)

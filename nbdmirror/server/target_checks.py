@@ -39,7 +39,7 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         raise CommandError(not_whole(target))
     if not target.announced.can_flush and disk.size:
         raise CommandError(
-            f"Target '{target.uri}' does not support flush, so that its data cannot be made safe"
+            f"Target '{target.uri}' does not support flush, so its data would not be durable"
         )
     if disk.size % target.block_size.minimum:
         raise CommandError(

@@ -102,7 +102,7 @@ class StateDirectory:
         if other != name:
             raise ConfigError(
                 f"state-dir: {where}: disks {other} and {name} would share a file there, since "
-                f"upper and lower case are the same to it: rename one of them"
+                f"its file system ignores upper and lower case: rename one of them"
             )
         return DiskStore(
             name=name,
@@ -163,10 +163,8 @@ class StateDirectory:
                 continue  # which disk it was is not known
             before = definition.identity
             if before.is_same(identity) or before.shares_storage(identity):
-                text = (
-                    "disk %s: %s was the disk %s, of which everything counts as dirty from now on"
-                )
-                log.warning(text, name, identity.source, other)
+                text = "disk %s: %s was served as disk %s: all of disk %s counts as dirty now"
+                log.warning(text, name, identity.source, other, other)
                 doubted = replace(definition, memory="", clean_mtime_ns=None)
                 self._folder.prepare(path.name, doubted.to_bytes())
                 self._folder.commit([path.name], [names(other)["bitmaps"]])

@@ -178,7 +178,7 @@ def check_unchanged(source: str, clean_mtime_ns: int) -> None:
     """Since an orderly end. Raises StateError."""
     status = status_of(source)
     if status is not None and status.st_mtime_ns != clean_mtime_ns:
-        raise StateError("the disk was written to since its server ended")
+        raise StateError("the disk was written to after its server ended")
 
 
 def check_unchanged_since_killed(source: str, last: LastSeen, *, was_idle: bool) -> None:
@@ -192,7 +192,7 @@ def check_unchanged_since_killed(source: str, last: LastSeen, *, was_idle: bool)
         is_known
         or not last.seen_s - SEEN_SLACK_S <= status.st_mtime <= last.alive_s + ALIVE_SLACK_S
     ):
-        raise StateError("the disk was written to since its server was killed")
+        raise StateError("the disk was written to after its server was killed")
 
 
 def check_unchanged_since_saved(source: str, saved_s: float, saved_mtime_ns: int) -> None:
@@ -202,7 +202,7 @@ def check_unchanged_since_saved(source: str, saved_s: float, saved_mtime_ns: int
     if status is None or status.st_mtime_ns == saved_mtime_ns:
         return
     if status.st_mtime > saved_s + SAVED_SLACK_S:
-        raise StateError("the disk was written to since its server was killed")
+        raise StateError("the disk was written to after its server was killed")
 
 
 def mtime_ns(source: str) -> int:

@@ -154,11 +154,11 @@ def _sectors(content: bytes, disk_id: str, size: int) -> list[_Sector]:
         body = sector[: -_CHECKSUM.size]
         magic, version, number, disk, of_size, sequence, time_s, unit = _HEAD.unpack_from(body)
         if magic != _MAGIC:
-            raise StateError("is damaged: it does not begin as such a file does")
+            raise StateError("is damaged: its first bytes are wrong")
         if not _is_sound(sector) or number != index:
             raise StateError("is damaged: a checksum is wrong")
         check_version(version)
         if (disk.hex(), of_size, unit) != (disk_id, size, region_bytes(size)):
-            raise StateError("is of another disk")
+            raise StateError("belongs to another disk")
         found.append(_Sector(sequence, time_s, body[_HEAD.size :]))
     return found

@@ -231,7 +231,7 @@ def recover(
         replace(definition, identity=identity)
     )  # it may have another path by now
     if before.size != identity.size:
-        found.problem = f"the disk had {before.size} bytes, it has {identity.size}"
+        found.problem = f"the disk had {before.size} bytes, and has {identity.size} now"
     elif before.is_one_file(identity) is False:  # the same name alone
         found.problem = "another file is there now"
     else:
@@ -313,7 +313,7 @@ def _take_from_memory(memory: ShmDirectory, found: RecoveredState, sizes: dict[s
 def _check_sizes(found: RecoveredState, sizes: dict[str, int]) -> None:
     for key, contents in found.bits.items():
         if not contents or any(len(bits) != sizes[key] for bits in contents):
-            found.problem = found.problem or "the bitmaps are of another size"
+            found.problem = found.problem or "the bitmaps have another size"
 
 
 def _saved(
@@ -325,7 +325,7 @@ def _saved(
     try:
         saved = BitmapSnapshot.from_bytes(content, sizes)
         if saved.disk_id != found.definition.disk_id:
-            raise StateError("is of another disk")
+            raise StateError("belongs to another disk")
     except StateError as error:
         found.refused.append(files["bitmaps"])
         raise StateError(f"{files['bitmaps']}: {error}") from error

@@ -51,7 +51,7 @@ def unseal(kind: str, content: bytes) -> bytes:
     line, newline, _ = content[:_HEADER_BYTES_MAX].partition(b"\n")
     words = line.split(b" ")
     if not newline or len(words) != 5 or words[0] != b"nbdmirror":
-        raise StateError("is damaged: it does not begin as such a file does")
+        raise StateError("is damaged: its first bytes are wrong")
     if words[1] != kind.encode():
         raise StateError(f"is a file of another kind: {words[1][:20]!r} instead of {kind!r}")
     if not words[2].isdigit():

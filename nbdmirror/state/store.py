@@ -175,7 +175,7 @@ class DiskStore(StateStore):
 
     def _give_memory_up(self, error: OSError) -> None:
         """Some of it cannot be had, so that the rest tells less than what is dirty."""
-        text = "disk %s: no shared memory: %s; a killed server counts as a power cut"
+        text = "disk %s: no shared memory: %s; a kill of the server counts as a power cut"
         log.warning(text, self.name, error)
         if self._memory is not None:
             self._memory.discard()
@@ -298,7 +298,7 @@ class DiskStore(StateStore):
 
     def commit_end(self, done: Done) -> None:
         if self._ending is None:
-            done(OSError(0, "something else was saved meanwhile"))
+            done(OSError(0, "the state has changed in the meantime"))
             return
         definition, pivoted = self._ending
         before = (self._mirror, self._pivoted, self._identity)

@@ -170,8 +170,8 @@ def test_a_newer_line_on_the_last_job_is_forgotten(server: Kept, target: QemuNbd
     server.stop()
     newer(server.state / "vda.last")
     server.disks = [f"vda={target.uri()}"]
-    server.allowed.append("how its last job ended is not known")
+    server.allowed.append("the result of its last job is not known")
     server.restart()
     with connected(server.uri()) as guest:
         assert guest.get_size() == SIZE
-    assert "vda: how its last job ended is not known: has version 2" in server.stderr
+    assert "vda: the result of its last job is not known: has version 2" in server.stderr

@@ -111,7 +111,7 @@ def test_a_file_that_was_moved_and_written_to(
     server.disks = [f"vda={moved}"]
     server.allowed.append("counts as dirty")
     server.restart()
-    assert "was written to since" in server.stderr
+    assert "was written to after" in server.stderr
     assert finish(server) == SIZE
     assert_identical(moved, target.image)
 

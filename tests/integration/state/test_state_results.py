@@ -58,4 +58,4 @@ def test_a_file_that_is_damaged_is_forgotten(server: Kept, target: QemuNbd) -> N
     (server.state / "vda.last").write_text("nbdmirror last 1 2 3\n{}")
     server.restart()
     assert "last-job" not in disk_of(server)
-    assert "how its last job ended is not known" in server.stderr
+    assert "the result of its last job is not known" in server.stderr

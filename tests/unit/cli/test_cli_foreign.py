@@ -70,10 +70,10 @@ def test_a_real_storage_daemon(folder: Path, run: Main) -> None:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        (stat.S_IFDIR, "that is a directory, and no socket"),
-        (stat.S_IFREG, "that is a file, and no socket"),
-        (stat.S_IFIFO, "that is a pipe, and no socket"),
-        (stat.S_IFCHR, "that is a device, and no socket"),
+        (stat.S_IFDIR, "that is a directory, not a socket"),
+        (stat.S_IFREG, "that is a file, not a socket"),
+        (stat.S_IFIFO, "that is a pipe, not a socket"),
+        (stat.S_IFCHR, "that is a device, not a socket"),
         (stat.S_IFSOCK, "Connection refused"),
         (0, "No such file or directory"),
     ],

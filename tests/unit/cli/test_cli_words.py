@@ -73,7 +73,7 @@ def test_a_socket_of_another_user(run: Main, tmp_path: Path, monkeypatch: Any) -
     monkeypatch.setattr(QMPClient, "connect", connect)
     status, _, err = run("status", "--qmp", str(tmp_path / "s"))
     assert status == common.NO_SERVER
-    assert "another user's" in one_line(err)
+    assert "belongs to another user" in one_line(err)
     assert "start one" not in err
 
 

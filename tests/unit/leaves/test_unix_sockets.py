@@ -271,7 +271,7 @@ def test_a_pidfile_that_is_a_trap(
 def test_another_users_pidfile_in_a_shared_directory(shared: Path) -> None:
     (shared / "pid").write_text("1\n")
     os.chown(shared / "pid", NOBODY, NOBODY)
-    assert "is a file of user nobody" in claim(shared / "pid")
+    assert "belongs to user nobody" in claim(shared / "pid")
 
 
 def test_a_pidfile_in_a_directory_that_is_not_there(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_time_of_change_that_the_server_cannot_have_made(disk: Path, changed_s
     server was down."""
     last = noted(NOW_S, NOW_S - 10, NOW_S + 1)
     os.utime(disk, (NOW_S, NOW_S + changed_s))
-    with pytest.raises(StateError, match="was written to since"):
+    with pytest.raises(StateError, match="was written to after"):
         check_unchanged_since_killed(str(disk), last, was_idle=False)
 
 
@@ -129,7 +129,7 @@ def test_a_guest_that_was_idle_changed_nothing(disk: Path) -> None:
     check_unchanged_since_killed(
         str(disk), replace(last, mtime_ns=int(NOW_S) * 10**9), was_idle=True
     )
-    with pytest.raises(StateError, match="was written to since"):
+    with pytest.raises(StateError, match="was written to after"):
         check_unchanged_since_killed(str(disk), last, was_idle=True)
     check_unchanged_since_killed(str(disk), last, was_idle=False)
     older = replace(last, is_exact=False)
@@ -139,13 +139,13 @@ def test_a_guest_that_was_idle_changed_nothing(disk: Path) -> None:
 def test_after_a_power_cut_an_older_time_is_no_sign(disk: Path) -> None:
     """The last writes, and the time of them, may be lost."""
     check_unchanged_since_saved(str(disk), NOW_S + HOUR_S, int(NOW_S + HOUR_S) * 10**9)
-    with pytest.raises(StateError, match="was written to since"):
+    with pytest.raises(StateError, match="was written to after"):
         check_unchanged_since_saved(str(disk), NOW_S - 120, int(NOW_S - 130) * 10**9)
 
 
 def test_after_an_orderly_end_the_time_is_exact(disk: Path) -> None:
     check_unchanged(str(disk), disk.stat().st_mtime_ns)
-    with pytest.raises(StateError, match="was written to since"):
+    with pytest.raises(StateError, match="was written to after"):
         check_unchanged(str(disk), disk.stat().st_mtime_ns - 1)
 
 
