@@ -185,7 +185,7 @@ class LeavesTheRestClean(World):
 
 
 class WakesNobody(World):
-    """A wait without a bound needs a wake-up: STYLE, "every wait has a bound or is woken"."""
+    """A wait without a bound needs a wake-up: every wait has a bound or is woken."""
 
     class tracker_class(Tracker):  # noqa: N801
         def settle(self, claim: Claim, *, failed: bool) -> int:
