@@ -265,7 +265,7 @@ def test_the_job_id_defaults_to_the_disk(folder: Path) -> None:
     """QEMU takes the name of the device that has the node: nbdmirror's disks have one."""
     difference = Difference(
         "job-id may be left out",
-        "a node of the daemon has no device name, so it refuses; here NAME is the device (docs/qmp.md)",
+        "a node of the daemon has no device name, so it refuses; NAME is the device here (qmp.md)",
         without_step("blockdev-mirror"),
     )
     script: list[Script] = [[add(), raw("blockdev-mirror", given(job_id=None))]]
