@@ -1,9 +1,8 @@
 """What a mirror job is doing: one value, and the table of what may follow it.
 
-A job's status (job_states) is what QEMU's tools see of the job. Its activity is what the job really
-does, and is finer: a job that is RUNNING copies, or waits for its target, or drains before it is
-PAUSED. The words for endings are those of QEMU's JobDriver: prepare, commit, abort, clean.
-"""
+QEMU's tools see a job's status (job_states). The activity is what the job really does, and is
+finer: a RUNNING job copies, or waits for its target, or drains before it is PAUSED. The words for
+endings are those of QEMU's JobDriver: prepare, commit, abort, clean."""
 
 from __future__ import annotations
 
@@ -13,47 +12,47 @@ import enum
 class Activity(enum.Enum):
     NOT_STARTED = "not started"
     RECONNECTING = "reconnecting"
-    """Source and target are brought back, where they are lost."""
+    """Source and target are reconnected, if they are lost."""
     SCANNING = "scanning"
-    """The source is asked what there is to copy."""
+    """The source's extents are queried."""
     COPYING = "copying"
     FLUSHING = "flushing"
     """In sync for the first time: READY follows (rule 14)."""
     PREPARING = "preparing"
-    """For an end: what takes time is done while guests write on."""
+    """Before an end: slow work is done while guests continue to write."""
     QUIESCING = "quiescing"
-    """The target is brought level; guests' writes are held for the last of it."""
+    """The target becomes level; guests' writes are held for the last part."""
     HELD = "held"
-    """Level, with guests' writes held, until all jobs of the group are."""
+    """Level, with guests' writes held, until all jobs of the group are level."""
     COMMITTING = "committing"
-    """The same, while the end is written down. Nothing can come between any more."""
+    """The same, while the end is recorded. Nothing can come between any more."""
     POSTPONED = "postponed"
-    """Copying; the end could not be written down, and is tried again after a while."""
+    """Copying; the end could not be recorded, and the job tries again after a while."""
     BACKING_OFF = "backing off"
-    """After an error that is ignored, until the next attempt."""
+    """After an ignored error, until the next attempt."""
     PAUSING = "pausing"
-    """Nothing new begins; what is in flight ends."""
+    """Nothing new begins; requests in flight end."""
     PAUSED = "paused"
     ABORTING = "aborting"
-    """A bad end: nothing new begins; what is in flight ends, or is given up."""
+    """A bad end: nothing new begins; requests in flight end, or are given up."""
     CLEANING = "cleaning"
-    """The bad end is written down."""
+    """The bad end is recorded."""
     ENDED = "ended"
 
     @property
     def copies(self) -> bool:
-        """The copier runs, and guests' writes are synchronous where the copy mode says so."""
+        """The copier runs, and guests' writes are synchronous in write-blocking mode."""
         return self in _COPIES
 
     @property
     def may_hold_guests(self) -> bool:
-        """Guests' writes may be held; in any other one they are not."""
+        """Guests' writes may be held; in no other activity they are."""
         return self in _HOLDS_GUESTS
 
     @property
     def hears_errors(self) -> bool:
-        """An error is decided on. In any other one it belongs to an error that has been, or comes
-        too late."""
+        """The error policy decides about an error. In the other activities an error is part of an
+        earlier one, or comes too late."""
         return self in _HEARS_ERRORS
 
     @property
@@ -66,7 +65,7 @@ class Activity(enum.Enum):
 
     @property
     def is_bad_end(self) -> bool:
-        """Or the end itself: nothing but that can follow."""
+        """A bad end, or the end itself: only the end can follow."""
         return self in (Activity.ABORTING, Activity.CLEANING, Activity.ENDED)
 
 
@@ -76,7 +75,7 @@ _HOLDS_GUESTS = frozenset({A.QUIESCING, A.HELD, A.COMMITTING})
 _COPIES = _HOLDS_GUESTS | {A.COPYING, A.FLUSHING, A.PREPARING, A.POSTPONED}
 _HEARS_ERRORS = _COPIES - {A.COMMITTING} | {A.RECONNECTING, A.SCANNING}
 _TROUBLE = frozenset({A.RECONNECTING, A.BACKING_OFF, A.PAUSING, A.ABORTING})
-"""What an error, or the user, may bring about at almost any time."""
+"""Activities that an error or the user may cause at almost any time."""
 
 MAY_FOLLOW: dict[Activity, frozenset[Activity]] = {
     A.NOT_STARTED: frozenset({A.RECONNECTING, A.PAUSING, A.ABORTING, A.ENDED}),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 
 ZERO_UNIT_BYTES = 64 << 10
-"""Zeroes in data are looked for in units of this size: the usual cluster, so that a target can
-leave it out."""
+"""Unit in which zeroes are detected: the usual cluster size, so that the target can leave out whole
+clusters."""
 
 BUFFER_ALIGNMENT = 4096
 """malloc gives large blocks at 16 bytes after a page's start. There `read` copies 3 times slower
@@ -16,11 +16,12 @@ than at a multiple of 32 (an AMD EPYC's `rep movsb`: 2.0 GB/s instead of 6.3).""
 _ZEROES = bytes(ZERO_UNIT_BYTES)
 
 Run = tuple[int, int, memoryview | None]
-"""Offset, length, and what is written there; None is zeroes."""
+"""Offset and length in bytes, and the data to write there; None for zeroes."""
 
 
 class PageBuffer:
-    """A page-aligned part of a bytearray, which unlike mmap can be searched at memory speed."""
+    """`length` bytes of page-aligned memory: a part of a bytearray which, unlike mmap, can be
+    compared at memory speed."""
 
     __slots__ = ("_base", "_bytes", "view")
 
@@ -31,13 +32,14 @@ class PageBuffer:
         self.view = memoryview(self._bytes)[self._base : self._base + length]
 
     def has(self, content: bytes, start: int) -> bool:
-        """`startswith` is a memcmp that ends at the first byte that differs."""
+        """Whether `content` is at `start`. (`startswith` is a memcmp that ends at the first byte
+        that differs.)"""
         return self._bytes.startswith(content, self._base + start)
 
     def runs(self, offset: int, length: int, start: int = 0) -> list[Run]:
-        """The `length` bytes at `start`, read from `offset`, as runs of data and of zeroes, cut at
-        multiples of ZERO_UNIT_BYTES of the disk. Data costs nothing here: `has` ends at the first
-        byte that differs."""
+        """The `length` bytes at `start` of the buffer, which were read from `offset` of the disk,
+        as runs of data and of zeroes, cut at multiples of ZERO_UNIT_BYTES of the disk. Data takes
+        no time: `has` ends at the first byte that differs."""
         runs: list[tuple[int, int, bool]] = []
         base, end = offset - start, offset + length
         while offset < end:
@@ -57,16 +59,16 @@ class PageBuffer:
 
 
 class Buffers:
-    """Those that were used before: fresh memory is dear, and so is giving it back, for guests'
-    threads too."""
+    """Buffers for reuse: fresh memory is expensive, and so is returning memory to the kernel, for
+    guests' threads too. On the event loop's thread."""
 
     def __init__(self) -> None:
         self._at_rest: list[PageBuffer] = []
         self.length = 0
-        """Bytes at rest."""
+        """Bytes that are kept."""
 
     def take(self, length: int) -> PageBuffer:
-        """One of `length` bytes or more. Those that are too small for what is copied now go."""
+        """A buffer of at least `length` bytes. Kept buffers that are too small are dropped."""
         while self._at_rest:
             buffer = self.drop()
             if len(buffer.view) >= length:
@@ -78,7 +80,7 @@ class Buffers:
         self.length += len(buffer.view)
 
     def drop(self) -> PageBuffer:
-        """One that is at rest."""
+        """Remove a kept buffer and return it."""
         buffer = self._at_rest.pop()
         self.length -= len(buffer.view)
         return buffer

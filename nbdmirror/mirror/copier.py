@@ -6,13 +6,13 @@ The life of a claim (the ledger's `Claim`: its bits are already clear):
                            ->  data: read, look for zeroes, write; piece after piece, one buffer
     -> settle: done, or dirty again
 
-Pieces are as large as can be and yet answered soon (in_flight.ANSWER_S): each is progress, and none
-is begun after `stop`. Many claims run at once, each with one slot; a slot is a buffer of
-`request_bytes`. So requests and bytes are both bounded. What the source says of its extents is
-asked after the bits are cleared, and a "zero" is believed only for the claim that asked; "data" is
-believed for later claims as well, since treating zeroes as data is never wrong.
+A piece is as large as the storage can answer soon (in_flight.ANSWER_S): each piece is progress, and
+no piece begins after `stop`. Many claims run at once, each with one slot; a slot is a buffer of
+`request_bytes`. So requests and bytes are both bounded. The source's extents are queried after the
+bits are cleared. The answer "zero" counts only for the claim that asked. The answer "data" counts
+for later claims as well, since treating zeroes as data is never wrong.
 
-It has no opinion about errors: it makes the claim dirty again and tells its observer.
+The copier does not decide about errors: it marks the claim dirty again and calls its observer.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad, Holes, InFligh
 from nbdmirror.mirror.rate_limit import Haste, RateLimit
 
 REQUEST_BYTES_MAX = 1 << 20
-"""Largest read and write but one (in_flight.OPENING_BYTES), QEMU's MAX_IO_BYTES: larger ones gain
-nothing on a local socket."""
+"""Largest read and write (QEMU's MAX_IO_BYTES), except the one of in_flight.OPENING_BYTES. Larger
+requests are not faster on a local socket."""
 
 BUFFER_BYTES_DEFAULT = 64 << 20
-"""Of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A target that is near gets
-no more than in_flight.QUICK_BYTES, so the rest is not even allocated for it."""
+"""Default of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A near target gets
+at most in_flight.QUICK_BYTES, so the rest is never allocated for such a target."""
 
 
 class Observer(Protocol):
-    """Who is told; called on the loop's thread."""
+    """Gets the results, on the loop's thread."""
 
     def copy_failed(self, operation: str, error: BaseException) -> None:
         """A "read" of the source or a "write" on the target failed; its range is dirty again."""
 
     def copy_settled(self) -> None:
-        """Nothing is in flight any more: all is clean, or the copier is not running."""
+        """Nothing is in flight any more: everything is clean, or the copier is stopped."""
 
 
 class Copier:
-    """Copies what `tracker` says from `source` to `target` while `running`.
+    """Copies from `source` to `target` what `tracker` has as dirty, while `is_running`.
 
-    `pump` starts what can be started. Guest writes are not announced: call it now and then."""
+    `pump` starts new claims. Guest writes call nothing, so `pump` must be called regularly."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Copier:
         unmap: bool = True,
         load: CopierLoad | None = None,
     ) -> None:
-        """`load`: of all copiers of this loop."""
+        """`load`: shared by all copiers of this loop."""
         self.source = source
         self.target = target
         self.tracker = tracker
@@ -76,7 +76,7 @@ class Copier:
         self.unmap = unmap
         self.is_running = False
         self.copied_bytes = 0
-        """Bytes copied since the start: QEMU's `offset`, which never goes back."""
+        """Bytes copied since the start: QEMU's `offset`, which never decreases."""
         self.written_bytes = 0
         """Bytes of data sent to the target, zeroes not counted."""
         self.spared_bytes = 0
@@ -111,12 +111,12 @@ class Copier:
 
     @property
     def is_writing(self) -> bool:
-        """An answer of the target's is waited for."""
+        """A write or a flush waits for the target's answer."""
         return self._flushes > 0 or any(copy.operation == "write" for copy in self._copies)
 
     @property
     def is_idle(self) -> bool:
-        """No request of ours is in flight, flushes included."""
+        """No request is in flight, flushes included."""
         return not self._copies and not self._flushes
 
     def start(self) -> None:
@@ -131,27 +131,27 @@ class Copier:
         self._rate_limit.haste = haste
 
     def stop(self) -> None:
-        """Claim no more, and begin no more pieces. What is in flight ends by itself; then
-        `copy_settled` is called."""
+        """Begin no more claims and pieces. When the requests in flight have ended, `copy_settled`
+        is called."""
         self.is_running = False
         self._window.start_over()
         self._holes.zeroed.start_over()
 
     def disown(self) -> None:
-        """After `stop`: wait no longer for the source. What it was asked for is dirty again, and if
-        its answer comes it is nobody's: the buffer is not used again, nothing is written."""
+        """After `stop`: do not wait for the source any longer. The ranges of its reads are dirty
+        again. A late answer is dropped: its buffer is not reused, and nothing is written."""
         for copy in [copy for copy in self._copies if copy.operation == "read"]:
             copy.buffer = None
             self._piece_bytes -= copy.piece_bytes
             self._settle(copy, failed=True)
 
     def close(self) -> None:
-        """Stop for good; nothing is in flight. The buffers go soon."""
+        """Stop for ever; nothing is in flight. The buffers are freed soon."""
         self.stop()
         self._free_buffers()
 
     def _free_buffers(self) -> None:
-        """One a turn of the loop: each holds the GIL for a tenth of a millisecond."""
+        """One buffer in each turn of the loop: each holds the GIL for a tenth of a millisecond."""
         if self._buffers.length:
             self._buffers.drop()
             self._call_later(0, self._free_buffers)
@@ -159,7 +159,7 @@ class Copier:
     def pump(self) -> None:
         """Start claims until the slots are full, nothing is dirty, or the speed limit says wait."""
         if self._is_pumping:
-            return  # a claim that was settled at once: the loop below goes on
+            return  # a claim was settled at once: the loop below continues
         was_busy = bool(self._copies)
         self._is_pumping = True
         try:
@@ -184,7 +184,7 @@ class Copier:
 
     @property
     def _next_bytes(self) -> int:
-        """Of the next request at most."""
+        """Largest length of the next request."""
         length = self._window.request_bytes
         return length if length <= self._free_bytes else self._request_bytes
 
@@ -216,7 +216,7 @@ class Copier:
             start = claim.parts[0][0]
             length = min(length, sum(claim.parts[-1]) - start)
             self.spared_bytes += claim.length - sum(span for _, span in claim.parts)
-        # With a speed limit few claims begin before they are accounted for, small as they are.
+        # With a speed limit, small claims too count in full until the limit has counted them.
         weight = self._request_bytes if self._rate_limit.speed_bytes_per_s else length
         if self._window.is_late:  # a large granule, whose pieces come one after the other
             weight = max(weight, min(claim.length, self.tracker.granularity))
@@ -233,17 +233,17 @@ class Copier:
         start_s = self._clock()
 
         def then(extents: list[Extent] | None, error: BaseException | None) -> None:
-            # Rule 31: an error means "treat as data", it is no failure of the copy.
+            # Rule 31: an error means "treat as data"; the copy does not fail.
             extents = extents or [Extent(claim.length, zero=False, hole=False)]
             took_s = self._clock() - start_s
             self._holes.found(claim.length, took_s, is_hole=extents[0].zero)
-            if copy in self._copies:  # else it is disowned
+            if copy in self._copies:  # else disowned
                 self._have_extents(copy, extents)
 
         self.source.start_extents(claim.offset, claim.length, then)
 
     def _have_extents(self, copy: Copy, extents: list[Extent]) -> None:
-        """Keep of the claim what is of one kind: a run of zero granules, or a piece of data."""
+        """Reduce the claim to one kind: a run of zero granules, or a piece of data."""
         claim, granularity = copy.claim, self.tracker.granularity
         zero = leading_bytes(extents, zero=True)
         if zero < claim.length:
@@ -270,7 +270,7 @@ class Copier:
         self._cursor = min(self._cursor, copy.claim.end)
 
     def _next_piece(self, copy: Copy) -> None:
-        """Zero or copy what comes next of the claim; at its end, or after an error, settle it."""
+        """Zero or copy the claim's next piece; settle the claim at its end, or after an error."""
         claim = copy.claim
         if copy.error is None and copy.position < claim.end:
             self._note_progress(copy)
@@ -285,8 +285,8 @@ class Copier:
             self._read(copy)
 
     def _note_progress(self, copy: Copy) -> None:
-        """Some of the claim is copied. The rest waits for another one if the copier was stopped, or
-        if a zeroing target has become slow: a guest may wait for its granules."""
+        """A part of the claim is copied. The rest is left to another claim if the copier was
+        stopped, or if zeroing has become slow: a guest may wait for these granules."""
         copied = copy.position - copy.claim.offset
         whole = copied - copied % self.tracker.granularity
         is_slow = copy.extents[0].zero and not self._holes.zeroed.is_longest
@@ -296,7 +296,7 @@ class Copier:
             self.copied_bytes += self.tracker.progress(copy.claim, copied)
 
     def _read(self, copy: Copy) -> None:
-        """One piece: from the first to the last of its parts, of which the parts are written."""
+        """Read one piece, from its first to its last part; only the parts are written."""
         start_s = self._clock()
         length = min(copy.request_bytes, self._window.piece_bytes_max)
         if copy.buffer is not None:
@@ -361,13 +361,13 @@ class Copier:
         self._next_piece(copy)
 
     def _settle(self, copy: Copy, *, failed: bool) -> None:
-        """`failed`, with an error or without: its range is dirty again."""
+        """End the claim. `failed`, with or without an error: its range is dirty again."""
         self.copied_bytes += self.tracker.settle(copy.claim, failed=failed)
         self._copies.discard(copy)
         self._in_flight_bytes -= copy.weight
         self._load.count -= not self._copies
         has_room = self._window.has_room(self._in_flight_bytes + self._buffers.length)
-        is_free = copy.error is None  # else a connection that was given up may have the buffer
+        is_free = copy.error is None  # else a given-up connection may still use the buffer
         if is_free and has_room and copy.buffer and len(copy.buffer.view) <= self._request_bytes:
             self._buffers.keep(copy.buffer)
         if copy.error is not None:
@@ -378,8 +378,8 @@ class Copier:
                 self.observer.copy_settled()
 
     def flush(self, done: Done) -> None:
-        """Make durable what the target holds, also from before this mirror, which may have little
-        to copy because of that. A disk of no bytes may be on a target that has no flush."""
+        """Flush the target: also data from before this mirror, which the mirror may rely on.
+        Skipped for a disk of no bytes, whose target may not support flush."""
         if not self.tracker.size:
             done(None)
             return
@@ -392,6 +392,6 @@ class Copier:
             self.tracker.end_flush(covered, failed=error is not None)
             done(error)
             if self.is_idle:
-                self.observer.copy_settled()  # who waited for it may have given up waiting
+                self.observer.copy_settled()  # its caller may have given up waiting
 
         self.target.start_flush(then)

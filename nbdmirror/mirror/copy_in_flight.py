@@ -11,20 +11,20 @@ from nbdmirror.mirror.buffers import PageBuffer
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """One claim on its way. `position` is where the next piece starts; `pending` counts the
-    requests of this piece on the target."""
+    """One claim on its way; offsets and lengths in bytes. The next piece starts at `position`;
+    `pending` is the number of requests of the present piece at the target."""
 
     claim: Claim
     request_bytes: int
-    """The most of its data that is one request."""
+    """Largest length of one of its data requests."""
     weight: int
-    """Bytes for which it counts among those in flight: the most that it may have."""
+    """Bytes that it counts as in flight: the most that it may have."""
     buffer: PageBuffer | None = None
-    """Taken when there is data."""
+    """Taken when the claim has data."""
     position: int = 0
     pending: int = 0
     piece_bytes: int = 0
-    """Of data, being read or written."""
+    """Bytes of data that are being read or written."""
     operation: str = "read"
     error: BaseException | None = None
     extents: list[Extent] = field(default_factory=list)

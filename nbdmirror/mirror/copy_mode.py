@@ -1,8 +1,8 @@
 """CopyModeSwitch: a mirror's copy mode, switched while guests write.
 
-A request decides on its way in whether its writes are synchronous (rule 11), so a switch takes
-effect at once for later requests and never for those under way: `has_drained` tells when those have
-left. On the event loop's thread.
+When a request begins, it is decided whether its write is synchronous (rule 11). So a switch affects
+later requests only, at once. `has_drained` reports when the earlier requests have ended. On the
+event loop's thread.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from nbdmirror.disk.tracker import Tracker
 
 
 class CopyModeSwitch:
-    """Off (background) at first. `on_error` is told, from a guest's thread, when a synchronous
-    write failed on the target."""
+    """Begins in background mode. `on_error` is called, on a guest's thread, when a synchronous
+    write fails on the target."""
 
     def __init__(
         self,
@@ -50,17 +50,17 @@ class CopyModeSwitch:
             self._is_actively_synced = False
 
     def has_drained(self) -> bool:
-        """The requests that began before the last switch have left, or are none of this mirror's
-        any more."""
+        """Whether the requests that began before the last switch have ended, or can no longer write
+        to this mirror's target."""
         self._leaving = self._disk.ledger.writes_left(self._leaving)
         return not self._leaving or (self._is_given_up and self._writes.give_up())
 
     def disown(self) -> None:
-        """Background mode: wait no longer for requests that are at the source, which may hang."""
+        """Do not wait any longer for requests at the source, which may hang."""
         self._is_given_up = True
 
     def note_in_sync(self) -> None:
-        """Nothing is dirty or in flight: once older requests have left, it stays so."""
+        """Nothing is dirty or in flight. When older requests have ended, this lasts."""
         self.has_drained()
         if self._disk.synchronous is not None and not self._leaving:
             self._is_actively_synced = True
@@ -70,5 +70,5 @@ class CopyModeSwitch:
 
     @property
     def is_actively_synced(self) -> bool:
-        """Each write that a guest has had answered is on the target."""
+        """Each answered write of a guest is on the target."""
         return self._is_actively_synced

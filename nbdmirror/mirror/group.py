@@ -1,10 +1,10 @@
 """Group: jobs that end together, all well or none: QEMU's JobTxn (job.c).
 
-Every job is in one; alone, unless a grouped transaction started it. Its ending is held up in two
-places: in WAITING until all have done their work, and, once they are to be finalized, level with
-guests held until all are. Meanwhile each goes on as a mirror. Then that they have ended is written
-down, where such things are kept (`commit`), and from that moment on nothing can fail: all end in
-one step of the loop.
+Every job is in a group; alone, unless a grouped transaction started it. A job's ending waits in two
+places: in WAITING until all jobs have done their work, and then, after finalize, level with its
+guest held until all jobs are level. Meanwhile each mirror continues. Then the ends are recorded, if
+state is kept (`commit`). From that moment on nothing can fail: all jobs end in one step of the
+loop.
 
 On the event loop's thread.
 """
@@ -20,11 +20,11 @@ from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.options import Ending, MirrorOptions
 
 HOLD_S = 1.0
-"""How long a job's guest writes are held for the other jobs of its group to get level."""
+"""How long a job's guest writes are held until the other jobs of its group are level."""
 
 
 class GroupMember(Protocol):
-    """What a group asks of each of its jobs."""
+    """What a group needs of each of its jobs."""
 
     id: str
     options: MirrorOptions
@@ -41,19 +41,19 @@ class GroupMember(Protocol):
         called."""
 
     def pend(self) -> None:
-        """All of the group have done their work."""
+        """All jobs of the group have done their work."""
 
     def advance_soon(self) -> None: ...
 
     def commit(self, done: Done) -> None:
-        """Level: write down that the job has ended, as `ending` says, where that is kept."""
+        """The target is level: record the end that `ending` names, if state is kept."""
 
     def commit_failed(self, *, was_committed: bool) -> None:
-        """That of this job, or of another one of its group, could not be written down: go on.
-        `was_committed`: this one's was, and has to be taken back."""
+        """The end of this job, or of another job of its group, could not be recorded: continue.
+        `was_committed`: this job's end was recorded, and must be revoked."""
 
     def finish(self) -> None:
-        """End well, now, as `ending` says. Cannot fail."""
+        """End well, now, as `ending` says. Never fails."""
 
     def cancel(self, *, force: bool, because: str = ...) -> None: ...
 
@@ -66,7 +66,7 @@ class Group:
     def __init__(self, *jobs: GroupMember) -> None:
         self.jobs: list[GroupMember] = []
         self.is_finalizing = False
-        """All are PENDING, and are to end; `finish` follows when all are level."""
+        """All jobs are PENDING and end; `finish` follows when all are level."""
         self._held_in_vain: set[GroupMember] = set()
         for job in jobs:
             self.add(job)
@@ -76,8 +76,8 @@ class Group:
         job.group = self
 
     def arrived(self) -> None:
-        """A job is WAITING. With the last one all are PENDING, and end unless one of them wants
-        `finalize` for that."""
+        """A job is WAITING. After the last one all become PENDING, and end unless a job has
+        auto-finalize off."""
         is_breaking = len(self.jobs) > 1 and any(job.ending is Ending.CANCEL for job in self.jobs)
         if not is_breaking and all(job.status is JobStatus.WAITING for job in self.jobs):
             for job in self.jobs:
@@ -96,12 +96,13 @@ class Group:
         return all(job.is_level for job in self.jobs)
 
     def may_hold(self, job: GroupMember) -> bool:
-        """A job whose guest was held in vain does not hold it again before another one has got
-        level: a target that hangs must not stop the others' guests time after time."""
+        """Whether `job` may hold its guest. A job whose guest was held without success must wait
+        until another job is level: a target that hangs must not stop other guests repeatedly."""
         return job not in self._held_in_vain
 
     def got_level(self) -> None:
-        """A job holds its guest. If that was the last one all end, else the others come along."""
+        """A job is level and holds its guest. If all jobs are level, end; else the others
+        follow."""
         if self.is_level:
             self._commit()
             return
@@ -110,7 +111,7 @@ class Group:
             job.advance_soon()
 
     def _commit(self) -> None:
-        """Guests are held until the last one is told of, well or not: nothing comes between."""
+        """Record all ends. Guests are held until the last result: nothing comes between."""
         jobs, failures = list(self.jobs), []
         left = set(jobs)
 
@@ -135,9 +136,9 @@ class Group:
             self._held_in_vain.clear()
 
     def break_up(self, cause: GroupMember) -> None:
-        """`cause` has failed or was cancelled: no result counts any more. The others are cancelled
-        by force, except those that were cancelled softly in the same step. Each is alone then; a
-        job that was alone has no others."""
+        """`cause` has failed or was cancelled: the group cannot end well any more. The other jobs
+        are cancelled by force, except those that were cancelled softly in the same step. Then each
+        job is a group of one. Has no effect on a group of one."""
         if len(self.jobs) == 1:
             return
         jobs, self.jobs = self.jobs, []
@@ -145,6 +146,6 @@ class Group:
             Group(job)
         for job in jobs:
             if job.ending is Ending.CANCEL:
-                job.group.arrived()  # if it has; it was held up by the others
+                job.group.arrived()  # if it is WAITING, it no longer waits for the others
             elif job is not cause and not job.is_over:
                 job.cancel(force=True, because=f"job {cause.id} of its group did not complete")

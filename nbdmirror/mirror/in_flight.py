@@ -7,95 +7,98 @@ import os
 from collections.abc import Callable
 
 QUICK_BYTES = 4 << 20
-"""In flight to targets that answer quickly, of all mirrors together: 4 MiB stay in the processor's
-cache on their way to a local server, 16 do not, and copies take a tenth longer; with four mirrors
-of 4 MiB each, half as long again."""
+"""Bytes in flight to targets that answer quickly, of all mirrors together. 4 MiB stay in the
+processor's cache on their way to a local server. With 16 MiB copies take a tenth longer; with four
+mirrors of 4 MiB each, half as long again."""
 
 PROBES = 16
 PROBE_BYTES = 64 << 10
-"""So many requests are small, or fewer, until one is answered quickly: the answer tells how far the
-target is then, not how much it takes a second, nor what fresh memory costs."""
+"""At most so many requests are small, until one is answered quickly. The time of a small answer is
+the distance of the target; it does not depend on the target's throughput or on fresh memory."""
 
 OPENING_BYTES = 4 << 20
-"""Of one write, the first large one to a target that is quick. A server with glibc's malloc, which
-qemu-nbd and QEMU are, gets a buffer that is larger than all before it from the kernel and gives it
-back after the request: 256 pages for each MiB, cleared and mapped anew, two thirds of what a copy
-costs such a target. Once it has freed a larger one it keeps what is smaller, and up to twice as
-much of it. (mallopt(3), M_MMAP_THRESHOLD; docs/measurements/2026-11-28.md.)"""
+"""Length of one write, the first large one to a quick target. A server with glibc's malloc, such as
+qemu-nbd and QEMU, gets a buffer that is larger than all before it from the kernel, and returns it
+after the request. The kernel then clears and maps 256 pages again for each MiB: two thirds of what
+a copy costs such a target. After the server has freed a larger buffer, it keeps smaller ones, up to
+twice that size in total. (mallopt(3), M_MMAP_THRESHOLD; docs/measurements/2026-11-28.md.)"""
 
 QUICK_WRITE_S = 0.002
-"""A target that has answered within this is quick: 4 MiB each 2 ms are more than such a link
-carries. Times the number of mirrors that copy just then, since they wait for each other. To a
-slower one as much is in flight as fits into buf-size."""
+"""A target that has answered within this time is quick: 4 MiB in 2 ms are more than its link
+carries. The time is multiplied by the number of mirrors that copy just then, since they wait for
+each other. A slower target has as much in flight as fits into buf-size."""
 
 ANSWER_S = 0.5
-"""So much longer an answer may take, behind others and because of its length; then less is asked
-for. So a storage that is slow answers all that it was asked for within moments: its
-progress shows, a pause comes about, and nobody takes it for one that hangs."""
+"""An answer may take so much longer than the quickest one. After a later answer, requests become
+smaller. So a slow storage answers each request soon: the job's progress shows, a pause takes
+effect, and the storage does not look like one that hangs."""
 
 CLAIM_BYTES_MAX = 32 << 30
-"""Longest claim where nothing is known of the source: a hole of this length is one claim, if the
-target zeroes as quickly as that. Long enough that the bitmap can give back whole pages."""
+"""Longest claim of a range whose extents are not known: a hole of this length is one claim, if the
+target zeroes so quickly. Long enough for the bitmap to free whole pages."""
 
 ZERO_BYTES_MAX = CLAIM_BYTES_MAX
-"""Largest zero request. To a target whose lengths have 32 bits it goes in pieces."""
+"""Largest zero request. A target whose lengths have 32 bits gets it in pieces."""
 
 STRIDE_GROWTH = 8
 
 ROOM_BYTES_MAX = 1 << 30
-"""The largest `buf-size`: room for that is room enough."""
+"""The largest `buf-size`: more room is never needed."""
 
 GROWTH = 3
 """With 1 a copy over a link of 20 ms takes two round trips more to get going."""
 
 COPYING_PROCESSORS = 2
-"""What copies with more than one large request in flight keep busy: one reads and sends, one takes
-it at the target. Where there are no more than these, guests would wait for one of them."""
+"""Processors that copies keep busy with more than one large request in flight: one reads and sends,
+one receives at the target. A machine with no more than these would make guests wait."""
 
 YIELDING_BYTES_PER_S = 1e9
-"""What is in flight then carries so much, if the target answers as quickly as it did once: one
-large request to a local target, one or two small ones, more over a network."""
+"""Throughput for which requests are in flight while a copy yields to guests, if the target answers
+as quickly as it once did: one large request to a local target, or one or two small ones; more over
+a network."""
 
 YIELDING_REQUEST_BYTES = 512 << 10
-"""Of such requests: the kernel copies each in one go, for which a guest's request waits. Smaller
-ones gain nothing for guests, and the copy is slower; with 1 MiB both are slower, one at a time."""
+"""Length of requests while a copy yields. The kernel copies each request in one go, and a guest's
+request waits for that. Shorter requests do not help guests, and slow the copy down; with 1 MiB both
+are slower."""
 
 CONVERGING = 0.6
-"""After a round of more than this part of what the one before had, the next does not yield: with a
-guest that writes faster than that, no round would be the last."""
+"""If a round copies more than this part of the round before, the next round does not yield to
+guests: with a guest that writes so fast, no round would be the last."""
 
 BACKLOG_BYTES = 64 << 20
-"""The same for a mirror that is only kept in sync, four rounds a second."""
+"""The same bound, in bytes, for a mirror that is only kept in sync, with four rounds a second."""
 
 GAP_BYTES, QUICK_GAP_BYTES = 1 << 10, 16 << 10
-"""So much between two dirty places is sent with them, for one request less. To a target that is
-quick a request costs as much processor time as 64 KiB and more; a quarter of that keeps what is
-sent within a fifth of what was changed. Over a link what counts are the bytes, 100 of a request's
-own with its answer, and that fewer requests wait."""
+"""A clean gap of so many bytes between two dirty places is sent with them, to save a request. At a
+quick target a request costs as much processor time as 64 KiB or more; with a quarter of that, the
+mirror sends at most a fifth more than was changed. Over a link bytes count (a request and its
+answer have 100), and fewer requests wait."""
 
 LOOK_S = 0.1
 WORKING_PER_S = range(100, 10_000)
-"""So many requests a second are of guests at work. Fewer are a journal's write now and then; more
-are of guests that keep a processor busy by themselves."""
+"""Requests per second of guests at work. Fewer are a journal's occasional write. Guests with more
+keep a processor busy by themselves."""
 
 
 class Delay:
-    """How much longer an answer took than it must have, whatever was asked for: what is far away
-    takes its time, and asking for less would not help."""
+    """How much longer an answer took than the quickest possible one. A distant storage takes its
+    time for every answer, and a smaller request would not help."""
 
     def __init__(self) -> None:
         self._least_s = math.inf
 
     def of(self, took_s: float, *, is_least: bool) -> float:
-        """`is_least`: less cannot be asked for, so that this is what an answer takes now."""
+        """Seconds that `took_s` is longer than the least time. `is_least`: this request was the
+        smallest one, so its time is the new least time."""
         self._least_s = took_s if is_least else min(self._least_s, took_s)
         return took_s - self._least_s
 
 
 class Stride:
-    """How long the next request of a kind may be: longer while answers come quickly, shorter once
-    one was late. What storages zero in a second differs by six orders of magnitude, between one
-    that unmaps and one that writes zeroes."""
+    """Length of the next request of one kind, in bytes: grows while answers come quickly, shrinks
+    after a late answer. Storages that unmap zero six orders of magnitude faster than storages that
+    write zeroes."""
 
     def __init__(self, first: int, most: int) -> None:
         self.length = self._first = first
@@ -115,29 +118,31 @@ class Stride:
             self.length = min(self._most, self.length * STRIDE_GROWTH)
 
     def start_over(self) -> None:
-        """Who answers next may be slower."""
+        """The next answer may come from a slower server: begin small again."""
         self.length = min(self.length, self._first)
 
 
 class Holes:
-    """How much of a hole is one claim, and how much of a claim is zeroed at once."""
+    """How much of a hole is one claim, and how much of a claim one zero request covers, in
+    bytes."""
 
     def __init__(self, request_bytes: int) -> None:
-        """`request_bytes`: what both begin with."""
+        """`request_bytes`: the first length of both."""
         self._request_bytes = request_bytes
         self._asked = Stride(request_bytes, CLAIM_BYTES_MAX)
         self.zeroed = Stride(request_bytes, ZERO_BYTES_MAX)
         self.is_inside = False
-        """The last answer about extents was a hole."""
+        """The last block status was a hole."""
 
     @property
     def claim_bytes(self) -> int:
-        """Of the next claim: to a target that does not zero quickly no more than one request."""
+        """Length of the next claim: one request at most, for a target that does not zero
+        quickly."""
         is_quick = self.zeroed.is_longest
         return self._asked.length if is_quick else min(self._asked.length, self.zeroed.length)
 
     def found(self, length: int, took_s: float, *, is_hole: bool) -> None:
-        """An answer about the extents of so many bytes."""
+        """The source has answered with the extents of `length` bytes."""
         self.is_inside = is_hole
         if is_hole:
             self._asked.answered(max(length, self._request_bytes), took_s)
@@ -146,9 +151,9 @@ class Holes:
 
 
 class CopierLoad:
-    """What the copiers of one event loop share with each other, and with the guests.
+    """The load that the copiers of one event loop share with each other, and with guests.
 
-    `new_requests`: how many requests of guests have begun since it was last called.
+    `new_requests` returns the number of guests' requests that began since its last call.
     """
 
     def __init__(
@@ -157,9 +162,9 @@ class CopierLoad:
         new_requests: Callable[[], int],
         processors: int | None = None,
     ) -> None:
-        """`processors`: None for what this process may run on."""
+        """`processors`: None for the number that this process may run on."""
         self.count = 0
-        """How many copiers have claims in flight."""
+        """Number of copiers with claims in flight."""
         self._clock = clock
         self._new_requests = new_requests
         self._processors = processors or len(os.sched_getaffinity(0))
@@ -180,17 +185,19 @@ class CopierLoad:
 
 
 class InFlightWindow:
-    """Begins with one small request, whose answer tells how far the target is: several would wait
-    for each other, and a local target would be taken for a distant one, with fresh memory for each.
-    To one that was never quick, GROWTH more with each answer, so four times as many each round
-    trip.
+    """How many bytes of one copier may be in flight, and how large the next request may be.
+
+    The window begins with one small request, whose answer shows how distant the target is. Several
+    requests would wait for each other, each with fresh memory, and a local target would look
+    distant. For a target that was never quick, each answer adds GROWTH requests: four times as many
+    in each round trip.
     """
 
     def __init__(
         self, request_bytes: int, load: CopierLoad, *, opening_bytes: int = 0, granularity: int = 1
     ) -> None:
-        """`request_bytes`: the largest request, but for one of `opening_bytes`; `granularity`: the
-        smallest."""
+        """Bytes. `request_bytes`: the largest request, except one of `opening_bytes`;
+        `granularity`: the smallest request."""
         self._request_bytes = request_bytes
         self._probe_bytes = min(request_bytes, max(PROBE_BYTES, granularity))
         self._opening_bytes = opening_bytes
@@ -201,19 +208,19 @@ class InFlightWindow:
         self._writes = 0
         self._delay = Delay()
         self._room_bytes = math.inf
-        """What is answered within ANSWER_S; unknown until an answer was late."""
+        """Bytes that the target answers within ANSWER_S; unknown (inf) until an answer was late."""
         self._estimate_bytes = math.inf
-        """The same, as the last answer has it."""
+        """The same, by the last answer alone."""
         self._may_yield = True
         self.round_bytes = 0
-        """Claimed, and not given back, in this round over the disk."""
+        """Bytes claimed, and not given back, in this round over the disk."""
         self._before_bytes = math.inf
 
     def begin_round(self, *, is_kept_in_sync: bool) -> None:
-        """`is_kept_in_sync`: the mirror was in sync before, and need not be so as soon as may be.
+        """`is_kept_in_sync`: the mirror was in sync before, and need not hurry.
 
-        What rounds have copied tells what guests write; counting the dirty bits of 16 TiB would
-        take 13 ms, with the GIL held."""
+        The bytes of the last rounds show how fast guests write. Counting the dirty bits of 16 TiB
+        would take 13 ms, with the GIL held."""
         if is_kept_in_sync:
             self._may_yield = self.round_bytes <= BACKLOG_BYTES
             self._before_bytes = math.inf
@@ -224,7 +231,7 @@ class InFlightWindow:
 
     @property
     def request_bytes(self) -> int:
-        """Of the next request at most."""
+        """Largest length of the next request."""
         if self.is_late:
             return max(self._probe_bytes, self.piece_bytes_max)
         if not self._is_quick:
@@ -236,21 +243,21 @@ class InFlightWindow:
         return self._request_bytes
 
     def began(self, length: int) -> None:
-        """A write of data of so many bytes."""
+        """A write of `length` bytes of data has begun."""
         self._largest_bytes = max(self._largest_bytes, length)
 
     def start_over(self) -> None:
-        """Who answers next may be another server process, where this one was before."""
+        """The next answer may come from another server process in the same place."""
         self._largest_bytes = 0
 
     @property
     def is_late(self) -> bool:
-        """An answer was, and that is not long ago."""
+        """An answer was late, not long ago."""
         return self._room_bytes < math.inf
 
     @property
     def piece_bytes_max(self) -> int:
-        """Of a request, where answers are late: so small that two of them are in flight."""
+        """Largest request while answers are late: so small that two of them are in flight."""
         if not self.is_late:
             return OPENING_BYTES
         least = min(self._request_bytes, PROBE_BYTES)
@@ -258,11 +265,11 @@ class InFlightWindow:
 
     @property
     def gap_bytes(self) -> int:
-        """How large a clean gap is cheaper to send than a request more."""
+        """Largest clean gap, in bytes, that is cheaper to send than one more request."""
         return QUICK_GAP_BYTES if self._is_quick else GAP_BYTES
 
     def has_room(self, in_flight_bytes: int) -> bool:
-        """For a claim more."""
+        """Whether one more claim may begin, with `in_flight_bytes` in flight."""
         if in_flight_bytes and in_flight_bytes >= min(self._room_bytes, self._estimate_bytes):
             return False
         if not self._is_quick:
@@ -282,7 +289,8 @@ class InFlightWindow:
         return self._quickest_s < QUICK_WRITE_S
 
     def copied(self, took_s: float, length: int, in_flight_bytes: int) -> None:
-        """A piece of so many bytes was read and written; so many were being when it was sent."""
+        """A piece of `length` bytes was read and written in `took_s` seconds, with
+        `in_flight_bytes` in flight when it was sent."""
         late_s = self._delay.of(took_s, is_least=in_flight_bytes <= PROBE_BYTES)
         self._estimate_bytes = in_flight_bytes * ANSWER_S / late_s if late_s > 0 else math.inf
         if late_s > ANSWER_S:
@@ -294,18 +302,18 @@ class InFlightWindow:
                 self._room_bytes = math.inf
 
     def answered(self, took_s: float, *, is_zero: bool = False) -> None:
-        """A write was answered, or a write of zeroes: this may take its time at a target that is
-        near, so it never means that more should be in flight."""
+        """A write was answered after `took_s` seconds. Zeroes may take long at a near target, so
+        their answers never let more be in flight."""
         self._quickest_s = min(self._quickest_s, took_s / max(1, self._load.count))
         self._answers += 1
         self._writes += not is_zero
 
 
 def _in_time(length: int, took_s: float) -> int:
-    """How much is answered in ANSWER_S where `length` took longer."""
+    """Bytes that are answered in ANSWER_S, if `length` bytes took `took_s`."""
     return _power_of_two(max(1, int(length * ANSWER_S / took_s)))
 
 
 def _power_of_two(length: int) -> int:
-    """The largest one that is not above it."""
+    """The largest power of two that is not above `length`."""
     return 1 << (length.bit_length() - 1)

@@ -1,7 +1,7 @@
-"""Job: what QEMU's job layer is to a mirror: states, verbs, events, pause, finalize, dismiss.
+"""Job: QEMU's job layer for a mirror: states, verbs, events, pause, finalize, dismiss.
 
-A subclass does the work; here is what it may do when. Everything happens on the event loop's
-thread.
+A subclass does the work. This class decides what is allowed in which state. All methods run on the
+event loop's thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """What BLOCK_JOB_ERROR told, and why."""
+    """The content of the last BLOCK_JOB_ERROR, and the reason as text."""
 
     operation: str
     action: str
@@ -38,15 +38,15 @@ class JobError:
 
 
 class Job(ABC):
-    """A job's public half: the commands. Each raises CommandError, and changes nothing, if the
-    state does not take it."""
+    """A job. Each command raises CommandError, with QEMU's text, if the state does not allow the
+    command; then nothing has changed."""
 
     type = "mirror"
 
     def __init__(self, options: MirrorOptions, events: EventRing, loop: Loop) -> None:
         self.id = options.job_id
         self.options = options
-        """As they are now: the speed and the copy mode can be changed."""
+        """The present options: speed and copy mode can be changed."""
         self.status = JobStatus.UNDEFINED
         self.activity = Activity.NOT_STARTED
         self.io_status = "ok"
@@ -55,7 +55,7 @@ class Job(ABC):
         """Why the job ended badly."""
         self.last_error: JobError | None = None
         self.quiesce_timeouts = 0
-        """How often guests were held in vain."""
+        """How often guests were held without success at an ending."""
         self.ending = Ending.NONE
         self.traffic: Traffic | None = None
         self.lag: Lag | None = None
@@ -69,7 +69,7 @@ class Job(ABC):
         self.to(JobStatus.CREATED)
 
     def discard(self) -> None:
-        """Created, and not started: the transaction failed."""
+        """Remove a job that was created and not started, since its transaction failed."""
         self.to(JobStatus.ABORTING)
         self.let_go()
         self.error = "Operation canceled"
@@ -79,15 +79,15 @@ class Job(ABC):
     # Commands.
 
     def complete(self) -> None:
-        """After READY: end with a pivot. On a paused job it is remembered until it is resumed."""
+        """After READY: end with a pivot. In STANDBY, remembered until the job is resumed."""
         self.check_complete()
         log.info("job %s: complete requested", self.id)
         self.ending = Ending.COMPLETE
         self.advance_soon()
 
     def cancel(self, *, force: bool, because: str = "cancelled by force") -> None:
-        """Soft after READY: the job ends with a consistent target, unless `complete` came first.
-        Otherwise the target is left undefined; `because` says why."""
+        """Without `force` after READY: end with a consistent target, unless `complete` came first.
+        Otherwise end with an undefined target; `because` is the reason for the log."""
         self.check_cancel(force=force)
         log.info("job %s: cancel requested%s", self.id, " by force" if force else "")
         if self.status is JobStatus.READY and not force:
@@ -105,13 +105,13 @@ class Job(ABC):
             self.advance_soon()  # the command's answer goes first, then the events of the end
 
     def check_complete(self) -> None:
-        """Raise what `complete` would."""
+        """Raise the error that `complete` would raise."""
         check_verb(self.id, self.status, "complete")
         if self.ending is Ending.CANCEL:
             raise CommandError(f"The active block job '{self.id}' cannot be completed")
 
     def check_cancel(self, *, force: bool) -> None:
-        """Raise what `cancel` would."""
+        """Raise the error that `cancel` would raise."""
         check_verb(self.id, self.status, "cancel")
         if self.pause_wanted and not force:
             raise CommandError(f"The block job for device '{self.id}' is currently paused")
@@ -141,8 +141,8 @@ class Job(ABC):
         self.limit_speed(speed_bytes_per_s)
 
     def finalize(self) -> None:
-        """Ends all jobs of its group, which wait in PENDING; `when_ended` tells when that is
-        done."""
+        """End all jobs of the group, which wait in PENDING. `when_ended` reports the end of each
+        job."""
         check_verb(self.id, self.status, "finalize")
         self.group.finalize()
 
@@ -152,7 +152,7 @@ class Job(ABC):
         self.dismissed()
 
     def when_ended(self, call: Callable[[], None]) -> None:
-        """Have `call` called once the job is concluded; at once if it is."""
+        """Call `call` when the job is concluded; at once if it already is."""
         if self.is_over:
             call()
         else:
@@ -170,12 +170,12 @@ class Job(ABC):
 
     @property
     def has_done_its_work(self) -> bool:
-        """It is held up for its group or for `finalize`: it cannot be paused any more."""
+        """The job waits for its group or for `finalize`, and cannot be paused any more."""
         return self.status in (JobStatus.WAITING, JobStatus.PENDING)
 
     @property
     def pause_wanted(self) -> bool:
-        """By the user or by an error; the job may still be on its way to PAUSED or STANDBY."""
+        """The user or an error pauses the job, which may not be PAUSED or STANDBY yet."""
         return self.activity.is_pause
 
     @property
@@ -187,12 +187,12 @@ class Job(ABC):
     @property
     @abstractmethod
     def offset(self) -> int:
-        """Bytes done; never goes back."""
+        """Bytes done; never decreases."""
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """`offset` and what is left, in bytes: it grows while the guest writes."""
+        """`offset` plus the bytes that are left: grows while the guest writes."""
 
     # What the work is.
 
@@ -203,70 +203,70 @@ class Job(ABC):
 
     @abstractmethod
     def left(self, old: Activity) -> None:
-        """`activity` is another one than `old`: end what belonged to that alone."""
+        """`activity` has changed from `old`: end everything that belongs to `old` only."""
 
     @abstractmethod
     def changed(self) -> None:
-        """What is kept of the job may have become another."""
+        """The job's saved state may have changed."""
 
     @abstractmethod
     def release(self) -> None:
-        """A pause ends: go on."""
+        """Continue after a pause."""
 
     @abstractmethod
     def abort(self, because: str) -> None:
-        """A forced cancel: give up, within a bound."""
+        """A forced cancel: end within a bound. `because`: the reason for the log."""
 
     @abstractmethod
     def commit(self, done: Done) -> None:
-        """Level: write down that the job has ended, as `ending` says, where that is kept."""
+        """The target is level: record the end that `ending` names, if state is kept."""
 
     @abstractmethod
     def commit_failed(self, *, was_committed: bool) -> None:
-        """That of this job, or of another one of its group, could not be written down: go on.
-        `was_committed`: this one's was, and has to be taken back."""
+        """The end of this job, or of another job of its group, could not be recorded: continue.
+        `was_committed`: this job's end was recorded, and must be revoked."""
 
     @abstractmethod
     def finish(self) -> None:
-        """End well, now, as `ending` says. Cannot fail."""
+        """End well, now, as `ending` says. Never fails."""
 
     @abstractmethod
     def limit_speed(self, speed_bytes_per_s: int) -> None:
-        """0 for no limit."""
+        """Limit copying to so many bytes per second; 0: no limit."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Do nothing with the disk any more, and last let go of its guest."""
+        """Stop using the disk, and at last release its guest."""
 
     @abstractmethod
     def forget(self, done: Done) -> None:
-        """It ends badly: write down that it does not go on, where that is kept; within a bound."""
+        """The job ends badly: record that it does not continue. `done` comes within a bound."""
 
     @abstractmethod
     def let_go(self) -> None:
-        """Use nothing any more."""
+        """Release all resources of the job."""
 
     @abstractmethod
     def dismissed(self) -> None:
-        """The job is to be forgotten."""
+        """Remove the job from all lists."""
 
     # For the subclass and the group.
 
     def become(self, activity: Activity) -> None:
-        """End what the job does now, with all that belongs to it, and begin another activity."""
+        """End the present activity with everything that belongs to it, and begin another one."""
         check_follows(self.activity, activity)
         old, self.activity = self.activity, activity
         self.left(old)
 
     def hold(self) -> None:
-        """A pause: start nothing new. A job that is ending badly goes on with that."""
+        """Pause: start nothing new. A job that is ending badly continues to end."""
         if not self.activity.is_bad_end:
             self.become(Activity.PAUSING)
             self.changed()
 
     def fail(self, reason: BaseException) -> None:
-        """End with an error; the first one wins. What is in flight drains first. An end that is
-        being written down is not stopped any more."""
+        """End with an error, after requests in flight have ended. The first error wins. Has no
+        effect while a good end is being recorded."""
         if not (self.activity is Activity.COMMITTING or self.activity.is_bad_end):
             self.become(Activity.ABORTING)
             self.failure = reason
@@ -274,8 +274,8 @@ class Job(ABC):
             self.break_group_up()
 
     def is_ignored(self, operation: str, error: BaseException) -> bool:
-        """Do what the policy says of the error: QEMU's block_job_error_action. True if the job is
-        to try again."""
+        """Apply the error policy: QEMU's block_job_error_action. Returns whether the job tries
+        again."""
         action = self.options.policy(operation).action(errno_of(error))
         if action is Policy.STOP and self.has_done_its_work:
             action = Policy.REPORT  # such a job can be neither paused nor resumed
@@ -291,24 +291,24 @@ class Job(ABC):
         self._loop.call_soon(self.advance)
 
     def break_group_up(self) -> None:
-        """This job will not end as the group is meant to: the others are cancelled, soon."""
+        """This job will not end as its group should: cancel the other jobs, soon."""
         self._loop.call_soon(partial(self.group.break_up, self))
 
     @property
     def may_end(self) -> bool:
-        """The next step is to get level, and to hold the guest for that."""
+        """The next step is to make the target level, for which the guest is held."""
         if self.group.is_finalizing:
             return self.group.may_hold(self)
         return self.is_ready and self.ending is not Ending.NONE
 
     def pend(self) -> None:
-        """All of the group have done their work."""
+        """All jobs of the group have done their work."""
         self.to(JobStatus.PENDING)
         if not self.options.auto_finalize:
             self._events.append("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
 
     def unpause(self) -> None:
-        """Back to where a pause found it; nothing is started yet (`release`)."""
+        """Return to the state before the pause. `release` starts the work."""
         self.io_status = "ok"
         if self.status is JobStatus.PAUSED:
             self.to(JobStatus.RUNNING)
@@ -316,14 +316,14 @@ class Job(ABC):
             self.to(JobStatus.READY)
 
     def paused(self) -> None:
-        """Nothing is in flight any more."""
+        """Nothing is in flight any more: the pause is complete."""
         if self.status is JobStatus.RUNNING:
             self.to(JobStatus.PAUSED)
         elif self.status is JobStatus.READY:
             self.to(JobStatus.STANDBY)
 
     def to(self, status: JobStatus) -> None:
-        """Go to `status` and say so."""
+        """Change to `status`, with a log line and an event."""
         check_transition(self.status, status)
         log.info("job %s: %s -> %s", self.id, self.status, status)
         self.status = status
@@ -351,12 +351,12 @@ class Job(ABC):
         self.tell("X_NBDMIRROR_QUIESCE_TIMEOUT")
 
     def tell_pivoted(self, disk: str, held_s: float) -> None:
-        """`held_s`: how long guests' writes were held for it."""
+        """`held_s`: how long guests' writes were held, in seconds."""
         data = {"device": disk, "id": self.id, "pause-ms": round(held_s * 1000, 3)}
         self._events.append("X_NBDMIRROR_PIVOTED", data)
 
     def end_badly(self) -> None:
-        """Cancelled by force, or failed; nothing is in flight any more."""
+        """Conclude a job that failed or was cancelled by force; nothing is in flight any more."""
         reason = self.failure
         assert reason is not None
         self.to(JobStatus.ABORTING)
@@ -375,7 +375,7 @@ class Job(ABC):
         self.forget(conclude)
 
     def concluded(self, event: str, **extra: object) -> None:
-        """The last events; everything has been let go of."""
+        """Send the last events; all resources are released."""
         for since_ready in (self.traffic, self.lag):
             if since_ready is not None:
                 extra = since_ready.at_the_end() | extra
@@ -392,5 +392,5 @@ class Cancelled(Exception):
 
 
 def error_text(error: BaseException) -> str:
-    """QEMU's job error is strerror's text alone."""
+    """As QEMU: the text of strerror only, unless the error is a CommandError."""
     return str(error) if isinstance(error, CommandError) else os.strerror(errno_of(error))

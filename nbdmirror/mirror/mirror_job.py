@@ -1,8 +1,8 @@
-"""MirrorJob: starts, watches and ends one mirror. It has no loop over data: that is the copier's.
+"""MirrorJob: starts, watches and ends one mirror. The loop over data is the copier's.
 
-Everything here happens on the event loop's thread. Commands change what is wanted and call
-`advance`; so does every event (copies settled, a flush done, a timer). `advance` looks at the state
-and does the next step.
+All methods run on the event loop's thread. A command changes the wanted state and calls `advance`;
+so does every event (copies settled, a flush done, a timer). `advance` looks at the state and does
+the next step.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from nbdmirror.mirror.traffic import Traffic
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
-"""How often new guest writes are looked for when all was in sync."""
+"""Interval at which an idle job looks for new guest writes."""
 
 
 class MirrorJob(Job):
-    """A mirror of `disk` to `target`. `copier` is made and stopped; `start` starts it."""
+    """A mirror of `disk` to `target`. `copier` makes a stopped copier; `start` starts it."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class MirrorJob(Job):
         resources: MirrorResources,
         bitmap: DirtyBitmap | None = None,
     ) -> None:
-        """`bitmap`: what sync=bitmap copies; it is cleared when the job completes."""
+        """`bitmap`: what sync=bitmap copies; cleared when the job completes."""
         super().__init__(options, events, loop)
         self.disk = disk
         self.target = target
@@ -71,7 +71,7 @@ class MirrorJob(Job):
         self._resources = resources
         self._timers = JobTimers(loop, self.advance)
         self._quiesce: Quiesce | None = None
-        """While guests may be held."""
+        """Exists while guests may be held."""
         self._watch = TargetWatch(
             copier=self.copier,
             tracker=tracker,
@@ -81,19 +81,19 @@ class MirrorJob(Job):
             reconnect_delay_s=options.reconnect_delay_s,
         )
         self.is_scanned = options.sync == "none" or bitmap is not None
-        """What is to be copied is known; before, the source's extents have to be asked."""
+        """The dirty bitmap is complete. If not, the source's extents are queried first."""
         self._mode = CopyModeSwitch(
             disk=disk,
             tracker=tracker,
             target=target,
             whole_granules=options.sync != "full" or target.block_size.minimum > 1,
-            # Waited for: no write that follows this one's answer may be on the target.
+            # Synchronous: after this write is answered, no later write may reach the target.
             on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
         self._stopping = Stopping(self.copier, self._mode, self._timers, target.give_up)
 
     def start(self) -> None:
-        """Tracking is on before anything is marked or looked at (rule 33)."""
+        """Begin. Tracking is on before anything is marked or examined (rule 33)."""
         self.disk.ledger.attach(self.tracker.dirty)
         self.to(JobStatus.RUNNING)
         if self.bitmap is not None:
@@ -106,7 +106,7 @@ class MirrorJob(Job):
     def take_up(
         self, restore: Callable[[DirtyBitmap], None], *, is_scanned: bool, is_paused: bool
     ) -> None:
-        """Go on with a mirror of an earlier process: `restore` marks what may differ."""
+        """Continue a mirror of an earlier process: `restore` marks what may differ."""
         self.disk.ledger.attach(self.tracker.dirty)
         self.to(JobStatus.RUNNING)
         restore(self.tracker.dirty)
@@ -122,7 +122,7 @@ class MirrorJob(Job):
         self._poll()
 
     def fail_at_start(self, reason: str) -> None:
-        """The job runs and ends at once with an error, as QEMU has it for unequal sizes."""
+        """Run and end at once with an error, as QEMU does for unequal sizes."""
         self.to(JobStatus.RUNNING)
         self.fail(CommandError(reason))
         self.advance_soon()
@@ -130,7 +130,7 @@ class MirrorJob(Job):
     # Commands beside those that every job has.
 
     def change(self, copy_mode: CopyMode) -> None:
-        """block-job-change. Back to background, which QEMU refuses, is offered as well."""
+        """block-job-change. Raises CommandError. Unlike QEMU, allows a return to background."""
         check_verb(self.id, self.status, "change")
         self.options = replace(self.options, copy_mode=copy_mode)
         if self.copier.is_running:
@@ -147,7 +147,7 @@ class MirrorJob(Job):
 
     @property
     def is_actively_synced(self) -> bool:
-        """Each write that the guest has had answered is on the target (write-blocking only)."""
+        """Each answered write of a guest is on the target (write-blocking only)."""
         return self._mode.is_actively_synced
 
     @property
@@ -158,11 +158,11 @@ class MirrorJob(Job):
     def length(self) -> int:
         return self.offset + self.tracker.remaining_bytes
 
-    # The copier's observer; `operation` is "read" for the source, "write" for the target.
+    # The copier's observer. `operation` is "read" for the source, "write" for the target.
 
     def copy_failed(self, operation: str, error: BaseException) -> None:
-        """Rules 20 and 21. The range is dirty again already; what follows an error that was decided
-        on, from the requests in flight with it, is part of it."""
+        """Rules 20 and 21. The range is already dirty again. After the policy has decided on an
+        error, errors of requests that were in flight with the first one are ignored."""
         self._mode.note_error()
         if not self.activity.hears_errors:
             return
@@ -174,7 +174,7 @@ class MirrorJob(Job):
         self.advance_soon()
 
     def _may_reconnect(self, operation: str) -> bool:
-        """What is being brought back, or is going to be, is not lost once more."""
+        """A side that is being reconnected, or will be, is not lost a second time."""
         is_scan = self.activity is Activity.SCANNING and operation == "write"
         if self.activity is Activity.RECONNECTING or is_scan:
             return True
@@ -186,7 +186,7 @@ class MirrorJob(Job):
         self.advance()
 
     def target_lost(self) -> None:
-        """The target's connection broke. Requests in flight report that themselves."""
+        """The target's connection broke. Requests in flight report the loss themselves."""
         if not self.copier.in_flight and not self.is_over:
             self.copy_failed("write", DeviceLost(f"{self.target.description}: connection lost"))
 
@@ -206,7 +206,7 @@ class MirrorJob(Job):
             case Activity.ABORTING if self._stopping.is_over():
                 self.end_badly()
             case _:
-                pass  # a step, a timer, the group or the user is waited for
+                pass  # the job waits for a step, a timer, the group or the user
 
     def left(self, old: Activity) -> None:
         self._timers.abandon_step()
@@ -224,7 +224,7 @@ class MirrorJob(Job):
             self._resources.changed(JobState(self.options, self.is_scanned, is_paused))
 
     def release(self) -> None:
-        """Copy, if need be after source and target were brought back."""
+        """Copy. First reconnect a source or target that is lost."""
         self.become(Activity.RECONNECTING)
         self.changed()
         self._do(self._resources.reconnect_source, self._reconnect_target, "read")
@@ -290,7 +290,7 @@ class MirrorJob(Job):
             self._timers.do(prepare, self._begin_quiesce, self._not_written_down)
 
     def _become_ready(self) -> None:
-        """Rule 14: after a flush, and once."""
+        """After the flush, once (rule 14)."""
         self.become(Activity.COPYING)
         self._timers.went_well()
         self.tracker.refine()
@@ -299,7 +299,7 @@ class MirrorJob(Job):
         self.tell("BLOCK_JOB_READY")
 
     def _do(self, step: Callable[[Done], None], then: Callable[[], None], operation: str) -> None:
-        """Do `step`, and `then` if it ends well; its error is one of `operation`."""
+        """Do `step`, then `then`; an error counts as an error of `operation`."""
         self._timers.do(step, then, partial(self.copy_failed, operation))
 
     def _begin_quiesce(self) -> None:
@@ -316,7 +316,7 @@ class MirrorJob(Job):
         self._quiesce.advance()
 
     def _on_quiesce_timeout(self) -> None:
-        """The guest writes faster than the rest could be copied: it goes on, and so do we."""
+        """The guest writes faster than the rest can be copied: guest and job continue."""
         self.become(Activity.COPYING)
         self.tell_quiesce_timeout()
         self.advance_soon()
@@ -328,7 +328,7 @@ class MirrorJob(Job):
             self.to(JobStatus.WAITING)
             self.group.arrived()
             if not (self.group.is_finalizing and self.group.is_level):
-                # QEMU holds the guest until then; here the mirror goes on.
+                # QEMU holds the guest until the group ends; here the mirror continues.
                 self.become(Activity.COPYING)
                 return
         self._timers.after("level", HOLD_S, self._held_in_vain)
@@ -339,7 +339,7 @@ class MirrorJob(Job):
         self._on_quiesce_timeout()
 
     def _not_written_down(self, error: BaseException) -> None:
-        """The job cannot end before it can be kept that it has; it goes on, and tries again."""
+        """The end could not be recorded, so the job continues and tries again."""
         if isinstance(error, ConfigError):  # the target cannot be the disk
             self.fail(error)
             self.advance_soon()

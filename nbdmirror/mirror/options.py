@@ -1,4 +1,4 @@
-"""What a mirror job is asked to do: QEMU's blockdev-mirror arguments, and its error policies."""
+"""The options of a mirror job: QEMU's blockdev-mirror arguments, and its error policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nbdmirror.mirror.copier import BUFFER_BYTES_DEFAULT
 
 
 class Policy(enum.StrEnum):
-    """QEMU's BlockdevOnError. `auto` is `enospc`, as qemu-storage-daemon has it."""
+    """QEMU's BlockdevOnError. `auto` means `enospc`, as in qemu-storage-daemon."""
 
     REPORT = "report"
     IGNORE = "ignore"
@@ -19,7 +19,7 @@ class Policy(enum.StrEnum):
     AUTO = "auto"
 
     def action(self, error_number: int) -> Policy:
-        """What is to be done: REPORT, IGNORE or STOP."""
+        """The action for an error with this errno: REPORT, IGNORE or STOP."""
         if self in (Policy.ENOSPC, Policy.AUTO):
             return Policy.STOP if error_number == errno.ENOSPC else Policy.REPORT
         return self
@@ -33,7 +33,7 @@ class CopyMode(enum.StrEnum):
 
 
 class Ending(enum.Enum):
-    """What was asked for after READY."""
+    """The ending that was requested after READY."""
 
     NONE = "none"
     COMPLETE = "complete"  # swap to the target
@@ -58,7 +58,7 @@ class MirrorOptions:
     clear_bitmap: bool = True
     """bitmap-mode on-success: the bitmap is cleared when the job completes."""
     cluster_bytes: int = 0
-    """The target's cluster size where the user told it."""
+    """The target's cluster size, if the user gave it; else 0."""
     allow_larger: bool = False
     """The target may be larger than the disk (rule 43)."""
     auto_finalize: bool = True
@@ -66,9 +66,9 @@ class MirrorOptions:
 
     @property
     def writes_all(self) -> bool:
-        """Nothing is left on the target of what was there."""
+        """The mirror overwrites all of the target's old content."""
         return self.sync == "full" and not self.target_is_zero
 
     def policy(self, operation: str) -> Policy:
-        """For errors of `operation`: "read" is the source's, "write" the target's."""
+        """The policy for errors of `operation`: "read" for the source, "write" for the target."""
         return self.on_source_error if operation == "read" else self.on_target_error

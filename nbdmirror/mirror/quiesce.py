@@ -1,12 +1,12 @@
 """Quiesce: bring a target level with its source while guest writes are held, within a bound.
 
     converging -> flushing ahead -> catching up -> draining -> copying -> flushing -> level
-    '-------- the guest writes on ---------------' '-------- the gate is closed --- ... release'
+    '-------- the guest writes ------------------' '-------- the gate is closed --- ... release'
 
-What can be done before the gate closes is: little is left to copy then, and the target's last flush
-has little to do. Rule 15 of a mirror job's ending: counting is only true while no guest write is
-under way, and it is done again after the flush. Rule 42: if it does not get there in time, the
-guest has its I/O back and the owner is told.
+As much as possible is done before the gate closes: then little is left to copy, and the target's
+last flush has little to do. Rule 15: the count of dirty bytes is only exact while no guest write is
+in progress, and is checked again after the flush. Rule 42: if the target is not level in time, the
+guest continues and `on_timeout` is called.
 
 On the event loop's thread.
 """
@@ -24,15 +24,15 @@ from nbdmirror.mirror.rate_limit import Haste
 
 LEVEL_BYTES_MIN, LEVEL_BYTES = 256 << 10, 4 << 20
 """Dirty bytes that may be left when guest writes are held: a few milliseconds of copying at most.
-How much less can be had is found out: the least at first, twice as much after each LEVEL_STEP_S."""
+The bound begins with the smaller one and doubles after each LEVEL_STEP_S."""
 
 LEVEL_STEP_S = 0.02
 
 CONVERGE_S = 2.0
-"""How long the dirty bytes may take to fall below LEVEL_BYTES; then writes are held anyway."""
+"""How long the dirty bytes may take to fall below LEVEL_BYTES; after that writes are held."""
 
 CATCH_UP_S = 0.2
-"""The same for what was written while the target was flushed ahead."""
+"""The same bound for data that was written while the target was flushed ahead."""
 
 LIMIT_S = 1.0
 """Longest time that guest writes are held in one attempt."""
@@ -50,9 +50,9 @@ class Step(enum.Enum):
 
 
 class Quiesce:
-    """One attempt; starts with `advance`. One of `on_level`, `on_timeout` and `on_flush_error` is
-    called once, unless `release` comes first. After `on_level` the guest is held until `release`.
-    """
+    """One attempt, which begins with `advance`. One of `on_level`, `on_timeout` and
+    `on_flush_error` is called once, unless `release` comes first. After `on_level` the guest is
+    held until `release`."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Quiesce:
         self._timer: Timer | None = None
 
     def advance(self) -> None:
-        """Do what can be done; called now and then, and when guests left or copies settled."""
+        """Do the next step. Called regularly, and when guests' requests or copies have ended."""
         self._copier.pump()
         if self.step is Step.CONVERGING and self._is_close(LEVEL_BYTES, CONVERGE_S):
             self.step = Step.FLUSHING_AHEAD
@@ -93,8 +93,8 @@ class Quiesce:
             self._copier.flush(self._flushed)
 
     def release(self) -> float | None:
-        """Give the guest its I/O back, whatever the step. Returns how long it was held, in seconds;
-        None if it was not."""
+        """End the attempt in any step, and let the guest continue. Returns how long guest writes
+        were held, in seconds; None if they were not held."""
         step, self.step = self.step, Step.OPEN
         if self._timer is None or step is Step.OPEN:
             return None

@@ -9,30 +9,31 @@ import enum
 from collections.abc import Callable
 
 SLICE_S = 0.1
-"""With a speed limit no claim is larger than what is allowed in one slice (QEMU's
+"""With a speed limit no claim is larger than the limit allows in this time (QEMU's
 BLOCK_JOB_SLICE_TIME)."""
 
 LAG_S = 0.25
-"""Of a round, after READY: so far the target may lag behind, beside the time that copies take.
-Shorter writes more to regions that guests write to again and again; QEMU looks each 0.1 s."""
+"""Least time of a round after READY: how far the target may lag behind, beside the time that copies
+take. With less time, regions that guests write again and again are sent more often. QEMU's is
+0.1 s."""
 
 
 class Haste(enum.Enum):
-    """How much a copier hurries."""
+    """How fast a copier works."""
 
     LAG = "lag"
-    """A round over the disk takes LAG_S at least: what is written again and again is copied once a
-    round."""
+    """A round over the disk takes at least LAG_S: a range that guests write again and again is
+    copied once in each round."""
 
     STEADY = "steady"
     """As fast as the speed limit allows."""
 
     GUESTS_WAIT = "guests wait"
-    """Guests' writes are held: the speed limit does not hold."""
+    """Guests' writes are held: the speed limit is ignored."""
 
 
 class RateLimit:
-    """`pump` is called when what was to wait may begin."""
+    """`pump` is called when a claim that had to wait may begin."""
 
     def __init__(
         self,
@@ -41,7 +42,8 @@ class RateLimit:
         pump: Callable[[], None],
     ) -> None:
         self.speed_bytes_per_s = 0
-        """0: no limit. It holds between claims, as QEMU's: what is in flight is not held back."""
+        """0: no limit. As in QEMU the limit holds between claims; requests in flight are not
+        delayed."""
         self.haste = Haste.STEADY
         self._clock = clock
         self._call_later = call_later
@@ -57,23 +59,23 @@ class RateLimit:
 
     @property
     def claim_bytes_max(self) -> int | None:
-        """None: no limit."""
+        """Largest claim in bytes; None: no limit."""
         return max(1, int(self.speed_bytes_per_s * SLICE_S)) if self.speed_bytes_per_s else None
 
     def account(self, length: int) -> None:
-        """So many bytes are on their way."""
+        """`length` bytes are being copied."""
         if self.speed_bytes_per_s:
             start_s = max(self._next_start_s, self._clock())
             self._next_start_s = start_s + length / self.speed_bytes_per_s
 
     def may_start(self) -> bool:
-        """A claim."""
+        """Whether a claim may begin now."""
         if not self.speed_bytes_per_s or self.haste is Haste.GUESTS_WAIT:
             return True
         return not self._must_wait(self._next_start_s)
 
     def may_begin_round(self) -> bool:
-        """If so, it begins."""
+        """Whether a round over the disk may begin now; if so, it begins."""
         if self.haste is not Haste.LAG:
             return True
         if self._must_wait(self._round_not_before_s):
@@ -82,7 +84,7 @@ class RateLimit:
         return True
 
     def _must_wait(self, until_s: float) -> bool:
-        """If so, what was to begin is tried again in time."""
+        """Whether `until_s` is in the future; if so, `pump` is called in time."""
         wait_s = until_s - self._clock()
         if wait_s > 0 and not self._timer_is_set:
             self._timer_is_set = True

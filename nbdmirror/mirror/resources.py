@@ -1,4 +1,4 @@
-"""What a mirror job asks of its target, and of what it is made of. Called on the loop's thread."""
+"""What a mirror job needs of its target and of its server. Called on the loop's thread."""
 
 from __future__ import annotations
 
@@ -10,62 +10,65 @@ from nbdmirror.mirror.options import Ending, MirrorOptions
 
 
 class Target(BlockDevice, AsyncTarget, Protocol):
-    """What the job asks of its target beside the copying."""
+    """What the job needs of its target beside the copying."""
 
-    def give_up(self) -> None: ...
+    def give_up(self) -> None:
+        """Give up the connection: its requests in flight fail."""
 
-    def is_server_there(self) -> bool: ...
+    def is_server_there(self) -> bool:
+        """Whether the server greets another client. Blocks; for a helper thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What the next process needs to continue the job, beside what is dirty."""
+    """What the next process needs to continue the job, beside the dirty bitmap."""
 
     options: MirrorOptions
-    """As they are now."""
+    """The present options."""
     is_scanned: bool
     is_paused: bool
-    """By the user."""
+    """Paused by the user, not by an error."""
 
 
 class MirrorResources(Protocol):
-    """What one job runs on, and what of the job is to outlive the process."""
+    """What one job runs on, and what is saved of the job. `done` is called on the loop's thread,
+    with an error or None."""
 
     def changed(self, state: JobState) -> None:
-        """The job's state may have become another."""
+        """The job's state may have changed: save it."""
 
     def prepare(self, ending: Ending, done: Done) -> None:
-        """The job is about to end well: do what takes time now, so that `commit` is quick."""
+        """The job is about to end well: do slow work now, so that `commit` is quick."""
 
     def commit(self, done: Done) -> None:
-        """The job ends well now. `done` without an error means that this is on disk."""
+        """Record that the job ends well. `done` without an error: the record is on disk."""
 
     def uncommit(self) -> None:
-        """Take `commit` back: the job continues, and reports its state."""
+        """Revoke `commit`: the job continues, and reports its state."""
 
     def forget(self, done: Done) -> None:
-        """The job ends otherwise. `done` is called within a bound."""
+        """Record that the job ends badly. `done` is called within a bound."""
 
     def pivot(self) -> None:
         """Guest writes are held and the target is level: serve the disk from the target."""
 
     def released(self) -> None:
-        """The job uses source and target no more; after a pivot the old source is free to be
+        """The job does not use source and target any more; after a pivot the old source may be
         closed."""
 
     def dismissed(self) -> None:
-        """The job is to be forgotten."""
+        """Remove the job from all lists."""
 
     def scan(self, done: Done) -> None:
-        """Mark dirty what the source's top layer holds (sync=top), or what is not zero
+        """Mark as dirty what the source's top layer holds (sync=top), or what is not zero
         (target-is-zero)."""
 
     def reconnect_source(self, done: Done) -> None:
-        """Bring a lost source back, trying for as long as guests' requests wait for it; if it is
-        not lost, `done` is called at once. An error is no DeviceLost."""
+        """Reconnect a lost source, for as long as guests' requests wait for it. If the source is
+        not lost, `done` is called at once. The error is never DeviceLost."""
 
     def reconnect(self, has_copied: bool, done: Done) -> None:
-        """Bring a lost target back, trying for its reconnect-delay. What was not flushed is dirty
-        then. If it is not lost, `done` is called at once; but unless the job `has_copied`
-        something, the target is first looked at for a way back to the disk. An error is no
-        DeviceLost."""
+        """Reconnect a lost target, for its reconnect-delay. Then data that was not flushed is dirty
+        again. If the target is not lost, `done` is called at once; but if the job has copied
+        nothing yet (`has_copied`), the target is first checked for a way back to the disk. The
+        error is never DeviceLost."""

@@ -1,4 +1,4 @@
-"""What of a source is to be copied, where that is not everything. On the event loop's thread."""
+"""Which parts of a source are copied, if not everything. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def scan(
     is_wanted: Callable[[], bool],
     done: Done,
 ) -> None:
-    """Mark dirty the extents that `is_copied`. Given up, with `done` told nothing good, when an
-    answer comes and it is not wanted any more."""
+    """Mark as dirty the extents for which `is_copied` is true. `ask` takes an offset and a length
+    in bytes. The scan ends early, with `done` called, when `is_wanted` becomes false."""
     position = 0
     is_inside = is_done = False
 
@@ -38,7 +38,7 @@ def scan(
             step()
 
     def step() -> None:
-        """Answers may come before the question returns: no recursion then."""
+        """Query the next extents. An answer may come before `ask` returns: then no recursion."""
         nonlocal is_inside
         is_inside, before = True, -1
         while before < position < dirty.size and not is_done:

@@ -1,8 +1,8 @@
-"""Whether a target that came back is the disk that it was (rule 40).
+"""Whether a target that came back is the same disk as before (rule 40).
 
-NBD has no name for a disk's content, so some of it is compared: what is clean, and was flushed, is
-the same on both sides. Another image behind the same address, or an older one from a backup, is
-found if it differs in one of SAMPLES places. Blocks; for a thread of its own.
+NBD has no name for a disk's content, so samples are compared: data that is clean, and was flushed,
+is the same on both sides. Another image behind the same address, or an older one from a backup, is
+detected if it differs in one of SAMPLES places. Blocks; for a helper thread.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
 
 SAMPLES = 32
-"""The disk's first and last granules are two of them: labels and file systems' heads are there."""
+"""Number of places. The disk's first and last granules are two of them, since partition tables and
+superblocks are there."""
 
 TRIES_MAX = 512
-"""Places that are looked at to find as many that hold data: zeroes are alike everywhere."""
+"""Places that are examined to find SAMPLES places with data: zeroes are the same on every disk."""
 
 SAMPLE_BYTES_MAX = 64 << 10
 
@@ -27,16 +28,16 @@ DRAIN_S_MAX = 5.0
 DRAIN_POLL_S = 0.01
 
 Read = Callable[[memoryview, int], None]
-"""Fill the buffer from that offset. Raises DeviceError."""
+"""Fill the buffer from an offset in bytes. Raises DeviceError."""
 
 
 def find_mismatch(
     disk: Disk, read_target: Read, tracker: Tracker, suspects: DirtyBitmap, rng: random.Random
 ) -> int | None:
-    """The offset of a place where the target is not what it was; None if none was found.
+    """The offset in bytes of a place where the target has changed; None if no sample has.
 
-    `suspects`: all that may differ, as of a moment since which nothing was copied. Raises what
-    reading raises.
+    `suspects`: everything that may differ, as of a moment after which nothing was copied. Raises
+    DeviceError, from reading either side.
     """
     units = -(-disk.size // tracker.granularity)
     zeroes = 0
@@ -64,7 +65,7 @@ def find_mismatch(
 
 
 def _is_clean(disk: Disk, tracker: Tracker, offset: int, length: int) -> bool:
-    """Whether the two should have been the same: no guest was writing there meanwhile."""
+    """Whether both sides should have been the same: no guest was writing there meanwhile."""
     deadline_s = time.monotonic() + DRAIN_S_MAX
     writes = disk.ledger.writes()
     while writes := disk.ledger.writes_left(writes):

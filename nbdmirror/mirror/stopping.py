@@ -1,5 +1,5 @@
-"""Stopping: how what a job has in flight ends when nothing of it is to be in flight any more: by
-itself, or given up. On the event loop's thread."""
+"""Stopping: how a job's requests in flight end before a pause or a bad end: by themselves, or given
+up. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ CANCEL_GRACE_S = 0.3
 given up."""
 
 SOURCE_GRACE_S = 2.0
-"""How long a pause, or an end with an error, waits for the source. For the target it has to wait:
-what is in flight there may change it yet."""
+"""How long a pause, or an end with an error, waits for the source. It has to wait for the target
+without a bound: requests in flight there may still change the target."""
 
 CUT, DISOWN = "cut", "disown"
 
 
 class Stopping:
-    """`give_up` has what is in flight at the target fail, whatever becomes of it there."""
+    """`give_up` makes the requests in flight at the target fail; the target may still do them."""
 
     def __init__(
         self, copier: Copier, mode: CopyModeSwitch, timers: JobTimers, give_up: Callable[[], None]
@@ -33,9 +33,9 @@ class Stopping:
         self._is_late = False
 
     def is_over(self, *, for_pause: bool = False) -> bool:
-        """No copies, no flush, and no write that may have been decided as a synchronous one. To be
-        asked until then, with the copier stopped. A pause does not wait long for a flush, which
-        changes nothing."""
+        """Whether nothing is in flight: no copy, no flush, and no guest write that may be
+        synchronous. Call this repeatedly, with the copier stopped, until it returns True. A pause
+        does not wait long for a flush, which changes no data."""
         is_flush_left = for_pause and self._is_late and not self._copier.in_flight
         if (self._copier.is_idle or is_flush_left) and self._mode.has_drained():
             self._timers.cancel(DISOWN)
@@ -46,8 +46,8 @@ class Stopping:
         return False
 
     def hurry(self) -> None:
-        """A forced cancel. A hung target: give its connection up, so that what is in flight
-        comes back."""
+        """For a forced cancel: after CANCEL_GRACE_S give up a target that hangs, so that its
+        requests in flight fail."""
         if not self._timers.has(CUT):
             self._timers.after(CUT, CANCEL_GRACE_S, self._cut)
 
@@ -56,7 +56,7 @@ class Stopping:
         self._disown()
 
     def _disown(self) -> None:
-        """A hung source: what it was asked for is dirty, and not waited for."""
+        """For a source that hangs: the ranges of its reads are dirty, and nothing waits for it."""
         self._is_late = True
         if not self._copier.is_running:
             self._mode.disown()

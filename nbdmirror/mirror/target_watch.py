@@ -1,5 +1,5 @@
-"""TargetWatch: what a mirror does about its target now and then: flushes it, sees how far it lags
-behind, and notices that it does not answer any more. On the event loop's thread."""
+"""TargetWatch: flushes a mirror's target regularly, measures its lag, and detects that it does not
+answer any more. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nbdmirror.mirror.resources import Target
 log = logging.getLogger(__name__)
 
 FLUSH_S = 10.0
-"""How often what the target has acknowledged is flushed, so that little is copied again when it is
-lost. QEMU flushes for READY and at the end only."""
+"""Interval of flushes, so that little is copied again when the target is lost. QEMU flushes only
+for READY and at the end."""
 
 READY_FLUSH_S = 1.0
 """The same after READY, where the lag ends with a flush: at most so often, once what was dirty when
@@ -30,15 +30,16 @@ often as FLUSH_S says."""
 
 FLUSH_TAKES_S = 2.0
 FLUSH_BYTES_MIN = 16 << 20
-"""A flush that takes longer is one of less data, the next time, but of so much at least."""
+"""If a flush takes longer than FLUSH_TAKES_S, the next one comes after less data, but after at
+least FLUSH_BYTES_MIN."""
 
 HUNG_S = 60.0
-"""A target that answers nothing for so long, with requests in flight, is asked for a sign of life
-where a `reconnect-delay` says what happens without one: its server takes a further connection, or
-it is taken for lost. (DRBD's ko-count: 42 s. QEMU waits for ever.) Slow is not hung."""
+"""If a target answers nothing for so long, with requests in flight, it is asked for a sign of life:
+its server accepts another connection, or the target counts as lost. Only with a `reconnect-delay`,
+which says what happens next. (DRBD's ko-count: 42 s. QEMU waits for ever.) Slow is not hung."""
 
 RECONNECT_PAUSE_S = 1.0
-"""What is lost again within this time after it was brought back is an error."""
+"""A side that is lost again within this time after its last loss is not reconnected: an error."""
 
 
 class TargetWatch:
@@ -67,20 +68,20 @@ class TargetWatch:
         self._answers = -1
         self._answered_s = 0.0
         self._asked_s: float | None = None
-        """When it was asked for a sign of life, and had not answered since `_answered_s`."""
+        """When the last sign of life was requested, if no answer came since `_answered_s`."""
         self._is_asking = False
         self._patience_s = HUNG_S
         self._is_flushing = False
         self._flush_bytes = math.inf
         self._covered_bytes = 0
-        """Of data, by the flushes that have begun."""
+        """Bytes of data that the flushes so far cover."""
         self._longest_s = 0.0
-        """That an answer has taken."""
+        """Longest time that an answer has taken."""
 
     def may_reconnect(self, operation: str) -> bool:
-        """Rule 40: a lost target is brought back before the policy is asked, where a
-        reconnect-delay was given; a lost source, which guests wait for, always. Not again at once
-        when that led nowhere."""
+        """Whether a lost side is reconnected before the error policy decides (rule 40): the target
+        if it has a reconnect-delay, the source always, since guests wait for it. Not again within
+        RECONNECT_PAUSE_S."""
         now_s = self._clock()
         is_waited_for = operation == "read" or self._reconnect_delay_s
         if not is_waited_for or now_s < self._reconnect_not_before_s[operation]:
@@ -100,7 +101,7 @@ class TargetWatch:
             self._lag.end()
 
     def look(self) -> None:
-        """To be called several times a second, whatever the mirror does."""
+        """Call this several times a second, whatever the mirror does."""
         if self._lag is not None:
             self._lag.look()
         if not self._copier.is_running:
@@ -128,7 +129,7 @@ class TargetWatch:
         return self._tracker.needs_flush
 
     def _ask(self) -> None:
-        """For a sign of life, in a thread: it may not come."""
+        """Ask for a sign of life, on a helper thread, since it may not come."""
         self._is_asking = True
         answers = self._answers
 
@@ -146,7 +147,7 @@ class TargetWatch:
             log.warning("%s: has answered no request for %d s; %s", name, silence_s, text)
             if is_there:
                 return
-            # A server that has no room for a further connection says as little: longer next time.
+            # A server without room for another connection looks the same: wait longer next time.
             self._patience_s *= 2
             self._answered_s, self._asked_s = self._clock(), None
             self._target.give_up()
@@ -154,8 +155,8 @@ class TargetWatch:
         threading.Thread(target=work, name="nbdmirror-life", daemon=True).start()
 
     def _flush(self) -> None:
-        """What a flush takes grows with what it covers: after one that took long the next comes
-        after less, so that a pause, and other answers, do not wait for it."""
+        """A flush takes longer the more data it covers. After a long flush the next one comes after
+        less data, so that a pause, and other answers, do not wait for it."""
         start_s, covered_bytes = self._clock(), self._copier.written_bytes - self._covered_bytes
         self._covered_bytes += covered_bytes
         self._is_flushing = True
@@ -170,7 +171,7 @@ class TargetWatch:
                 self._flush_bytes *= 2
             if error is not None:
                 self._on_flush_error(error)
-            else:  # what there is to do gets done
+            else:  # the target makes progress
                 self._patience_s = max(HUNG_S, 2 * self._longest_s)
 
         self._copier.flush(done)

@@ -1,4 +1,4 @@
-"""JobTimers: what a job waits for: steps that others do, timers by name, and its next attempt.
+"""JobTimers: what a job waits for: one asynchronous step, named timers, and the next attempt.
 
 On the event loop's thread.
 """
@@ -12,13 +12,13 @@ from nbdmirror.devices.base import Done
 from nbdmirror.event_loop import Loop, Timer
 
 RETRY_S = 0.1, 5.0
-"""The first and the longest wait before what has failed is tried again."""
+"""First and longest wait before a failed attempt is repeated."""
 
 RETRY = "retry"
 
 
 class JobTimers:
-    """`advance` is called after each step that has ended, well or not."""
+    """`advance` is called after each step, whether it ended well or not."""
 
     def __init__(self, loop: Loop, advance: Callable[[], None]) -> None:
         self._loop = loop
@@ -35,7 +35,8 @@ class JobTimers:
         then: Callable[[], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        """Do `step`, and `then` if it ended well and nothing came between, or `failed`."""
+        """Do `step`, then `then`, or `failed` with its error. Neither is called if `abandon_step`
+        or another step came in between."""
         token = self._step = object()
 
         def done(error: BaseException | None) -> None:
@@ -50,12 +51,14 @@ class JobTimers:
         step(done)
 
     def abandon_step(self) -> None:
-        """Its end means nothing any more."""
+        """Ignore the end of the present step."""
         self._step = None
 
     # Timers.
 
     def after(self, name: str, delay_s: float, call: Callable[[], None]) -> None:
+        """Call `call` in `delay_s` seconds. Replaces an earlier timer of this name."""
+
         def fire() -> None:
             del self._by_name[name]
             call()
@@ -77,9 +80,9 @@ class JobTimers:
     # The next attempt.
 
     def retry(self, call: Callable[[], None]) -> None:
-        """Try again, later each time."""
+        """Call `call` after a wait that grows with each failure."""
         self.after(RETRY, self._backoff.next_s(), call)
 
     def went_well(self) -> None:
-        """The next failure is a new one."""
+        """The next failure begins with the first wait again."""
         self._backoff.reset()

@@ -7,7 +7,8 @@ from nbdmirror.mirror.copier import Copier
 
 
 class Traffic:
-    """Of data, from now on. Zeroes do not count among what was sent."""
+    """Counts bytes of data, from its creation on. Zeroes that were sent do not count. On the event
+    loop's thread."""
 
     def __init__(self, copier: Copier, tracker: Tracker) -> None:
         self._copier = copier
@@ -21,7 +22,7 @@ class Traffic:
         return sent - self._begin[0], changed - self._begin[1]
 
     def at_the_end(self) -> dict[str, object]:
-        """What the job's last event says of it."""
+        """The same, as members of the job's last event."""
         sent, changed = self.since_ready
         return {"x-nbdmirror-sent-bytes": sent, "x-nbdmirror-changed-bytes": changed}
 
