@@ -1,15 +1,15 @@
-"""AlignedDevice: any offset and length on a device that takes whole units only.
+"""AlignedDevice: any offset and length on a device that takes only whole units.
 
-It owns the widening: reads go through a bounce buffer, the odd edges of writes and zeroes are
-read, changed and written back, trims shrink inward. Two kinds of device need it: files opened with
-O_DIRECT, which want aligned memory too (`bounce`), and NBD exports with a minimum block size.
+This module widens requests: reads go through a bounce buffer, the odd edges of writes and zeroes
+are read, changed and written back, trims shrink inward. Two kinds of device need it: files opened
+with O_DIRECT, which want aligned memory too (`bounce`), and NBD exports with a minimum block size.
 
-It promises what a device without units does: two requests that share no byte do not disturb each
+The promise is that of a device without units: two requests that share no byte do not disturb each
 other, even in one unit. The danger is the read-change-write of an edge, which writes neighbours
-back as they were when it read them; `_Ranges` keeps every other change off those units meanwhile.
-Reads need no guard: what is written back of the neighbours is what was there.
+back as they were when it read them; meanwhile `_Ranges` keeps every other change off those units.
+Reads need no guard: neighbours are written back with the same content.
 
-Calls are for any thread. All waits here end when another thread's request ends.
+Calls are for any thread. Each wait here ends when another thread's request ends.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from nbdmirror.devices.base import (
 from nbdmirror.errors import DeviceError
 
 BOUNCE_BYTES = 1 << 20
-"""One bounce buffer. Larger requests go in pieces: a request of 64 MiB (what nbdkit takes) on each
-of 16 threads would need 1 GiB, and pieces of 1 MiB already run at the device's full speed."""
+"""Size of a bounce buffer. Larger requests go in pieces: a request of 64 MiB (what nbdkit takes) on
+each of 16 threads would need 1 GiB, and pieces of 1 MiB already run at the device's full speed."""
 
 
 class AlignedDevice(Wrapper):
     """`inner` with a minimum block size of 1.
 
     `bounce`: `inner` wants page-aligned memory; then all data is copied through such a buffer.
-    Asking for each buffer's address instead costs as much as copying 4 KiB (0.24 us both), and
+    To query each buffer's address instead takes as long as to copy 4 KiB (0.24 us both), and
     nbdkit's buffers come from malloc, which never aligns them to pages.
 
-    `tail`: the same medium by a way that takes any offset, needed when the size is not a multiple
-    of the unit: no aligned request gets at the last odd bytes without passing the end. All from the
-    last page boundary on goes through it, so that no page of the page cache is written through
-    `inner` and `tail` both. Flushing `inner` flushes `tail`; both are closed with this device.
+    `tail`: a device on the same medium that takes any offset. It is needed if the size is not a
+    multiple of the unit: no aligned request reaches the last odd bytes without passing the end. All
+    requests from the last page boundary on go through it, so that no page of the page cache is
+    written through both. A flush of `inner` flushes `tail`; both are closed with this device.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class AlignedDevice(Wrapper):
         self._tail = inner if tail is None else tail
         self._body = self.size if tail is None else self.size - self.size % max(unit, mmap.PAGESIZE)
         self._ranges = _Ranges()
-        # A list, not a threading.local: as many as there are requests at once, whatever becomes of
-        # nbdkit's thread states, and pages that were never touched take no memory.
+        # A list, not a threading.local: as many buffers as requests at once, whatever happens to
+        # nbdkit's thread states. Pages that were never touched take no memory.
         self._buffers: list[memoryview] = []
         if bounce:
             self.read_part = self._read_part
@@ -120,7 +120,7 @@ class AlignedDevice(Wrapper):
         body_end = min(end, self._body)
         if offset < body_end:
             self._zero_body(offset, body_end, may_trim, fua, fast)
-            fast = False  # done in part: the rest, less than a page, must not be refused now
+            fast = False  # a part is done: the rest, less than a page, must not be refused now
         if end > self._body:
             start = max(offset, self._body)
             self._tail.zero(start, end - start, may_trim=may_trim, fua=fua, fast=fast)
@@ -178,8 +178,8 @@ class AlignedDevice(Wrapper):
         return first, last, [edge for edge in ((offset, first), (last, end)) if edge[0] < edge[1]]
 
     def _read_part(self, bufs: tuple[memoryview], offset: int) -> int:
-        """What guests mostly ask for, whole units of no more than a buffer, with as little byte
-        code as can be; `pread` does the rest."""
+        """The most frequent requests: whole units of at most one buffer, with as little byte code
+        as possible. `pread` does the others."""
         (buf,) = bufs
         count = len(buf)
         end = offset + count
@@ -249,7 +249,7 @@ class AlignedDevice(Wrapper):
     def _zero_body(self, offset: int, end: int, may_trim: bool, fua: bool, fast: bool) -> None:
         first, last, edges = self._cut(offset, end)
         if fast and first == last:
-            # What is left of it would be a read and a write: not what `fast` asks for.
+            # The rest would be a read and a write, which `fast` does not allow.
             raise DeviceError(
                 f"{self.description}: no fast zero of less than a block", errno.ENOTSUP
             )
@@ -286,19 +286,19 @@ class AlignedDevice(Wrapper):
 
 
 class _Ranges:
-    """Which ranges are being changed: together (`enter`) unless one wants to be `alone` on its own.
+    """The ranges that are being changed: shared (`enter`), or exclusive (`alone`).
 
-    Whole-unit changes are the hot path and take no lock: they write themselves down, then look
-    whether somebody is alone; who wants to be alone writes itself down, then looks at the others.
-    Both orders are kept under the GIL, so of two that overlap at least one sees the other. If only
-    the one that wants to be alone does, it waits; if the other does, that one withdraws and
-    waits, so both seeing each other does not block them. Nobody starves who wants to be alone:
-    later ones that overlap see it and stay out.
+    Changes of whole units are the hot path and take no lock. A shared change registers itself, then
+    checks for exclusive ones; an exclusive change registers itself, then checks for shared ones.
+    The GIL keeps both orders, so of two that overlap at least one sees the other. If only the
+    exclusive change sees the other, it waits. If the shared change sees the other, it withdraws and
+    waits. So two that see each other do not deadlock, and an exclusive change does not starve:
+    later shared changes that overlap see it and stay out.
 
-    Wake-ups are not lost: who leaves deletes itself, then looks whether somebody is alone, and if
-    so notifies under the lock, which a waiter holds from its look until it sleeps.
+    No wake-up is lost: a change that leaves deletes itself, then checks for exclusive ones, and
+    notifies under the lock, which a waiter holds from its check until it sleeps.
 
-    `_changed` guards `_alone` (changes of it; it is read without) and every wait.
+    `_changed` guards changes of `_alone` (reads take no lock) and every wait.
     """
 
     def __init__(self) -> None:
@@ -308,7 +308,8 @@ class _Ranges:
         self._changed = threading.Condition()
 
     def enter(self, start: int, end: int) -> int:
-        """Be in [start, end) as soon as nobody is alone there; returns the key to `leave` with."""
+        """Begin a shared change of [start, end), after exclusive ones. Returns the key for
+        `leave`."""
         while True:
             key = next(self._keys)
             self._together[key] = (start, end)
@@ -326,7 +327,7 @@ class _Ranges:
 
     @contextmanager
     def alone(self, start: int, length: int) -> Iterator[None]:
-        """Be the only one in the range."""
+        """An exclusive change of the range, in bytes."""
         end = start + length
         key = next(self._keys)
         with self._changed:
@@ -347,5 +348,5 @@ def _overlap(ranges: dict[int, tuple[int, int]], start: int, end: int) -> bool:
 
 
 def for_guests(device: BlockDevice) -> BlockDevice:
-    """`device`, with requests of any range."""
+    """A device on `device` that takes requests of any offset and length."""
     return AlignedDevice(device) if device.block_size.minimum > 1 else device

@@ -1,4 +1,4 @@
-"""FileSource: a raw disk as the copier reads it. It belongs to the event loop's thread."""
+"""FileSource: a raw disk as the copier reads it. For the event loop's thread."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from nbdmirror.errors import IO_ERRORS
 from nbdmirror.workers import Workers
 
 READERS = 4
-"""Threads that read what is not cached. 512 MiB from a local disk: 0.8 GB/s with 1 thread, 2.2 with
+"""Threads that read uncached data. 512 MiB from a local disk: 0.8 GB/s with 1 thread, 2.2 with
 2, 4.2 with 4, 4.7 with 8. The copier moves 1-2 GB/s, and each busy thread slows the guest's."""
 
 
 class FileSource:
-    """The source side of AsyncDevice on any blocking device, for the event loop's thread.
+    """An AsyncSource on any blocking device, for the event loop's thread.
 
-    What a file has in memory is read at once, on the loop's thread: that only copies memory, and
-    handing it to a thread would cost two context switches a request. The rest goes to READERS
-    threads; so does all of a device that is no plain file (an O_DIRECT file in its AlignedDevice).
-    The loop is all disks': no call on it may wait for a storage, so not even a look at the size of
-    the file or at its holes, which a network's file system may have to ask for.
+    Data that a file has in memory is read at once, on the loop's thread: that only copies memory,
+    and a helper thread would cost two context switches for each request. Other data is read by
+    READERS threads; so is all data of a device that is not a plain file (an O_DIRECT file in its
+    AlignedDevice). All disks share the loop, so no call on it may wait for a storage: it must not
+    even query the size or the holes of a file, which a network file system may have to ask for.
 
     `call_soon` posts a call to the loop's thread, from any thread. `close` closes the device.
     """
@@ -58,7 +58,7 @@ class FileSource:
         self._ask(read, done)
 
     def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Asked at once only if the answer is known."""
+        """`done` is called at once only if the extents are known."""
         if self._file is not None and (known := self._file.known_extents(offset, length)):
             done(known, None)
             return
@@ -71,17 +71,17 @@ class FileSource:
         self._ask(ask, lambda error: done(None if error else found, error))
 
     def close(self) -> None:
-        """Nothing more is asked. Closes the device once what it was asked before has ended; nobody
-        waits for that, since close(2) may wait as well."""
+        """Call nothing after this. A helper thread closes the device after the earlier requests
+        have ended; nothing waits for that, since close(2) may wait as well."""
 
         def close() -> None:
-            with suppress(OSError):  # of a descriptor that is gone all the same
+            with suppress(OSError):  # the descriptor is closed in any case
                 self._device.close()
 
         self._readers.submit_last(close)
 
     def _check(self) -> None:
-        """After it was read or asked: a file that was truncated must not be copied as zeroes."""
+        """After a read or a query: a truncated file must not be copied as zeroes."""
         if self._checked is not None and not self._checked.is_whole_now():
             self._checked.check_whole()
 
@@ -90,7 +90,7 @@ class FileSource:
             error: BaseException | None = None
             try:
                 call()
-            except BaseException as caught:  # noqa: BLE001 - untold, the copy would never end
+            except BaseException as caught:  # noqa: BLE001 - unreported, the copy would never end
                 error = caught
             self._call_soon(lambda: done(error))
 

@@ -3,8 +3,8 @@
 Vocabulary, used everywhere in this project: `offset` and `length` are bytes; a range is
 [offset, offset + length); an extent is a range of one kind, as NBD's base:allocation tells it.
 
-Every device passes tests/unit/devices/test_device_contract.py. `MemoryDevice` is the reference:
-where the others are in doubt, they do what it does.
+Every device passes tests/unit/devices/test_device_contract.py. `MemoryDevice` is the reference: in
+case of doubt the other devices do the same.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def _write_nothing(buf: Buffer, offset: int) -> int:
 class BlockDevice(Protocol):
     """A disk with blocking calls, safe to call from any number of threads at once.
 
-    Calls raise OSError or DeviceError (`errors.IO_ERRORS`); after an error the range of a changing
-    call is undefined. Offsets and lengths lie within `size`; the caller has checked that. Two calls
-    on overlapping ranges at once are the caller's affair, as on any disk.
+    Calls raise OSError or DeviceError (`errors.IO_ERRORS`); after an error the content of the range
+    of a changing call is undefined. Offsets and lengths lie within `size`; the caller has checked
+    that. The result of two calls on overlapping ranges at once is undefined, as on any disk.
 
-    A device does everything named here: what its medium lacks it emulates (zeroes are written, FUA
-    is a flush, a trim that cannot be done does nothing), so that what a guest was promised when it
-    connected holds on any device that it is moved to later. Only `fast` zeroing may be refused,
-    with ENOTSUP, which the NBD protocol provides for.
+    A device has all abilities named here, and emulates those that its medium lacks: it writes
+    zeroes, flushes for FUA, ignores a trim that is not possible. So the abilities that a guest saw
+    when it connected hold on every device that the disk moves to later. Only `fast` zeroing may be
+    refused, with ENOTSUP, as the NBD protocol allows.
     """
 
     description: str
@@ -76,13 +76,13 @@ class BlockDevice(Protocol):
     read_only: bool
     block_size: BlockSize
     read_part: ReadPart = staticmethod(_read_nothing)
-    """`pread` of a first part of `(buf,)`, in one call of C; returns its length. Where a device has
-    none it is 0 bytes long. Disk tries these first: see docs/measurements/2026-11-24.md."""
+    """`pread` of the first part of `(buf,)`, in one call of C. Returns the bytes that were read; 0
+    on a device that cannot do this. Disk tries this first: see docs/measurements/2026-11-24.md."""
     write_part: WritePart = staticmethod(_write_nothing)
-    """`pwrite` of a first part of `buf`, in the same way."""
+    """`pwrite` of the first part of `buf`, in the same way."""
 
     def pread(self, buf: memoryview, offset: int) -> None:
-        """Fill all of `buf` from `offset`."""
+        """Fill all of `buf` from `offset`. Raises IO_ERRORS, as all calls."""
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
         """Write all of `buf` at `offset`; durable on return if `fua`. `buf` is not kept."""
@@ -102,34 +102,35 @@ class BlockDevice(Protocol):
         """
 
     def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """The range's content is not needed any more; a hint."""
+        """A hint: the content of the range is not needed any more."""
 
     def flush(self) -> None:
         """Every write that returned before this call is durable when it returns."""
 
     def sync(self) -> None:
-        """`flush`, but what a guest's flush is to be told of stays to be told."""
+        """As `flush`, but without using up an error that the next guest flush must report."""
         self.flush()
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        """What the range holds, in order. At least one extent; their sum may fall short of `length`
-        (ask again from there), never exceed it."""
+        """The extents of the range, in order; at least one. Their sum may be less than `length`
+        (query again from there), never more."""
 
     def cache(self, offset: int, length: int) -> None:
-        """The range will be read soon; a hint."""
+        """A hint: the range will be read soon."""
 
     def close(self) -> None:
-        """Release everything. Idempotent. No other call may be under way or follow."""
+        """Release everything. Idempotent. No other call may be in progress or follow."""
 
 
 Done = Callable[[BaseException | None], None]
-"""Called once when a request ended: None, or the error."""
+"""Called once when a request has ended, with None or the error."""
 
 ExtentsDone = Callable[[list[Extent] | None, BaseException | None], None]
+"""Called once, with the extents or with the error."""
 
 
 class AsyncSource(Protocol):
-    """A disk as the copier reads it: requests are started, and `done` tells their end.
+    """A disk as the copier reads it: a call starts a request, and `done` reports its end.
 
     Only for the event loop's thread; `done` is called on it, possibly before the call returns.
     Buffers stay alive and unchanged until then. Errors come through `done`, never as exceptions.
@@ -143,7 +144,7 @@ class AsyncSource(Protocol):
 
 
 class AsyncTarget(Protocol):
-    """A disk as the copier writes it; the same rules."""
+    """A disk as the copier writes it; the rules of AsyncSource."""
 
     size: int
 
@@ -155,7 +156,7 @@ class AsyncTarget(Protocol):
 
 
 def merge_extents(extents: list[Extent]) -> list[Extent]:
-    """The same extents with neighbours of one kind joined and empty ones left out."""
+    """`extents`, with neighbours of one kind joined and without empty ones."""
     merged: list[Extent] = []
     for extent in extents:
         if not extent.length:
@@ -167,7 +168,7 @@ def merge_extents(extents: list[Extent]) -> list[Extent]:
 
 
 def leading_bytes(extents: list[Extent], *, zero: bool) -> int:
-    """The length of the extents at the front that are (not) zero."""
+    """Length in bytes of the leading extents whose `zero` is the given one."""
     length = 0
     for extent in extents:
         if extent.zero != zero:
@@ -184,7 +185,7 @@ def round_out(offset: int, length: int, unit: int) -> tuple[int, int]:
 
 
 class Wrapper(BlockDevice):
-    """A device that is made of another one."""
+    """A device around another one."""
 
     inner: BlockDevice
 
@@ -197,9 +198,10 @@ def raw_device(device: BlockDevice) -> BlockDevice:
 
 
 class MemoryDevice(BlockDevice):
-    """A disk in memory, holes included: the reference for every other device.
+    """A disk in memory, with holes: the reference for every other device.
 
-    `allocated` has one byte a 4096-byte block, so that trim, zero and extents can be observed.
+    `allocated` has one byte for each block of 4096 bytes, so that trim, zero and extents can be
+    observed.
     """
 
     BLOCK_BYTES = 4096
@@ -276,8 +278,8 @@ class MemoryDevice(BlockDevice):
         self.allocated[first : first + count] = b"\1" * count
 
     def _deallocate(self, offset: int, length: int) -> None:
-        """Blocks covered whole become holes; the odd last block counts as whole at the disk's
-        end."""
+        """Make holes of blocks that the range covers whole. The short last block counts as whole
+        if the range reaches the disk's end."""
         end = offset + length
         first = -(-offset // self.BLOCK_BYTES)
         last = len(self.allocated) if end == self.size else end // self.BLOCK_BYTES
@@ -286,6 +288,6 @@ class MemoryDevice(BlockDevice):
 
 
 def pieces(offset: int, length: int, length_max: int) -> list[tuple[int, int]]:
-    """The range cut into pieces of at most `length_max`."""
+    """The range, cut into pieces of at most `length_max` bytes."""
     end = offset + length
     return [(start, min(length_max, end - start)) for start in range(offset, end, length_max)]

@@ -1,12 +1,12 @@
 """FileDevice: raw files and block devices.
 
 FileDevice is on the guest's hot path, so a read or write is one system call and one comparison;
-whatever is rarer is in a helper. It does what BlockDevice promises from any thread without a lock:
-requests name their offset, so the file position, which is all that SEEK_DATA and SEEK_HOLE move,
-means nothing. What the medium cannot do is remembered and not tried again; two threads that
-find out at once remember the same.
+rarer cases are in helpers. All calls are for any thread, without a lock: requests name their
+offset, and the file position, which SEEK_DATA and SEEK_HOLE move, is not used. The device remembers
+what the medium cannot do and does not try again; two threads that learn this at once remember the
+same.
 
-`FileDevice.open` is the way in.
+Use `FileDevice.open`.
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.identity import is_same_file
 
 ZEROES_BYTES = 1 << 20
-"""Zeroes are written in pieces of this size where nothing better works."""
+"""Zeroes are written in pieces of this size if no better way works."""
 
 EXTENTS_MAX = 64
-"""Extents a call, or one more: an lseek each, 0.35 ms for all on a fragmented ext4 file."""
+"""A call returns so many extents, or one more. Each is an lseek: 0.35 ms for all of them on a
+fragmented ext4 file."""
 
 PREFERRED_BYTES_MAX = 32 << 20
-"""nbdkit's limit of the preferred block size; network file systems may have more in st_blksize."""
+"""nbdkit's limit of the preferred block size; st_blksize of network file systems may be larger."""
 
 _NOT_THIS_TIME = (errno.EINVAL, errno.EBUSY)
-"""It may work for another range: some file systems want whole blocks (QEMU meets it on GPFS), and a
-block device that is in use elsewhere refuses while its cache is dirty."""
+"""The call may work for another range: some file systems want whole blocks (QEMU has seen this on
+GPFS), and a block device that is in use elsewhere refuses while its cache is dirty."""
 
 _zeroes = memoryview(mmap.mmap(-1, ZEROES_BYTES, prot=mmap.PROT_READ))  # aligned; no memory used
 _pread, _pwrite = os.preadv, os.pwrite
 
 
 class FileDevice(BlockDevice):
-    """A raw file or block device. Errors are the system's OSError, or DeviceError with clear text.
+    """A raw file or block device. Raises the system's OSError, or DeviceError with a clear text.
 
-    The size is what it was at opening. With O_DIRECT it takes whole units in aligned memory only;
-    `open` puts an AlignedDevice around it.
+    The size is the one at opening. With O_DIRECT the device takes only whole units in aligned
+    memory; `open` puts an AlignedDevice around it.
     """
 
     def __init__(self, fd: int, path: str, *, read_only: bool, alignment: int = 1) -> None:
-        """Takes over `fd`. `alignment`: of an O_DIRECT descriptor, else 1."""
+        """Takes over `fd`. `alignment`: bytes, for a descriptor with O_DIRECT; else 1."""
         self.description = path
         self.size = os.lseek(fd, 0, os.SEEK_END)  # st_size is 0 for block devices
         self.read_only = read_only
@@ -63,7 +64,7 @@ class FileDevice(BlockDevice):
             self.write_part = partial(os.pwrite, fd)
         self._is_block = stat.S_ISBLK(status.st_mode)
         self.storage = status.st_rdev if self._is_block else status.st_dev
-        """The device number of the file system, or of the block device: what hangs together."""
+        """Device number of the file system, or of the block device: disks that hang together."""
         self._is_direct = alignment > 1
         self._sector = linux.sector_size(fd) if self._is_block else 1
         self._refused: set[int] = set()  # of what linux.change can do
@@ -77,7 +78,7 @@ class FileDevice(BlockDevice):
     def open(
         cls, path: str | os.PathLike[str], *, read_only: bool = False, direct: bool = False
     ) -> BlockDevice:
-        """Open a disk that exists. `direct`: past the page cache (O_DIRECT). Raises ConfigError."""
+        """Open an existing disk. `direct`: bypass the page cache (O_DIRECT). Raises ConfigError."""
         path = os.fspath(path)
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
         fd = _open(path, flags | (os.O_DIRECT if direct else 0))
@@ -111,7 +112,7 @@ class FileDevice(BlockDevice):
             self._read_rest(buf, offset, done)
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
-        if fua or self.read_only:  # one branch for what is rare
+        if fua or self.read_only:  # one branch for the rare cases
             self._write_durably(buf, offset)
             return
         done = _pwrite(self._fd, buf, offset)
@@ -149,14 +150,14 @@ class FileDevice(BlockDevice):
                 what = linux.DISCARD if self._is_block else linux.PUNCH_HOLE
                 self._change(what, start, end - start)
         except OSError as error:
-            if error.errno == errno.EIO:  # anything else only means that the hint was not taken
+            if error.errno == errno.EIO:  # other errors only mean that the hint was ignored
                 raise
         if fua:
             self.flush()
 
     def flush(self) -> None:
-        """After a failure every flush fails, until the file is opened anew: Linux tells of a failed
-        write-back once and then takes the pages for clean, so the next fdatasync would succeed
+        """After a failure every flush fails until the file is opened again. Linux reports a failed
+        write-back once and then treats the pages as clean, so the next fdatasync would succeed
         without the data. (QEMU's page_cache_inconsistent.)"""
         if self._flush_errno:
             raise OSError(self._flush_errno, f"{self.description}: an earlier flush failed")
@@ -167,11 +168,12 @@ class FileDevice(BlockDevice):
             raise
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        """Holes as lseek tells them; preallocated ranges are holes to most file systems.
+        """Extents as lseek reports them; most file systems report preallocated ranges as holes.
 
         The last data range is remembered, as in QEMU: SEEK_HOLE on tmpfs walks all pages up to the
-        next hole (9 us a MiB, so 0.9 s for 100 GiB, for each claim of the copier). It may be out of
-        date, since taking zeroes for data is never wrong; our own zeroes and trims forget it.
+        next hole (9 us for each MiB, so 0.9 s for 100 GiB, for each claim of the copier). The range
+        may be out of date, since treating zeroes as data is never wrong; this device's zeroes and
+        trims forget it.
         """
         if known := self.known_extents(offset, length):
             return known
@@ -190,14 +192,14 @@ class FileDevice(BlockDevice):
                 self._known_data = (data, offset)
                 found.append(Extent(min(offset, end) - data, zero=False, hole=False))
         except OSError as error:
-            # EINVAL: block devices and some file systems. ENXIO: truncated; the read will tell.
+            # EINVAL: block devices and some file systems. ENXIO: truncated; the read will fail.
             if error.errno not in (errno.EINVAL, errno.ENXIO, *linux.UNSUPPORTED):
                 raise
             self._tells_holes = error.errno == errno.ENXIO
         return found or [Extent(length, zero=False, hole=False)]
 
     def known_extents(self, offset: int, length: int) -> list[Extent]:
-        """What `extents` has to say without a look at the storage; empty if there is nothing."""
+        """The extents that are known without a query of the storage; empty if none are."""
         start, end = self._known_data
         if start <= offset < end:
             return [Extent(min(end - offset, length), zero=False, hole=False)]
@@ -216,7 +218,7 @@ class FileDevice(BlockDevice):
             os.close(fd)
 
     def read_now(self, buf: memoryview, offset: int) -> int:
-        """Fill as much of `buf` as can be had without waiting for storage; returns how much."""
+        """Fill as much of `buf` as is possible without waiting for storage. Returns the bytes."""
         if self._now_flags is None:
             return 0
         try:
@@ -230,18 +232,18 @@ class FileDevice(BlockDevice):
             return 0
 
     def is_whole_now(self) -> bool:
-        """Whether the file is certainly as long as it was, as far as can be had without waiting for
-        storage: its last byte can be read. (fstat(2) may ask another host.)"""
+        """Whether the file is certainly as long as before: its last byte can be read without
+        waiting for storage. (fstat(2) may ask another host.) False if this is not known."""
         if self._is_block or self._now_flags is None:
             return self._is_block
         try:
             return os.preadv(self._fd, (bytearray(1),), self.size - 1, self._now_flags) == 1
         except OSError:
-            return False  # it is not in memory, or no such thing can be asked
+            return False  # not in memory, or the kernel cannot say
 
     def check_whole(self) -> None:
-        """Raise DeviceError if the file is shorter than it was: where it was cut it may have a hole
-        by now, from a later write, that reads as zeroes."""
+        """Raise DeviceError if the file is shorter than before. A later write may have left a hole
+        behind the cut, which reads as zeroes. May wait for storage."""
         size = self.size if self._is_block else os.fstat(self._fd).st_size
         if size < self.size:
             raise self._truncated(size)
@@ -250,8 +252,8 @@ class FileDevice(BlockDevice):
                 os.pread(self._fd, 1, self.size - 1)
 
     def change(self) -> str:
-        """What became of the file underneath that nobody who uses it would notice, in one line; ""
-        if nothing did. Not for a thread that may not wait for storage."""
+        """What happened to the file behind the open descriptor, in one line; "" if nothing did.
+        Only for a thread that may wait for storage."""
         try:
             self.check_whole()
             opened = os.fstat(self._fd)
@@ -261,7 +263,7 @@ class FileDevice(BlockDevice):
         except DeviceError as error:
             return str(error)
         except OSError:
-            return ""  # it cannot be told
+            return ""  # not known
         else:
             if is_same_file(opened, there):
                 return ""
@@ -274,17 +276,17 @@ class FileDevice(BlockDevice):
         )
 
     def _flags_for_reading_now(self) -> int | None:
-        """Flags for os.preadv that read what is in memory only; None if there is no such thing.
+        """Flags for os.preadv that read only from memory; None if that is not possible.
 
-        tmpfs and ramfs refuse RWF_NOWAIT (ENOTSUP, Linux 6.18), but all they have is in memory.
-        O_DIRECT takes it, and yet waits for the device (0.4 ms seen).
+        tmpfs and ramfs refuse RWF_NOWAIT (ENOTSUP, Linux 6.18), but all their data is in memory.
+        O_DIRECT accepts the flag, and waits for the device all the same (0.4 ms seen).
         """
         if self._is_direct:
             return None
         return 0 if linux.is_in_memory(self._fd) else os.RWF_NOWAIT
 
     def _read_rest(self, buf: memoryview, offset: int, done: int) -> None:
-        """Go on after `done` bytes: a signal, or a limit of the system's, may have cut it short."""
+        """Continue after `done` bytes: a signal, or a system limit, may have cut the read short."""
         while done < len(buf):
             count = _pread(self._fd, (buf[done:],), offset + done)
             if not count:
@@ -292,7 +294,7 @@ class FileDevice(BlockDevice):
             done += count
 
     def _write_rest(self, buf: Buffer, offset: int, done: int) -> None:
-        """Go on after `done` bytes; typically this says why, as ENOSPC."""
+        """Continue after `done` bytes; typically this raises the reason, such as ENOSPC."""
         view = memoryview(buf)
         while done < len(view):
             count = _pwrite(self._fd, view[done:], offset + done)
@@ -309,7 +311,7 @@ class FileDevice(BlockDevice):
             except OSError as error:
                 if error.errno not in linux.UNSUPPORTED:
                     if error.errno == errno.EIO:
-                        # It may be an earlier write's failure, which a flush will not hear of now.
+                        # It may be an earlier write's failure, which no later flush reports.
                         self._cache_is_lost(error)
                     raise
                 self._can_dsync = False
@@ -326,21 +328,21 @@ class FileDevice(BlockDevice):
             raise DeviceError(f"{self.description}: is read-only", errno.EROFS)
 
     def _whole_sectors(self, offset: int, length: int) -> tuple[int, int]:
-        """Start and end of what fallocate and ioctl take: block devices refuse parts of sectors."""
+        """The part that fallocate and ioctl accept: block devices refuse parts of sectors."""
         sector = self._sector
         return -(-offset // sector) * sector, (offset + length) // sector * sector
 
     def _zero_at_once(self, offset: int, length: int, may_trim: bool, fast: bool) -> bool:
-        """Zero without writing, by the first of the ladder's rungs that holds; False if none does.
+        """Zero without writing, in the first way that works; False if none does.
 
-        BLKZEROOUT is no rung: since Linux 4.9 it is what ZERO_RANGE does on a block device. Both
-        write zeroes if the disk cannot do better, so not for `fast` there (QEMU's rule too).
+        BLKZEROOUT is not needed: since Linux 4.9 ZERO_RANGE does the same on a block device. Both
+        write zeroes if the disk cannot do better, so `fast` does not use them there (as in QEMU).
         """
         if may_trim and self._change(linux.PUNCH_HOLE, offset, length):
             return True
         if not (fast and self._is_block) and self._change(linux.ZERO_RANGE, offset, length):
             return True
-        # tmpfs. Allocated first too: that changes no content, so a refusal leaves all as it was.
+        # tmpfs. Allocate first: this changes no content, so a refusal leaves everything as it was.
         return (
             self._change(linux.ALLOCATE, offset, length)
             and self._change(linux.PUNCH_HOLE, offset, length)
@@ -352,7 +354,7 @@ class FileDevice(BlockDevice):
             self.pwrite(_zeroes[: min(ZEROES_BYTES, end - offset)], offset)
 
     def _change(self, what: int, offset: int, length: int) -> bool:
-        """Whether that was done; False if the medium has no such thing, or not for this range."""
+        """Whether the change was done; False if the medium cannot do it, or not for this range."""
         if what in self._refused:
             return False
         code = linux.change(self._fd, what, offset, length)
@@ -374,8 +376,8 @@ class FileDevice(BlockDevice):
 
 
 def _open(path: str, flags: int) -> int:
-    """A descriptor of a regular file or block device, or ConfigError. A FIFO is not even opened:
-    that would wait for its other end."""
+    """A descriptor of a regular file or block device. Raises ConfigError. A FIFO is not opened,
+    since that would wait for its other end."""
     try:
         status = os.stat(path)
         kind = stat.S_IFMT(status.st_mode)
@@ -383,7 +385,7 @@ def _open(path: str, flags: int) -> int:
             what = "a directory" if kind == stat.S_IFDIR else "a special file"
             raise ConfigError(f"{path}: is {what}, not a regular file or block device")
         if kind == stat.S_IFBLK and (node := linux.node_of(status.st_rdev)):
-            # Locks belong to the node: a second one of the same device would not show them.
+            # Locks belong to the node: a second node of the same device would not show them.
             with suppress(PermissionError):
                 return os.open(node, flags)
         return os.open(path, flags)

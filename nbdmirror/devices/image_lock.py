@@ -1,9 +1,10 @@
-"""QEMU's image locks on raw files: nobody else may write to a disk that is served.
+"""QEMU's image locks on raw files: no other process may write to a disk that is served.
 
-The scheme is QEMU's (block/file-posix.c), so that qemu-nbd, QEMU and we keep one another off: for
-each permission that is used one byte is locked, and another one for each that is not shared. Both
-locks are shared ones; who comes later looks whether the counterparts of its bytes are locked. They
-belong to the open file, so they survive nbdkit's fork and go with the last descriptor.
+The scheme is QEMU's (block/file-posix.c), so that qemu-nbd, QEMU and nbdmirror exclude one another.
+One byte is locked for each permission that is used, and another byte for each permission that is
+not shared. Both are shared locks; a later process checks whether the counterparts of its bytes are
+locked. The locks belong to the open file, so they survive nbdkit's fork and end with the last
+descriptor.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ _PERMISSION_BASE, _UNSHARED_BASE = 100, 200
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux
 _UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-"""A file system that has no locks: QEMU's locking=auto goes on without as well."""
+"""A file system without locks: QEMU's locking=auto continues without locks as well."""
 
 
 def lock_image(fd: int, path: str, *, read_only: bool) -> None:
-    """Take the locks for serving the image `fd`; they last until it is closed. Raises ConfigError
-    if another process writes to the image, or does not want it to be written to."""
+    """Take the locks for serving the image `fd`; they last until the file is closed. Raises
+    ConfigError if another process writes to the image, or excludes writers."""
     permissions = [_CONSISTENT_READ] if read_only else [_CONSISTENT_READ, _WRITE]
     unshared = [] if read_only else [_WRITE, _RESIZE]
     try:
@@ -48,7 +49,7 @@ def _lock(fd: int, start: int) -> None:
 
 
 def _is_locked(fd: int, start: int) -> bool:
-    """By another open file."""
+    """Whether another open file has locked the byte."""
     request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
