@@ -1,18 +1,18 @@
 """DirtyBitmap: a set of granules. No locks, no I/O, no clock.
 
-A granule is `granularity` bytes (a power of two) of the disk, the last one possibly short. Callers
-speak bytes; granule numbers never leave this module.
+A granule is `granularity` bytes (a power of two) of the disk, the last one possibly short. All
+arguments and results are in bytes; granule numbers never leave this module.
 
-Threads: `mark` and the clears are one C call on the bit array each, which is atomic under the GIL.
-That is what lets guest threads mark without a lock while the copier clears: each bit is set or
-cleared, never torn, and neighbours in the same byte are not disturbed.
+Threads: `mark` and each clear are one C call on the bit array, which is atomic under the GIL. So
+guest threads can mark without a lock while the copier clears: each bit is set or cleared, never
+torn, and neighbours in the same byte are not disturbed.
 
-A disk of 16 TiB has 32 MiB of bits, so nobody walks them all to find or to count the dirty ones.
-The bits of one page are a region, and it is known of each how many are set (`_counts`), unless it
-was touched since. Whoever changes a bit says afterwards that the region was touched; whoever counts
-first takes that back and counts then. So a region either has the count that is known, or is
-touched, or somebody is about to say so. `dirty_granules`, `is_empty` and what is made of them are
-for one thread at a time; all else is for any.
+A disk of 16 TiB has 32 MiB of bits, so no call walks all of them to find or count the dirty ones.
+The bits of one page are a region. The number of set bits of each region is known (`_counts`),
+unless the region was touched since. A change of a bit is followed by a mark that the region was
+touched; a count first removes that mark and then counts. So a region either has its known count, or
+is touched, or is about to be marked as touched. `dirty_granules`, `is_empty` and everything that
+uses them are for one thread at a time; all other calls are for any thread.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ GRANULARITY_MAX = 64 << 20
 """The limits of QEMU's blockdev-mirror."""
 
 GRANULARITY_DEFAULT = 64 << 10
-"""QEMU's default where the target does not tell a cluster size
+"""QEMU's default if the target does not report a cluster size
 (bdrv_get_default_bitmap_granularity)."""
 
 BITS_BYTES_MAX = 512 << 20
-"""Of one bitmap: 2**32 granules, 256 TiB in units of 64 KiB. QEMU's bound for a bitmap in qcow2
+"""Largest bitmap: 2**32 granules, 256 TiB in units of 64 KiB. QEMU's bound for a bitmap in qcow2
 (BME_MAX_PHYS_SIZE). A mirror has three."""
 
 _PAGE_BITS = mmap.PAGESIZE * 8
@@ -51,7 +51,7 @@ def check_granularity(granularity: int, parameter: str = "granularity") -> None:
 
 
 def check_bits(size: int, granularity: int) -> None:
-    """Raise CommandError if a bitmap of such a disk would be too large."""
+    """Raise CommandError if a bitmap of a disk of `size` bytes would be too large."""
     least = -(-size // (BITS_BYTES_MAX * 8))
     if granularity < least:
         raise CommandError(
@@ -64,9 +64,9 @@ class DirtyBitmap:
     """The dirty granules of a disk of `size` bytes, all clean at first. `granularity` is a power of
     two, at least 512.
 
-    Memory: one bit a granule in anonymous pages, which exist only once they are written to: 32 MiB
-    at most for 16 TiB at 64 KiB, next to nothing while clean. Or `pages`, `bytes_of(size,
-    granularity)` of them and all zero, which are the caller's: a mapped file, say.
+    Memory: one bit for each granule, in anonymous pages, which exist only after a write: at most
+    32 MiB for 16 TiB at 64 KiB, almost nothing while clean. Or `pages` of the caller, for example a
+    mapped file: `bytes_of(size, granularity)` bytes, all zero.
     """
 
     __slots__ = (
@@ -91,13 +91,13 @@ class DirtyBitmap:
         *,
         is_private: bool | None = None,
     ) -> None:
-        """`is_private`: of the caller's pages, that they are anonymous and nobody's else."""
+        """`is_private`: the caller's pages are anonymous, and no other process has them."""
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
         self._count = -(-size // granularity)
         self._is_private = pages is None if is_private is None else is_private
-        # Private: of shared pages, reading takes memory as well, and MADV_DONTNEED clears nothing.
+        # Private: reads of shared pages take memory as well, and MADV_DONTNEED clears nothing.
         self._pages = pages or mmap.mmap(
             -1, bytes_of(size, granularity), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
@@ -127,8 +127,8 @@ class DirtyBitmap:
         self._touch(0, self._count)
 
     def clear(self, offset: int, length: int) -> None:
-        """Make every granule that lies wholly in the range clean; the disk's short last one counts
-        as whole when the range reaches the disk's end."""
+        """Make every granule that lies wholly in the range clean. The disk's short last granule
+        counts as whole if the range reaches the disk's end."""
         first, last = self._covered(offset, length)
         start = first
         if last - first >= _PAGE_BITS and self._is_private:
@@ -143,14 +143,14 @@ class DirtyBitmap:
             self._touched[first >> REGION_SHIFT : ((end - 1) >> REGION_SHIFT) + 1] = 1
 
     def _covered(self, offset: int, length: int) -> tuple[int, int]:
-        """The granules that lie wholly in the range: the first one, and the one behind the last."""
+        """The granules that lie wholly in the range: the first one, and the end after the last."""
         end = offset + length
         return -(-offset >> self._shift), self._count if end >= self.size else end >> self._shift
 
     def _clear_pages(self, first: int, last: int) -> tuple[int, int]:
-        """Clear whole pages by giving them back: a long hole takes no memory once it is copied. A
-        mark that comes meanwhile is before or after, as with any clear. Returns what is left, which
-        is the tail; the head is cleared here."""
+        """Clear whole pages by returning them to the kernel: a long hole takes no memory after it
+        was copied. A concurrent mark comes before or after, as with any clear. Clears the head too,
+        and returns the tail, which is left to clear."""
         start = -(-first // _PAGE_BITS) * _PAGE_BITS
         stop = last // _PAGE_BITS * _PAGE_BITS
         if start < stop:
@@ -163,10 +163,10 @@ class DirtyBitmap:
         self.clear(0, self.size)
 
     def close(self) -> None:
-        """It is not used any more. (A mark that comes too late does no harm.)"""
+        """Stop using the bitmap. (A mark that comes too late does no harm.)"""
 
     def copy(self) -> DirtyBitmap:
-        """A private one."""
+        """A copy in private memory."""
         other = DirtyBitmap(self.size, self.granularity)
         other.merge(self)
         return other
@@ -176,7 +176,7 @@ class DirtyBitmap:
         if (other.size, other.granularity) == (self.size, self.granularity):
             for region in other._regions():
                 page = self._page(region)
-                page |= other._page(region)  # one call, as all that changes bits
+                page |= other._page(region)  # one call, as every change of bits
                 self._touched[region] = 1
             return
         offset = 0
@@ -185,12 +185,13 @@ class DirtyBitmap:
             DirtyBitmap.mark(self, *run)
 
     def to_bytes(self) -> bytes:
-        """A bit a granule, the first ones in the first byte's low bits; `bytes_of` of them."""
+        """One bit for each granule, the first ones in the first byte's low bits; `bytes_of`
+        bytes."""
         return bytes(self._pages)
 
     def merge_bytes(self, content: bytes) -> None:
-        """Make dirty what is dirty in what `to_bytes` gave, of a bitmap of the same size and
-        granularity. Raises ValueError if it cannot be of such a one."""
+        """Make dirty what is dirty in `content`, from `to_bytes` of a bitmap of the same size and
+        granularity. Raises ValueError if `content` does not fit."""
         if len(content) != bytes_of(self.size, self.granularity):
             raise ValueError(f"{len(content)} bytes of bits, where {len(self._pages)} are needed")
         other = bitarray(buffer=content, endian="little")
@@ -207,12 +208,12 @@ class DirtyBitmap:
             self._touched[region] = 1
 
     def common_bytes(self, other: DirtyBitmap) -> int:
-        """Bytes in granules that are dirty in both; they have the same granularity."""
+        """Bytes in granules that are dirty in both bitmaps, which have the same granularity."""
         count = sum(count_and(self._page(r), other._page(r)) for r in other._regions())
         return self._bytes_of(count, other._is_last_dirty)
 
     def bytes_in(self, offset: int, length: int) -> int:
-        """Bytes in dirty granules of the range, which is of whole ones."""
+        """Bytes in dirty granules of the range, which has whole granules."""
         if not length:
             return 0
         last = (offset + length - 1) >> self._shift
@@ -221,8 +222,8 @@ class DirtyBitmap:
 
     def next_run(self, offset: int, length_max: int) -> tuple[int, int] | None:
         """The first dirty run of whole granules at or after `offset`: its offset and length in
-        bytes, cut at the disk's end and at `length_max` (at least one granule). None if there is
-        none."""
+        bytes, cut at the disk's end and at `length_max` (at least one granule). None if nothing is
+        dirty."""
         first = self._find(-(-offset >> self._shift))
         if first < 0:
             return None
@@ -241,7 +242,7 @@ class DirtyBitmap:
         return self._bits.find(1, first, last + 1) >= 0
 
     def _find(self, first: int) -> int:
-        """The first dirty granule that is not before `first`; -1 if there is none."""
+        """The first dirty granule at or after `first`; -1 if none is dirty."""
         for region in self._regions(first >> REGION_SHIFT):
             start = max(first, region << REGION_SHIFT)
             found = self._bits.find(1, start, min(self._count, (region + 1) << REGION_SHIFT))
@@ -250,7 +251,7 @@ class DirtyBitmap:
         return -1
 
     def _regions(self, region: int = 0) -> Iterator[int]:
-        """Those from `region` on that may have dirty granules."""
+        """The regions from `region` on that may have dirty granules."""
         used, touched = self._is_used, self._touched
         count = len(used)
         while region < count:
@@ -262,7 +263,7 @@ class DirtyBitmap:
             region += 1
 
     def _page(self, region: int) -> bitarray:
-        """Its bits, not a copy."""
+        """The bits of the region, not a copy."""
         start = region * mmap.PAGESIZE
         part = memoryview(self._pages)[start : start + mmap.PAGESIZE]
         return bitarray(buffer=part, endian="little")
@@ -292,7 +293,8 @@ class DirtyBitmap:
         return self._bytes_of(self.dirty_granules, True)
 
     def _bytes_of(self, granules: int, has_last: bool) -> int:
-        """Of so many dirty ones; `has_last`: the disk's last one is one of them, if it is dirty."""
+        """Bytes of so many dirty granules. `has_last`: the disk's last granule is one of them if it
+        is dirty."""
         dirty = granules << self._shift
         if dirty and has_last and self._is_last_dirty:
             dirty -= -self.size & (self.granularity - 1)
@@ -304,6 +306,6 @@ class DirtyBitmap:
 
 
 def bytes_of(size: int, granularity: int) -> int:
-    """How many bytes the bits of such a bitmap take; at least one."""
+    """The bytes that the bits of such a bitmap take; at least one."""
     granules = -(-size // granularity)
     return max(1, -(-granules // 8))

@@ -1,4 +1,4 @@
-"""Claim: what of a disk one copy or one synchronous write owns."""
+"""Claim: the part of a disk that one copy or one synchronous write owns."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Range = tuple[int, int]
 @dataclass(slots=True, eq=False)
 class Claim:
     """A range of whole granules (the disk's odd end included) that one copy or one synchronous
-    write owns, also where only parts of it are copied. Bytes."""
+    write owns, even if only parts of it are copied. In bytes."""
 
     offset: int
     length: int
     progress: int = 0
-    """Bytes of a synchronous write that count as done at its end: those that were written. Of a
-    copy, those that have counted."""
+    """Of a synchronous write: the bytes that count as done at its end, which are those that were
+    written. Of a copy: the bytes that have been counted."""
     parts: tuple[Range, ...] | None = None
-    """What of it is to be copied, ascending and apart from each other; None: all."""
+    """The parts to copy, ascending and not adjacent; None: all of the range."""
 
     @property
     def end(self) -> int:
@@ -29,14 +29,14 @@ class Claim:
         return self.offset < other.end and other.offset < self.end
 
     def parts_in(self, start: int, end: int) -> tuple[Range, ...]:
-        """What is to be copied between two offsets."""
+        """The parts to copy between two offsets."""
         if self.parts is None:
             return ((start, end - start),) if start < end else ()
         cut = ((max(start, at), min(end, at + length)) for at, length in self.parts)
         return tuple((first, last - first) for first, last in cut if first < last)
 
     def shrink(self, length: int) -> tuple[Range, ...]:
-        """Keep only the first `length` bytes. Returns what of the rest was to be copied."""
+        """Keep only the first `length` bytes. Returns the parts to copy of the rest."""
         rest = self.parts_in(self.offset + length, self.end)
         if self.parts is not None:
             self.parts = self.parts_in(self.offset, self.offset + length)
@@ -45,7 +45,7 @@ class Claim:
 
 
 def joined(parts: tuple[Range, ...], gap_bytes: int) -> tuple[Range, ...]:
-    """`parts` with clean gaps of up to so many bytes filled."""
+    """`parts`, with clean gaps of at most `gap_bytes` included."""
     if len(parts) < 2:
         return parts
     found = [parts[0]]

@@ -1,12 +1,12 @@
 """Disk: what the guest sees. Every guest operation goes through here, and through the ledger.
 
-The source is one attribute. A request looks at it after it has announced itself to the ledger, so
-replacing it behind a closed gate (`swap`) means that no request is lost, none is served twice, and
-the guest's connections never know. The same holds for the copy mode: a request looks once, on its
-way in, whether its writes are synchronous, and keeps to that (rule 11).
+The source is one attribute. A request reads it after it has announced itself to the ledger. So a
+replacement behind a closed gate (`swap`) loses no request, serves none twice, and is invisible on
+the guest's connections. The same holds for the copy mode: a request decides once, when it begins,
+whether its write is synchronous (rule 11).
 
 Calls are for any thread, except `swap`, `watch`, `unwatch` and setting `synchronous`, which are for
-the owner of the disk's jobs.
+the event loop's thread.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from nbdmirror.errors import IO_ERRORS, DeviceError
 
 
 class Disk:
-    """A named disk of a fixed size. The guest operations have the meaning of BlockDevice's."""
+    """A named disk of a fixed size. The guest operations mean the same as in BlockDevice, and raise
+    the same errors."""
 
     def __init__(self, name: str, source: BlockDevice, size: int | None = None) -> None:
-        """`size` in bytes, if the device is larger than the disk."""
+        """`size`: bytes, if the device is larger than the disk."""
         self.name = name
         self.size = source.size if size is None else size
         self.read_only = source.read_only
@@ -35,7 +36,7 @@ class Disk:
         self.synchronous: SynchronousWrites | None = None
         """Set while a mirror's copy mode is write-blocking."""
         self.has_moved = False
-        """By a pivot since the process began."""
+        """True after a pivot in this process."""
         self._source = source
 
     @property
@@ -45,7 +46,7 @@ class Disk:
         return source.device if isinstance(source, WatchedDevice) else source
 
     def watch(self) -> WatchedDevice:
-        """Look at each read from now on, until `unwatch`; the last one who asks for it does."""
+        """Watch each read from now on, until `unwatch`. A later watch replaces an earlier one."""
         watched = WatchedDevice(self.source)
         self._source = cast(BlockDevice, watched)
         return watched
@@ -56,10 +57,10 @@ class Disk:
             self._source = source.device
 
     def swap(self, target: BlockDevice) -> BlockDevice:
-        """Serve guests from `target` from now on; returns the device served until now.
+        """Serve guests from `target` from now on. Returns the old device.
 
-        The gate is closed and no changing request is under way. Reads may still be on the old
-        device: see Ledger.reads before it is closed.
+        The gate is closed and no changing request is in progress. Reads may still use the old
+        device: wait for Ledger.reads before closing it.
         """
         assert self.ledger.is_idle, "swap behind a closed gate only"
         assert target.size >= self.size, "the job has compared the sizes"
@@ -68,8 +69,8 @@ class Disk:
         return old
 
     def unwrap(self, device: BlockDevice) -> None:
-        """Serve guests from `device`, which is what the source is made of: a request is on the same
-        device before and after, so that nothing has to be held. From any thread."""
+        """Serve guests from `device`, the device inside the source. A request uses the same inner
+        device before and after, so no request must be held. From any thread."""
         self._source = device
 
     def pread(self, buf: memoryview, offset: int) -> None:
@@ -113,7 +114,7 @@ class Disk:
             if synchronous is None:
                 self._source.zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
             elif fast:
-                # Two devices are not faster than a write; and one alone would not be synchronous.
+                # Two devices are not faster than a write, and one alone would not be synchronous.
                 raise DeviceError("no fast zero in copy mode write-blocking", errno.ENOTSUP)
             else:
                 settled = synchronous.zero(self._source, offset, length, may_trim, fua)
@@ -121,8 +122,8 @@ class Disk:
             ledger.leave(token, offset, length, settled)
 
     def trim(self, offset: int, length: int, *, fua: bool) -> None:
-        """What a trimmed range reads as is the device's affair; so the target gets the result, by
-        a copy, and not the trim."""
+        """The device decides how a trimmed range reads. So the target gets the result, by a copy,
+        and not the trim."""
         ledger = self.ledger
         token = ledger.enter()
         try:
@@ -142,8 +143,8 @@ class Disk:
             ledger.leave(token, 0, 0)
 
     def sync(self) -> None:
-        """Make durable what guests have written, for our own purposes: no guest is told what comes
-        of it, so that what is to be told stays."""
+        """Make guests' writes durable for nbdmirror itself. An error is not used up: the next guest
+        flush still reports it."""
         self._source.sync()
 
     def extents(self, offset: int, length: int) -> list[Extent]:
@@ -164,9 +165,9 @@ class Disk:
 
 
 class WatchedDevice:
-    """A disk's source while it is watched: whether a read of `wanted`, offset and length, comes by.
-    All else goes straight to `device`. It stands in the source's place, so that no request looks
-    whether there is one."""
+    """A disk's source while it is watched: `is_seen` becomes true when a read of `wanted` comes,
+    offset and length in bytes. All other calls go straight to `device`. The watched device takes
+    the source's place, so that requests need no check."""
 
     def __init__(self, device: BlockDevice) -> None:
         self.device = device
@@ -185,16 +186,17 @@ class WatchedDevice:
 class SynchronousWrites:
     """Copy mode write-blocking: a guest's write is answered when the target has it as well.
 
-    The guest gets the source's result. Where the target fails, the range is dirty again and
-    `on_error` is told, from the guest's thread (rule 10); where the source fails, the target is not
-    written at all. `pwrite` and `zero` return the bitmap that needs no mark any more, or raise.
+    The guest gets the source's result. If the target fails, the range is dirty again and `on_error`
+    is called, on the guest's thread (rule 10). If the source fails, the target is not written.
+    `pwrite` and `zero` return the bitmap that needs no further mark, or raise the source's error.
 
-    A source may hang. Then `give_up` takes the granules from requests that are still at it: they
-    are dirty, the target does not get them, and the request marks once more when it leaves.
+    A source may hang. Then `give_up` takes the granules from requests that are still at the source:
+    the granules are dirty, the target does not get them, and each request marks once more at its
+    end.
 
-    `whole_granules`: parts of granules are left to the copier, which copies whole ones. The target
-    has large blocks, or may have a backing file that is not in place yet (sync top and none), so
-    that the first write to a cluster must carry all of it.
+    `whole_granules`: parts of granules are left to the copier, which copies whole ones. Needed if
+    the target has large blocks, or a backing file that is not in place yet (sync top and none): the
+    first write to a cluster must carry all of the cluster.
     """
 
     def __init__(
@@ -214,11 +216,11 @@ class SynchronousWrites:
         self._at_target: set[object] = set()
 
     def give_up(self) -> bool:
-        """Let no request get at the target any more, for good; False while one is there. To be
-        called until then."""
+        """Let no further request use the target. Returns whether none uses it any more; call
+        repeatedly until then."""
         self._is_over = True
         for claim in tuple(self._at_source):
-            if self._at_source.pop(claim, False):  # one call of C: the request, or we
+            if self._at_source.pop(claim, False):  # one call of C: the request gets it, or this
                 self._tracker.end_write(claim, failed=True)
         return not self._at_target
 
@@ -245,7 +247,7 @@ class SynchronousWrites:
         return self._both(offset, length, fua, to_source, to_target)
 
     def flush(self) -> None:
-        """Rule 45: an acknowledged flush holds on both sides."""
+        """Flush the target: an acknowledged flush is durable on both sides (rule 45)."""
         self._fails(object(), self._target.flush, flushes=True)
 
     def _both(
@@ -277,8 +279,9 @@ class SynchronousWrites:
         return tracker.dirty if is_ours else None
 
     def _fails(self, request: object, call: Callable[[], None], *, flushes: bool) -> bool:
-        """The request says that it is at the target and then looks whether it may be; `give_up`
-        forbids it and then looks who is: one of the two sees the other."""
+        """Run a call on the target. The request announces itself, then checks whether it may go on;
+        `give_up` forbids requests, then checks for announced ones: one of the two sees the
+        other."""
         self._at_target.add(request)
         try:
             if self._is_over:
@@ -303,7 +306,7 @@ class SynchronousWrites:
             self._tracker.end_guests_flush(meanwhile, failed=failed)
 
     def _whole(self, offset: int, length: int) -> tuple[int, int]:
-        """The range of granules covered whole; its length is not positive if there are none."""
+        """The granules that the range covers whole; the length is 0 or less if it covers none."""
         granularity, end = self._tracker.granularity, offset + length
         start = -(-offset // granularity) * granularity
         stop = end if end == self._tracker.size else end // granularity * granularity

@@ -1,28 +1,28 @@
 """FineBitmap: a dirty bitmap that also knows which parts of its granules are dirty.
 
-The bits are those of DirtyBitmap, and mean the same. Beside them stand *details*: for a granule
-that is dirty, the units of it that a write has touched. So a guest's write of 4 KiB is sent as
-4 KiB, although the granule has 64 KiB. Details exist only where something is dirty, and there is a
-bound on them: beyond, whole granules are dirty, as without details.
+The bits are those of DirtyBitmap, with the same meaning. In addition a dirty granule may have
+*details*: the units of it that a write has touched. So a guest's write of 4 KiB is sent as 4 KiB,
+although the granule has 64 KiB. Details exist only for dirty granules, and their number is bounded:
+beyond the bound whole granules are dirty, as without details.
 
-Threads. `mark` is for guests' threads and takes no lock: one atomic call to leave a note, or to
-mark whole granules where there are too many notes, and then the bit. All else that looks at details
-(`take`, `clear`, `mark_again`, `look`) runs under the lock of the one who owns the bitmap
-(Tracker's). What makes that right is one order on each side:
+Threads. `mark` is for guests' threads and takes no lock: one atomic call leaves a note, or marks
+whole granules if there are too many notes; then the bit is set. Every other call that uses details
+(`take`, `clear`, `mark_again`, `look`) runs under the lock of the bitmap's owner (Tracker). This is
+right because of one order on each side:
 
-    whoever marks      leaves the details first, and sets the bit afterwards;
-    whoever takes      clears the bit first, and takes the details afterwards,
-                       and removes no more of them than it has seen.
+    a mark      leaves the details first, and sets the bit afterwards;
+    a take      clears the bit first, and takes the details afterwards,
+                and removes only those that it has seen.
 
-Then a detail is never lost under a bit that is set later. If the details are taken between the two
-steps of a mark, they are in the hands of whoever took them, who looks at the source afterwards and
-so sees the write; the bit that is set then has no details, and such a granule is dirty as a whole.
+So a detail is never lost under a bit that is set later. If the details are taken between the two
+steps of a mark, the taker reads the source afterwards, and so sees the write. The bit that is then
+set has no details, and such a granule is dirty as a whole.
 
-At first all is *coarse*: no notes are left, and whatever is taken is taken as a whole. So a disk
+At first everything is *coarse*: guests leave no notes, and granules are taken as a whole. So a disk
 that is dirty from end to end costs a guest no more than a plain bitmap. After `refine` this changes
-in two steps. Guests leave notes at once. Parts are taken when each write that began before has set
-its bit; whatever is dirty by then is dirty as a whole. A guest that writes very often makes all
-coarse again for a while: small requests would cost it more than they save.
+in two steps. Guests leave notes at once. Parts are taken after each write that began earlier has
+set its bit; what is dirty at that moment is dirty as a whole. A guest that writes very often makes
+everything coarse again for a while: small requests would cost the guest more than they save.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from nbdmirror.disk.claim import Range
 from nbdmirror.disk.ledger import Ledger
 
 UNIT_MIN = 512
-"""The smallest part that is told apart: a sector, and so what any guest's write is made of."""
+"""The smallest unit: a sector, of which every guest's write consists."""
 
 NOTES_MAX = 512
-"""Writes that are noted between two looks (`look`): 10,000 a second. Of a guest that writes more
-often whole granules are copied: a small request for each of its writes would take more of the
-processors than the bytes are worth, and leave the guest less of them."""
+"""Notes between two calls of `look`: 10,000 a second. If a guest writes more often, whole granules
+are copied: a small request for each write would cost more processor time than the bytes are worth,
+and leave less of it to the guest."""
 
 COARSE_LOOKS = 20
-"""So many looks after that, a second, it is seen whether the guest still writes so often."""
+"""After so many calls of `look`, a second, notes are tried again."""
 
 DETAILS_MAX = 1 << 15
 """Granules with details: 8 MiB of memory at most."""
@@ -50,7 +50,7 @@ TAKEN_MAX = 64
 
 
 class FineBitmap(DirtyBitmap):
-    """`bits` with details. No more than this marks or clears them from now on."""
+    """`bits` with details. From now on only this object marks and clears these bits."""
 
     __slots__ = (
         "_bits_owner",
@@ -67,35 +67,36 @@ class FineBitmap(DirtyBitmap):
     )
 
     def __init__(self, bits: DirtyBitmap, unit: int) -> None:
-        """`unit`: a power of two, at most the granularity. With the granularity itself there are no
-        details: each granule is dirty as a whole."""
+        """`unit`: bytes, a power of two, at most the granularity. If equal to the granularity, each
+        granule is dirty as a whole, without details."""
         super().__init__(bits.size, bits.granularity, bits._pages, is_private=bits._is_private)
         self.noted_bytes = 0
-        """What guests have written, each byte as often as it was; about, while all is coarse."""
+        """Bytes that guests have written, each as often as it was written; an estimate while
+        everything is coarse."""
         self._bits_owner = bits
         self._is_coarse = True
-        """All that is dirty is dirty as a whole."""
+        """Every dirty granule is dirty as a whole."""
         self._coarse_looks: int | None = None
-        """Looks until notes are left again; None: they are not asked for."""
+        """Calls of `look` until guests leave notes again; None: `refine` was not called."""
         self._leaving: frozenset[int] = frozenset()
-        """Writes that perhaps leave no notes."""
+        """Writes that may leave no notes."""
         self._unit_shift = unit.bit_length() - 1
         self._full = (1 << (bits.granularity // unit)) - 1
         self._whole = DirtyBitmap(bits.size, bits.granularity)
-        """Granules that are dirty as a whole, whatever the details of them say."""
+        """Granules that are dirty as a whole, whatever their details are."""
         self._details: dict[int, int] = {}
         """By granule: a bit for each dirty unit."""
         self._notes: list[Range] | None = None
         self._room = NOTES_MAX
 
     def mark(self, offset: int, length: int) -> None:
-        """A guest's write of that range has ended. From any thread."""
+        """A guest's write of the range, in bytes, has ended. From any thread."""
         if not length:
             return
         notes = self._notes
         if notes is None:
             self.noted_bytes += length
-        elif len(notes) < self._room:  # more get in when several look at once: no harm
+        elif len(notes) < self._room:  # several threads at once may add a few more: no harm
             notes.append((offset, length))
         else:
             self.noted_bytes += length
@@ -110,16 +111,16 @@ class FineBitmap(DirtyBitmap):
     def close(self) -> None:
         self._bits_owner.close()
 
-    # Under the owner's lock, or before anybody else knows of it.
+    # Under the owner's lock, or before another thread knows the bitmap.
 
     def refine(self) -> None:
-        """Tell parts of granules apart, soon."""
+        """Begin to use details, soon."""
         if self._full > 1:
             self._coarse_looks = 0
 
     def look(self, guests: Ledger) -> None:
-        """Make room for notes. To be called twenty times a second. A write is among those of
-        `guests` from before it begins until it has marked."""
+        """Sort the notes, to make room for more. Call this twenty times a second. `guests` knows
+        each write from before it begins until it has marked."""
         if self._notes is None:
             if self._coarse_looks:
                 self._coarse_looks -= 1
@@ -142,8 +143,8 @@ class FineBitmap(DirtyBitmap):
         self._notes = []
 
     def _coarsen(self) -> None:
-        """What a guest still leaves in the notes goes with them: its bit is coarse. It is among
-        those for whom the next notes wait."""
+        """Drop all notes and details. A late note of a guest is dropped too: its bit is coarse, and
+        the next notes wait for its write."""
         self._is_coarse, self._notes, self._coarse_looks = True, None, COARSE_LOOKS
         self._details.clear()
         self._whole.clear_all()
@@ -164,22 +165,23 @@ class FineBitmap(DirtyBitmap):
         super().merge_bytes(content)
 
     def mark_again(self, *parts: Range) -> None:
-        """What was taken, or must be copied for another reason than a guest's write."""
+        """Mark parts that were taken and not copied, or that must be copied for another reason than
+        a guest's write."""
         for offset, length in parts:
             if not self._is_coarse:
                 self._detail(offset, length)
             _mark_bits(self, offset, length)
 
     def clear(self, offset: int, length: int) -> None:
-        """Of granules that lie wholly in the range, what is dirty is forgotten."""
+        """Make granules that lie wholly in the range clean, with their details."""
         super().clear(offset, length)
         self._sort_notes()
         first, last = self._covered(offset, length)
         self._forget(first, last)
 
     def take(self, offset: int, length: int) -> tuple[Range, ...] | None:
-        """Make whole granules clean. Returns the parts of them that were dirty, ascending and apart
-        from each other; None if all of it was."""
+        """Make whole granules clean. Returns their dirty parts, ascending and not adjacent; None if
+        the whole range was dirty."""
         super().clear(offset, length)
         self._sort_notes()
         first, last = self._covered(offset, length)
@@ -195,10 +197,10 @@ class FineBitmap(DirtyBitmap):
         return None if parts == [(offset, length)] else tuple(parts)
 
     def _take_granule(self, granule: int) -> list[Range]:
-        """Begin and end of each dirty part."""
+        """Begin and end of each dirty part, in bytes."""
         start = granule << self._shift
         units = self._details.pop(granule, self._full)
-        if self._whole.is_dirty(start, 1):  # only what was seen may go
+        if self._whole.is_dirty(start, 1):  # clear only what was seen
             self._whole.clear(start, self.granularity)
             units = self._full
         if units == self._full:
@@ -216,7 +218,7 @@ class FineBitmap(DirtyBitmap):
         return found
 
     def _forget(self, first: int, last: int) -> None:
-        """What is copied or overwritten as a whole needs no details, seen or not."""
+        """Drop the details of granules that are copied or overwritten as a whole."""
         if first >= last or self._notes is None:
             return
         start = first << self._shift
@@ -233,14 +235,14 @@ class FineBitmap(DirtyBitmap):
         if notes is None or not (count := len(notes)):
             return
         taken = notes[:count]
-        del notes[:count]  # not the list: a guest may have it in hand
+        del notes[:count]  # not the list: a guest's thread may hold it
         self._room -= count
         for offset, length in taken:
             self.noted_bytes += length
             self._detail(offset, length)
 
     def _detail(self, offset: int, length: int) -> None:
-        """Rounded out to units."""
+        """Add the range, rounded out to units, to the details."""
         first, last = offset >> self._unit_shift, (offset + length - 1) >> self._unit_shift
         shift = self._shift - self._unit_shift
         granule, end = first >> shift, last >> shift

@@ -1,9 +1,8 @@
 """TargetOnly: a disk's old side while it is the target of the way home.
 
-Since a pivot away from it another server has the disk, and what is on this device may be old. Only
-that server may use it (exports.py), and not even it gets to read what was not wholly written since
-this process began.
-Only this role uses the module; a disk's usual path does not lead through it.
+After a pivot away from this device another server has the disk, and the data here may be old. Only
+that server may use the device (exports.py), and even that server can read a range only if all of it
+was written since this process began. An ordinary disk does not use this module.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from nbdmirror.disk.bitmap import BITS_BYTES_MAX, DirtyBitmap
 from nbdmirror.errors import DeviceError
 
 GRANULE_BYTES = 4096
-"""Of the bitmap. The runs that begin or end within a granule are kept to the byte."""
+"""Granularity of the bitmap. Runs that begin or end within a granule are kept to the byte."""
 
 EDGES_MAX = 1 << 16
-"""Of runs that fill no granule. If there are more, all of them are forgotten: then what they had is
-not covered, which is the safe mistake."""
+"""Ends of runs that fill no granule. If there are more, all of these runs are forgotten and do not
+count as written, which is the safe mistake."""
 
 
 class Coverage:
-    """Which bytes of a device were written, to the byte. From any thread."""
+    """The bytes of a device that were written, exactly. From any thread."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -34,13 +33,14 @@ class Coverage:
             granule *= 2
         self._granule = granule
         self._left = DirtyBitmap(size, granule)
-        """Granules of which bytes are missing."""
+        """Granules with bytes that were not written."""
         self._left.mark_all()
         self._edges: list[int] = []
-        """Begin and end of each run in those granules, by turns, ascending."""
+        """Begin and end of each written run in those granules, by turns, ascending."""
         self._lock = threading.Lock()
 
     def add(self, offset: int, length: int) -> None:
+        """The range, in bytes, was written."""
         if not length:
             return
         with self._lock:
@@ -60,7 +60,7 @@ class Coverage:
                 self._edges.clear()
 
     def has(self, offset: int, length: int) -> bool:
-        """Each byte of the range was written."""
+        """Whether each byte of the range was written."""
         with self._lock:
             start, span = round_out(offset, length, self._granule)
             stop, end = start + span, offset + length
@@ -89,8 +89,9 @@ class Coverage:
 
 
 class TargetOnly(Wrapper):
-    """`inner`, the old side of a disk that is served from `truth`. A trim leaves covered what is
-    covered, and covers nothing."""
+    """`inner`, the old side of a disk that is served from the URI `truth`. Reads of ranges that
+    were not written raise DeviceError with EPERM. A trim does not count as a write, and does not
+    undo one."""
 
     def __init__(self, inner: BlockDevice, truth: str) -> None:
         self.inner = inner
@@ -100,12 +101,12 @@ class TargetOnly(Wrapper):
         self.read_only = inner.read_only
         self.block_size = inner.block_size
         self.writer = ""
-        """The id of the server process whose requests are taken (exports.py)."""
+        """The ID of the server process whose requests are accepted (exports.py)."""
         self._coverage = Coverage(inner.size)
 
     @property
     def is_whole(self) -> bool:
-        """All of it was written since this process began."""
+        """All of the device was written since this process began."""
         return self._coverage.is_whole
 
     def pread(self, buf: memoryview, offset: int) -> None:

@@ -1,7 +1,7 @@
 """Tracker: what one mirror knows of its disk: what is dirty, what is being copied, and what was
-sent and is not flushed yet. The argument why this is right while guests write stands in ledger.py.
+sent and is not flushed yet. ledger.py has the argument why this is right while guests write.
 
-From any thread, under one lock, which is a leaf.
+All calls are for any thread. They take one lock, which is a leaf.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from nbdmirror.disk.ledger import Ledger
 class Tracker:
     """One mirror's dirty granules, its copies in flight and its synchronous writes.
 
-    `claim`, `shrink` and `settle` are the copier's; `begin_write` and `end_write` are guests'.
+    Offsets and lengths are bytes. `claim`, `shrink` and `settle` are for the copier; `begin_write`
+    and `end_write` are for guests.
 
-    `dirty`, `unflushed` and what a flush is under way for are, together, all that may differ from
-    the target's storage: a range goes into `unflushed` before it leaves `dirty`, and out of there
-    by a flush that began after it was written. So what outlives a crash of the target, of this
-    process (if `new_bitmap` makes bitmaps that do) or of both is told by those bitmaps alone.
-    """
+    `dirty`, `unflushed` and the bitmaps of flushes in progress are, together, everything that may
+    differ from the target's storage: a range enters `unflushed` before it leaves `dirty`, and
+    leaves `unflushed` by a flush that began after the range was written. So these bitmaps alone say
+    what may differ after a crash of the target, of this process (if the bitmaps of `new_bitmap`
+    outlive it), or of both."""
 
     def __init__(
         self,
@@ -35,20 +36,21 @@ class Tracker:
         new_bitmap: Callable[[int, int], DirtyBitmap] = DirtyBitmap,
         unit: int = 0,
     ) -> None:
-        """`unit`: the smallest part of a granule that is copied alone, if not all of it."""
+        """`unit`: the smallest part of a granule that is copied alone; 0: whole granules."""
         self.size = size
         self.granularity = granularity
         self._new_bitmap = new_bitmap
         self.dirty = FineBitmap(new_bitmap(size, granularity), unit or granularity)
         self.unflushed = new_bitmap(size, granularity)
-        """What was sent to the target, or is about to be, since the last flush that succeeded: a
-        target that crashes may lose it (rule 39)."""
+        """Ranges that were sent to the target, or are about to be, since the last good flush: a
+        target that crashes may lose them (rule 39)."""
         self._repeated: DirtyBitmap | None = None
-        """What is dirty for no other reason than that a flush has failed."""
+        """Granules that are dirty only because a flush has failed."""
         self.written_bytes = 0
-        """Bytes that synchronous writes brought to the target."""
+        """Bytes that synchronous writes have written to the target."""
         self.again_bytes = 0
-        """What became dirty since it may have been lost, not since a guest wrote it."""
+        """Bytes that became dirty because they may have been lost, not because a guest wrote
+        them."""
         self._flushing: list[DirtyBitmap] = []
         self._guests_flushes: list[list[DirtyBitmap]] = []
         """For each that is under way at the target: what other flushes have covered meanwhile."""
@@ -74,7 +76,8 @@ class Tracker:
 
     @property
     def remaining_bytes(self) -> int:
-        """Dirty, or in flight; of what is copied again for a failed flush's sake nothing."""
+        """Bytes that are dirty or in flight, without those that are copied again only because a
+        flush has failed."""
         with self._lock:
             left = self.dirty.dirty_bytes + sum(c.length for c in self._writes)
             if self._repeated is None:
@@ -84,14 +87,15 @@ class Tracker:
 
     @property
     def in_sync(self) -> bool:
-        """Nothing dirty and nothing in flight, under the lock that a synchronous write takes to
-        turn one into the other: between two looks it would be missed by both."""
+        """Nothing is dirty and nothing is in flight. Checked under the lock that a synchronous
+        write takes to change one into the other: two separate checks could both miss that write."""
         with self._lock:
             return not (self._copies or self._writes) and self.dirty.is_empty
 
     def claim(self, offset: int, length_max: int) -> Claim | None:
-        """Take the first dirty run at or after `offset` that nobody owns, at most `length_max`
-        bytes (at least one granule): its bits are clear and the copy owns it until `settle`."""
+        """Take the first dirty run at or after `offset` that is not owned, of at most `length_max`
+        bytes (at least one granule). Its bits are clear, and the copy owns it until `settle`. None
+        if there is no such run."""
         with self._lock:
             while run := self.dirty.next_run(offset, length_max):
                 claim = Claim(*run)
@@ -118,7 +122,8 @@ class Tracker:
             self._tell_waiting()
 
     def settle(self, claim: Claim, *, failed: bool) -> int:
-        """A copy ended; if it failed, its range is dirty first. Returns the progress in bytes."""
+        """End a copy. If it `failed`, its range becomes dirty first. Returns the progress in
+        bytes."""
         progress = 0
         with self._lock:
             if failed:
@@ -133,8 +138,8 @@ class Tracker:
         return progress
 
     def progress(self, claim: Claim, copied: int) -> int:
-        """So many bytes from its start have reached the target, of a copy that goes on. Returns the
-        bytes that count as progress now."""
+        """The first `copied` bytes of a copy that continues have reached the target. Returns the
+        bytes that count as new progress."""
         with self._lock:
             if self._repeated is not None:
                 return 0  # `settle` counts
@@ -142,11 +147,11 @@ class Tracker:
         return news
 
     def begin_write(self, offset: int, length: int) -> Claim:
-        """A guest thread's synchronous write begins: waits until no copy and no such write overlaps
-        its granules, then owns them all at once, so that nobody holds a part while waiting for the
-        rest (no deadlock). First come, first served among writes, and copies keep off a range that
-        a write waits for (no starvation). Granules covered whole are clean from here on (point
-        6 of ledger.py)."""
+        """Begin a guest thread's synchronous write. Waits until no copy and no other such write
+        overlaps its granules, then owns all of them at once: no write holds a part while it waits
+        for the rest (no deadlock). Writes are served in order, and copies avoid a range that a
+        write waits for (no starvation). Granules that are covered whole are clean from here on
+        (point 6 of ledger.py)."""
         start, span = round_out(offset, length, self.granularity)
         claim = Claim(start, min(span, self.size - start), progress=length)
         with self._lock:
@@ -160,8 +165,7 @@ class Tracker:
         return claim
 
     def end_write(self, claim: Claim, *, failed: bool) -> None:
-        """The synchronous write has reached the target or, if `failed`, its granules are dirty
-        again."""
+        """End a synchronous write. If it `failed`, its granules are dirty again."""
         with self._lock:
             if failed:
                 self._give_back(claim, ((claim.offset, claim.length),))
@@ -172,24 +176,25 @@ class Tracker:
             self._tell_waiting()
 
     def look(self, guests: Ledger) -> None:
-        """Sort what `guests` have written. Called twenty times a second."""
+        """Sort the notes of guests' writes. Call this twenty times a second."""
         with self._lock:
             self.dirty.look(guests)
 
     def refine(self) -> None:
-        """Copy parts of granules, soon."""
+        """Begin to copy parts of granules, soon."""
         with self._lock:
             self.dirty.refine()
 
     def mark_all(self) -> None:
-        """From any thread: it may differ anywhere."""
+        """Mark everything: source and target may differ anywhere."""
         with self._lock:
             self.again_bytes += self.size - self.dirty.bytes_in(0, self.size)
             self.dirty.mark_all()
             self._backlog.all_may_be_lost()
 
     def begin_flush(self) -> DirtyBitmap:
-        """A flush is about to be sent: what it covers, for `end_flush`; not what is in flight."""
+        """A flush is about to be sent. Returns what it covers, for `end_flush`: not what is in
+        flight."""
         with self._lock:
             covered = self.unflushed
             self._flushing.append(covered)
@@ -198,9 +203,9 @@ class Tracker:
         return covered
 
     def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
-        """After one that failed what it was to cover is dirty: the target may have lost it, and a
-        second flush would not tell. (Linux tells of a failed write-back once.) In QEMU's numbers
-        that is no work of the job's, and so not in ours."""
+        """A flush has ended. If it `failed`, everything it covered is dirty: the target may have
+        lost it, and a second flush would not report that. (Linux reports a failed write-back once.)
+        As in QEMU, this does not count as progress of the job."""
         with self._lock:
             if failed:
                 self._repeat(covered)
@@ -231,8 +236,8 @@ class Tracker:
                 self._repeat(lost)
 
     def target_came_back(self) -> None:
-        """After a lost connection: what was not flushed may be lost, so it is dirty (rule 39); so
-        is what is in flight, however it ends."""
+        """The target was reconnected. What was not flushed may be lost, so it is dirty (rule 39);
+        so is what is in flight, however it ends."""
         with self._lock:
             before = self.dirty.dirty_bytes
             for bitmap in (self.unflushed, *self._flushing):
@@ -258,9 +263,9 @@ class Tracker:
             return self._backlog.needs_flush
 
     def may_differ(self) -> DirtyBitmap:
-        """What source and the target's storage may differ in, and more; a copy. Without guests'
-        writes under way. On the thread that claims and flushes."""
-        # In the order in which a range goes through them: it is never missed in between.
+        """A copy of everything that may differ between source and the target's storage, or more;
+        without guests' writes in progress. Only for the thread that claims and flushes."""
+        # In the order in which a range passes through them, so that it is never missed.
         found = self.dirty.copy()
         with self._lock:
             for bitmap in (self.unflushed, *self._flushing):
