@@ -1,4 +1,4 @@
-"""What is allocated, as an NBD server tells it."""
+"""Block status: the extents that an NBD server reports."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from nbdmirror.devices.base import Extent
 from nbdmirror.nbdclient.handshake import DEPTH_CONTEXT
 
 LENGTH_MAX = (2 << 30) - (64 << 20)
-"""Of a request that zeroes, trims or asks for extents: below 2 GiB, which servers with signed
-lengths take, and a multiple of every granularity."""
+"""Longest request to zero, to trim or for block status: below 2 GiB, which servers with signed
+lengths accept, and a multiple of every granularity."""
 
 EXTENTS_MAX = 1 << 16
-"""Of one answer that are believed; what is behind them is asked for again. A byte each, the largest
-answer would take gigabytes."""
+"""Extents of one answer that are used; the rest is queried again. With extents of one byte the
+largest answer would take gigabytes."""
 
 Pairs = list[tuple[int, int]]
-"""Lengths and flags."""
+"""Lengths in bytes, and flags."""
 
 
 def status_method(
     handle: nbd.NBD, collect: Callable[[str, Pairs], None], *, is_wide: bool
 ) -> tuple[Callable[..., int], Callable[..., int]]:
-    """`aio_block_status` for this connection, and the callback for it that calls `collect` with the
-    name of a meta context and its entries."""
+    """`aio_block_status` for this connection, and its callback, which calls `collect` with the name
+    of a meta context and its entries."""
     if is_wide:
 
         def take(context: str, offset: int, entries: Pairs, error: Any) -> int:
@@ -45,8 +45,8 @@ def status_method(
 def collector(
     found: list[Extent], length: int, wanted: str = nbd.CONTEXT_BASE_ALLOCATION
 ) -> Callable[[str, Pairs], None]:
-    """Fills `found` with one meta context, cut at `length`. Servers may tell more than was asked
-    for, or less."""
+    """A callback that fills `found` with one meta context, cut at `length` bytes. Servers may
+    report more than was asked for, or less."""
 
     def collect(context: str, entries: Pairs) -> None:
         left = length - sum(extent.length for extent in found)

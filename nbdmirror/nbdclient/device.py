@@ -1,5 +1,5 @@
 """NbdDevice: an NBD export, through libnbd. Blocking calls for guest threads, asynchronous ones
-for the copier, on the same connections (shared_connection.py says how they share)."""
+for the copier, on the same connections (shared_connection.py explains how they share)."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from nbdmirror.nbdclient.shared_connection import SharedConnection
 log = logging.getLogger(__name__)
 
 LOSSES_MAX = 5
-"""How often a request is lost with its connection until it fails: one that ends its server each
-time is not done for ever."""
+"""How often a request may be lost with its connection before it fails: a request that ends its
+server each time must not be repeated for ever."""
 
 
 class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
-    """An NBD export as a disk. `announced` is what the server said of it at the handshake.
+    """An NBD export as a disk. `announced` is the server's answer at the handshake.
 
-    A guest's request that was in flight on a lost connection is done again on a new one: writing
-    the same bytes to the same place twice is no harm. What the server had acknowledged and not
-    flushed may be lost then, and nobody would know: so the next flush fails.
+    A guest's request that was in flight on a lost connection is done again on a new one: a second
+    write of the same bytes to the same place does no harm. Data that the server had acknowledged
+    and not flushed may be lost, so the next flush fails.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         *,
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        """`timeout_s` is for a handshake, whenever there is one."""
+        """`timeout_s`: for each handshake."""
         self.uri = self.description = uri
         self.announced = announced
         self.size = announced.size
@@ -70,21 +70,22 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.reconnect_problem = ""
         """Why the last attempt to reconnect failed, while the connection is lost."""
         self.on_lost_writes: Callable[[], None] | None = None
-        """Called, from any thread, when changes that were acknowledged may be lost."""
+        """Called, from any thread, when acknowledged changes may be lost."""
         self._numbers = itertools.count(1)
         self._changed = 0
-        """The number of the last change that was acknowledged, or of one of the last."""
+        """Number of the last acknowledged change, or of one of the last."""
         self._flushed = 0
-        """All up to this number were, before a flush that succeeded."""
+        """All changes up to this number were acknowledged before a flush that succeeded."""
         self._losses = 0
-        """Counts the times that acknowledged changes may have been lost."""
+        """How often acknowledged changes may have been lost."""
         self._losses_told = 0
         self._zeroes_fast = announced.can_zero and announced.can_fast_zero
-        """As far as is known: a server that can tell may find that it cannot do it."""
+        """False after the server has refused a fast zero that it had announced."""
 
     @classmethod
     def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S, mirrors: bool = False) -> Self:
-        """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...). Raises ConfigError."""
+        """Connect to `uri` (nbd://, nbds://, nbd+unix://, ...) within `timeout_s`. Raises
+        ConfigError. `mirrors`: the export is a mirror's target."""
         for warning in tls.exposed_keys(uri):
             log.warning("%s", warning)
         connection = SharedConnection.open(uri, timeout_s, to_mirror=mirrors)
@@ -163,8 +164,8 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
             self.flush()
 
     def flush(self) -> None:
-        """Fails once after a connection was lost with writes that were not flushed; of several that
-        are under way then, each."""
+        """Fails once if a lost connection may have lost unflushed writes. All flushes in progress
+        at that time fail."""
         told = self._losses_told
         self._flush()
         if (losses := self._losses) > told:
@@ -183,7 +184,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         if self.announced.can_flush:
             changed = self._changed
             self._ask(lambda link: link.flush())
-            # Not before: a loss that the flush itself finds is one of what it was to cover.
+            # Not earlier: a loss during the flush is a loss of data that it should have covered.
             self._flushed = max(self._flushed, changed)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
@@ -209,14 +210,14 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         return found
 
     def _connected_again(self) -> None:
-        """From the thread that did so. A change that is acknowledged at this moment, and not yet in
-        `_changed`, sees that the pool's generation is another one (`_change`)."""
+        """Called by the reconnecting thread. A change that is acknowledged at this moment, and not
+        yet in `_changed`, sees that the pool's generation has changed (`_change`)."""
         if self._changed > self._flushed:
             self._lose_writes()
 
     def _change(self, request: Callable[..., None], *arguments: int) -> None:
-        """One that is acknowledged on a connection from before the last loss is done again: that
-        one's server may not be the one that there is now. It is over there and cannot come late."""
+        """Do a change. If a connection from before the last loss acknowledges it, do it again: the
+        server may be another one now. The old request has ended, and cannot come late."""
         link = self._ask(request, *arguments)
         self._changed = next(self._numbers)
         if link.generation != self.pool.generation:
@@ -224,12 +225,12 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     def _lose_writes(self) -> None:
         self._losses += 1
-        on_lost_writes = self.on_lost_writes  # a mirror that ends takes it back meanwhile
+        on_lost_writes = self.on_lost_writes  # a mirror that ends resets it meanwhile
         if on_lost_writes is not None:
             on_lost_writes()
 
     def _ask(self, request: Callable[..., None], *arguments: int) -> AnyConnection:
-        """Returns the connection on which it was answered."""
+        """Do a request. Returns the connection that answered."""
         link = self.pool.pick()
         try:
             request(link, *arguments)
@@ -240,8 +241,8 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
     def _again(
         self, link: AnyConnection, request: Callable[..., None], *arguments: int
     ) -> AnyConnection:
-        """It was lost with `link`: do it again, on connections that wait for the server. Each of
-        those that broke together may be met first, and that is one loss."""
+        """Repeat a request that was lost with `link`, on connections that wait for the server.
+        Several connections that broke together count as one loss."""
         losses = 1
         while True:
             before, link = link, self.pool.pick()
@@ -261,7 +262,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         return self.pool.is_server_there()
 
     def give_up(self) -> None:
-        """On the loop's thread, attached: what is in flight fails at once, as if lost."""
+        """On the loop's thread, attached: all requests in flight fail at once, as if lost."""
         self.pool.give_up()
 
     @property
@@ -283,12 +284,12 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     @property
     def reached(self) -> str:
-        """Its URI, with the address that it has led to in place of a name."""
+        """The URI, with the address that was reached in place of a name."""
         peer = self.pool.shared.peer
         return self.uri if peer is None else peer.reached(self.uri)
 
     def is_of_file(self, fd: int, opened: os.stat_result) -> bool:
-        """Whether its server is a process of this host that writes to the file or device that is
+        """Whether the server is a process of this host that writes to the file or device that is
         open here as `fd`."""
         peer = self.pool.shared.peer
         return peer is not None and peer.writes_to(fd, opened)
@@ -296,7 +297,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
     # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 
     def start_read(self, buf: memoryview, offset: int, done: Done, *, whole: bool = False) -> None:
-        """`whole`: the server is to read all of it, where it might leave holes out."""
+        """`whole`: the server must read all of the range, instead of leaving holes out."""
         connection, parts = self.pool.shared, Parts(self.uri, len(buf))
         flags = nbd.CMD_FLAG_DF if whole and connection.can_df else 0
         read, then = connection.handle.aio_pread_structured, parts.check(done)
@@ -307,7 +308,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
 
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        """Any length. Without write-zeroes, zeroes are written."""
+        """Zero a range of any length. Without write-zeroes, zeroes are written."""
         connection = self.pool.shared
         if length > LENGTH_MAX and connection.is_wide and self._zeroes_fast:
             self._start_wide_zero(offset, length, may_trim, done)
@@ -335,8 +336,8 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         step(None)
 
     def _start_wide_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        """In one request, if the server can do that without writing zeroes: else it may take as
-        long as if it hung, and pieces tell that it does not."""
+        """Zero in one request, if the server can do that without writing zeroes. Otherwise the
+        request could take as long as if the server hung; pieces show progress."""
         connection = self.pool.shared
 
         def finish(error: BaseException | None) -> None:
@@ -367,7 +368,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         self._start_status(offset, length, nbd.CONTEXT_BASE_ALLOCATION, done)
 
     def start_top_layer(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Like `start_extents`; a hole is what the top layer of the image does not hold."""
+        """As `start_extents`; a hole is a range that the image's top layer does not hold."""
         self._start_status(offset, length, DEPTH_CONTEXT, done)
 
     def _start_status(self, offset: int, length: int, context: str, done: ExtentsDone) -> None:

@@ -28,24 +28,25 @@ from nbdmirror.nbdclient.tcp_watch import TcpWatch
 
 
 class ExclusiveConnection:
-    """Takes over `handle`, which is ready for requests. From any thread; one request at a time,
-    others wait."""
+    """Takes over `handle`, which is ready for requests. For any thread; one request at a time,
+    others wait. Offsets and lengths are bytes. Requests raise DeviceLost if the connection is lost,
+    DeviceError for the server's errors."""
 
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         self.description = description
         self.is_lost = False
         self.is_used = True
-        """Since its pool last looked whether it is idle."""
+        """Since the pool's last check for idle links."""
         self.generation = 0
-        """The pool's."""
+        """The pool's generation at the connect."""
         self._handle = handle
         self._handle_state = HandleState(handle)
-        # Of our own, since libnbd closes its descriptor when it finds the connection broken.
+        # A duplicate, since libnbd closes its descriptor when it finds the connection broken.
         self._socket = socket.socket(fileno=os.dup(handle.aio_get_fd()))
         self.watch = TcpWatch(self._socket)
         self._lock = threading.Lock()  # guards what follows: held during a request
         self._is_unknown = False
-        """What became of its last request."""
+        """The outcome of the last request is unknown."""
 
     @property
     def is_busy(self) -> bool:
@@ -54,7 +55,7 @@ class ExclusiveConnection:
 
     @property
     def unanswered(self) -> int:
-        """Requests that the server may carry out yet; until `end`, after `give_up`."""
+        """Requests that the server may still carry out, after `give_up` and until `end`."""
         return 1
 
     def read(self, buf: memoryview, offset: int) -> None:
@@ -84,25 +85,25 @@ class ExclusiveConnection:
         self._call(lambda handle: handle.flush())
 
     def kill(self) -> None:
-        """Break it now, from any thread: the request in flight fails, hung or not."""
+        """Break the connection now, from any thread: the request in flight fails, hung or not."""
         self.is_lost = True
         with suppress(OSError):  # broken already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def give_up(self) -> None:
-        """From any thread: the request in flight fails at once, but the server is not told, which
-        may carry it out yet; see `end`. Only a request that is not wholly sent is cut off: such a
-        one is not carried out."""
+        """From any thread: the request in flight fails at once, without a message to the server,
+        which may still carry it out; see `end`. Only a request that is not wholly sent is cut off:
+        the server does not carry out such a request."""
         self.is_lost = True
         is_sending = self._handle_state.direction() & nbd.AIO_DIRECTION_WRITE
         with suppress(OSError):  # broken already
             self._socket.shutdown(socket.SHUT_RDWR if is_sending else socket.SHUT_RD)
 
     def end(self) -> bool:
-        """After `give_up`, of a TCP connection: close it, if its request was answered or the server
-        has ended the connection. That server is not told that nobody reads."""
+        """After `give_up`, on TCP: close the connection if its request was answered or the server
+        has ended the connection. Returns whether it is closed."""
         if not self._lock.acquire(blocking=False):
-            return False  # who has it leaves soon
+            return False  # its owner leaves soon
         try:
             if self._is_unknown and not self.watch.has_answered_or_ended():
                 return False
@@ -112,12 +113,12 @@ class ExclusiveConnection:
             self._lock.release()
 
     def close(self) -> None:
-        """Say good-bye and let go of the handle; a request in flight is waited for. Idempotent."""
+        """Disconnect in order, after the request in flight. Idempotent."""
         with self._lock:
             self._close()
 
     def close_if_idle(self) -> bool:
-        """False if a request is in flight: then nothing is done."""
+        """As `close`, but only if no request is in flight. Returns whether it is closed."""
         if not self._lock.acquire(blocking=False):
             return False
         try:
@@ -137,8 +138,8 @@ class ExclusiveConnection:
             self._handle.aio_disconnect(0)
 
     def _let_go(self) -> None:
-        # libnbd's binding closes a handle when the last reference goes. In its place is one that
-        # was never connected: its methods fail in order.
+        # libnbd's binding closes a handle when its last reference goes. The handle that takes its
+        # place was never connected: its methods fail in order.
         self._handle = nbd.NBD()
         self._handle_state = HandleState(self._handle)
         self._socket.close()
@@ -154,7 +155,7 @@ class ExclusiveConnection:
         return self._failure(error.errnum, str(error.string))
 
     def _failure(self, code: int, text: str) -> DeviceError:
-        """What a request fails with; `code` and `text` are libnbd's. Locked."""
+        """The error of a failed request; `code` and `text` are libnbd's. Locked."""
         # While it waits libnbd may find the socket broken, and leave the handle as it was.
         if self._handle_state.is_gone or code == errno.ENOTCONN:
             self.is_lost = self._is_unknown = True

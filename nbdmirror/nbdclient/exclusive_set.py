@@ -1,12 +1,12 @@
 """ExclusiveSet: the links of one NBD device: opened as guests need them, and given back.
 
-A server has so many places for clients, and does not say how many. Somebody else needs one too: the
-host that a guest moves to, a backup, whoever looks at the disk. So there is no link at first; one
-is opened when a request had to wait for another, up to a number; then it is tried whether there is
-room for one more, and if not, places are given back. Links that nobody has used for a while go.
+A server has a limited number of places for clients, and does not report the number. Other clients
+need places too: the host that a guest moves to, a backup, a user who examines the disk. So there is
+no link at first. A link is opened when a request had to wait for another one, up to a bound. Then
+the set checks for room for one more, and gives places back if there is none. Links that were not
+used for a while are closed.
 
-Opening takes place in a thread of its own, which lives as long as there is something to do for it.
-No request waits for it.
+A helper thread opens links; it runs as long as it has work. No request waits for it.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
 log = logging.getLogger(__name__)
 
 CONNECTIONS_DEFAULT = 9
-"""The shared one, and a link for each of the threads that `nbdmirror serve` has for a guest. With
-fewer, threads wait for one another: with five links a guest had a third less of its requests."""
+"""The shared connection, and a link for each thread that `nbdmirror serve` has for a guest. With
+fewer, threads wait for one another: with five links a guest had a third fewer requests."""
 
 IDLE_S = 5.0
-"""A link that was not used for so long is closed."""
+"""An unused link is closed after this time."""
 
 GIVEN_BACK = 2
 """Links that are closed when a server has no room for more: a guest's next host needs one place,
-and whoever looks whether it may come another."""
+and another one for its check of the disk."""
 
 FULL_S = 300.0
-"""How long a server that had no room is not asked for more."""
+"""How long no link is opened after a server had no room."""
 
 END_S_MAX = 1.0
-"""For a handshake that is under way when the process ends."""
+"""How long to wait for a handshake in progress when the process ends."""
 
 _NAME = "nbdmirror-links"
 
 
 def wait_for_handshakes() -> None:
-    """Of a process that ends, when all pools are closed: a server that is left in the middle of a
-    handshake complains."""
+    """Wait for handshakes in progress at the end of the process, after all pools are closed: a
+    server logs an error if a client leaves in the middle of a handshake."""
     for thread in threading.enumerate():
         if thread.name == _NAME:
             thread.join(END_S_MAX)
 
 
 class ExclusiveSet:
-    """From any thread."""
+    """The links of one pool. For any thread."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class ExclusiveSet:
         *,
         is_wanted: Callable[[], bool],
     ) -> None:
-        """`connect` opens a further connection; raises ConfigError. While not `is_wanted`, none is
-        opened."""
+        """`connect` opens a further connection, and raises ConfigError. While `is_wanted` returns
+        False, no link is opened."""
         self.open: tuple[ExclusiveConnection, ...] = ()
         self._leaving: tuple[ExclusiveConnection, ...] = ()
-        """Not open any more; a request that is in flight on one is waited for."""
+        """Links that are closed after their requests in flight."""
         self.may_grow = True
-        """Whether `ask` is worth calling."""
+        """Whether `ask` can have an effect."""
         self.connections_max = CONNECTIONS_DEFAULT
-        """With the one that everybody shares."""
+        """Most connections, including the shared one."""
         self._description = description
         self._connect = connect
         self._is_wanted = is_wanted
@@ -77,12 +77,12 @@ class ExclusiveSet:
         self._asked = threading.Event()
         self._generation = 0
         self._epoch = 0
-        """Counts `begin_anew`: a connection that was asked for before is not wanted after."""
+        """Number of calls of `begin_anew`: links that were requested before a call are dropped."""
         self._full_until_s = 0.0
         self._is_closed = False
 
     def ask(self) -> None:
-        """A request has to wait: have one more opened, soon, if there may be one."""
+        """A request has to wait: open one more link soon, if that is allowed."""
         if self._asked.is_set() or not self.may_grow:
             return
         with self._lock:
@@ -95,8 +95,8 @@ class ExclusiveSet:
                 self._thread.start()
 
     def begin_anew(self, generation: int) -> tuple[ExclusiveConnection, ...]:
-        """Without links, of the pool's next generation; returns those that there were, for the
-        caller to close."""
+        """Begin the pool's next generation without links. Returns the old links; the caller closes
+        them."""
         with self._lock:
             links, self.open = (*self.open, *self._leaving), ()
             self._generation = generation
@@ -106,7 +106,7 @@ class ExclusiveSet:
         return links
 
     def stop(self) -> None:
-        """Open no more; the thread ends."""
+        """Open no more links; the helper thread ends."""
         with self._lock:
             self._is_closed, self.may_grow = True, False
         self._asked.set()
@@ -126,7 +126,7 @@ class ExclusiveSet:
         while True:
             is_asked = self._asked.wait(IDLE_S)
             self._asked.clear()
-            if is_asked and self.may_grow:  # not so any more, perhaps, since it was asked
+            if is_asked and self.may_grow:  # may have changed since `ask`
                 self._grow()
             now_s = time.monotonic()
             if now_s - looked_s >= IDLE_S:
@@ -144,7 +144,7 @@ class ExclusiveSet:
         epoch = self._epoch
         link = self._open_one(epoch)
         if link is not None and self._add(link, epoch):
-            spare = self._open_one(epoch)  # whether there is room for somebody else
+            spare = self._open_one(epoch)  # is there room for another client?
             if spare is not None:
                 spare.close()
 
@@ -159,7 +159,8 @@ class ExclusiveSet:
             return None
 
     def _add(self, link: ExclusiveConnection, epoch: int) -> bool:
-        """False if links are not wanted any more, or not such."""
+        """Add the link, or close it if links of this epoch are not wanted any more. Returns whether
+        it was added."""
         with self._lock:
             is_wanted = not self._is_closed and epoch == self._epoch
             if is_wanted:

@@ -1,10 +1,9 @@
-"""ExclusiveUnixConnection: the server does not notice that a request was given up.
+"""ExclusiveUnixConnection: a link on a Unix socket whose server does not notice a give-up.
 
-A thread in one of libnbd's blocking calls is freed when the socket is shut down for reading. The
-server at the other end of a Unix socket notices that, other than on TCP, and cannot answer any
-more; but only an answer says that a write will not be carried out later. So here the thread waits
-in turns of LOOK_MS, and looks whether it may leave. That is one more turn at the GIL for each
-request.
+A thread in one of libnbd's blocking calls is freed when the socket is shut down for reading. Unlike
+on TCP, the server at the other end of a Unix socket notices that, and cannot answer any more. But
+only an answer shows that a write will not be carried out later. So here the thread waits in steps
+of LOOK_MS, and checks whether it may leave. That costs one more turn at the GIL for each request.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ LOOK_MS = 100
 
 
 class ExclusiveUnixConnection(ExclusiveConnection):
-    """From any thread; one request at a time, others wait."""
+    """As ExclusiveConnection: for any thread; one request at a time, others wait."""
 
     def __init__(self, handle: nbd.NBD, description: str) -> None:
         super().__init__(handle, description)
         self._cookie = 0
-        """The request in flight."""
+        """libnbd's cookie of the request in flight; 0 if there is none."""
         self._kept: Buffer = b""
-        """Its data, which libnbd may still send when the caller has left."""
+        """The request's data, which libnbd may still send after the caller has left."""
 
     def read(self, buf: memoryview, offset: int) -> None:
         with self._lock:
@@ -62,11 +61,11 @@ class ExclusiveUnixConnection(ExclusiveConnection):
     def give_up(self) -> None:
         self.is_lost = True
         if self._handle_state.direction() & nbd.AIO_DIRECTION_WRITE:
-            self.kill()  # not wholly sent: it is not carried out
+            self.kill()  # not wholly sent: the server does not carry it out
 
     def end(self) -> bool:
         if not self._lock.acquire(blocking=False):
-            return False  # who has it leaves soon
+            return False  # its owner leaves soon
         try:
             if self._cookie and not self._handle_state.is_gone:
                 with suppress(nbd.Error):  # it is gone, and looked at again

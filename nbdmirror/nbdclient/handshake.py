@@ -1,6 +1,6 @@
-"""Connecting to an NBD server within a bound, and what it announced.
+"""Connecting to an NBD server within a bound, and the export that it announces.
 
-From any thread; the calls block.
+For any thread; the calls block.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from nbdmirror.nbdclient.handle_state import HandleState
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
-"""qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more its backing files."""
+"""qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more the backing files."""
 
 PAYLOAD_BYTES_MAX = 32 << 20
-"""What a server that announces no maximum takes in one request: the NBD specification's advice to
+"""Largest request to a server that announces no maximum: the NBD specification's advice to
 clients."""
 
 SIZE_BYTES_MAX = (1 << 63) - 1
-"""Offsets are signed everywhere but in NBD."""
+"""Offsets are signed in all programs, though not in NBD."""
 
 NEXT_ADDRESS_S = 1.0
-"""After this the next address of a name is tried beside those before. (RFC 8305 has a quarter of a
-second for TCP alone; here it is the whole handshake.)"""
+"""After this time the next address of a name is tried too. (RFC 8305 has a quarter of a second for
+TCP alone; this is for the whole handshake.)"""
 
 SEND_BUFFER_BYTES = 1 << 20
-"""Of a Unix socket's connection: one request of the copier."""
+"""Send buffer of a Unix socket: one request of the copier."""
 
 CUT_S = 0.5
-"""A server that sends without end is cut off so long after the time in which it had to be ready."""
+"""A server that sends without end is cut off so long after its time limit."""
 
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; past the limit net.core.wmem_max
 
@@ -50,7 +50,7 @@ EXPLAIN_S_MIN = 2.0
 """For finding out what is wrong with a server's certificate."""
 
 REASON_LENGTH_MAX = 300
-"""Of what libnbd says, which may have in it what a server said."""
+"""Longest text of libnbd's that is shown; it may contain a server's text."""
 
 _RELIED_ON = {
     "size": "size",
@@ -64,8 +64,8 @@ _RELIED_ON = {
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """What a server says of an export at the handshake. Sizes in bytes; `preferred` is 0 if it was
-    not told."""
+    """An export, as a server announces it at the handshake. Sizes in bytes; `preferred` is 0 if the
+    server does not announce it."""
 
     size: int
     read_only: bool
@@ -79,14 +79,14 @@ class ExportInfo:
     """Several connections see one another's writes and flushes."""
     can_extents: bool
     can_depth: bool
-    """Whether the server tells which of an image's layers a range comes from."""
+    """The server reports the image layer of each range."""
     minimum: int
     preferred: int
     maximum: int
 
     @classmethod
     def of(cls, handle: nbd.NBD, uri: str) -> ExportInfo:
-        """Raises ConfigError if there is none, or it makes no sense."""
+        """The export of a ready handle. Raises ConfigError if it is missing or impossible."""
         try:
             announced = cls._of(handle)
         except nbd.Error as error:
@@ -120,7 +120,7 @@ class ExportInfo:
         )
 
     def change(self, now: ExportInfo) -> str:
-        """What of it that we rely on is another now (rule 40), in words; "" if nothing is."""
+        """The first property that must stay and has changed (rule 40), as text; "" if none has."""
         before, after = asdict(self), asdict(now)
         for name, what in _RELIED_ON.items():
             if before[name] != after[name]:
@@ -131,18 +131,18 @@ class ExportInfo:
 def connect(
     uri: str, timeout_s: float, *, for_data_alone: bool = False, to_mirror: bool = False
 ) -> nbd.NBD:
-    """A handle of `uri` that is ready for requests, within `timeout_s`, the handshake included.
-    Raises ConfigError with one clear line.
+    """A handle of `uri` that is ready for requests, within `timeout_s` with the handshake. Raises
+    ConfigError with one clear line.
 
-    A name may have several addresses. The next one is tried when one refuses, or has not been ready
-    for NEXT_ADDRESS_S; whichever is ready first is used.
+    A name may have several addresses. The next address is tried when one refuses, or is not ready
+    after NEXT_ADDRESS_S; the first one that is ready is used.
 
-    `for_data_alone`: without structured replies, and so without block status. qemu-nbd asks its
-    storage for holes before it answers a read with a structured reply: reads then cost a fifth
-    more.
+    `for_data_alone`: without structured replies, and so without block status. qemu-nbd queries its
+    storage for holes before it answers a read with a structured reply: then reads take a fifth
+    longer.
 
     `to_mirror`: the export is a mirror's target. If it is the old side of a disk, and a target
-    only, another export of its server is the way in.
+    only, the mirror uses another export of its server.
     """
     deadline_s = time.monotonic() + timeout_s
     handle = _connect(uri, timeout_s, for_data_alone=for_data_alone)
@@ -190,13 +190,13 @@ def _connect(uri: str, timeout_s: float, *, for_data_alone: bool) -> nbd.NBD:
 
 
 class _Attempt:
-    """To connect to one address: a handle that is on its way. It ends with the last reference."""
+    """An attempt to connect to one address. It ends with its last reference."""
 
     def __init__(self, uri: str, keys: tls.ClientKeys | None, *, for_data_alone: bool) -> None:
         self.handle = handle = nbd.NBD()
         self._handle_state = HandleState(handle)
         self.failure: str | None = None
-        """Why it has failed."""
+        """Why the attempt has failed; None if it has not."""
         if keys is not None and keys.user:
             handle.set_tls_username(keys.user)
         where = parse(uri)
@@ -204,16 +204,16 @@ class _Attempt:
         handle.set_full_info(True)  # for `export_of`
         if for_data_alone:
             handle.set_request_structured_replies(False)
-            handle.set_pread_initialize(False)  # a reply has all of its data, or is none
+            handle.set_pread_initialize(False)  # a simple reply always has all of its data
         else:
             handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-            handle.add_meta_context(DEPTH_CONTEXT)  # a server that has no such gives none
+            handle.add_meta_context(DEPTH_CONTEXT)  # ignored by servers that do not have it
         handle.set_uri_allow_local_file(True)
-        # Structured replies may leave parts out, which a server must not do and libnbd lets pass: a
-        # buffer is zeroed before it is read to, so that nobody gets to see what was in it before.
+        # A structured reply may leave parts out: a server must not do that, but libnbd accepts it.
+        # So a buffer is zeroed before a read, so that its old content never gets out.
         self._try(lambda: handle.aio_connect_uri(uri))
         if _has_to_know_name(where):
-            with suppress(OSError, nbd.Error):  # it has failed already
+            with suppress(OSError, nbd.Error):  # the attempt has already failed
                 _hasten(handle)
 
     @property
@@ -243,7 +243,7 @@ class _Attempt:
 
 
 def _wait(attempts: list[_Attempt], until_s: float, deadline_s: float) -> None:
-    """Until one of them has come a step further, or that time."""
+    """Wait until an attempt has made a step, or until `until_s`."""
     poll = select.poll()
     by_fd = {}
     for attempt in attempts:
@@ -259,12 +259,12 @@ def _wait(attempts: list[_Attempt], until_s: float, deadline_s: float) -> None:
 
 @contextmanager
 def _cut_off_at(moment_s: float, fd: int) -> Iterator[None]:
-    """libnbd reads replies to an option for as long as there are more. A server that sends them
-    without end would keep it for ever."""
+    """libnbd reads all replies to an option. A server that sends replies without end would block it
+    for ever."""
     with socket.socket(fileno=os.dup(fd)) as own:
 
         def cut() -> None:
-            with suppress(OSError):  # it is not connected yet
+            with suppress(OSError):  # not connected yet
                 own.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(max(0.0, moment_s - time.monotonic()), cut)
@@ -278,14 +278,14 @@ def _cut_off_at(moment_s: float, fd: int) -> Iterator[None]:
 
 
 def _addresses(where: NbdUri) -> list[str]:
-    """The URI of each address that a server's name has. With certificates libnbd has to know the
-    name, to compare it, and tries the addresses itself (`_hasten`)."""
+    """A URI for each address of a server's name. With certificates libnbd needs the name, to
+    compare it, and tries the addresses itself (`_hasten`)."""
     if where.transport != "tcp" or _has_to_know_name(where):
         return [where.exact]
     try:
         found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        return [where.exact]  # libnbd says what is wrong
+        return [where.exact]  # libnbd reports the error
     hosts = dict.fromkeys(_host(address) for *_, address in found)
     return [replace(where, host=host).exact for host in hosts]
 
@@ -295,24 +295,23 @@ def _has_to_know_name(where: NbdUri) -> bool:
 
 
 def _hasten(handle: nbd.NBD) -> None:
-    """Have the kernel give up an address that swallows everything after 3 s, not after two minutes:
-    libnbd tries the next one then."""
+    """Let the kernel give up an address that does not answer after 3 s, not after two minutes: then
+    libnbd tries the next one."""
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as own:
         if own.family in (socket.AF_INET, socket.AF_INET6):
             own.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
 
 
 def _host(address: tuple[Any, ...]) -> str:
-    """A numeric one. Of a link-local address the interface is a part, which getaddrinfo leaves
-    out."""
+    """A numeric host, with the interface of a link-local address, which getaddrinfo leaves out."""
     host = str(address[0])
     has_zone = len(address) > 3 and address[3] and "%" not in host
     return f"{host}%{socket.if_indextoname(address[3])}" if has_zone else host
 
 
 def export_of(handle: nbd.NBD) -> tuple[str, str]:
-    """The export's name and its description, as the server has them: a server with a default export
-    tells what that is called. Raises nbd.Error: there is no connection."""
+    """The export's name and its description, as the server reports them: for a default export its
+    real name. Raises nbd.Error without a connection."""
     name, description = str(handle.get_export_name()), ""
     with suppress(nbd.Error):
         name = str(handle.get_canonical_export_name())
@@ -322,14 +321,14 @@ def export_of(handle: nbd.NBD) -> tuple[str, str]:
 
 
 def has_wide_lengths(handle: nbd.NBD) -> bool:
-    """Whether lengths have 64 bits on this connection, which is ready, and not 32: extended headers
-    are in libnbd from 1.18 on, in QEMU's servers from 8.2 on, in nbdkit not yet."""
+    """Whether lengths have 64 bits, and not 32, on this ready connection: libnbd has extended
+    headers since 1.18, QEMU's servers since 8.2, nbdkit not yet."""
     negotiated = getattr(handle, "get_extended_headers_negotiated", None)  # libnbd 1.18
     return negotiated is not None and bool(negotiated())
 
 
 def reason(error: Any) -> str:
-    """`readable`, of an nbd.Error."""
+    """`readable` for the text of an nbd.Error."""
     return readable(str(error.string))
 
 
@@ -340,10 +339,10 @@ def readable(text: str) -> str:
 
 
 def widen(own: socket.socket) -> None:
-    """A larger send buffer for a Unix socket: a request of 1 MiB then goes out in one or two steps
+    """Give a Unix socket a larger send buffer: then a request of 1 MiB is sent in one or two steps
     instead of five, each of which costs a turn of the loop. TCP sizes its buffers itself."""
     if own.family == socket.AF_UNIX:
         for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
-            with suppress(OSError):  # the first one is for root alone
+            with suppress(OSError):  # only root may set the first one
                 own.setsockopt(socket.SOL_SOCKET, option, SEND_BUFFER_BYTES)
                 return

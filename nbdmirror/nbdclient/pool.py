@@ -1,10 +1,10 @@
-"""ConnectionPool: the connections of one NBD device: who uses which, and what becomes of lost ones.
+"""ConnectionPool: the connections of one NBD device, which thread uses which, and reconnects.
 
 One SharedConnection always exists: the event loop's, which guests use too if there is no other. If
 the server announces multi-conn, guests' threads get ExclusiveConnections beside it ("links"), as
 many as they need (exclusive_set.py). If a disk's server is lost, a thread reconnects without a time
-limit, while guests' requests wait for a bounded time. A mirror's target is brought back by the job
-(`reopen`, `replace`), which has to know (rule 39).
+limit, while guests' requests wait for a bounded time. A mirror's target is reconnected by the job
+(`reopen`, `replace`), which must know about the loss (rule 39).
 
 No connection is cut while its server lives and has requests to answer: the server may carry them
 out late, over newer data that came on another connection.
@@ -36,35 +36,36 @@ log = logging.getLogger(__name__)
 AnyConnection = ExclusiveConnection | SharedConnection
 
 CONNECT_TIMEOUT_S = 10.0
-"""For the whole handshake, unless `open-timeout` says otherwise. To connect again takes as long as
-to connect."""
+"""For connecting with the handshake, without an `open-timeout`. A reconnect may take as long as the
+first connect."""
 
 LINK_TIMEOUT_S = 1.0
 LINK_PATIENCE = 3
-"""For opening a further connection: so long, or so many times what a handshake took, if that is
-longer. A server that is full answers late or never."""
+"""For opening a further connection: so long, or so many times the time of the first handshake, if
+that is longer. A server that is full answers late or never."""
 
 RECONNECT_TIMEOUT_S = 2.0
-"""How long guests' requests wait for a lost server before they fail, unless more was asked for."""
+"""How long guests' requests wait for a lost server before they fail, without a
+`reconnect-delay`."""
 
 LIFE_S = 10.0
-"""For a sign of life of a server that answers nothing."""
+"""How long to wait for a sign of life of a server that answers nothing."""
 
 RECONNECT_PAUSE_S = 0.05, 1.0
-"""Between attempts to reconnect: the first pause, and the longest."""
+"""First and longest pause between attempts to reconnect."""
 
 LEFT_LOOK_S = 0.05
-"""How often a link that was given up is looked at."""
+"""Interval at which a given-up link is checked."""
 
 _LEFT = "%s: %d requests are not answered; no other connection writes there until they are"
 
 REQUESTS_ALONE = 64
-"""A guest that has made so many requests on the shared connection gets a link: it is at work."""
+"""A guest that has sent so many requests on the shared connection is at work, and gets a link."""
 
 
 class ConnectionPool:
-    """Starts with one connection to an export that is as `announced`. `attach`, `detach` and
-    `replace` are for the loop's thread, the rest for any."""
+    """Begins with one connection to an export that is as `announced`. `attach`, `detach` and
+    `replace` are for the loop's thread, the other calls for any thread."""
 
     def __init__(
         self,
@@ -75,22 +76,22 @@ class ConnectionPool:
         on_reconnected: Callable[[], None],
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        """`on_reconnected` is called then; what was not flushed may be lost. `timeout_s` is
-        for a handshake."""
+        """`on_reconnected` is called after a reconnect: unflushed data may be lost. `timeout_s`:
+        for each handshake."""
         self.shared = first
         self._uri = uri
         self._announced = announced
         self.left: tuple[AnyConnection, ...] = ()
-        """Given up, with requests that the server may carry out yet."""
+        """Given-up connections, with requests that the server may still carry out."""
         self._retired: tuple[SharedConnection, ...] = ()
-        """Those before `shared`, with requests that the server has to answer yet; and the last one,
-        which a thread may still be leaving."""
+        """Earlier shared connections, with unanswered requests; and the last one, which a thread
+        may still be leaving."""
         self._leaving: tuple[ExclusiveConnection, ...] = ()
-        """The same of links."""
+        """The same for links."""
         self.links = ExclusiveSet(uri, self._connect_link, is_wanted=self._may_link)
         self.limit(CONNECTIONS_DEFAULT)
         self._alone = 0
-        """Requests on the shared connection for lack of a link."""
+        """Number of requests on the shared connection, for lack of a link."""
         self._turns = itertools.count()
         self._sticky = threading.local()
         self._loop: Loop | None = None
@@ -102,8 +103,7 @@ class ConnectionPool:
         self.timeout_s = timeout_s
         self.to_mirror = first.to_mirror
         self.generation = 0
-        """Counts the times that a lost device was connected to again; a connection that works is of
-        the last generation."""
+        """Number of reconnects. A working connection has the last generation."""
         self._on_reconnected = on_reconnected
         self._closing = threading.Event()
 
@@ -126,8 +126,8 @@ class ConnectionPool:
         return (*self._retired, *self._leaving)
 
     def pick(self) -> AnyConnection:
-        """This thread's connection for a blocking request: with as many as threads, nobody waits
-        for another one's reply. Raises DeviceLost if there is none."""
+        """This thread's connection for a blocking request. With as many links as threads, no thread
+        waits for another one's reply. Raises DeviceLost if no connection works."""
         links = self.links.open
         if not links:
             return self._pick_without_links()
@@ -158,15 +158,15 @@ class ConnectionPool:
     # The loop.
 
     def attach(self, loop: Loop, on_lost: Callable[[], None] | None) -> None:
-        """Have `loop` drive the shared connection; `on_lost` is called when it breaks. Without it
-        the guests' threads replace lost ones, as they do while there is no loop. A mirror's target
-        has no links yet."""
+        """Let `loop` drive the shared connection. `on_lost` is called when the connection breaks.
+        Without `on_lost`, and without a loop, guests' threads replace lost connections. A mirror's
+        target has no links yet."""
         self._loop, self._on_lost = loop, on_lost
         self.shared.on_lost = on_lost
         self.shared.attach(loop)
 
     def detach(self) -> None:
-        """Give the connection back to the threads that wait."""
+        """Return the shared connection to guests' threads."""
         self._loop = self._on_lost = None
         self.shared.on_lost = None
         links = self.links.open
@@ -177,11 +177,11 @@ class ConnectionPool:
             connection.detach()
 
     def limit(self, connections: int) -> None:
-        """Open so many at most; one if the server does not announce multi-conn."""
+        """Open at most `connections`; one if the server does not announce multi-conn."""
         self.links.connections_max = connections if self._announced.can_multi_conn else 1
 
     def _may_link(self) -> bool:
-        """Not before the server is known to be the one that it was, or to be another."""
+        """Not while it is unknown whether the server is still the same."""
         return not self._closing.is_set() and not self.shared.is_lost and self._reconnector is None
 
     def _connect_link(self) -> ExclusiveConnection:
@@ -192,8 +192,8 @@ class ConnectionPool:
         return kind(handle, self._uri)
 
     def reopen(self) -> SharedConnection:
-        """A new connection to the same disk as before, for `replace`; blocking, as long as it could
-        have taken at first. Raises ConfigError: a disk that has changed is not written to (rule
+        """A new connection to the same disk, for `replace`. Blocks, as long as the first connect
+        could. Raises ConfigError, also if the disk has changed: then it is not written to (rule
         40)."""
         return SharedConnection.opened_by(partial(self._connect, self.timeout_s), self._uri)
 
@@ -208,7 +208,7 @@ class ConnectionPool:
         return handle
 
     def replace(self, connection: SharedConnection) -> None:
-        """Use `connection` instead of all that there were; nothing is in flight (`is_busy`)."""
+        """Use `connection` in place of all others. Nothing is in flight (`is_busy`)."""
         loop, on_lost = self._loop, self._on_lost
         self.detach()
         with self._changed:
@@ -221,22 +221,22 @@ class ConnectionPool:
             self.attach(loop, on_lost)
 
     def look_at_peers(self, now_s: float) -> None:
-        """To be called each tcp_watch.LOOK_S, on the loop's thread."""
+        """Call this every tcp_watch.LOOK_S seconds, on the loop's thread."""
         for connection in (*self._all, *self._old, *self.left):
             connection.watch.look(now_s)
 
     def is_server_there(self) -> bool:
-        """Blocks, for LIFE_S at most."""
+        """Whether the server greets another client. Blocks, for LIFE_S at most."""
         return self.shared.watch.is_server_there(LIFE_S)
 
     @property
     def unanswered(self) -> int:
-        """Requests on connections that were given up: before they are answered nothing may be
-        written to the export on another one, since the server may do the old ones last."""
+        """Number of unanswered requests on given-up connections. Until they are answered, nothing
+        may be written to the export on another connection: the server may do the old ones last."""
         return sum(one.unanswered for one in self.left)
 
     def give_up(self) -> None:
-        """Attached: what is in flight fails at once; this pool is lost. See `unanswered`."""
+        """Attached: requests in flight fail at once, and the pool is lost. See `unanswered`."""
         loop, on_lost, shared = self._loop, self._on_lost, self.shared
         assert loop is not None
         if not shared.is_lost:
@@ -271,7 +271,7 @@ class ConnectionPool:
         self.left = tuple(one for one in self.left if one is not connection)
 
     def abandon(self) -> None:
-        """Break every connection, for good: what is in flight fails, and is not tried again."""
+        """Break every connection for ever: requests in flight fail and are not repeated."""
         self._end()
         for connection in (*self._all, *self._old, *self.left):
             connection.kill()
@@ -292,18 +292,18 @@ class ConnectionPool:
     # A guest's thread that finds its connection lost.
 
     def _reconnect(self, lost: AnyConnection) -> SharedConnection:
-        """What breaks one connection breaks the others as a rule, and each is found lost when it is
-        used next. That must not look like another loss, of what was written since. So there is one
-        loss for all, when the first is found, and a new connection for all.
+        """As a rule all connections break together, and each loss is detected at the next use. That
+        must not look like a second loss, of later writes. So the first detected loss counts for all
+        connections, and all of them are replaced.
 
-        Those that still work are left, not cut: a request on one is answered there, and is not done
-        again. What was in flight on the lost one is done again at once if `shared` still works.
+        Connections that still work are not cut: a request on one is answered there, and is not
+        repeated. A request on the lost one is repeated at once if `shared` still works.
 
-        Until `reconnect_timeout_s` after that, requests wait for the server; then they fail at
-        once, until the server is back. (As `reconnect-delay` of QEMU's driver.)"""
+        For `reconnect_timeout_s` requests wait for the server; after that they fail at once, until
+        the server is back. (As `reconnect-delay` of QEMU's driver.)"""
         with self._changed:
             if lost not in self._all:
-                return self.shared  # it was idle, or all were replaced
+                return self.shared  # closed as idle, or all were replaced
             if self._on_lost is not None:
                 raise DeviceLost(f"{self._uri}: connection lost")
             if self._reconnector is None:
@@ -317,7 +317,7 @@ class ConnectionPool:
             return self.shared
 
     def _wait_for_reconnect(self) -> None:
-        """Also as long as `shared` seems to work."""
+        """Wait until `shared` works; it may work already. Raises DeviceLost."""
         while self.shared.is_lost and self._reconnector is not None and not self._closing.is_set():
             left_s = self._lost_at_s + self.reconnect_timeout_s - time.monotonic()
             if left_s <= 0:
@@ -327,8 +327,8 @@ class ConnectionPool:
             raise DeviceLost(f"{self._uri}: connection lost")
 
     def _connect_again(self) -> None:
-        """On a thread of its own. An attempt that is under way when requests begin to fail goes on
-        to its end: the server may be slow and not gone."""
+        """On a helper thread. An attempt in progress when requests begin to fail is finished: the
+        server may be slow and not gone."""
         backoff, told, connection = Backoff(*RECONNECT_PAUSE_S), "", None
         self._see_off()
         while not self._closing.is_set() and self._on_lost is None:
@@ -350,8 +350,8 @@ class ConnectionPool:
             pass
 
     def _see_off(self) -> bool:
-        """Close what is left and has no request any more, and say whether that is all. From any
-        number of threads."""
+        """Close old connections that have no request any more. Returns whether none is left. From
+        any number of threads."""
         is_done = True
         for link in self._leaving:
             if link.close_if_idle():
@@ -365,7 +365,7 @@ class ConnectionPool:
         return is_done
 
     def _adopt(self, connection: SharedConnection) -> None:
-        """Serve guests from `connection`, unless a job has taken over, or it is the end."""
+        """Serve guests from `connection`, unless a job has taken over, or the pool is closing."""
         loop, is_adopted = self._loop, False
 
         def swap() -> None:
@@ -376,7 +376,7 @@ class ConnectionPool:
             before = self.shared
             self.generation += 1
             connection.generation = self.generation
-            self._on_reconnected()  # before anything is acknowledged on the new one
+            self._on_reconnected()  # before the new connection acknowledges anything
             self.shared = connection
             before.retire()
             idle = [one for one in self._retired if not one.is_busy]

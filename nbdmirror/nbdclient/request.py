@@ -1,4 +1,4 @@
-"""Request: a command in flight on a SharedConnection, and who hears of its end."""
+"""Request: a command in flight on a SharedConnection, and the report of its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nbdmirror.errors import DeviceError, DeviceLost
 
 
 class Sender(Protocol):
-    """The connection."""
+    """The connection, as a request sees it."""
 
     def error(self, code: int) -> DeviceError: ...
 
@@ -19,9 +19,10 @@ class Sender(Protocol):
 
 
 class Request:
-    """A command in flight: libnbd's completion callback, and what is told then.
+    """A command in flight, and libnbd's completion callback for it. A blocking caller sleeps until
+    the end; otherwise `done` is called.
 
-    It keeps the command's arguments, and with them the buffer, alive until the end.
+    The request keeps the command's arguments, and so the buffer, alive until the end.
     """
 
     __slots__ = ("_arguments", "_connection", "_sleep", "done", "error", "is_finished")
@@ -37,7 +38,8 @@ class Request:
             self._sleep.acquire()
 
     def __call__(self, code: Any) -> int:
-        """libnbd's callback, with the handle locked: only takes note. 1 retires the command."""
+        """libnbd's callback, with the handle locked: only records the result. 1 retires the
+        command."""
         if code.value:
             self.error = self._connection.error(code.value)
         self.finish()
@@ -51,26 +53,26 @@ class Request:
             self.wake()
 
     def wake(self) -> None:
-        """End the `sleep` under way, or else the next one."""
+        """End the present `sleep`, or the next one."""
         if self.done is None:
             try:
                 self._sleep.release()
             except RuntimeError:
-                pass  # awake already
+                pass  # already awake
 
     def sleep(self) -> None:
         self._sleep.acquire()
 
     def give_up(self, error: DeviceLost) -> None:
-        """Who sleeps waits no longer; libnbd keeps the arguments until the answer."""
+        """Wake the sleeping caller with `error`; libnbd keeps the arguments until the answer."""
         self.error = error
         self.is_finished = True
         self.wake()
 
 
 class Parts:
-    """Counts what the parts of a structured reply bring of a read. libnbd lets a reply pass that
-    leaves some of it out."""
+    """Counts the bytes of a structured reply to a read. libnbd accepts a reply that leaves a part
+    out."""
 
     def __init__(self, description: str, length: int) -> None:
         self._description = description
@@ -83,15 +85,15 @@ class Parts:
 
     @property
     def error(self) -> DeviceError | None:
-        """At the end of the read."""
+        """The error if data is missing at the end of the read; else None."""
         if not self._missing_bytes:
             return None
         return DeviceError(f"{self._description}: a reply lacks some data", errno.EIO)
 
     def check(self, done: Done) -> Done:
-        """`done` with that error, if there is no other."""
+        """`done`, with that error if there is no other error."""
         return lambda error: done(error or self.error)
 
 
 def nobody(error: BaseException | None) -> None:
-    """The `done` of a request that is not waited for any more. Its buffer is its own until then."""
+    """The `done` of a request that no caller waits for. The request owns its buffer until then."""

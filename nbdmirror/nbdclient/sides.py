@@ -1,17 +1,17 @@
-"""What one nbdmirror asks another about a disk's sides, over NBD: by the name of an export that no
-disk can have, and the answer is in that export's description. Servers of other kinds refuse such a
-name, or describe something else: then nothing is known.
+"""The questions of one nbdmirror to another about a disk's sides, over NBD. A question is the name
+of an export that no disk can have; the answer is that export's description. Other servers refuse
+such a name, or describe something else: then the answer is unknown.
 
     x-nbdmirror-side/SERVER/NAME         what is the disk NAME there?
     x-nbdmirror-moved-here/SERVER/NAME   it has moved from here to you: what is it now?
 
-SERVER is the id of the process that asks (identity.SERVER_ID). A third name is no question, but the
-export of a target only, for requests of the server that has the disk (exports.py):
+SERVER is the ID of the process that asks (identity.SERVER_ID). A third name is not a question but
+the export of a target only, for requests of the server that has the disk (exports.py):
 
     x-nbdmirror-home/SERVER/NAME
 
-The same connections, keys and certificates count as for the disk itself. From any thread but the
-loop's; a question takes as long as a handshake, at most.
+The keys and certificates are those of the disk itself. For any thread but the loop's; a question
+takes as long as a handshake, at most.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 ANSWER_S_MAX = 10.0
 
 TOLD_S = 0.5
-"""How long a mirror's end waits for the target's server to hear of it. The loop is held up."""
+"""How long a mirror's end waits until the target's server is notified. This blocks the loop."""
 
 AGAIN_S = 1.0
-"""Between attempts to tell it."""
+"""Pause between attempts to notify it."""
 
 SIDE, MOVED_HERE = "x-nbdmirror-side", "x-nbdmirror-moved-here"
 
@@ -48,29 +48,30 @@ _is_end = threading.Event()
 
 
 class Side(StrEnum):
-    """What a server has under a disk's name."""
+    """The side of a disk that a server has."""
 
     DISK = "disk"
-    """The disk, on what it was started with."""
+    """The disk, on the source that the server was started with."""
     MOVED = "moved"
-    """A way to where the disk has moved."""
+    """The disk, on the target of a pivot."""
     TARGET = "target"
-    """The old side, as a target only, and some of it is old."""
+    """The old side, as a target only, with some old data."""
     WHOLE = "whole"
-    """The same, and all of it was written."""
+    """The old side, as a target only, of which all was written."""
 
 
 def split_name(export: str) -> tuple[str, str, str]:
-    """What the name of an export asks for, the id of the server that asks, and the disk's name;
-    ("", "", export) if it is none of the above."""
+    """The question in the name of an export, the ID of the server that asks, and the disk's name;
+    ("", "", export) for an ordinary export."""
     what, _, rest = export.partition("/")
     server, slash, name = rest.partition("/")
     return (what, server, name) if slash and what in (SIDE, MOVED_HERE, HOME) else ("", "", export)
 
 
 def ask(question: str, uri: str) -> tuple[Side, str] | None:
-    """What the server of the export `uri` says, and its id; None if it is none of ours. Raises
-    ConfigError: it cannot be reached, or is no nbdmirror, or an older one."""
+    """The answer of the server of the export `uri`, and the server's ID; None if the answer is
+    unknown. Raises ConfigError if the server cannot be reached, or is not an nbdmirror of this
+    version or newer."""
     where = parse(uri)
     export = f"{question}/{SERVER_ID}/{where.export}"
     connection = SharedConnection.open(replace(where, export=export).exact, ANSWER_S_MAX)
@@ -84,7 +85,7 @@ def ask(question: str, uri: str) -> tuple[Side, str] | None:
 
 
 def look(uri: str) -> tuple[Side, str] | None:
-    """What there is, and the server's id; None if no nbdmirror can be reached there."""
+    """The side at `uri`, and the server's ID; None if no nbdmirror can be reached there."""
     try:
         return ask(SIDE, uri)
     except (ConfigError, *IO_ERRORS):
@@ -92,7 +93,7 @@ def look(uri: str) -> tuple[Side, str] | None:
 
 
 def not_whole(device: NbdDevice) -> str:
-    """Why a mirror does not make `device`, an old side, the disk."""
+    """The message why a mirror to `device`, an old side, cannot complete."""
     return (
         f"Target '{device.uri}' is the disk's old side, and some of it was not written since its "
         f"server started: mirror all of it (sync 'full', without 'target-is-zero')"
@@ -100,9 +101,9 @@ def not_whole(device: NbdDevice) -> str:
 
 
 def when_whole(device: NbdDevice, loop: Loop, done: Done, *, writes_all: bool) -> None:
-    """Ask the server of an old side whether all of it was written, on a thread. `done` is told, on
-    the loop's: ConfigError if not, and another error if that is not known. `writes_all`: the mirror
-    writes all of the device."""
+    """Ask the server of an old side, on a helper thread, whether all of the device was written.
+    `done` is called on the loop's thread: with ConfigError if not, and with another error if that
+    is not known. `writes_all`: the mirror writes all of the device."""
 
     def check() -> None:
         failure: Exception | None = None
@@ -119,7 +120,7 @@ def when_whole(device: NbdDevice, loop: Loop, done: Done, *, writes_all: bool) -
     if not is_old_side(device):
         done(None)
         return
-    if not writes_all:  # it has become one since the mirror began
+    if not writes_all:  # the target became an old side after the mirror began
         done(ConfigError(not_whole(device)))
         return
     try:
@@ -129,8 +130,9 @@ def when_whole(device: NbdDevice, loop: Loop, done: Done, *, writes_all: bool) -
 
 
 def tell_moved(device: NbdDevice) -> None:
-    """The disk is served from `device` now, and that is written down. Waits for TOLD_S at most; an
-    old side's server is told again and again until it has heard, or until this server ends."""
+    """Notify the server of `device`, an old side, that the disk is served from `device` now, after
+    the pivot is recorded. Waits for TOLD_S at most. Attempts continue until the server has
+    answered, or this server ends."""
     if not is_old_side(device):
         return
     thread = threading.Thread(target=_tell, args=(device.uri,), name="nbdmirror-side", daemon=True)
@@ -172,7 +174,7 @@ def _not_told(why: object) -> str:
 
 
 def wait_until_told() -> None:
-    """At the server's end: `tell_moved` under way, within a bound."""
+    """At the server's end: wait for `tell_moved` in progress, within a bound."""
     _is_end.set()
     deadline_s = time.monotonic() + ANSWER_S_MAX
     for thread in tuple(_telling):
@@ -180,7 +182,7 @@ def wait_until_told() -> None:
 
 
 def is_old_side(device: NbdDevice) -> bool:
-    """`device` is a target only, and may be written to by this process. Its server has said so at
+    """Whether `device` is a target only that this process may write to, as its server reported at
     the last handshake."""
     peer = device.pool.shared.peer
     return peer is not None and peer.is_home

@@ -1,9 +1,9 @@
-"""TcpWatch: whether the peer of a TCP connection is there.
+"""TcpWatch: whether the peer of a TCP connection is alive.
 
-The kernel finds out for data that nobody acknowledges, and for a connection at rest: `begin` has it
-do so. It also gives a peer up that acknowledges each of its questions and yet has no room for more
-(TCP_USER_TIMEOUT counts a window that is full, tcp(7)): a server that is slow to take what it is
-sent. So that bound is taken off while the peer's window is full, and looked after here.
+The kernel detects a lost peer by unacknowledged data, and on an idle connection by keepalive;
+`begin` turns both on. The kernel also gives up a peer that acknowledges each probe but has no room
+for more data (TCP_USER_TIMEOUT counts a full window, tcp(7)), which may be a slow server. So this
+module removes that bound while the peer's window is full, and watches the peer itself.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 KEEPALIVE_S = 10
 PEER_LOST_S = 30
-"""A TCP peer is asked for a sign of life after KEEPALIVE_S, and after PEER_LOST_S without one, or
-without an acknowledgement of what was sent, its connection is lost. (tcp(7), TCP_USER_TIMEOUT)"""
+"""A TCP peer is probed after KEEPALIVE_S. Its connection is lost after PEER_LOST_S without a sign
+of life, or without an acknowledgement of sent data. (tcp(7), TCP_USER_TIMEOUT)"""
 
 LOOK_S = 5.0
-"""How often `look` is to be called: several times in PEER_LOST_S."""
+"""Interval for calls of `look`: several times in PEER_LOST_S."""
 
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes that were not sent yet
 _TCP_ENDED = (6, 7, 8, 9, 11)
@@ -35,7 +35,7 @@ class TcpInfo(NamedTuple):
 
     retransmits: int
     probes: int
-    """Questions whether the peer is there, or has room, that were not answered."""
+    """Unanswered probes whether the peer is alive, or has room."""
     unacknowledged: int
     last_data_ms: int
     """Milliseconds since the peer has sent data."""
@@ -43,13 +43,14 @@ class TcpInfo(NamedTuple):
 
 
 def tcp_info(own: socket.socket) -> TcpInfo:
-    """Raises OSError, and struct.error if the kernel has less to say."""
+    """The kernel's information on a TCP socket. Raises OSError, and struct.error if the kernel
+    returns less."""
     return TcpInfo(*_INFO.unpack(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)))
 
 
 class TcpWatch:
-    """Of one socket. `begin` and `look` leave one that is no TCP socket alone. `look` from one
-    thread."""
+    """Watches one socket. `begin` and `look` do nothing if it is not a TCP socket. Call `look` from
+    one thread only."""
 
     def __init__(self, own: socket.socket) -> None:
         self._own = own
@@ -58,6 +59,7 @@ class TcpWatch:
         self._heard_s = self._silent_since_s = 0.0
 
     def begin(self) -> None:
+        """Turn the kernel's detection on."""
         if self.is_tcp:
             self._own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._set(socket.TCP_KEEPIDLE, KEEPALIVE_S)
@@ -65,7 +67,8 @@ class TcpWatch:
             self._set(socket.TCP_USER_TIMEOUT, PEER_LOST_S * 1000)
 
     def look(self, now_s: float) -> None:
-        """Breaks the connection if its window is full and the peer does not answer any more."""
+        """Break the connection if its window is full and the peer does not answer any more.
+        `now_s`: monotonic seconds."""
         if not self.is_tcp:
             return
         try:
@@ -76,11 +79,11 @@ class TcpWatch:
             if self._is_full and self._is_silent(info.probes, heard_s, now_s):
                 self._own.shutdown(socket.SHUT_RDWR)
         except (OSError, struct.error):
-            pass  # it is broken already, or closed
+            pass  # already broken, or closed
 
     def has_answered_or_ended(self) -> bool:
-        """Of a socket that is shut for reading: whether something came from the peer since, or the
-        peer has closed. On any kind of socket."""
+        """For a socket that is shut for reading, of any kind: whether the peer has sent something
+        since, or has closed."""
         try:
             if self._own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 return True
@@ -95,8 +98,9 @@ class TcpWatch:
             return True
 
     def is_server_there(self, timeout_s: float) -> bool:
-        """Whether the server greets another client, on any kind of socket: its storage may be slow,
-        but it runs. Blocks. A server that is full looks as one that hangs."""
+        """Whether the server greets another client, on any kind of socket: then it runs, even if
+        its storage is slow. Blocks for `timeout_s`. A server that is full looks like one that
+        hangs."""
         with socket.socket(self._own.family) as other, suppress(OSError):
             other.settimeout(timeout_s)
             other.connect(self._own.getpeername())
@@ -109,7 +113,7 @@ class TcpWatch:
             self._set(socket.TCP_USER_TIMEOUT, 0 if is_full else PEER_LOST_S * 1000)
 
     def _is_silent(self, questions: int, heard_s: float, now_s: float) -> bool:
-        """For so long; `questions` are those to which there was no answer."""
+        """Whether the peer was silent for PEER_LOST_S. `questions`: unanswered probes."""
         if not questions or heard_s > self._heard_s + 0.5:
             self._heard_s, self._silent_since_s = heard_s, now_s
         return now_s - self._silent_since_s > PEER_LOST_S

@@ -1,10 +1,10 @@
 """TLS: which keys a connection uses, whether they can be used, and why a handshake failed.
 
-The TLS itself is libnbd's (towards targets and NBD sources) and nbdkit's (towards guests), both by
-GnuTLS. What they say when something is wrong is not enough to put it right, and libnbd before
-1.18.5 and 1.20.3 (CVE-2024-7383) does not verify a server in two cases: where it finds no
-authority's certificate, and where it knows no host name, as on a Unix socket. Those are refused
-here. Pure but for the files it looks at and, in `explain`, one connection; from any thread.
+libnbd (towards targets and NBD sources) and nbdkit (towards guests) do TLS, both with GnuTLS. Their
+error messages are not enough to solve a problem. libnbd before 1.18.5 and 1.20.3 (CVE-2024-7383)
+does not verify a server in two cases: if it finds no authority's certificate, and if it knows no
+host name, as on a Unix socket. This module refuses these cases. It only reads files and, in
+`explain`, opens one connection. For any thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nbdmirror.nbd_uri import parse
 
 AUTHORITY = "ca-cert.pem"
 PSK_NAME = "keys.psk"
-"""What QEMU calls the file of pre-shared keys in a directory."""
+"""QEMU's name for the file of pre-shared keys in a directory."""
 
 _MAGIC, _OPTION_MAGIC, _REPLY_MAGIC = 0x4E42444D41474943, 0x49484156454F5054, 0x3E889045565A9
 _FIXED_NEWSTYLE, _STARTTLS, _ACK = 1, 5, 1
@@ -35,8 +35,8 @@ _WRONG_NAMES = (62, 64)
 
 @dataclass(frozen=True, slots=True)
 class ClientKeys:
-    """With what a client takes part in TLS: certificates of a directory ("" for the system's
-    authorities), or a pre-shared key."""
+    """A client's keys: a directory of certificates ("" for the system's authorities), or a
+    pre-shared key."""
 
     address: tuple[str, int] | str
     certificates: str = ""
@@ -49,8 +49,8 @@ class ClientKeys:
 
 
 def client_keys(uri: str, libnbd_version: str) -> ClientKeys | None:
-    """The keys of an NBD URI; None if it has no TLS. Raises ConfigError where they cannot be used,
-    or where this libnbd would not verify the server."""
+    """The keys of an NBD URI; None without TLS. Raises ConfigError if the keys cannot be used, or
+    if this libnbd would not verify the server."""
     where = parse(uri)
     if not where.is_tls:
         return None
@@ -75,8 +75,8 @@ def client_keys(uri: str, libnbd_version: str) -> ClientKeys | None:
 
 
 def check_server_keys(*, certificates: str = "", psk: str = "") -> list[str]:
-    """Warnings about the keys of a server: what guests will stumble over. Raises ConfigError where
-    they cannot be used at all: nbdkit would go on in plain text with --tls=on."""
+    """Warnings about the keys of a server that will cause problems for guests. Raises ConfigError
+    if the keys cannot be used at all: nbdkit with --tls=on would continue in plain text."""
     if psk:
         _users(psk)
         return exposed(psk)
@@ -90,7 +90,7 @@ def check_server_keys(*, certificates: str = "", psk: str = "") -> list[str]:
 
 
 def exposed_keys(uri: str) -> list[str]:
-    """`exposed` of the keys that an NBD URI names."""
+    """`exposed` for the keys that an NBD URI names."""
     where = parse(uri)
     paths = (where.psk_file, where.certificates)
     return [warning for path in paths if path for warning in exposed(path)]
@@ -114,15 +114,15 @@ def exposed(path: str) -> list[str]:
 
 
 def explain(keys: ClientKeys | None, reason: str, timeout_s: float) -> str:
-    """What libnbd said of a connection that failed, in words that tell what to do. `timeout_s` is
-    for a look at the server's certificate."""
+    """libnbd's `reason` for a failed connection, as a message that says what to do. `timeout_s`:
+    for a check of the server's certificate."""
     if "server requires TLS" in reason:
         return "the server demands TLS: use nbds:// (over QMP: tls-creds), and keys"
     if keys is None:
         return reason
     if "server refused TLS" in reason or "handle TLS setting is 'require'" in reason:
         return "the server offers no TLS; without it use nbd:// (over QMP: no tls-creds)"
-    # A server that does not accept a client closes, and that may be read before anything else.
+    # A server that does not accept a client closes; the client may see that first.
     if "gnutls_" not in reason and "closed socket unexpectedly" not in reason:
         return reason
     if keys.psk_file:
@@ -141,7 +141,7 @@ def explain(keys: ClientKeys | None, reason: str, timeout_s: float) -> str:
 
 
 def _default_certificates() -> str:
-    """Where libnbd looks for keys that a URI does not name."""
+    """The directory in which libnbd looks for keys if the URI names none; "" if there is none."""
     if os.geteuid() == 0:
         places = ["/etc/pki/libnbd"]
     else:
@@ -151,7 +151,7 @@ def _default_certificates() -> str:
 
 
 def _check_certificates(directory: str, side: str) -> None:
-    """Raise ConfigError unless the files that `side` needs are there and can be read."""
+    """Raise ConfigError unless the files that `side` needs exist and can be read."""
     _check_absolute(directory)
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "no such directory"
@@ -196,7 +196,7 @@ def _users(psk_file: str) -> list[str]:
 
 
 def _user(psk_file: str, wanted: str) -> str:
-    """Whom we are to say that we are: as told, or the only one there is."""
+    """The user name for the handshake: `wanted`, or the only user in the file."""
     users = _users(psk_file)
     user = wanted or users[0]
     if user not in users:
@@ -230,10 +230,10 @@ def _own_problem(keys: ClientKeys) -> str:
 
 
 def _problem(certificate: str, key: str, authority: str, *, is_server: bool) -> str:
-    """What is wrong with a certificate for its use as a server or a client; "" if nothing is.
+    """The problem of a certificate of a server or a client; "" if there is none.
 
-    Found by a handshake in memory, in which the other end verifies it. Raises ConfigError if the
-    files cannot be used."""
+    Found by a handshake in memory, in which the other end verifies the certificate. Raises
+    ConfigError if the files cannot be used."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
@@ -271,7 +271,7 @@ def _problem(certificate: str, key: str, authority: str, *, is_server: bool) -> 
 
 
 def _look(keys: ClientKeys, timeout_s: float) -> str:
-    """Connect once more, with a library that tells why a certificate is not accepted."""
+    """Connect once more, with OpenSSL, which reports why a certificate is not accepted."""
     authority = os.path.join(keys.certificates, AUTHORITY) if keys.certificates else ""
     try:
         context = ssl.create_default_context(cafile=authority or None)
@@ -283,7 +283,7 @@ def _look(keys: ClientKeys, timeout_s: float) -> str:
     except ssl.SSLCertVerificationError as error:
         return _reason(error, authority, keys.host)
     except (OSError, ValueError, struct.error):
-        pass  # it was only to say more
+        pass  # this was only to say more
     return f"is it signed by {authority or 'an authority of the system'}, and for this host?"
 
 
@@ -310,7 +310,7 @@ def _reason(error: ssl.SSLCertVerificationError, authority: str, host: str) -> s
 
 
 def _start_tls(sock: socket.socket, timeout_s: float) -> None:
-    """NBD's handshake up to where TLS begins. Raises ValueError where it does not."""
+    """NBD's handshake up to the start of TLS. Raises ValueError if TLS does not start."""
     magic, option_magic, _ = struct.unpack(">QQH", _receive(sock, 18, timeout_s))
     if (magic, option_magic) != (_MAGIC, _OPTION_MAGIC):
         raise ValueError
@@ -321,7 +321,7 @@ def _start_tls(sock: socket.socket, timeout_s: float) -> None:
 
 
 def _receive(sock: socket.socket, length: int, timeout_s: float) -> bytes:
-    """Exactly so many bytes, in time; fewer if the other end closes."""
+    """Exactly `length` bytes, within `timeout_s`; fewer if the other end closes."""
     data, deadline_s = b"", time.monotonic() + timeout_s
     while len(data) < length and (part := sock.recv(length - len(data))):
         data += part
