@@ -1,11 +1,11 @@
 """Named dirty bitmaps of a disk: QEMU's block-dirty-bitmap commands.
 
-A bitmap that records is attached to the disk's ledger. While a job uses one it is busy: it goes on
-recording, and no command may touch it. On the event loop's thread.
+A bitmap that records is attached to the disk's ledger. A bitmap that a job uses is busy: it
+continues to record, and commands on it are refused. On the event loop's thread.
 
-The target of a running mirror can have bitmaps as well: management tools put one there before they
-pivot. Such a bitmap records what reaches the target from then on, which is what guests change and
-what the mirror had yet to copy. A pivot makes it the disk's.
+The target of a running mirror can have bitmaps as well: management tools add one before a pivot.
+Such a bitmap records what reaches the target from then on: what guests change, and what the mirror
+had yet to copy. After a pivot the bitmap belongs to the disk.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NAME_BYTES_MAX = 1023
 """QEMU's BDRV_BITMAP_MAX_NAME_SIZE."""
 
 BITMAPS_MAX = 256
-"""Of all disks. Each one that records costs each guest's write a step."""
+"""Most bitmaps of all disks. Each recording bitmap adds a step to each guest's write."""
 
 BYTES_MAX = 1 << 30
-"""Of all of them, with the copies that a transaction makes for being taken back."""
+"""Most bytes of all bitmaps, with the copies that a transaction keeps for an undo."""
 
 
 def _nothing() -> None:
@@ -37,8 +37,8 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What was done: `undo` takes it back if a transaction fails later, `commit` ends that chance.
-    One of them is called."""
+    """A change that was made. Exactly one is called: `undo` if the transaction fails later, else
+    `commit`."""
 
     undo: Callable[[], None]
     commit: Callable[[], None] = _nothing
@@ -50,39 +50,39 @@ class NamedBitmap:
     bitmap: DirtyBitmap
     is_recording: bool
     key: str = ""
-    """If persistent: the one under which its content is kept."""
+    """If persistent: names its saved content."""
     is_busy: bool = False
     target: str = ""
-    """The name of the mirror's target that it is on; "": it is the disk's."""
+    """The name of the mirror's target that has it; "" if the disk has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What bitmaps are on: a disk, or the node that it is mirrored to, by its name."""
+    """Where bitmaps are: a disk, or the target of its mirror, by its node name."""
 
     disk: Disk
     target: str = ""
 
 
 class Bitmaps:
-    """The bitmaps of all disks. Each change raises CommandError with QEMU's text, and
-    changes nothing, if it cannot be done."""
+    """The bitmaps of all disks. A change that is not possible raises CommandError with QEMU's text,
+    and changes nothing."""
 
     def __init__(self, stores: Mapping[Disk, StateStore]) -> None:
-        """`stores`: what is to outlive the process of each disk."""
+        """`stores`: where the state of each disk is saved."""
         self._stores = stores
         self._of: dict[Disk, dict[str, NamedBitmap]] = {}
         self._copies_bytes = 0
 
     def take_up(self, disk: Disk, found: RecoveredState) -> None:
-        """Go on with the persistent bitmaps of an earlier process."""
+        """Continue the persistent bitmaps of an earlier process."""
         for record in found.definition.bitmaps:
             bitmap = self._stores[disk].new_bitmap(record.key)(disk.size, record.granularity)
             found.restore(bitmap, record.key)
             self._add(disk, NamedBitmap(record.name, bitmap, record.is_recording, record.key))
 
     def of(self, place: Place) -> list[NamedBitmap]:
-        """Newest first."""
+        """The bitmaps there, newest first."""
         there = self._of.get(place.disk, {}).values()
         return [bitmap for bitmap in reversed(there) if bitmap.target == place.target]
 
@@ -103,7 +103,8 @@ class Bitmaps:
     def add(
         self, place: Place, name: str, granularity: int | None, *, persistent: bool, disabled: bool
     ) -> Change:
-        """A name is taken once, on a disk or on its mirror's target."""
+        """Create a bitmap; `granularity` in bytes, None for the default. A name is used only once
+        on a disk and its mirror's target."""
         disk = place.disk
         if not name:
             raise CommandError("Bitmap name cannot be empty")
@@ -131,7 +132,8 @@ class Bitmaps:
         return Change(lambda: self._drop(disk, bitmap))
 
     def target_released(self, place: Place, *, is_pivoted: bool) -> None:
-        """The mirror to that target has ended: its bitmaps are the disk's, or go."""
+        """The mirror to that target has ended: after a pivot its bitmaps belong to the disk, else
+        they are removed."""
         for bitmap in self.of(place):
             if is_pivoted:
                 bitmap.target = ""
@@ -139,7 +141,7 @@ class Bitmaps:
                 self._drop(place.disk, bitmap)
 
     def remove(self, place: Place, name: str) -> Change:
-        """Carried out at the commit; until then the name is taken, as in QEMU."""
+        """Remove at the commit; until then the name is in use, as in QEMU."""
         bitmap = self.find_idle(place, name)
         bitmap.is_busy = True
 
@@ -155,7 +157,7 @@ class Bitmaps:
         bitmap.clear_all()
 
         def undo() -> None:
-            bitmap.merge(before)  # what the guest wrote since stays
+            bitmap.merge(before)  # what the guest has written since stays
             taken()
 
         return Change(undo, taken)
@@ -197,8 +199,8 @@ class Bitmaps:
         return Change(undo, commit)
 
     def _take_copies(self, bitmap: DirtyBitmap, count: int) -> Callable[[], None]:
-        """Account for copies that a change keeps until it is decided; returns what gives them
-        back. Raises CommandError if there is no room for them."""
+        """Account for copies that a change keeps until its end. Returns the call that frees them.
+        Raises CommandError if there is no room."""
         length = bytes_of(bitmap.size, bitmap.granularity) * count
         self._check_bytes(bitmap.size, bitmap.granularity, count)
         self._copies_bytes += length
@@ -209,7 +211,7 @@ class Bitmaps:
         return release
 
     def _check_bytes(self, size: int, granularity: int, count: int = 1) -> None:
-        """Raise CommandError unless there is room for `count` more bitmaps like that."""
+        """Raise CommandError unless there is room for `count` more bitmaps of this kind."""
         check_bits(size, granularity)
         there = [b.bitmap for named in self._of.values() for b in named.values()]
         taken = sum(bytes_of(b.size, b.granularity) for b in there) + self._copies_bytes

@@ -1,5 +1,5 @@
-"""Chronicle: what is remembered of mirrors, and logged: how fast they are, since when they wait for
-something, and how the last one of each disk ended, whoever was there to see it.
+"""Chronicle: the history of mirrors, and their log lines: how fast they are, how long they have
+waited for something, and how the last mirror of each disk ended.
 
 On the event loop's thread.
 """
@@ -27,20 +27,20 @@ LOOK_S = 1.0
 
 SERVER_ENDS = "the server ended"
 GOES_ON = "the server ended; the mirror continues when the server starts again"
-"""Why jobs are cancelled then; the latter with a state directory."""
+"""Why jobs are cancelled at the end of a server; GOES_ON with a state directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A target that is gone, and waited for."""
+    """A lost target that is being reconnected."""
 
     since_s: float
     until_s: float
-    """Infinite: for as long as it takes. Both by the loop's clock."""
+    """Infinite: without a limit. Both times are of the loop's clock."""
 
 
 class Course:
-    """What is seen of one job while it runs."""
+    """Observations of one job while it runs."""
 
     def __init__(self, job: MirrorJob, clock: Callable[[], float]) -> None:
         self.lost: Lost | None = None
@@ -58,7 +58,7 @@ class Course:
         self._error_s = 0.0
 
     def look(self) -> None:
-        """About once a second."""
+        """Update the observations. Called about once a second."""
         now_s, job = self._clock(), self._job
         if job.ending is Ending.NONE:
             self._ending_since_s = None
@@ -79,28 +79,28 @@ class Course:
 
     @property
     def rates(self) -> Rates | None:
-        """None while nothing is copied, and before enough was seen."""
+        """None while nothing is copied, and before enough is known."""
         return self._meter.rates(self._sample()) if self._job.copier.is_running else None
 
     @property
     def ending_for_s(self) -> float:
-        """How long ago the ending was asked for; exact to LOOK_S."""
+        """Seconds since the ending was requested; exact to LOOK_S."""
         since_s = self._ending_since_s
         return 0.0 if since_s is None else self._clock() - since_s
 
     @property
     def error_ago_s(self) -> float:
-        """How long ago the last error was told; exact to LOOK_S."""
+        """Seconds since the last error; exact to LOOK_S."""
         return self._clock() - self._error_s if self._job.last_error is self._error else 0.0
 
     def silent_for_s(self, operation: str) -> float:
-        """How long requests have waited for an answer: "read" for the source's, "write" for the
-        target's; exact to LOOK_S, 0 where none does."""
+        """Seconds that requests have waited for an answer: of the source ("read") or of the target
+        ("write"); exact to LOOK_S, 0 if no request waits."""
         silent_s = self._clock() - self._answered_s
         return silent_s if silent_s >= LOOK_S and self._waits_for(operation) else 0.0
 
     def _waits_for(self, operation: str) -> bool:
-        """For the source only if for nothing of the target's."""
+        """Whether a request waits. A wait for the target hides a wait for the source."""
         copier, tracker = self._job.copier, self._job.tracker
         is_writing = copier.is_writing or (not copier.in_flight and tracker.in_flight_bytes > 0)
         return is_writing if operation == "write" else copier.in_flight > 0 and not is_writing
@@ -118,7 +118,7 @@ class Course:
 
 
 class Chronicle:
-    """Of all jobs of a server."""
+    """The history of all jobs of a server."""
 
     def __init__(
         self,
@@ -127,12 +127,12 @@ class Chronicle:
         time_s: Callable[[], float],
         keep: Callable[[str, Result], None],
     ) -> None:
-        """`time_s`: seconds since 1970. `keep`: have the result of a disk, which is given by its
-        name, outlive the process if it can."""
+        """`time_s` returns seconds since 1970. `keep` saves the result of a disk, given by its
+        name, if state is saved."""
         self.results: dict[str, Result] = {}
-        """Of the job of each disk that ended last, by the disk's name."""
+        """The result of each disk's last job, by the disk's name."""
         self.courses: dict[str, Course] = {}
-        """Of the jobs that have not ended, by their ids."""
+        """The jobs that have not ended, by their IDs."""
         self._loop = loop
         self._events = events
         self._time_s = time_s
@@ -159,7 +159,8 @@ class Chronicle:
             self._loop.call_later(LOOK_S, self._look)
 
     def target_lost(self, job_id: str, reconnect_timeout_s: float) -> None:
-        """It is waited for; if it was so already, from now on for so long."""
+        """The job's target is lost. The job reconnects for `reconnect_timeout_s` from now on, also
+        if the target was lost already."""
         course, now_s = self.courses[job_id], self._loop.clock()
         before, course.lost = course.lost, Lost(now_s, now_s + reconnect_timeout_s)
         if before is not None:
@@ -177,7 +178,8 @@ class Chronicle:
         self._events.append("X_NBDMIRROR_TARGET_LOST", data)
 
     def target_waited_for(self, job_id: str, *, is_back: bool) -> None:
-        """Not any more."""
+        """The job does not wait for its lost target any more. `is_back`: the target is
+        reconnected."""
         course = self.courses[job_id]
         lost, course.lost = course.lost, None
         if is_back and lost is not None:

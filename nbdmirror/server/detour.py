@@ -1,13 +1,12 @@
-"""Whether a target is the disk itself by a detour: another server's export of our export.
+"""Whether a target leads back to the disk through another server that is a client of this one.
 
-Nothing that such a server says tells what is behind it. So a few bytes of the target are read while
-the disk is watched: a proxy asks us for the very same. The ranges are random, and of random odd
-lengths, and each of ROUNDS reads has to be seen, so that no guest does it by chance. The first one
-that is not seen ends it: all other targets are asked once.
+Such a server does not report what is behind it. So a few bytes of the target are read while the
+disk is watched: a proxy sends the same read to this server. The ranges are random, with random odd
+lengths, and all of ROUNDS reads must be seen, so that no guest causes this by chance. The first
+read that is not seen ends the search, so other targets get only one read.
 
-A proxy that answers from a cache, or asks for whole blocks of its own, is not noticed; nor is one
-that does not answer within ANSWER_S_MAX. On the event loop's thread.
-"""
+A proxy that answers from a cache, or that rounds requests to its blocks, is not detected; nor is
+one that does not answer within ANSWER_S_MAX. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -22,21 +21,23 @@ from nbdmirror.nbdclient.device import NbdDevice
 
 ROUNDS = 8
 TRIES_MAX = 32
-"""Places that are looked at for one that holds data: a proxy may not ask for holes."""
+"""Places that are examined for one with data: a proxy may not forward reads of holes."""
 EXTENTS_BYTES_MAX = 1 << 30
 LENGTH_MAX = 4096
 UNITS_MAX = 64
 CHOICES_MIN = 1 << 14
-"""Of offsets and lengths in one place: a target of large blocks leaves few in a small one."""
+"""Least number of choices of offset and length in one place: a target with large blocks leaves few
+in a small place."""
 ANSWER_S_MAX = 2.0
-"""For all rounds."""
+"""Time for all rounds together."""
 ITSELF = "leads back to this server through another server: it is disk"
 
 
 def check_detour(
     disk: Disk, source: AsyncSource, target: NbdDevice, loop: Loop, done: Done
 ) -> None:
-    """`done` is told of an error if reads of `target` come to `disk`. `source`: the disk's."""
+    """Call `done` with a DeviceError if reads of `target` arrive at `disk`, else with None.
+    `source`: the disk's source."""
     _Search(disk, source, target, loop, done).begin_round()
 
 
@@ -87,7 +88,8 @@ class _Search:
         return length // self._unit * self._units_max
 
     def _look(self, offset: int, length: int) -> None:
-        """Read a part of that range."""
+        """Read a random part of the range, in bytes, on the target, and check for it at the
+        disk."""
         unit, watched = self._unit, self._watched
         start = -(-offset // unit)
         units = max(1, (offset + length) // unit - start)

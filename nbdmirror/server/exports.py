@@ -1,11 +1,11 @@
-"""Exports: a server's disks by the names of NBD exports, and which clients have them open.
+"""Exports: a server's disks by the names of NBD exports, and the clients that have them open.
 
-A disk that is a target only (target_only.py) has two exports. By the disk's own name each request
+A disk that is a target only (target_only.py) has two exports. Each request to the disk's own name
 fails with EPERM. The export x-nbdmirror-home/SERVER/NAME is for the one server process that has the
-disk. So no write of any other client is ever acknowledged. Once the old side is the disk again, all
-requests are carried out. Other disks are their own exports, and their requests take no longer.
+disk. So no write of any other client is ever acknowledged. When the old side is the disk again, all
+requests are carried out. Other disks are their own exports, so their requests take no longer.
 
-From any thread.
+For any thread.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 class OldSideExport:
-    """Guest operations as Disk's, on a disk that is, or was, a target only. `server`: the id of the
-    server process that asks for the way in; "" of any other client."""
+    """The guest operations of Disk, on a disk that is, or was, a target only. `server`: the ID of
+    the server process that has opened the home export; "" for any other client. Requests raise
+    DeviceError with EPERM while they are refused."""
 
     def __init__(self, disk: Disk, server: str) -> None:
         self._disk = disk
@@ -73,18 +74,18 @@ class OldSideExport:
 
 
 class Exports:
-    """Of the server's disks, by name; the first one is also the default export, ""."""
+    """The exports of a server's disks, by name; the first disk is also the default export, ""."""
 
     def __init__(self, disks: Mapping[str, Disk]) -> None:
         self._disks = disks
         self.server: Server | None = None
-        """Who answers other servers; before there is one no client comes."""
+        """Answers other servers' questions; set before the first client connects."""
         self._open: dict[Any, str] = {}
-        """Of each client's connection the disk."""
+        """The disk of each client's connection."""
 
     def find(self, export: str) -> Disk | OldSideExport:
-        """The disk of an export name. The answer to another server's question is an empty disk, by
-        its name. Raises DeviceError."""
+        """The disk of an export name. The answer to another server's question is an empty disk with
+        the answer as its name. Raises DeviceError: ENOENT, or EPERM for a refused server."""
         what, server, name = split_name(export)
         disk = self._find_disk(name)
         if self.server is not None and what == HOME:
@@ -102,7 +103,7 @@ class Exports:
         return self._disks[name]
 
     def opened(self, handle: Any, disk: Disk | OldSideExport) -> None:
-        """A client has it open, until `closed`."""
+        """A client has opened the disk, until `closed`."""
         self._open[handle] = disk.name
 
     def closed(self, handle: Any) -> None:

@@ -1,7 +1,7 @@
-"""FileWatch: notices what becomes of disks' files underneath: truncated, deleted, replaced.
+"""FileWatch: detects that a disk's file was truncated, deleted, moved or replaced.
 
-Requests tell of none of these, or of the first one late: a server goes on with the file that it has
-opened. So they are looked at now and then, by a thread for each file system, since one may hang.
+Requests do not show this, or only late: a server continues with the file that it has opened. So a
+thread for each file system checks the files regularly; one file system may hang.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ LOOK_S = 1.0
 
 
 class FileWatch:
-    """Tells of each change once. `start` and `stop` from any thread."""
+    """Reports each change once. `start` and `stop` are for any thread."""
 
     def __init__(self, disks: Mapping[str, Disk], events: EventRing) -> None:
         self._disks = disks
         self._events = events
         self.changes: dict[str, str] = {}
-        """What has become of each disk's file, by the disk's name; empty where it is as it was."""
+        """The change of each disk's file, by the disk's name; "" for an unchanged file."""
         self._stopping = threading.Event()
 
     def start(self) -> None:
-        """After the fork."""
+        """Start the threads. After nbdkit has forked."""
         storages: dict[int, dict[str, Disk]] = {}
         for name, disk in self._disks.items():
             if isinstance(source := raw_device(disk.source), FileDevice):

@@ -1,6 +1,6 @@
-"""JobResources: what one mirror job runs on, and what becomes of that when the job ends.
+"""JobResources: what one mirror job runs on, and what happens to it when the job ends.
 
-On the event loop's thread, except where it says otherwise.
+On the event loop's thread, unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -44,32 +44,32 @@ class JobResources:
     """A MirrorResources. In use from `acquire` to `released`."""
 
     options: MirrorOptions
-    """As the job was made; those that change do not matter here."""
+    """The options at the job's creation; those that can change are not used here."""
     disk: Disk
     node: Node
     source: FileSource | NbdDevice
     bitmap: NamedBitmap | None
     tracker: Tracker
     key: str
-    """Of what is saved of the mirror."""
+    """Names the mirror's saved content."""
     store: StateStore
     sources: Sources
     nodes: Nodes
     loop: Loop
     chronicle: Chronicle
     has_connected_once: bool
-    """Its target was there once since this process began; until then it is waited for."""
+    """The target was connected in this process. Until then the job waits for it without a limit."""
     on_dismissed: Callable[[], object]
     _is_in_use: bool = field(default=False, init=False)
     _record: MirrorRecord | None = field(default=None, init=False)
-    """As it was last kept."""
+    """The record that was saved last."""
     _retired: BlockDevice | None = field(default=None, init=False)
-    """What the disk was served from before the pivot."""
+    """The disk's source before the pivot."""
     _attempt: object = field(default=None, init=False)
-    """To bring the target back: the last one."""
+    """The last attempt to reconnect the target."""
 
     def new_copier(self, load: CopierLoad, job: MirrorJob) -> Copier:
-        """`load`: of all copiers of the server."""
+        """The job's copier. `load`: shared by all copiers of the server."""
         target = self.node.device
         piece = min(OPENING_BYTES, target.block_size.maximum, self.disk.source.block_size.maximum)
         return Copier(
@@ -86,7 +86,7 @@ class JobResources:
         )
 
     def acquire(self, job: MirrorJob) -> None:
-        """Have the loop drive both sides' connections, and the job hear of what is lost."""
+        """Let the loop drive both sides' connections, which report losses to the job."""
         self._is_in_use = True
         self.node.job = job
         if self.bitmap is not None:
@@ -155,7 +155,7 @@ class JobResources:
             if self._retired is None:
                 source.pool.detach()
         if self._retired is not None:
-            tell_moved(node.device)  # before anybody hears that the job has completed
+            tell_moved(node.device)  # before the job is reported as completed
             self.sources.retire(self._retired, self.disk)
             return
         self.nodes.leave(node.device)
@@ -172,7 +172,7 @@ class JobResources:
         ask, is_copied = source.start_extents, is_not_zero
         if self.options.sync == "top":
             if not isinstance(source, NbdDevice) or not source.announced.can_depth:
-                dirty.mark_all()  # no layers: all is the top
+                dirty.mark_all()  # no layers: everything is the top layer
                 done(None)
                 return
             ask, is_copied = source.start_top_layer, is_no_hole
@@ -189,10 +189,10 @@ class JobResources:
         if not device.is_lost:
             if has_copied:
                 done(None)
-            else:  # nothing was written there yet
+            else:  # nothing was written to the target yet
                 check_detour(self.disk, self.source, device, self.loop, done)
             return
-        attempt = self._attempt = object()  # those before, if it was paused meanwhile, give up
+        attempt = self._attempt = object()  # earlier attempts, before a pause, give up
 
         def is_wanted() -> bool:
             return self._is_in_use and self._attempt is attempt
@@ -221,8 +221,8 @@ class JobResources:
         )
 
     def _difference(self) -> Callable[[SharedConnection], int | None]:
-        """What tells whether a target is the one that it was. Only of a full copy clean means the
-        same."""
+        """The check whether a target is the same as before. Only in a full copy clean means equal,
+        so other mirrors are not checked."""
         if self.options.sync != "full":
             return lambda connection: None
         suspects = self.tracker.may_differ()

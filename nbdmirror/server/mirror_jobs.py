@@ -1,4 +1,4 @@
-"""MirrorJobs: makes the mirror jobs of a server, and finds them. On the event loop's thread."""
+"""MirrorJobs: creates the mirror jobs of a server, and finds them. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from nbdmirror.state.sealed_files import StateError
 log = logging.getLogger(__name__)
 
 JOBS_MAX = 256
-"""Concluded jobs that nobody dismisses count; a bound on what a client can make us keep."""
+"""Most jobs, including concluded ones that were not dismissed: a bound on a client's use of
+memory."""
 
 
 class MirrorJobs:
-    """The jobs of a server, by their ids."""
+    """The jobs of a server, by their IDs."""
 
     def __init__(
         self,
@@ -46,9 +47,9 @@ class MirrorJobs:
         stores: Mapping[Disk, StateStore],
         chronicle: Chronicle,
     ) -> None:
-        """`stores`: what is to outlive the process of each disk."""
+        """`stores`: where the state of each disk is saved."""
         self.jobs: dict[str, MirrorJob] = {}
-        """Until they are dismissed."""
+        """All jobs that were not dismissed yet."""
         self._stores = stores
         self._chronicle = chronicle
         self._load = CopierLoad(
@@ -71,8 +72,8 @@ class MirrorJobs:
     def create(
         self, disk: Disk, node: Node, options: MirrorOptions, bitmap: NamedBitmap | None = None
     ) -> MirrorJob:
-        """A job that can be started (`begin`) or discarded. Raises CommandError; then there is no
-        job and nothing was touched."""
+        """A job that can be started (`begin`) or discarded. Raises CommandError; then no job exists
+        and nothing has changed."""
         self._check(disk, node, options)
         granularity = granularity_of(disk, node.device, options, bitmap)
         check_bits(disk.size, granularity)
@@ -125,6 +126,7 @@ class MirrorJobs:
         return job
 
     def begin(self, job: MirrorJob) -> None:
+        """Start the job; with unequal sizes it fails at once, as in QEMU."""
         self._chronicle.begin(job)
         size, other = job.disk.size, job.target.size
         if size == other or (job.options.allow_larger and other > size):
@@ -139,7 +141,8 @@ class MirrorJobs:
             )
 
     def take_up(self, disk: Disk, found: RecoveredState, bitmaps: Bitmaps) -> None:
-        """Go on with the mirror of an earlier process. Raises StateError."""
+        """Continue the mirror of an earlier process. Raises StateError if the target's size does
+        not fit."""
         record = found.definition.mirror
         if record is None:
             return

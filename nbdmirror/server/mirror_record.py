@@ -1,4 +1,4 @@
-"""A mirror as it is kept in a state directory, and back."""
+"""A mirror as a record for the state directory, and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from nbdmirror.state.disk_record import ExportRecord, JobRecord, MirrorRecord, T
 def mirror_record(
     state: JobState, node: Node, *, granularity: int, key: str, bitmap: str
 ) -> MirrorRecord:
-    """`bitmap`: the name of the one that the mirror is made from, or ""."""
+    """The record of a mirror. `bitmap`: the name of the bitmap that the mirror started from, or
+    ""."""
     return MirrorRecord(
         key=key,
         granularity=granularity,

@@ -1,4 +1,7 @@
-"""Nodes: the targets that were added, by name; QEMU's block nodes. On the event loop's thread."""
+"""Nodes: the targets that were added, by name: QEMU's block nodes. On the event loop's thread.
+
+All checks raise CommandError; where QEMU has the same error, with QEMU's text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 
 NODES_MAX = 256
-"""Targets of all kinds. Each has a connection and three descriptors; QEMU has no such bound."""
+"""Most targets of all kinds. Each has a connection and three descriptors; QEMU has no such
+bound."""
 
 NAME_LENGTH_MAX = 31
 _SERVED = "Failed to inactivate node: Operation not permitted"
@@ -24,11 +28,11 @@ _SERVED = "Failed to inactivate node: Operation not permitted"
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """What blockdev-add asked for. All but the first two are only shown again by queries."""
+    """The options of blockdev-add. All but the first two are only shown by queries."""
 
     reconnect_delay_s: float = 0.0
     read_only: bool = False
-    """Not to be written to, whatever the server would take."""
+    """The node is never written to, even if the export is writable."""
     detect_zeroes: str = "off"
     direct: bool = False
     no_flush: bool = False
@@ -42,13 +46,13 @@ class Node:
     device: NbdDevice
     options: NodeOptions = NodeOptions()
     is_owned: bool = False
-    """Made by drive-mirror for one job: goes when the job goes."""
+    """Created by drive-mirror for one job, and removed with it."""
     file: Node | None = None
-    """The node below, of a `raw` one: both are the same device."""
+    """The node below a `raw` node: both have the same device."""
     is_inline: bool = False
-    """Made with the `raw` node above it, and goes with that."""
+    """Created with the `raw` node above it, and removed with that."""
     is_active: bool = True
-    """An inactive one is not written to, so no mirror's target; see `Nodes.set_active`."""
+    """An inactive node is not written to, and cannot be a mirror's target: `Nodes.set_active`."""
     job: MirrorJob | None = None
     disk: Disk | None = None
     """The disk that is served from this node since a pivot."""
@@ -61,30 +65,31 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class OldFile:
-    """The file that a disk was served from before its first pivot: a node still, though closed."""
+    """The file that a disk was served from before its first pivot: still a node, but closed."""
 
     device: BlockDevice
     is_active: bool = True
 
 
 class Nodes:
-    """The nodes of a server. The disks' names count as names of nodes."""
+    """The nodes of a server. The disks' names are names of nodes too."""
 
     def __init__(self, disks: dict[str, Disk], connections: int = CONNECTIONS_DEFAULT) -> None:
-        """`connections`: to a target, at most."""
+        """`connections`: most connections to one target."""
         self._disks = disks
         self._files: dict[str, OldFile] = {}
         self._connections = connections
         self._nodes: dict[str, Node] = {}
         self._left: list[NbdDevice] = []
-        """Of mirrors that ended: their servers may carry out requests yet."""
+        """Devices of mirrors that ended, whose servers may still carry out requests."""
 
     def __iter__(self) -> Iterator[Node]:
         """Oldest first."""
         return iter(list(self._nodes.values()))
 
     def find_target(self, disk: Disk, name: str) -> Node | None:
-        """The node `name`, as the target of a mirror of `disk`; None if that is its own source."""
+        """The node `name`, as the target of a mirror of `disk`; None if it is the disk's source.
+        Raises CommandError."""
         if self._served_from(name) is disk:
             return None
         if name in self._nodes:
@@ -96,7 +101,7 @@ class Nodes:
         raise CommandError(f"Cannot find device='{name}' nor node-name='{name}'")
 
     def find_file(self, name: str) -> Node:
-        """The node `name`, as what a `raw` node is to be on."""
+        """The node `name`, as the node below a `raw` node. Raises CommandError."""
         if name in self._disks:
             raise CommandError(f"Node '{name}' is a disk; a 'raw' node can be on a target alone")
         if name not in self._nodes or self._nodes[name].file is not None:
@@ -104,7 +109,8 @@ class Nodes:
         return self._nodes[name]
 
     def find_disk(self, name: str) -> Disk:
-        """The disk called `name`, or that is served from the node `name`."""
+        """The disk with this name, or the disk that is served from the node `name`. Raises
+        CommandError."""
         node = self._nodes.get(name)
         disk = self._disks.get(name) or (node.disk if node else None)
         if disk is None and node is not None:
@@ -114,7 +120,7 @@ class Nodes:
         return disk
 
     def mirror_to(self, name: str) -> MirrorJob | None:
-        """The job whose target is the node `name`, until that is what the disk is served from."""
+        """The job whose target is the node `name`, until the pivot; None if there is none."""
         node = self._nodes.get(name)
         return node.job if node is not None and node.disk is None else None
 
@@ -123,8 +129,8 @@ class Nodes:
         return next((node for node in self if node.disk is disk), None)
 
     def user_of(self, device: NbdDevice) -> str:
-        """What else uses the export that `device` is connected to: a disk or a node by its name; ""
-        if nothing does that we can see."""
+        """The name of the disk or node that uses the export that `device` is connected to; "" if
+        none is known."""
         sources = {disk.name: disk.source for disk in self._disks.values()}
         busy = {node.name: node.device for node in self if node.job or node.disk}
         for name, other in {**sources, **busy}.items():
@@ -136,8 +142,8 @@ class Nodes:
         return ""
 
     def leave(self, device: NbdDevice) -> None:
-        """A mirror to `device` has ended. Nobody waits for what is in flight there, if anything is,
-        and until the server has answered that, no other mirror goes there."""
+        """A mirror to `device` has ended. Its requests in flight are given up; until the server has
+        answered them, no other mirror to the export is allowed."""
         if device.pool.is_busy:
             device.pool.give_up()
         if device.pool.unanswered:
@@ -145,13 +151,13 @@ class Nodes:
 
     @property
     def left(self) -> list[NbdDevice]:
-        """Devices that have requests of former mirrors in flight."""
+        """Devices with unanswered requests of former mirrors."""
         self._left = [device for device in self._left if device.pool.unanswered]
         return self._left
 
     def check_left(self, uri: str, device: NbdDevice | None = None) -> None:
-        """Raise CommandError if such requests are at the same export. By the names alone, before
-        there is a `device`: a server that hangs greets nobody."""
+        """Raise CommandError if the export has unanswered requests of a former mirror. Without a
+        `device` only the URIs are compared, since a server that hangs greets no client."""
         for left in self.left:
             is_named = same_place(left.uri, uri) is Same.YES
             if device.is_same_export(left) if device else is_named:
@@ -162,16 +168,17 @@ class Nodes:
                 )
 
     def is_used(self, node: Node) -> bool:
-        """By a job or a disk, under whichever name."""
+        """Whether a job or a disk uses the node's device, under any name."""
         same = [other for other in self if other.device is node.device]
         return any(other.job is not None or other.disk is not None for other in same)
 
     def is_closed(self, node: Node) -> bool:
-        """It has lost its connection and nobody uses it: it can be opened again."""
+        """The node has lost its connection and is not used, so it can be opened again."""
         return node.device.is_lost and not self.is_used(node)
 
     def reopen(self, node: Node, device: NbdDevice) -> bool:
-        """Give it a new connection. False if another client did so first, or took it away."""
+        """Give the node a new connection. False if another client did so first, or removed the
+        node."""
         old = node.device
         if self._nodes.get(node.name) is not node or not self.is_closed(node):
             return False
@@ -183,7 +190,7 @@ class Nodes:
         return True
 
     def _is_held(self, node: Node) -> bool:
-        """By a job, or by what uses the node that goes with it."""
+        """Whether a job uses the node, or something uses the node that is removed with it."""
         goes_too = node.file is not None and node.file.is_inline
         return node.job is not None or (goes_too and self.is_used(node))
 
@@ -198,7 +205,7 @@ class Nodes:
         return disk if disk is not None and self.root_of(disk) is None else None
 
     def check_name(self, name: str) -> None:
-        """Raise CommandError, with QEMU's text, unless a new node may be called `name`."""
+        """Raise CommandError, with QEMU's text, unless a new node may have this name."""
         if not is_wellformed_id(name):
             raise CommandError(f"Invalid node-name: '{name}'")
         if len(name) > NAME_LENGTH_MAX:
@@ -210,7 +217,7 @@ class Nodes:
             raise CommandError(f"Duplicate nodes with node-name='{name}'")
 
     def check_room(self, number: int = 1) -> None:
-        """Raise CommandError if there are too many nodes for so many more."""
+        """Raise CommandError if there is no room for `number` more nodes."""
         if len(self._nodes) + number > NODES_MAX:
             raise CommandError(f"There are {NODES_MAX} nodes already; delete some (blockdev-del)")
 
@@ -226,8 +233,8 @@ class Nodes:
             )
 
     def add(self, node: Node) -> None:
-        """Under its name, which was checked; without one it gets one of QEMU's generated kind,
-        which no user can take. What it was made with, below it, is added as well."""
+        """Add the node, and an inline node below it. Its name was checked; a node without a name
+        gets a generated one in QEMU's form, which no user can choose. Raises CommandError."""
         node.name = node.name or self._generated_name()
         added = [node]
         if node.file is not None and node.file.is_inline:
@@ -250,15 +257,15 @@ class Nodes:
         return next(name for name in numbers if name not in self._nodes)
 
     def add_again(self, node: Node) -> None:
-        """One of an earlier process. If a disk has its name now, as where that was mirrored back to
-        its first source, it gets a generated one."""
+        """Add the node of an earlier process. If a disk has its name now, the node gets a generated
+        one (a pivoted disk that was being mirrored back to its first source)."""
         if node.name in self._nodes or node.name in self._disks:
             node.name = ""
         self.add(node)
 
     def pivoted(self, disk: Disk, node: Node, old: BlockDevice) -> None:
-        """`disk` is served from `node` now. `old`, its source until then, stays a node until
-        blockdev-del, as in QEMU; what it was opened for is closed."""
+        """`disk` is served from `node` now. `old`, its former source, remains a closed node until
+        blockdev-del, as in QEMU."""
         if (root := self.root_of(disk)) is not None:
             root.disk = None
         elif isinstance(old, NbdDevice):
@@ -268,13 +275,12 @@ class Nodes:
         node.disk = disk
 
     def file_of(self, disk: Disk) -> OldFile | None:
-        """What `disk` was served from before its first pivot, if that is a file and still a
-        node."""
+        """The file that `disk` was served from before its first pivot, if it is still a node."""
         return self._files.get(disk.name)
 
     def set_active(self, name: str | None, active: bool) -> None:
-        """blockdev-set-active: of the node `name` and what is below it; None: of all. Raises
-        CommandError, with QEMU's text, for a node that has to stay active."""
+        """blockdev-set-active: for the node `name` and the node below it, or for all (None). Raises
+        CommandError, with QEMU's text, for a node that must stay active."""
         if name is None and not active and self._disks:
             raise CommandError("Failed to inactivate all nodes: Operation not permitted")
         if name is None:
@@ -289,7 +295,8 @@ class Nodes:
                 node.is_active = active
 
     def _with_file(self, name: str) -> list[Node | OldFile]:
-        """The node `name` and that below it; none for a disk's own, which is always active."""
+        """The node `name` and the node below it; [] for a disk's own node, which is always
+        active."""
         node = self._nodes.get(name)
         if node is not None:
             return [node] if node.file is None else [node, node.file]
@@ -298,7 +305,7 @@ class Nodes:
         return [self._files[name]] if name in self._files else []
 
     def _needed_by(self, node: Node | OldFile) -> str:
-        """Why `node` has to stay active; "" if nothing needs it."""
+        """The error if `node` must stay active; "" if it need not."""
         if any(other.file is node and other.is_active for other in self):
             return "Node has active parent node"
         if isinstance(node, Node) and node.disk is not None:
@@ -308,7 +315,7 @@ class Nodes:
         return ""
 
     def remove(self, name: str) -> None:
-        """Take a node away and close it."""
+        """Remove a node and close it. Raises CommandError, with QEMU's text, if it is in use."""
         node, disk = self._nodes.get(name), self._served_from(name)
         if disk is not None and any(n.job is not None and n.job.disk is disk for n in self):
             raise CommandError(
@@ -330,5 +337,5 @@ class Nodes:
             raise CommandError(f"Failed to find node with node-name='{name}'")
 
     def forget(self, node: Node) -> None:
-        """Take away a node that was made for one job."""
+        """Remove a node that was created for one job."""
         self._nodes.pop(node.name, None)

@@ -1,10 +1,10 @@
-"""OldSides: what a server answers about its disks' sides, and how an old side becomes the disk.
+"""OldSides: a server's answers about its disks' sides, and how an old side becomes the disk.
 
-It does when the server that had the disk says that it has moved here, after that is written down
-there. Before, no other client than that server gets to read or to write here (exports.py), and old
-bytes are read to nobody (target_only.py). docs/state.md has the argument.
+An old side becomes the disk when the server that had the disk reports the move, after that server
+has recorded it. Before that only that server can read or write here (exports.py), and no client can
+read old bytes (target_only.py). docs/state.md has the argument.
 
-From any thread but the loop's.
+For any thread but the loop's.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ log = logging.getLogger(__name__)
 
 
 class OldSides:
+    """The old sides among a server's disks."""
+
     def __init__(
         self,
         stores: Mapping[str, DiskStore],
         writers: Mapping[str, Writer],
         take_up: Callable[[Disk, RecoveredState], None],
     ) -> None:
-        """`take_up`: have the disk's bitmaps again."""
+        """`take_up` restores the disk's bitmaps."""
         self._stores = stores
         self._writers = writers
         self._take_up = take_up
         self._letting_in, self._retiring = threading.Lock(), threading.Lock()
 
     def let_in(self, server: str, disk: Disk) -> None:
-        """`server`, the id of a process, wants to write to `disk`. Of a target only it may if the
-        process that is reached where the disk is served from has that id, and has the disk; another
-        one that could until now, cannot any more. Raises DeviceError."""
+        """`server`, the ID of a process, wants to write to `disk`. A target only accepts it if the
+        process at the disk's URI has that ID and has the disk. Then requests of a process that was
+        accepted before are refused. Raises DeviceError with EPERM. Blocks for one question."""
         with self._letting_in:
             source = disk.source
             if not isinstance(source, TargetOnly) or (server and source.writer == server):
@@ -56,7 +58,7 @@ class OldSides:
             source.writer = server
 
     def answer(self, question: str, server: str, disk: Disk) -> Side:
-        """To the question (sides.py) of `server`, the id of a process, about `disk`."""
+        """The answer to a question (sides.py) of `server`, the ID of a process, about `disk`."""
         if question == MOVED_HERE:
             with self._retiring:
                 self._retire(disk, server)
@@ -66,7 +68,7 @@ class OldSides:
         return Side.MOVED if disk.has_moved else Side.DISK
 
     def _retire(self, disk: Disk, server: str) -> None:
-        """Have it be the disk, if all of it was written, and by `server`."""
+        """Make the old side the disk, if `server` has written all of it."""
         device, name = disk.source, disk.name
         if not isinstance(device, TargetOnly):
             return

@@ -1,5 +1,5 @@
-"""Bringing a mirror's lost target back, or its source. On the event loop's thread; what blocks is
-in a thread of its own."""
+"""Reconnecting a mirror's lost target or source. On the event loop's thread; blocking work is on a
+helper thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nbdmirror.nbdclient.shared_connection import SharedConnection
 log = logging.getLogger(__name__)
 
 PAUSE_S = 0.1, 5.0
-"""Between attempts: the first pause, and the longest."""
+"""First and longest pause between attempts."""
 
 
 def reconnect(
@@ -34,13 +34,13 @@ def reconnect(
     came_back: Callable[[], None],
     done: Done,
 ) -> None:
-    """Try for `reconnect_timeout_s`, while `is_wanted`. `difference` reports, on a helper thread,
-    where the target's data differs from before; such a target is not used. `came_back` is called
-    when the device has a new connection. That is not before the server has answered all requests of
-    the old connections, or has ended these: it might carry them out later, over newer data. The
-    error that `done` gets is not DeviceLost: waiting was tried."""
+    """Try to reconnect for `reconnect_timeout_s`, while `is_wanted()`. `difference` returns, on a
+    helper thread, the offset at which the target's data has changed, or None; a changed target is
+    not used. `came_back` is called when the device has a new connection. Before that, the server
+    must have answered all requests of the old connections, or ended these: it might carry them out
+    later, over newer data. The error for `done` is never DeviceLost."""
     device.reconnect_problem = ""
-    device.pool.give_up()  # of several connections, the others too: all starts anew
+    device.pool.give_up()  # give up the other connections too: all are replaced
     deadline_s = loop.clock() + reconnect_timeout_s
 
     def work() -> None:
@@ -55,7 +55,7 @@ def reconnect(
     def adopt(connection: SharedConnection) -> None:
         if not is_wanted():
             connection.close()
-        elif not device.is_lost:  # an attempt from before a pause was first
+        elif not device.is_lost:  # an attempt from before a pause was faster
             connection.close()
             done(None)
         else:
@@ -67,8 +67,8 @@ def reconnect(
 
 
 def reconnect_source(device: NbdDevice, loop: Loop, done: Done) -> None:
-    """As a guest's request would: for as long as those wait, and no longer. The error that `done`
-    is told is no DeviceLost."""
+    """Reconnect a source as a guest's request does, for as long as guests' requests wait. The error
+    for `done` is never DeviceLost."""
 
     def work() -> None:
         failure = None
@@ -88,7 +88,7 @@ def _connect(
     deadline_s: float,
     is_wanted: Callable[[], bool],
 ) -> SharedConnection:
-    """Blocks. Raises DeviceError when there is no more time, or nobody wants it any more."""
+    """Connect; blocks. Raises DeviceError at `deadline_s`, or when not `is_wanted()` any more."""
     backoff, told = Backoff(*PAUSE_S), ""
     while True:
         try:
@@ -127,7 +127,7 @@ def _reopen(
 
 
 def copy_all(job: str, tracker: Tracker) -> None:
-    """From any thread: the source may have lost what guests had written, and the target has that.
-    Nobody knows where."""
+    """Copy everything again: the source may have lost writes of guests that the target has, in
+    unknown places. For any thread."""
     log.warning("job %s: the source may have lost writes: everything is copied again", job)
     tracker.mark_all()

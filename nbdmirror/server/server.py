@@ -41,15 +41,15 @@ STOP_S_MAX = 2.0
 """How long a server that ends waits for its jobs: a forced cancel takes less than one second."""
 
 LEAVING_S_MAX, LEAVING_LOOK_S = 0.2, 0.01
-"""How long a client may take to be gone that has hung up just before the server is told to end."""
+"""How long a client that has just hung up may take to disappear before the server ends."""
 
 END_S_MAX = 5.0
-"""How long, at the end, a disk's storage may take to flush and close it, and its state directory.
-What is not flushed then is where the storage has it, as after a server that was killed."""
+"""How long, at the end, a disk's storage, and its state directory, may take to flush and close the
+disk. Data that is not flushed by then is as after a kill of the server."""
 
 
 class Server:
-    """Its parts are for the loop's thread; its own methods say which thread they are for."""
+    """The parts are for the loop's thread; each method here names its thread."""
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class Server:
         *,
         connections: int = CONNECTIONS_DEFAULT,
     ) -> None:
-        """`stores`: what is kept of each disk, by its name, where there is a state directory.
-        `connections`: to a target, at most."""
+        """`stores`: the saved state of each disk, by its name, with a state directory.
+        `connections`: most connections to one target."""
         self.started_at_s = round(time.time(), 3)
         self.disks = disks
         self.events = events
@@ -71,21 +71,21 @@ class Server:
         self.stores = {
             disk: self._disk_stores.get(name, NullStore()) for name, disk in disks.items()
         }
-        """Of every disk, also of those of which nothing is kept."""
+        """For every disk; a NullStore for a disk whose state is not saved."""
         self.nodes = Nodes(disks, connections)
         self.bitmaps = Bitmaps(self.stores)
         self.files = FileWatch(disks, events)
         self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
         self.sides = OldSides(self._disk_stores, self.writers, self._have_bitmaps)
         self.in_use: Callable[[], Set[str]] = frozenset
-        """The disks that clients have open."""
+        """Returns the names of the disks that clients have open."""
         self.mirrors = MirrorJobs(
             nodes=self.nodes, events=events, loop=loop, stores=self.stores, chronicle=self.chronicle
         )
 
     def start(self) -> None:
-        """Start the loop's thread, and what an earlier process has left; after nbdkit has forked,
-        before guests come."""
+        """Start the loop's thread, and continue bitmaps and mirrors of an earlier process. After
+        nbdkit has forked, and before guests connect."""
         self.loop.start()
         for name, store in self._disk_stores.items():
             disk = self.disks[name]
@@ -133,8 +133,8 @@ class Server:
         self.loop.run(partial(self.bitmaps.take_up, disk, found)).result()
 
     def cancel_jobs(self, when_done: Callable[[], None]) -> None:
-        """Cancel every job by force, and dismiss all; `when_done` is called, on the loop, when the
-        last one has ended."""
+        """Cancel every job by force, and dismiss all. On the loop's thread; `when_done` is called
+        when the last job has ended."""
         left = set(self.mirrors.running)
         was_running = bool(left)
 
@@ -156,8 +156,8 @@ class Server:
             when_done()
 
     def end_jobs(self) -> None:
-        """`cancel_jobs`, waited for within a bound, though what is kept in a state directory is so
-        for the next start. From any thread but the loop's."""
+        """Do `cancel_jobs` and wait for it, for STOP_S_MAX at most. State in a state directory
+        stays for the next start. For any thread but the loop's."""
         ended = threading.Event()
         self._note_clients()
 
@@ -171,7 +171,8 @@ class Server:
             log.error("jobs did not end within %g s and are not waited for", STOP_S_MAX)
 
     def _note_clients(self) -> None:
-        """Before they are hung up on. A client that was there may come back after a restart."""
+        """Note which disks clients have open, before they are disconnected: such a client may come
+        back after a restart."""
         disks = ((name, raw_device(self.disks[name].source)) for name in self._disk_stores)
         moved = {name for name, device in disks if isinstance(device, NbdDevice)}
         deadline_s = self.loop.clock() + LEAVING_S_MAX
@@ -181,7 +182,7 @@ class Server:
             self._disk_stores[name].is_left = False
 
     def give_up(self) -> None:
-        """Have guests' requests fail that wait for another server. From any thread."""
+        """Make guests' requests fail that wait for another server. For any thread."""
         for disk in self.disks.values():
             device = raw_device(disk.source)
             if isinstance(device, NbdDevice) and (device.pool.is_busy or device.is_lost):
@@ -189,8 +190,8 @@ class Server:
                 device.pool.abandon()
 
     def hold_changes(self) -> bool:
-        """Begin no request of a guest any more that changes a disk; whether none is under way. From
-        any thread; the jobs have ended."""
+        """Hold guests' changing requests from now on. Returns whether none is in progress. For any
+        thread, after the jobs have ended."""
         ledgers = [disk.ledger for disk in self.disks.values()]
         for ledger in ledgers:
             if ledger.gate is None:
@@ -198,12 +199,12 @@ class Server:
         return all(ledger.is_idle for ledger in ledgers)
 
     def stop(self) -> None:
-        """Stop the loop; flush and close the disks, and write down what is kept of them, within
-        bounds. From any thread but the loop's; the jobs have ended and no guest request is under
-        way, or they are given up."""
+        """Stop the loop, flush and close the disks, and save their state, within bounds. For any
+        thread but the loop's. The jobs have ended, and no guest request is in progress, or they are
+        given up."""
         self.files.stop()
         self.loop.stop(STOP_S_MAX)
-        # A job that did not end has left its disks to a loop that is no more.
+        # A job that did not end has left its disks attached to the stopped loop.
         for device in self._remote_devices():
             device.pool.detach()
         deadline_s = self.loop.clock() + END_S_MAX
@@ -227,7 +228,8 @@ class Server:
         return [device for device in devices if isinstance(device, NbdDevice)]
 
     def _end(self, name: str) -> None:
-        """Of a disk, in a thread of its own: nobody but its storage is waited for."""
+        """Flush and close one disk, on its own thread, so that only this thread waits for its
+        storage."""
         disk = self.disks[name]
         try:
             if not disk.read_only:

@@ -1,4 +1,4 @@
-"""Sources: what mirrors read disks through; closed once a disk is served from somewhere else.
+"""Sources: the devices through which mirrors read disks; closed after a pivot.
 
 On the event loop's thread.
 """
@@ -13,17 +13,20 @@ from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.server.nodes import Nodes
 
 RETIRE_POLL_S = 0.005
-"""How often a replaced source is looked at for reads that are still on it."""
+"""Interval at which a replaced source is checked for reads in progress."""
 
 
 class Sources:
+    """One source for each device; an NBD device is its own source."""
+
     def __init__(self, nodes: Nodes, loop: Loop) -> None:
         self._nodes = nodes
         self._loop = loop
         self._files: dict[BlockDevice, FileSource] = {}
-        """Kept for later mirrors: a disk that hangs has so many threads and no more."""
+        """Kept for later mirrors, so that the threads of a disk that hangs do not become more."""
 
     def of(self, disk: Disk) -> FileSource | NbdDevice:
+        """The source for mirrors of `disk`."""
         device = raw_device(disk.source)
         if isinstance(device, NbdDevice):
             return device
@@ -31,8 +34,7 @@ class Sources:
         return self._files.setdefault(disk.source, new)
 
     def retire(self, device: BlockDevice, disk: Disk) -> None:
-        """Close `device`, which `disk` is not served from any more, once the reads that were on it
-        have gone."""
+        """Close `device`, the old source of `disk`, after its reads in progress have ended."""
         reads = disk.ledger.reads()
 
         def look() -> None:
@@ -43,7 +45,7 @@ class Sources:
             else:
                 self._files.pop(device, device).close()
                 raw = raw_device(device)
-                # As in QEMU a node that the user added stays until blockdev-del, closed as it is.
+                # As in QEMU a node that the user added stays, closed, until blockdev-del.
                 for node in self._nodes:
                     if node.device is raw and node.is_owned:
                         self._nodes.forget(node)

@@ -1,4 +1,4 @@
-"""What a disk and a target must be for a mirror to begin, and the unit that it is kept in."""
+"""The conditions on a disk and a target for a mirror to begin, and the mirror's granularity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nbdmirror.server.nodes import Node
 
 
 def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
-    """Raise CommandError if `disk` cannot be mirrored to `node`, whatever jobs there are."""
+    """Raise CommandError if `disk` cannot be mirrored to `node`, independent of other jobs."""
     check_is_disk(disk)
     target = node.device
     if target.is_lost:
@@ -54,7 +54,7 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
 
 
 def check_is_disk(disk: Disk) -> None:
-    """Raise CommandError if it is an old side, which is a target only."""
+    """Raise CommandError if `disk` is an old side, which is a target only."""
     if isinstance(disk.source, TargetOnly):
         raise CommandError(
             f"Node '{disk.name}' is a target only: the disk is served from '{disk.source.truth}'"
@@ -64,11 +64,11 @@ def check_is_disk(disk: Disk) -> None:
 def granularity_of(
     disk: Disk, target: NbdDevice, options: MirrorOptions, bitmap: NamedBitmap | None
 ) -> int:
-    """QEMU's choice: the target's cluster size, between 4 and 64 KiB, where it is known, else 64
-    KiB; a bitmap's own with sync=bitmap.
+    """The granularity in bytes, as QEMU chooses it: the target's cluster size, between 4 and 64
+    KiB, if known; else 64 KiB; with sync=bitmap the bitmap's granularity.
 
-    Where not everything is copied, the target may have a backing file that is not in place yet:
-    then the first write to a cluster must carry all of it (rule 24), and a granule is at least a
+    If not everything is copied, the target may have a backing file that is not in place yet: then
+    the first write to a cluster must carry all of it (rule 24), and a granule is at least a
     cluster."""
     least = max(target.block_size.minimum, disk.source.block_size.minimum)
     cluster = options.cluster_bytes
@@ -85,9 +85,9 @@ def granularity_of(
 
 
 def unit_of(disk: Disk, target: NbdDevice, options: MirrorOptions, granularity: int) -> int:
-    """The smallest part of a granule that is copied alone: a sector, or a block of either side.
-    A granule where the user has said how large one is, and where the target may have a backing file
-    that is not in place yet."""
+    """The smallest part of a granule that is copied alone, in bytes: a sector, or a block of either
+    side. A whole granule if the user chose the granularity, or if the target may have a backing
+    file that is not in place yet."""
     if options.granularity or options.sync != "full":
         return granularity
     blocks = target.block_size.minimum, raw_device(disk.source).block_size.minimum
