@@ -92,6 +92,14 @@ class Tracker:
         with self._lock:
             return not (self._copies or self._writes) and self.dirty.is_empty
 
+    @property
+    def is_level(self) -> bool:
+        """In sync, and all of it is flushed, with no flush under way. On the thread that claims and
+        flushes."""
+        with self._lock:
+            is_flushed = self.unflushed.is_empty and not self._flushing
+            return is_flushed and not (self._copies or self._writes) and self.dirty.is_empty
+
     def claim(self, offset: int, length_max: int) -> Claim | None:
         """Take the first dirty run at or after `offset` that is not owned, of at most `length_max`
         bytes (at least one granule). Its bits are clear, and the copy owns it until `settle`. None

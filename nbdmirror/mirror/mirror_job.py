@@ -395,5 +395,5 @@ class MirrorJob(Job):
     def _poll(self) -> None:
         self._timers.after("poll", POLL_S, self._poll)
         self.tracker.look(self.disk.ledger)
-        self._watch.look()
+        self._watch.look(may_flush=not self.activity.may_hold_guests)
         self.advance()

@@ -8,6 +8,9 @@ last flush has little to do. Rule 15: the count of dirty bytes is only exact whi
 in progress, and is checked again after the flush. Rule 42: if the target is not level in time, the
 guest continues and `on_timeout` is called.
 
+Another flush may be in progress when the last one ends. The attempt waits for that one too: a
+target that has lost data may report the loss to that flush, and not to one that began later.
+
 On the event loop's thread.
 """
 
@@ -45,6 +48,7 @@ class Step(enum.Enum):
     DRAINING = "draining"
     COPYING = "copying"
     FLUSHING = "flushing"
+    FLUSHED = "flushed"
     LEVEL = "level"
     OPEN = "open"
 
@@ -91,6 +95,8 @@ class Quiesce:
         elif self.step is Step.COPYING and self._tracker.in_sync:
             self.step = Step.FLUSHING
             self._copier.flush(self._flushed)
+        elif self.step is Step.FLUSHED and self._copier.is_idle:
+            self._look_again()
 
     def release(self) -> float | None:
         """End the attempt in any step, and let the guest continue. Returns how long guest writes
@@ -142,7 +148,12 @@ class Quiesce:
         if error is not None:
             self.release()
             self._on_flush_error(error)
-        elif self._tracker.in_sync:
+        else:
+            self.step = Step.FLUSHED
+            self.advance()
+
+    def _look_again(self) -> None:
+        if self._tracker.is_level:
             assert self._timer is not None
             self._timer.cancel()
             self.step = Step.LEVEL

@@ -100,7 +100,7 @@ class TargetWatch:
         if self._lag is not None:
             self._lag.end()
 
-    def look(self) -> None:
+    def look(self, *, may_flush: bool) -> None:
         """Call this several times a second, whatever the mirror does."""
         if self._lag is not None:
             self._lag.look()
@@ -115,7 +115,7 @@ class TargetWatch:
             since_s = self._answered_s if self._asked_s is None else self._asked_s
             if now_s - since_s > self._patience_s:
                 self._ask()
-        if not self._is_flushing and self._is_flush_due(now_s):
+        if may_flush and not self._is_flushing and self._is_flush_due(now_s):
             self._flush()
 
     def _is_flush_due(self, now_s: float) -> bool:

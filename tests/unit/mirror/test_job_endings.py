@@ -237,3 +237,47 @@ def test_a_job_alone_does_not_wait() -> None:
     assert world.job.ending is Ending.COMPLETE
     world.settle()
     assert world.status == "null"
+
+
+@pytest.mark.rule(13, 15)
+def test_an_ending_waits_for_the_flush_that_is_under_way_beside_its_own() -> None:
+    """A target that has lost something may tell the one and not the other, although that began
+    later."""
+    world = JobWorld(on_target_error=Policy.IGNORE).ready()
+    before = bytes(world.target.data)
+    requests = world.target.requests
+    requests.holds = {"flush"}
+    world.write()
+    world.pass_s(2.0)
+    world.job.complete()
+    world.settle()
+    while len(requests.held) > 1:
+        requests.held.pop()[1]()  # the ending's own, which go well
+        world.settle()
+    assert world.is_held and "pivot" not in world.resources.calls
+    world.target.data[:] = before
+    requests.errors["flush"] = IO_ERROR
+    requests.answer("flush")
+    assert not world.is_held
+    requests.errors.clear()
+    requests.answer_all()
+    world.pass_s(RETRY_S[1])
+    assert "pivot" in world.resources.calls
+    world.assert_identical()
+
+
+def test_no_other_flush_is_begun_while_guests_may_be_held() -> None:
+    """They would wait for that one too."""
+    world = ready()
+    requests = world.target.requests
+    requests.holds = {"flush"}
+    world.write()
+    world.pass_s(0.01)
+    world.job.complete()
+    world.settle()
+    world.pass_s(0.9)
+    assert len(requests.held) == 1, "the flush ahead"
+    requests.answer_all()
+    world.pass_s(1.0)
+    assert "pivot" in world.resources.calls
+    world.assert_identical()

@@ -65,14 +65,14 @@ class World:
             reconnect_delay_s=reconnect_delay_s,
         )
         self.copier.start()
-        self.watch.look()
+        self.watch.look(may_flush=True)
 
     def pass_time(self, seconds: float) -> None:
         """Looks each second. An answer about the server comes at once."""
         for _ in range(int(seconds)):
             asked = self.target.asked
             self.clock.advance(1.0)
-            self.watch.look()
+            self.watch.look(may_flush=True)
             if self.watch._is_asking:
                 self.posted.get(timeout=WAIT_S)()
                 assert self.target.asked == asked + 1
@@ -127,7 +127,7 @@ def test_each_time_in_vain_is_a_longer_patience() -> None:
     world.pass_time(HUNG_S * 10)
     while world.devices.kept:
         world.answer()
-        world.watch.look()
+        world.watch.look(may_flush=True)
     assert world.target.given_up == 4
     world.copier.tracker.dirty.mark(0, 1)
     world.copier.pump()
@@ -143,7 +143,7 @@ def test_a_flush_that_takes_long_comes_after_less_the_next_time() -> None:
         while len(world.devices.of("flush")) == count:
             world.copier.written_bytes += 40 * MIB
             world.clock.advance(0.1)
-            world.watch.look()
+            world.watch.look(may_flush=True)
         took_s.append(world.watch._covered_bytes / (50 * MIB) - sum(took_s))
         world.clock.advance(took_s[-1])
         world.devices.kept.pop()()
