@@ -78,27 +78,32 @@ class _Server(uvicorn.Server):
 class _Connection(H11Protocol):
     """One client's."""
 
+    _is_aborted = False
+    """It is still one of `connections` for a moment."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._began_s = self.loop.time()
         self._limit = self.loop.call_later(CONNECTION_S_MAX, self._end)
-        others = [
-            one
-            for one in self.connections
-            if isinstance(one, _Connection) and not one._is_listening
-        ]
+        others = [one for one in self.connections if isinstance(one, _Connection)]
+        others = [one for one in others if not (one._is_aborted or one._is_listening)]
         if len(others) > CONNECTIONS_MAX:
-            min(others, key=lambda one: one._began_s).transport.abort()
+            min(others, key=lambda one: one._began_s).abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._limit.cancel()
         super().connection_lost(exc)
 
+    def abort(self) -> None:
+        """Hang up, whatever is still to be sent."""
+        self._is_aborted = True
+        self.transport.abort()
+
     def _end(self) -> None:
         if self._is_listening and not self.flow.write_paused:
             self._limit = self.loop.call_later(CONNECTION_S_MAX, self._end)
         else:
-            self.transport.abort()
+            self.abort()
 
     @property
     def _is_listening(self) -> bool:

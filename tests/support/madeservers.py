@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
 
-from support.waiting import POLL_S, WAIT_S_MAX
+from support.waiting import POLL_S, WAIT_S_MAX, wait_until
 
 from nbdmirror.web import service
 from nbdmirror.web.host import NoAnswer
@@ -107,8 +107,9 @@ class Made:
 class Serving:
     """On a free port of the loopback interface. `servers`: by the names of their sockets."""
 
-    def __init__(self, servers: dict[str, Made]) -> None:
+    def __init__(self, servers: dict[str, Made], *, is_loopback: bool = True) -> None:
         self.servers = servers
+        self._is_loopback = is_loopback
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self.listener.getsockname()[1]
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -116,6 +117,7 @@ class Serving:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        wait_until(lambda: self._task, "it serves")
         return self
 
     def __exit__(
@@ -140,7 +142,7 @@ class Serving:
             [self.listener],
             find=lambda: list(self.servers),
             connect=self._connect,
-            is_loopback=True,
+            is_loopback=self._is_loopback,
         )
 
     @contextlib.asynccontextmanager

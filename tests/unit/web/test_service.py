@@ -75,6 +75,11 @@ def test_another_name_for_this_machine_is_refused(
     assert is_ours or "vda" not in text
 
 
+def test_a_service_for_others_has_names() -> None:
+    with Serving({}, is_loopback=False) as one:
+        assert one.get("/status", Host="monitoring.example.com")[0] == 200
+
+
 def test_a_server_is_not_asked_more_often_for_more_clients(serving: Serving) -> None:
     server = serving.servers["/a"]
     before, began_s = server.asked, time.monotonic()
@@ -137,21 +142,44 @@ def test_too_many_servers_are_said(serving: Serving, monkeypatch: pytest.MonkeyP
 # Clients
 
 
-def test_connections_that_ask_nothing_keep_nobody_out(serving: Serving) -> None:
+def test_connections_that_ask_nothing_keep_nobody_out(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three times as many as there may be: some that say nothing, some that stop in the middle of a
     request, some that do not read the answer."""
+    monkeypatch.setattr(service, "CONNECTION_S_MAX", 3600.0)
     said = (
         b"",
-        b"GET /metrics HTTP/1.1\r\nHost: local",
+        b"GET /metrics HTTP/1.1\r\nHost: lo",
         b"GET /status HTTP/1.1\r\nHost: [::1]\r\n\r\n",
     )
+    clients = []
     with contextlib.ExitStack() as stack:
         for number in range(3 * service.CONNECTIONS_MAX):
-            client = stack.enter_context(serving.connection())
-            client.sendall(said[number % 3])
+            clients.append(stack.enter_context(serving.connection()))
+            clients[-1].sendall(said[number % 3])
             if number % 16 == 0:
                 assert serving.get("/metrics")[0] == 200
         assert serving.get("/metrics")[0] == 200
+        silent = [client for number, client in enumerate(clients) if number % 3 != 2]
+        assert len(silent) > service.CONNECTIONS_MAX
+
+        def are_bounded() -> bool:
+            return sum(map(is_open, silent)) <= service.CONNECTIONS_MAX
+
+        wait_until(are_bounded, "the oldest were closed")
+        assert is_open(silent[-1])
+
+
+def is_open(client: socket.socket) -> bool:
+    """Of a connection on which nothing was answered."""
+    client.setblocking(False)
+    try:
+        return client.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
 
 
 def test_a_connection_ends(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
