@@ -1,5 +1,5 @@
-"""Checkpoints: saves what is dirty, now and then, in the order that makes the journal's log of
-intents fill the gap (journal.py). On the event loop's thread."""
+"""Checkpoints: saves the dirty bits regularly, in an order in which the log of intents covers the
+time in between (journal.py). On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nbdmirror.state.writer import Writer
 DRAIN_POLL_S = 0.02
 
 Bits = dict[str, bytes]
-"""What is dirty, by bitmaps' keys, as DirtyBitmap.to_bytes has it."""
+"""DirtyBitmap.to_bytes of each bitmap, by its key."""
 
 
 class Checkpoints:
-    """`bits` tells what is dirty now; `write`, on the writer's thread, puts that on disk."""
+    """`bits` returns the present dirty bits; `write` saves them, on the writer's thread."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Checkpoints:
         write: Callable[[Bits], None],
         flush: Callable[[], None],
     ) -> None:
-        """`flush` makes durable, on the writer's thread, what guests have written."""
+        """`flush` makes guests' writes durable, on the writer's thread."""
         self._journal = journal
         self._regions = regions
         self._writer = writer
@@ -40,21 +40,21 @@ class Checkpoints:
         self._is_running = False
         self._must_flush = True
         self._waiting: list[Future[None]] = []
-        """For a checkpoint that begins after they have asked."""
+        """Callers that wait for a checkpoint that begins after their call."""
 
     def begin_anew(self) -> None:
-        """The log of intents is used from now on: what was written before is in no region, and a
-        power cut may take it back as well."""
+        """The log of intents is used from now on. Earlier writes are in no region, and a power cut
+        may take them back as well: flush with the next checkpoint."""
         self._must_flush = True
         self._written = None
 
     def tick(self) -> None:
-        """Make one, unless one is being made."""
+        """Begin a checkpoint, unless one is in progress."""
         if not self._is_running:
             self._begin()
 
     def make(self) -> Future[None]:
-        """Make one that begins from now on. The future has its error."""
+        """Make a checkpoint that begins after this call. The future gets its error."""
         future: Future[None] = Future()
         self._waiting.append(future)
         self.tick()

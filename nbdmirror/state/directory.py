@@ -1,7 +1,7 @@
-"""StateDirectory: what a server finds when it starts, looked at before anything is served.
+"""StateDirectory: the saved state of all disks, checked when a server starts.
 
-What must not go on is refused here, where the user still looks: before nbdkit forks.
-"""
+A disk that must not be served is refused here: before nbdkit forks, so that the user sees the
+error."""
 
 from __future__ import annotations
 
@@ -52,18 +52,20 @@ _NOT_HEARD = (
 
 
 class StateDirectory:
+    """The state directory of one server. For the start, before other threads exist."""
+
     def __init__(self, path: str, *, accepted: Collection[str], read_only: bool = False) -> None:
-        """`accepted`: ids of records of pivots (`record_id`) that do not count any more. Raises
+        """`accepted`: IDs of records of pivots (`record_id`) that are removed. Raises
         ConfigError."""
         self._read_only = read_only
         self._folder: Folder = DiskFolder(Path(path))
         self._accepted = accepted
         self._disks: dict[tuple[int, int], str] = {}
-        """Which disk has which file."""
+        """The disk of each log of intents, by its device and inode."""
 
     def check_formats(self, disks: Iterable[str]) -> None:
-        """Raise ConfigError if another nbdmirror is needed for any of these disks: this one would
-        lose what a file says. Before `open`, which changes files."""
+        """Raise ConfigError if a file of these disks needs another nbdmirror: this one would lose
+        its content. Call this before `open`, which changes files."""
         for name in disks:
             try:
                 check_formats(self._folder, name)
@@ -74,9 +76,9 @@ class StateDirectory:
                 raise ConfigError(text) from error
 
     def open(self, name: str, source: str, size: int, *, reached: str = "") -> DiskStore:
-        """What is kept of the disk `name`, a path or URI whose device has `size` bytes; `reached`
-        is the URI with the address that it has led to. Raises ConfigError if it must not be served,
-        or if nothing can be kept."""
+        """The store of the disk `name`. `source`: its path or URI; `size`: bytes of its device;
+        `reached`: the URI with the address that was reached. Raises ConfigError if the disk must
+        not be served, or if its state cannot be saved."""
         identity = DiskIdentity.of(source, size)
         files = names(name)
         where = self._folder.path
@@ -117,16 +119,16 @@ class StateDirectory:
     def _take_away_what_is_left(
         self, files: dict[str, str], slots: Slots, found: RecoveredState | None
     ) -> None:
-        """By a server that was killed: files that were not yet in their place; and, where nothing
-        of it is used, memory."""
+        """Remove what a killed server has left: prepared files, and, if nothing of it is used, its
+        memory."""
         self._folder.commit([], [new_name(file) for file in files.values()])
         if found is None:
             for disk_id in disk_ids(slots):
                 discard_left(disk_id)
 
     def _check_other_disks(self, name: str, identity: DiskIdentity) -> None:
-        """Raise ConfigError if another disk was pivoted away from `identity`: the old side does not
-        become a disk by another name of it."""
+        """Raise ConfigError if `identity` is the old side of another disk: it must not be served
+        under another name either."""
         for path in sorted(self._folder.path.glob(names("*")["pivoted"])):
             other = path.name.removesuffix(names("")["pivoted"])
             content = self._folder.read(path.name)
@@ -151,8 +153,8 @@ class StateDirectory:
                 )
 
     def _doubt_other_names(self, name: str, identity: DiskIdentity) -> None:
-        """The state of a disk that is served under another name now does not hear of what guests
-        write there: from here on all of that disk counts as dirty."""
+        """If this disk had another name before, the state under that name misses guests' writes
+        from now on: all of that disk counts as dirty."""
         for path in sorted(self._folder.path.glob(names("*")["definition"])):
             other = path.name.removesuffix(names("")["definition"])
             if other == name or self._read_only:
@@ -171,11 +173,11 @@ class StateDirectory:
                 discard_left(definition.disk_id, definition.memory)
 
     def _check_side(self, name: str, identity: DiskIdentity, reached: str) -> PivotRecord | None:
-        """Raise ConfigError if the disk was pivoted away from `identity`, or may have been: old
-        data under a running guest is worse than a start that is refused.
+        """Raise ConfigError if `identity` is the disk's old side, or may be: old data under a
+        running guest is worse than a refused start.
 
-        Of the side that was left a record is returned if it may start as a target only: no guest
-        can come back to it, since its server ended in order, and the disk is where it should be."""
+        For an old side the record is returned if it may start as a target only: no guest can come
+        back to it, since its server ended in order, and the disk is where the record says."""
         file = names(name)["pivoted"]
         content = self._folder.read(file)
         if content is None:
@@ -219,8 +221,8 @@ class StateDirectory:
         return pivoted
 
     def _size(self, name: str, identity: DiskIdentity, pivoted: PivotRecord | None) -> int:
-        """The disk's, which is smaller than the device that it was moved to if that is larger:
-        guests know it, and a mirror home fits only so."""
+        """The disk's size in bytes. The disk keeps its size on a larger device: guests know that
+        size, and a mirror home fits only with it."""
         if pivoted is None:
             return identity.size
         kept = pivoted.size or last_size(self._folder, name, identity.source)
@@ -235,7 +237,7 @@ class StateDirectory:
     def _examine(
         self, name: str, identity: DiskIdentity, pivoted: PivotRecord | None
     ) -> RecoveredState | None:
-        """What can be used; a definition that is damaged is put aside."""
+        """The state that can be used; a damaged definition is put aside."""
         path = self._folder.path
         try:
             found = recover(self._folder, name, identity, pivoted)
@@ -249,7 +251,7 @@ class StateDirectory:
             self._folder.refuse(names(name)["definition"])
             return None
         if found is not None and found.definition.clean_mtime_ns is not None:
-            # From here on it is not what an orderly end has left.
+            # From here on this is not the state after an orderly end.
             self._unclean(names(name)["definition"], found.definition)
         return found
 

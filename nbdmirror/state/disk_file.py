@@ -1,12 +1,12 @@
-"""What is remembered of a disk's file: which one it is, and when it was changed last.
+"""The identity of a disk's file, and its last time of change.
 
-Device numbers are of one boot. At the next one, or when its file system is mounted again, a file
-may have another number, and its old number may be another's: so of two boots the inode and the id
-of the file system count. Not every file system has an id that stays (that of XFS and FAT is the
-device's number, network file systems have none): then it cannot be known.
+Device numbers are valid in one boot. After a reboot, or when its file system is mounted again, a
+file may have another device number, and another file may have its old one. So across boots the
+inode and the file system's ID count. Not every file system has a lasting ID (XFS and FAT use the
+device number, network file systems have none): then the answer is unknown.
 
-Times of change come from the clock of the file's own system, which may not be ours, and which may
-have been set meanwhile. So they are compared first of all with times of the same file.
+Times of change come from the clock of the file's system, which may be another host, and may have
+been set meanwhile. So they are compared with times of the same file first.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from nbdmirror.state.json_record import COUNT, TEXT, Key
 from nbdmirror.state.sealed_files import StateError
 
 ALIVE_SLACK_S = 3.0
-"""A disk that was changed later than this after its server was last alive was changed by somebody
-else. The server notes four times a second that it lives, unless the machine is busy."""
+"""If a disk was changed later than this after its server was last alive, another program changed
+it. The server notes four times a second that it is alive, unless the machine is busy."""
 
 SEEN_SLACK_S = 3.0
-"""A change that the server itself made after it last looked is not older than that look by more
-than this. File systems have times of 2 s (FAT), and their clock is some milliseconds late."""
+"""A change by the server itself after its last check is at most so much older than that check. File
+systems have times of 2 s (FAT), and their clock is some milliseconds late."""
 
 SAVED_SLACK_S = 60.0
-"""As ALIVE_SLACK_S after a power cut, where what is known is when bitmaps or intents were last
-saved."""
+"""As ALIVE_SLACK_S, after a power cut: counted from the last save of bitmaps or intents."""
 
 _ALIVE = struct.Struct("d")
 _SEEN = struct.Struct("dq")
@@ -46,7 +45,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @functools.cache
 def boot_id() -> str:
-    """Of the running kernel; "" if it does not tell."""
+    """The ID of the running kernel's boot; "" if not known."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
@@ -55,20 +54,19 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class DiskIdentity:
-    """A disk as it can be told from others. Files and block devices; what has none of this is told
-    by its name and size alone."""
+    """Identifies a disk. For files and block devices; other disks have only their name and size."""
 
     source: Annotated[str, Key("source", TEXT)]
     size: Annotated[int, Key("size", COUNT)]
-    """The disk's; the file may be larger."""
+    """The disk's size in bytes; the file may be larger."""
     device: Annotated[int, Key("device", COUNT)] = 0
     inode: Annotated[int, Key("inode", COUNT)] = 0
     boot: Annotated[str, Key("boot", TEXT)] = ""
-    """In which `device` is good. "" in records of older versions."""
+    """The boot in which `device` is valid. "" in records of older versions."""
     filesystem: Annotated[str, Key("filesystem", TEXT)] = ""
-    """Its id (statvfs), hexadecimal; "" if it has none."""
+    """The file system's ID (statvfs), hexadecimal; "" if it has none."""
     number: Annotated[int, Key("number", COUNT)] = 0
-    """A block device's, which all of its nodes have; as good as `device`."""
+    """A block device's number, which all of its nodes have; valid in the same boot."""
 
     @classmethod
     def of(cls, source: str, size: int) -> DiskIdentity:
@@ -86,7 +84,7 @@ class DiskIdentity:
         )
 
     def is_one_file(self, other: DiskIdentity) -> bool | None:
-        """The same file or block device, whatever its path; None if that cannot be known."""
+        """Whether both are the same file or block device, under any path; None if unknown."""
         if self.number and self.number == other.number and self.boot == other.boot:
             return True
         if not self.inode or not other.inode:
@@ -100,13 +98,13 @@ class DiskIdentity:
         return None
 
     def is_same(self, other: DiskIdentity) -> bool:
-        """The same path, or surely the same file or device under another one."""
+        """Whether both have the same path, or are surely the same file or device."""
         is_same = same_place(self.source, other.source) is Same.YES
         return is_same or bool(self.is_one_file(other))
 
     def shares_storage(self, other: DiskIdentity) -> bool:
-        """Whether `other`, which exists now, surely lies on the same file or device: a loop device
-        on the file, a partition, a device that is mapped to it, or the other way round."""
+        """Whether `other`, which exists now, surely lies on the same file or device: as a loop
+        device, a partition or a mapped device, or the other way round."""
         try:
             layers = layers_of(os.stat(other.source), other.source)
         except OSError:
@@ -128,7 +126,7 @@ def _block_number(source: str) -> int:
 
 
 def _filesystem(path: str, device: int) -> str:
-    """The id of the file system at `path`; "" if it has none that is good at the next boot."""
+    """The ID of the file system at `path`; "" if it has none that stays after a reboot."""
     try:
         number = os.statvfs(path).f_fsid
     except OSError:
@@ -140,21 +138,21 @@ def _filesystem(path: str, device: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LastSeen:
-    """What a server that was killed has noted of its disk's file, last of all."""
+    """The last notes of a killed server about its disk's file."""
 
     alive_s: float
-    """Wall-clock time, as the others."""
+    """Seconds since 1970, as all times here."""
     seen_s: float = 0.0
-    """When it began to look; 0 if it never did."""
+    """When the last check began; 0 if there was none."""
     mtime_ns: int = 0
-    """The time of change that it found."""
+    """The time of change at that check."""
     is_exact: bool = False
-    """Before that look it had the journal forget what was done, so that the journal tells whether
-    there was a change since. Older versions did not."""
+    """Before that check the journal forgot finished changes, so the journal shows whether a change
+    came later. Not so in older versions."""
 
     @classmethod
     def from_bytes(cls, content: bytes) -> LastSeen | None:
-        """None if nothing was noted. Older versions noted `alive_s` alone."""
+        """The notes; None if there are none. Older versions noted only `alive_s`."""
         if len(content) < _ALIVE.size:
             return None
         (alive_s,) = _ALIVE.unpack_from(content)
@@ -169,21 +167,22 @@ def write_alive(memory: memoryview, time_s: float) -> None:
 
 
 def write_seen(memory: memoryview, time_s: float, mtime_ns: int) -> None:
-    """`time_s` is from before the look, and Journal.forget_done from before that."""
+    """Note a check. `time_s` was taken before the check, and Journal.forget_done called before
+    that."""
     _SEEN.pack_into(memory, _ALIVE.size, time_s, mtime_ns)
     _IS_EXACT.pack_into(memory, _ALIVE.size + _SEEN.size, True)
 
 
 def check_unchanged(source: str, clean_mtime_ns: int) -> None:
-    """Since an orderly end. Raises StateError."""
+    """Raise StateError if the file has changed since an orderly end."""
     status = status_of(source)
     if status is not None and status.st_mtime_ns != clean_mtime_ns:
         raise StateError("the disk was written to after its server ended")
 
 
 def check_unchanged_since_killed(source: str, last: LastSeen, *, was_idle: bool) -> None:
-    """By anybody but the server that was killed. `was_idle`: the journal has no change since that
-    server last looked. Raises StateError."""
+    """Raise StateError if another program than the killed server has changed the file. `was_idle`:
+    the journal has no change since that server's last check."""
     status = status_of(source)
     if status is None or status.st_mtime_ns == last.mtime_ns:
         return
@@ -196,8 +195,9 @@ def check_unchanged_since_killed(source: str, last: LastSeen, *, was_idle: bool)
 
 
 def check_unchanged_since_saved(source: str, saved_s: float, saved_mtime_ns: int) -> None:
-    """By anybody but the server that a power cut ended. What guests wrote last, and with it the
-    time of that, may be lost: so an older time is no sign. Raises StateError."""
+    """Raise StateError if another program than the server that a power cut ended has changed the
+    file. Guests' last writes may be lost, and their time of change too: so an older time is
+    accepted."""
     status = status_of(source)
     if status is None or status.st_mtime_ns == saved_mtime_ns:
         return
@@ -206,13 +206,13 @@ def check_unchanged_since_saved(source: str, saved_s: float, saved_mtime_ns: int
 
 
 def mtime_ns(source: str) -> int:
-    """0 if it has none."""
+    """The file's time of change; 0 without a file."""
     status = status_of(source)
     return status.st_mtime_ns if status is not None else 0
 
 
 def status_of(source: str) -> os.stat_result | None:
-    """Of a regular file; None for what tells nothing of its changes."""
+    """The status of a regular file; None for other sources."""
     try:
         status = os.stat(source)
     except OSError:

@@ -33,7 +33,7 @@ _POLICY = one_of("report", "ignore", "enospc", "stop", "auto")
 @dataclass(frozen=True, slots=True)
 class BitmapRecord:
     """A persistent bitmap: QEMU's block-dirty-bitmap-add. `key` names its content in the other
-    files, and is never used again."""
+    files, and is never reused."""
 
     name: Annotated[str, Key("name", TEXT)]
     granularity: Annotated[int, Key("granularity", POWER_OF_2)]
@@ -43,7 +43,7 @@ class BitmapRecord:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """What a mirror was asked to do: options.MirrorOptions, field by field."""
+    """The options of a mirror: options.MirrorOptions, field by field."""
 
     job_id: Annotated[str, Key("job_id", TEXT)]
     sync: Annotated[str, Key("sync", one_of("full", "top", "none", "incremental", "bitmap"))]
@@ -65,7 +65,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
-    """What the target's server has announced: handshake.ExportInfo, field by field."""
+    """The target's announced export: handshake.ExportInfo, field by field."""
 
     size: Annotated[int, Key("size", COUNT)]
     read_only: Annotated[bool, Key("read_only", FLAG)]
@@ -93,21 +93,21 @@ class TargetRecord:
     reconnect_delay_s: Annotated[float, Key("reconnect_delay_s", NUMBER)]
     announced: Annotated[ExportRecord, Key("announced", Object(ExportRecord))]
     open_timeout_s: Annotated[float | None, Key("open_timeout_s", OrNull(NUMBER))] = None
-    """None: as if nothing had been asked for."""
+    """None: the default."""
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorRecord:
-    """A mirror that goes on at the next start."""
+    """A mirror that continues at the next start."""
 
     key: Annotated[str, Key("key", TEXT)]
     granularity: Annotated[int, Key("granularity", POWER_OF_2)]
     is_scanned: Annotated[bool, Key("is_scanned", FLAG)]
-    """Dirty is all that is to be copied; before, the source's extents have to be asked first."""
+    """The dirty bitmap is complete. If not, the source's extents must be queried first."""
     is_paused: Annotated[bool, Key("is_paused", FLAG)]
-    """By the user."""
+    """Paused by the user."""
     bitmap: Annotated[str, Key("bitmap", TEXT)]
-    """The bitmap that it is made from, or ""."""
+    """The bitmap that the mirror started from, or ""."""
     job: Annotated[JobRecord, Key("job", Object(JobRecord))]
     node: Annotated[TargetRecord, Key("node", Object(TargetRecord))]
 
@@ -123,7 +123,7 @@ class DiskRecord:
     memory: Annotated[str, Key("memory", TEXT)] = ""
     """The folder of shared_memory.ShmDirectory, while a server runs."""
     clean_mtime_ns: Annotated[int | None, Key("clean_mtime_ns", OrNull(INTEGER))] = None
-    """After an orderly end: the disk file's time of change then; 0 if it has none. None while a
+    """After an orderly end: the time of change of the disk's file; 0 without a file. None while a
     server runs."""
 
     def to_bytes(self) -> bytes:

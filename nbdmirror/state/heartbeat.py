@@ -1,6 +1,6 @@
-"""Heartbeat: notes in memory that outlives the process that a server lives, and when its disk's
-file was changed last. On the event loop's thread; the look at the file is on the writer's, since
-file systems may hang."""
+"""Heartbeat: notes, in memory that outlives the process, that a server is alive, and the time of
+change of its disk's file. On the event loop's thread; the file is checked on the writer's thread,
+since file systems may hang."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from nbdmirror.state.writer import Writer
 
 
 class Heartbeat:
+    """The heartbeat of one disk."""
+
     def __init__(self, memory: memoryview, writer: Writer, journal: Journal) -> None:
-        """`memory`: ALIVE_BYTES of it, beside that of `journal`."""
+        """`memory`: ALIVE_BYTES of shared memory, beside that of `journal`."""
         self._memory = memory
         self._writer = writer
         self._journal = journal
@@ -23,7 +25,7 @@ class Heartbeat:
         write_alive(self._memory, self._writer.clock())
 
     def beat(self, identity: DiskIdentity) -> None:
-        """Each BEAT_S. A look that is under way is not waited for."""
+        """Call this every BEAT_S seconds. Does not wait for a check in progress."""
         self.note_alive()
         if identity.inode and (self._look is None or self._look.done()):
             self._look = self._writer.submit(lambda: self._note_change(identity.source))

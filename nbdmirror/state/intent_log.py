@@ -1,9 +1,10 @@
-"""IntentLog: the file of a disk's write intents: in which regions guests may have written since
-what is dirty was last saved (journal.Regions says why, and when).
+"""IntentLog: the file of a disk's write intents: the regions in which guests may have written since
+the last save of the dirty bits (journal.Regions explains why, and when).
 
-The file has two slots, written by turns, each a whole log. A slot is sectors of 512 bytes, which a
-power cut leaves old or new; each tells its sequence number and has a checksum of its own. So a
-write that was cut short, which nobody has relied on, is told from damage, which is refused.
+The file has two slots, written by turns, each with a whole log. A slot has sectors of 512 bytes,
+which a power cut leaves old or new; each sector has its sequence number and a checksum. So an
+interrupted write, on which no guest's write depends, can be distinguished from damage, which is
+refused.
 
     sector: 4s "NBMI", H version, H index, 16s disk, Q size, Q sequence, d time, Q region bytes,
             452 bytes of bits (one a region, the first in the first byte's lowest), I CRC-32
@@ -26,7 +27,7 @@ SECTOR_BYTES = 512
 
 REGION_BYTES_MIN, REGION_BYTES_MAX = 1 << 20, 64 << 20
 REGIONS_WANTED = 1024
-"""A region is the power of two that makes this many of a disk, within the bounds above."""
+"""A disk has at most so many regions, within the bounds above."""
 
 _MAGIC = b"NBMI"
 _HEAD = struct.Struct("<4sHH16sQQdQ")
@@ -36,7 +37,7 @@ _REGIONS_A_SECTOR = _BITS_BYTES * 8
 
 
 def region_bytes(size: int) -> int:
-    """A power of two."""
+    """Size of a region of a disk of `size` bytes: a power of two."""
     wanted = max(1, -(-size // REGIONS_WANTED))
     return min(REGION_BYTES_MAX, max(REGION_BYTES_MIN, 1 << (wanted - 1).bit_length()))
 
@@ -46,7 +47,7 @@ def region_count(size: int) -> int:
 
 
 def slot_bytes(size: int) -> int:
-    """What one slot takes."""
+    """Bytes of one slot."""
     return SECTOR_BYTES * -(-region_count(size) // _REGIONS_A_SECTOR)
 
 
@@ -58,19 +59,19 @@ class _Sector(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class IntentLog:
-    """What the file says."""
+    """The content of the file."""
 
     disk_id: str
     """32 hexadecimal digits."""
     size: int
     sequence: int
     time_s: float
-    """When it was written, by the wall clock."""
+    """When it was written, in seconds since 1970."""
     regions: bytes
-    """A byte a region: 1 if guests may have written there."""
+    """One byte for each region: 1 if guests may have written there."""
 
     def to_bytes(self) -> bytes:
-        """A slot."""
+        """The content of a slot."""
         packed = bitarray(endian="little")
         packed.pack(self.regions)
         bits = packed.tobytes().ljust(slot_bytes(self.size) // SECTOR_BYTES * _BITS_BYTES, b"\0")
@@ -86,7 +87,7 @@ class IntentLog:
 
     @classmethod
     def read(cls, slots: Slots, *, disk_id: str, size: int) -> IntentLog:
-        """Raises StateError if any of it is damaged, or of another disk."""
+        """The newest log. Raises StateError if a part is damaged, or belongs to another disk."""
         try:
             found = [_sectors(slots.read(index), disk_id, size) for index in range(SLOTS)]
         except OSError as error:
@@ -108,7 +109,7 @@ class IntentLog:
         return cls(disk_id, size, newest.sequence, newest.time_s, regions)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Offset and length of each run of regions, cut at the disk's end."""
+        """Offset and length, in bytes, of each run of regions, cut at the disk's end."""
         unit, position = region_bytes(self.size), 0
         while (first := self.regions.find(1, position)) >= 0:
             last = self.regions.find(0, first)
@@ -118,7 +119,7 @@ class IntentLog:
 
 
 def disk_ids(slots: Slots) -> set[str]:
-    """Of all that was written there, whether it can be believed or not. Raises OSError."""
+    """The disk IDs of all sectors, sound or not. Raises OSError."""
     found = set()
     for index in range(SLOTS):
         content = slots.read(index)
@@ -130,7 +131,7 @@ def disk_ids(slots: Slots) -> set[str]:
 
 
 def check_newer(content: bytes) -> None:
-    """Raises UnknownFormat if any of it is of a newer version, whatever the rest is."""
+    """Raise UnknownFormat if any sound sector has a newer version, whatever the rest is."""
     for start in range(0, len(content) - SECTOR_BYTES + 1, SECTOR_BYTES):
         sector = content[start : start + SECTOR_BYTES]
         magic, version, *_ = _HEAD.unpack_from(sector)

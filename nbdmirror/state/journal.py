@@ -1,22 +1,22 @@
-"""What guests are about to change, written down before they do: for the start after a crash.
+"""Journal: what guests are about to change, noted before the change, for the start after a crash.
 
 A mark in a bitmap comes after the write (point 1 of ledger.py), so a crash between the two would
-leave a granule that differs and is clean. Therefore each changing request has its range in two
+leave a granule that differs and is clean. Therefore each changing request notes its range in two
 other places first:
 
- - `Journal`, in memory that outlives the process: the ranges of the requests under way, exactly.
-   After `kill -9` these, and the bitmaps, are all that may differ.
+ - `Journal`, in memory that outlives the process: the exact ranges of the requests in progress.
+   After `kill -9` only these, and the bitmaps, may differ.
  - `Regions`, on disk: the regions (1 to 64 MiB) in which bitmaps on disk may be behind those in
-   memory. After a power cut these, and the bitmaps on disk, are all that may differ. A region is
-   on disk before the first write to it is issued; further writes to it cost nothing.
+   memory. After a power cut only these, and the bitmaps on disk, may differ. A region is on disk
+   before the first write to it is issued; further writes to it cost nothing.
 
 A region leaves the log when, after the last write to it, the disk has been flushed and the bitmaps
 have been saved. In order: `cut`, then wait until `has_drained`, then read the bitmaps, flush, save
-them, then `retire`. A write that took its slot before the cut is waited for, so its mark is in what
-is saved; one that took its slot later looks at the region afterwards, and finds that it has to be
-touched anew. Without the flush a power cut could take a write back that the target has by then.
+them, then `retire`. A write that took its slot before the cut is waited for, so its mark is saved.
+A write that took its slot later checks the region afterwards, and touches it again. Without the
+flush a power cut could take back a write that the target already has.
 
-Guests' threads call `begin` and `end`; the rest is the store's.
+Guests' threads call `begin` and `end`; the store calls the rest.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from nbdmirror.state.intent_log import SLOTS, IntentLog, region_bytes, region_co
 from nbdmirror.state.sealed_files import Slots
 
 REQUESTS_MAX = 4096
-"""Changing requests under way: more of them wait. nbdkit has a thread for each."""
+"""Most changing requests in progress; further ones wait. nbdkit has a thread for each."""
 
 CROWD_PAUSE_S = 0.001
 
 JOURNAL_BYTES = REQUESTS_MAX * 16
 
 UNUSED = (1 << 64) - 1
-"""In place of the offset of a slot that nobody has used since the last `forget_done`."""
+"""Offset in a slot that was not used since the last `forget_done`."""
 
 TAKEN_MAX = REQUESTS_MAX // 2
-"""Slots that `forget_done` takes at most, which guests cannot use for that moment."""
+"""Most slots that `forget_done` takes; guests cannot use them meanwhile."""
 
 
 class Journal:
-    """`memory` is JOURNAL_BYTES of zeroes, or what an earlier process left there: then
-    `ranges_left` has the requests that it had in flight."""
+    """The changing requests in progress, in `memory` of JOURNAL_BYTES. `ranges_left` reads the
+    memory of an earlier process."""
 
     def __init__(self, memory: memoryview) -> None:
         self.regions: Regions | None = None
-        """Set while a bitmap of the disk is to survive a power cut."""
-        self._cells = memory.cast("Q")  # offset and length by turns; length 0: nobody
+        """Set while a bitmap of the disk must survive a power cut."""
+        self._cells = memory.cast("Q")  # offset and length by turns; length 0: unused
         offsets = self._cells[0::2]
         offsets[:] = array("Q", [UNUSED]) * len(offsets)
         self._free = list(range(REQUESTS_MAX))
         self._uses = [0] * REQUESTS_MAX
 
     def begin(self, offset: int, length: int) -> int:
-        """A change of the range is about to be issued. Returns the slot, for `end`."""
+        """A change of the range, in bytes, is about to be issued. Returns the slot for `end`."""
         while True:
             try:
                 slot = self._free.pop()
@@ -77,20 +77,20 @@ class Journal:
         return slot
 
     def end(self, slot: int) -> None:
-        """It has been done, or has failed, and is marked."""
+        """The change is done, or has failed, and is marked."""
         self._cells[2 * slot + 1] = 0
         self._free.append(slot)
 
     def forget_done(self) -> None:
-        """From here on memory tells whether there was a change since (`is_untouched`). From one
-        thread at a time. Where guests are so busy that not all is forgotten, it tells that there
-        was one."""
+        """Forget finished changes, so that the memory shows whether a change came later
+        (`is_untouched`). From one thread at a time. If guests are too busy to forget everything,
+        the memory shows a change."""
         taken: list[int] = []
         offsets = self._cells[0::2].tolist()
         left = len(offsets) - offsets.count(UNUSED)  # and those under way
         while left and len(taken) < TAKEN_MAX:
             try:
-                slot = self._free.pop()  # ours: guests write to theirs
+                slot = self._free.pop()  # guests write only to their slots
             except IndexError:
                 break
             taken.append(slot)
@@ -100,18 +100,18 @@ class Journal:
         self._free.extend(reversed(taken))
 
     def under_way(self) -> dict[int, int]:
-        """The changes under way, for `has_drained`."""
+        """The changes in progress, for `has_drained`."""
         return {slot: self._uses[slot] for slot in range(REQUESTS_MAX) if self._cells[2 * slot + 1]}
 
     def has_drained(self, before: dict[int, int]) -> bool:
-        """Whether none of `before` is under way any more."""
+        """Whether all changes of `before` have ended."""
         return not any(
             self._cells[2 * slot + 1] and self._uses[slot] == use for slot, use in before.items()
         )
 
 
 def ranges_left(content: bytes) -> Iterator[tuple[int, int]]:
-    """Offset and length of each change that was under way when the process ended."""
+    """Offset and length, in bytes, of each change in progress when the process ended."""
     cells = memoryview(content).cast("Q")
     for slot in range(len(cells) // 2):
         if cells[2 * slot + 1]:
@@ -119,7 +119,7 @@ def ranges_left(content: bytes) -> Iterator[tuple[int, int]]:
 
 
 def is_untouched(content: bytes) -> bool:
-    """Whether no change was begun, or under way, after the last `forget_done`."""
+    """Whether no change began, or was in progress, after the last `forget_done`."""
     offsets = memoryview(content).cast("Q")[0::2].tolist()
     return offsets.count(UNUSED) == len(offsets)
 
@@ -138,13 +138,12 @@ class Regions:
         log: IntentLog | None = None,
         is_anywhere: bool = False,
     ) -> None:
-        """`slots` is its file; `log` is what it holds, and if that is not known (None) it holds
-        nothing, or everything if `is_anywhere`. `clock`: wall-clock seconds. `on_error` is called
-        from a guest's thread: the log could not be written, and does not tell the truth until it
-        can be."""
+        """`slots` is the file. `log` is its content; if unknown (None), the file counts as empty,
+        or as full if `is_anywhere`. `clock`: seconds since 1970. `on_error` is called on a guest's
+        thread when the log cannot be written; until it can, it is out of date."""
         self.shift = region_bytes(size).bit_length() - 1
         self.touched = bytearray(region_count(size))
-        """A byte a region: 1 if it is on disk and was written to since the last cut."""
+        """One byte for each region: 1 if it is on disk and was written to since the last cut."""
         self.error: OSError | None = None
         self._before = bytearray(len(self.touched))
         unknown = (b"\1" if is_anywhere else b"\0") * len(self.touched)
@@ -160,7 +159,7 @@ class Regions:
         self._on_error = on_error
 
     def start(self) -> None:
-        """Write both slots, so that neither has anything older. Raises OSError."""
+        """Write both slots, so that neither has older content. Raises OSError."""
         for _ in range(SLOTS):
             log = self._next_log(bytes(self._on_disk))
             self._slots.write(log.sequence % SLOTS, log.to_bytes(), sync=True)
@@ -180,30 +179,31 @@ class Regions:
             self.touched[span] = b"\1" * (last + 1 - first)
 
     def cut(self) -> None:
-        """Begin anew to look which regions are written to."""
+        """Begin a new period of noting which regions are written to."""
         with self._changed:
             self._before, self.touched = self.touched, bytearray(len(self.touched))
 
     @property
     def was_touched(self) -> bool:
-        """Whether any was before the last cut, after the one before that."""
+        """Whether any region was written to between the last two cuts."""
         return 1 in self._before
 
     @property
     def may_retire(self) -> bool:
-        """`retire` would take a region out of the log."""
+        """Whether `retire` would remove a region from the log."""
         return _either(self._before, self.touched) != self._on_disk
 
     def retire(self) -> None:
-        """The disk was flushed after the last cut, and the bitmaps are saved as they were then:
-        regions that nobody has touched since the cut before it leave the log. (One cut would do.
-        With two a region that is written to every now and then is not put on disk each time.)"""
+        """The disk was flushed after the last cut, and the bitmaps of that moment are saved:
+        regions that were not touched since the cut before it leave the log. (One cut would be
+        enough. With two, a region that is written to regularly is not written to the log each
+        time.)"""
         with self._changed:
             while self._is_writing:
                 self._changed.wait()
             kept = _either(self._before, self.touched)
             if kept != self._on_disk or self.error is not None:
-                # First here: who finds his region missing writes after us, and so wins.
+                # Set this first: a guest that misses its region writes the log later, and wins.
                 self._on_disk = kept
                 self._write(kept, sync=self.error is not None)
 
@@ -215,8 +215,8 @@ class Regions:
         return IntentLog(self._disk_id, self._size, self._sequence, self._clock(), regions)
 
     def _write(self, regions: bytearray, *, sync: bool) -> None:
-        """With `_changed` held, which is let go of meanwhile. A log that cannot be written ends
-        nobody's I/O: it is told, and taken for written."""
+        """Write the log. `_changed` is held, and released meanwhile. A log that cannot be written
+        ends no guest's I/O: the error is reported, and the log counts as written."""
         log = self._next_log(bytes(regions))
         self._is_writing = True
         self._changed.release()

@@ -1,4 +1,4 @@
-"""A disk whose changes under way outlive the process."""
+"""A disk whose changes in progress are noted in memory that outlives the process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from nbdmirror.state.journal import Journal
 
 
 class JournaledDisk(Disk):
-    """One whose changes under way are written down, so that a crash leaves none out (rule 47).
-    `journal` is set before guests come."""
+    """A disk that notes each change in the journal before it begins, so that a crash misses none
+    (rule 47). `journal` is set before guests connect."""
 
     def __init__(self, name: str, source: BlockDevice, journal: Journal, size: int) -> None:
         super().__init__(name, source, size)

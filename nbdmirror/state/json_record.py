@@ -1,16 +1,14 @@
-"""Records as JSON objects: which keys a file has, and what each may hold.
+"""Records as JSON objects: the keys of a file, and the values that each may have.
 
-A record is a dataclass. Each of its fields names its key, so that a field can be renamed and the
-files stay as they are:
+A record is a dataclass. Each field names its key, so a field can be renamed without a change of the
+files:
 
     size: Annotated[int, Key("size", COUNT)]
     number: Annotated[int, Key("number", COUNT)] = 0
 
-A field with a default is optional in files. Keys that are not known are ignored: a later version
-may have added them. So a key may be added where an older version may do without it. What changes
-the meaning of a file needs another version of the file (sealed_files.VERSION). docs/state.md lists
-all keys.
-"""
+A field with a default is optional in files. Unknown keys are ignored, since a later version may
+have added them. So a key may be added if older versions can ignore it. A change of a file's meaning
+needs a new version of the format (sealed_files.VERSION). docs/state.md lists all keys."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ RecordType = TypeVar("RecordType")
 
 
 class Kind(Protocol):
-    """What may stand under a key. `where` is the path of it, for the error."""
+    """The kind of a key's value. `where`: the path of the key, for the error."""
 
     expected: str
 
@@ -125,7 +123,7 @@ class ListOf(Kind):
 
 
 class MapOf(Kind):
-    """Values of one kind by names that are not fixed."""
+    """Values of one kind, by arbitrary names."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
@@ -157,7 +155,7 @@ class Member:
 
 @functools.cache
 def members(type_: Any) -> tuple[Member, ...]:
-    """Of a record's class."""
+    """The members of a record's class."""
     hints = get_type_hints(type_, include_extras=True)
     return tuple(
         Member(
@@ -175,8 +173,8 @@ def write(record: Any) -> dict[str, Any]:
 
 
 def read(type_: Callable[..., RecordType], said: Any, where: str = "") -> RecordType:
-    """`where`: the path of the record in its file. Raises UnknownFormat, which names the first
-    field that is not as it should be."""
+    """The record from its JSON value. `where`: the path of the record in its file. Raises
+    UnknownFormat, which names the first wrong field."""
     if not isinstance(said, dict):
         raise _unexpected(where or "the record", "an object", said)
     values = {}
@@ -191,12 +189,12 @@ def read(type_: Callable[..., RecordType], said: Any, where: str = "") -> Record
 
 
 def dump(record: Any, *, indent: int | None = 1) -> bytes:
-    """`indent` None: on one line."""
+    """The record as JSON text; on one line if `indent` is None."""
     return json.dumps(write(record), indent=indent).encode()
 
 
 def load(type_: Callable[..., RecordType], body: bytes) -> RecordType:
-    """Raises UnknownFormat."""
+    """The record from JSON text. Raises UnknownFormat."""
     try:
         said = json.loads(body)
     except (ValueError, RecursionError) as error:

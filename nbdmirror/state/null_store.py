@@ -1,5 +1,5 @@
-"""StateStore: what outlives the process of one disk's mirror and bitmaps. NullStore stands in where
-there is no state directory; store.DiskStore is the other one.
+"""StateStore: saves one disk's mirror and bitmaps. NullStore is for servers without a state
+directory; store.DiskStore is the other one.
 
 All methods are called on the event loop's thread, and none of them waits for the disk.
 """
@@ -16,9 +16,10 @@ from nbdmirror.disk.tracker import Tracker
 from nbdmirror.state.disk_record import BitmapRecord, MirrorRecord
 
 FORGET_S_MAX = 0.5
-"""How long a job that was cancelled by force waits until that is on disk."""
+"""How long a forced cancel waits until the end is on disk."""
 
 NewBitmap = Callable[[int, int], DirtyBitmap]
+"""Creates a clean bitmap of a size and a granularity, both in bytes."""
 
 
 def done_future() -> Future[None]:
@@ -31,7 +32,7 @@ class StateStore(ABC):
     """Errors are given to `done` or to the future, and are never raised."""
 
     is_lasting: bool
-    """Whether anything outlives the process."""
+    """Whether state is saved."""
 
     @abstractmethod
     def new_bitmap(self, key: str) -> NewBitmap:
@@ -74,11 +75,11 @@ class StateStore(ABC):
 
     @abstractmethod
     def bits_saved(self) -> Future[None]:
-        """Done when all that is dirty now is on disk as well; else it has the error."""
+        """Done when all present dirty bits are on disk as well; else it has the error."""
 
 
 class NullStore(StateStore):
-    """Nothing outlives the process."""
+    """Saves nothing."""
 
     is_lasting = False
 

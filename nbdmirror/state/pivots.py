@@ -1,5 +1,5 @@
-"""What is written of a disk's pivots beside the pivot itself: that its server ended in order, and
-that the old side is the disk again."""
+"""Records about a disk's pivots beside the pivot itself: that the server ended in order, and that
+the old side is the disk again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nbdmirror.state.sealed_files import Folder, StateError
 def note_end(
     folder: Folder, name: str, pivoted: PivotRecord | None, *, has_ended: bool
 ) -> PivotRecord | None:
-    """Write down whether the server that served the disk `name` from its new side has ended in
-    order; returns the record as it is then. Raises OSError."""
+    """Record whether the server that served the disk `name` from its new side has ended in order.
+    Returns the new record. Raises OSError."""
     if pivoted is None or pivoted.has_ended == has_ended:
         return pivoted
     now, file = replace(pivoted, has_ended=has_ended), names(name)["pivoted"]
@@ -25,15 +25,15 @@ def note_end(
 
 
 def forget(folder: Folder, name: str, identity: DiskIdentity) -> DiskRecord | None:
-    """Have the old side, `identity`, be the disk again: the record of the pivot goes, last of all.
-    Of persistent bitmaps everything is dirty, since they were of the other side, and they are what
-    is returned, if there are some; a mirror was from there. Raises OSError."""
+    """Make the old side, `identity`, the disk again. The record of the pivot is removed last. A
+    saved mirror is dropped, since it was a mirror of the other side. Persistent bitmaps stay, with
+    everything dirty: returns their record, or None. Raises OSError."""
     files = names(name)
     kept, removed = [], [files["bitmaps"], files["pivoted"]]
     try:
         definition = DiskRecord.from_bytes(folder.read(files["definition"]) or b"")
     except StateError:
-        definition = None  # put aside when it is looked at
+        definition = None  # put aside by `StateDirectory.open`
     if definition is not None and definition.bitmaps:
         definition = replace(definition, identity=identity, memory="", mirror=None)
         folder.prepare(files["definition"], definition.to_bytes())

@@ -1,16 +1,16 @@
-"""What a state directory has of one disk, and what may be believed of it.
+"""Recovery: the saved state of one disk, and how far it can be trusted.
 
-    NAME.json      the disk, its mirror and its persistent bitmaps: what there is
-    NAME.bitmaps   what was dirty in them when that was last saved
+    NAME.json      the disk, its mirror and its persistent bitmaps: which ones exist
+    NAME.bitmaps   what was dirty in them at the last save
     NAME.intents   where guests may have written since (intent_log.IntentLog)
-    NAME.pivoted   since a pivot: which side is the disk, and which is not any more
+    NAME.pivoted   after a pivot: which side is the disk, and which sides are not any more
 
-and in memory that outlives the process (shared_memory.ShmDirectory) the bitmaps themselves and the
-requests in flight. Nothing here writes: `recover` reads once, at the start.
+Memory that outlives the process (shared_memory.ShmDirectory) has the bitmaps themselves and the
+requests in flight. This module writes nothing: `recover` reads once, at the start.
 
-What can be believed, best first: after an orderly end NAME.bitmaps is exact; after a killed process
-memory is; after a power cut NAME.bitmaps and NAME.intents together are no less than what is dirty.
-If the disk was written to without us, or what is needed is damaged, everything is dirty.
+Trust, best first: after an orderly end NAME.bitmaps is exact. After a kill the memory is exact.
+After a power cut NAME.bitmaps and NAME.intents together have at least everything that is dirty. If
+another program wrote to the disk, or a needed file is damaged, everything is dirty.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ KIND_BITMAPS, KIND_PIVOTED = "bitmaps", "pivoted"
 RECORD_ID_LENGTH = 8
 
 OTHER_VERSION = "start the nbdmirror that wrote it, or a newer one"
-"""What to do about UnknownFormat."""
+"""The advice for UnknownFormat."""
 
 JOURNAL = "journal"
 ALIVE = "alive"
-"""Files of memory: the requests under way; when the process was last alive (LastSeen)."""
+"""Files of memory: the requests in progress; when the process was last alive (LastSeen)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +73,19 @@ class SnapshotHead:
     disk_id: Annotated[str, Key("disk", ID)]
     time_s: Annotated[float, Key("time", NUMBER)]
     lengths: Annotated[dict[str, int], Key("bitmaps", MapOf(COUNT))]
-    """Of what follows, in bytes, by the bitmaps' keys."""
+    """Lengths of the packed bitmaps that follow, in bytes, by their keys."""
     mtime_ns: Annotated[int, Key("mtime", INTEGER)] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BitmapSnapshot:
-    """NAME.bitmaps: what was dirty, by the bitmaps' keys, as DirtyBitmap.to_bytes has it."""
+    """NAME.bitmaps: DirtyBitmap.to_bytes of each bitmap, by its key."""
 
     disk_id: str
     time_s: float
     bits: dict[str, bytes]
     mtime_ns: int = 0
-    """Of the disk's file then; 0 if it has none, or where an older version saved it."""
+    """The file's time of change at the save; 0 without a file, or from an older version."""
 
     def to_bytes(self) -> bytes:
         packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
@@ -95,7 +95,7 @@ class BitmapSnapshot:
 
     @classmethod
     def from_bytes(cls, content: bytes, sizes: dict[str, int]) -> Self:
-        """`sizes`: how many bytes each bitmap that is wanted has. Raises StateError."""
+        """`sizes`: the bytes of each wanted bitmap, by its key. Raises StateError."""
         head, _, rest = unseal(KIND_BITMAPS, content).partition(b"\n")
         said = load(SnapshotHead, head)
         bits: dict[str, bytes] = {}
@@ -116,36 +116,36 @@ class PivotRecord:
     truth: Annotated[str, Key("truth", TEXT)]
     """The URI of the export that the disk is served from."""
     left: Annotated[tuple[DiskIdentity, ...], Key("left", ListOf(Object(DiskIdentity)))]
-    """What it was served from before: not the disk any more."""
+    """Its former sources: not the disk any more."""
     time_s: Annotated[float, Key("time_s", NUMBER)]
     size: Annotated[int, Key("size", COUNT)] = 0
-    """The disk's, which a larger target does not change; 0 in records of older versions."""
+    """The disk's size, which a larger target does not change; 0 in records of older versions."""
     has_ended: Annotated[bool, Key("has_ended", FLAG)] = False
-    """The server that served it from there has ended in order since. Otherwise a guest may come
-    back to it."""
+    """A server of the new side has ended in order since, without clients. Otherwise a guest may
+    come back to the new side."""
 
     @classmethod
     def after(
         cls, before: PivotRecord | None, left: DiskIdentity, truth: str, time_s: float
     ) -> Self:
-        """A pivot from `left` to `truth`, perhaps back to where it came from."""
+        """The record of a pivot from `left` to `truth`, which may be a former source."""
         sides = (*(before.left if before else ()), left)
         kept = tuple(side for side in sides if same_place(side.source, truth) is not Same.YES)
         return cls(truth, kept, time_s, left.size)
 
     def is_left(self, side: DiskIdentity) -> bool:
-        """`side` is not the disk any more."""
+        """Whether `side` is not the disk any more."""
         return any(left.is_same(side) for left in self.left)
 
     def has_left(self, side: DiskIdentity, source: str) -> bool:
-        """`side` was the disk before it was `source`."""
+        """Whether `source` is the disk now, and `side` was the disk before."""
         is_truth = same_place(source, self.truth) is Same.YES
         return is_truth and self.is_left(side)
 
     def to_bytes(self) -> bytes:
         said = write(self)
         if not self.has_ended:
-            del said["has_ended"]  # as older versions have it, and so with the same ID
+            del said["has_ended"]  # as older versions write it, so with the same ID
         return seal(KIND_PIVOTED, json.dumps(said, indent=1).encode())
 
     @classmethod
@@ -155,8 +155,8 @@ class PivotRecord:
 
 
 def record_id(content: bytes) -> str:
-    """Names one record of a pivot, sound or damaged, and whether its server has ended in order or
-    not: a later pivot's has another."""
+    """The ID of one record of a pivot, sound or damaged, independent of `has_ended`. The record of
+    a later pivot has another ID."""
     with suppress(StateError):
         pivoted = PivotRecord.from_bytes(content)
         if pivoted.has_ended:
@@ -166,22 +166,22 @@ def record_id(content: bytes) -> str:
 
 @dataclass(slots=True)
 class RecoveredState:
-    """What an earlier process has left of a disk."""
+    """The state of a disk that an earlier process has left."""
 
     definition: DiskRecord
     problem: str = ""
-    """Why nothing of what is dirty is believed; then all is."""
+    """Why the saved dirty bits cannot be trusted; then everything is dirty."""
     log: IntentLog | None = None
     is_log_needed: bool = False
     """Without the log, guests may have written anywhere since the bitmaps were saved."""
     bits: dict[str, list[bytes]] = field(default_factory=dict)
     ranges: list[tuple[int, int]] = field(default_factory=list)
-    """Dirty in every bitmap."""
+    """Offsets and lengths, in bytes, that are dirty in every bitmap."""
     refused: list[str] = field(default_factory=list)
     """Files that cannot be used, to be put aside."""
 
     def restore(self, bitmap: DirtyBitmap, key: str) -> None:
-        """Make dirty in a clean bitmap what may be dirty in that of `key`."""
+        """Mark in a clean bitmap what may be dirty in the saved bitmap `key`."""
         contents = self.bits.get(key)
         if self.problem or contents is None:
             bitmap.mark_all()
@@ -209,10 +209,9 @@ def names(disk: str) -> dict[str, str]:
 def recover(
     folder: Folder, name: str, identity: DiskIdentity, pivoted: PivotRecord | None = None
 ) -> RecoveredState | None:
-    """What there is of the disk `name`, which is `identity` now, since `pivoted` if there is such a
-    record; None if there is nothing. Raises StateError if there is something and cannot even be
-    told what, or if it is of another disk: `str(error)` begins with the file's name. Raises
-    OSError."""
+    """The saved state of the disk `name`, which is `identity` now, after the pivot `pivoted` if
+    there was one; None if nothing is saved. Raises StateError if the definition is damaged or
+    belongs to another disk: `str(error)` begins with the file's name. Raises OSError."""
     files = names(name)
     content = folder.read(files["definition"])
     if content is None:
@@ -222,17 +221,15 @@ def recover(
     except StateError as error:
         raise StateError(f"{files['definition']}: {error}") from error
     if pivoted is not None and pivoted.has_left(definition.identity, identity.source):
-        # The record of the pivot is written first: killed before the rest was.
+        # The record of the pivot is written first; the server was killed before the rest was.
         definition = replace(definition, identity=identity, mirror=None)
     before = definition.identity
     if not before.is_same(identity):
         raise OtherDisk(f"{files['definition']}: is of {before.source}, not of {identity.source}")
-    found = RecoveredState(
-        replace(definition, identity=identity)
-    )  # it may have another path by now
+    found = RecoveredState(replace(definition, identity=identity))  # the path may have changed
     if before.size != identity.size:
         found.problem = f"the disk had {before.size} bytes, and has {identity.size} now"
-    elif before.is_one_file(identity) is False:  # the same name alone
+    elif before.is_one_file(identity) is False:  # only the name is the same
         found.problem = "another file is there now"
     else:
         _load_trusted(folder, files, found)
@@ -240,9 +237,9 @@ def recover(
 
 
 def check_formats(folder: Folder, name: str) -> None:
-    """Raise UnknownFormat if any file of the disk `name` cannot be read by this nbdmirror, and may
-    be by another: `str(error)` begins with the file's name, and says what to do. Damage is no
-    matter here. Raises OSError."""
+    """Raise UnknownFormat if this nbdmirror cannot read a file of the disk `name` that another one
+    may read: `str(error)` begins with the file's name, and says what to do. Damaged files are
+    ignored here. Raises OSError."""
     all_dirty = "everything counts as dirty"
     readers: dict[str, tuple[Callable[[bytes], object], str]] = {
         "definition": (DiskRecord.from_bytes, "the disk has no mirror and no bitmaps"),
@@ -261,8 +258,8 @@ def check_formats(folder: Folder, name: str) -> None:
 
 
 def last_size(folder: Folder, name: str, source: str) -> int:
-    """The size that the disk `name` had when it was last served from `source`; 0 if that is not
-    known. Raises OSError."""
+    """The size, in bytes, of the disk `name` when it was last served from `source`; 0 if not known.
+    Raises OSError."""
     try:
         identity = DiskRecord.from_bytes(folder.read(names(name)["definition"]) or b"").identity
     except StateError:
@@ -271,11 +268,12 @@ def last_size(folder: Folder, name: str, source: str) -> int:
 
 
 class OtherDisk(StateError):
-    """The state under this name is of another disk."""
+    """The state under this name belongs to another disk."""
 
 
 def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) -> None:
-    """Fill `found` with the best that there is, or with the reason why there is nothing."""
+    """Fill `found` with the best state that can be trusted, or with the reason why there is
+    none."""
     definition = found.definition
     source = definition.identity.source
     sizes = _sizes(definition)
@@ -286,7 +284,7 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
             requests = memory.read(JOURNAL) or b""
             check_unchanged_since_killed(source, last, was_idle=is_untouched(requests))
             _take_from_memory(memory, found, sizes)
-            # Where guests may have written stays on disk until bitmaps have been saved again.
+            # The log of intents stays on disk until the bitmaps have been saved again.
             found.is_log_needed = True
             with suppress(StateError):
                 found.log = _log(folder, files, definition)

@@ -1,17 +1,16 @@
-"""The files of a state directory: sealed, so that damage is seen, and replaced as a whole.
+"""The files of a state directory: sealed, so that damage is detected, and replaced as a whole.
 
-A file is one line of text and what follows it:
+A file is one line of text and the content after it:
 
     nbdmirror KIND VERSION LENGTH SHA256\\n
     LENGTH bytes, whose SHA-256 it is
 
-`head -1 FILE` tells what it is, and `tail -n +2 FILE | sha256sum` whether it is sound. The log of
-write intents is written in place, and has a form of its own (intent_log.py). docs/state.md
+`head -1 FILE` shows what a file is, and `tail -n +2 FILE | sha256sum` whether it is sound. The log
+of write intents is written in place, and has another format (intent_log.py). docs/state.md
 describes the contents.
 
-A folder does what a store needs of the file system, and no more, so that a test can put one in its
-place that loses what was not synced.
-"""
+A folder has exactly the calls of the file system that a store needs, so that a test can use a
+folder that loses what was not synced."""
 
 from __future__ import annotations
 
@@ -32,22 +31,22 @@ _HEADER_BYTES_MAX = 256
 
 
 class StateError(Error):
-    """A file of a state directory cannot be used: `str(error)` says why. It is never believed in
-    part."""
+    """A file of a state directory cannot be used: `str(error)` says why. No part of it is used."""
 
 
 class UnknownFormat(StateError):
-    """A file that is not damaged, and that this nbdmirror cannot read: of a newer version, or with
-    fields that are not as they should be. Another nbdmirror may read it, so it stays as it is."""
+    """A sound file that this nbdmirror cannot read: of a newer version, or with unexpected fields.
+    Another nbdmirror may read it, so the file stays as it is."""
 
 
 def seal(kind: str, body: bytes) -> bytes:
+    """The content of a sealed file."""
     checksum = hashlib.sha256(body).hexdigest()
     return f"nbdmirror {kind} {VERSION} {len(body)} {checksum}\n".encode() + body
 
 
 def unseal(kind: str, content: bytes) -> bytes:
-    """The body. Raises StateError."""
+    """The body of a sealed file. Raises StateError."""
     line, newline, _ = content[:_HEADER_BYTES_MAX].partition(b"\n")
     words = line.split(b" ")
     if not newline or len(words) != 5 or words[0] != b"nbdmirror":
@@ -68,7 +67,7 @@ def unseal(kind: str, content: bytes) -> bytes:
 
 
 def check_version(version: int) -> None:
-    """Of a file. Raises UnknownFormat if it is newer, StateError if there is no such version."""
+    """Raise UnknownFormat if a file's version is newer, StateError if it does not exist."""
     if version > VERSION:
         text = f"has version {version} of the format, and this nbdmirror reads version {VERSION}"
         raise UnknownFormat(text)
@@ -77,45 +76,45 @@ def check_version(version: int) -> None:
 
 
 class Slots(Protocol):
-    """A file of a few places of one size, each written as a whole."""
+    """A file with a few slots of one size, each written as a whole."""
 
     def write(self, index: int, content: bytes, *, sync: bool) -> None:
-        """Raises OSError. If `sync`, it is on disk when this returns. A crash in the middle leaves
-        the other slots as they are."""
+        """Write a slot, on disk on return if `sync`. A crash does not change the other slots.
+        Raises OSError."""
 
     def read(self, index: int) -> bytes:
-        """Raises OSError."""
+        """The content of a slot. Raises OSError."""
 
     def close(self) -> None: ...
 
 
 class Folder(Protocol):
-    """Raises OSError. What is said to be done is on disk, whatever happens next."""
+    """A state directory. Each call is on disk when it returns. All calls raise OSError."""
 
     path: Path
 
     def read(self, name: str) -> bytes | None:
-        """None if there is no such file."""
+        """The content of a file; None if it does not exist."""
 
     def prepare(self, name: str, content: bytes) -> None:
-        """Have `content` ready to become the file, on disk, under another name."""
+        """Write `content` to disk under another name, ready to become the file."""
 
     def commit(self, names: list[str], removed: list[str] | None = None) -> None:
-        """What was prepared takes the files' places, and others go: each of them wholly or not at
-        all, in this order."""
+        """Put prepared content in the place of the files `names`, and remove the files `removed`.
+        Each file changes wholly or not at all, in this order."""
 
     def refuse(self, name: str) -> None:
-        """Put a file that cannot be used aside, for people to look at."""
+        """Rename a file that cannot be used, so that a user can examine it."""
 
     def slots(self, name: str, slot_bytes: int, count: int) -> Slots:
-        """Open, or make; at its full size."""
+        """Open the file, or create it, at its full size."""
 
 
 class DiskFolder(Folder):
-    """A directory, which one process at a time may use."""
+    """A real directory, which one process at a time may use."""
 
     def __init__(self, path: Path) -> None:
-        """Makes it, mode 0700, if need be. Raises ConfigError."""
+        """Creates the directory, mode 0700, if it does not exist. Raises ConfigError."""
         self.path = path
         try:
             with suppress(FileExistsError):
@@ -156,7 +155,7 @@ class DiskFolder(Folder):
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:  # a disk that is full is not made fuller
+        except OSError:  # free the space of a full disk
             with suppress(OSError):
                 os.unlink(new, dir_fd=self._fd)
             raise
@@ -177,7 +176,7 @@ class DiskFolder(Folder):
     def slots(self, name: str, slot_bytes: int, count: int) -> Slots:
         fd = self._open(name, os.O_RDWR | os.O_CREAT)
         try:
-            # All of it now: a write to it later needs no room.
+            # Allocate all of it now, so that later writes need no space.
             os.posix_fallocate(fd, 0, slot_bytes * count)
             os.fsync(fd)
             os.fsync(self._fd)
@@ -187,14 +186,15 @@ class DiskFolder(Folder):
         return DiskSlots(fd, slot_bytes)
 
     def close(self) -> None:
-        """Let others use it. Idempotent."""
+        """Let other processes use the directory. Idempotent."""
         if self._fd >= 0:
             os.close(self._lock_fd)
             os.close(self._fd)
             self._fd = -1
 
     def _open(self, name: str, flags: int) -> int:
-        """What root makes is the directory's owner's, as whom the server may go on."""
+        """Open a file. A file that root creates gets the directory's owner, as whom the server may
+        continue."""
         fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
         if flags & os.O_CREAT and os.geteuid() == 0:
             os.fchown(fd, self._status.st_uid, self._status.st_gid)
@@ -223,5 +223,5 @@ class DiskSlots(Slots):
 
 
 def new_name(name: str) -> str:
-    """Where a file is written before it takes its place."""
+    """The name under which a file is prepared."""
     return f"{name}.new"

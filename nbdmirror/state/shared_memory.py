@@ -1,12 +1,12 @@
 """ShmDirectory: memory that outlives the process: files in /dev/shm, mapped.
 
-What is stored there is still there after `kill -9`, and that costs nothing: no system call, no
-disk. It is gone after a reboot. A folder is named after its disk's epoch, so that the next server
-of that disk can take away what a killed one has left, also where nothing else tells of it; it is
-locked while its process lives. Everything is allocated when it is made: a page that could not be
-had later would end the process (SIGBUS).
+The content survives `kill -9`, without any system call or disk access, and is lost at a reboot. A
+folder's name contains its disk's ID, so that the next server of that disk can remove what a killed
+server has left, even without any record of it. The folder is locked while its process lives. All
+memory is allocated at the beginning: a page that is not available later would end the process
+(SIGBUS).
 
-From any thread; a bitmap as DirtyBitmap has it.
+For any thread; a bitmap as DirtyBitmap.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLACE = Path("/dev/shm")
 
 
 class ShmDirectory:
-    """A folder of our own, mode 0700, with files of memory in it."""
+    """A private folder, mode 0700, with files of memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,15 +36,15 @@ class ShmDirectory:
 
     @classmethod
     def create(cls, disk_id: str) -> ShmDirectory:
-        """A new one for an epoch of a disk, with a name that nobody can guess. Raises OSError."""
+        """Create a folder for a disk's ID, with a name that cannot be guessed. Raises OSError."""
         memory = cls(Path(tempfile.mkdtemp(prefix=_prefix(disk_id), dir=PLACE)))
         memory.lock()
         return memory
 
     @classmethod
     def find(cls, path: str) -> ShmDirectory | None:
-        """One that an earlier process of ours has left; None if it is not there, or not ours. In
-        /dev/shm anybody may put anything."""
+        """The folder that an earlier process of this user has left; None if it does not exist, or
+        belongs to another user. Every user may create files in /dev/shm."""
         folder = Path(path)
         try:
             status = folder.lstat()
@@ -55,7 +55,8 @@ class ShmDirectory:
         return cls(folder) if folder.parent == PLACE and is_ours and is_private else None
 
     def lock(self) -> bool:
-        """Hold the lock until the process ends. False if another process does. Raises OSError."""
+        """Take the lock until the process ends. Returns False if another process has it. Raises
+        OSError."""
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +67,7 @@ class ShmDirectory:
         return True
 
     def map(self, name: str, length: int) -> mmap.mmap:
-        """`length` bytes of zeroes under a new name. Raises OSError."""
+        """Map `length` bytes of zeroes under a new name. Raises OSError."""
         path = self.path / name
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -79,18 +80,18 @@ class ShmDirectory:
             os.close(fd)
 
     def bitmap(self, purpose: str, size: int, granularity: int) -> ShmBitmap:
-        """A clean bitmap, one of perhaps several for `purpose`. Raises OSError."""
+        """A clean bitmap, perhaps one of several for `purpose`. Raises OSError."""
         name = f"{purpose}.{next(self._numbers)}"
         pages = self.map(name, bytes_of(size, granularity))
         return ShmBitmap(self, name, size, granularity, pages)
 
     def bits_of(self, purpose: str) -> list[bytes]:
-        """What the bitmaps for `purpose` held, as DirtyBitmap.to_bytes has it."""
+        """The content of the bitmaps for `purpose`, as DirtyBitmap.to_bytes."""
         names = [name for name in self._names() if name.rpartition(".")[0] == purpose]
         return [content for name in names if (content := self.read(name)) is not None]
 
     def read(self, name: str) -> bytes | None:
-        """What a file holds; None if there is no such file."""
+        """The content of a file; None if it does not exist."""
         try:
             return (self.path / name).read_bytes()
         except OSError:
@@ -101,7 +102,7 @@ class ShmDirectory:
             (self.path / name).unlink()
 
     def discard(self) -> None:
-        """Remove everything. Who has it mapped keeps his pages."""
+        """Remove everything. Existing mappings keep their pages."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._fd >= 0:
             os.close(self._fd)
@@ -115,8 +116,8 @@ class ShmDirectory:
 
 
 def discard_left(disk_id: str, path: str = "", *, but: ShmDirectory | None = None) -> None:
-    """Take away what servers of this disk that were killed have left, and what is at `path`; that
-    of a process that lives, and `but`, stay."""
+    """Remove the folders that killed servers of this disk have left, and the one at `path`. Folders
+    of live processes, and `but`, stay."""
     found = [path] if path else []
     with suppress(OSError):
         found += [str(one) for one in PLACE.glob(f"{_prefix(disk_id)}*")]
@@ -132,7 +133,7 @@ def _prefix(disk_id: str) -> str:
 
 
 class ShmBitmap(DirtyBitmap):
-    """One whose bits outlive the process, until it is closed."""
+    """A bitmap whose bits outlive the process, until it is closed."""
 
     __slots__ = ("_memory", "_name")
 

@@ -1,14 +1,13 @@
-"""Store: keeps in a state directory what is to outlive the process, while the server runs.
+"""Store: saves state in a state directory while the server runs.
 
-A disk's DiskStore is told what there is (`keep_mirror`, `keep_bitmap` and the like) and writes it
-down. What is dirty is saved every few seconds while it changes (checkpoint.py); in between, the
-journal knows.
-How a mirror ends is written down *before* it ends: a mirror that was told to have ended must not
-go on at the next start, onto a target that somebody uses by then.
+A disk's DiskStore saves each change of its mirror and bitmaps (`keep_mirror`, `keep_bitmap` and the
+like). Their dirty bits are saved every few seconds while they change (checkpoint.py); the journal
+covers the time in between. A mirror's end is recorded *before* it is reported: a mirror that was
+reported as ended must not continue at the next start, when its target may be in use.
 
-`Writer` has the thread that writes, in the order in which that was asked for; everything else
-happens on the event loop's thread. A state directory that fails is told of, and tried again, and
-ends nobody's I/O. StateStore (null_store.py) says what the methods mean.
+`Writer` has the thread that writes, in the order of the calls; everything else happens on the event
+loop's thread. If the state directory fails, this is reported, the write is repeated, and no guest's
+I/O ends. StateStore (null_store.py) documents the methods.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ from nbdmirror.state.writer import Writer
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.25
-"""How often it is noted that the process lives, and what it sees of the disk's file."""
+"""Interval at which the server notes that it is alive, and checks the disk's file."""
 
 CHECKPOINT_S = 5.0
-"""How often what is dirty is saved. After a power cut regions that were written to within two of
-these are copied again."""
+"""Interval at which dirty bits are saved. After a power cut regions that were written within two
+intervals are copied again."""
 
 RETRY_S = 1.0
-"""What could not be written is tried again after this."""
+"""Pause before a failed write is repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,8 @@ class _Mirror:
 
 
 class DiskStore(StateStore):
-    """Of one disk. `found` is what an earlier process left; `pivoted`, where the disk went;
-    `is_target_only`: this is the side that it left, and what is kept stays as it is."""
+    """The store of one disk. `found`: the state that an earlier process left. `pivoted`: the record
+    of a pivot. `is_target_only`: this is the old side, and the saved state stays as it is."""
 
     is_lasting = True
 
@@ -87,7 +86,7 @@ class DiskStore(StateStore):
         self._identity = identity
         self._pivoted = None if is_target_only else pivoted
         self.truth = pivoted.truth if pivoted is not None and is_target_only else ""
-        """Of one that is a target only: where the disk is served from."""
+        """For a target only: the URI that the disk is served from."""
         self.folder = folder
         self._slots = slots
         self.files = names(name)
@@ -97,27 +96,27 @@ class DiskStore(StateStore):
         self._mirror: _Mirror | None = None
         self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
         self._ending: tuple[DiskRecord | None, PivotRecord | None] | None = None
-        """What is prepared for `commit_end`."""
+        """The files that are prepared for `commit_end`."""
         self._ended: tuple[_Mirror | None, PivotRecord | None, DiskIdentity] | None = None
-        """What was before the last end."""
+        """The state before the last end."""
         self._is_pivot_in_doubt = False
-        """What NAME.pivoted says is perhaps not what it should."""
+        """NAME.pivoted may be wrong."""
         self.is_left = True
-        """No client had the disk open when the server was told to end."""
+        """No client had the disk open when the server was asked to end."""
         self._saves: Future[None] = done_future()
         self._is_suspended = False
         self._since: DirtyBitmap | None = None
 
     @property
     def identity(self) -> DiskIdentity:
-        """What the disk is served from, and its size."""
+        """The disk's source and size."""
         return self._identity
 
     # The start.
 
     def begin(self, writer: Writer, flush: Callable[[], None]) -> None:
-        """After the fork, before guests come; `flush` makes durable what guests have written.
-        Raises OSError."""
+        """Begin, after nbdkit has forked and before guests connect. `flush` makes guests' writes
+        durable. Raises OSError."""
         self._writer = writer
         self._pivoted = note_end(self.folder, self.name, self._pivoted, has_ended=False)
         try:
@@ -152,29 +151,30 @@ class DiskStore(StateStore):
         )
 
     def begun(self) -> None:
-        """All that was found is kept again, or given up: the files say so when this returns. Until
-        then no guest may write: the earlier process's memory would be believed. Not on the loop's
-        thread."""
+        """Everything that was found is in use again, or given up: save that, and wait. Before this
+        returns no guest may write, since the earlier process's memory still counts. Not on the
+        loop's thread."""
         before, self.found = self.found, None
         if before is not None:
             self._save()
-            with suppress(OSError):  # it has been told
+            with suppress(OSError):  # already reported
                 self._saves.result()
             discard_left(self._disk_id, before.definition.memory, but=self._memory)
 
     def _put_aside(self, found: RecoveredState) -> None:
-        """First of all: with a new log of intents it would be believed the next time."""
+        """Put unusable files aside, before anything else: with a new log of intents they would be
+        trusted at the next start."""
         for name in found.refused:
             self.folder.refuse(name)
         self.folder.commit([], [self.files["bitmaps"]])
 
     def start(self) -> None:
-        """On the loop's thread, from when on guests may come."""
+        """Start the timers. On the loop's thread; from now on guests may connect."""
         self._beat()
         self._writer.call_later(CHECKPOINT_S, self._checkpoint)
 
     def _give_memory_up(self, error: OSError) -> None:
-        """Some of it cannot be had, so that the rest tells less than what is dirty."""
+        """A part of the shared memory is missing, so the rest is incomplete: use none."""
         text = "disk %s: no shared memory: %s; a kill of the server counts as a power cut"
         log.warning(text, self.name, error)
         if self._memory is not None:
@@ -216,7 +216,7 @@ class DiskStore(StateStore):
         return self._mirror is not None or bool(self._bitmaps)
 
     def _definition(self, *, has_mirror: bool = True) -> DiskRecord | None:
-        """What NAME.json is to say; None if there is nothing to keep."""
+        """The content for NAME.json; None if there is no mirror and no bitmap."""
         mirror = self._mirror.record if self._mirror and has_mirror else None
         if mirror is None and not self._bitmaps:
             return None
@@ -229,10 +229,10 @@ class DiskStore(StateStore):
         )
 
     def _save(self) -> None:
-        """Write down what there is. If that fails it is tried again, until it is done."""
+        """Save the definition, and repeat until that succeeds."""
         if self.found is not None:
-            return  # not yet: part of what was found may not be kept again so far
-        self._ending = None  # it has become another one, and shares a file
+            return  # not yet: a part of the found state may not be in use again
+        self._ending = None  # the prepared end is out of date, and shares a file
         if self._is_needed and self.journal.regions is None:
             self._checkpoints.begin_anew()
         self.journal.regions = self._regions if self._is_needed else None
@@ -240,7 +240,7 @@ class DiskStore(StateStore):
 
         def done(error: BaseException | None) -> None:
             if self._saves is not saves:
-                return  # there is a newer one
+                return  # a newer save exists
             if error is None:
                 self._is_pivot_in_doubt = False
             elif not self._is_suspended:
@@ -269,7 +269,7 @@ class DiskStore(StateStore):
             self.folder.prepare(self.files["definition"], definition.to_bytes())
 
     def _commit(self, definition: DiskRecord | None, pivoted: PivotRecord | None) -> None:
-        """The pivot first: it tells where the disk is, whatever the other file says."""
+        """Commit the pivot first: it says where the disk is, whatever the other file says."""
         names = [self.files["pivoted"]] if pivoted is not None else []
         if definition is not None:
             self.folder.commit([*names, self.files["definition"]])
@@ -311,7 +311,7 @@ class DiskStore(StateStore):
                 self._identity = DiskIdentity(pivoted.truth, self._identity.size)
             self.journal.regions = self._regions if self._is_needed else None
             if error is not None:
-                self.undo_end()  # some of it may have been done
+                self.undo_end()  # a part may have been done
             done(error)
 
         call = partial(self._commit, definition, pivoted)
@@ -373,8 +373,8 @@ class DiskStore(StateStore):
     # The end.
 
     def suspend(self, ledger: Ledger) -> None:
-        """The process is to end: what is kept stays as it is, whatever is said from here on, and
-        what guests still write is dirty."""
+        """The process ends: the saved state stays as it is, whatever happens to jobs from here on.
+        Guests' later writes are marked as dirty."""
         if self._is_suspended:
             return
         self._is_suspended = True
@@ -384,8 +384,9 @@ class DiskStore(StateStore):
             ledger.attach(self._since)
 
     def finish(self) -> None:
-        """After the last guest, and after the disk was flushed and closed. From any thread but the
-        loop's. Raises OSError; then the next start takes it for a process that was killed."""
+        """Save the final state, after the last guest, and after the disk was flushed and closed.
+        For any thread but the loop's. Raises OSError; then the next start recovers as after a
+        kill."""
         definition = self._definition()
         if definition is not None:
             self._write_bits(self._bits())

@@ -1,7 +1,7 @@
-"""Writer: the thread that writes a disk's state, and what becomes of its errors. Each disk has its
-own, since it flushes the disk as well, and a disk may hang.
+"""Writer: the thread that writes a disk's state, and reports its errors. Each disk has one, since
+the thread flushes the disk as well, and a disk may hang.
 
-Calls are done one after the other, in the order of `submit`. From the event loop's thread, but for
+Calls run one after the other, in the order of `submit`. For the event loop's thread, except
 `failed`.
 """
 
@@ -21,10 +21,12 @@ from nbdmirror.workers import Workers
 log = logging.getLogger(__name__)
 
 QUIET_S = 10.0
-"""Errors that follow one another within this are told once."""
+"""Errors within this time are reported once."""
 
 
 class Writer:
+    """The writer of one disk."""
+
     def __init__(self, loop: Loop, events: EventRing, clock: Callable[[], float]) -> None:
         """`clock`: wall-clock seconds."""
         self.clock = clock
@@ -33,16 +35,17 @@ class Writer:
         self._thread = Workers("nbdmirror-state", 1)
         self._told_s = -QUIET_S
         self.error = ""
-        """Why what is on disk is older than it should be; empty where it is not."""
+        """Why the state on disk is out of date; empty if it is not."""
 
     def submit(self, call: Callable[[], None]) -> Future[None]:
-        """Do it soon. An error of the directory, or of a disk that is flushed, is told of."""
+        """Run `call` on the thread. An error of the directory, or of a flush of the disk, is
+        reported."""
         future: Future[None] = Future()
         self._thread.submit(partial(self._do, call, future))
         return future
 
     def then(self, future: Future[None], done: Done) -> None:
-        """Have `done` called on the loop's thread when that is done."""
+        """Call `done` on the loop's thread when `future` is done, with its error or None."""
 
         def tell(future: Future[None]) -> None:
             self._loop.call_soon(partial(done, future.exception()))
@@ -53,7 +56,7 @@ class Writer:
         self._loop.call_later(delay_s, call)
 
     def failed(self, error: BaseException) -> None:
-        """Tell that the state directory cannot be written. From any thread."""
+        """Report that the state directory cannot be written. For any thread."""
         now_s = self._loop.clock()
         self.error = str(error)
         if now_s - self._told_s > QUIET_S:
@@ -62,8 +65,8 @@ class Writer:
             self._events.append("X_NBDMIRROR_STATE_ERROR", {"reason": str(error)})
 
     def stop(self, timeout_s: float) -> bool:
-        """Wait for what was submitted; False if that takes longer. From any thread but the
-        loop's."""
+        """Wait for all submitted calls, for `timeout_s` at most. Returns whether they are done. For
+        any thread but the loop's."""
         return self._thread.wait(timeout_s)
 
     def _do(self, call: Callable[[], None], future: Future[None]) -> None:
