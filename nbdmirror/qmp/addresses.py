@@ -1,4 +1,4 @@
-"""The NBD export that QMP's structured addresses name, as a URI."""
+"""QMP's structured addresses of NBD exports, as URIs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def nbd_uri(
     server: dict[str, Any], export: str, tls_creds: str | None, tls_username: str | None
 ) -> str:
     """The URI of a checked BlockdevOptionsNbd. `tls-creds` is a path: a directory of certificates,
-    or a file of pre-shared keys, or a directory with nothing but that, as QEMU has it. Raises
+    a file of pre-shared keys, or a directory with only that file, as in QEMU. Raises
     CommandError."""
     for name, value in (("tls-creds", tls_creds), ("x-nbdmirror-tls-username", tls_username)):
         if value == "":

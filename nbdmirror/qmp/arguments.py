@@ -1,7 +1,7 @@
 """Types of arguments that several commands have, or that are long: enums, addresses, nodes.
 
-Names, types and defaults are QEMU's (qapi/block-core.json, job.json); what QEMU has no name for
-begins with `x-nbdmirror-`.
+Names, types and defaults are QEMU's (qapi/block-core.json, job.json). Names that QEMU does not have
+begin with `x-nbdmirror-`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ADDRESS = Struct(
     },
 )
 
-# What every node has in QEMU. A target is written to and zeroed as the job's own arguments say, so
-# that of these only read-only means something.
+# The options of every node in QEMU. The job's own arguments decide how a target is written to and
+# zeroed, so only read-only has an effect.
 _NODE = named(
     node_name=optional(STR),
     active=optional(BOOL),

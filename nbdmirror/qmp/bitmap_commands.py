@@ -1,6 +1,6 @@
 """QMP's commands for dirty bitmaps: block-dirty-bitmap-...
 
-Each may stand in a transaction. On the event loop's thread.
+Each is also an action of a transaction. On the event loop's thread.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _place(server: Server, node: str) -> Place:
 
 
 def _mark_what_comes(server: Server, node: str, name: str) -> None:
-    """A bitmap that begins to record on a mirror's target has what the mirror has yet to copy
-    there, as well as what guests change from now on. Before READY that may be anything."""
+    """Mark, in a bitmap that begins to record on a mirror's target, what the mirror has yet to
+    copy. Before READY that may be everything."""
     job = server.nodes.mirror_to(node)
     if job is None:
         return

@@ -1,7 +1,7 @@
 """A QMP command is one entry beside its handler: `CommandTable.command` or `CommandTable.action`.
 
-Schema, introspection, dispatch, what may stand in a transaction, and what the documentation is held
-to, are all read from the entry.
+The schema, introspection, dispatch, the actions of a transaction and the test of the documentation
+all read the entry.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Action:
     arguments by name."""
 
     change: Callable[..., Change]
-    """In one step of the event loop. Raises CommandError; then nothing was changed."""
+    """Runs in one step of the event loop. Raises CommandError; then nothing has changed."""
     prepare: Callable[..., Awaitable[None]] | None = None
-    """Awaited before that, on the QMP server's thread: what takes time."""
+    """Slow work before `change`; awaited on the QMP server's thread."""
     starts_job: bool = False
-    """It may stand in a grouped transaction: `change` takes the job's `group` as well."""
+    """The action is allowed in a grouped transaction: `change` takes the job's `group` as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Command:
 
     A coroutine runs on the QMP server's thread and returns a Reply. Any other function runs in one
     step on the event loop's thread, and returns the result or None for an empty one. Both raise
-    CommandError, and then nothing was changed.
+    CommandError; then nothing has changed.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Command:
     returns: Type
     handler: Handler
     action: Action | None = None
-    """None: the command may not stand in a transaction."""
+    """None: the command is not an action of a transaction."""
     is_deprecated: bool = False
-    """In QEMU."""
+    """Deprecated in QEMU."""
 
     async def run(self, server: Server, arguments: Arguments) -> Reply:
-        """Check and carry out. Raises CommandError."""
+        """Check the arguments and carry the command out. Raises CommandError."""
         self.arguments.check(arguments)
         call = partial(self.handler, server, **by_name(arguments))
         if not inspect.iscoroutinefunction(self.handler):
@@ -99,8 +99,8 @@ class CommandTable(dict[str, Command]):
         then: Wait | None = None,
         is_deprecated: bool = False,
     ) -> Callable[[_ChangeHandler], _ChangeHandler]:
-        """Add the command whose `Action.change` is the decorated function. By itself the command is
-        a transaction of this one action. It is answered when `then` is done."""
+        """Add the command whose `Action.change` is the decorated function. Alone, the command is a
+        transaction of this one action. It is answered when `then` is done."""
 
         def add(change: _ChangeHandler) -> _ChangeHandler:
             async def run(server: Server, /, **arguments: Any) -> Reply:
@@ -119,12 +119,12 @@ class CommandTable(dict[str, Command]):
 
 
 def by_name(arguments: Arguments) -> Arguments:
-    """The arguments as Python's: `_` for `-`. The values stay as they are."""
+    """The arguments with Python names: `_` for `-`. The values stay as they are."""
     return {name.replace("-", "_"): value for name, value in arguments.items()}
 
 
 async def on_loop(server: Server, call: Callable[[], Any]) -> Reply:
-    """What `call` returns in one step on the event loop's thread. Raises what it raises."""
+    """The result of `call`, in one step on the event loop's thread. Raises the errors of `call`."""
 
     def step() -> Reply:
         value = call()
@@ -134,5 +134,5 @@ async def on_loop(server: Server, call: Callable[[], Any]) -> Reply:
 
 
 async def ask_loop(server: Server, call: Callable[[], Any]) -> Any:
-    """The same without the number of the next event: for a handler's intermediate steps."""
+    """As `on_loop`, without the number of the next event: for a handler's intermediate steps."""
     return await asyncio.wrap_future(server.loop.run(call))

@@ -42,8 +42,8 @@ for _table in (
 
 
 async def dispatch(server: Server, name: str, arguments: Arguments) -> Reply:
-    """Check and carry out one command. Raises CommandError; then nothing was changed. On the QMP
-    server's thread, or in another asyncio loop than the server's."""
+    """Check and carry out one command. Raises CommandError; then nothing has changed. On the QMP
+    server's thread, or in another asyncio loop."""
     if name not in COMMANDS:
         raise CommandNotFound(f"The command {name} has not been found")
     return await COMMANDS[name].run(server, arguments)
@@ -80,7 +80,7 @@ _VERSION = struct(
 
 
 def version_info() -> dict[str, Any]:
-    """The QEMU whose commands and texts are followed, and what this really is."""
+    """The version of QEMU whose commands and texts are followed, and nbdmirror's version."""
     major, minor, micro = (int(part) for part in __version__.split("."))
     return {
         "qemu": {"major": 11, "minor": 1, "micro": 0},
@@ -95,7 +95,7 @@ def query_version(server: Server) -> dict[str, Any]:
 
 @COMMANDS.command("quit")
 async def quit_(server: Server) -> Reply:
-    """The jobs' last events, then the answer, then the end, as with SIGTERM."""
+    """Send the jobs' last events, then the answer, then end as with SIGTERM."""
     await asyncio.to_thread(server.end_jobs)
     asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
     return Reply({}, server.events.next_number)

@@ -1,9 +1,9 @@
 """query-qmp-schema: QEMU's introspection (qapi/introspect.json), made from the commands' entries
 and the table of events.
 
-Management tools look there for what a server can do: whether a command takes an argument, whether
-an enum has a value. As in QEMU the names of types are numbers: what a type is called is no part of
-the interface.
+Management tools query it for a server's abilities: whether a command takes an argument, whether an
+enum has a value. As in QEMU the names of types are numbers, since they are not part of the
+interface.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SCHEMA_INFO = Struct(
 )
 
 NEGOTIATION = "qmp_capabilities"
-"""The command with which a client begins. It belongs to the conversation, so it has no entry."""
+"""A client's first command. It belongs to the conversation, so it has no entry."""
 
 _CAPABILITIES = struct("Capabilities", enable=optional(Array(Enum("QMPCapability", ("oob",)))))
 
@@ -99,7 +99,7 @@ def _command(name: str, arguments: str, returns: str) -> Entry:
 
 
 class _Types:
-    """Gives types their names; `entries` describe those that were named."""
+    """Gives types their names. `entries` describes the named types."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []

@@ -1,6 +1,6 @@
 """QMP's commands for jobs: job-... and, as QEMU had them before, block-job-...
 
-Both find a job by its id. They differ in the error when there is none.
+Both find a job by its ID. They differ in the error for a missing job.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _DEVICE = struct("BlockJob", device=STR)
 
 
 def find_job(server: Server, id: str) -> MirrorJob:
-    """Raises CommandError as job-... does."""
+    """The job with this ID. Raises CommandError as job-... commands do."""
     if (job := server.mirrors.jobs.get(id)) is None:
         raise CommandError("Job not found")
     return job
 
 
 def find_block_job(server: Server, id: str) -> MirrorJob:
-    """Raises CommandError as block-job-... does."""
+    """The job with this ID. Raises DeviceNotActive, as block-job-... commands do."""
     if (job := server.mirrors.jobs.get(id)) is None:
         raise DeviceNotActive(f"Block job '{id}' not found")
     return job
@@ -80,7 +80,7 @@ _CHANGE = Struct(
 
 @COMMANDS.command("block-job-change", _CHANGE)
 def block_job_change(server: Server, id: str, type: str, copy_mode: str) -> None:
-    """`type`: there is one alone."""
+    """`type` has only one value, mirror."""
     find_block_job(server, id).change(CopyMode(copy_mode))
 
 
@@ -112,7 +112,7 @@ async def job_cancel(server: Server, id: str) -> Reply:
 
 
 def _cancelled(server: Server, device: str, force: bool = False) -> Change:
-    """In a transaction."""
+    """The change of a cancel in a transaction."""
     job = find_block_job(server, device)
     job.check_cancel(force=force)
     return Change(_nothing, partial(job.cancel, force=force))
@@ -152,7 +152,7 @@ async def _end(
             loop.call_soon_threadsafe(ended.set_result, None)
 
     def start() -> int | None:
-        """The number of the event after the reply; None: that is known at the end of the jobs."""
+        """The number of the event after the reply; None if it is known only at the jobs' end."""
         job = find()
         if job.has_done_its_work:
             left.update(job.group.jobs)

@@ -1,10 +1,9 @@
 """QMP's input: a stream of JSON values, one after the other. Pure: no I/O, no threads.
 
-A scanner looks for the end of each value, which is where its brackets balance, and `json` reads the
-value. So a value that is not JSON is one error, and the next value follows it. What is between
-values is one error as well, and so is a byte that no JSON has; then everything up to the next line
-end or `{` is skipped. No byte is looked at more than twice.
-"""
+A scanner finds the end of each value, where its brackets balance, and `json` reads the value. So a
+value that is not JSON is one error, and the next value follows it. Other text between values is one
+error as well, and so is a byte that never occurs in JSON; then everything up to the next line end
+or `{` is skipped. No byte is scanned more than twice."""
 
 from __future__ import annotations
 
@@ -17,18 +16,19 @@ from typing import Any
 from nbdmirror.errors import CommandError
 
 VALUE_BYTES_MAX = 1 << 20
-"""Of one value. The longest real command, a transaction over many disks, has kilobytes; QEMU's
-64 MiB would let each client take that much of a process that serves guests."""
+"""Largest value. The longest real command, a transaction over many disks, has kilobytes. With
+QEMU's 64 MiB each client could take so much memory of a process that serves guests."""
 VALUE_TOKENS_MAX = 1 << 16
-"""Brackets, commas, colons, quotes and escapes of one value. QEMU: 2 Mi of its tokens. What is
-between two of them costs us some 100 bytes, so this is 6 MiB a client at worst."""
+"""Most brackets, commas, colons, quotes and escapes of one value. QEMU: 2 Mi of its tokens. Each
+takes some 100 bytes of memory, so a client takes 6 MiB at worst."""
 DEPTH_MAX = 128
-"""QEMU: 1024. QMP's schema needs less than ten, and `json` calls itself once a level."""
+"""Most nested brackets. QEMU: 1024. QMP's schema needs less than ten, and `json` calls itself once
+for each level."""
 
-# These two match everywhere, if need be nothing: their match is never None.
+# These two match everywhere, at least the empty string: their match is never None.
 _BETWEEN = re.compile(rb"[ \t\r\n]*")
 _SKIPPED = re.compile(rb"[^\n{]*")
-_MARKS = {  # what the scanner stops at, by the quote of the string that it is in
+_MARKS = {  # where the scanner stops, by the quote of the string that it is in
     b"": re.compile(rb"[{}\[\]:,\"'\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff]"),
     b'"': re.compile(rb"\"|\\[\x20-\xfd]|[\x00-\x1f\xfe\xff]"),
     b"'": re.compile(rb"'|\\[\x20-\xfd]|[\x00-\x1f\xfe\xff]"),
@@ -41,7 +41,7 @@ _INTEGER_LENGTH_MAX = len(str(-(1 << 63)))
 
 
 class ParseError(CommandError):
-    """The input is not JSON. `fatal`: a limit was passed, the stream cannot be followed on."""
+    """The input is not JSON. `fatal`: a limit was passed, and the stream cannot be read further."""
 
     def __init__(self, message: str, *, fatal: bool = False) -> None:
         super().__init__(message)
@@ -57,8 +57,8 @@ class JsonStream:
         self._drop(0)
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """Each value (or ParseError, as an object) that `data` completes; exhaust it before the
-        next call. After a fatal error the stream is not to be used any more."""
+        """Yield each value (or ParseError, as an object) that `data` completes. Exhaust the
+        iterator before the next call. After a fatal error the stream must not be used any more."""
         self._buffer += data
         value = None
         while not (isinstance(value, ParseError) and value.fatal):
@@ -76,12 +76,12 @@ class JsonStream:
         del self._buffer[:end]
         self._seen = self._tokens = 0
         self._open: list[bytes] = []
-        """What closes the brackets that are open."""
+        """The closing brackets of the open ones."""
         self._quote = b""
-        """What closes the string that is open."""
+        """The closing quote of the open string."""
 
     def _has_begun(self) -> bool:
-        """Drop what is before the next value; whether that begins in the buffer."""
+        """Drop the input before the next value. Returns whether that begins in the buffer."""
         if self._is_skipping:
             self._drop(_SKIPPED.match(self._buffer).end())  # type: ignore[union-attr]
             self._is_skipping = not self._buffer
@@ -92,7 +92,7 @@ class JsonStream:
         return bool(self._buffer)
 
     def _find_end(self) -> int:
-        """Where the first value ends; 0: not in the buffer. Raises ParseError."""
+        """The end of the first value; 0 if it is not in the buffer. Raises ParseError."""
         if not self._open and not self._has_begun():
             return 0
         while mark := _MARKS[self._quote].search(self._buffer, self._seen):
@@ -110,7 +110,7 @@ class JsonStream:
                 if not self._open:
                     return self._seen
             elif found not in (b":", b",") and found[0] != _BACKSLASH:
-                # A wrong bracket, or a byte that a client sends to end what it has begun.
+                # A wrong bracket, or a byte that a client sends to end an unfinished value.
                 self._is_skipping = found != b"\n"
                 self._drop(self._seen)
                 raise ParseError(f"JSON parse error, unexpected {str(found)[1:]}")
@@ -120,7 +120,7 @@ class JsonStream:
 
     def _check_limits(self, size: int) -> None:
         for what, number, limit in (
-            ("nesting depth", len(self._open), DEPTH_MAX),  # in the order in which they are passed
+            ("nesting depth", len(self._open), DEPTH_MAX),  # in the order of passing
             ("token size", size, VALUE_BYTES_MAX),
             ("token count", self._tokens, VALUE_TOKENS_MAX),
         ):
@@ -129,7 +129,7 @@ class JsonStream:
 
 
 def _parse(value: bytearray) -> Any:
-    """Raises ParseError."""
+    """The JSON value. Raises ParseError."""
     try:
         text = value.decode()
         if "'" in text:
@@ -141,7 +141,7 @@ def _parse(value: bytearray) -> Any:
             parse_constant=_number,
             object_pairs_hook=_members,
         )
-        if "\\u" in text:  # half of a surrogate pair is no character, and cannot be encoded
+        if "\\u" in text:  # half of a surrogate pair is not a character, and cannot be encoded
             json.dumps(parsed, ensure_ascii=False).encode()
     except ValueError as error:
         raise ParseError(f"JSON parse error, {error}") from None
@@ -149,14 +149,14 @@ def _parse(value: bytearray) -> Any:
 
 
 def _in_double_quotes(string: re.Match[str]) -> str:
-    """As in QEMU a string may be in single quotes, and have \\' in it."""
+    """As in QEMU a string may be in single quotes, and contain \\'."""
     changed = {"\\'": "'", '"': '\\"'}
     inside = string["a"] or string["b"] or ""
     return f'"{_QUOTE.sub(lambda part: changed.get(part[0], part[0]), inside)}"'
 
 
 def _number(text: str) -> int | float:
-    """As in QEMU an integer that fits 64 bits stays one, and anything else is a double."""
+    """As in QEMU an integer that fits into 64 bits is an int, and any other number a double."""
     is_integer = len(text) <= _INTEGER_LENGTH_MAX and text.lstrip("-").isdecimal()
     if is_integer and -(1 << 63) <= int(text) < 1 << 64:
         return int(text)

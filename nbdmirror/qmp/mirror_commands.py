@@ -29,11 +29,11 @@ from nbdmirror.server.server import Server
 COMMANDS = CommandTable()
 
 BUFFER_BYTES_MAX = 1 << 30
-"""Of one mirror. QEMU takes what it can get when the job starts; here it fills as the target is
-slow, beside the guests."""
+"""Most buffers of one mirror. QEMU allocates them when the job starts; nbdmirror allocates them
+when a slow target needs them, beside the guests."""
 
 JOB_ID_LENGTH_MAX = 255
-"""It is in every event, and up to JOBS_MAX jobs are kept."""
+"""The ID is in every event, and up to JOBS_MAX jobs are kept."""
 
 _BITMAP_SYNCS = ("incremental", "bitmap")
 
@@ -77,7 +77,7 @@ _DRIVE_MIRROR = Struct(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MirrorArguments:
-    """What both commands take, with the defaults. None: not given."""
+    """The arguments of both commands, with their defaults. None: not given."""
 
     device: str
     target: str
@@ -99,12 +99,12 @@ class MirrorArguments:
     x_nbdmirror_allow_larger_target: bool = False
     x_nbdmirror_target_cluster_size: int = 0
     filter_node_name: str | None = None
-    """Of blockdev-mirror alone."""
+    """Only of blockdev-mirror."""
 
 
 async def _open_again(server: Server, **arguments: Any) -> None:
-    """Connect a target that was the source before a pivot, or that an earlier job lost: such a node
-    is closed."""
+    """Connect the closed node of a target that was the source before a pivot, or that an earlier
+    job has lost."""
     mirror, nodes = MirrorArguments(**arguments), server.nodes
 
     def closed_target() -> Node | None:
@@ -178,11 +178,11 @@ async def drive_mirror(
 
 
 def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
-    """The job, created and not yet begun. Raises CommandError; then there is none. On the event
+    """Create a job, without starting it. Raises CommandError; then no job exists. On the event
     loop's thread."""
     disk = server.nodes.find_disk(mirror.device)
     node = server.nodes.find_target(disk, mirror.target)
-    # From here on in QEMU's order: of two errors the same is reported.
+    # From here on in QEMU's order, so that of two errors the same one is reported.
     _check_size("granularity", mirror.granularity)
     _check_size("x-nbdmirror-target-cluster-size", mirror.x_nbdmirror_target_cluster_size)
     if mirror.replaces is not None:
@@ -204,7 +204,7 @@ def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
 
 
 def _check_size(parameter: str, size: int) -> None:
-    """0 is as good as none."""
+    """Raise CommandError for a bad size; 0 means not given."""
     try:
         if size:
             check_granularity(size, parameter)
@@ -238,7 +238,7 @@ def _sync_bitmap(server: Server, disk: Disk, mirror: MirrorArguments) -> NamedBi
 
 
 def _options(mirror: MirrorArguments, job_id: str, *, reconnect_delay_s: float) -> MirrorOptions:
-    """The job's options; raises CommandError with QEMU's text."""
+    """The job's options. Raises CommandError, with QEMU's text."""
     if not is_wellformed_id(job_id):
         raise CommandError(f"Invalid job ID '{job_id}'")
     if len(job_id) > JOB_ID_LENGTH_MAX:

@@ -20,11 +20,11 @@ from nbdmirror.server.server import Server
 COMMANDS = CommandTable()
 
 OPEN_TIMEOUT_S_MAX = 3600
-"""A command that waits for a handshake keeps its client's place among server.CLIENTS_MAX, even if
-the client has gone. So no more handshakes are under way than clients are allowed."""
+"""A command that waits for a handshake counts as a client (server.CLIENTS_MAX), even if its client
+has disconnected. So there are never more handshakes than clients are allowed."""
 
 _INHERITED = ("read_only", "auto_read_only", "discard", "detect_zeroes", "cache")
-"""Options that a node passes on to one that is made with it."""
+"""Options that a node passes on to the node that is created with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class NodeArguments:
     force_share: bool = False
     detect_zeroes: str = "off"
     file: str | Arguments | None = None
-    """Of `raw`. What follows is of `nbd`."""
+    """Of `raw`. The following are of `nbd`."""
     server: Arguments | None = None
     export: str = ""
     tls_creds: str | None = None
@@ -97,7 +97,7 @@ async def blockdev_add(server: Server, /, **arguments: Any) -> Reply:
 
 
 async def _connect(name: str, new: NodeArguments) -> Node:
-    """A node of the driver `nbd`."""
+    """Connect, and return a new node of the driver `nbd`. Raises CommandError."""
     options = new.options()
     timeout_s = new.open_timeout or CONNECT_TIMEOUT_S
     if timeout_s > OPEN_TIMEOUT_S_MAX:
@@ -110,7 +110,7 @@ async def _connect(name: str, new: NodeArguments) -> Node:
 
 
 def _add_raw(server: Server, file: str, name: str, options: NodeOptions, is_active: bool) -> None:
-    """A second name for a node that exists."""
+    """Add a second name for an existing node."""
     below = server.nodes.find_file(file)
     server.nodes.add(Node(name, below.device, options, file=below, is_active=is_active))
 

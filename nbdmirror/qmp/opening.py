@@ -1,4 +1,4 @@
-"""Connects to NBD servers for commands, in threads."""
+"""Connects to NBD servers for commands, on helper threads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nbdmirror.nbdclient.device import NbdDevice
 
 
 async def open_device(uri: Callable[[], str], timeout_s: float) -> NbdDevice:
-    """Connect in a new thread: a server that does not answer delays nobody else, and neither does a
-    file system with keys, which `uri` may read. asyncio's pool has six threads, and the process
-    waits for them at its end, so it is not used. Raises CommandError."""
+    """Connect on a new thread, within `timeout_s`: so a server that does not answer delays no other
+    client, and neither does a file system with keys, which `uri` may read. asyncio's pool has six
+    threads, and the process waits for them at its end, so it is not used. Raises CommandError."""
     loop = asyncio.get_running_loop()
     opened: asyncio.Future[NbdDevice] = loop.create_future()
 

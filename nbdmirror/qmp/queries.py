@@ -1,4 +1,4 @@
-"""QMP's queries of QEMU: the server's state in QEMU's shapes. On the event loop's thread."""
+"""QEMU's queries: the server's state in QEMU's types. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nbdmirror.server.server import Server
 COMMANDS = CommandTable()
 
 _FLAT = struct("Flat", flat=optional(BOOL))
-"""It leaves backing nodes out; there are none here."""
+"""In QEMU this leaves backing nodes out; nbdmirror has none."""
 
 
 def block_job_info(job: MirrorJob) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def block_job_info(job: MirrorJob) -> dict[str, Any]:
         "len": job.length,
         "offset": job.offset,
         "busy": job.is_busy,
-        # In QEMU a job that has done its work holds its guest, and that counts.
+        # In QEMU a job that has done its work holds its guest, and counts as busy.
         "paused": job.pause_wanted or job.has_done_its_work,
         "speed": job.options.speed_bytes_per_s,
         "io-status": job.io_status,
@@ -74,8 +74,8 @@ def query_jobs(server: Server) -> list[dict[str, Any]]:
 
 @COMMANDS.command("query-named-block-nodes", _FLAT, returns=Array(NODE_INFO))
 def query_named_block_nodes(server: Server, flat: bool = False) -> list[dict[str, Any]]:
-    """Newest first. A disk is a node of its name, and what it was served
-    from stays one after a pivot."""
+    """Newest first. A disk is a node with its name, and its old source remains a node after a
+    pivot."""
     nodes = [
         _disk_info(server, node.disk) if node.disk else _node_info(server, node)
         for node in reversed(list(server.nodes))
@@ -90,7 +90,7 @@ def query_named_block_nodes(server: Server, flat: bool = False) -> list[dict[str
 
 @COMMANDS.command("query-block", _FLAT, returns=Array(BLOCK_INFO))
 def query_block(server: Server, flat: bool = False) -> list[dict[str, Any]]:
-    """One entry a disk."""
+    """One entry for each disk."""
     blocks = []
     for disk in server.disks.values():
         job = server.mirrors.of(disk)
@@ -109,7 +109,7 @@ def query_block(server: Server, flat: bool = False) -> list[dict[str, Any]]:
 
 @COMMANDS.command("query-block-exports", returns=Array(EXPORT_INFO))
 def query_block_exports(server: Server) -> list[dict[str, Any]]:
-    """Newest first, as QEMU's nodes and jobs."""
+    """Newest first, as nodes and jobs."""
     return [
         {
             "id": disk.name,
@@ -122,7 +122,7 @@ def query_block_exports(server: Server) -> list[dict[str, Any]]:
 
 
 def _node_info(server: Server, node: Node) -> dict[str, Any]:
-    """Of a node that no disk is served from."""
+    """The information on a node that no disk is served from."""
     info = _target_info(node)
     if node.job is not None and (bitmaps := named_bitmaps(server, Place(node.job.disk, node.name))):
         info["dirty-bitmaps"] = bitmaps
@@ -142,13 +142,13 @@ def _target_info(node: Node) -> dict[str, Any]:
 
 
 def _disk_info(server: Server, disk: Disk) -> dict[str, Any]:
-    """Of the node that `disk` is served from."""
+    """The information on the node that `disk` is served from."""
     if (root := server.nodes.root_of(disk)) is not None:
         info = _target_info(root)
     else:
         info = _device_info(disk.name, disk.source)
     info["ro"] = disk.read_only
-    info["image"]["virtual-size"] = disk.size  # the device may be larger, where that was allowed
+    info["image"]["virtual-size"] = disk.size  # the device may be larger, if that was allowed
     bitmaps = named_bitmaps(server, Place(disk))
     if (job := server.mirrors.of(disk)) is not None:
         bitmaps.insert(0, _bitmap_info(job.tracker.dirty, recording=True, busy=False))
@@ -179,7 +179,7 @@ def _bitmap_info(
 
 
 def _device_info(name: str, device: BlockDevice) -> dict[str, Any]:
-    """QEMU's BlockDeviceInfo, as far as it means anything here."""
+    """QEMU's BlockDeviceInfo, as far as it applies here."""
     is_remote = isinstance(raw_device(device), NbdDevice)
     driver, filename = "nbd" if is_remote else "raw", device.description
     limits = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
@@ -206,8 +206,8 @@ def _device_info(name: str, device: BlockDevice) -> dict[str, Any]:
 
 
 def _io_limits(device: BlockDevice) -> dict[str, int]:
-    """QEMU's BlockLimitsInfo: an NBD export's block sizes. That memory is aligned to a page is best
-    is all that is known of the rest, which is about QEMU's buffers."""
+    """QEMU's BlockLimitsInfo: an NBD export's block sizes. The other members are about QEMU's
+    buffers; page-aligned memory is best."""
     size = device.block_size
     limits = {"request-alignment": size.minimum}
     if isinstance(raw_device(device), NbdDevice):

@@ -1,8 +1,8 @@
-"""What queries return and what events carry, as data: for query-qmp-schema, and for the tests,
-which hold real answers against it.
+"""The types of queries' results and of events, as data: for query-qmp-schema, and for tests, which
+compare real answers with them.
 
-Names and types are QEMU's (qapi/block-core.json, job.json, control.json); what QEMU has no name for
-begins with `x-nbdmirror-` or `X_NBDMIRROR_`.
+Names and types are QEMU's (qapi/block-core.json, job.json, control.json). Names that QEMU does not
+have begin with `x-nbdmirror-` or `X_NBDMIRROR_`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ NODE_INFO = Struct(
             cache=struct("BlockdevCacheInfo", writeback=BOOL, direct=BOOL, no_flush=BOOL),
             dirty_bitmaps=optional(Array(_DIRTY_INFO)),
         ),
-        # QEMU's names with `_`, from before it had settled on `-`.
+        # QEMU's names with `_`, from before QEMU used `-`.
         "detect_zeroes": Member(DETECT_ZEROES),
         "backing_file_depth": Member(INT),
         "write_threshold": Member(INT),

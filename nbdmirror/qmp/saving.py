@@ -1,4 +1,4 @@
-"""A command that changes what outlives the process is answered when that is on disk.
+"""A command that changes saved state is answered when the change is on disk.
 
 On the QMP server's thread.
 """
@@ -17,7 +17,8 @@ from nbdmirror.server.server import Server
 from nbdmirror.state.null_store import StateStore
 
 SAVED_S_MAX = 5.0
-"""A client that is to cancel the job whose target hangs, with a guest's write, must be answered."""
+"""Bound of the wait. If a target hangs with a guest's write, a client must get its answer, to be
+able to cancel the job."""
 
 
 async def mirrors_saved(server: Server) -> None:
@@ -28,8 +29,8 @@ async def mirrors_saved(server: Server) -> None:
 
 
 async def bitmaps_saved(server: Server) -> None:
-    """Wait until the persistent bitmaps are on disk. Raises CommandError if they cannot be saved:
-    that they are is promised."""
+    """Wait until the persistent bitmaps are on disk. Raises CommandError if they cannot be saved,
+    since they are promised to be on disk."""
     try:
         await all_saved(server)
     except OSError as error:
@@ -52,8 +53,10 @@ async def _saved(server: Server, save: Callable[[StateStore], Future[None]]) -> 
 
 
 async def _ended(save: asyncio.Future[None], deadline_s: float) -> None:
-    """Raises OSError if the save failed, or has not ended by then."""
-    save.add_done_callback(lambda future: future.cancelled() or future.exception())  # is looked at
+    """Wait for the save. Raises OSError if it failed, or has not ended by `deadline_s`."""
+    save.add_done_callback(
+        lambda future: future.cancelled() or future.exception()
+    )  # retrieves the exception
     await asyncio.wait([save], timeout=max(0.0, deadline_s - time.monotonic()))
     if not save.done():
         raise TimeoutError("guests' writes in flight do not end")

@@ -1,7 +1,7 @@
-"""Arguments of QMP commands: named, typed, and checked with the texts that QEMU's own checks give.
+"""Arguments of QMP commands: named, typed, and checked with the texts of QEMU's checks.
 
-A small part of QAPI: what the commands here need. A checked value is a plain dict; an optional
-member that was not given is absent.
+The part of QAPI that the commands here need. A checked value is a plain dict; an optional member
+that was not given is absent.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from nbdmirror.errors import CommandError
 class Type(Protocol):
     @property
     def name(self) -> str:
-        """As the documentation has it."""
+        """The type's name in the documentation."""
 
     def check(self, value: object, where: str) -> None:
-        """Raise CommandError unless `value`, the member `where`, is one of this type."""
+        """Raise CommandError unless `value`, the member `where`, has this type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Unsigned:
-    """An integer of `bits` bits that is not negative. QEMU names uint64 when it is no number."""
+    """An integer of `bits` bits that is not negative. QEMU's error for other values names
+    uint64."""
 
     bits: int
 
@@ -86,7 +87,7 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class StringOr:
-    """QAPI's alternate of a string and something else; `called` is what errors call it."""
+    """QAPI's alternate of a string and another type; `called` is its name in errors."""
 
     other: Type
     called: str
@@ -153,7 +154,7 @@ ANY = Plain("any", object, "value")
 
 
 def struct(name: str, /, **members: Type | Member) -> Struct:
-    """A Struct; members are written with `_` for `-`, and wrapped in `optional` where they are."""
+    """A Struct. Members are written with `_` for `-`; optional ones are wrapped in `optional`."""
     return Struct(name, named(**members))
 
 

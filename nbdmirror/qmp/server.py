@@ -1,19 +1,17 @@
-"""QMP as QEMU speaks it: the socket, the JSON stream, the conversation. No command lives here.
+"""QMP as in QEMU: the socket, the JSON stream, the conversation. Commands are in other modules.
 
-`QmpServer.start` makes one daemon
-thread with an asyncio loop that owns every connection; `dispatch` is called in it and must not
-block. `start` and `stop` may be called from any thread.
+`QmpServer.start` starts one daemon thread with an asyncio loop that owns every connection;
+`dispatch` is called on it and must not block. `start` and `stop` are for any thread.
 
-Promises:
-- Input is a stream of JSON values; no newline is needed. Each byte is looked at a bounded number of
-  times, however it was cut into packets, and what is kept of an unfinished value is bounded.
-- The commands of one client run one at a time, in order. A command's events precede its return,
-  and what happens after it was carried out follows it, as in QEMU (`Reply.next_event`).
-- A client that does not read, sends garbage or leaves harms no other and not the server.
+Promises: - Input is a stream of JSON values; no newline is needed. Each byte is scanned a bounded
+number of times, however the input is cut into packets, and the memory for an unfinished value is
+bounded. - The commands of one client run one at a time, in order. A command's events precede its
+return, and later events follow it, as in QEMU (`Reply.next_event`). - A client that does not read,
+sends garbage or disconnects harms no other client and not the server.
 
-Texts are compared with qemu-storage-daemon. Where we differ: what is not JSON is one error, in our
-words; limits are smaller and passing one ends the connection (QEMU continues with the middle of the
-value), and so does a long row of errors.
+Texts are compared with qemu-storage-daemon. Differences: input that is not JSON is one error, with
+nbdmirror's text. Limits are smaller, and a client beyond a limit is disconnected (QEMU continues in
+the middle of the value); so is a client with many errors in a row.
 """
 
 from __future__ import annotations
@@ -37,19 +35,21 @@ from nbdmirror.unix_sockets import remove_socket
 Dispatch = Callable[[str, dict[str, Any]], Awaitable[Reply]]
 
 _KEEP_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-"""From Python 3.13 on asyncio would remove the socket's file at the end: what is at the path when
-it begins to listen, which may be another server's by then. `remove_socket` knows the right one."""
+"""Since Python 3.13 asyncio would remove the socket's file at the end: the file that was at the
+path when asyncio began to listen, which may belong to another server by then. `remove_socket`
+removes the right one."""
 ERRORS_IN_A_ROW_MAX = 1024
-"""Inputs that are no JSON object without one that is between them, then the connection is closed:
-each costs us a reply, and whoever sends this is no QMP client."""
+"""After so many inputs in a row that are not JSON objects the connection is closed: each costs a
+reply, and the sender is not a QMP client."""
 OUTPUT_BYTES_MAX = 4 << 20
-"""What waits for a client beyond the kernel's buffer: some 20,000 events. QEMU's own client cannot
-read a line above 10 MB, so no reply comes near."""
+"""Most output that waits for a client beyond the kernel's buffer: some 20,000 events. QEMU's client
+cannot read a line above 10 MB, and no reply is nearly so long."""
 CLIENTS_MAX = 32
-"""An operator, a few tools, a monitor. With the bounds above: 350 MiB if all 32 are hostile."""
+"""Enough for an operator, a few tools and a monitor. With the bounds above 32 hostile clients take
+350 MiB."""
 STOP_S_MAX = 5.0
 COMMAND_GRACE_S = 2.0
-"""How long `stop` lets commands under way end, `quit` before all, so that they are answered."""
+"""How long `stop` waits for commands in progress, especially `quit`, so that they are answered."""
 FLUSH_S_MAX = 0.5
 READ_BYTES = 1 << 16
 
@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Client:
-    """One connection. Touched only in the loop's thread."""
+    """One connection. Used only on the loop's thread."""
 
     def __init__(self, name: str, writer: asyncio.StreamWriter, events: EventRing) -> None:
         self.name = name
@@ -81,15 +81,15 @@ class _Client:
         self._send_line(_encode(message))
 
     def reply(self, line: bytes, next_event: int) -> None:
-        """Events before `next_event` first, then the reply, then later ones."""
+        """Send events before `next_event`, then the reply, then later events."""
         self._send_events(next_event)
         self._send_line(line)
         self.busy = False
         self.send_events()
 
     def send_events(self) -> None:
-        """Send what there is; while a command is under way events wait for its reply, since only
-        the reply tells which of them come first."""
+        """Send new events. While a command is in progress events wait for its reply, since only the
+        reply says which of them come first."""
         if not self.busy:
             self._send_events(self._events.next_number)
 
@@ -128,7 +128,7 @@ class _Client:
             await self._writer.drain()
 
     async def close(self) -> None:
-        """Close when what was written has gone out, or after a bound."""
+        """Close after all output was sent, or after a bound."""
         self.send_events()
         self._writer.close()
         with contextlib.suppress(OSError):
@@ -149,8 +149,8 @@ def _encode_error(error: Error, request: Any) -> bytes:
 
 
 def _file_at(path: str) -> os.stat_result | None:
-    """None if this process, which may have become another user since it bound the socket, cannot
-    look there; then it cannot remove it either."""
+    """The status of the socket's file. None if this process, whose user may have changed since it
+    bound the socket, cannot see the file; then it cannot remove the file either."""
     try:
         return os.lstat(path)
     except PermissionError:
@@ -158,7 +158,7 @@ def _file_at(path: str) -> os.stat_result | None:
 
 
 class QmpServer:
-    """Serves `listener` to any number of clients up to CLIENTS_MAX; owns it from here on."""
+    """Serves `listener` to up to CLIENTS_MAX clients, and owns it from here on."""
 
     def __init__(
         self,
@@ -183,15 +183,16 @@ class QmpServer:
         self._wake_posted = False
 
     def start(self) -> None:
-        """Start the thread. To be called after nbdkit has forked."""
-        self._loop = asyncio.new_event_loop()  # not before: its descriptors must not be forked
+        """Start the thread, after nbdkit has forked."""
+        self._loop = asyncio.new_event_loop()  # not earlier: its descriptors must not be forked
         self._thread = threading.Thread(
             target=self._run, args=(self._loop,), name="qmp", daemon=True
         )
         self._thread.start()
 
     def stop(self) -> None:
-        """End it within STOP_S_MAX; commands under way get COMMAND_GRACE_S. Idempotent."""
+        """End the server within STOP_S_MAX; commands in progress get COMMAND_GRACE_S.
+        Idempotent."""
         thread, self._thread = self._thread, None
         if thread:
             self._post(self._stopping.set)
@@ -206,14 +207,14 @@ class QmpServer:
 
     def _post(self, callback: Callable[[], object]) -> None:
         if self._loop:
-            with contextlib.suppress(RuntimeError):  # the loop is closed already
+            with contextlib.suppress(RuntimeError):  # the loop is already closed
                 self._loop.call_soon_threadsafe(callback)
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         try:
             loop.run_until_complete(self._main())
-        except Exception:  # noqa: BLE001 - the thread's end; nobody above could report it
+        except Exception:  # noqa: BLE001 - the thread ends here; no caller could report it
             _log.exception("qmp: the server failed")
         finally:
             loop.close()
@@ -241,13 +242,13 @@ class QmpServer:
                 task.cancel()
 
     def _wake(self) -> None:
-        """Called by whoever appended an event, in any thread; one call covers many events."""
+        """Called after an event was appended, on any thread; one call covers many events."""
         if not self._wake_posted:
             self._wake_posted = True
             self._post(self._send_events)
 
     def _send_events(self) -> None:
-        self._wake_posted = False  # before the pull: what comes after it posts again
+        self._wake_posted = False  # before the pull: later events post again
         for client in list(self._clients.values()):
             client.send_events()
 
@@ -283,7 +284,7 @@ class QmpServer:
                 client.busy = True
                 client.reply(*await self._answer(client, request))
                 await client.drain()
-                await asyncio.sleep(0)  # a packet may hold thousands of commands: others' turn
+                await asyncio.sleep(0)  # a packet may have thousands of commands: let others run
                 errors = 0 if isinstance(request, dict) else errors + 1
                 if self._stopping.is_set() or client.gone:
                     return
@@ -293,7 +294,7 @@ class QmpServer:
                     return
 
     async def _answer(self, client: _Client, request: Any) -> tuple[bytes, int]:
-        """The reply's line, and the number of the first event that comes after it."""
+        """The reply's line, and the number of the first event after it."""
         try:
             name, arguments = _check_request(request)
             if name == "qmp_capabilities" or not client.negotiated:

@@ -1,7 +1,7 @@
-"""What x-nbdmirror-query-status returns, which is what `nbdmirror status --json` prints: all that
-an operator needs to know, of disks and of jobs.
+"""The result of x-nbdmirror-query-status, which `nbdmirror status --json` prints: everything that
+an operator needs to know about disks and jobs.
 
-Keys end in their unit where that is not plain. On the event loop's thread.
+Sizes are in bytes; other units are at the end of a key. On the event loop's thread.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
 
 
 def _is_connected(device: BlockDevice) -> bool:
-    """A file is always."""
+    """A file is always connected."""
     raw = raw_device(device)
     return not (isinstance(raw, NbdDevice) and raw.is_lost)
 

@@ -17,7 +17,8 @@ from nbdmirror.server.bitmaps import Change
 from nbdmirror.server.server import Server
 
 ACTIONS_MAX = 1024
-"""Of one transaction: some for each of many disks. All are done in one step of the event loop."""
+"""Most actions of one transaction: several for each of many disks. All run in one step of the event
+loop."""
 
 
 _OWN_ACTIONS = CommandTable()
@@ -62,7 +63,7 @@ class _Step(NamedTuple):
     name: str
     action: Action
     arguments: dict[str, Any]
-    """By name."""
+    """By Python name."""
 
 
 @COMMANDS.command("transaction", _TRANSACTION)
@@ -83,8 +84,8 @@ async def transaction(
 
 
 def _transact(server: Server, steps: list[_Step], *, is_grouped: bool) -> None:
-    """In one step of the event loop, in order. If one action cannot be done, those before it are
-    taken back and its error is raised."""
+    """Carry out all actions in order, in one step of the event loop. If one action fails, the
+    earlier ones are undone and its error is raised."""
     more = {"group": Group()} if is_grouped else {}
     for step in steps:
         if is_grouped and not step.action.starts_job:  # only jobs can end together
