@@ -7,13 +7,13 @@
     mirror-to=URI      start mirroring the first disk at once
     connections=N      most connections to an NBD server (default: 9)
     state-dir=DIR      keep mirrors and persistent bitmaps there across restarts
-    pidfile=PATH       what nbdkit's -P names: locked, and removed at the end
-    open-timeout=SECONDS   try so long to connect to disks' NBD servers (default: once)
-    keepalive=SECONDS  disconnect TCP guests that are silent for so long (default: 300)
+    pidfile=PATH       the file of nbdkit's -P: locked, and removed at the end
+    open-timeout=SECONDS   repeat attempts to connect to disks' NBD servers (default: one attempt)
+    keepalive=SECONDS  disconnect TCP guests after this silence (default: 300)
     accept-old-side=ID   serve the old side of a pivot; the refusal shows the ID
 
-Callbacks only; what they do is in the package. The table of callbacks is nbdkit's, so their order
-is its life cycle.
+This file has only callbacks; the package does the work. The callbacks are in the order of nbdkit's
+life cycle.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from types import TracebackType
 from typing import NoReturn, TypeVar
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until nbdkit has its handler Ctrl-C ends the process, as it ends nbdkit with another plugin,
-    # and does not raise an exception wherever Python happens to be.
+    # Until nbdkit has its handler, Ctrl-C ends the process, as with other plugins of nbdkit, and
+    # does not raise an exception somewhere in Python.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -45,12 +45,12 @@ try:
     from nbdmirror.nbdkit_host.process import PluginProcess
     from nbdmirror.nbdkit_host.thread_states import ThreadStates, local, start_deleting
     from nbdmirror.server.exports import OldSideExport
-except SystemExit as refusal:  # one line, and not a traceback
+except SystemExit as refusal:  # one line, not a traceback
     sys.stderr.write(f"{refusal}\n")
     os._exit(1)
 except ImportError as error:
-    # What is compiled is for one version of Python: nbdkit's may be another one than that which
-    # nbdmirror is installed for.
+    # Compiled modules are for one version of Python; nbdkit's may be another version than that of
+    # nbdmirror's installation.
     sys.stderr.write(
         f"nbdmirror: nbdkit's Python {sys.version.split()[0]} cannot load what nbdmirror needs "
         f"({error}): install nbdmirror for this Python, and set PYTHONPATH or PATH accordingly\n"
@@ -78,8 +78,8 @@ format_exception = traceback.format_exception
 def format_briefly(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> list[str]:
-    """nbdkit logs a callback's exception with this. What a disk or a guest did is no bug of ours:
-    one line, without a traceback; and of a lasting cause not each time."""
+    """nbdkit logs a callback's exception with this. An error of a disk or a guest is not a bug: one
+    line without a traceback, and not each time if the cause lasts."""
     is_ours = not isinstance(error, IO_ERRORS)
     text = "".join(format_exception(kind, error, trace)) if is_ours else str(error)
     return [text if process.log is None else process.log.text_of(error, text)]
@@ -89,8 +89,7 @@ traceback.format_exception = format_briefly  # type: ignore[assignment]
 
 
 def refuse(error: BaseException, *, say: Callable[[str], None] = print_startup_error) -> NoReturn:
-    """The server does not start: one line where the user looks, and exit status 1, as nbdkit has
-    it."""
+    """The server does not start: one line on stderr, and exit status 1, as nbdkit does."""
     say(str(error))
     startup.tell(str(error))
     process.abandon()
@@ -98,7 +97,7 @@ def refuse(error: BaseException, *, say: Callable[[str], None] = print_startup_e
 
 
 def passing_errno(call: Callable[..., Result]) -> Callable[..., Result]:
-    """The guest gets the errno as the disk gave it; and the thread's state is kept."""
+    """Pass the disk's errno to the guest, and keep the thread's state."""
 
     def guarded(h: Handle, *arguments: int) -> Result:
         try:
@@ -141,9 +140,9 @@ def get_ready() -> None:
 
 def after_fork() -> None:
     try:
-        process.start(nbdkit.shutdown)  # first: it blocks the signals that threads would take
+        process.start(nbdkit.shutdown)  # first: this blocks the signals that threads would get
         start_deleting()
-    except (Error, OSError, RuntimeError) as error:  # the last one: no thread can be had
+    except (Error, OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
         refuse(error, say=logging.getLogger("nbdmirror").error)
 
 

@@ -1,10 +1,9 @@
 """Hanging up on guests when the server ends.
 
 nbdkit 1.32 waits at its end for every connection's threads, and those wait in read(2) for the
-guest's next request: a guest that stays connected and says nothing keeps the process for ever. So
-the guests' sockets are shut for reading: requests under way are still answered. A guest that takes
-none of its answers keeps threads in send(2) as well, and is not waited for.
-"""
+guest's next request: an idle guest that stays connected blocks the end for ever. So the guests'
+sockets are shut for reading; requests in progress are still answered. A guest that reads none of
+its answers blocks threads in send(2) as well; the server does not wait for it."""
 
 from __future__ import annotations
 
@@ -19,38 +18,37 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 HANG_UP_PAUSE_S = 0.05
-"""Between looks for guests that have just connected; until the process has ended."""
+"""Pause between checks for new connections, until the process has ended."""
 
 TAKES_NOTHING_S = 5.0
-"""How long answers may wait for a guest that takes none of them."""
+"""How long answers may wait for a guest that reads none of them."""
 
 
 class Guests:
-    """The connections that listening sockets of this process have accepted; but for those of
-    `except_listener`, a listening socket. From any thread, one at a time."""
+    """The connections that this process's listening sockets have accepted, except those of
+    `except_listener`. For any thread, one at a time."""
 
     def __init__(self, *, except_listener: socket.socket | None) -> None:
         self._excepted = None if except_listener is None else _address(except_listener)
 
     def hang_up(self, leave: Callable[[], None]) -> None:
-        """Again and again, on those that have connected meanwhile. `leave` is called when those
-        that are left take nothing. Does not return: the process ends.
+        """Hang up on all guests, repeatedly, since more may connect. `leave` is called when the
+        remaining guests read no answers. Does not return: the process ends.
 
-        Shutting such a connection for writing too would end the wait, but also, before nbdkit 1.34,
-        the process with a failed assertion.
-        """
+        To shut such a connection for writing too would end the wait, but before nbdkit 1.34 also
+        the process, with a failed assertion."""
         pause, waiting = threading.Event(), _Waiting()
         while not pause.wait(HANG_UP_PAUSE_S):
             times_s = []
             for sock in self.connections():
-                with sock, suppress(OSError):  # it has ended meanwhile
+                with sock, suppress(OSError):  # ended meanwhile
                     times_s.append(waiting.time_s(sock))
                     sock.shutdown(socket.SHUT_RD)
             if times_s and min(times_s) > TAKES_NOTHING_S:
                 leave()
 
     def connections(self) -> Iterator[socket.socket]:
-        """Duplicates, to be closed."""
+        """Duplicates of the connections; the caller closes them."""
         addresses, connections = set(), []
         for sock in own_sockets():
             if _is_listening(sock):
@@ -65,7 +63,7 @@ class Guests:
                 sock.close()
 
     def listeners(self) -> Iterator[socket.socket]:
-        """What guests connect to. Duplicates, to be closed."""
+        """Duplicates of the listening sockets of guests; the caller closes them."""
         for sock in own_sockets():
             if _is_listening(sock) and _address(sock) != self._excepted:
                 yield sock
@@ -74,13 +72,13 @@ class Guests:
 
 
 class _Waiting:
-    """For how long what waits to be sent has been the same, for each connection."""
+    """How long the unsent data of each connection has not changed."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, float]] = {}
 
     def time_s(self, sock: socket.socket) -> float:
-        """0 if nothing waits."""
+        """Seconds for this connection; 0 if nothing is unsent."""
         (unsent,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
         key, now_s = os.fstat(sock.fileno()).st_ino, time.monotonic()
         before, since_s = self._seen.get(key, (0, now_s))
@@ -98,7 +96,7 @@ def unix_listeners() -> dict[str, os.stat_result]:
     """The files of this process's listening Unix sockets, by their paths."""
     found = {}
     for sock in own_sockets():
-        with sock, suppress(OSError):  # it has no file, or not any more
+        with sock, suppress(OSError):  # no file, or not any more
             if _is_listening(sock) and sock.family == socket.AF_UNIX:
                 path = os.fsdecode(sock.getsockname())
                 found[path] = os.lstat(path)
@@ -106,14 +104,14 @@ def unix_listeners() -> dict[str, os.stat_result]:
 
 
 def _address(sock: socket.socket) -> object:
-    """What a listening socket and those that it accepted have in common: a path, or a port."""
+    """The path or port that a listening socket and its accepted sockets share."""
     name = sock.getsockname()
     return name if sock.family == socket.AF_UNIX else name[1]
 
 
 def own_sockets() -> Iterator[socket.socket]:
-    """Duplicates of this process's sockets, to be closed. No descriptor is asked what it is, as
-    fstat(2) does: a disk's file system may hang."""
+    """Duplicates of this process's sockets; the caller closes them. Does not use fstat(2) on the
+    descriptors, since a disk's file system may hang."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # closed meanwhile
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

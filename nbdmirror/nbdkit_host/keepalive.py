@@ -1,10 +1,10 @@
-"""Guests on TCP that vanish: whose host lost its power, or whose network was cut, without a word.
+"""Guests on TCP that vanish: their host lost its power, or their network was cut, without a
+message.
 
-By itself TCP waits for such a guest for a quarter of an hour if something is under way to it, and
-for ever if nothing is; each holds a descriptor and nbdkit's threads. Who is silent is asked for a
-sign of life by the kernel (SO_KEEPALIVE); what was sent and is not acknowledged is looked at here.
-TCP_USER_TIMEOUT would do that too, but ends guests as well that are alive and take nothing for a
-while, a stopped virtual machine's for instance.
+TCP waits for such a guest for a quarter of an hour if data is on its way, and for ever otherwise;
+each guest holds a descriptor and nbdkit's threads. The kernel probes a silent guest (SO_KEEPALIVE);
+this module watches unacknowledged data. TCP_USER_TIMEOUT would do that too, but would also end
+guests that are alive and read nothing for a while, for example of a stopped virtual machine.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from nbdmirror.nbdclient.tcp_watch import tcp_info
 from nbdmirror.nbdkit_host.hangup import Guests
 
 KEEPALIVE_S = 300
-"""A guest without a sign of life is given up after this, unless told otherwise: later than a switch
-needs to start again."""
+"""Default time after which a guest without a sign of life is disconnected: longer than a network
+switch needs to restart."""
 
 PROBES = 5
 
 UNANSWERED = 2
-"""Retransmissions, or looks whether there is room again, without any answer: one may be on its way
-at any moment."""
+"""Unanswered retransmissions, or window probes: the answer to the last one may be on its way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """In seconds, as tcp(7) has them."""
+    """The times of tcp(7), in seconds."""
 
     idle_s: int
     interval_s: int
@@ -39,15 +38,16 @@ class Timing:
 
     @classmethod
     def within(cls, limit_s: int) -> Self:
-        """A guest is given up `limit_s` after its last sign of life (or a second later)."""
+        """Times with which a guest is disconnected `limit_s` seconds after its last sign of life,
+        or a second later."""
         interval_s = max(1, limit_s // (2 * PROBES))
         probes = max(1, min(PROBES, limit_s // interval_s - 1))
         return cls(max(1, limit_s - probes * interval_s), interval_s, probes)
 
 
 class Watch:
-    """Over `guests`: they are asked, and given up `limit_s` after their last sign of life. Unless
-    `is_exact` the host's own times (net.ipv4.tcp_keepalive_*) count where they are shorter."""
+    """Probes `guests`, and disconnects them `limit_s` seconds after their last sign of life. Unless
+    `is_exact`, the host's times (net.ipv4.tcp_keepalive_*) count if they are shorter."""
 
     def __init__(self, guests: Guests, limit_s: int, *, is_exact: bool) -> None:
         self._guests = guests
@@ -57,8 +57,8 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="nbdmirror-guests", daemon=True)
 
     def start(self) -> None:
-        """What listens hands this down to what it accepts. Then look at connections now and then,
-        until the process ends."""
+        """Set the options on listening sockets, whose accepted sockets inherit them. Then check the
+        connections regularly, until the process ends."""
         for listener in self._guests.listeners():
             with listener:
                 self._ask(listener)
@@ -68,14 +68,14 @@ class Watch:
         pause = threading.Event()
         while not pause.wait(self._timing.interval_s):
             for guest in self._guests.connections():
-                with guest, suppress(OSError):  # it has gone by itself
+                with guest, suppress(OSError):  # already gone
                     self._look_at(guest)
 
     def _look_at(self, guest: socket.socket) -> None:
         if guest.family not in (socket.AF_INET, socket.AF_INET6):
             return
         if not guest.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
-            self._ask(guest)  # it was accepted before what listens had been told
+            self._ask(guest)  # accepted before the listening socket had the options
         info = tcp_info(guest)
         silent_ms = min(info.last_data_ms, info.last_acknowledgement_ms)
         is_silent = silent_ms >= self._limit_s * 1000

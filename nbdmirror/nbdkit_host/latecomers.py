@@ -1,6 +1,7 @@
-"""Disks on NBD servers that start later than we do: after a power cut a site comes up in any order.
+"""Disks on NBD servers that start later than this server: after a power cut a site starts in any
+order.
 
-Before nbdkit forks, and before anybody is served.
+Before nbdkit forks, and before any guest is served.
 """
 
 from __future__ import annotations
@@ -17,24 +18,23 @@ from nbdmirror.nbdkit_host import systemd
 RETRY_S = 1.0
 
 SUPERVISOR_S = 60
-"""What systemd is asked for with each attempt, beyond what it allows for a start and what an
-attempt takes."""
+"""Time that each attempt asks systemd for, beyond its start timeout and the time of the attempt."""
 
 HANDSHAKE_S_MAX = 60
-"""Of one attempt, now and whenever the disk is connected to again: less than systemd allows for a
-start, so that a server that accepts and says nothing is tried more than once."""
+"""Longest time of one attempt, now and at each reconnect: less than systemd's start timeout, so
+that a server that accepts and does not answer is tried more than once."""
 
 
 class Opening:
-    """Of all disks of a server, within one limit."""
+    """Opens all disks of a server, within one time limit."""
 
     def __init__(self, timeout_s: int) -> None:
-        """QEMU's `open-timeout`: attempts are repeated until so many seconds have gone. 0: one."""
+        """QEMU's `open-timeout`: attempts are repeated for `timeout_s` seconds; 0: one attempt."""
         self._handshake_s = max(CONNECT_TIMEOUT_S, min(timeout_s, HANDSHAKE_S_MAX))
         self._deadline_s = time.monotonic() + timeout_s
 
     def open(self, uri: str) -> NbdDevice:
-        """Raises ConfigError."""
+        """Connect to a disk's server. Raises ConfigError."""
         is_told = False
         while True:
             try:

@@ -1,7 +1,7 @@
-"""PluginProcess: one nbdmirror process as nbdkit leads it: configure, check, open, start, stop.
+"""PluginProcess: one nbdmirror process, in nbdkit's order: configure, check, open, start, stop.
 
-Everything that can be refused is refused before nbdkit goes into the background: disks are opened
-and the control socket is bound in `open`. Threads only start in `start`, after the fork.
+All errors are reported before nbdkit goes into the background: `open` opens disks and binds the
+control socket. Threads start only in `start`, after the fork.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ GIVE_UP_S = 5.0
 """How long, at the end, guests' requests may wait for a disk's NBD server that does not answer."""
 
 LEAVE_S = 8.0
-"""How long nbdkit may wait, at the end, for guests' requests on a file that does not answer; then
-the process ends without them."""
+"""How long nbdkit may wait, at the end, for guests' requests on a file that does not answer; after
+that the process ends without them."""
 
 FILES_MAX = 65536
-"""Descriptors that we ask for. The usual soft limit of 1,024 is for programs that use select(2),
-and nbdkit does not answer anybody any more when it has run out of them."""
+"""Limit of descriptors to set. The usual soft limit of 1,024 is for programs that use select(2);
+without free descriptors nbdkit answers no client any more."""
 
 
 class PluginProcess:
@@ -91,7 +91,7 @@ class PluginProcess:
         self._signals = Signals()
         self._pidfile = ""
         self._made: dict[str, os.stat_result] = {}
-        """The files that are taken away at the end, by their paths."""
+        """The files to remove at the end, by their paths."""
         self._inherited: frozenset[str] = frozenset()
         self._open_timeout_s = 0
         self._keepalive_s = KEEPALIVE_S
@@ -100,7 +100,7 @@ class PluginProcess:
         self._is_stopped = False
 
     def configure(self, key: str, value: str) -> None:
-        """One parameter from nbdkit's command line. Raises ConfigError, which names it."""
+        """Take one parameter from nbdkit's command line. Raises ConfigError, which names it."""
         if not value:
             raise ConfigError(f"{key}=: is empty")
         if key in self._given and key not in ("file", "accept-old-side"):
@@ -138,7 +138,7 @@ class PluginProcess:
             )
 
     def check(self) -> None:
-        """The parameters together. Raises ConfigError."""
+        """Check the parameters together. Raises ConfigError."""
         if not self._paths:
             raise ConfigError("parameter file=DISK is missing: name the disk to serve")
         if self._accepted and not self._state_path:
@@ -165,7 +165,7 @@ class PluginProcess:
             self._open_state()
 
     def _open_state(self) -> None:
-        """Last: it may make a directory."""
+        """Open the state directory; last, since this may create it."""
         state = StateDirectory(
             self._state_path, accepted=self._accepted, read_only=self._is_read_only
         )
@@ -182,7 +182,8 @@ class PluginProcess:
                 self._stores[name] = store
 
     def _note_what_nbdkit_made(self) -> None:
-        """Its socket, unless that came from systemd, and the pid file: it leaves both behind."""
+        """Note nbdkit's socket, unless systemd passed it, and the pid file: nbdkit does not remove
+        them."""
         for path, file in unix_listeners().items():
             if path not in self._inherited:
                 self._made[path] = file
@@ -192,12 +193,13 @@ class PluginProcess:
             self._made[self._pidfile] = os.lstat(self._pidfile)
 
     def abandon(self) -> None:
-        """Take away what was made; the process ends."""
+        """Remove the files that were created; the process ends."""
         for path, file in self._made.items():
             remove_socket(path, file)
 
     def start(self, shut_down: Callable[[], None]) -> None:
-        """After the fork: threads, jobs, the control endpoint. `shut_down` tells nbdkit to end."""
+        """Start threads, jobs and the control socket, after the fork. `shut_down` makes nbdkit
+        end."""
         self._signals.take()
         in_background = os.getpid() != self._pid
         if in_background:
@@ -210,7 +212,7 @@ class PluginProcess:
         if self._keepalive_s:
             Watch(guests, self._keepalive_s, is_exact=self._is_keepalive_said).start()
         loop, events = Loop(time.monotonic), EventRing(time.time)
-        status = systemd.Status(self.disks, events)  # of jobs that go on as well
+        status = systemd.Status(self.disks, events)  # also of jobs that continue
         self._server = Server(self.disks, events, loop, self._stores, connections=self._connections)
         self.exports.server = self._server
         self._server.in_use = self.exports.in_use
@@ -225,7 +227,7 @@ class PluginProcess:
             self._qmp.start()
         if self._mirror_to:
             threading.Thread(target=self._start_mirror, daemon=True).start()
-        # nbdkit has bound its sockets already: whoever connects now is served.
+        # nbdkit has already bound its sockets: clients that connect now are served.
         status.start()
         startup.tell(startup.READY)
 
@@ -247,7 +249,7 @@ class PluginProcess:
             log.info("%s: the server is ending", why)
             systemd.notify(systemd.STOPPING)
             if self._server is not None:
-                self._server.end_jobs()  # a guest's write may hang on a target
+                self._server.end_jobs()  # a guest's write may wait for a target that hangs
                 for delay_s, call in ((GIVE_UP_S, self._server.give_up), (LEAVE_S, self._leave)):
                     timer = threading.Timer(delay_s, call)
                     timer.daemon = True
@@ -264,15 +266,16 @@ class PluginProcess:
             os._exit(1)
 
     def _leave_guests(self) -> None:
-        """The guests that are left take none of their answers, so nbdkit would wait for ever."""
+        """End although guests are connected: they read no answers, so nbdkit would wait for
+        ever."""
         if self._server is not None and self._server.hold_changes():
             log.warning("some guests read no replies; the server does not wait for them")
             self.stop()
             os._exit(0)
 
     def stop(self) -> None:
-        """Jobs within a bound, while clients can still see their events; then QMP, then the
-        disks, flushed and closed. Once."""
+        """End jobs within a bound, while clients can still see their events; then QMP; then flush
+        and close the disks. Runs once."""
         with self._stopping:
             if not self._is_stopped:
                 self._is_stopped = True
@@ -310,7 +313,8 @@ class PluginProcess:
         return for_guests(device)
 
     def _check_other_disks(self, path: str, source: BlockDevice) -> None:
-        """What is written to one disk would change another one, and no mirror would know."""
+        """Raise ConfigError if `path` shares storage with another disk: writes to one would change
+        the other, and no mirror would know."""
         device = raw_device(source)
         if self._is_read_only:
             return
@@ -330,11 +334,12 @@ class PluginProcess:
                 raise ConfigError(f"file={path}: shares storage with disk '{name}'")
 
     def _start_mirror(self) -> None:
-        """As `drive-mirror` would; in daemon mode nobody sees an exception, so it is logged."""
+        """Start a mirror, as `drive-mirror` would. Errors are logged, since in the background no
+        user sees an exception."""
         assert self._server is not None
         disk = next(iter(self.disks.values()))
         if self._server.mirrors.of(disk) is not None:
-            return  # an earlier process's, which goes on
+            return  # a mirror of an earlier process continues
         arguments = {
             "device": disk.name,
             "target": self._mirror_to,
@@ -348,7 +353,8 @@ class PluginProcess:
 
 
 def _absolute(key: str, uri: str) -> str:
-    """Its paths belong to this directory: nbdkit leaves it when it goes into the background."""
+    """The URI with absolute paths: nbdkit changes its directory when it goes into the
+    background."""
     try:
         return absolute(uri)
     except ConfigError as error:

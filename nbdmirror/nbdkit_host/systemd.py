@@ -1,9 +1,8 @@
-"""What a service tells systemd, by the protocol of sd_notify(3): that it serves, what it is doing,
-that it ends.
+"""Notifications to systemd, with the protocol of sd_notify(3): the server serves, its status, its
+end.
 
-Without a supervisor that asks for it (NOTIFY_SOCKET) nothing is sent. From any thread; nothing here
-blocks.
-"""
+Without a supervisor that asks for them (NOTIFY_SOCKET) nothing is sent. For any thread; nothing
+here blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ READY, STOPPING = "READY=1", "STOPPING=1"
 
 
 def notify(*assignments: str) -> None:
-    """Send `NAME=VALUE` lines, as one message. That nobody listens is no error of ours."""
+    """Send `NAME=VALUE` lines, as one message. A missing listener is not an error."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -31,9 +30,8 @@ def notify(*assignments: str) -> None:
 
 
 class Status:
-    """The line that `systemctl status` shows: which disks, and how their jobs are. Kept up to date
-    by the events; of a disk that was pivoted it says so, for that is the time to change the
-    configuration."""
+    """The line that `systemctl status` shows: the disks, and the states of their jobs, updated by
+    events. A pivoted disk is shown as such, since its configuration should be changed then."""
 
     def __init__(self, disks: Iterable[str], events: EventRing) -> None:
         self._disks = list(disks)
@@ -44,7 +42,7 @@ class Status:
         self._pivoted: dict[str, None] = {}  # as an ordered set
 
     def start(self) -> None:
-        """The server serves. What has happened since this was made is counted in."""
+        """The server serves. Earlier events since the creation of this object count as well."""
         self._events.subscribe(self._wake)
         with self._lock:
             self._pull()

@@ -1,16 +1,16 @@
-"""Keeping CPython's thread states alive in nbdkit's threads: 5 to 7 times the requests a second.
+"""Keeping CPython's thread states alive in nbdkit's threads, for 5 to 7 times the requests per
+second.
 
 nbdkit wraps each callback in PyGILState_Ensure and PyGILState_Release. Its threads are not
-Python's, so that builds and destroys a thread state, with its frame stack, for every request. One
-more Ensure without a Release keeps the state. The price: the state must be deleted after the
-thread's connection has ended, or each connection leaks some kilobytes.
+Python's, so each request creates and destroys a thread state, with its frame stack. One more Ensure
+without a Release keeps the state. The price: the state must be deleted after the thread's
+connection has ended, or each connection leaks some kilobytes.
 
-The states are deleted in one thread, `start_deleting`'s. Since CPython 3.12, deleting the state of
-another thread also clears the deleting thread's own slot for PyGILState (`unbind_gilstate_tstate`
-in pystate.c). In a thread of nbdkit's the next PyGILState_Release would then abort the process. A
-thread that Python started needs no such slot, as long as it calls nothing that calls PyGILState:
-this one only waits for states and deletes them.
-"""
+One thread, started by `start_deleting`, deletes the states. Since CPython 3.12, deleting the state
+of another thread also clears the deleting thread's own slot for PyGILState
+(`unbind_gilstate_tstate` in pystate.c). In one of nbdkit's threads the next PyGILState_Release
+would then abort the process. A thread that Python started does not need that slot if it calls
+nothing that uses PyGILState: this thread only waits for states and deletes them."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ _api.PyThreadState_Delete.argtypes = [ctypes.c_void_p]
 _STATE_WAS_THERE = 0  # PyGILState_LOCKED: give back one level only
 
 local = threading.local()
-"""`local.is_kept` exists in threads whose state is kept; attribute look-up is the cheapest test."""
+"""`local.is_kept` exists in threads whose state is kept; an attribute look-up is the cheapest
+test."""
 
 _ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-"""States whose threads have ended."""
+"""Thread states whose threads have ended."""
 
 
 class ThreadStates:
-    """The thread states kept for one connection. Its threads call `keep`; `release` is called
-    once, when nbdkit has joined all of them but the caller."""
+    """The kept thread states of one connection. Its threads call `keep`. `release` is called once,
+    after nbdkit has joined all of them except the caller."""
 
     def __init__(self) -> None:
         self._states: list[int] = []
 
     def keep(self) -> None:
-        """Keep this thread's state until `release`; once a thread."""
+        """Keep this thread's state until `release`. Call once on each thread."""
         _api.PyGILState_Ensure()
         self._states.append(_api.PyThreadState_Get())
         local.is_kept = True
 
     def release(self) -> None:
-        """Have the states deleted: this thread's by nbdkit's own release, which follows; the
-        others' soon, by the thread that `start_deleting` has started."""
+        """Delete the states: nbdkit's release, which follows, deletes this thread's; the thread of
+        `start_deleting` deletes the others soon."""
         current = _api.PyThreadState_Get()
         for state in self._states:
             if state == current:
@@ -60,8 +61,8 @@ class ThreadStates:
 
 
 def start_deleting() -> None:
-    """Start the thread that deletes the states of ended threads. Call it after nbdkit has forked,
-    once; states that are given back before wait for it."""
+    """Start the thread that deletes the states of ended threads. Call this once, after nbdkit has
+    forked; states that were released earlier wait for it."""
     threading.Thread(target=_delete_ended, name="nbdmirror-thread-states", daemon=True).start()
 
 
