@@ -1,8 +1,7 @@
 """nbdmirror: an NBD server with built-in live mirroring to a second NBD export.
 
-Imported under a Python that cannot run it, the package ends the process with one line. Whatever is
-in here has to be understood by old versions of Python.
-"""
+If a Python that cannot run the package imports it, the process ends with one line. So this file
+must be valid in old versions of Python."""
 
 import sys
 
@@ -16,7 +15,7 @@ def _refuse_python() -> None:
     if sys.version_info[:2] < _PYTHON_MIN:
         sys.exit(f"nbdmirror: needs Python 3.11 or later, and this is {version}")
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        # The ledger's marks are single steps under the GIL, and have no locks (ledger.py).
+        # The ledger's marks are single steps under the GIL, without locks (ledger.py).
         sys.exit(
             f"nbdmirror: this Python {version} is free-threaded, and guests' writes are tracked "
             f"rightly only with the GIL: use an ordinary build, or PYTHON_GIL=1"

@@ -1,4 +1,4 @@
-"""Backoff: how long to wait before something that has failed is tried again."""
+"""Backoff: how long to wait before a failed attempt is repeated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Backoff:
         self._longest_s = longest_s
 
     def next_s(self) -> float:
-        """The wait that comes now, in seconds; the next one is longer."""
+        """The present wait, in seconds; the next one is longer."""
         pause_s, self._next_s = self._next_s, min(self._longest_s, self._next_s * 2)
         return pause_s
 
     def reset(self) -> None:
-        """It went well: the next failure is a new one."""
+        """Begin with the first wait again, after a success."""
         self._next_s = self._first_s

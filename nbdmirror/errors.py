@@ -3,14 +3,14 @@
     Error                       has an errno (for guests) and a QMP error class (for tools)
     ├── ConfigError             a parameter is wrong: names it; nothing was started
     │   └── Unreachable         an NBD server does not answer, or not yet
-    ├── CommandError            a QMP command cannot be done: nothing was changed
+    ├── CommandError            a QMP command is refused: nothing has changed
     │   ├── CommandNotFound     no such command (QMP class CommandNotFound)
     │   └── DeviceNotActive     no such block job (QMP class DeviceNotActive)
     └── DeviceError             an I/O request failed on one device; carries errno
-        └── DeviceLost          the device went away; what was in flight has an unknown outcome
+        └── DeviceLost          the connection is lost; requests in flight have an unknown outcome
 
-Errors of a raw file or block device stay what the operating system made them: `OSError`. `errno_of`
-maps either kind to the errno that a guest is given.
+Errors of a raw file or block device stay the operating system's `OSError`. `errno_of` maps either
+kind to the errno for a guest.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class ConfigError(Error):
 
 
 class Unreachable(ConfigError):
-    """No connection to an NBD server could be had: another attempt may succeed."""
+    """No connection to an NBD server is possible now; another attempt may succeed."""
 
 
 class CommandError(Error):
-    """A command was refused; the state of the server is what it was before."""
+    """A command was refused; the server's state has not changed."""
 
     errno = _errno.EINVAL
 
@@ -50,7 +50,7 @@ class DeviceNotActive(CommandError):
 
 
 class DeviceError(Error):
-    """A request failed on a device. The range it named may have been changed in part."""
+    """A request failed on a device. A part of its range may have changed."""
 
     def __init__(self, message: str, errno: int = _errno.EIO) -> None:
         super().__init__(message)
@@ -62,9 +62,9 @@ class DeviceLost(DeviceError):
 
 
 IO_ERRORS = (OSError, DeviceError)
-"""What a request on any device may raise. Anything else is a bug of ours."""
+"""The errors that a request on any device may raise. Any other exception is a bug."""
 
 
 def errno_of(error: BaseException) -> int:
-    """The errno that describes `error` to a guest; EIO where it has none."""
+    """The errno of `error` for a guest; EIO if it has none."""
     return getattr(error, "errno", None) or _errno.EIO

@@ -1,10 +1,10 @@
 """Loop: one thread that polls file descriptors, runs timers and posted calls.
 
-Everything that belongs to jobs and copiers happens on this thread, so none of it needs a lock. It
-is not asyncio because it lies on the copy path and shares the GIL with the guest's threads: an
-iteration here is a poll(2) and the callbacks.
+Jobs and copiers run only on this thread, so they need no lock. This is not asyncio because the loop
+is on the copy path and shares the GIL with the guest's threads: an iteration here is a poll(2) and
+the callbacks.
 
-`call_soon`, `call` and `run` may be called from any thread; all else on the loop's own.
+`call_soon`, `call`, `run` and `wake` are for any thread; all other calls for the loop's thread.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Pollable(Protocol):
     """Something with a file descriptor that the loop watches."""
 
     def fileno(self) -> int:
-        """The descriptor; it stays the same while attached."""
+        """The descriptor; it does not change while attached."""
 
     def poll_mask(self) -> int:
-        """What to wait for now: POLLIN, POLLOUT, or 0. Asked before each wait."""
+        """What to wait for now: POLLIN, POLLOUT, or 0. Called before each wait."""
 
     def on_ready(self, mask: int) -> None:
-        """What poll(2) returned for it. Must not raise and must not block."""
+        """Handle the events of poll(2) in `mask`. Must not raise and must not block."""
 
 
 class Timer:
-    """A call at a time to come; `cancel` is idempotent."""
+    """A call at a later time; `cancel` is idempotent."""
 
     __slots__ = ("_call",)
 
@@ -71,24 +71,25 @@ class Loop:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread: a daemon, so that it never keeps the process from ending."""
+        """Start the thread, a daemon, so that it never prevents the end of the process."""
         self._thread = threading.Thread(target=self._main, name="nbdmirror-loop", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread after what it is doing now; posted calls that are left are dropped."""
+        """End the thread after its present call; posted calls are dropped. Waits for
+        `timeout_s`."""
         self._is_stopping = True
         self.wake()
         if self._thread is not None:
             self._thread.join(timeout_s)
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Have `call` run on the loop's thread. From any thread; never blocks."""
+        """Run `call` on the loop's thread, soon. For any thread; never blocks."""
         self._posted.append(call)
         self.wake()
 
     def call(self, call: Callable[[], None], timeout_s: float) -> None:
-        """As `call_soon`, and return when it was done, or the time is over. From other threads."""
+        """As `call_soon`, and wait for its end, for `timeout_s` at most. For other threads."""
         done = threading.Event()
 
         def step() -> None:
@@ -101,7 +102,7 @@ class Loop:
         done.wait(timeout_s)
 
     def run(self, call: Callable[[], Result]) -> Future[Result]:
-        """Run `call` on the loop's thread; the future has its result or its exception."""
+        """Run `call` on the loop's thread; the future gets its result or its exception."""
         future: Future[Result] = Future()
 
         def step() -> None:
@@ -130,7 +131,7 @@ class Loop:
             self._poll.unregister(fd)
 
     def wake(self) -> None:
-        """Make the loop look again at what it waits for. From any thread."""
+        """Make the loop read all poll masks again. For any thread."""
         if not self._is_woken:
             self._is_woken = True
             os.eventfd_write(self._wake_fd, 1)
@@ -144,7 +145,8 @@ class Loop:
                 log.exception("error in the event loop")
 
     def run_once(self, timeout_max_s: float | None = None) -> None:
-        """One iteration: wait (at most `timeout_max_s`), then what is ready, due and posted."""
+        """One iteration: wait for at most `timeout_max_s`, then run what is ready, due and
+        posted."""
         ready = self._poll.poll(self._prepare(timeout_max_s))
         for fd, mask in ready:
             if fd == self._wake_fd:
@@ -160,7 +162,7 @@ class Loop:
             heapq.heappop(self._timers)[2].fire()
 
     def _prepare(self, timeout_max_s: float | None) -> float | None:
-        """Tell poll(2) what each pollable waits for; returns the time to wait in milliseconds."""
+        """Pass the poll masks to poll(2). Returns the time to wait in milliseconds."""
         for fd, (pollable, known) in self._watched.items():
             mask = pollable.poll_mask()
             if mask != known:

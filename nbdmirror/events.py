@@ -1,8 +1,8 @@
-"""A numbered ring of events between the jobs and those who report them (QMP, systemd).
+"""A numbered ring of events between the jobs and the front ends (QMP, systemd).
 
-Jobs append; each reader keeps the number of the next event that it wants and pulls. `subscribe`
-only reports that there is something, by a callback that must not block and holds no lock of ours:
-callbacks that do work under locks are how such servers deadlock.
+Jobs append events; each reader keeps the number of its next event and pulls. `subscribe` only
+reports new events, by a callback that must not block and is called without a lock: callbacks that
+work under locks are how such servers deadlock.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a command returns, and the number that the next event had when it had been carried out:
-    earlier events belong before the reply on the wire, later ones after it."""
+    """A command's result, and the number of the next event at the command's end: earlier events are
+    sent before the reply, later events after it."""
 
     value: Any
     next_event: int
@@ -48,7 +48,7 @@ class EventRing:
 
     @property
     def next_number(self) -> int:
-        """The number that the next event will get: where a new reader starts."""
+        """The number of the next event: the start for a new reader."""
         return self._next
 
     def append(self, name: str, data: dict[str, Any]) -> None:
@@ -59,14 +59,14 @@ class EventRing:
             wake()
 
     def pull(self, number: int) -> list[Event]:
-        """Events from `number` on that are still kept. The first one's number is greater than
-        `number` if some were missed."""
+        """The kept events from `number` on. If the first one has a greater number, some were
+        missed."""
         with self._lock:
             behind = self._next - number
             return list(self._events)[-behind:] if behind > 0 else []
 
     def subscribe(self, wake: Callable[[], None]) -> Callable[[], None]:
-        """Have `wake` called after each event, from any thread; returns the undo."""
+        """Call `wake` after each event, on any thread. Returns a function that ends this."""
         with self._lock:
             self._wakers = (*self._wakers, wake)
 

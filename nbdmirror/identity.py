@@ -1,11 +1,11 @@
-"""Whether two things are the same, whatever they are called: files, block devices, NBD exports.
+"""Whether two files, block devices or NBD exports are the same, under any name.
 
-A file is told by its device and inode, a block device by its number, a Unix socket as a file is; an
-export by what its server says of it (`label`), else by who serves it and its name. A name tells
-where to look, and decides only where nothing better is known. Where nothing can be known the answer
-is UNKNOWN, and the caller has to say which mistake would be the worse one.
+A file or a Unix socket is identified by its device and inode, a block device by its number. An
+export is identified by its server's description (`label`), otherwise by its server and its name.
+Names decide only if nothing better is known. If nothing is known the answer is UNKNOWN, and the
+caller decides which mistake would be worse.
 
-From any thread. `same_place` may wait: it looks at files, and with `resolves` asks for addresses.
+For any thread. `same_place` may wait: it queries files, and with `resolves` addresses.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from nbdmirror.nbd_uri import NbdUri, is_uri, parse
 
 LABEL = "nbdmirror"
 SERVER_ID = uuid.uuid4().hex
-"""Of this process."""
+"""The ID of this process."""
 
 TARGET_ONLY = " target-only"
-"""What a server adds to the label of an old side (target_only.py)."""
+"""The end of the label of an old side (target_only.py)."""
 HOME = "x-nbdmirror-home"
-"""Before the name of an old side's export: the way in for the server that has the disk."""
+"""Prefix of the export of an old side for the server that has the disk."""
 
 _UCRED = struct.Struct("iII")  # unix(7): struct ucred
 _MAPPED = "::ffff:"
 _LISTENS = "0A"  # proc(5): /proc/net/tcp
 _INIT = 1
-"""A socket that the process 1 listens on may be any server's: systemd hands it on."""
+"""A socket on which process 1 listens may belong to any server: systemd passes it on."""
 
 
 class Same(enum.Enum):
@@ -49,32 +49,32 @@ class Same(enum.Enum):
 
 
 def label(disk: str) -> str:
-    """What this server says of its export: whoever connects, on whatever way, can tell it."""
+    """The description of this server's export, by which a client recognizes it on any way."""
     return f"{LABEL} {SERVER_ID} {disk}"
 
 
 def home_of(export: str) -> str:
-    """The export by which this process may write to the old side `export`, if it has the disk."""
+    """The export with which this process may write to the old side `export`, if it has the disk."""
     return f"{HOME}/{SERVER_ID}/{export}"
 
 
 def is_old_side(description: str) -> bool:
-    """What a server says of an export that is a target only."""
+    """Whether this description is that of a target only."""
     return description.startswith(f"{LABEL} ") and description.endswith(TARGET_ONLY)
 
 
 def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Two that exist now. A block device may have several nodes, in several file systems."""
+    """Compare two existing files. A block device may have several nodes, in several file
+    systems."""
     if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
         return one.st_rdev == other.st_rdev
     return os.path.samestat(one, other)
 
 
 def _writes_to(process: int, fd: int, opened: os.stat_result) -> bool:
-    """Whether a process of this host has something open for writing, under whatever name, that
-    shares storage with the file or device that is open here as `fd`, as far as we may look.
-    `opened`: its status. What processes have open is asked of the kernel, and of a storage only
-    where the inode's number is the same."""
+    """Whether a process of this host has a file or device open for writing that shares storage with
+    the one that is open here as `fd`, as far as this process may see. `opened`: the status of `fd`.
+    The kernel is queried, and a storage only if the inode's number is the same."""
     here, layers = _OpenFile.of("/proc/self", fd), layers_of(opened)
     files = [layer for layer in layers if layer.path]
     below = {str(layer.thing[2]) for layer in files} | {layer.path for layer in files}
@@ -103,7 +103,7 @@ class _OpenFile:
     name: str
     flags: int
     inode: str
-    """Its number; where the kernel does not show that (before 5.14), the name."""
+    """The inode's number; the name if the kernel does not show the number (before 5.14)."""
 
     @classmethod
     def of(cls, folder: str, fd: int) -> _OpenFile:
@@ -114,10 +114,10 @@ class _OpenFile:
 
 
 def _process_of(listener: int) -> int:
-    """The process of this host that has the socket of that inode; 0 if that is not known."""
+    """The process of this host that has the socket with this inode; 0 if not known."""
     link = f"socket:[{listener}]"
     for process in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):  # it has ended, or we may not look
+        with suppress(OSError):  # ended, or not permitted
             for fd in os.listdir(f"/proc/{process}/fd"):
                 with suppress(OSError):
                     if os.readlink(f"/proc/{process}/fd/{fd}") == link and process != str(_INIT):
@@ -126,10 +126,10 @@ def _process_of(listener: int) -> int:
 
 
 def same_place(one: str, other: str, *, resolves: bool = False) -> Same:
-    """Two paths, or two NBD URIs, as they were named. `resolves`: look for the addresses of hosts,
-    which takes the time that the resolver takes; `one` must lead nowhere but where `other` does."""
+    """Compare two paths or NBD URIs. `resolves`: resolve hosts, which takes the resolver's time;
+    each address of `one` must be an address of `other`."""
     if is_uri(one) != is_uri(other):
-        return Same.UNKNOWN  # the export may be of that file
+        return Same.UNKNOWN  # the server may export that file
     if not is_uri(one):
         return _same_path(one, other)
     try:
@@ -138,7 +138,7 @@ def same_place(one: str, other: str, *, resolves: bool = False) -> Same:
         return Same.YES if one == other else Same.UNKNOWN
     server = _same_server(first, second, resolves=resolves)
     if server is Same.YES and first.export != second.export:
-        return Same.UNKNOWN  # many servers have one disk under each name
+        return Same.UNKNOWN  # many servers have the same disk under several names
     return server
 
 
@@ -171,7 +171,7 @@ def _same_server(one: NbdUri, other: NbdUri, *, resolves: bool) -> Same:
 
 
 def _plain_host(host: str) -> str:
-    """The one spelling of an address or a name."""
+    """The canonical spelling of an address or a name."""
     host = host.lower().removesuffix(".")
     address, percent, zone = host.partition("%")
     with suppress(OSError):
@@ -196,22 +196,22 @@ def _addresses(host: str, port: int) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The export at the other end of a connection, as far as it can be found out."""
+    """The export at the other end of a connection, as far as known."""
 
     server: tuple[object, ...]
-    """The file of its Unix socket, or the address."""
+    """The file of the Unix socket, or the address."""
     process: int
-    """Which process listens there, of a Unix socket; 0 if that is not known."""
+    """The process that listens on the Unix socket; 0 if not known."""
     export: str
     label: str = ""
-    """Of a server of ours; others' descriptions are their users' and tell nothing."""
+    """The description by an nbdmirror; "" for other servers, whose descriptions are free texts."""
     listener: int = 0
-    """The inode of the listening TCP socket, of a server on this host: it may have several
-    addresses. 0 if it is not known."""
+    """The inode of the listening TCP socket of a server on this host, which may have several
+    addresses; 0 if not known."""
 
     @classmethod
     def of(cls, connected: socket.socket, uri: str, *, export: str, label: str) -> Peer:
-        """`uri` led there. Raises OSError: the connection is lost again."""
+        """The peer of a connection to `uri`. Raises OSError if the connection is lost again."""
         label = label.removesuffix(TARGET_ONLY) if label.startswith(f"{LABEL} ") else ""
         name = connected.getpeername()
         if connected.family != socket.AF_UNIX:
@@ -229,21 +229,21 @@ class Peer:
         return cls(server, process if process != _INIT else 0, export, label)
 
     def reached(self, uri: str) -> str:
-        """`uri`, with the address that it has led to in place of a name."""
+        """`uri`, with the address that was reached in place of a name."""
         where = parse(uri)
         if where.transport != "tcp":
             return uri
         return replace(where, host=str(self.server[0])).exact
 
     def writes_to(self, fd: int, opened: os.stat_result) -> bool:
-        """Whether its server is a process of this host that writes to the file or device that is
-        open here as `fd`. `opened`: its status. Of TCP servers all processes are looked at."""
+        """Whether the server is a process of this host that writes to the file or device that is
+        open here as `fd`. `opened`: its status. For TCP servers all processes are examined."""
         process = self.process or (_process_of(self.listener) if self.listener else 0)
         return bool(process) and _writes_to(process, fd, opened)
 
     @property
     def is_home(self) -> bool:
-        """The export is a target only, and this process the server that may write there."""
+        """The export is a target only that this process may write to."""
         return self.export.startswith(f"{HOME}/")
 
     @property
@@ -251,7 +251,7 @@ class Peer:
         return self.label.startswith(f"{LABEL} {SERVER_ID} ")
 
     def same(self, other: Peer) -> Same:
-        """The same export."""
+        """Whether both are the same export."""
         if self.label and other.label:
             return Same.YES if self.label == other.label else Same.NO
         is_one_listener = bool(self.listener) and self.listener == other.listener
@@ -263,8 +263,8 @@ class Peer:
 
 
 def _listener(host: str, port: int) -> int:
-    """The inode of the socket on this host that takes connections to `host`; 0 if that is not
-    known, or several do."""
+    """The inode of the socket on this host that accepts connections to `host`; 0 if not known, or
+    if there are several."""
     wildcards = ("::",) if ":" in host else ("0.0.0.0", "::")
     exact, any_address = set(), set()
     for file in ("tcp", "tcp6"):
@@ -284,7 +284,7 @@ def _listener(host: str, port: int) -> int:
 
 
 def _address_of(words: str) -> str:
-    """From the kernel's table: 32-bit words in the machine's order."""
+    """An address in the kernel's table: 32-bit words in the machine's order."""
     parts = (words[start : start + 8] for start in range(0, len(words), 8))
     packed = b"".join(int(part, 16).to_bytes(4, sys.byteorder) for part in parts)
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6

@@ -1,11 +1,9 @@
-"""What a file or block device lies on: partitions on disks, loop devices on files, device-mapper's
-and md's devices on those below them. Two things that share storage are found here, whatever they
-are called.
+"""The storage layers below a file or block device: partitions on disks, loop devices on files,
+device-mapper's and md's devices on others. So shared storage is found under any name.
 
-A layer is a file or a device and the range of it that is meant. Where the kernel does not show how
-a device is mapped (device-mapper: of several below it, or of another size) the range is not known:
-it lies somewhere in there. From any thread; looks into /sys, and asks loop devices for their file.
-"""
+A layer is a file or a device and a range of it. If the kernel does not show the mapping of a device
+(device-mapper: several devices below, or another size), the range is unknown: somewhere in the
+layer. For any thread; reads /sys, and queries loop devices for their file."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ _LOOP_GET_STATUS64 = 0x4C05  # linux/loop.h
 _LOOP_INFO64 = struct.Struct("5Q4I160s16s")
 
 Thing = tuple[str, int, int]
-"""A file's device and inode, or a block device's number."""
+"""Identifies a file by device and inode, or a block device by its number."""
 Range = tuple[float, float]
-"""Start and end in bytes; `WHOLE`: all of it."""
+"""Start and end in bytes; `WHOLE`: everything."""
 WHOLE: Range = (0, math.inf)
 
 
@@ -38,12 +36,12 @@ WHOLE: Range = (0, math.inf)
 class Layer:
     thing: Thing
     range: Range | None = WHOLE
-    """None: somewhere in it."""
+    """None: unknown, somewhere in the layer."""
     path: str = ""
-    """Of a file, where that is known."""
+    """The path of a file, if known."""
 
     def overlaps(self, other: Layer) -> bool | None:
-        """Whether both have some storage in common here; None if that cannot be known."""
+        """Whether both ranges overlap; None if not known."""
         if self.thing != other.thing:
             return False
         if self.range is None or other.range is None:
@@ -53,29 +51,30 @@ class Layer:
 
 
 def layers_of(status: os.stat_result, path: str = "") -> list[Layer]:
-    """The thing itself, and what it lies on."""
+    """The file or device itself, and all layers below."""
     if stat.S_ISBLK(status.st_mode):
         return layers_of_device(status.st_rdev)
     return [Layer(("file", status.st_dev, status.st_ino), path=path)]
 
 
 def layers_of_device(number: int) -> list[Layer]:
-    """The same of the block device of that number."""
+    """The same for the block device with this number."""
     found = [Layer(("device", number, 0))]
-    for layer in found:  # which grows
+    for layer in found:  # `found` grows
         if layer.thing[0] == "device" and len(found) < LAYERS_MAX:
             found += [_seen_through(layer, below) for below in _below(layer.thing[1])]
     return found
 
 
 def share_storage(one: list[Layer], other: list[Layer]) -> bool | None:
-    """Of two things' layers; None if both lie on one thing, and nobody shows where."""
+    """Whether two lists of layers share storage; None if both lie on one device in unknown
+    ranges."""
     answers = {first.overlaps(second) for first in one for second in other}
     return True if True in answers else None if None in answers else False
 
 
 def _seen_through(above: Layer, below: Layer) -> Layer:
-    """The part of `below` that the part of the device above it is."""
+    """The range of `below` that corresponds to the range of the device above."""
     if above.range is None or below.range is None:
         return Layer(below.thing, None, below.path)
     start, end = below.range
@@ -100,8 +99,8 @@ def _below(number: int) -> Iterator[Layer]:
 
 
 def _loop_file(folder: Path) -> Layer:
-    """Raises OSError. The name in /sys is that of the mount namespace, and of the time, in which
-    the device was made: so the device itself is asked first."""
+    """The file of a loop device. Raises OSError. The name in /sys is from the mount namespace, and
+    the time, of the device's creation, so the device itself is queried first."""
     path = (folder / "loop" / "backing_file").read_text().rstrip("\n")
     start = _number(folder / "loop" / "offset")
     length = _number(folder / "loop" / "sizelimit")
@@ -124,7 +123,7 @@ def _loop_file(folder: Path) -> Layer:
 
 
 def _decoded(number: int) -> int:
-    """From huge_encode_dev() of Linux."""
+    """A device number from Linux' huge_encode_dev()."""
     return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
 
 

@@ -1,15 +1,15 @@
-"""The numbers that users set, and their bounds, for the command line and the plugin alike. This
-module imports nothing, so that the command line starts quickly."""
+"""Bounds of the numbers that users set, for the command line and the plugin. This module imports
+nothing, so that the command line starts quickly."""
 
 from __future__ import annotations
 
 PORT_MAX = 65535
 
 THREADS_MAX = 256
-"""Of one connection. More than a few dozen have never been faster."""
+"""Most threads of one connection. More than a few dozen have never been faster."""
 
 CONNECTIONS_MAX = 64
-"""To one NBD server: more than a guest has threads."""
+"""Most connections to one NBD server: more than a guest has threads."""
 
 KEEPALIVE_S_MAX = 32767
 """The kernel's longest idle time and interval."""
@@ -23,9 +23,9 @@ _DIGITS_MAX = 18
 
 
 def whole_number(text: str, least: int, most: int) -> int | None:
-    """The whole number that `text` is, if it is one from `least` to `most`. Python's int() accepts
-    signs, spaces, underscores and other scripts' digits as well, and fails with thousands of them.
-    """
+    """The whole number in `text`, from `least` to `most`; otherwise None. Python's int() also
+    accepts signs, spaces, underscores and digits of other scripts, and fails with thousands of
+    digits."""
     if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX):
         return None
     number = int(text)

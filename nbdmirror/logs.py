@@ -1,8 +1,8 @@
-"""Where the server's log lines go, and how they look there: to the same place as nbdkit's.
+"""The destination and the format of the server's log lines: the same as nbdkit's.
 
-In the foreground that is stderr. If stderr is the journal, each line begins with its priority as
-journald reads it, `<3>` for an error (sd-daemon(3)); elsewhere lines have the time. In the
-background nbdkit has put stderr away and writes to syslog, so we do.
+In the foreground the log goes to stderr. If stderr is the journal, each line begins with its
+priority for journald, `<3>` for an error (sd-daemon(3)); otherwise lines have the time. In the
+background nbdkit has closed stderr and writes to syslog, and so does nbdmirror.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from nbdmirror.quiet_log import STDERR, CallbackErrors, Quiet, QuietFilter, Rela
 SYSLOG_SOCKET = "/dev/log"
 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-"""Levels of logging, and syslog's priorities from there on."""
+"""Levels of logging, and syslog's priorities for them and higher ones."""
 _DEBUG = 7
 
 
 def goes_to_journal(fd: int = STDERR, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether `fd` is the connection to the journal that JOURNAL_STREAM names: whoever redirects
-    stderr leaves the variable as it was (systemd.exec(5))."""
+    """Whether `fd` is the connection to the journal that JOURNAL_STREAM names: a redirection of
+    stderr does not change the variable (systemd.exec(5))."""
     try:
         found = os.fstat(fd)
-    except OSError:  # it is closed
+    except OSError:  # closed
         return False
     return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def with_priority(text: str, level: int) -> str:
-    """journald takes each line for a message of its own, so each has the prefix."""
+    """`text`, with the priority before each line, since journald treats each line as a message."""
     priority = next((number for least, number in _PRIORITIES if level >= least), _DEBUG)
     return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
 
 
 def print_startup_error(text: str, level: int = logging.ERROR) -> None:
-    """One line on stderr, where there is no log yet: why the server does not start, or waits."""
+    """Print one line on stderr before the log exists: why the server does not start, or waits."""
     text = f"nbdmirror: {text}"
     line = with_priority(text, level) if goes_to_journal() else text
     sys.stderr.write(line + "\n")
@@ -48,15 +48,15 @@ def print_startup_error(text: str, level: int = logging.ERROR) -> None:
 
 
 class Log:
-    """The server's log, from its making on. Once in a process."""
+    """The server's log, from its creation on. Once in a process."""
 
     def __init__(self, *, in_background: bool) -> None:
-        """Lets everything from info on be logged."""
+        """Logs everything from level INFO on."""
         self._handler = _handler(in_background)
         self._quiet = Quiet(self._emit)
         self._handler.addFilter(QuietFilter(self._quiet))
         if in_background:
-            # stderr is /dev/null; nbdkit writes there, if it is told to, and not to syslog.
+            # stderr is /dev/null; with --log=stderr nbdkit writes there, and not to syslog.
             self._relay = Relay(self._pass_on)
             with suppress(OSError, RuntimeError):
                 self._relay.start()
@@ -70,17 +70,17 @@ class Log:
         root.propagate = False
 
     def text_of(self, error: BaseException, text: str) -> str:
-        """What nbdkit is to write of a callback that failed with `error`, of which it would write
-        `text`."""
+        """The text for nbdkit's line about a callback that failed with `error`; `text`: the full
+        one."""
         return self._callbacks.text(error, text)
 
     def stop(self) -> None:
-        """What is still to be said is said."""
+        """Write counts of omitted lines, and stop."""
         self._quiet.stop()
         self._relay.stop()
 
     def _emit(self, level: int, text: str) -> None:
-        """Past the filter."""
+        """Log without the filter."""
         record = logging.LogRecord("nbdmirror", level, "", 0, text, None, None)
         with suppress(Exception), self._handler.lock or nullcontext():
             self._handler.emit(record)
@@ -98,7 +98,7 @@ def _handler(in_background: bool) -> logging.Handler:
         )
         handler.setFormatter(logging.Formatter(f"nbdmirror[{os.getpid()}]: %(message)s"))
     else:
-        # Of its own: what stands for stderr while it is a relay's pipe may be full.
+        # A separate one: the relay's pipe that replaces stderr may be full.
         stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8", errors="backslashreplace")
         handler = logging.StreamHandler(stream)
         handler.setFormatter(_JournalFormatter() if goes_to_journal() else _PlainFormatter())
@@ -106,14 +106,14 @@ def _handler(in_background: bool) -> logging.Handler:
 
 
 class _PlainFormatter(logging.Formatter):
-    """Nobody else adds the time."""
+    """Adds the time, since no one else does."""
 
     def __init__(self) -> None:
         super().__init__("nbdmirror: %(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _JournalFormatter(logging.Formatter):
-    """The journal knows the time, and the priority tells the level."""
+    """Without time and level: the journal has the time, and the priority is the level."""
 
     def __init__(self) -> None:
         super().__init__("nbdmirror: %(message)s")

@@ -1,5 +1,5 @@
-"""What a disk may be called, and its job where nobody says so: whatever `serve` takes, each command
-and each file of a state directory takes as well."""
+"""Names of disks, and default names of their jobs: each name that `serve` accepts is valid for
+every command and every file of a state directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Collection
 from nbdmirror.errors import ConfigError
 
 DISK_LENGTH_MAX = 200
-"""A file's name has 255 bytes, and those of a state directory have suffixes; a job's ID has 255."""
+"""A file name has 255 bytes, and files of a state directory have suffixes; a job's ID has 255
+characters."""
 
 DISK_RULE = (
     f"a disk's name begins with a letter or digit and has letters, digits, '.', '_' and '-', "
@@ -21,15 +22,15 @@ _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 def split_disk(text: str) -> tuple[str, str]:
-    """The name, "" if none is given, and the disk of a [NAME=]DISK. A URI is no name with a disk:
-    what is before its first '=' has a ':'."""
+    """The name, or "", and the disk of a [NAME=]DISK. A URI never looks like a name with a disk:
+    the text before its first '=' has a ':'."""
     name, equals, disk = text.partition("=")
     return (name, disk) if equals and _DISK.fullmatch(name) else ("", text)
 
 
 def name_disk(text: str, index: int) -> tuple[str, str]:
-    """The name and the disk of a [NAME=]DISK. Without one the name is disk0, disk1 and so on, by
-    the `index` of the disk in all disks. Raises ConfigError."""
+    """The name and the disk of a [NAME=]DISK. The default name is disk0, disk1 and so on, by the
+    disk's `index`. Raises ConfigError."""
     name, disk = split_disk(text)
     if not disk:
         raise ConfigError(f"'{text}' names no disk")
@@ -44,8 +45,8 @@ def is_wellformed_id(text: str) -> bool:
 
 
 def default_job_id(disk: str, disks: Collection[str]) -> str:
-    """The job of a disk is called as the disk is; where no job may be called so, `job-` is put
-    before it, as often as it takes to be no other disk's name."""
+    """The default ID of a disk's job: the disk's name. If a job cannot have that name, `job-` is
+    put before it, repeatedly until no other disk has that name."""
     job = disk
     while not is_wellformed_id(job) or (job != disk and job in disks):
         job = f"job-{job}"

@@ -1,13 +1,14 @@
-"""NBD URIs: the one place that reads them, says what is wrong with them, and writes them.
+"""NBD URIs: this module alone reads, checks and writes them.
 
-libnbd is given what was read here (`NbdUri.exact`), not what a user wrote: so both mean the same
-server. What libnbd lets pass is refused here: it takes a port modulo 65536, of a parameter that
-stands there twice the last one, and of parameters that it does not know nothing at all.
+libnbd gets the checked form (`NbdUri.exact`), not the user's text, so both mean the same server.
+This module refuses URIs that libnbd accepts in part: libnbd takes a port modulo 65536, uses the
+last one of a repeated parameter, and ignores unknown parameters.
 
-A path in a URI belongs to whoever wrote it. `absolute` is for the program that he started, in his
-directory; everywhere else (`parse`) a relative path is refused: the server has another directory.
+A relative path in a URI is relative to the directory of the user who wrote it. `absolute` is for
+the program that the user started there; otherwise (`parse`) a relative path is refused, since the
+server has another directory.
 
-Pure, from any thread.
+Pure functions, for any thread.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from nbdmirror.errors import ConfigError
 from nbdmirror.limits import PORT_MAX, whole_number
 
 DEFAULT_PORT = 10809
-"""IANA's, where a URI names none."""
+"""IANA's port, for a URI without one."""
 
 URI_BYTES_MAX = 8192
-"""An export's name has at most 4,096, and queries list the URIs of all nodes."""
+"""Bound on a URI: an export's name has at most 4,096 bytes, and queries list all nodes' URIs."""
 
 EXPORT_BYTES_MAX = 4096
 """The NBD specification's limit of a string."""
 
 SOCKET_BYTES_MAX = 107
-"""Of sockaddr_un's path, with its zero byte 108. (unix(7))"""
+"""Longest path of a Unix socket; sockaddr_un has 108 bytes with the zero byte (unix(7))."""
 
 SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
 
@@ -49,12 +50,12 @@ class NbdUri:
     """An export of a server, and how to reach it. All but `text` is decoded."""
 
     text: str
-    """As it is shown to people, who wrote it so."""
+    """The user's text, for messages."""
     transport: str
     """tcp, unix or vsock."""
     is_tls: bool
     host: str = ""
-    """A name or an address, without brackets; of vsock the number of a machine (CID)."""
+    """A name or an address, without brackets; for vsock the number of a machine (CID)."""
     port: int = DEFAULT_PORT
     socket: str = ""
     export: str = ""
@@ -65,7 +66,7 @@ class NbdUri:
 
     @property
     def exact(self) -> str:
-        """The URI with everything that could be read in two ways escaped."""
+        """The URI, with everything ambiguous escaped."""
         scheme = ("nbds" if self.is_tls else "nbd") + (
             "" if self.transport == "tcp" else f"+{self.transport}"
         )
@@ -83,13 +84,13 @@ class NbdUri:
 
 
 def is_uri(disk: str) -> bool:
-    """Whether a disk is named by an NBD URI, good or bad, not by a path."""
+    """Whether `disk` is an NBD URI, good or bad, and not a path."""
     scheme, separator, _ = disk.partition(":")
     return bool(separator) and scheme.lower().split("+")[0] in ("nbd", "nbds")
 
 
 def parse(text: str) -> NbdUri:
-    """What a URI means. QEMU's older form, which management tools still send, is taken as well:
+    """Parse a URI. QEMU's older form, which management tools still send, is accepted as well:
     nbd:HOST:PORT[:exportname=NAME], nbd:unix:PATH[:exportname=NAME]. Raises ConfigError with one
     line that says what is allowed."""
     uri = _read(text)
@@ -103,8 +104,8 @@ def parse(text: str) -> NbdUri:
 
 
 def absolute(text: str) -> str:
-    """The same URI with paths that are relative to this process's directory made absolute. Raises
-    ConfigError as `parse` does."""
+    """The same URI with absolute paths; relative ones are relative to this process's directory.
+    Raises ConfigError as `parse` does."""
     uri = _read(text)
     paths = [uri.socket, uri.certificates, uri.psk_file]
     if all(not path or os.path.isabs(path) for path in paths):
@@ -154,7 +155,7 @@ def _read(text: str) -> NbdUri:
 
 
 def _checked(uri: NbdUri) -> NbdUri:
-    """What its parts are to one another. Raises ConfigError."""
+    """Check the parts of a URI together. Raises ConfigError."""
     text = uri.text
     if uri.transport == "unix" and not uri.socket:
         raise ConfigError(f"{text}: names no socket: {_ADVICE}")
@@ -217,7 +218,7 @@ def _authority(text: str, authority: str, transport: str) -> tuple[str, str, int
 
 
 def _host(text: str, host: str) -> str:
-    """Without brackets. An empty one is this machine, as libnbd has it."""
+    """The host without brackets. An empty host is this machine, as in libnbd."""
     form = _HOST.fullmatch(host)
     if form is None:
         raise ConfigError(
@@ -261,8 +262,8 @@ def _parameters(text: str, query: str) -> dict[str, str]:
 
 
 def _decode(text: str, part: str, what: str, *, is_path: bool = False) -> str:
-    """Percent escapes alone: a plus sign is one. A path may have any bytes, as os.fsdecode has
-    them."""
+    """Decode percent escapes only: a plus sign stays. A path may have any bytes, as in
+    os.fsdecode."""
     if re.search("%(?![0-9A-Fa-f]{2})", part):
         raise ConfigError(f"{text}: write a '%' in {what} as %25")
     data = unquote_to_bytes(part)

@@ -1,13 +1,12 @@
-"""A quiet log: of one lasting cause the first lines, then a count now and then.
+"""A quiet log: the first lines of one lasting cause, then a count from time to time.
 
-`Quiet` decides. What our own loggers say passes through it (`QuietFilter`). What nbdkit says of a
-callback that has failed does not: its Python plugin writes a line for each exception, and has no
-way to be told otherwise. It asks Python for the text, though, just before it writes. So such a line
-is marked there, and while there are marked lines nbdkit's stderr is a pipe (`Relay`), from which
-all but those go where they would have gone. The pipe never blocks: nbdkit writes to it with the
-GIL held, which its reader needs.
+`Quiet` decides. nbdmirror's log lines pass through it (`QuietFilter`). nbdkit's lines about failed
+callbacks do not: its Python plugin writes a line for each exception, and cannot be configured. But
+it asks Python for the text just before it writes. So an unwanted line is marked there, and while
+there are marked lines nbdkit's stderr is a pipe (`Relay`), which forwards all other lines. The pipe
+never blocks: nbdkit writes to it with the GIL held, which the pipe's reader needs.
 
-From any thread. A request that succeeds comes by none of this.
+For any thread. A request that succeeds uses none of this.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 PERIOD_S = 10.0
-"""Of a cause that lasts there is a count this often; one that is not heard of for as long has
-ended."""
+"""Interval of the counts of a lasting cause. A cause without a line for so long has ended."""
 
 LINES_MAX = 5
-"""Of one cause, before it is only counted."""
+"""Lines of one cause before further ones are only counted."""
 
 CAUSES_MAX = 256
-"""Which are remembered; of further ones everything is said."""
+"""Most causes that are counted; all lines of further causes are logged."""
 
 MARK = "(one of many)"
-"""The text of a line that nobody is to see."""
+"""The text of a line that is dropped."""
 
 STDERR = 2
 _PIPE_BYTES = 1 << 20
@@ -55,11 +53,11 @@ class _Cause:
 
 
 class Quiet:
-    """`tell` is given the counts."""
+    """Decides which lines are logged. `tell` logs the counts."""
 
     def __init__(self, tell: Tell, clock: Callable[[], float] = time.monotonic) -> None:
         self.on_calm: list[Callable[[], None]] = []
-        """Called when no cause has lines left out any more."""
+        """Called when no cause has omitted lines any more."""
         self._tell = tell
         self._clock = clock
         self._causes: dict[str, _Cause] = {}
@@ -67,7 +65,7 @@ class Quiet:
         self._timer: threading.Timer | None = None
 
     def admits(self, cause: str, level: int, text: str) -> bool:
-        """Whether a line of `cause` is to be said; if not, it is counted."""
+        """Whether a line of `cause` is logged; if not, it is counted."""
         now_s = self._clock()
         with self._lock:
             known = self._causes.get(cause)
@@ -85,7 +83,7 @@ class Quiet:
             return False
 
     def tick(self) -> None:
-        """Tell what was left out. Once in PERIOD_S while there is something."""
+        """Log the counts. Called every PERIOD_S while there are any."""
         with self._lock:
             counted = [(c.level, c.text, c.left_out) for c in self._causes.values() if c.left_out]
             for cause in self._causes.values():
@@ -100,7 +98,7 @@ class Quiet:
                 call()
 
     def stop(self) -> None:
-        """Tell what is left, and nothing later."""
+        """Log the remaining counts, and nothing later."""
         self._forget_timer()
         self.tick()
         self._forget_timer()
@@ -129,7 +127,7 @@ class Quiet:
 
 
 class QuietFilter(logging.Filter):
-    """For warnings and errors: how jobs go on (INFO) is always said."""
+    """Filters warnings and errors; the progress of jobs (INFO) is always logged."""
 
     def __init__(self, quiet: Quiet) -> None:
         super().__init__()
@@ -144,18 +142,18 @@ class QuietFilter(logging.Filter):
 
 
 class Relay:
-    """Has what is written to stderr, by C too, pass through here, without the marked lines."""
+    """Forwards everything that is written to stderr, by C code too, except the marked lines."""
 
     def __init__(self, write: Callable[[bytes], None] | None = None) -> None:
-        """`write`: where the rest goes; by default to what stderr was."""
+        """`write`: the destination; by default the former stderr."""
         self._write = write
         self._before = -1
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Idempotent. Raises OSError or RuntimeError: there are no descriptors or threads left, and
-        stderr is what it was."""
+        """Start. Idempotent. Raises OSError or RuntimeError if no descriptors or threads are left;
+        then stderr has not changed."""
         with self._lock:
             if self._thread is not None:
                 return
@@ -165,7 +163,7 @@ class Relay:
             except OSError:
                 os.close(before)
                 raise
-            with suppress(OSError):  # more than the system lets us have
+            with suppress(OSError):  # more than the system allows
                 fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             os.set_blocking(writer, False)
             write = self._write or (lambda data: _write_all(before, data))
@@ -183,7 +181,7 @@ class Relay:
             os.close(writer)
 
     def stop(self) -> None:
-        """Stderr is what it was; what is in the pipe goes there first. Idempotent."""
+        """Restore stderr, after the pipe's content. Idempotent."""
         with self._lock:
             thread, self._thread = self._thread, None
             if thread is None:
@@ -205,7 +203,7 @@ def _pass_on(reader: int, write: Callable[[bytes], None]) -> None:
         if rest:
             write(rest)
     except OSError:
-        pass  # nobody can be told
+        pass  # no place to report this
     finally:
         os.close(reader)
 
@@ -216,14 +214,14 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 class CallbackErrors:
-    """What nbdkit says of callbacks that have failed."""
+    """nbdkit's lines about failed callbacks."""
 
     def __init__(self, quiet: Quiet, relay: Relay) -> None:
         self._quiet = quiet
         self._relay = relay
 
     def text(self, error: BaseException, text: str) -> str:
-        """What nbdkit is to write: `text`, or the mark of a line that is left out."""
+        """The text for nbdkit: `text`, or the mark of a dropped line."""
         line = text.strip().rpartition("\n")[2]
         cause = f"{type(error).__name__}: {_QUOTED.sub('#', _NUMBER.sub('#', line))}"
         if self._quiet.admits(cause, logging.ERROR, f"a guest's request failed: {line}"):

@@ -1,8 +1,8 @@
 """Rates: how fast a mirror copies and its guest writes, from samples of the last seconds.
 
-Data and zeroes are counted apart: a hole of a terabyte is copied in one request, and says nothing
-of the time that data take. What is sent again, since a target that was lost may have lost it, is
-no write of the guest's.
+Data and zeroes are counted separately: a hole of a terabyte is copied in one request, and says
+nothing about the time for data. Data that is sent again, since a lost target may have lost it, does
+not count as a guest's write.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections import deque
 from dataclasses import dataclass
 
 WINDOW_S = 5.0
-"""Rates are those of the last seconds."""
+"""Rates are averages of so many seconds."""
 
 RATE_S_MIN = 0.2
-"""Samples that are closer together say nothing."""
+"""Samples that are closer together are not used."""
 
 LAG_S_MAX = 2.0
-"""A mirror that is this far behind its guest, and gets no closer, falls behind."""
+"""A mirror that is so far behind its guest, and does not come closer, falls behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +26,31 @@ class Sample:
 
     time_s: float
     offset: int
-    """Copied so far, zeroes included, and written synchronously."""
+    """Copied so far, with zeroes and synchronous writes."""
     data: int
-    """Of that the data, counted as they are sent."""
+    """The data alone, counted when it is sent."""
     left: int
     """Dirty, or in flight."""
     in_flight: int
     again: int
-    """What became dirty for another reason than a guest's write, so far."""
+    """Bytes that became dirty for another reason than a guest's write, so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
     copy_bytes_per_s: int
-    """Data alone."""
+    """Data, without zeroes."""
     zero_bytes_per_s: int
     dirty_bytes_per_s: int
-    """What the guest makes dirty."""
+    """Bytes that the guest makes dirty."""
     left_s: float | None
-    """Until nothing is left, if all that is left is data; None where that cannot be said."""
+    """Seconds until nothing is left, if the rest is all data; None if not known."""
     falls_behind: bool
-    """At these rates the end never comes."""
+    """At these rates the mirror never gets in sync."""
 
 
 class Meter:
-    """Of one mirror. `add` about once a second."""
+    """The rates of one mirror. Call `add` about once a second."""
 
     def __init__(self) -> None:
         self._samples: deque[Sample] = deque()
@@ -61,18 +61,18 @@ class Meter:
             self._samples.popleft()
 
     def start_over(self) -> None:
-        """The mirror stands still: rates of before are none of now."""
+        """The mirror copies nothing now: drop the samples."""
         self._samples.clear()
 
     def rates(self, now: Sample) -> Rates | None:
-        """None where too little has been seen."""
+        """The present rates; None if too little is known."""
         if not self._samples or now.time_s - self._samples[0].time_s < RATE_S_MIN:
             return None
         then = self._samples[0]
         span_s = now.time_s - then.time_s
         copied = now.offset - then.offset
         data = min(copied, now.data - then.data)
-        # What was in flight at first was counted as data when it was sent.
+        # Requests in flight at the first sample were already counted as data.
         zeroes = max(0, copied - data - then.in_flight)
         again = now.again - then.again
         dirtied = max(0, copied + now.left - then.left - again)

@@ -1,7 +1,7 @@
-"""The few system calls that file.py needs and that Python does not have by name.
+"""System calls that file.py needs and that Python does not offer.
 
-All take a descriptor and raise nothing: the answer says what came of it. For any thread; they let
-go of the GIL (fcntl.ioctl too: another thread ran on during a BLKZEROOUT of 1.2 s).
+They raise nothing: the result shows the error. For any thread; they release the GIL (fcntl.ioctl
+too: another thread continued during a BLKZEROOUT of 1.2 s).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DISCARD = 0x1277
 """Block devices only: BLKDISCARD of linux/fs.h, beside the modes of fallocate."""
 
 UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY)
-"""The medium does not have it. ENODEV: block devices before Linux 4.9."""
+"""The medium cannot do this. ENODEV: block devices before Linux 4.9."""
 
 DIRECT_ALIGNMENT_DEFAULT = 4096
-"""For O_DIRECT where the kernel does not tell (before 6.1): a multiple of what usual disks want.
-Trying reads of 512 bytes would not tell either: a hole takes every alignment."""
+"""For O_DIRECT if the kernel does not report the alignment (before 6.1): a multiple of what usual
+disks need. Test reads of 512 bytes would not show it either: a hole accepts every alignment."""
 
 _BLKSSZGET = 0x1268  # linux/fs.h
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
@@ -46,7 +46,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 
 
 def change(fd: int, what: int, offset: int, length: int) -> int:
-    """Do `what` (one of the constants above) to a range; returns 0 or an errno."""
+    """Apply `what` (one of the constants above) to a range in bytes. Returns 0 or an errno."""
     if what == DISCARD:
         try:
             fcntl.ioctl(fd, DISCARD, struct.pack("QQ", offset, length))
@@ -61,8 +61,8 @@ def change(fd: int, what: int, offset: int, length: int) -> int:
 
 
 def node_of(number: int) -> str:
-    """The kernel's own node of the block device `number`, which all that name it can have in
-    common; "" if there is none."""
+    """The kernel's node of the block device `number`, which is the same for all its names; "" if
+    there is none."""
     try:
         link = os.readlink(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
         node = "/dev/" + os.path.basename(link).replace("!", "/")
@@ -73,8 +73,8 @@ def node_of(number: int) -> str:
 
 
 def block_number(path: str) -> int:
-    """Of the block device at `path`; 0 if it is none, or nobody knows. Only what the kernel has in
-    memory is looked at: no storage is asked."""
+    """The number of the block device at `path`; 0 if it is not one, or not known. Uses only the
+    kernel's memory: no storage is queried."""
     answer = ctypes.create_string_buffer(_ANSWER_BYTES)
     name = os.fsencode(path)
     if _libc.statx(_AT_FDCWD, name, _AT_STATX_DONT_SYNC, _STATX_TYPE, answer) != 0:
@@ -94,7 +94,7 @@ def is_in_memory(fd: int) -> bool:
 
 
 def sector_size(fd: int) -> int:
-    """The logical sector size of a block device."""
+    """The logical sector size of a block device, in bytes."""
     try:
         (size,) = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(struct.calcsize("i"))))
     except OSError:
@@ -103,7 +103,7 @@ def sector_size(fd: int) -> int:
 
 
 def direct_alignment(fd: int) -> int:
-    """What O_DIRECT wants of offsets and lengths; 0 if it cannot be used on this file."""
+    """O_DIRECT's alignment of offsets and lengths, in bytes; 0 if this file does not support it."""
     if stat.S_ISBLK(fstat(fd).st_mode):
         return sector_size(fd)
     answer = ctypes.create_string_buffer(_ANSWER_BYTES)

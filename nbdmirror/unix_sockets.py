@@ -1,11 +1,9 @@
-"""Unix sockets that servers of ours listen on, and other files that we make by name: bound safely,
-and stale ones taken over.
+"""Unix sockets of servers, and other files that a server creates: bound safely, and stale ones
+taken over.
 
-Such places may be in directories where others can write, /tmp above all. There we take away nothing
-that is not ours, follow no symbolic link that we are given as the last part of a path, and look and
-act through one descriptor of the directory, so that nobody can put another one in its place in
-between.
-"""
+Their directories may be writable for other users, especially /tmp. There only this user's files are
+removed, a symbolic link as the last part of a path is not followed, and all steps use one
+descriptor of the directory, so that another user cannot replace the directory in between."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from nbdmirror.errors import ConfigError
 BACKLOG = 32
 
 LOCK_S_MAX = 1.0
-"""How long another process that takes over a socket in the same directory is waited for; anybody
+"""How long to wait for another process that takes over a socket in the same directory. Every user
 who can read the directory could hold that lock."""
 LOCK_POLL_S = 0.01
 
@@ -32,17 +30,16 @@ LOCK_POLL_S = 0.01
 def bind_unix_socket(path: str, *, parameter: str = "qmp") -> socket.socket:
     """A listening Unix socket at `path`, mode 0600 from its first moment.
 
-    A socket file that nobody listens on any more is taken over, if it may be; anything else at
-    `path` is left alone. Raises ConfigError, which starts with `parameter`. For use before nbdkit
-    forks.
+    The socket file of a dead server is taken over, if that is allowed; any other file at `path` is
+    left alone. Raises ConfigError, which begins with `parameter`. For use before nbdkit forks.
     """
     path = os.path.abspath(path)  # nbdkit changes to / when it goes into the background
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _locked(path) as directory:
             _remove_stale_socket(path, parameter, directory)
-            # Linux creates the file with the mode of the socket's own inode: no umask to juggle
-            # with.
+            # Linux creates the file with the mode of the socket's inode, so the umask does not
+            # matter.
             os.fchmod(listener.fileno(), stat.S_IRUSR | stat.S_IWUSR)
             listener.bind(path)
             listener.listen(BACKLOG)
@@ -64,7 +61,7 @@ def bind_unix_socket(path: str, *, parameter: str = "qmp") -> socket.socket:
 
 
 def remove_stale_socket(path: str, parameter: str) -> None:
-    """Make `path` free to bind if only a dead server's socket is there; else raise ConfigError."""
+    """Remove a dead server's socket at `path`. Raises ConfigError for any other file."""
     try:
         with _locked(path) as directory:
             _remove_stale_socket(path, parameter, directory)
@@ -73,8 +70,7 @@ def remove_stale_socket(path: str, parameter: str) -> None:
 
 
 def remove_socket(path: str, file: os.stat_result) -> None:
-    """Take away a socket file, or another one, that we made, if what is at `path` is still that
-    one."""
+    """Remove a socket file, or another file of this server, if it is still the one at `path`."""
     with contextlib.suppress(OSError), _locked(path) as directory:
         name = os.path.basename(path)
         if os.path.samestat(file, os.stat(name, dir_fd=directory, follow_symlinks=False)):
@@ -82,14 +78,14 @@ def remove_socket(path: str, file: os.stat_result) -> None:
 
 
 def claim_pidfile(path: str, parameter: str) -> None:
-    """Make sure that nbdkit, which truncates the file and follows links, writes to one of ours at
-    `path`. Raises ConfigError; then nothing was touched."""
+    """Make sure that nbdkit, which truncates the file and follows links, writes to a file of this
+    user at `path`. Raises ConfigError; then nothing has changed."""
     name = os.path.basename(path)
     try:
         with _locked(path) as directory:
             place = os.fstat(directory)
             if _is_shared(place):
-                # From here on it is ours: nobody else can put a link in its place.
+                # The file belongs to this user now: no other user can replace it with a link.
                 with contextlib.suppress(FileExistsError):
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                     os.close(os.open(name, flags, 0o644, dir_fd=directory))
@@ -97,7 +93,7 @@ def claim_pidfile(path: str, parameter: str) -> None:
             is_pidfile = stat.S_ISREG(file.st_mode) and _has_a_number(name, directory)
     except FileNotFoundError:
         if os.path.isdir(os.path.dirname(path)):
-            return  # nbdkit makes it
+            return  # nbdkit creates it
         raise ConfigError(f"{parameter}: {path}: its directory does not exist") from None
     except OSError as error:
         raise ConfigError(f"{parameter}: {path}: {error.strerror}") from error
@@ -116,7 +112,7 @@ def claim_pidfile(path: str, parameter: str) -> None:
 
 
 def _has_a_number(name: str, directory: int) -> bool:
-    """Whether it is a pid file, or empty: it might be somebody's disk."""
+    """Whether the file is a pid file, or empty; it might be a disk."""
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     try:
         return not os.read(fd, 64).strip(b"0123456789\n ")
@@ -125,8 +121,8 @@ def _has_a_number(name: str, directory: int) -> bool:
 
 
 def lock_pidfile(path: str) -> int | None:
-    """A descriptor that holds the lock which a server has on its pid file as long as it lives. None
-    if another one has it. Raises OSError."""
+    """A descriptor with the lock that a server holds on its pid file while it lives; None if
+    another server has it. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if _lock(fd):
         return fd
@@ -143,7 +139,7 @@ def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:
     if not stat.S_ISSOCK(file.st_mode):
         raise ConfigError(f"{parameter}: {path}: exists and is not a socket; it was left alone")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a live server with a full backlog says EAGAIN
+        probe.setblocking(False)  # a live server with a full backlog gives EAGAIN
         answer = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
     if answer == errno.ECONNREFUSED:
         if not _may_remove(file, os.fstat(directory)):
@@ -157,13 +153,13 @@ def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:
 
 
 def _may_remove(file: os.stat_result, directory: os.stat_result) -> bool:
-    """Whether it cannot be somebody else's business: only we and root write to the directory, or
-    the file is ours, or its owner's to whom the directory belongs as well."""
+    """Whether the file may be removed: only this user and root can write to the directory, or the
+    file belongs to this user, or file and directory have the same owner."""
     return file.st_uid in (os.geteuid(), directory.st_uid) or not _is_shared(directory)
 
 
 def _is_shared(directory: os.stat_result) -> bool:
-    """Whether others than root and we may make files there."""
+    """Whether users other than root and this one may create files there."""
     is_writable = bool(directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
     return is_writable or directory.st_uid not in (0, os.geteuid())
 
@@ -177,20 +173,20 @@ def _name_of(uid: int) -> str:
 
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[int]:
-    """A descriptor of the directory of `path`, locked against others who do the same: two servers
-    that find the same dead socket must not take away each other's new one."""
+    """A descriptor of the directory of `path`, locked against other servers: two servers that find
+    the same dead socket must not remove each other's new socket."""
     place, flags = os.path.dirname(path) or ".", os.O_DIRECTORY | os.O_CLOEXEC
     try:
         directory = os.open(place, os.O_RDONLY | flags)
     except PermissionError:
-        directory = os.open(place, os.O_PATH | flags)  # one that cannot be listed
+        directory = os.open(place, os.O_PATH | flags)  # a directory that cannot be listed
     try:
         deadline_s = time.monotonic() + LOCK_S_MAX
         while not _lock(directory) and time.monotonic() < deadline_s:
             time.sleep(LOCK_POLL_S)
         yield directory
     finally:
-        os.close(directory)  # and with it the lock
+        os.close(directory)  # releases the lock
 
 
 def _lock(fd: int) -> bool:
@@ -199,5 +195,5 @@ def _lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True  # there are no locks on such a descriptor or file system
+        return True  # such a descriptor or file system has no locks
     return True

@@ -1,8 +1,7 @@
-"""Workers: the threads that wait for one storage, so that nobody else has to.
+"""Workers: the threads that wait for one storage, so that no other thread has to.
 
-They are daemons: a storage that hangs keeps no process from ending. They come when there is work,
-and go soon after.
-"""
+They are daemons: a storage that hangs does not prevent the end of the process. They start when
+there is work, and end soon after."""
 
 from __future__ import annotations
 
@@ -14,11 +13,11 @@ IDLE_S = 2.0
 """How long a thread waits for more work."""
 
 Call = Callable[[], None]
-"""It raises nothing."""
+"""A call that never raises."""
 
 
 class Workers:
-    """At most `count` threads of that name. From any thread; nothing here waits but `wait`."""
+    """At most `count` threads with this name. For any thread; only `wait` blocks."""
 
     def __init__(self, name: str, count: int) -> None:
         self._name = name
@@ -30,19 +29,19 @@ class Workers:
         self._changed = threading.Condition()  # guards all of the above; nothing is called under it
 
     def submit(self, call: Call) -> None:
-        """Do it soon; with one thread, in the order of these calls."""
+        """Run `call` soon; with one thread, in the order of the calls."""
         with self._changed:
             self._calls.append(call)
             self._see_to_calls()
 
     def submit_last(self, call: Call) -> None:
-        """Do it when all else has ended, and nothing else will be asked for."""
+        """Run `call` after all other calls have ended; no call may follow."""
         with self._changed:
             self._last = call
             self._see_to_last()
 
     def wait(self, timeout_s: float) -> bool:
-        """For all to have ended; False if that takes longer."""
+        """Wait for all calls, for `timeout_s` at most. Returns whether they have ended."""
         with self._changed:
             return self._changed.wait_for(lambda: self._is_at_rest, timeout_s)
 
