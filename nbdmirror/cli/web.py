@@ -1,5 +1,5 @@
 """`nbdmirror web`: finds the servers' control sockets and holds the conversations; nbdmirror.web
-shows what they say."""
+shows their answers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the servers of a host are doing, over HTTP: for Prometheus, for scripts, for people."""
+"""The status of all servers of a host, over HTTP: for Prometheus, for scripts, for people."""

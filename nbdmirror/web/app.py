@@ -1,4 +1,4 @@
-"""What is at which path. All of it can only be read."""
+"""The paths and their answers. Nothing can be changed."""
 
 from __future__ import annotations
 

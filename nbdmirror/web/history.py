@@ -1,5 +1,4 @@
-"""The last minutes of each job, and the last events of all servers: what a page shows beside the
-present. Bounded in both."""
+"""The last minutes of each job and the last events of all servers, both bounded, for the page."""
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ class History:
         self.notes.appendleft(Note(next(self._numbers), self._time_s(), server, text))
 
     def add(self, report: Report) -> None:
-        """What a server has just said. Its jobs that are no more are forgotten."""
+        """The newest report of a server. Jobs that it does not have any more are forgotten."""
         jobs = dict(jobs_of(report))
         for key in [key for key in self._samples if key[0] == report.socket and key not in jobs]:
             del self._samples[key]

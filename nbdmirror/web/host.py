@@ -2,8 +2,8 @@
 that hangs holds up no other, and however many HTTP clients there are, no server is asked more often
 for them.
 
-How servers are found and spoken to is given: this module knows neither QMP nor places. On the event
-loop's thread.
+The caller gives the ways to find servers and to speak to them: this module knows neither QMP nor
+places. On the event loop's thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pages that follow what happens, by server-sent events. What they get is made once for all.
+"""Pages that change by themselves, by server-sent events. Their content is made once for all pages.
 
 A message has a part of the page as a string of JSON: names may have line ends, which end messages.
 """

@@ -1,5 +1,5 @@
-"""The page for people: all of what it shows is made here, in the words of the command line. What
-servers say is text that nobody has checked; the templates escape all of it."""
+"""The page for people, in the words of the command line. The texts of servers are not trusted: the
+templates escape all of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Job:
     target: str
     percent: float
     rows: list[tuple[str, str]]
-    """What is to be known in numbers: a name, and a value with its unit."""
+    """Names, and values with their units."""
     remarks: list[str]
     rates: Plot
     lag: Plot

@@ -1,5 +1,5 @@
-"""What a server has said, as far as it can be understood: servers differ in age, and a socket may
-be another program's."""
+"""A server's answer, as far as it can be understood: servers differ in age, and a socket may be
+another program's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a server has said of itself at `time_s`, in seconds since 1970; or why it has not."""
+    """A server's status at `time_s`, in seconds since 1970, or the reason why there is none."""
 
     socket: str
     time_s: float

@@ -1,9 +1,9 @@
-"""The HTTP server, and what its clients cannot do: take all connections, hold one for ever, or stop
-it from ending.
+"""The HTTP server and its bounds: no client can take all connections, hold one for ever, or keep
+the server from ending.
 
-A connection is for one request and lasts ten seconds at most, so no client has to be watched; if
-there are too many, the oldest goes. Those of pages that follow what happens last longer; there are
-few of them, and they must read.
+A connection is for one request and lasts ten seconds at most, so no client has to be watched. If
+there are too many connections, the oldest is closed. Pages that change by themselves keep theirs
+for longer; there are few of them, and their clients must read.
 """
 
 from __future__ import annotations

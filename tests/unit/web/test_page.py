@@ -100,6 +100,13 @@ def test_trouble_is_shown_as_status_shows_it(trouble: dict[str, Any], text: str)
     assert text in whole(report(disk("vda", JOB | trouble))).text
 
 
+def test_what_is_not_known_is_not_drawn() -> None:
+    """The lag of a job that was not ready yet; anything, of one that has just begun."""
+    copying = {key: value for key, value in JOB.items() if key != "lag-s"} | {"ready": False}
+    for job, samples, plots in ((JOB, 3, 2), (copying, 3, 1), (JOB, 0, 0)):
+        assert len(whole(report(disk("vda", job)), samples=samples).all("svg")) == plots
+
+
 def test_trouble_of_a_disk_and_a_server() -> None:
     found = whole(
         report(
