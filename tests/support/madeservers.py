@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
 
+from hypothesis import strategies as st
 from support.waiting import POLL_S, WAIT_S_MAX, wait_until
 
 from nbdmirror.web import service
@@ -72,6 +73,25 @@ def status(*disks: dict[str, Any], **more: Any) -> dict[str, Any]:
         "disks": list(disks),
         **{key.replace("_", "-"): value for key, value in more.items()},
     }
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+_KEYS = sorted({*status(), *disk(), *JOB, "last-job", "problem", "state-error", "last-error"})
+
+
+@st.composite
+def any_status(draw: st.DrawFn) -> dict[str, Any]:
+    """A server's, in which anything may be something else."""
+    strange = st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4)
+    job, one = JOB | draw(strange), disk() | draw(strange)
+    one["jobs"] = draw(st.just([job]) | _JSON)
+    said = status() | draw(strange)
+    said["disks"] = draw(st.just([one]) | _JSON)
+    return said
 
 
 async def until(is_so: Callable[[], bool]) -> None:
