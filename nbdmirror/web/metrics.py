@@ -169,7 +169,8 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "nbdmirror_job_lag_seconds",
-            "The age of the oldest write that the target lacks, once the job was ready.",
+            "The age, at most, of the oldest answered write that is not on the target's storage;"
+            " from READY on.",
             _key("lag-s"),
         ),
         Metric(
