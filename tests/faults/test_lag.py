@@ -88,6 +88,7 @@ class Oracle:
 
     def check(self, server: Nbdmirror) -> float:
         """One sample. Returns the lag."""
+        assert self._thread.is_alive() or self._is_over.is_set(), "the guest has failed"
         asked_s = time.monotonic()
         job = server.qmp.execute("x-nbdmirror-query-status")["disks"][0]["jobs"][0]
         lag_s = float(job["lag-s"])
