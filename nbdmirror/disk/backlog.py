@@ -42,7 +42,8 @@ class Backlog:
         unflushed: DirtyBitmap,
         flushing: Iterable[DirtyBitmap],
     ) -> None:
-        """The moment is now, whatever it was before."""
+        """The moment is now, whatever it was before. For 16 TiB that are dirty all over this takes
+        60 ms; such a backlog is minutes of copying."""
         self._dirty.merge(dirty)
         self._claims = set(claims)
         is_sent = unflushed.is_empty and self.is_copied

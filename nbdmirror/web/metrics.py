@@ -190,6 +190,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             _key("in-flight-bytes"),
         ),
         Metric(
+            "nbdmirror_job_unflushed_bytes",
+            "The bytes that the target has received, or is receiving, since its last flush.",
+            _key("unflushed-bytes"),
+        ),
+        Metric(
             "nbdmirror_job_copied_bytes_total",
             "The bytes that were copied, zeroes included.",
             _key("copied-bytes"),

@@ -190,6 +190,7 @@ def _rows(job: Record, left: int) -> list[tuple[str, str]]:
         add("Time left at this rate", "left-s", "s")
     add("Dirty", "dirty-bytes")
     add("In flight", "in-flight-bytes")
+    add("Not flushed", "unflushed-bytes")
     add("Copied", "copy-bytes-per-s", "/s")
     add("Changed by guests", "dirty-bytes-per-s", "/s")
     changed, sent = number(job.get("changed-bytes")), number(job.get("sent-bytes"))

@@ -33,6 +33,7 @@ JOB: dict[str, Any] = {
     "copy-mode": "background",
     "actively-synced": False,
     "dirty-bytes": 1 << 16,
+    "unflushed-bytes": 2 << 20,
     "in-flight-bytes": 2 << 16,
     "copied-bytes": 1 << 31,
     "written-bytes": 1 << 30,
