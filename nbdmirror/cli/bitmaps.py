@@ -39,7 +39,7 @@ async def run(session: Session, args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What the parser cannot."""
+    """Check what the parser cannot check. Raises CliError."""
     wanted = {"list": "no NAME", "merge": "NAME and one or more FROM"}.get(args.action, "one NAME")
     count = len(args.names)
     fits = {"list": count == 0, "merge": count >= 2}.get(args.action, count == 1)

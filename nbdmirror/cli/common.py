@@ -1,4 +1,4 @@
-"""What all commands share: exit statuses, the error that ends a command, places and defaults."""
+"""Shared by all commands: exit statuses, the error that ends a command, paths and defaults."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ DONE, FAILED, USAGE, NO_SERVER, TIMED_OUT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 """Exit statuses: docs/cli.md."""
 
 THREADS_DEFAULT, THREADS_DIRECT_DEFAULT = 8, 16
-"""Never far from the best, see docs/performance.md; the latter with --cache none, where each
-request waits for the disk."""
+"""Never far from the optimum, see docs/performance.md. The second one is for --cache none, with
+which each request waits for the disk."""
 
 
 class CliError(Exception):
-    """One line for stderr that says what to do, and the exit status."""
+    """Ends a command: one line for stderr that says what to do, and the exit status."""
 
     def __init__(self, message: str, status: int = FAILED) -> None:
         super().__init__(message)
@@ -21,8 +21,7 @@ class CliError(Exception):
 
 
 def absolute_uri(text: str, option: str = "") -> str:
-    """An NBD URI whose paths do not depend on this directory any more. Raises CliError, whose text
-    begins with `option`."""
+    """An NBD URI with absolute paths. Raises CliError, whose text begins with `option`."""
     from nbdmirror.errors import ConfigError
     from nbdmirror.nbd_uri import absolute
 
@@ -33,8 +32,8 @@ def absolute_uri(text: str, option: str = "") -> str:
 
 
 def default_qmp_paths() -> list[str]:
-    """Where a server's control socket is by default. A server takes the first; a client the first
-    that exists: root's login session has XDG_RUNTIME_DIR, the service that it controls has not."""
+    """The default paths of control sockets. A server uses the first one, a client the first that
+    exists: root's login session has XDG_RUNTIME_DIR, a service does not."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     paths = [os.path.join(runtime, "nbdmirror.qmp")] if runtime else []
     if os.geteuid() == 0:

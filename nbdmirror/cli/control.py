@@ -1,4 +1,4 @@
-"""The commands that speak QMP to a running server, but for `handover`."""
+"""The commands that send QMP to a running server, except `handover`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from nbdmirror.names import default_job_id
 
 WATCH_S = 2.0
 PAUSE_S_MAX = 10.0
-"""A pause comes about when the requests in flight have ended: within seconds, if their servers
+"""A pause takes effect when the requests in flight have ended: within seconds, if their servers
 answer."""
 RESUME_S_MAX = 5.0
-"""For the first thing that a resumed job does."""
+"""How long to wait for the first progress of a resumed job."""
 OUTLOOK_S_MAX = 2.0
-"""For a last look at a job whose command ends before it does."""
+"""How long a last query of a job may take when its command stops waiting."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,10 +47,10 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 async def _outlook(session: Session) -> str:
-    """What becomes of the job that nobody waits for any more, as a last look finds it."""
+    """What the job is about to do, by a last query, when the command stops waiting for it."""
     if not session.job:
         return "jobs on the server continue"
-    if session.is_starting:  # the server answers one client's commands one after the other
+    if session.is_starting:  # the server answers a client's commands one after the other
         return f"job {session.job} may still start when its target answers; see: nbdmirror status"
     try:
         async with asyncio.timeout(OUTLOOK_S_MAX):
@@ -81,7 +81,7 @@ async def _wait(session: Session, args: argparse.Namespace) -> int:
 
 
 async def _report_last(session: Session, args: argparse.Namespace, what: str) -> int:
-    """There is no job: how the last one ended that may be meant."""
+    """There is no job: report how the last matching job ended."""
     lasts = last_jobs(await session.status(), args)
     if len(lasts) != 1:
         raise CliError(what)
@@ -110,7 +110,7 @@ async def _cancel(session: Session, args: argparse.Namespace) -> int:
         watch = Watch(session, job, display)
         if args.force:
             await session.execute("job-cancel", id=job)
-        else:  # which job-cancel cannot do softly
+        else:  # job-cancel has no soft cancel
             await session.execute("block-job-cancel", device=job)
         await watch.until(ready=False)
     return await watch.report(verb="cancel")
@@ -132,7 +132,7 @@ async def _finalize(session: Session, args: argparse.Namespace) -> int:
 async def _mirror(session: Session, args: argparse.Namespace) -> int:
     device = args.device or await only_disk(session)
     job = args.job or default_job_id(device, await disk_names(session))
-    session.events.clear()  # an earlier job of this name is not ours
+    session.events.clear()  # drop events of an earlier job with this name
     session.job, session.is_starting = job, True
     await session.execute(
         "drive-mirror",
@@ -157,7 +157,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
     session.is_starting = False
     if not args.wait:
         watch = Watch(session, job, PlainDisplay(time.monotonic))
-        state = await watch.look()  # what fails at once has been told by now
+        state = await watch.look()  # an immediate failure is known by now
         if watch.end or not state:
             return await watch.report(verb="mirror")
         text = cli_words.state(state)
@@ -182,7 +182,7 @@ async def _pause(session: Session, args: argparse.Namespace) -> int:
     watch = Watch(session, job, PlainDisplay(time.monotonic))
     before = await watch.look() or {}
     watch.check_not_ended()
-    if cli_words.state(before) != "pausing":  # else it is only to be waited for
+    if cli_words.state(before) != "pausing":  # else only wait
         await session.execute("job-pause", id=job)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PAUSE_S_MAX):
@@ -202,7 +202,7 @@ def _is_paused(job: Job) -> bool:
 
 
 async def _resume(session: Session, args: argparse.Namespace) -> int:
-    """Until it is seen that the job goes on, or that it has stopped again."""
+    """Resume, and wait until the job makes progress, or has stopped again."""
     job = await find_job(session, args)
     watch = Watch(session, job, PlainDisplay(time.monotonic))
     before = await watch.look() or {}
@@ -225,7 +225,7 @@ async def _resume(session: Session, args: argparse.Namespace) -> int:
 
 
 def _has_moved(job: Job, before: Job) -> bool:
-    """It has done something, or has nothing to do, or is paused."""
+    """Whether the job has made progress, has nothing to do, or is paused."""
     if job.get("paused"):
         return True
     is_there = job.get("target-connected", True)

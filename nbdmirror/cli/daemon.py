@@ -1,10 +1,9 @@
-"""`serve --daemonize`: nbdkit is started in a session of its own, and the command waits until the
-server serves, or says why it does not.
+"""`serve --daemonize`: starts nbdkit in a new session, and waits until the server serves, or
+reports why it does not.
 
-nbdkit's own way into the background leaves the process in the terminal's session, and its parent
-ends before the server's last steps. From a terminal that closes with its first process (ssh -t) the
-server would be ended by the hangup before it could do anything about that.
-"""
+nbdkit's daemon mode leaves the process in the terminal's session, and its parent ends before the
+server's last steps. If the terminal closes with its first process (ssh -t), the hangup would end
+the server before it could ignore that signal."""
 
 from __future__ import annotations
 
@@ -19,16 +18,16 @@ from nbdmirror.cli.common import DONE, CliError
 from nbdmirror.startup_error import READY, READY_FD
 
 SIGNALLED = 128
-"""A shell's exit status for a command that a signal has ended: this and its number."""
+"""A shell's exit status for a command that a signal has ended: this plus the signal's number."""
 
 
 class _Signalled(Exception):
-    """With the signal's number."""
+    """A signal has arrived; the argument is its number."""
 
 
 def run(argv: Sequence[str], env: dict[str, str], *, kept_fds: Sequence[int] = ()) -> int:
-    """The exit status of `serve`: 0 once the server serves. `kept_fds` are for it to inherit.
-    Raises CliError."""
+    """The exit status of `serve`: 0 when the server serves. The server inherits `kept_fds`. Raises
+    CliError."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)

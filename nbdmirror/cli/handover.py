@@ -1,16 +1,16 @@
-"""`nbdmirror handover`: a running guest goes to another host, its memory and its disk.
+"""`nbdmirror handover`: moves a running guest to another host, with its memory and its disk.
 
-    check              both servers are there, and fit                 nothing is begun
+    check              both servers run, and fit together              nothing is begun
     mirror             until READY                                     the guest runs here
     migrate            QEMU copies its memory to the QEMU that waits   the guest runs here
     (pre-switchover)   QEMU has stopped it, drained and flushed it     the guest is stopped
     pivot              from now on the target is the disk              the guest is stopped
-    migrate-continue   the guest goes on there, on the target          the guest runs there
+    migrate-continue   the guest continues there, on the target        the guest runs there
 
-At each moment one side has the guest, and one disk is the truth. Up to the pivot all can be undone,
-and is: by any failure, by --timeout, by SIGINT. After it the target is the truth wherever the guest
-goes on; SIGINT then waits for the outcome, which is bounded. docs/migration.md tells why this order
-is the safe one.
+At each moment the guest is on one side, and one disk is current. Before the pivot any failure,
+--timeout and SIGINT undo everything. After the pivot the target is the current disk, wherever the
+guest continues; then SIGINT waits for the result, within a bound. docs/migration.md explains why
+this order is safe.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Result = TypeVar("Result")
 
 POLL_S = 0.5
 CAPABILITIES = ("pause-before-switchover", "events", "return-path")
-"""Of QEMU's migration: it stops before the end, so that the pivot can come between; it tells so at
-once, since the guest is waiting; it counts as completed when the other side says so."""
+"""Capabilities of QEMU's migration: it stops before its end, for the pivot; an event reports that
+at once, since the guest waits; and it is completed when the other side confirms."""
 PIVOT_S_MAX = 30.0
-"""The guest is stopped that long at most before the pivot is given up."""
+"""Longest time that the guest is stopped for the pivot, before the handover is undone."""
 CANCEL_S_MAX = 10.0
 FINISH_S_MAX = 60.0
-"""For the last of the guest's memory, after the pivot."""
+"""Longest time for the last part of the guest's memory, after the pivot."""
 ELSEWHERE = ("inmigrate", "postmigrate", "finish-migrate")
 OVER = ("none", "completed", "failed", "cancelled")
 QEMU_ADVICE = "name a QMP socket of the QEMU that runs the guest with --qemu (QEMU: -qmp unix:PATH)"
@@ -72,7 +72,7 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 async def _undisturbed(step: Coroutine[Any, Any, Result], display: Display) -> Result:
-    """SIGINT has to wait for this step, which is bounded."""
+    """Run a bounded step that SIGINT does not interrupt."""
     task = asyncio.ensure_future(step)
     while not task.done():
         try:
@@ -97,7 +97,7 @@ class _Handover:
         self._watch: Watch | None = None
 
     async def check(self) -> None:
-        """Find the disk and its job. Raises CliError: nothing has been begun."""
+        """Find the disk and its job. Raises CliError; then nothing has begun."""
         disks = {disk["name"]: disk for disk in (await self._server.status()).get("disks", [])}
         names = ", ".join(disks) or "none"
         if not self._args.device and len(disks) != 1:
@@ -121,12 +121,12 @@ class _Handover:
         await self._qemu.check(self._disk)
 
     async def mirror(self) -> None:
-        """Until source and target are in sync; a mirror that is there already is used."""
+        """Mirror until source and target are in sync; a running mirror is used."""
         is_new = not self._job
         self._job = self._job or default_job_id(self._disk["name"], self._names)
         self._watch = Watch(self._server, self._job, self._display)
         if is_new:
-            self._server.events.clear()  # an earlier job of this name is not ours
+            self._server.events.clear()  # drop events of an earlier job
             await self._server.execute(
                 "drive-mirror",
                 device=self._disk["name"],
@@ -140,7 +140,7 @@ class _Handover:
         self._display.note(f"{self._job}: the target follows the source")
 
     async def migrate(self) -> None:
-        """Until QEMU has stopped the guest, with nothing of its memory left but the rest."""
+        """Migrate until QEMU has stopped the guest, with only a last part of its memory left."""
         assert self._watch
         await self._qemu.begin(self._args.to)
         self._display.note(f"memory: migrating to {self._args.to}")
@@ -159,7 +159,7 @@ class _Handover:
         self._display.note("guest: stopped for the pivot")
 
     async def switch(self) -> str:
-        """Pivot and continue. Returns what to tell."""
+        """Pivot and continue. Returns the message."""
         await self._pivot()
         self._display.note(f"{self._job}: pivoted; the guest continues at {self._args.to}")
         try:
@@ -172,7 +172,8 @@ class _Handover:
         )
 
     async def _pivot(self) -> None:
-        """Raises CliError if the target is not the disk then: what was undone, or is unknown."""
+        """Pivot. Raises CliError if the target is not the disk afterwards: what was undone, or is
+        unknown."""
         assert self._watch
         try:
             await self._server.execute("job-complete", id=self._job)
@@ -201,14 +202,14 @@ class _Handover:
         return True
 
     def _still_mirrors(self, *, is_over: bool = False) -> None:
-        """Raises CliError if the job has failed, or, unless `is_over`, has ended."""
+        """Raise CliError if the job has failed, or, unless `is_over`, has ended."""
         assert self._watch
         self._watch.raise_failure(verb="handover")
         if self._watch.end and not is_over:
             raise CliError(f"job {self._job} was ended by another client")
 
     async def undo(self, error: BaseException) -> CliError:
-        """Have the guest run on here, as if nothing had been. Returns what to say."""
+        """Let the guest continue here, without a change. Returns the error to report."""
         reason, status = self._told(error)
         parts = [reason]
         try:
@@ -228,7 +229,7 @@ class _Handover:
         return CliError("; ".join(parts), status)
 
     async def _disk_now(self) -> dict[str, Any] | None:
-        """As the server has it; None if it does not say."""
+        """The disk's status on the server; None if the server does not answer."""
         with contextlib.suppress(CliError, QMPError):
             disks = (await self._server.status())["disks"]
             return dict(next(one for one in disks if one["name"] == self._disk["name"]))
@@ -244,8 +245,8 @@ class _Handover:
         return f"lost the connection to the server ({error})", NO_SERVER
 
     def _unknown(self, error: BaseException) -> CliError:
-        """The guest is stopped. As long as it is, the old disk holds all that it has written: if
-        the pivot took place, both do."""
+        """The result is unknown. The guest is stopped. Until it continues, the old disk has all its
+        writes; after a pivot both disks have them."""
         text = (
             f"the server did not report whether the disk was pivoted ({error}); the guest is"
             f" stopped and has lost nothing. Start the server again on {self._disk['source']}, or,"
@@ -255,7 +256,7 @@ class _Handover:
         return CliError(text, NO_SERVER)
 
     async def _stayed(self, error: BaseException) -> CliError:
-        """After the pivot, and the guest did not get away. Returns what to say."""
+        """The migration failed after the pivot. Returns the error to report."""
         reason, status = self._told(error)
         truth = f"the disk is {self._args.target} now"
         if (disk := await self._disk_now()) is not None:
@@ -273,7 +274,7 @@ class _Handover:
 
 
 class _Qemu:
-    """The QEMU that has the guest now, and its migration."""
+    """The QEMU that runs the guest, and its migration."""
 
     def __init__(self, session: Session, path: str) -> None:
         self._session = session
@@ -285,11 +286,11 @@ class _Qemu:
 
     @property
     def reason(self) -> str:
-        """QEMU's, for a failed migration."""
+        """QEMU's reason for a failed migration."""
         return f": {text}" if (text := self._info.get("error-desc")) else ""
 
     async def check(self, disk: dict[str, Any]) -> None:
-        """Raises CliError if it cannot be migrated, or its guest has another disk."""
+        """Raise CliError if the guest cannot be migrated, or has another disk."""
         await self._check_migrates()
         self._state_before = await self.guest_state()
         if self._state_before in ELSEWHERE:
@@ -309,7 +310,7 @@ class _Qemu:
             raise CliError(f"{text}: it is not the one that {disk['name']} is served to")
 
     async def _check_migrates(self) -> None:
-        """QEMU's storage daemon greets as QEMU does."""
+        """Raise CliError if this is QEMU's storage daemon, whose greeting is the same as QEMU's."""
         names = {command["name"] for command in await self._ask("query-commands")}
         if "migrate" not in names:
             text = f"{self._path} is the control socket of a {QEMU} that has no guest to migrate"
@@ -323,7 +324,7 @@ class _Qemu:
         await self._ask("migrate", uri=uri)
 
     async def look(self, display: Display | None = None) -> str:
-        """The migration's state; its progress is shown."""
+        """The migration's state; shows its progress."""
         self._info = await self._ask("query-migrate")
         state = str(self._info.get("status", "none"))
         if (ram := self._info.get("ram")) and display:
@@ -338,7 +339,7 @@ class _Qemu:
                 await self._session.events.get()
 
     async def finish(self) -> int:
-        """The last step. Returns for how many milliseconds the guest was stopped."""
+        """Do the last step. Returns how long the guest was stopped, in milliseconds."""
         await self._ask("migrate-continue", state="pre-switchover")
         state = await self._over(FINISH_S_MAX)
         if state != "completed":
@@ -346,7 +347,7 @@ class _Qemu:
         return int(self._info.get("downtime", 0))
 
     async def undo(self) -> str:
-        """Cancel the migration, if there is one. Returns what has become of the guest."""
+        """Cancel the migration, if there is one. Returns what happened to the guest."""
         if self._has_begun:
             if await self.look() not in OVER:
                 await self._ask("migrate_cancel")
@@ -360,7 +361,7 @@ class _Qemu:
         return "the guest continues here" if state == "running" else f"the guest is still {state}"
 
     async def guest_state(self) -> str:
-        """QEMU's RunState. Right after a migration has failed it is not what it will be yet."""
+        """QEMU's RunState. Right after a failed migration it may still change."""
         deadline_s = time.monotonic() + CANCEL_S_MAX
         while True:
             state = str((await self._ask("query-status"))["status"])
@@ -375,7 +376,7 @@ class _Qemu:
             raise CliError(f"lost the connection to the QEMU at {self._path}", NO_SERVER) from error
 
     async def _over(self, seconds_max: float) -> str:
-        """The state in which the migration ends."""
+        """The final state of the migration."""
         try:
             async with asyncio.timeout(seconds_max):
                 while (state := await self.look()) not in OVER:

@@ -1,9 +1,8 @@
-"""Which job a command means, and following one to its end.
+"""The job that a command is about, and waiting for its end.
 
-A waiting command asks for the server's status at each event and every POLL_S, and hears the events
-after that. What it says at last comes from what it asked for last: a job's end is told by the
-server, with what the disk is served from since, whoever ended it and however long ago.
-"""
+A waiting command queries the server's status at each event and every POLL_S, and then reads the
+events. Its last message comes from its last query: the server reports a job's end, and what the
+disk is served from, whichever client ended the job, and whenever."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ POLL_S = 0.5
 
 
 class NoJob(CliError):
-    """The job that is meant is not there, or not any more."""
+    """The job does not exist, or not any more."""
 
 
 async def find_job(session: Session, args: argparse.Namespace) -> str:
@@ -56,7 +55,7 @@ def _no_job(what: str, status: dict[str, Any], args: argparse.Namespace) -> NoJo
 
 
 def last_jobs(status: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The last jobs of the disks that may be meant."""
+    """The last jobs of the disks that match the arguments."""
     found = [
         {**disk["last-job"], "disk": disk.get("name")}
         for disk in status.get("disks", [])
@@ -110,13 +109,14 @@ class Watch:
             await self.news()
 
     async def news(self) -> None:
-        """Return when something has happened, or POLL_S later."""
+        """Return at the next event, or after POLL_S."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(POLL_S):
                 self._heard.append(await self._session.events.get())
 
     async def look(self, *, is_second: bool = False) -> Job | None:
-        """Ask for the job's state, and hear what was told so far. None: the job is gone."""
+        """Query the job's state, and read the events so far. None: the job does not exist any
+        more."""
         status = await self._session.status()
         found = None
         for disk in status.get("disks", []):
@@ -131,13 +131,12 @@ class Watch:
             self._hear(event, found or {})
         if found is None or found.get("status") == "concluded":
             self._see_the_end(found)
-        elif self.end and not is_second:  # it ended after the answer: how, the next one says
+        elif self.end and not is_second:  # it ended after the answer: query again
             return await self.look(is_second=True)
         return found
 
     def check_not_ended(self) -> None:
-        """Raise CliError, with how it ended, if the last look found a job that is kept after its
-        end."""
+        """Raise CliError, with the job's result, if the last query found a concluded job."""
         if self.end:
             how = cli_status.result_text(self._result) if self._result else self._job
             text = f"job {self._job} has ended already ({how})"
@@ -175,10 +174,10 @@ class Watch:
             self.end = dict(event)
 
     def _tell(self, job: Job) -> None:
-        """What is to be known of it; each kind once while it lasts."""
-        silent = {"error", "retry", "failure"}  # of which events tell
+        """Print the remarks on the job; each kind once while it lasts."""
+        silent = {"error", "retry", "failure"}  # events report these
         if job.get("ending-for-s", 0) < cli_words.SILENT_S and job.get("status") != "standby":
-            silent.add("ending")  # as it was asked for
+            silent.add("ending")  # the user has requested it
         remarks = [one for one in cli_words.remarks(job) if one.kind not in silent]
         for remark in remarks:
             if remark.kind not in self._told:
@@ -186,8 +185,7 @@ class Watch:
         self._told = {remark.kind for remark in remarks}
 
     def raise_failure(self, *, verb: str) -> None:
-        """Raises CliError if the job has ended, and not as whoever gave the command `verb` wants
-        it."""
+        """Raise CliError if the job has ended in another way than the command `verb` wants."""
         if not self.end:
             return
         data = self.end.get("data") or {}
@@ -211,13 +209,13 @@ class Watch:
 
     @property
     def _served(self) -> str:
-        """As the last look found it."""
+        """What the disk is served from, by the last query."""
         name, source = self._disk.get("name"), self._disk.get("source")
         return f"; disk {name} is served from {source}" if source else ""
 
     async def report(self, *, verb: str) -> int:
-        """Print how it ended, as seen from `verb`, and what the disk is served from now; returns
-        the exit status."""
+        """Print how the job ended, for the command `verb`, and what the disk is served from now.
+        Returns the exit status."""
         state = await self.look()
         self.raise_failure(verb=verb)
         if not self.end:

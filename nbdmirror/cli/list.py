@@ -1,5 +1,5 @@
-"""`nbdmirror list`: the servers of this host, found where control sockets are by default and among
-the processes. What this user may not look at is said, not left out."""
+"""`nbdmirror list`: the servers of this host, found by the default control sockets and among the
+processes. Servers that this user may not query are listed with that reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nbdmirror.cli.common import DONE, CliError, default_qmp_paths
 from nbdmirror.cli.session import Session, connect, run_interruptible
 
 PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.qmp")
-"""Of a server of root's, of the systemd unit's, of those that users start."""
+"""The sockets of root's server, of the systemd units, and of users' servers."""
 PLUGIN = "nbdmirror-plugin.py"
 ANSWER_S_MAX = 5.0
 ADVICE = "the server has just ended, or runs in a container with other files"
@@ -25,7 +25,7 @@ ADVICE = "the server has just ended, or runs in a container with other files"
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A server, or what may be one. `pid` 0: not known; `socket` empty: it has none."""
+    """A possible server. `pid` 0: not known; `socket` empty: it has none."""
 
     pid: int
     socket: str
@@ -45,34 +45,34 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 def find() -> list[Found]:
-    """Processes, and sockets whose process was not found."""
+    """All processes, and sockets whose process was not found."""
     processes = _processes()
     known = {found.socket for found in processes}
     patterns = [*PLACES, *filter(None, [os.environ.get("NBDMIRROR_QMP")])]
     try:
         patterns += default_qmp_paths()
     except CliError:
-        pass  # there is no place of this user's
+        pass  # this user has no default path
     paths = dict.fromkeys(path for pattern in patterns for path in sorted(glob.glob(pattern)))
     return processes + [Found(0, path) for path in paths if path not in known]
 
 
 def _processes() -> list[Found]:
-    """Those that run the plugin, whoever started them."""
+    """The processes of all users that run the plugin."""
     found = []
     for entry in sorted(filter(str.isdecimal, os.listdir("/proc")), key=int):
         try:
             with open(f"/proc/{entry}/cmdline", "rb") as file:
                 words = [os.fsdecode(word) for word in file.read().split(b"\0")]
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # ended meanwhile
         if "python" in words and any(os.path.basename(word) == PLUGIN for word in words):
             found.append(Found(int(entry), _socket(words, entry)))
     return found
 
 
 def _socket(words: list[str], pid: str) -> str:
-    """As the plugin was told it; one that is relative counts from where the process began."""
+    """The plugin's control socket; a relative path is relative to the process's first directory."""
     path = next((word[4:] for word in reversed(words) if word.startswith("qmp=")), "")
     if not path or os.path.isabs(path):
         return path

@@ -1,7 +1,7 @@
-"""The program people type: arguments, exit statuses and one-line errors.
+"""The command line: arguments, exit statuses and one-line errors.
 
-Parsing imports nothing but argparse; what a command needs (qemu.qmp takes 95 ms) is imported when
-the command runs: serve.py for the server, control.py for nearly all that speaks QMP.
+Parsing imports only argparse. The modules of a command (qemu.qmp takes 95 ms) are imported when the
+command runs: serve.py for the server, control.py for nearly all commands over QMP.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ exit status: 0 done; 1 the job failed or was cancelled, or the command was refus
 3 no server found; 4 timed out; 130 interrupted (jobs continue).
 The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
 _ANSWERS = ("status", "list", "events", "plugin-path")
-"""Commands that are about nothing but what they print."""
+"""Commands whose only purpose is their output."""
 _POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
 
@@ -56,8 +56,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_size(text: str) -> int:
-    """Bytes. `text` is a number with an optional K, M, G or T, a power of 1024. KB and the like are
-    refused: to some they are powers of 1000."""
+    """A size in bytes: a number with an optional K, M, G or T, powers of 1024. KB and the like are
+    refused, since some people read them as powers of 1000."""
     match = re.fullmatch(
         r"([0-9]+)(?:\.([0-9]+))?([KMGT]?)(?:(?<=[KMGTkmgt])iB)?", text, re.IGNORECASE
     )
@@ -75,7 +75,7 @@ def parse_size(text: str) -> int:
 
 
 def _rate(text: str) -> int:
-    """Bytes per second. So few that nobody can mean them get a word."""
+    """Bytes per second; a rate that is implausibly low gets a warning."""
     rate = parse_size(text)
     if 0 < rate < SLOW_BYTES_PER_S:
         word = f"{text} means {rate} bytes per second; 1M is one MiB per second"
@@ -295,8 +295,8 @@ def _web(args: argparse.Namespace) -> int:
 
 
 def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """An empty value is an unset variable of a shell, mostly. The rest nbdkit cannot hand on to its
-    Python, or a line of the log would be two."""
+    """Refuse empty values, which mostly come from unset shell variables, and values that nbdkit
+    cannot pass to its Python, or that would break a log line."""
     for name, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
             if text == "":
@@ -307,7 +307,7 @@ def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def _called(name: str) -> str:
-    """An argument as it is typed."""
+    """The name of an argument as the user types it."""
     option = f"--{name.replace('_', '-')}"
     words = {"disks": "DISK", "target": "TARGET_URI", "names": "NAME", "sockets": "SOCKET"}
     return words.get(name, option)
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
         left.code = finish(int(left.code or 0), failed=FAILED)
         raise
     except CliError as error:
-        if args.command == "serve":  # it may be a service
+        if args.command == "serve":  # may be a service
             from nbdmirror.logs import print_startup_error
 
             print_startup_error(str(error))
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = INTERRUPTED
         if args.command in ("events", "web") or getattr(args, "watch", False):
-            status = DONE  # the way these are meant to end
+            status = DONE  # the normal end of these commands
         else:
             say("nbdmirror: interrupted; nothing was undone")
     except OSError as error:

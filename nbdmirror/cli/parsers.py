@@ -16,7 +16,7 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def add_commands(add: Add, *, parse_size: Callable[[str], int]) -> list[argparse.ArgumentParser]:
-    """Returns those that take --device or --job."""
+    """Add the commands. Returns the parsers that take --device or --job."""
     copy_mode = add("copy-mode", "change whether the guest's writes wait for the target")
     copy_mode.add_argument(
         "mode",

@@ -1,6 +1,5 @@
-"""Whether a server can have the places that it was given: looked at before nbdkit is started, which
-would say less, or say it where nobody looks.
-"""
+"""Checks of a server's paths and addresses before nbdkit starts: nbdkit's errors say less, or are
+where no user sees them."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ def check_disk(path: str) -> None:
 
 
 def check_directory(parameter: str, path: str) -> None:
-    """nbdkit finds out when the control socket is there already, and would leave that behind; in
-    the background nobody sees why."""
+    """Raise an error if nbdkit could not create a file at `path`. nbdkit would notice only after
+    the control socket exists, and leave that behind; in the background no user sees the error."""
     folder = os.path.dirname(path)
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         is_readonly = os.statvfs(folder).f_flag & os.ST_RDONLY
@@ -47,7 +46,7 @@ def check_port(host: str, port: int) -> None:
 
 def bound(host: str, port: int, host_option: str, port_option: str) -> list[socket.socket]:
     """TCP sockets, bound to all addresses of `host`, that do not listen yet. Raises ConfigError,
-    which begins with the option that is to blame."""
+    which begins with the wrong option."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -70,6 +69,6 @@ def bound(host: str, port: int, host_option: str, port_option: str) -> list[sock
 
 
 def may(access: str, path: str, uid: int, gid: int) -> bool:
-    """Whether that user may: `access` is an option of test(1), -r or -w."""
+    """Whether that user has access: `access` is an option of test(1), -r or -w."""
     test = subprocess.run(["test", access, path], user=uid, group=gid, extra_groups=(), check=False)
     return test.returncode == 0

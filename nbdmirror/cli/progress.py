@@ -1,8 +1,8 @@
 """How the command line shows a job: plain lines, or a bar.
 
-Rates are the server's. Of one that says none (an older one, QEMU's migration) they come from
-successive queries: `offset` is what was copied so far, `len` is `offset` and what is dirty now, so
-between two queries `offset` grows by what was copied and `len` by what the guest dirtied.
+The server reports rates. Without them (an older server, QEMU's migration) they come from successive
+queries: `offset` is the bytes copied so far, `len` is `offset` plus the dirty bytes. So between two
+queries `offset` grows by the copied bytes, and `len` by the bytes that the guest made dirty.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nbdmirror.cli.words import duration, size, state
 
 RATE_WINDOW_S = 5.0
 PLAIN_S = 5.0
-"""A plain line is printed this often, or at each PLAIN_PERCENT, whichever comes first."""
+"""Interval of plain lines; a line is also printed after each PLAIN_PERCENT."""
 PLAIN_PERCENT = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A job at one moment. Rates are None where they are not known, or nothing is copied."""
+    """A job at one moment. Rates are None if they are not known, or nothing is copied."""
 
     job: str
     state: str
@@ -46,7 +46,7 @@ class Progress:
 
     @property
     def moves(self) -> list[str]:
-        """What is left, and how fast that becomes less."""
+        """Texts: what is left, and the rates."""
         parts = [f"{size(self.left)} left"]
         if self.rates is not None:
             parts += self.rates.texts(is_following=self.state == "ready")
@@ -58,15 +58,15 @@ class Rates:
     """All but the time are bytes per second."""
 
     copied: float
-    """Data alone, where `zeroed` is known."""
+    """Data only, if `zeroed` is known."""
     zeroed: float
     dirtied: float
     left_s: float | None
     has_zeroes: bool = False
-    """Some of the disk was, so that some of what is left may be, and then takes less."""
+    """A part of the disk was zeroes, so a part of the rest may be, and then takes less time."""
 
     def texts(self, *, is_following: bool) -> list[str]:
-        """`is_following`: the job was ready, and goes on as long as it is let."""
+        """The rates as texts. `is_following`: the job was ready, and continues without an end."""
         parts = [f"copying {size(self.copied)}/s"]
         if self.zeroed:
             parts.append(f"zeroing {size(self.zeroed)}/s")
@@ -90,7 +90,7 @@ class Meter:
         return Progress(name, state(job), offset, length, self._rates(job, offset, length))
 
     def _rates(self, job: dict[str, Any], offset: int, length: int) -> Rates | None:
-        if "falling-behind" in job:  # the server measures
+        if "falling-behind" in job:  # the server measures rates
             if "copy-bytes-per-s" not in job:
                 return None
             copied, zeroed, dirtied = (job[f"{w}-bytes-per-s"] for w in ("copy", "zero", "dirty"))
@@ -117,7 +117,7 @@ class Display(Protocol):
     def __exit__(self, *_: object) -> None: ...
     def update(self, job: dict[str, Any]) -> None: ...
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a separate line."""
 
 
 class PlainDisplay:

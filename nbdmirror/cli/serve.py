@@ -1,6 +1,6 @@
-"""`nbdmirror serve`: checks what can be checked, then becomes nbdkit with the plugin.
+"""`nbdmirror serve`: checks the arguments, then becomes nbdkit with the plugin.
 
-`serve_command` is pure but for the environment that it is given; `serve` does the rest.
+`serve_command` depends only on its arguments and environment; `serve` does the rest.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
-"""Not "localhost": where that names ::1 too and IPv6 is off, nbdkit refuses to start."""
+"""Not "localhost": if that names ::1 too and IPv6 is off, nbdkit refuses to start."""
 DUMP_PLUGIN_S_MAX = 30
 
 ID_MAX = 2**32 - 2
-"""Of a user or a group: the next number means nobody (chown(2))."""
+"""Largest ID of a user or a group: the next number means "no change" (chown(2))."""
 
 TARGET_S_MAX = 3.0
 
 ORDERLY_NBDKIT = (1, 34)
-"""Before it, an assertion fails, and the process ends, when a guest hangs up while replies of
-several threads wait for it: 28 of 30 guests that were killed with 16 reads of 64 KiB in flight took
-the server along. With one thread a connection none did. So several disks, which are several
-guests', are served with one: nobody's end is to cost another his disk."""
+"""Before this version an assertion fails, and the process ends, when a guest hangs up while replies
+of several threads wait for it: 28 of 30 guests that were killed with 16 reads of 64 KiB in flight
+ended the server. With one thread for each connection none did. So several disks, which belong to
+several guests, are served with one thread: the end of one guest must not cost another its disk."""
 
 _PLUGIN_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=")
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Does not return where all is well: the process is nbdkit then. With --daemonize it does, when
-    the server serves."""
+    """Serve. Without an error this does not return, since the process becomes nbdkit. With
+    --daemonize it returns when the server serves."""
     argv, env = serve_command(args)
     try:
         if _check_nbdkit(env) < ORDERLY_NBDKIT and len(args.disks) > 1 and args.threads is None:
@@ -74,7 +74,8 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def plugin_path() -> str:
-    """The nbdkit script: beside the package in a checkout, inside it when installed."""
+    """The path of the nbdkit script: beside the package in a checkout, inside an installed
+    package."""
     for folder in (PACKAGE.parent / "plugin", PACKAGE / "_plugin"):
         if (folder / "nbdmirror-plugin.py").exists():
             return str(folder / "nbdmirror-plugin.py")
@@ -84,14 +85,14 @@ def plugin_path() -> str:
 def serve_command(
     args: argparse.Namespace, environ: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """nbdkit's arguments and environment. Raises CliError; looks at nothing but the plugin
-    and the names of users.
+    """nbdkit's arguments and environment. Raises CliError. Reads only the plugin and the names of
+    users.
 
-    Of what the user has after `--`, KEY=VALUE goes behind the plugin (filters' parameters) and the
-    rest before it.
+    Of the user's arguments after `--`, KEY=VALUE goes after the plugin (parameters of filters) and
+    the rest before it.
     """
     argv = ["nbdkit", *_listen_options(args), *_tls_options(args)]
-    argv.append("--log=stderr" if args.daemonize else "-f")  # there it goes through our own log
+    argv.append("--log=stderr" if args.daemonize else "-f")  # stderr goes through nbdmirror's log
     threads = THREADS_DIRECT_DEFAULT if args.cache == "none" else THREADS_DEFAULT
     if args.threads is not None:
         threads = args.threads
@@ -121,10 +122,10 @@ def serve_command(
     argv += [f"accept-old-side={record}" for record in args.accept_old_side]
     if args.mirror_to:
         argv.append(f"mirror-to={absolute_uri(args.mirror_to, '--mirror-to ')}")
-    if args.read_only:  # nbdkit's -r is for guests; this is for how the disks are opened
+    if args.read_only:  # nbdkit's -r is for guests, this is for opening the disks
         argv.append("read-only=true")
     environ = os.environ if environ is None else environ
-    # nbdkit's interpreter takes the first python3 in PATH for its home: it must be this one.
+    # nbdkit's interpreter uses the first python3 in PATH as its home: that must be this one.
     path = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
     ours = {"PATH": path, "PYTHONPATH": _python_path(environ)}
     # In a script with LC_ALL=C that interpreter could not open a file called disk-ü.img: unlike
@@ -142,7 +143,7 @@ def _listen_options(args: argparse.Namespace) -> list[str]:
 
 
 def _address(args: argparse.Namespace) -> str:
-    """An IPv6 address may stand in brackets, as in a URI."""
+    """The address; an IPv6 address may be in brackets, as in a URI."""
     address = LOOPBACK if args.address is None else str(args.address)
     if address.startswith("[") and address.endswith("]"):
         address = address[1:-1]
@@ -187,7 +188,8 @@ def _id(text: str | None, kind: str, look_up: Callable[[str], int]) -> int | Non
 
 
 def _tls_options(args: argparse.Namespace) -> list[str]:
-    """Whoever names keys wants them used: nbdkit alone would go on in plain text."""
+    """nbdkit's TLS options. With keys TLS is required by default; nbdkit alone would allow plain
+    text."""
     options: list[str] = []
     if mode := args.tls or ("require" if args.tls_certificates or args.tls_psk else None):
         options.append(f"--tls={mode}")
@@ -201,7 +203,7 @@ def _tls_options(args: argparse.Namespace) -> list[str]:
 
 
 def _check_tls(args: argparse.Namespace) -> None:
-    """Keys that nbdkit could not use: with --tls=on it would go on in plain text."""
+    """Refuse keys that nbdkit cannot use: with --tls=on it would continue in plain text."""
     if args.tls_certificates and args.tls_psk:
         raise CliError("--tls-psk: not allowed with --tls-certificates", USAGE)
     if args.tls in ("on", "require") and not (args.tls_certificates or args.tls_psk):
@@ -221,7 +223,7 @@ def _check_tls(args: argparse.Namespace) -> None:
 
 
 def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(name or "", absolute path or URI) of each disk; names are unique, defaults counted in."""
+    """(name or "", absolute path or URI) of each disk; names are unique, including defaults."""
     found: list[tuple[str, str]] = []
     names: set[str] = set()
     for index, text in enumerate(args.disks):
@@ -243,14 +245,14 @@ def _qmp_path(args: argparse.Namespace) -> str:
 
 
 def _python_path(environ: Mapping[str, str]) -> str:
-    """nbdkit's interpreter knows no virtual environment: it is told where we and ours are."""
+    """PYTHONPATH for nbdkit's interpreter, which does not know this virtual environment."""
     ours = [str(PACKAGE.parent), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     users = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return os.pathsep.join(dict.fromkeys([*ours, *users]))
 
 
 def _check_nbdkit(env: Mapping[str, str]) -> tuple[int, ...]:
-    """Its version. Raises ConfigError if it is not there, or not for this Python."""
+    """nbdkit's version. Raises ConfigError if nbdkit is missing, or for another Python."""
     nbdkit = shutil.which("nbdkit", path=env.get("PATH"))
     if not nbdkit:
         raise ConfigError(
@@ -317,7 +319,7 @@ def _check_places(args: argparse.Namespace) -> None:
 
 
 def _warn_of_target(uri: str) -> None:
-    """In the background only the log tells that a mirror could not be started."""
+    """Warn if the mirror's target does not answer: in the background only the log reports that."""
     where = parse(uri)
     if where.transport == "vsock":
         return
@@ -334,8 +336,8 @@ def _warn_of_target(uri: str) -> None:
 
 
 def _check_places_of_user(args: argparse.Namespace) -> None:
-    """What is read and written by the user that nbdkit will have become; in the background nobody
-    sees that it failed, and some of the modules are imported late."""
+    """Check the files that nbdkit reads and writes after it has changed its user. In the background
+    no user sees such errors, and some modules are imported late."""
     uid, gid = _identity(args)
     if uid is None or gid is None:
         return

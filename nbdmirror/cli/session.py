@@ -28,7 +28,7 @@ from nbdmirror.cli.common import NO_SERVER, TIMED_OUT, CliError, default_qmp_pat
 
 CONNECT_S_MAX = 10.0
 REPLY_S_MAX = 60.0
-"""For commands that answer at once. What may wait for the target's network says so by events."""
+"""For commands that answer at once. Commands that may wait for the target's network use events."""
 DISCONNECT_S_MAX = 2.0
 SERVER_ADVICE = "start one, or name its control socket with --qmp or NBDMIRROR_QMP"
 OURS, QEMU = "nbdmirror", "QEMU"
@@ -45,8 +45,10 @@ Job = dict[str, Any]
 
 
 def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
-    """Run a command to its end. SIGINT cancels it, and is a KeyboardInterrupt then."""
-    logging.getLogger("qemu").addHandler(logging.NullHandler())  # errors are told in our words
+    """Run a command to its end. SIGINT cancels it, and then raises KeyboardInterrupt."""
+    logging.getLogger("qemu").addHandler(
+        logging.NullHandler()
+    )  # errors are reported by this program
     logging.getLogger("qemu").propagate = False
     try:
         return asyncio.run(_interruptible(command))
@@ -58,17 +60,17 @@ def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
 
 
 async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
-    """Cancelled by SIGINT. asyncio's own handler turns a second one into a traceback from the
-    depths; here it only asks again, and what is left to do then is bounded."""
+    """Run a command that SIGINT cancels. asyncio's handler turns a second SIGINT into a traceback;
+    here it only cancels again, and the rest of the command is bounded."""
     task = asyncio.current_task()
     assert task
-    with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: nothing to catch
+    with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     return await command
 
 
 def server_path(args: argparse.Namespace) -> str:
-    """The control socket that a command means."""
+    """The path of the control socket for a command."""
     if path := args.qmp or os.environ.get("NBDMIRROR_QMP"):
         return str(path)
     paths = default_qmp_paths()
@@ -81,8 +83,8 @@ def _nothing(event: Message) -> bool:
 
 
 class Events(EventListener):
-    """The events that nobody has read yet. The library's own listener keeps each event for ever,
-    and a monitor runs for weeks."""
+    """The unread events. The library's listener keeps each event for ever, and a monitor runs for
+    weeks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +101,7 @@ class Events(EventListener):
         return self._unread.empty()
 
     def ignore_all(self) -> None:
-        """From now on."""
+        """Drop all events from now on."""
         self.event_filter = _nothing
         self.clear()
 
@@ -108,20 +110,21 @@ class Events(EventListener):
 
 
 class Session:
-    """A conversation with one server, or QEMU; `events` has heard everything since its start."""
+    """A conversation with one server, or QEMU; `events` has all events since its start."""
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
         self.job = ""
-        """The job that the command is about, once it is known."""
+        """The job that the command is about, when known."""
         self.is_starting = False
-        """That job was asked for, and whether it has begun was not answered yet."""
+        """The job was requested, and the answer has not come yet."""
         self.events = Events()
-        client.events.event_filter = _nothing  # the library's own, which cannot be removed
+        client.events.event_filter = _nothing  # the library's listener, which cannot be removed
         client.register_listener(self.events)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """Arguments that are None are left out; '_' stands for '-'. A refusal is a CliError."""
+        """Execute a QMP command. Arguments that are None are left out; '_' stands for '-'. Raises
+        CliError if the server refuses."""
         given = {
             name.replace("_", "-"): value for name, value in arguments.items() if value is not None
         }
@@ -138,18 +141,18 @@ class Session:
 
     @property
     def _version(self) -> dict[str, Any]:
-        """The greeting's."""
+        """The version in the greeting."""
         greeting = self._client.greeting
         return dict(greeting.QMP.version) if greeting else {}
 
     @property
     def package(self) -> str:
-        """What the server says that it is."""
+        """The server's program and version, as in the greeting."""
         return str(self._version.get("package", ""))
 
     @property
     def program(self) -> str:
-        """The server's program, and its version; QEMU's storage daemon greets as QEMU does."""
+        """The server's program, and its version; QEMU's storage daemon has QEMU's greeting."""
         if self.package.split(" ")[0] == OURS:
             return self.package
         numbers = self._version.get("qemu") or {}
@@ -157,7 +160,7 @@ class Session:
         return f"{QEMU} {'.'.join(version)}".rstrip()
 
     async def jobs(self) -> dict[str, Job]:
-        """By their ids."""
+        """The jobs, by their IDs."""
         disks = (await self.status()).get("disks", [])
         return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
 
@@ -166,7 +169,7 @@ class Session:
         return found if isinstance(found, dict) else {}
 
     async def closed(self) -> None:
-        """Returns when the connection has ended."""
+        """Wait until the connection has ended."""
         await self._client.runstate_changed()
 
 
@@ -174,8 +177,8 @@ class Session:
 async def connect(
     path: str, *, program: str = OURS, advice: str = SERVER_ADVICE
 ) -> AsyncIterator[Session]:
-    """A conversation with the `program` that listens at `path`. `advice`: what to do if another one
-    does, or nobody."""
+    """A conversation with the `program` that listens at `path`. Raises CliError if another program
+    or none listens there; `advice`: what to do then."""
     client = QMPClient("nbdmirror")
     session = Session(client)
     try:
@@ -205,7 +208,7 @@ async def connect(
 
 
 def no_socket(path: str) -> str:
-    """What is there, if that is something else than a socket; else empty."""
+    """What is at `path`, if it is not a socket; else empty."""
     with contextlib.suppress(OSError):
         mode = os.stat(path).st_mode
         if not stat.S_ISSOCK(mode):
@@ -215,8 +218,8 @@ def no_socket(path: str) -> str:
 
 
 def _why_nobody_answers(path: str, error: BaseException | None) -> str:
-    """ "" if the socket is another user's. The kernel refuses a connection to a file or a directory
-    with the words that it has for a socket without a server."""
+    """ "" if the socket belongs to another user. For a file or a directory the kernel has the same
+    error as for a socket without a server."""
     if text := no_socket(path):
         return text
     if isinstance(error, PermissionError):

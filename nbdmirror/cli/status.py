@@ -1,4 +1,5 @@
-"""What `nbdmirror status` and `events` print. Tolerant of missing keys: servers differ in age."""
+"""The output of `nbdmirror status` and `events`. Accepts missing keys, since servers may be
+older."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ PIVOTED = "X_NBDMIRROR_PIVOTED"
 
 
 def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
-    """Lines for each disk, and below it for each job; `meters`, kept between calls, give rates
-    where the server does not."""
+    """Lines for each disk, and below it for each job. `meters`, kept between calls, give rates if
+    the server does not."""
     meters = {} if meters is None else meters
     lines: list[str] = []
     for disk in status.get("disks", []):
@@ -111,7 +112,7 @@ class _Lines:
 
 
 class _Screen(_Lines):
-    """`status --watch` on a terminal: one picture, redrawn. Imports rich."""
+    """`status --watch` on a terminal, redrawn in place. Imports rich."""
 
     interval_s = WATCH_TERMINAL_S
 

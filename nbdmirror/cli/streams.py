@@ -1,7 +1,7 @@
-"""The standard streams of a command, of which each may be closed, or full, or read by nobody.
+"""The standard streams of a command, each of which may be closed, full, or without a reader.
 
-What a command did to a job counts, and not whether somebody could read that: a script whose log's
-disk is full must not take a pivot for a failure.
+The exit status depends on the job, not on the output: a script whose log is on a full disk must not
+treat a pivot as a failure.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TextIO
 
 
 def open_streams() -> None:
-    """Those that whoever started us has closed: else what is opened next, a disk or a socket, gets
-    the number that messages are written to. From now on only `finish`, and what flushes itself,
-    finds out that stdout cannot be written to (PYTHONUNBUFFERED would have each line do so)."""
+    """Open closed standard streams: otherwise the next open file, a disk or a socket, would get the
+    number to which messages are written. From now on only `finish`, and explicit flushes, notice
+    that stdout cannot be written to (with PYTHONUNBUFFERED each line would)."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -30,7 +30,7 @@ def open_streams() -> None:
 
 
 def say(text: str) -> None:
-    """One line on stderr. Where that cannot be written to, nobody can be told."""
+    """Print one line on stderr; errors are ignored."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -38,18 +38,18 @@ def say(text: str) -> None:
 
 
 def finish(status: int, *, failed: int | None) -> int:
-    """Write what is left of stdout. Returns the exit status: `status`, or, if stdout cannot be
-    written to and all was well so far, `failed` where that is given."""
+    """Flush stdout. Returns the exit status: `status`, or `failed`, if given, after a success whose
+    output cannot be written."""
     try:
         sys.stdout.flush()
     except OSError as error:
         _discard(sys.stdout)
-        if error.errno != errno.EPIPE:  # whoever read our output has seen enough
+        if error.errno != errno.EPIPE:  # the reader has seen enough
             say(f"nbdmirror: standard output: {error.strerror}")
         return status if failed is None else status or failed
     return status
 
 
 def _discard(stream: TextIO) -> None:
-    """What is left of it, which the interpreter tries to write once more at its end."""
+    """Drop unwritten output, which the interpreter would try to write again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

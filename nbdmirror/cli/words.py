@@ -1,5 +1,5 @@
-"""What the server's answers are called on the command line: its refusals, which are QEMU's, and a
-job's state, with what to do about it. Tolerant of missing keys: servers differ in age."""
+"""The command line's texts for the server's answers: QEMU's refusals, and a job's state, with what
+to do about it. Accepts missing keys, since servers may be older."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 SILENT_S = 5.0
-"""A server that answers nothing for so long is spoken of."""
+"""A server that answers nothing for so long is reported."""
 
 RETRIED_S = 10.0
-"""What is ignored is tried again more often than that."""
+"""Ignored errors are retried more often than this."""
 
 _REFUSALS = (
     (
@@ -80,7 +80,7 @@ _REFUSALS = (
         r"the server is too old: it does not know the command \1",
     ),
 )
-"""The server's text, and ours."""
+"""The server's text, and the command line's text."""
 
 
 def size(number: float) -> str:
@@ -111,7 +111,7 @@ def lag(job: dict[str, Any]) -> list[str]:
 
 
 def refusal(text: str) -> str:
-    """What the server refused, in the words of the command line."""
+    """The server's refusal, as the command line's text."""
     for pattern, ours in _REFUSALS:
         if match := re.fullmatch(pattern, text):
             return match.expand(ours)
@@ -119,7 +119,7 @@ def refusal(text: str) -> str:
 
 
 def state(job: dict[str, Any]) -> str:
-    """QMP's word for the state, but while a pause is not there yet."""
+    """QMP's word for the state, or "pausing"."""
     status = str(job.get("status", "running"))
     if job.get("paused") and status in ("created", "running", "ready"):
         return "pausing"
@@ -128,7 +128,7 @@ def state(job: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """What is to be known of a job beside its state. `kind`: those of one kind say the same."""
+    """A remark on a job beside its state. Remarks of one `kind` mean the same."""
 
     kind: str
     text: str
@@ -211,7 +211,7 @@ def last_error(job: dict[str, Any]) -> str:
 
 
 def mode(job: dict[str, Any]) -> str:
-    """The copy mode; empty where it is not known."""
+    """The copy mode; empty if not known."""
     if job.get("copy-mode") != "write-blocking":
         return str(job.get("copy-mode") or "")
     return f"write-blocking ({'' if job.get('actively-synced') else 'not '}actively synced)"
