@@ -125,7 +125,7 @@ def watch(oracle: Oracle, server: Nbdmirror, count: int = WRITES) -> None:
         oracle.check(server)
 
 
-@pytest.mark.guarantee("The lag is never told too small")
+@pytest.mark.guarantee("The reported lag is never too small")
 @pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
 def test_the_lag_is_never_too_small(
     start: Start, identical: Identical, disk: Path, image: Path, copy_mode: str

@@ -57,7 +57,7 @@ def lines(client: socket.socket, count: int) -> list[dict[str, object]]:
 
 
 @pytest.mark.alone
-@pytest.mark.guarantee("A control client harms nobody")
+@pytest.mark.guarantee("A control client cannot harm others")
 @pytest.mark.usefixtures("bystanders")
 def test_garbage(server: Nbdmirror) -> None:
     with raw_client(server) as client:
@@ -82,7 +82,7 @@ def test_half_a_line(server: Nbdmirror) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.guarantee("A control client harms nobody")
+@pytest.mark.guarantee("A control client cannot harm others")
 @pytest.mark.usefixtures("bystanders")
 def test_a_hundred_megabytes_without_a_newline(server: Nbdmirror) -> None:
     before = resources(server.pid)[0]
@@ -98,7 +98,7 @@ def test_a_hundred_megabytes_without_a_newline(server: Nbdmirror) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.guarantee("A control client harms nobody")
+@pytest.mark.guarantee("A control client cannot harm others")
 @pytest.mark.usefixtures("bystanders")
 def test_a_client_that_never_reads(server: Nbdmirror) -> None:
     with socket.socket(socket.AF_UNIX) as client:

@@ -31,7 +31,7 @@ def test_tcp(start: Start, disk: Path) -> None:
     assert_identical(disk, server.uri())
 
 
-@pytest.mark.guarantee("It ends when told")
+@pytest.mark.guarantee("The server ends when asked")
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "cli"])
 @pytest.mark.parametrize("number", ["TERM", "INT", "HUP", "QUIT"])
 def test_a_signal_ends_it_with_a_client_connected(disk: Path, bare: bool, number: str) -> None:

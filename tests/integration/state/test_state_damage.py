@@ -108,7 +108,7 @@ def test_a_record_of_a_pivot_that_cannot_be_read(
     assert "vda.pivoted" in said and "--accept-old-side" in said
 
 
-@pytest.mark.guarantee("A disk that somebody else wrote to")
+@pytest.mark.guarantee("A disk that another program wrote to")
 @ends
 def test_a_disk_that_somebody_else_has_written_to(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
@@ -128,7 +128,7 @@ def test_a_disk_that_somebody_else_has_written_to(
     identical(disk, target.image)
 
 
-@pytest.mark.guarantee("A disk that somebody else wrote to")
+@pytest.mark.guarantee("A disk that another program wrote to")
 @pytest.mark.parametrize("by_link", [False, True], ids=["same name", "by a link"])
 def test_a_disk_that_was_replaced(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, by_link: bool

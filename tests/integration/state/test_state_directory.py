@@ -88,7 +88,7 @@ def test_nothing_is_left_of_what_has_ended(server: Kept, target: QemuNbd) -> Non
     assert not memory.exists()
 
 
-@pytest.mark.guarantee("A state directory that fails ends nobody's I/O")
+@pytest.mark.guarantee("A state directory that fails ends no guest's I/O")
 def test_a_state_directory_that_is_full(
     identical: Identical, start: Start, folder: Path, target: QemuNbd, disk: Path
 ) -> None:
@@ -146,7 +146,7 @@ class FailingState(Kept):
         return patched(super().environment(), self.folder, FAILING.format(flag=str(self.flag)))
 
 
-@pytest.mark.guarantee("A state directory that fails ends nobody's I/O")
+@pytest.mark.guarantee("A state directory that fails ends no guest's I/O")
 @pytest.mark.parametrize("ending", ["block-job-complete", "block-job-cancel"])
 def test_a_state_directory_that_fails(
     identical: Identical, start: Start, folder: Path, target: QemuNbd, disk: Path, ending: str

@@ -22,7 +22,7 @@ from support.servers import OnTcp, QemuNbd
 from support.waiting import wait_until
 
 
-@pytest.mark.guarantee("A mirror goes on where it was")
+@pytest.mark.guarantee("A mirror continues where it was")
 @ends
 def test_a_mirror_goes_on_where_it_was(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
@@ -36,7 +36,7 @@ def test_a_mirror_goes_on_where_it_was(
     identical(disk, target.image)
 
 
-@pytest.mark.guarantee("A mirror goes on where it was")
+@pytest.mark.guarantee("A mirror continues where it was")
 @ends
 def test_what_was_written_while_the_target_hung_is_copied(
     identical: Identical, server: Kept, target: QemuNbd, disk: Path, end: End
@@ -60,7 +60,7 @@ def test_what_was_written_while_the_target_hung_is_copied(
     identical(disk, target.image)
 
 
-@pytest.mark.guarantee("A mirror goes on where it was")
+@pytest.mark.guarantee("A mirror continues where it was")
 @ends
 @pytest.mark.parametrize("phase", ["first copy", "ready"])
 def test_a_guest_that_writes_when_it_ends(
@@ -111,7 +111,7 @@ def test_what_a_job_is_told_is_kept(server: Kept, target: QemuNbd) -> None:
     qmp.wait_for_event("BLOCK_JOB_CANCELLED", device="j")
 
 
-@pytest.mark.guarantee("A job that was told to have ended stays so")
+@pytest.mark.guarantee("A job that was reported as ended stays ended")
 @pytest.mark.parametrize("how", ["pivot", "soft cancel", "forced cancel", "error"])
 def test_a_job_that_has_ended_does_not_go_on(
     server: Kept, target: QemuNbd, disk: Path, how: str

@@ -240,7 +240,7 @@ def test_quit_with_a_hanging_target(
 
 
 @pytest.mark.rule(37)
-@pytest.mark.guarantee("It ends when told")
+@pytest.mark.guarantee("The server ends when asked")
 @pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT", "quit"])
 @pytest.mark.parametrize("state", ["running", "paused", "ready", "standby", "pending", "concluded"])
 def test_the_server_ends_in_every_state(
