@@ -99,7 +99,8 @@ def duration(seconds: float) -> str:
 
 
 def lag(job: dict[str, Any]) -> list[str]:
-    """How far the target is behind, if the server says so. Before READY it is nothing yet."""
+    """Texts: how far the target is behind, if the server reports that, or that there is no copy
+    yet."""
     if (lag_s := job.get("lag-s")) is not None:
         tenths = math.ceil(lag_s * 10)  # never too small
         parts = [f"lag {tenths / 10} s" if tenths < 600 else f"lag {duration(-(-tenths // 10))}"]

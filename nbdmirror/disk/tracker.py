@@ -53,7 +53,8 @@ class Tracker:
         them."""
         self._flushing: list[DirtyBitmap] = []
         self._guests_flushes: list[list[DirtyBitmap]] = []
-        """For each that is under way at the target: what other flushes have covered meanwhile."""
+        """For each guest's flush of the target in progress: what other flushes have covered
+        meanwhile."""
         self._backlog = Backlog(size, granularity)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # for those in `_waiting`, and only then
@@ -69,8 +70,8 @@ class Tracker:
 
     @property
     def unflushed_bytes(self) -> int:
-        """Bytes in granules that were sent to the target, or are being sent, since the last flush
-        that has ended well."""
+        """Bytes in granules that were sent to the target, or are being sent, since the last good
+        flush."""
         with self._lock:
             return sum(bitmap.dirty_bytes for bitmap in (self.unflushed, *self._flushing))
 
@@ -225,16 +226,16 @@ class Tracker:
         covered.close()
 
     def begin_guests_flush(self) -> list[DirtyBitmap]:
-        """From any thread: a guest flushes the target itself (write-blocking), which the target may
-        answer with an error for all that was not flushed. To be ended with `end_guests_flush`."""
+        """A guest's flush of the target (write-blocking) begins. Its error may concern all
+        unflushed data. End it with `end_guests_flush`."""
         meanwhile: list[DirtyBitmap] = []
         with self._lock:
             self._guests_flushes.append(meanwhile)
         return meanwhile
 
     def end_guests_flush(self, meanwhile: list[DirtyBitmap], *, failed: bool) -> None:
-        """As `end_flush`. What another flush has covered that ended meanwhile counts as well: the
-        target may have told that one nothing, because it told this one."""
+        """As `end_flush`. Data of other flushes that ended meanwhile counts as well: the target may
+        have reported an error to this flush only."""
         with self._lock:
             self._guests_flushes = [one for one in self._guests_flushes if one is not meanwhile]
             if failed:
@@ -256,8 +257,8 @@ class Tracker:
             self._with_claims(self.unflushed)
 
     def renew_backlog(self) -> bool:
-        """Whether the target's storage has all of the backlog; if so, another one begins now. On
-        the thread that claims and flushes."""
+        """Whether the target's storage has all of the backlog; if so, a new backlog begins. Only
+        for the thread that claims and flushes."""
         with self._lock:
             if is_durable := self._backlog.is_durable:
                 claims = (*self._copies, *self._writes)
@@ -266,7 +267,7 @@ class Tracker:
 
     @property
     def needs_flush(self) -> bool:
-        """All of the backlog is copied, and no flush for it is under way."""
+        """All of the backlog is copied, and no flush for it is in progress."""
         with self._lock:
             return self._backlog.needs_flush
 

@@ -1,11 +1,11 @@
-"""Lag: how old the oldest write is that a guest had answered and that the target's storage does not
-have: what a disaster now would cost (RPO). On the event loop's thread.
+"""Lag: the age of the oldest answered write of a guest that the target's storage does not have:
+what a disaster would cost now (RPO). On the event loop's thread.
 
-Guests' writes have no times: a clock for each would cost them more than the mark. So moments are
-followed, one after the other. At a moment the tracker notes what is dirty, in flight or not flushed
-(backlog.py); when the target's storage has all of that, it has all that was answered until then.
-What was answered later may be there too, so the lag is a bound: never too small, and too large by
-the time that two backlogs take at most.
+Guests' writes have no times: to read a clock for each would cost more than the mark. So one moment
+after the other is followed. At a moment the tracker notes what is dirty, in flight or not flushed
+(backlog.py). When the target's storage has all of that, it has every write that was answered before
+that moment. It may have later writes too, so the lag is a bound: never too small, and too large by
+at most the time of two backlogs.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from nbdmirror.disk.tracker import Tracker
 
 
 class Lag:
-    """Of a mirror that is READY."""
+    """The lag of a mirror that is READY."""
 
     def __init__(self, tracker: Tracker, clock: Callable[[], float], began_s: float) -> None:
-        """`began_s`: when the job began, by `clock`. All that was answered until then is durable at
-        READY."""
+        """`began_s`: when the job began, by `clock`. All writes that were answered before that are
+        durable at READY."""
         self._tracker = tracker
         self._clock = clock
         self._point_s = began_s
-        """The target's storage has all that was answered until then."""
+        """The target's storage has every write that was answered before this time."""
         self._backlog_s = began_s
-        """The moment that is followed."""
+        """The moment that is being followed."""
         self._ended_s: float | None = None
         self.look()
 
     def look(self) -> None:
-        """To be called several times a second, whatever the job does."""
+        """Call this several times a second, whatever the job does."""
         if self._ended_s is None:
-            now_s = self._clock()  # first: what is answered from here on is not counted on
+            now_s = self._clock()  # first: writes that are answered from here on do not count
             if self._tracker.renew_backlog():
                 self._point_s, self._backlog_s = self._backlog_s, now_s
 
     @property
     def lag_s(self) -> float:
-        """Seconds. It does not change any more after `end`."""
+        """The lag in seconds. Does not change any more after `end`."""
         now_s = self._clock() if self._ended_s is None else self._ended_s
-        for _ in range(2):  # where the target has all, the second one sees that of the first
+        for _ in range(2):  # if the target has everything, the second look sees it
             self.look()
         return max(0.0, now_s - self._point_s)
 
     def end(self) -> None:
-        """The mirror ends. What guests are answered from now on is nothing of its."""
+        """The mirror ends. Later writes do not count."""
         if self._ended_s is None:
             self._ended_s = self._point_s + self.lag_s
 
     def at_the_end(self) -> dict[str, object]:
-        """What the job's last event says of it."""
+        """The lag as a member of the job's last event."""
         return {"x-nbdmirror-lag-s": round_up(self.lag_s)}
 
 
 def round_up(seconds: float) -> float:
-    """To milliseconds; never too small."""
+    """Round up to milliseconds, so that the result is never too small."""
     return math.ceil(seconds * 1000) / 1000

@@ -21,12 +21,12 @@ FLUSH_S = 10.0
 for READY and at the end."""
 
 READY_FLUSH_S = 1.0
-"""The same after READY, where the lag ends with a flush: at most so often, once what was dirty when
-the lag was last looked at is copied."""
+"""Shortest interval of flushes after READY, where a flush ends the lag. A flush begins when the
+data that was dirty at the last look at the lag is copied."""
 
 FLUSH_SHARE = 0.1
-"""Of the time, for such flushes: a target to which a flush is dear gets them more seldom, but as
-often as FLUSH_S says."""
+"""Part of the time for such flushes: a target with slow flushes gets fewer of them, but at least
+one in FLUSH_S."""
 
 FLUSH_TAKES_S = 2.0
 FLUSH_BYTES_MIN = 16 << 20
@@ -90,13 +90,13 @@ class TargetWatch:
         return True
 
     def follow(self) -> Lag:
-        """The mirror is READY: its target was flushed just now."""
+        """The mirror is READY, and its target was just flushed: begin to measure the lag."""
         self._flush_not_before_s = self._clock() + READY_FLUSH_S
         self._lag = Lag(self._tracker, self._clock, self._began_s)
         return self._lag
 
     def end(self) -> None:
-        """The mirror ends."""
+        """The mirror ends: stop measuring the lag."""
         if self._lag is not None:
             self._lag.end()
 
