@@ -42,8 +42,8 @@ class Backlog:
         unflushed: DirtyBitmap,
         flushing: Iterable[DirtyBitmap],
     ) -> None:
-        """Begin a new backlog, of this moment. For 16 TiB that are dirty everywhere this takes 60 ms;
-        such a backlog is minutes of copying."""
+        """Begin a new backlog, of this moment. For 16 TiB that are dirty everywhere this takes
+        60 ms; such a backlog is minutes of copying."""
         self._dirty.merge(dirty)
         self._claims = set(claims)
         is_sent = unflushed.is_empty and self.is_copied
