@@ -1,5 +1,5 @@
-"""Arguments of the commands beyond the mirror itself: how a job is ended that waits for somebody,
-bitmaps, and which servers there are. Imports nothing but argparse, as main.py does."""
+"""Arguments of further commands: the end of a job that waits for a user, bitmaps, and the list of
+servers. Imports only argparse, as main.py does."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ GRANULARITY_DEFAULT = 64 << 10
 
 BITS_BYTES_MAX = 512 << 20
 """Largest bitmap: 2**32 granules, 256 TiB in units of 64 KiB. QEMU's bound for a bitmap in qcow2
-(BME_MAX_PHYS_SIZE). A mirror has three."""
+(BME_MAX_PHYS_SIZE). A mirror has several bitmaps."""
 
 _PAGE_BITS = mmap.PAGESIZE * 8
 REGION_SHIFT = _PAGE_BITS.bit_length() - 1

@@ -95,8 +95,8 @@ class Tracker:
 
     @property
     def is_level(self) -> bool:
-        """In sync, and all of it is flushed, with no flush under way. On the thread that claims and
-        flushes."""
+        """In sync, and everything is flushed, with no flush in progress. Only for the thread that
+        claims and flushes."""
         with self._lock:
             is_flushed = self.unflushed.is_empty and not self._flushing
             return is_flushed and not (self._copies or self._writes) and self.dirty.is_empty

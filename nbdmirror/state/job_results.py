@@ -1,6 +1,6 @@
-"""Results: how the last job of a disk ended, as it is remembered, and kept in a state directory.
+"""Results: how the last job of a disk ended, in memory and in a state directory.
 
-Nothing depends on it but what people are told: a file that cannot be read is forgotten.
+Results are only shown to users, so a file that cannot be read is ignored.
 """
 
 from __future__ import annotations
