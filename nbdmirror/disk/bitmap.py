@@ -123,6 +123,7 @@ class DirtyBitmap:
             self._touch(first, last + 1)
 
     def mark_all(self) -> None:
+        """Make every granule dirty."""
         self._bits[: self._count] = 1
         self._touch(0, self._count)
 
@@ -160,6 +161,7 @@ class DirtyBitmap:
         return first, last
 
     def clear_all(self) -> None:
+        """Make every granule clean."""
         self.clear(0, self.size)
 
     def close(self) -> None:
@@ -270,10 +272,12 @@ class DirtyBitmap:
 
     @property
     def is_empty(self) -> bool:
+        """No granule is dirty."""
         return self.dirty_granules == 0
 
     @property
     def dirty_granules(self) -> int:
+        """The number of dirty granules; counts only regions that were touched."""
         touched = self._touched
         region = touched.find(1)
         while region >= 0:

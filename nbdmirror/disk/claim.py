@@ -23,9 +23,11 @@ class Claim:
 
     @property
     def end(self) -> int:
+        """The offset after the last byte."""
         return self.offset + self.length
 
     def overlaps(self, other: Claim) -> bool:
+        """Whether both ranges share a byte."""
         return self.offset < other.end and other.offset < self.end
 
     def parts_in(self, start: int, end: int) -> tuple[Range, ...]:

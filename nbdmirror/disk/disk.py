@@ -52,6 +52,7 @@ class Disk:
         return watched
 
     def unwatch(self, watched: WatchedDevice) -> None:
+        """End this watch, unless a later one has replaced it."""
         source = self._source
         if isinstance(source, WatchedDevice) and source is watched:
             self._source = source.device

@@ -87,6 +87,7 @@ class Ledger:
         return token
 
     def leave_read(self, token: int) -> None:
+        """A request that changes nothing has ended."""
         self.reading.discard(token)
 
     def wait_at_gate(self, token: int) -> None:
@@ -115,6 +116,7 @@ class Ledger:
         self.bitmaps = (*self.bitmaps, bitmap)
 
     def detach(self, bitmap: DirtyBitmap) -> None:
+        """From now on no request marks `bitmap`."""
         self.bitmaps = tuple(b for b in self.bitmaps if b is not bitmap)
 
     def close_gate(self, on_idle: Callable[[], None]) -> None:

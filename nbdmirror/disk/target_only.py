@@ -74,6 +74,7 @@ class Coverage:
 
     @property
     def is_whole(self) -> bool:
+        """All bytes were written."""
         with self._lock:
             return self._left.is_empty
 

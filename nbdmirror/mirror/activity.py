@@ -10,6 +10,8 @@ import enum
 
 
 class Activity(enum.Enum):
+    """What a job is doing now."""
+
     NOT_STARTED = "not started"
     RECONNECTING = "reconnecting"
     """Source and target are reconnected, if they are lost."""
@@ -57,10 +59,12 @@ class Activity(enum.Enum):
 
     @property
     def waits_to_try_again(self) -> bool:
+        """A timer will begin the next attempt."""
         return self in (Activity.POSTPONED, Activity.BACKING_OFF)
 
     @property
     def is_pause(self) -> bool:
+        """The job is paused, or is about to be."""
         return self in (Activity.PAUSING, Activity.PAUSED)
 
     @property
@@ -98,4 +102,5 @@ MAY_FOLLOW: dict[Activity, frozenset[Activity]] = {
 
 
 def check_follows(old: Activity, new: Activity) -> None:
+    """Assert that the table allows `new` after `old`."""
     assert new in MAY_FOLLOW[old], f"no way from {old.value} to {new.value}"

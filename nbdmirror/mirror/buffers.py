@@ -76,6 +76,7 @@ class Buffers:
         return PageBuffer(length)
 
     def keep(self, buffer: PageBuffer) -> None:
+        """Keep a buffer for reuse."""
         self._at_rest.append(buffer)
         self.length += len(buffer.view)
 

@@ -42,6 +42,7 @@ class CopyModeSwitch:
         self._is_actively_synced = False
 
     def turn(self, *, synchronous: bool) -> None:
+        """Switch the copy mode for requests that begin from now on."""
         if synchronous != (self._disk.synchronous is not None):
             if synchronous and self._is_given_up:
                 self._writes, self._is_given_up = self._new_writes(), False
@@ -66,6 +67,7 @@ class CopyModeSwitch:
             self._is_actively_synced = True
 
     def note_error(self) -> None:
+        """A write on the target has failed: not actively synced any more."""
         self._is_actively_synced = False
 
     @property

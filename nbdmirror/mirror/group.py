@@ -72,6 +72,7 @@ class Group:
             self.add(job)
 
     def add(self, job: GroupMember) -> None:
+        """Add the newest job, before it starts."""
         self.jobs.insert(0, job)
         job.group = self
 
@@ -86,6 +87,7 @@ class Group:
                 self.finalize()
 
     def finalize(self) -> None:
+        """End all jobs, as soon as all are level."""
         self.is_finalizing = True
         for job in self.jobs:
             job.advance_soon()
@@ -131,6 +133,7 @@ class Group:
             job.commit(partial(committed, job))
 
     def held_in_vain(self, job: GroupMember) -> None:
+        """The guest of `job` was held, and not all jobs became level in time."""
         self._held_in_vain.add(job)
         if len(self._held_in_vain) == len(self.jobs):
             self._held_in_vain.clear()

@@ -107,9 +107,11 @@ class Stride:
 
     @property
     def is_longest(self) -> bool:
+        """The longest request is allowed."""
         return self.length == self._most
 
     def answered(self, length: int, took_s: float) -> None:
+        """A request of `length` bytes was answered after `took_s` seconds."""
         least = min(self._first, PROBE_BYTES)
         late_s = self._delay.of(took_s, is_least=length <= least)
         if late_s > ANSWER_S:

@@ -117,6 +117,7 @@ class Job(ABC):
             raise CommandError(f"The block job for device '{self.id}' is currently paused")
 
     def pause(self) -> None:
+        """Pause: PAUSED or STANDBY follows when nothing is in flight."""
         check_verb(self.id, self.status, "pause")
         if self.pause_wanted:
             raise CommandError("Job is already paused")
@@ -125,6 +126,7 @@ class Job(ABC):
         self.advance()
 
     def resume(self) -> None:
+        """Continue after a pause by the user or by an error."""
         if not self.pause_wanted:
             raise CommandError("Can't resume a job that was not paused")
         check_verb(self.id, self.status, "resume")
@@ -134,6 +136,7 @@ class Job(ABC):
         self.advance_soon()
 
     def set_speed(self, speed_bytes_per_s: int) -> None:
+        """Limit copying from now on; 0: no limit."""
         check_verb(self.id, self.status, "set-speed")
         if speed_bytes_per_s < 0:
             raise CommandError("Parameter 'speed' expects a non-negative value")

@@ -65,6 +65,7 @@ VERBS: dict[str, frozenset[JobStatus]] = {
 
 
 def check_transition(old: JobStatus, new: JobStatus) -> None:
+    """Assert that the table allows this transition."""
     assert new in TRANSITIONS[old], f"no way from job state {old} to {new}"
 
 

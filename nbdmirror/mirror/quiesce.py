@@ -42,6 +42,8 @@ LIMIT_S = 1.0
 
 
 class Step(enum.Enum):
+    """The steps of an attempt, in order."""
+
     CONVERGING = "converging"
     FLUSHING_AHEAD = "flushing ahead"
     CATCHING_UP = "catching up"

@@ -52,8 +52,10 @@ def scan(
 
 
 def is_not_zero(extent: Extent) -> bool:
+    """For target-is-zero: copy what does not read as zeroes."""
     return not extent.zero
 
 
 def is_no_hole(extent: Extent) -> bool:
+    """For sync=top: copy what the top layer holds."""
     return not extent.hole

@@ -43,6 +43,8 @@ RECONNECT_PAUSE_S = 1.0
 
 
 class TargetWatch:
+    """The watch over the target of one mirror."""
+
     def __init__(
         self,
         *,

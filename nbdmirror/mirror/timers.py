@@ -67,9 +67,11 @@ class JobTimers:
         self._by_name[name] = self._loop.call_later(delay_s, fire)
 
     def has(self, name: str) -> bool:
+        """Whether a timer of this name is running."""
         return name in self._by_name
 
     def cancel(self, name: str) -> None:
+        """Stop the timer of this name, if it is running."""
         if (timer := self._by_name.pop(name, None)) is not None:
             timer.cancel()
 

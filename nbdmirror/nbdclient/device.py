@@ -259,6 +259,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.pool.close()
 
     def is_server_there(self) -> bool:
+        """Whether the server greets another client. Blocks, within a bound."""
         return self.pool.is_server_there()
 
     def give_up(self) -> None:

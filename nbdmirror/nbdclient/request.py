@@ -46,6 +46,7 @@ class Request:
         return 1
 
     def finish(self) -> None:
+        """The command has ended: report that to the connection."""
         self.is_finished = True
         self._arguments = ()
         self._connection.finished(self)
@@ -61,6 +62,7 @@ class Request:
                 pass  # already awake
 
     def sleep(self) -> None:
+        """Wait until `wake`."""
         self._sleep.acquire()
 
     def give_up(self, error: DeviceLost) -> None:

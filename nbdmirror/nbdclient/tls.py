@@ -45,6 +45,7 @@ class ClientKeys:
 
     @property
     def host(self) -> str:
+        """The host name or address to verify; "" for a Unix socket."""
         return self.address[0] if isinstance(self.address, tuple) else ""
 
 

@@ -14,6 +14,8 @@ from nbdmirror.errors import CommandError
 
 
 class Type(Protocol):
+    """The type of an argument."""
+
     @property
     def name(self) -> str:
         """The type's name in the documentation."""
@@ -59,6 +61,8 @@ class Unsigned:
 
 @dataclass(frozen=True, slots=True)
 class Enum:
+    """One of several strings."""
+
     name: str
     values: tuple[str, ...]
 
@@ -72,6 +76,8 @@ class Enum:
 
 @dataclass(frozen=True, slots=True)
 class Array:
+    """A list of values of one type."""
+
     of: Type
 
     @property
@@ -105,6 +111,8 @@ class StringOr:
 
 @dataclass(frozen=True, slots=True)
 class Member:
+    """A member of a struct."""
+
     type: Type
     optional: bool = False
 

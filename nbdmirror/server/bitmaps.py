@@ -46,6 +46,8 @@ class Change:
 
 @dataclass(slots=True, eq=False)
 class NamedBitmap:
+    """A named dirty bitmap."""
+
     name: str
     bitmap: DirtyBitmap
     is_recording: bool
@@ -87,12 +89,14 @@ class Bitmaps:
         return [bitmap for bitmap in reversed(there) if bitmap.target == place.target]
 
     def find(self, place: Place, name: str) -> NamedBitmap:
+        """The bitmap `name` there. Raises CommandError."""
         bitmap = self._of.get(place.disk, {}).get(name)
         if bitmap is None or bitmap.target != place.target:
             raise CommandError(f"Dirty bitmap '{name}' not found")
         return bitmap
 
     def find_idle(self, place: Place, name: str) -> NamedBitmap:
+        """The bitmap `name` there, if no job uses it. Raises CommandError."""
         bitmap = self.find(place, name)
         if bitmap.is_busy:
             raise CommandError(
@@ -151,6 +155,7 @@ class Bitmaps:
         return Change(undo, lambda: self._drop(place.disk, bitmap))
 
     def clear(self, place: Place, name: str) -> Change:
+        """Make a bitmap clean."""
         bitmap = self.find_idle(place, name).bitmap
         taken = self._take_copies(bitmap, 1)
         before = bitmap.copy()
@@ -170,6 +175,7 @@ class Bitmaps:
         return Change(lambda: self._set_recording(place.disk, bitmap, before))
 
     def merge(self, place: Place, target: str, sources: list[tuple[Place, str]]) -> Change:
+        """Mark in `target` what is dirty in any of `sources`."""
         into, ledger = self.find_idle(place, target).bitmap, place.disk.ledger
         found = [self.find_idle(*source).bitmap for source in sources]
         for bitmap in found:

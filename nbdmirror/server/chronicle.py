@@ -140,6 +140,7 @@ class Chronicle:
         self._is_looking = False
 
     def begin(self, job: MirrorJob) -> None:
+        """Observe a job from its start to its end."""
         course = self.courses[job.id] = Course(job, self._loop.clock)
         job.when_ended(partial(self._ended, job))
         log.info(

@@ -107,6 +107,7 @@ class Exports:
         self._open[handle] = disk.name
 
     def closed(self, handle: Any) -> None:
+        """A client has closed its connection."""
         self._open.pop(handle, None)
 
     def in_use(self) -> set[str]:

@@ -42,9 +42,11 @@ class FileWatch:
             threading.Thread(target=run, name="nbdmirror-files", daemon=True).start()
 
     def stop(self) -> None:
+        """End the threads; does not wait for them."""
         self._stopping.set()
 
     def look(self, disks: Mapping[str, Disk]) -> None:
+        """Check the files of `disks` once. May wait for their file system."""
         for name, disk in disks.items():
             source = raw_device(disk.source)
             reason = source.change() if isinstance(source, FileDevice) else ""

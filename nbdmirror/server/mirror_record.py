@@ -38,6 +38,7 @@ def mirror_record(
 
 
 def options_of(record: MirrorRecord) -> MirrorOptions:
+    """The job's options in a record."""
     options = MirrorOptions(**asdict(record.job))
     return replace(
         options,

@@ -59,6 +59,7 @@ class Node:
 
     @property
     def is_read_only(self) -> bool:
+        """The node, the node below, or the export is read-only."""
         below = self.file is not None and self.file.is_read_only
         return below or self.options.read_only or self.device.read_only
 

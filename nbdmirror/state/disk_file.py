@@ -70,6 +70,7 @@ class DiskIdentity:
 
     @classmethod
     def of(cls, source: str, size: int) -> DiskIdentity:
+        """The identity of the disk at `source`, a path or URI, of `size` bytes."""
         status = status_of(source)
         if status is None:
             number = _block_number(source)
@@ -163,6 +164,7 @@ class LastSeen:
 
 
 def write_alive(memory: memoryview, time_s: float) -> None:
+    """Note that the server is alive at `time_s`, seconds since 1970."""
     _ALIVE.pack_into(memory, 0, time_s)
 
 

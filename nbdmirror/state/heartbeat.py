@@ -22,6 +22,7 @@ class Heartbeat:
         self._look: Future[None] | None = None
 
     def note_alive(self) -> None:
+        """Note that the server is alive now."""
         write_alive(self._memory, self._writer.clock())
 
     def beat(self, identity: DiskIdentity) -> None:

@@ -43,6 +43,7 @@ def region_bytes(size: int) -> int:
 
 
 def region_count(size: int) -> int:
+    """The number of regions of a disk of `size` bytes; at least one."""
     return max(1, -(-size // region_bytes(size)))
 
 

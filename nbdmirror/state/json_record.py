@@ -77,10 +77,13 @@ NUMBER = Plain("a number of 0 or more", _is_number)
 
 
 def one_of(*words: str) -> Plain:
+    """The kind of a string that is one of `words`."""
     return Plain(f"one of {', '.join(words)}", lambda said: said in words)
 
 
 class OrNull(Kind):
+    """A value of `kind`, or null."""
+
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.expected = f"{kind.expected}, or null"
@@ -140,6 +143,8 @@ class MapOf(Kind):
 
 @dataclass(frozen=True, slots=True)
 class Key:
+    """A key in a file, and the kind of its value."""
+
     name: str
     kind: Kind
 
@@ -168,6 +173,7 @@ def members(type_: Any) -> tuple[Member, ...]:
 
 
 def write(record: Any) -> dict[str, Any]:
+    """The record as a JSON object, with the keys of its fields."""
     type_: Any = type(record)
     return {one.key.name: one.key.kind.write(getattr(record, one.field)) for one in members(type_)}
 

@@ -23,6 +23,7 @@ NewBitmap = Callable[[int, int], DirtyBitmap]
 
 
 def done_future() -> Future[None]:
+    """A future that is done, without an error."""
     future: Future[None] = Future()
     future.set_result(None)
     return future

@@ -202,6 +202,8 @@ class DiskFolder(Folder):
 
 
 class DiskSlots(Slots):
+    """Slots in a real file."""
+
     def __init__(self, fd: int, slot_bytes: int) -> None:
         self._fd = fd
         self._slot_bytes = slot_bytes

@@ -98,6 +98,7 @@ class ShmDirectory:
             return None
 
     def remove(self, name: str) -> None:
+        """Remove a file; existing mappings keep their pages."""
         with suppress(OSError):
             (self.path / name).unlink()
 

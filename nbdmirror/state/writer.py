@@ -53,6 +53,7 @@ class Writer:
         future.add_done_callback(tell)
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Run `call` on the loop's thread in `delay_s` seconds."""
         self._loop.call_later(delay_s, call)
 
     def failed(self, error: BaseException) -> None:
