@@ -94,7 +94,7 @@ def test_a_name_is_taken_once() -> None:
     tables = [module.COMMANDS for module in (bitmap_commands, mirror_commands, node_commands)]
     names = [name for table in tables for name in table]
     assert len(names) == len(set(names))
-    with pytest.raises(AssertionError, match="there already"):
+    with pytest.raises(AssertionError, match="exists already"):
         tables[0].command("block-dirty-bitmap-add")(lambda server: None)
 
 
