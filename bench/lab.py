@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Self
 
 from bench.processes import BenchError
-from bench.servers import GuestServer, NbdkitFile, Nbdmirror, Qsd
+from bench.servers import GuestServer, NbdkitFile, Nbdmirror, Qsd, QsdFine
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 SUBJECTS: dict[str, type[GuestServer]] = {
     "nbdmirror": Nbdmirror,
     "qsd": Qsd,
+    "qsd-4k": QsdFine,
     "nbdkit": NbdkitFile,
 }
 """Those that serve guests. nbdcopy, which only copies, is a subject of its own in measures.copy."""

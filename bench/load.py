@@ -19,6 +19,7 @@ class Result:
     """What fio saw. Latencies are of completion, in seconds."""
 
     iops: float
+    bytes: int
     bytes_per_s: float
     mean_s: float
     p99_s: float
@@ -96,6 +97,7 @@ class Load:
         latency = found["clat_ns"]
         return Result(
             iops=found["iops"],
+            bytes=found["io_bytes"],
             bytes_per_s=found["bw_bytes"],
             mean_s=latency["mean"] / 1e9,
             p99_s=latency.get("percentile", {}).get("99.000000", 0) / 1e9,
@@ -104,11 +106,16 @@ class Load:
 
 
 def longest_s(log: Path, start_s: float, end_s: float) -> float:
-    """The longest latency among the requests of a fio latency log (--log_unix_epoch=1) that ended
-    between two moments of time.time(), in seconds."""
-    found = 0.0
+    """The longest of `latencies_s`, in seconds; 0 if there is none."""
+    return max(latencies_s(log, start_s, end_s), default=0.0)
+
+
+def latencies_s(log: Path, start_s: float, end_s: float) -> list[float]:
+    """Of the requests in a fio latency log (--log_unix_epoch=1) that were in flight between two
+    moments of time.time(), in seconds."""
+    found = []
     for line in log.read_text().splitlines():
         ended_ms, latency_ns = (int(word) for word in line.split(",")[:2])
         if start_s * 1000 <= ended_ms <= end_s * 1000 + latency_ns / 1e6:
-            found = max(found, latency_ns / 1e9)
+            found.append(latency_ns / 1e9)
     return found

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from bench import measures
-from bench.lab import GiB, Lab
+from bench import measures, steady
+from bench.lab import GiB, Lab, TiB
 from bench.measures import NBDCOPY, Figures
 
 
@@ -80,6 +80,55 @@ def _copies() -> list[Row]:
                 figures = _seconds(_COPY_GOALS)
                 rows.append(Row(name, title, measure, (QSD, NBDCOPY), figures, is_slow=size > 0))
     return rows
+
+
+QSD_4K = "qsd-4k"
+_RANDOM, _ZIPF, _HOT = (
+    (),
+    ("--random_distribution=zipf:1.2",),
+    ("--random_distribution=zoned:90/1:10/99",),
+)
+
+
+def _sent() -> list[Row]:
+    """The issue of a link: what is sent for what was changed."""
+    third = {QSD: Goal(3.0, 4.0)}
+    places = [
+        ("", GiB, _RANDOM, "4k random", {QSD: Goal(10, 14)}, 1.2),
+        ("-1t", TiB, _RANDOM, "4k random on 1 TiB", {QSD: Goal(10, 14)}, 1.2),
+        ("-16t", 16 * TiB, _RANDOM, "4k random on 16 TiB", {QSD: Goal(10, 14)}, 1.2),
+        ("-zipf", GiB, _ZIPF, "Zipf(1.2)", third, 0.0),
+        ("-hot-spot", GiB, _HOT, "90 % of writes in 1 % of the disk", third, 0.0),
+    ]
+    return [
+        Row(
+            f"sent{name}",
+            f"bytes sent over bytes written, {title}, 2,000 IOPS beside a ready mirror",
+            partial(steady.sent, size=size, options=options),
+            (QSD,) if size > GiB else (QSD, QSD_4K),
+            (Figure("ratio", "sent/written", goals, less_is_better=True, must_be_under=bound),),
+            is_slow=size > GiB,
+        )
+        for name, size, options, title, goals, bound in places
+    ]
+
+
+def _felt() -> list[Row]:
+    goals = {QSD: Goal(1.0, 1.5)}
+    return [
+        Row(
+            f"felt-{kind}",
+            f"guest 4k write at 1,500 IOPS beside a ready mirror and over its pivot, to {kind}",
+            partial(steady.felt, kind=kind),
+            (QSD,),
+            (
+                Figure("longest", "ms", goals, less_is_better=True),
+                Figure("p999", "ms p99.9", goals, less_is_better=True),
+                Figure("ending", "ms to COMPLETED", {QSD: Goal(0.5, 1.0)}, less_is_better=True),
+            ),
+        )
+        for kind in ("qemu-nbd", "nbdkit-file")
+    ]
 
 
 _C = Goal(0.75, 0.9)
@@ -169,6 +218,8 @@ ROWS: tuple[Row, ...] = (
         (QSD,),
         (Figure("longest", "ms", {QSD: Goal(1.0, 2.0)}, less_is_better=True),),
     ),
+    *_sent(),
+    *_felt(),
     *(
         Row(
             name,

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bench.processes import Process, Qmp, wait_for_socket
 
@@ -19,6 +19,8 @@ class GuestServer(Process):
     """Serves `disks` as exports disk0, disk1, ..."""
 
     can_mirror = True
+    mirror_options: ClassVar[dict[str, Any]] = {}
+    """What each mirror of this subject has, beside what a measurement asks for."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class GuestServer(Process):
             "target": f"target{number}",
             "sync": "full",
         }
+        options = self.mirror_options | options
         named = {name.replace("_", "-"): value for name, value in options.items()}
         self.qmp.execute("blockdev-mirror", {**arguments, **named})
         return job
@@ -125,6 +128,12 @@ class Qsd(GuestServer):
         return argv
 
 
+class QsdFine(Qsd):
+    """Its mirrors send pieces of 4 KiB, at 16 times the memory for the bitmap."""
+
+    mirror_options: ClassVar = {"granularity": 4096}
+
+
 class NbdkitFile(GuestServer):
     """nbdkit's file plugin, in C: what our host does without us."""
 
@@ -169,6 +178,19 @@ class QemuNbd(Target):
         tcp: list[str | Path] = ["-b", "127.0.0.1", "-p", str(self.port)]
         listen = tcp if self.port else ["-k", self.socket]
         return ["qemu-nbd", "-f", "raw", "--discard=unmap", "-t", "-e", "16", *listen, self._image]
+
+
+class NbdkitFileTarget(Target):
+    """nbdkit's file plugin, in C."""
+
+    name = "nbdkit-file"
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        super().__init__(folder)
+        self._image = image
+
+    def argv(self) -> list[str | Path]:
+        return ["nbdkit", "-f", "-U", self.socket, "file", self._image]
 
 
 class NbdkitMemory(Target):
