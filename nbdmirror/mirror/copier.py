@@ -96,7 +96,7 @@ class Copier:
             opening_bytes=min(self._slots * self._request_bytes, request_bytes_max),
             granularity=tracker.granularity,
         )
-        self._rate_limit = RateLimit(clock, call_later, self.pump)
+        self._rate_limit = RateLimit(clock, call_later, self.pump, tracker.dirty)
         self._holes = Holes(self._request_bytes)
         self._buffers = Buffers()
         self._copies: set[Copy] = set()
@@ -204,6 +204,7 @@ class Copier:
             if claim is not None:
                 self._window.begin_round(is_kept_in_sync=self._rate_limit.haste is Haste.LAG)
         if claim is not None:
+            self._rate_limit.claimed(-(-claim.length // granularity))
             self._cursor = claim.end
         return claim
 
@@ -334,7 +335,7 @@ class Copier:
         def then(length: int, is_zero: bool, error: BaseException | None) -> None:
             now_s = self._clock()
             self.answers += 1
-            self._window.answered(now_s - write_s, is_zero=is_zero)
+            self._window.answered(write_s, now_s, length, is_zero=is_zero)
             copy.error = copy.error or error
             copy.pending -= 1
             if copy.pending:

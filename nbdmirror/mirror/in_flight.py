@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable
 
+from nbdmirror.mirror.request_cost import RequestCost
+
 QUICK_BYTES = 4 << 20
 """Bytes in flight to targets that answer quickly, of all mirrors together. 4 MiB stay in the
 processor's cache on their way to a local server. With 16 MiB copies take a tenth longer; with four
@@ -73,7 +75,8 @@ GAP_BYTES, QUICK_GAP_BYTES = 1 << 10, 16 << 10
 """A clean gap of so many bytes between two dirty places is sent with them, to save a request. At a
 quick target a request costs as much processor time as 64 KiB or more; with a quarter of that, the
 mirror sends at most a fifth more than was changed. Over a link bytes count (a request and its
-answer have 100), and fewer requests wait."""
+answer have 100), and fewer requests wait. At a slow target the gap is what
+RequestCost has measured, if that is larger."""
 
 LOOK_S = 0.1
 WORKING_PER_S = range(100, 10_000)
@@ -205,6 +208,7 @@ class InFlightWindow:
         self._opening_bytes = opening_bytes
         self._largest_bytes = 0
         self._load = load
+        self._cost = RequestCost()
         self._quickest_s = math.inf
         self._answers = 0
         self._writes = 0
@@ -268,7 +272,7 @@ class InFlightWindow:
     @property
     def gap_bytes(self) -> int:
         """Largest clean gap, in bytes, that is cheaper to send than one more request."""
-        return QUICK_GAP_BYTES if self._is_quick else GAP_BYTES
+        return QUICK_GAP_BYTES if self._is_quick else max(GAP_BYTES, self._cost.in_bytes)
 
     def has_room(self, in_flight_bytes: int) -> bool:
         """Whether one more claim may begin, with `in_flight_bytes` in flight."""
@@ -303,12 +307,14 @@ class InFlightWindow:
             if self._room_bytes > ROOM_BYTES_MAX:
                 self._room_bytes = math.inf
 
-    def answered(self, took_s: float, *, is_zero: bool = False) -> None:
-        """A write was answered after `took_s` seconds. Zeroes may take long at a near target, so
-        their answers never let more be in flight."""
-        self._quickest_s = min(self._quickest_s, took_s / max(1, self._load.count))
+    def answered(self, began_s: float, now_s: float, length: int, *, is_zero: bool = False) -> None:
+        """A write of `length` bytes was answered. Zeroes may take long at a near target, so their
+        answers never let more be in flight."""
+        self._quickest_s = min(self._quickest_s, (now_s - began_s) / max(1, self._load.count))
         self._answers += 1
         self._writes += not is_zero
+        if not is_zero:
+            self._cost.answered(began_s, now_s, length)
 
 
 def _in_time(length: int, took_s: float) -> int:

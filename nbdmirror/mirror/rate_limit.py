@@ -1,4 +1,4 @@
-"""RateLimit: when a copier may begin its next claim: the speed limit, and rounds.
+"""RateLimit: when a copier may begin its next claim: speed limit, rounds, evenness of a round.
 
 On the event loop's thread.
 """
@@ -6,7 +6,10 @@ On the event loop's thread.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
+
+from nbdmirror.disk.bitmap import DirtyBitmap
 
 SLICE_S = 0.1
 """With a speed limit no claim is larger than the limit allows in this time (QEMU's
@@ -17,13 +20,20 @@ LAG_S = 0.25
 take. With less time, regions that guests write again and again are sent more often. QEMU's is
 0.1 s."""
 
+SPREAD_S = 0.125
+"""Within a round, what is dirty is sent at a rate at which all of it would take so long. A burst at
+the round's beginning would delay guests' requests."""
+
+TICK_S = 0.005
+"""What is due within one tick is sent together."""
+
 
 class Haste(enum.Enum):
     """How fast a copier works."""
 
     LAG = "lag"
     """A round over the disk takes at least LAG_S: a range that guests write again and again is
-    copied once in each round."""
+    copied once in each round. What is dirty is sent evenly."""
 
     STEADY = "steady"
     """As fast as the speed limit allows."""
@@ -40,6 +50,7 @@ class RateLimit:
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], object],
         pump: Callable[[], None],
+        dirty: DirtyBitmap,
     ) -> None:
         self.speed_bytes_per_s = 0
         """0: no limit. As in QEMU the limit holds between claims; requests in flight are not
@@ -50,7 +61,11 @@ class RateLimit:
         self._pump = pump
         self._next_start_s = 0.0
         self._round_not_before_s = 0.0
-        self._timer_is_set = False
+        self._dirty = dirty
+        self._tick_began_s = -math.inf
+        self._due_granules = 0
+        """That may yet be claimed in this tick; below zero if a claim had more than were due."""
+        self._timer_at_s = math.inf
 
     def set_speed(self, speed_bytes_per_s: int) -> None:
         """Takes effect with the next claim."""
@@ -62,6 +77,10 @@ class RateLimit:
         """Largest claim in bytes; None: no limit."""
         return max(1, int(self.speed_bytes_per_s * SLICE_S)) if self.speed_bytes_per_s else None
 
+    def claimed(self, granules: int) -> None:
+        if self.haste is Haste.LAG:
+            self._due_granules -= granules
+
     def account(self, length: int) -> None:
         """`length` bytes are being copied."""
         if self.speed_bytes_per_s:
@@ -70,9 +89,23 @@ class RateLimit:
 
     def may_start(self) -> bool:
         """Whether a claim may begin now."""
-        if not self.speed_bytes_per_s or self.haste is Haste.GUESTS_WAIT:
+        if self.haste is Haste.GUESTS_WAIT:
             return True
-        return not self._must_wait(self._next_start_s)
+        if self.speed_bytes_per_s and self._must_wait(self._next_start_s):
+            return False
+        return self.haste is not Haste.LAG or self._is_due()
+
+    def _is_due(self) -> bool:
+        now_s = self._clock()
+        ticks = (now_s - self._tick_began_s) / TICK_S
+        if ticks >= 1:
+            if not (dirty := self._dirty.dirty_granules):
+                self._due_granules = 0
+                return True  # the claim that finds nothing needs no timer
+            share = math.ceil(dirty * TICK_S / SPREAD_S)
+            self._due_granules = int(min(share, self._due_granules + share * ticks))
+            self._tick_began_s = now_s
+        return self._due_granules > 0 or not self._must_wait(self._tick_began_s + TICK_S)
 
     def may_begin_round(self) -> bool:
         """Whether a round over the disk may begin now; if so, it begins."""
@@ -85,12 +118,13 @@ class RateLimit:
 
     def _must_wait(self, until_s: float) -> bool:
         """Whether `until_s` is in the future; if so, `pump` is called in time."""
-        wait_s = until_s - self._clock()
-        if wait_s > 0 and not self._timer_is_set:
-            self._timer_is_set = True
-            self._call_later(min(wait_s, SLICE_S), self._on_timer)
-        return wait_s > 0
+        now_s = self._clock()
+        at_s = min(until_s, now_s + SLICE_S)
+        if now_s < until_s and at_s < self._timer_at_s:  # one that is set for later fires in vain
+            self._timer_at_s = at_s
+            self._call_later(at_s - now_s, self._on_timer)
+        return now_s < until_s
 
     def _on_timer(self) -> None:
-        self._timer_is_set = False
+        self._timer_at_s = math.inf
         self._pump()

@@ -7,7 +7,7 @@ from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.mirror.in_flight import QUICK_BYTES
-from nbdmirror.mirror.rate_limit import SLICE_S, Haste
+from nbdmirror.mirror.rate_limit import LAG_S, SLICE_S, SPREAD_S, TICK_S, Haste
 
 # The speed limit. A claim is accounted for when the source has told its extents.
 
@@ -83,3 +83,48 @@ def test_zeroes_are_free_where_the_target_unmaps(unmap: bool) -> None:
     copier.set_speed(MIB)
     copier.start()
     assert tracker.in_sync == unmap
+
+
+# Evenly, after READY.
+
+
+@pytest.mark.parametrize("count", [1, 20, 100, 256])
+def test_what_is_dirty_is_sent_evenly(count: int) -> None:
+    """A burst would delay guests' requests. Each tick sends its part of what is dirty, and a round
+    takes about as long as the target may lag behind."""
+    clock = Clock()
+    devices = Devices(data(16 * MIB))
+    copier, tracker, _ = a_copier(devices, clock=clock, granularity=64 * KIB)
+    copier.start()
+    copier.set_haste(Haste.LAG)
+    copier.pump()
+    clock.advance(LAG_S)
+    for granule in range(count):
+        tracker.dirty.mark(granule * 16 * MIB // count, 1)
+    began_s = clock.now_s
+    while not tracker.in_sync:
+        before = sum(length for _, length in devices.of("write"))
+        due = -(-tracker.dirty.dirty_granules * TICK_S // SPREAD_S)
+        copier.pump()
+        sent = sum(length for _, length in devices.of("write")) - before
+        assert sent <= (due + 16) * 64 * KIB, "neighbours go in one request of 1 MiB"
+        clock.advance(TICK_S)
+        assert clock.now_s - began_s < 2 * LAG_S
+    assert count < 20 or clock.now_s - began_s > SPREAD_S / 2
+
+
+def test_what_is_dirty_is_sent_at_once_where_guests_wait() -> None:
+    clock = Clock()
+    devices = Devices(data(16 * MIB))
+    copier, tracker, _ = a_copier(devices, clock=clock, granularity=64 * KIB)
+    copier.start()
+    copier.set_haste(Haste.LAG)
+    copier.pump()
+    clock.advance(LAG_S)
+    for granule in range(0, 256, 2):
+        tracker.dirty.mark(granule * 64 * KIB, 1)
+    copier.pump()
+    assert not tracker.in_sync
+    copier.set_haste(Haste.GUESTS_WAIT)
+    copier.pump()
+    assert tracker.in_sync

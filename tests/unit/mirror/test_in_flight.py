@@ -274,7 +274,7 @@ def a_window_beside_guests() -> InFlightWindow:
 def test_a_copy_that_does_not_converge_yields_to_nobody() -> None:
     """Nor does one that is far behind. What it may have in flight is told in bytes."""
     window = a_window_beside_guests()
-    window.answered(0.0001)
+    window.answered(0.0, 0.0001, 4096)
 
     def yields_after(round_bytes: int, *, is_kept_in_sync: bool = False) -> bool:
         window.round_bytes = round_bytes
@@ -333,7 +333,7 @@ def test_what_was_given_back_does_not_count_twice() -> None:
 
 def test_over_a_network_a_copy_that_yields_has_more_in_flight() -> None:
     window = a_window_beside_guests()
-    window.answered(QUICK_WRITE_S * 0.9)
+    window.answered(0.0, QUICK_WRITE_S * 0.9, 4096)
     window.begin_round(is_kept_in_sync=False)
     assert window.has_room(1_799_999)
     assert not window.has_room(1_800_000)
