@@ -21,7 +21,7 @@ from support.processes import freeze
 from support.servers import QemuNbd
 from support.waiting import InThread, wait_until
 
-from nbdmirror.errors import DeviceLost
+from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
 from nbdmirror.nbdclient.exclusive_unix import ExclusiveUnixConnection
@@ -162,6 +162,22 @@ def test_a_link_whose_server_is_killed_ends(start: Start, folder: Path, tcp: boo
     assert not link.end()
     target.kill()
     wait_until(link.end, "the server has ended")
+
+
+@pytest.mark.parametrize("length", [512, 4096, 64 * 1024])
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_a_link_survives_a_refused_write(
+    start: Start, folder: Path, tcp: bool, length: int
+) -> None:
+    target = start(Holding(folder, make_noise(folder / "disk.img", MiB), tcp=tcp))
+    link = link_to(target)
+    data = os.urandom(length)
+    with pytest.raises(DeviceError, match="out of bounds"):
+        link.write(data, MiB)
+    link.write(memoryview(data), 4096)
+    assert not link.is_lost
+    assert target.image.read_bytes()[4096:][:length] == data
+    link.close()
 
 
 def test_a_link_at_rest_that_is_given_up_ends_at_once(start: Start, folder: Path) -> None:
