@@ -29,11 +29,22 @@ def promtool() -> Path | None:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             folder = Path(scratch)
-            download(lambda: ["prometheus"], folder)
+            download(_packages, folder)
             (package,) = folder.glob("*.deb")
             command("dpkg-deb", "-x", package.name, "unpacked", folder=folder)
-            os.replace(folder / "unpacked" / "usr" / "bin" / "promtool", CACHE / "promtool")
+            tool = folder / "unpacked" / "usr" / "bin" / "promtool"
+            if not tool.exists():
+                raise PackagesError(f"{package.name} has no promtool")
+            os.replace(tool, CACHE / "promtool")
     return CACHE / "promtool"
+
+
+def _packages() -> list[str]:
+    """Since Debian 13 promtool has a package of its own."""
+    own = subprocess.run(
+        ["apt-cache", "show", "promtool"], capture_output=True, timeout=CHECK_S_MAX, check=False
+    )
+    return ["prometheus" if own.returncode else "promtool"]
 
 
 def checked(*words: str, text: str = "", folder: Path | None = None) -> str:
