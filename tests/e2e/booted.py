@@ -81,13 +81,19 @@ exec /usr/bin/env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin \
 has the newer cgroups."""
 
 
+def _has_v2(place: Path) -> bool:
+    return (place / "cgroup.controllers").exists()
+
+
 class Booted:
     """`start` boots it, `power_off` ends it in order, `cut_power` at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._is_v2 = (CGROUPS / "cgroup.controllers").exists()
-        top = CGROUPS if self._is_v2 else CGROUPS / "systemd"
+        # Newer systemds run with the newer cgroups alone; a machine may have them beside the older.
+        places = [place for place in (CGROUPS, CGROUPS / "unified") if _has_v2(place)]
+        self._is_v2 = bool(places)
+        top = places[0] if places else CGROUPS / "systemd"
         self._group = top / f"nbdmirror-{os.getpid()}-{folder.name}"
         self._process: subprocess.Popen[bytes] | None = None
 

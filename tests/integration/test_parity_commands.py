@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.images import MiB
+from support.images import KiB, MiB
 from support.parity import assert_alike
 from support.paritydifferences import PROGRESS, Difference, substituted, without_step
 from support.paritysides import Setting, Side
@@ -29,6 +29,7 @@ from support.paritysteps import (
     ready,
     start,
     status,
+    until,
     write,
     zero,
 )
@@ -189,7 +190,8 @@ def test_what_a_node_is(folder: Path) -> None:
 
 def test_newest_job_first(folder: Path) -> None:
     """Concluded jobs are in the queries until they are dismissed."""
-    again = [mirror(job_id="k", **SLOW), query(progress=False)]
+    piece = until(lambda job: job["offset"] >= 64 * KiB, "its first piece is copied", "k")
+    again = [mirror(job_id="k", **SLOW), piece, query(progress=False)]
     script: list[Script] = [
         [start(), ready(), do("block-job-cancel", device="j"), status("concluded"), again],
         [do("job-cancel", id="k"), status("concluded", "k"), query(progress=False)],
