@@ -46,9 +46,8 @@ Job = dict[str, Any]
 
 def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
     """Run a command to its end. SIGINT cancels it, and then raises KeyboardInterrupt."""
-    logging.getLogger("qemu").addHandler(
-        logging.NullHandler()
-    )  # errors are reported by this program
+    # This program reports the errors itself.
+    logging.getLogger("qemu").addHandler(logging.NullHandler())
     logging.getLogger("qemu").propagate = False
     try:
         return asyncio.run(_interruptible(command))

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from nbdmirror.cli.progress import Meter
-from nbdmirror.cli.words import lag, limit, mode, remarks, size
+from nbdmirror.cli.words import disk_troubles, lag, limit, mode, remarks, server_troubles, size
 
 WATCH_TERMINAL_S = 0.5
 ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
@@ -28,12 +28,7 @@ def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
         parts.append("read-only" if disk.get("read-only") else "read-write")
         parts.append(str(disk.get("source") or disk.get("file") or ""))
         lines.append("  ".join(part for part in parts if part))
-        if disk.get("connected") is False:
-            lines.append("  its NBD server is lost: requests wait, and fail if it does not return")
-        if disk.get("target-only"):
-            lines.append(f"  target only: the disk is served from {disk['target-only']}")
-        if disk.get("problem"):
-            lines.append(f"  {disk['problem']}")
+        lines += [f"  {trouble}" for trouble in disk_troubles(disk)]
         for job in disk.get("jobs") or []:
             lines.append(f"  {_job_text(job, meters)}")
             lines += [f"    {remark.text}" for remark in remarks(job)]
@@ -43,8 +38,7 @@ def text(status: dict[str, Any], meters: dict[str, Meter] | None = None) -> str:
         )
         if last and (is_kept or not jobs):
             lines.append(f"  last job {result_text(disk['last-job'])}")
-    if status.get("state-error"):
-        lines.append(f"the state directory cannot be written: {status['state-error']}")
+    lines += server_troubles(status)
     return "\n".join(lines) or "no disks"
 
 

@@ -147,6 +147,24 @@ def remarks(job: dict[str, Any]) -> list[Remark]:
     return found
 
 
+def disk_troubles(disk: dict[str, Any]) -> list[str]:
+    """What is wrong with a disk, beside its jobs."""
+    found = []
+    if disk.get("connected") is False:
+        found.append("its NBD server is lost: requests wait, and fail if it does not return")
+    if disk.get("target-only"):
+        found.append(f"target only: the disk is served from {disk['target-only']}")
+    if disk.get("problem"):
+        found.append(str(disk["problem"]))
+    return found
+
+
+def server_troubles(status: dict[str, Any]) -> list[str]:
+    """What is wrong with a server, beside its disks."""
+    error = status.get("state-error")
+    return [f"the state directory cannot be written: {error}"] if error else []
+
+
 def _faster(job: dict[str, Any]) -> str:
     if job.get("speed"):
         return "raise its limit with: nbdmirror set-speed"

@@ -6,17 +6,13 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from nbdmirror.web.records import Report, number, records
+from nbdmirror.web.records import Key, Report, number
 
 SPAN_S = 300.0
 SAMPLE_S = 2.0
 """What comes sooner after another sample is left out."""
 NOTES_MAX = 100
-
-Key = tuple[str, str, str]
-"""A job: its server, its disk, its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class History:
 
     def add(self, report: Report) -> None:
         """The newest report of a server. Jobs that it does not have any more are forgotten."""
-        jobs = dict(jobs_of(report))
+        jobs = dict(job for disk in report.disks for job in report.jobs(disk))
         for key in [key for key in self._samples if key[0] == report.socket and key not in jobs]:
             del self._samples[key]
         for key, job in jobs.items():
@@ -74,11 +70,3 @@ class History:
     def forget(self, socket: str) -> None:
         for key in [key for key in self._samples if key[0] == socket]:
             del self._samples[key]
-
-
-def jobs_of(report: Report) -> list[tuple[Key, dict[str, Any]]]:
-    return [
-        ((report.socket, str(disk.get("name", "")), str(job.get("device", ""))), job)
-        for disk in report.disks
-        for job in records(disk, "jobs")
-    ]

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from nbdmirror import __version__
-from nbdmirror.web.records import Record, Report, member, number, records
+from nbdmirror.web.records import Record, Report, is_well, member, number, records
 
 JOB_STATES = (
     "created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting",
@@ -77,8 +77,7 @@ def _protected(disk: Record) -> float:
 
 
 def _follows(job: Record) -> bool:
-    is_well = job.get("io-status", "ok") == "ok" and job.get("target-connected") is not False
-    return is_well and job.get("status") in FOLLOWING
+    return is_well(job) and job.get("status") in FOLLOWING
 
 
 def _end(job: Record) -> float | None:
@@ -313,11 +312,10 @@ class _Reports(Collector):
             elif level == "server" and not report.error:
                 yield (report.socket,), report.status | time
             for disk in report.disks:
-                name = str(disk.get("name", ""))
                 if level == "disk":
-                    yield (report.socket, name), disk
-                for job in records(disk, "jobs") if level == "job" else ():
-                    yield (report.socket, name, str(job.get("device", ""))), job | time
+                    yield (report.socket, str(disk.get("name", ""))), disk
+                for key, job in report.jobs(disk) if level == "job" else ():
+                    yield key, job | time
 
 
 def _family(metric: Metric, level: str) -> CounterMetricFamily | GaugeMetricFamily:

@@ -13,9 +13,9 @@ import jinja2
 from nbdmirror.cli import words
 from nbdmirror.cli.progress import Meter
 from nbdmirror.cli.status import result_text
-from nbdmirror.web.history import SPAN_S, History, Key, Note, jobs_of
+from nbdmirror.web.history import SPAN_S, History, Note
 from nbdmirror.web.plot import HEIGHT, WIDTH, Plot, plot
-from nbdmirror.web.records import Record, Report, member, number, records
+from nbdmirror.web.records import Key, Record, Report, is_well, member, number
 
 GOOD, BUSY, BAD = "good", "busy", "bad"
 """How it is with a disk, a job or a server."""
@@ -100,21 +100,14 @@ def _shown(report: Report, history: History) -> Server:
 
 def _server(report: Report, history: History) -> Server:
     status = report.status
-    trouble = [report.error] if report.error else []
-    if error := status.get("state-error"):
-        trouble.append(f"the state directory cannot be written: {error}")
     since = number(status.get("started-at-s"))
-    jobs = {id(job): (key, job) for key, job in jobs_of(report)}
     return Server(
         socket=report.socket,
         package=_text(status.get("package")),
         since="" if since is None else _moment(since, "%Y-%m-%d %H:%M:%S"),
-        trouble=trouble,
+        trouble=[*([report.error] if report.error else []), *words.server_troubles(status)],
         disks=[
-            _disk(
-                disk,
-                [_job(*jobs[id(job)], history, report.time_s) for job in records(disk, "jobs")],
-            )
+            _disk(disk, [_job(*job, history, report.time_s) for job in report.jobs(disk)])
             for disk in report.disks
         ],
     )
@@ -122,13 +115,6 @@ def _server(report: Report, history: History) -> Server:
 
 def _disk(disk: Record, jobs: list[Job]) -> Disk:
     size = number(disk.get("size"))
-    trouble = []
-    if disk.get("connected") is False:
-        trouble.append("its NBD server is lost: requests wait, and fail if it does not return")
-    if target := disk.get("target-only"):
-        trouble.append(f"target only: the disk is served from {target}")
-    if problem := disk.get("problem"):
-        trouble.append(_text(problem))
     last = member(disk, "last-job")
     return Disk(
         name=_text(disk.get("name")),
@@ -137,7 +123,7 @@ def _disk(disk: Record, jobs: list[Job]) -> Disk:
             "read-only" if disk.get("read-only") else "read-write",
         ],
         source=_text(disk.get("source")),
-        trouble=trouble,
+        trouble=words.disk_troubles(disk),
         jobs=jobs,
         last=result_text(last) if last and not jobs else "",
     )
@@ -169,9 +155,12 @@ def _job(key: Key, job: Record, history: History, now_s: float) -> Job:
 
 
 def _mood(job: Record) -> str:
-    if job.get("io-status", "ok") != "ok" or job.get("target-connected") is False:
-        return BAD
-    if job.get("falling-behind") or job.get("error") or job.get("status") == "aborting":
+    if (
+        not is_well(job)
+        or job.get("falling-behind")
+        or job.get("error")
+        or job.get("status") == "aborting"
+    ):
         return BAD
     return GOOD if job.get("status") == "ready" else BUSY
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Record = dict[str, Any]
+Key = tuple[str, str, str]
+"""A job: its server, its disk, its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,13 @@ class Report:
     @property
     def disks(self) -> list[Record]:
         return records(self.status, "disks")
+
+    def jobs(self, disk: Record) -> list[tuple[Key, Record]]:
+        """Of one of the disks."""
+        name = str(disk.get("name", ""))
+        return [
+            ((self.socket, name, str(job.get("device", ""))), job) for job in records(disk, "jobs")
+        ]
 
     @property
     def as_json(self) -> Record:
@@ -41,6 +50,11 @@ def member(owner: Record, key: str) -> Record:
     """The object that is there. Empty where there is none."""
     found = owner.get(key)
     return found if isinstance(found, dict) else {}
+
+
+def is_well(job: Record) -> bool:
+    """It was not stopped by an error, and its target is there."""
+    return job.get("io-status", "ok") == "ok" and job.get("target-connected") is not False
 
 
 def number(value: Any) -> float | None:
