@@ -233,7 +233,9 @@ class SynchronousWrites:
         def to_target(start: int, length: int) -> None:
             self._target.pwrite(view[start - offset : start - offset + length], start, fua)
 
-        to_source = lambda: source.pwrite(buf, offset, fua)  # noqa: E731
+        def to_source() -> None:
+            source.pwrite(buf, offset, fua)
+
         return self._both(offset, len(buf), fua, to_source, to_target)
 
     def zero(

@@ -91,15 +91,14 @@ class Tracker:
         """Nothing is dirty and nothing is in flight. Checked under the lock that a synchronous
         write takes to change one into the other: two separate checks could both miss that write."""
         with self._lock:
-            return not (self._copies or self._writes) and self.dirty.is_empty
+            return self._is_in_sync()
 
     @property
     def is_level(self) -> bool:
         """In sync, and everything is flushed, with no flush in progress. Only for the thread that
         claims and flushes."""
         with self._lock:
-            is_flushed = self.unflushed.is_empty and not self._flushing
-            return is_flushed and not (self._copies or self._writes) and self.dirty.is_empty
+            return self._is_in_sync() and self.unflushed.is_empty and not self._flushing
 
     def claim(self, offset: int, length_max: int) -> Claim | None:
         """Take the first dirty run at or after `offset` that is not owned, of at most `length_max`
@@ -220,8 +219,10 @@ class Tracker:
                 self._repeat(covered)
             else:
                 self._backlog.flush_ended(covered)
-                for meanwhile in self._guests_flushes:
-                    meanwhile.append(covered.copy())
+                if self._guests_flushes:
+                    kept = covered.copy()  # of all of them: none changes it
+                    for meanwhile in self._guests_flushes:
+                        meanwhile.append(kept)
             self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
         covered.close()
 
@@ -285,6 +286,9 @@ class Tracker:
         """The mirror has ended, and no guest marks its bitmap any more."""
         for bitmap in (self.dirty, self.unflushed, *self._flushing):
             bitmap.close()
+
+    def _is_in_sync(self) -> bool:
+        return not (self._copies or self._writes) and self.dirty.is_empty
 
     def _give_back(self, claim: Claim, parts: tuple[Range, ...]) -> None:
         self.dirty.mark_again(*parts)
