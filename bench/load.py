@@ -105,17 +105,14 @@ class Load:
         )
 
 
-def longest_s(log: Path, start_s: float, end_s: float) -> float:
-    """The longest of `latencies_s`, in seconds; 0 if there is none."""
-    return max(latencies_s(log, start_s, end_s), default=0.0)
-
-
 def latencies_s(log: Path, start_s: float, end_s: float) -> list[float]:
     """Of the requests in a fio latency log (--log_unix_epoch=1) that were in flight between two
-    moments of time.time(), in seconds."""
+    moments of time.time(), in seconds. Raises BenchError if there is none."""
     found = []
     for line in log.read_text().splitlines():
         ended_ms, latency_ns = (int(word) for word in line.split(",")[:2])
         if start_s * 1000 <= ended_ms <= end_s * 1000 + latency_ns / 1e6:
             found.append(latency_ns / 1e9)
+    if not found:
+        raise BenchError("no request in that time")
     return found

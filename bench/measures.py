@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.lab import SUBJECTS, GiB, Lab, MiB, TiB
-from bench.load import Load, Result, longest_s
+from bench.load import Load, Result, latencies_s
 from bench.processes import BenchError
-from bench.servers import GuestServer, NbdkitMemory, Nbdmirror, QemuNbd, Target
+from bench.servers import GuestServer, NbdkitFileTarget, NbdkitMemory, Nbdmirror, QemuNbd, Target
 
 Figures = dict[str, float]
 
@@ -71,8 +71,7 @@ def after_pivot(lab: Lab, subject: str) -> Figures:
     with mirrorable(lab, subject) as (server, _):
         job = server.start_mirror()
         server.qmp.wait_for(READY, job)
-        server.qmp.execute("block-job-complete", {"device": job})
-        server.qmp.wait_for(COMPLETED, job)
+        complete(server, job)
         writes = _load(lab, server, "randwrite").iops
         return {"writes": writes, "reads": _load(lab, server, "randread").iops}
 
@@ -85,32 +84,46 @@ def pivot(lab: Lab, subject: str) -> Figures:
 
 
 def _pivot(lab: Lab, subject: str) -> float:
-    log = lab.folder / "pivot"
-    options = ("--rate_iops=2000", f"--write_lat_log={log}", "--log_unix_epoch=1")
-    seconds = 3.5
+    with mirrorable(lab, subject) as (server, _), logged(lab, server, 2000, 3.5) as (load, log):
+        job = server.start_mirror()
+        time.sleep(1.5)  # fio's start takes up to 0.5 s, and is none of the pivot's
+        server.qmp.wait_for(READY, job)
+        began_s = time.time()
+        ended_s = pivoted_under(load, server, job)
+        return max(latencies_s(log, began_s - 0.05, ended_s + 0.05))
+
+
+@contextlib.contextmanager
+def logged(lab: Lab, server: GuestServer, rate: int, seconds: float) -> Iterator[tuple[Load, Path]]:
+    """A guest that writes so many times a second, and fio's log of how long each write took, which
+    is whole when the load has ended."""
+    log = lab.folder / "latency"
+    options = (f"--rate_iops={rate}", f"--write_lat_log={log}", "--log_unix_epoch=1")
     try:
-        with mirrorable(lab, subject) as (server, _):
-            load = Load(
-                lab.folder, server.uri(), "randwrite", seconds=seconds, depth=4, options=options
-            )
-            with load:
-                job = server.start_mirror()
-                time.sleep(1.5)  # fio's start takes up to 0.5 s, and is none of the pivot's
-                server.qmp.wait_for(READY, job)
-                began_s = time.time()
-                server.qmp.execute("block-job-complete", {"device": job})
-                server.qmp.wait_for(COMPLETED, job)
-                ended_s = time.time()
-                if not load.is_running():
-                    raise BenchError("the pivot took longer than the load")
-                load.result()
-        longest = longest_s(Path(f"{log}_clat.1.log"), began_s - 0.05, ended_s + 0.05)
+        with Load(
+            lab.folder, server.uri(), "randwrite", seconds=seconds, depth=4, options=options
+        ) as load:
+            yield load, Path(f"{log}_clat.1.log")
     finally:
-        for path in lab.folder.glob("pivot_*.log"):
+        for path in lab.folder.glob("latency_*.log"):
             path.unlink()
-    if not longest:
-        raise BenchError("no request during the pivot")
-    return longest
+
+
+def pivoted_under(load: Load, server: GuestServer, job: str) -> float:
+    """Complete a job that is ready, and wait for the end of the load. Returns when the job had
+    ended, by time.time()."""
+    complete(server, job)
+    ended_s = time.time()
+    if not load.is_running():
+        raise BenchError("the pivot took longer than the load")
+    load.result()
+    return ended_s
+
+
+def complete(server: GuestServer, job: str) -> None:
+    """End a job that is ready, with its pivot."""
+    server.qmp.execute("block-job-complete", {"device": job})
+    server.qmp.wait_for(COMPLETED, job)
 
 
 def copy(
@@ -160,10 +173,7 @@ def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
     same places, until the mirror is in sync again and completed. nbdkit's stats filter counts."""
     size, seconds = lab.disk_bytes, 4.0 if lab.is_quick else 8.0
     lab.need(size)
-    counted = lab.folder / "target.stats"
-    target = NbdkitMemory(
-        lab.folder, size, filters=("--filter=stats",), parameters=(f"statsfile={counted}",)
-    )
+    target, counted = counting(lab, size)
     options = ("--rate_iops=4000", f"--random_distribution={distribution}")
     with target, served(lab, subject, [lab.image("source")]) as server:
         server.add_target(target)
@@ -172,11 +182,15 @@ def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
             job = server.start_mirror()
             load.result()
             server.qmp.wait_for(READY, job)
-        server.qmp.execute("block-job-complete", {"device": job})
-        server.qmp.wait_for(COMPLETED, job)
-    text = counted.read_text()
-    counted.unlink()
-    return {"written": written_bytes(text) / MiB}
+        complete(server, job)
+    return {"written": written_bytes(counted) / MiB}
+
+
+def counting(lab: Lab, size: int) -> tuple[NbdkitMemory, Path]:
+    """A target, and the file that says at its end how much was written: see `written_bytes`."""
+    counted = lab.folder / "target.stats"
+    words = (f"statsfile={counted}",)
+    return NbdkitMemory(lab.folder, size, filters=("--filter=stats",), parameters=words), counted
 
 
 def several_disks(lab: Lab, subject: str, disks: int = 4, *, servers: int = 1) -> Figures:
@@ -217,8 +231,10 @@ def with_state(lab: Lab, subject: str) -> Figures:
         return {"spread": spread, "place": place}
 
 
-def written_bytes(text: str) -> float:
-    """Of nbdkit's stats filter: `write: 10 ops, 0.1 s, 1.25 GiB, ...`."""
+def written_bytes(counted: Path) -> float:
+    """Of nbdkit's stats filter: `write: 10 ops, 0.1 s, 1.25 GiB, ...`. Takes the file away."""
+    text = counted.read_text()
+    counted.unlink()
     units = {"bytes": 1, "KiB": 1 << 10, "MiB": MiB, "GiB": GiB}
     for line in text.splitlines():
         if line.startswith("write:"):
@@ -277,9 +293,11 @@ def served(lab: Lab, subject: str, disks: Sequence[Path]) -> GuestServer:
 
 
 @contextlib.contextmanager
-def mirrorable(lab: Lab, subject: str) -> Iterator[tuple[GuestServer, Target]]:
+def mirrorable(
+    lab: Lab, subject: str, kind: type[QemuNbd | NbdkitFileTarget] = QemuNbd
+) -> Iterator[tuple[GuestServer, Target]]:
     """A server whose disk0 has a target0."""
-    target = QemuNbd(lab.folder, lab.image("target"))
+    target = kind(lab.folder, lab.image("target"))
     with target, served(lab, subject, [lab.image("source")]) as server:
         server.add_target(target)
         yield server, target

@@ -13,6 +13,7 @@ from functools import partial
 from bench import measures, steady
 from bench.lab import GiB, Lab, TiB
 from bench.measures import NBDCOPY, Figures
+from bench.servers import NbdkitFileTarget, QemuNbd
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ _RANDOM, _ZIPF, _HOT = (
 
 
 def _sent() -> list[Row]:
-    """The issue of a link: what is sent for what was changed."""
+    """What is sent for what was changed, which is what a link has to carry."""
     third = {QSD: Goal(3.0, 4.0)}
     places = [
         ("", GiB, _RANDOM, "4k random", {QSD: Goal(10, 14)}, 1.2),
@@ -117,8 +118,9 @@ def _felt() -> list[Row]:
     goals = {QSD: Goal(1.0, 1.5)}
     return [
         Row(
-            f"felt-{kind}",
-            f"guest 4k write at 1,500 IOPS beside a ready mirror and over its pivot, to {kind}",
+            f"felt-{kind.name}",
+            "guest 4k write at 1,500 IOPS beside a ready mirror and over its pivot, to "
+            f"{kind.name}",
             partial(steady.felt, kind=kind),
             (QSD,),
             (
@@ -127,7 +129,7 @@ def _felt() -> list[Row]:
                 Figure("ending", "ms to COMPLETED", {QSD: Goal(0.5, 1.0)}, less_is_better=True),
             ),
         )
-        for kind in ("qemu-nbd", "nbdkit-file")
+        for kind in (QemuNbd, NbdkitFileTarget)
     ]
 
 
