@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 from select import select
-from types import TracebackType
 from typing import Any, Self
 
 from support.waiting import WAIT_S_MAX, wait_until
@@ -70,12 +69,7 @@ class Browser:
             self.call(f"{domain}.enable")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError, AssertionError):
             self._call("Browser.close")
         try:

@@ -9,7 +9,6 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from typing import Any, Self
 
 from hypothesis import strategies as st
@@ -141,12 +140,7 @@ class Serving:
         wait_until(lambda: self._task, "it serves")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self._task is not None
         self._task.get_loop().call_soon_threadsafe(self._task.cancel)
         self._thread.join(WAIT_S_MAX)

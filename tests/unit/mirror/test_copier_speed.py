@@ -6,6 +6,8 @@ import pytest
 from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
 from nbdmirror.devices.base import MemoryDevice
+from nbdmirror.disk.tracker import Tracker
+from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.in_flight import QUICK_BYTES
 from nbdmirror.mirror.rate_limit import LAG_S, SLICE_S, SPREAD_S, TICK_S, Haste
 
@@ -88,10 +90,8 @@ def test_zeroes_are_free_where_the_target_unmaps(unmap: bool) -> None:
 # Evenly, after READY.
 
 
-@pytest.mark.parametrize("count", [1, 20, 100, 256])
-def test_what_is_dirty_is_sent_evenly(count: int) -> None:
-    """A burst would delay guests' requests. Each tick sends its part of what is dirty, and a round
-    takes about as long as the target may lag behind."""
+def following() -> tuple[Copier, Tracker, Devices, Clock]:
+    """In sync, and a round may begin."""
     clock = Clock()
     devices = Devices(data(16 * MIB))
     copier, tracker, _ = a_copier(devices, clock=clock, granularity=64 * KIB)
@@ -99,6 +99,14 @@ def test_what_is_dirty_is_sent_evenly(count: int) -> None:
     copier.set_haste(Haste.LAG)
     copier.pump()
     clock.advance(LAG_S)
+    return copier, tracker, devices, clock
+
+
+@pytest.mark.parametrize("count", [1, 20, 100, 256])
+def test_what_is_dirty_is_sent_evenly(count: int) -> None:
+    """A burst would delay guests' requests. Each tick sends its part of what is dirty, and a round
+    takes about as long as the target may lag behind."""
+    copier, tracker, devices, clock = following()
     for granule in range(count):
         tracker.dirty.mark(granule * 16 * MIB // count, 1)
     began_s = clock.now_s
@@ -114,13 +122,7 @@ def test_what_is_dirty_is_sent_evenly(count: int) -> None:
 
 
 def test_what_is_dirty_is_sent_at_once_where_guests_wait() -> None:
-    clock = Clock()
-    devices = Devices(data(16 * MIB))
-    copier, tracker, _ = a_copier(devices, clock=clock, granularity=64 * KIB)
-    copier.start()
-    copier.set_haste(Haste.LAG)
-    copier.pump()
-    clock.advance(LAG_S)
+    copier, tracker, _, _ = following()
     for granule in range(0, 256, 2):
         tracker.dirty.mark(granule * 64 * KIB, 1)
     copier.pump()
