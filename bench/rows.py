@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from bench import measures, steady
+from bench import idle, measures, steady
 from bench.lab import GiB, Lab, TiB
 from bench.measures import NBDCOPY, Figures
 from bench.servers import NbdkitFileTarget, QemuNbd
@@ -133,6 +133,23 @@ def _felt() -> list[Row]:
     ]
 
 
+def _idle() -> list[Row]:
+    figures = (Figure("processor", "% of a processor", {}, less_is_better=True, must_be_under=1.0),)
+    title = "100 mirrors of one server that nobody writes to"
+    with_state = partial(idle.processor, has_state=True)
+    return [
+        Row("idle", title, idle.processor, (QSD,), figures, is_slow=True),
+        Row(
+            "idle-state",
+            f"{title}, with a state directory",
+            with_state,
+            ("without",),
+            figures,
+            is_slow=True,
+        ),
+    ]
+
+
 _C = Goal(0.75, 0.9)
 
 ROWS: tuple[Row, ...] = (
@@ -222,6 +239,7 @@ ROWS: tuple[Row, ...] = (
     ),
     *_sent(),
     *_felt(),
+    *_idle(),
     *(
         Row(
             name,

@@ -58,8 +58,9 @@ class GuestServer(Process):
 
     def add_target(self, target: Target, number: int = 0) -> None:
         node = {"driver": "nbd", "node-name": f"target{number}", "server": target.server()}
+        node |= {"export": target.export(number)}
         # Without "unmap", here and at qemu-nbd, QEMU 10.0 fills the target's holes.
-        self.qmp.execute("blockdev-add", {**node, "export": "", "discard": "unmap"})
+        self.qmp.execute("blockdev-add", {**node, "discard": "unmap"})
 
     def start_mirror(self, number: int = 0, **options: Any) -> str:
         """Returns the job's id. `_` in an option's name stands for `-`."""
@@ -145,9 +146,13 @@ class NbdkitFile(GuestServer):
 
 
 class Target(Process):
-    """What is mirrored to: its default export."""
+    """What is mirrored to."""
 
     port = 0
+
+    def export(self, number: int) -> str:
+        """The name of the export for this disk."""
+        return ""
 
     def address(self) -> str | tuple[str, int]:
         return ("127.0.0.1", self.port) if self.port else str(self.socket)
@@ -191,6 +196,22 @@ class NbdkitFileTarget(Target):
 
     def argv(self) -> list[str | Path]:
         return ["nbdkit", "-f", "-U", self.socket, "file", self._image]
+
+
+class NbdkitFolder(Target):
+    """nbdkit's file plugin with an export for each file of a folder."""
+
+    name = "nbdkit-folder"
+
+    def __init__(self, folder: Path, images: Path) -> None:
+        super().__init__(folder)
+        self._images = images
+
+    def export(self, number: int) -> str:
+        return f"target{number}"
+
+    def argv(self) -> list[str | Path]:
+        return ["nbdkit", "-f", "-U", self.socket, "file", f"dir={self._images}"]
 
 
 class NbdkitMemory(Target):

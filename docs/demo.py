@@ -7,7 +7,7 @@ The image is an ext4 file system and, behind it, an area that fio writes to and 
 while, over one connection. The mirror is started, gets ready and is completed; from then on that
 same connection is served from the target. At the end everything is compared. Takes about
 fifteen seconds and 700 MiB of temporary files; ends with status 1 and one line if anything
-differs.
+differs. With --web a page in the browser shows it at work, for three times as long.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ FIO_ROUNDS = 5
 of that, so that the pivot comes in the middle."""
 MIRROR_RATE = "96M"
 """Slow enough to see it at work."""
+SLOWER = 3
+"""With a page everything but the mirror takes so many times as long."""
 
 WAIT_S_MAX = 20.0
 FIO_S_MAX = 60.0
@@ -53,6 +56,7 @@ ENVIRONMENT = {
     "PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
+QUIET: dict[str, Any] = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL}
 
 
 class DemoError(Exception):
@@ -60,15 +64,17 @@ class DemoError(Exception):
 
 
 def main() -> int:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="run demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    )
+    parser.add_argument("--web", action="store_true", help="serve a page that shows it at work")
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         with contextlib.ExitStack() as stack:
-            demonstrate(stack)
+            demonstrate(stack, with_page=args.web)
     except DemoError as error:
         say(f"FAILED: {error}")
         return 1
@@ -78,7 +84,8 @@ def main() -> int:
     return 0
 
 
-def demonstrate(stack: contextlib.ExitStack) -> None:
+def demonstrate(stack: contextlib.ExitStack, *, with_page: bool) -> None:
+    slower = SLOWER if with_page else 1
     folder = Path(tempfile.mkdtemp(prefix="nbdmirror-demo-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     check(
@@ -104,17 +111,19 @@ def demonstrate(stack: contextlib.ExitStack) -> None:
                 until="target.sock")
     )  # fmt: skip
 
+    if with_page:
+        say(f"a page that shows it, in a browser: {stack.enter_context(page())}")
     say("a client: fio writes at random places behind the file system, and verifies")
-    fio = stack.enter_context(running(*fio_command()))
+    fio = stack.enter_context(running(*fio_command(FIO_ROUNDS * slower)))
     events = stack.enter_context(running("nbdmirror", "events", "--json"))
-    sleep_while(fio, 1.0)
+    sleep_while(fio, 1.0 * slower)
 
     say("the mirror")
     uri = f"nbd+unix:///?socket={here('target.sock')}"
     nbdmirror("mirror", uri, "--speed", MIRROR_RATE, "--wait", "ready")
     nbdmirror("status")
     written = status()["written-bytes"]
-    sleep_while(fio, 1.0)
+    sleep_while(fio, 1.0 * slower)
 
     say("the pivot")
     nbdmirror("complete")
@@ -124,12 +133,14 @@ def demonstrate(stack: contextlib.ExitStack) -> None:
     check(fio.poll() is None, "fio ended before the pivot: this machine is too busy for a demo")
 
     say("the client goes on; its last round of writes is verified to the end")
-    results = fio_results(fio)
+    results = fio_results(fio, FIO_ROUNDS * slower)
     stop(server)
     stop(target)
     events.wait(WAIT_S_MAX)
     check_images(source_at_pivot)
     report(results, written)
+    if not with_page:
+        say("to look at it while it runs, in a browser: ./run demo --web")
 
 
 # What is on the disk
@@ -201,17 +212,17 @@ def check_images(source_at_pivot: str) -> None:
 # The client
 
 
-def fio_command() -> list[str]:
+def fio_command(rounds: int) -> list[str]:
     return [
         "fio", "--name=client", "--ioengine=nbd", f"--uri=nbd+unix:///?socket={here('disk.sock')}",
         "--rw=randwrite", "--bs=16k", "--iodepth=8", f"--rate=,{FIO_BYTES_PER_S}",
-        f"--offset={FILE_SYSTEM_BYTES}", f"--size={SCRATCH_BYTES}", f"--loops={FIO_ROUNDS}",
+        f"--offset={FILE_SYSTEM_BYTES}", f"--size={SCRATCH_BYTES}", f"--loops={rounds}",
         "--verify=crc32c", "--verify_fatal=1", "--end_fsync=1",
         "--output-format=json", "--output=fio.json",
     ]  # fmt: skip
 
 
-def fio_results(fio: subprocess.Popen[bytes]) -> dict[str, Any]:
+def fio_results(fio: subprocess.Popen[bytes], rounds: int) -> dict[str, Any]:
     try:
         status = fio.wait(FIO_S_MAX)
     except subprocess.TimeoutExpired as error:
@@ -220,7 +231,7 @@ def fio_results(fio: subprocess.Popen[bytes]) -> dict[str, Any]:
     text = Path("fio.json").read_text()
     results: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
     check(results["error"] == 0, f"fio had error {results['error']}")
-    written, expected = results["write"]["io_bytes"], FIO_ROUNDS * SCRATCH_BYTES
+    written, expected = results["write"]["io_bytes"], rounds * SCRATCH_BYTES
     check(written == expected, f"fio wrote {written} bytes, not {expected}")
     verified = results["read"]["io_bytes"]
     check(verified == expected, f"fio verified {verified} bytes, not {expected}")
@@ -285,16 +296,8 @@ def finished(
     *command: str, stderr: int | None = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            command,
-            env=ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            timeout=WAIT_S_MAX,
-            check=False,
-        )
+        bounds = {**QUIET, "stdout": subprocess.PIPE, "stderr": stderr, "timeout": WAIT_S_MAX}
+        return subprocess.run(command, **bounds, text=True, check=False)
     except FileNotFoundError as error:
         raise DemoError(f"{command[0]} is not installed: ./run setup") from error
     except subprocess.TimeoutExpired as error:
@@ -312,11 +315,7 @@ def running(
     with log.open("wb") as file:
         try:
             process = subprocess.Popen(
-                [*words(command), *arguments],
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
+                [*words(command), *arguments], **QUIET, stdout=file, stderr=file
             )
         except FileNotFoundError as error:
             raise DemoError(f"{command} is not installed: ./run setup") from error
@@ -333,6 +332,16 @@ def running(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextlib.contextmanager
+def page() -> Iterator[str]:
+    """The address of a page, which is there until the end."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with running("nbdmirror", "web", "control.qmp", "--listen", address):
+        wait_until(lambda: "serving" in last_line(Path("nbdmirror-web.log")), "nbdmirror web")
+        yield f"http://{address}/"
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -19,6 +19,12 @@ OPEN_TIMEOUT_S_MAX = 86400
 RECONNECT_DELAY_S_MAX = 2**32 - 1
 """QEMU's type of the same option is uint32."""
 
+MAX_PAUSE_MS_MAX = 10_000
+"""Longest pause of a pivot that a user can allow. Guests' own timeouts begin at about 30 s."""
+
+DEADLINE_S_MAX = 366 * 86400
+"""Longest time until a deadline. A number of more seconds is a time of day by mistake."""
+
 _DIGITS_MAX = 18
 
 

@@ -3,24 +3,48 @@
 In the foreground the log goes to stderr. If stderr is the journal, each line begins with its
 priority for journald, `<3>` for an error (sd-daemon(3)); otherwise lines have the time. In the
 background nbdkit has closed stderr and writes to syslog, and so does nbdmirror.
+
+With the format "json" each line is a JSON object instead, and so are nbdkit's lines: these come
+through the relay (quiet_log.py), since nbdkit has no such format.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
+from typing import Any
 
+from nbdmirror.errors import ConfigError
 from nbdmirror.quiet_log import STDERR, CallbackErrors, Quiet, QuietFilter, Relay
 
 SYSLOG_SOCKET = "/dev/log"
 
+FORMATS = "plain", "json"
+
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 """Levels of logging, and syslog's priorities for them and higher ones."""
 _DEBUG = 7
+
+_NBDKIT = "nbdkit: "
+"""The beginning of nbdkit's lines."""
+
+_is_json = False
+
+
+def use_format(name: str) -> None:
+    """Write "plain" lines or "json" from now on. Raises ConfigError. A process has one log, and
+    reports errors before that exists."""
+    global _is_json
+    if name not in FORMATS:
+        raise ConfigError(f"log-format={name}: expected {' or '.join(FORMATS)}")
+    _is_json = name == "json"
 
 
 def goes_to_journal(fd: int = STDERR, environ: Mapping[str, str] = os.environ) -> bool:
@@ -41,10 +65,24 @@ def with_priority(text: str, level: int) -> str:
 
 def print_startup_error(text: str, level: int = logging.ERROR) -> None:
     """Print one line on stderr before the log exists: why the server does not start, or waits."""
-    text = f"nbdmirror: {text}"
+    name = logging.getLevelName(level)
+    text = as_json(time.time(), name, text) if _is_json else f"nbdmirror: {text}"
     line = with_priority(text, level) if goes_to_journal() else text
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
+
+
+def as_json(time_s: float, level: str, text: str, about: Mapping[str, Any] | None = None) -> str:
+    """A JSON object in one line of ASCII. `time_s`: since 1970."""
+    is_nbdkits = text.startswith(_NBDKIT)
+    line = {
+        "time": datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds"),
+        "level": level.lower(),
+        "program": "nbdkit" if is_nbdkits else "nbdmirror",
+        "message": text.removeprefix(_NBDKIT),
+        **(about or {}),
+    }
+    return json.dumps(line, default=str)
 
 
 class Log:
@@ -55,8 +93,9 @@ class Log:
         self._handler = _handler(in_background)
         self._quiet = Quiet(self._emit)
         self._handler.addFilter(QuietFilter(self._quiet))
-        if in_background:
-            # stderr is /dev/null; with --log=stderr nbdkit writes there, and not to syslog.
+        if in_background or _is_json:
+            # In the background stderr is /dev/null; with --log=stderr nbdkit writes there, and not
+            # to syslog.
             self._relay = Relay(self._pass_on)
             with suppress(OSError, RuntimeError):
                 self._relay.start()
@@ -86,8 +125,9 @@ class Log:
             self._handler.emit(record)
 
     def _pass_on(self, lines: bytes) -> None:
-        for line in lines.decode(errors="replace").splitlines():
-            self._emit(logging.ERROR, line)
+        for line in lines.decode(errors="backslashreplace").splitlines():
+            is_debug = line.startswith(_NBDKIT) and ": debug: " in line
+            self._emit(logging.DEBUG if is_debug else logging.ERROR, line)
 
 
 def _handler(in_background: bool) -> logging.Handler:
@@ -96,12 +136,14 @@ def _handler(in_background: bool) -> logging.Handler:
         handler = logging.handlers.SysLogHandler(
             SYSLOG_SOCKET, facility=logging.handlers.SysLogHandler.LOG_DAEMON
         )
-        handler.setFormatter(logging.Formatter(f"nbdmirror[{os.getpid()}]: %(message)s"))
+        form: logging.Formatter = _JsonFormatter() if _is_json else logging.Formatter("%(message)s")
+        handler.ident, handler.formatter = f"nbdmirror[{os.getpid()}]: ", form
     else:
         # A separate one: the relay's pipe that replaces stderr may be full.
         stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8", errors="backslashreplace")
         handler = logging.StreamHandler(stream)
-        handler.setFormatter(_JournalFormatter() if goes_to_journal() else _PlainFormatter())
+        plain = _JsonFormatter() if _is_json else _PlainFormatter()
+        handler.setFormatter(_JournalFormatter() if goes_to_journal() else plain)
     return handler
 
 
@@ -119,4 +161,13 @@ class _JournalFormatter(logging.Formatter):
         super().__init__("nbdmirror: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return with_priority(super().format(record), record.levelno)
+        text = _JsonFormatter().format(record) if _is_json else super().format(record)
+        return with_priority(text, record.levelno)
+
+
+class _JsonFormatter(logging.Formatter):
+    """A traceback is a part of the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text, about = super().format(record), getattr(record, "about", None)
+        return as_json(record.created, record.levelname, text, about)

@@ -20,6 +20,11 @@ LAG_S_MAX = 2.0
 """A mirror that is so far behind its guest, and does not come closer, falls behind."""
 
 
+EVEN = 0.9
+"""If guests change more than this part of what is copied, an end that is predicted from the
+difference of the two has a larger error than itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A mirror at one moment. All but the time are bytes."""
@@ -34,15 +39,18 @@ class Sample:
     in_flight: int
     again: int
     """Bytes that became dirty for another reason than a guest's write, so far."""
+    traffic: tuple[int, int] | None = None
+    """Bytes of data sent, and changed by guests, since READY; None before that. The other figures
+    are of whole granules."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
     copy_bytes_per_s: int
-    """Data, without zeroes."""
+    """Data, without zeroes. After READY only the parts of granules that were sent count."""
     zero_bytes_per_s: int
     dirty_bytes_per_s: int
-    """Bytes that the guest makes dirty."""
+    """Bytes that the guest makes dirty; after READY, the bytes that the guest writes."""
     left_s: float | None
     """Seconds until nothing is left, if the rest is all data; None if not known."""
     falls_behind: bool
@@ -77,15 +85,20 @@ class Meter:
         again = now.again - then.again
         dirtied = max(0, copied + now.left - then.left - again)
         is_steady = span_s >= WINDOW_S and bool(dirtied) and now.left >= then.left
+        falls_behind = is_steady and not again and now.left > LAG_S_MAX * copied / span_s
+        sent, changed = data, dirtied
+        # Of a mirror that falls behind the granules say why: what is changed again costs nothing.
+        if now.traffic is not None and then.traffic is not None and not falls_behind:
+            sent, changed = (b - a for a, b in zip(then.traffic, now.traffic, strict=True))
         return Rates(
-            copy_bytes_per_s=int(data / span_s),
+            copy_bytes_per_s=int(sent / span_s),
             zero_bytes_per_s=int(zeroes / span_s),
-            dirty_bytes_per_s=int(dirtied / span_s),
+            dirty_bytes_per_s=int(changed / span_s),
             left_s=self._left_s(now.left, data, dirtied, span_s),
-            falls_behind=is_steady and not again and now.left > LAG_S_MAX * copied / span_s,
+            falls_behind=falls_behind,
         )
 
     def _left_s(self, left: int, data: int, dirtied: int, span_s: float) -> float | None:
         if not left:
             return 0.0
-        return left / (data - dirtied) * span_s if data > dirtied else None
+        return left / (data - dirtied) * span_s if dirtied < EVEN * data else None

@@ -4,12 +4,15 @@
     qmp=PATH           control socket
     cache=none         O_DIRECT instead of the page cache (default: writeback)
     read-only=true     open the disks for reading only
+    journal=DISK       the disk is an image: serve a point of this journal (needs read-only)
+    point=POINT        which point: a number, a name or a time (default: the newest)
     mirror-to=URI      start mirroring the first disk at once
     connections=N      most connections to an NBD server (default: 9)
     state-dir=DIR      keep mirrors and persistent bitmaps there across restarts
     pidfile=PATH       the file of nbdkit's -P: locked, and removed at the end
     open-timeout=SECONDS   repeat attempts to connect to disks' NBD servers (default: one attempt)
     keepalive=SECONDS  disconnect TCP guests after this silence (default: 300)
+    log-format=json    each line of the log is a JSON object (default: plain)
     accept-old-side=ID   serve the old side of a pivot; the refusal shows the ID
 
 This file has only callbacks; the package does the work. The callbacks are in the order of nbdkit's

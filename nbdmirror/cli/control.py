@@ -8,17 +8,20 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from nbdmirror.cli import bitmaps as cli_bitmaps
+from nbdmirror.cli import explain as cli_explain
+from nbdmirror.cli import point as cli_point
 from nbdmirror.cli import status as cli_status
+from nbdmirror.cli import watch as cli_watch
 from nbdmirror.cli import words as cli_words
-from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, NO_SERVER, TIMED_OUT, CliError
+from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, TIMED_OUT, USAGE, CliError
 from nbdmirror.cli.jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
 from nbdmirror.cli.progress import Meter, PlainDisplay, open_display
 from nbdmirror.cli.session import Job, Session, connect, run_interruptible, server_path
 from nbdmirror.names import default_job_id
 
-WATCH_S = 2.0
 PAUSE_S_MAX = 10.0
 """A pause takes effect when the requests in flight have ended: within seconds, if their servers
 answer."""
@@ -29,6 +32,8 @@ OUTLOOK_S_MAX = 2.0
 
 
 def run(args: argparse.Namespace) -> int:
+    if getattr(args, "watch", False):
+        return run_interruptible(cli_watch.watch(args.json, server_path(args)))
     return run_interruptible(_run(args))
 
 
@@ -130,6 +135,8 @@ async def _finalize(session: Session, args: argparse.Namespace) -> int:
 
 
 async def _mirror(session: Session, args: argparse.Namespace) -> int:
+    if args.journal and args.copy_mode:
+        raise CliError("--copy-mode: --journal has a copy mode of its own: give one of the two")
     device = args.device or await only_disk(session)
     job = args.job or default_job_id(device, await disk_names(session))
     session.events.clear()  # drop events of an earlier job with this name
@@ -141,13 +148,15 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
         mode="existing",
         sync=args.sync,
         job_id=args.job,
-        copy_mode=args.copy_mode,
+        copy_mode="points" if args.journal else args.copy_mode,
+        **cli_point.options(args),
         granularity=args.granularity,
         buf_size=args.buf_size,
         speed=args.speed,
         x_nbdmirror_reconnect_delay=args.reconnect_delay,
         on_source_error=args.on_source_error,
         on_target_error=args.on_target_error,
+        **_promises(args),
         bitmap=args.bitmap,
         unmap=False if args.no_unmap else None,
         target_is_zero=args.target_is_zero or None,
@@ -160,7 +169,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
         state = await watch.look()  # an immediate failure is known by now
         if watch.end or not state:
             return await watch.report(verb="mirror")
-        text = cli_words.state(state)
+        text = "; ".join([cli_words.state(state), *cli_words.deadline(state)])
         print(f"job {job} mirrors {device} to {args.target}: {text}; see: nbdmirror status")
         return DONE
     with open_display(time.monotonic) as display:
@@ -254,6 +263,33 @@ async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
     return DONE
 
 
+def _promises(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments about how a job may end; None: not given."""
+    may = None if args.may is None else [word for word in args.may.split(",") if word != "nothing"]
+    return {
+        "x_nbdmirror_max_pause": args.max_pause,
+        "x_nbdmirror_may": may,
+        "x_nbdmirror_deadline": args.deadline,
+        "x_nbdmirror_on_deadline": args.on_deadline,
+    }
+
+
+async def _change(session: Session, args: argparse.Namespace) -> int:
+    how = _promises(args)
+    if all(value is None for value in how.values()):
+        options = "--max-pause, --may, --deadline or --on-deadline"
+        raise CliError(f"nothing to change: give {options}", USAGE)
+    job = await find_job(session, args)
+    mode = (await _state_of(session, job)).get("copy-mode")
+    await session.execute("block-job-change", id=job, type="mirror", copy_mode=mode, **how)
+    state = await _state_of(session, job)
+    allowed_ms, may = state.get("max-pause-ms"), ", ".join(state.get("may") or ["nothing"])
+    text = f"for {allowed_ms:g} ms at most" if allowed_ms else "for a second at most"
+    text = f"job {job} holds guests' writes {text} at its pivot; for its end it may do: {may}"
+    print("; ".join([text, *cli_words.deadline(state)]))
+    return DONE
+
+
 async def _dismiss(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     await session.execute("job-dismiss", id=job)
@@ -268,18 +304,9 @@ async def _state_of(session: Session, job: str) -> Job:
 
 
 async def _status(session: Session, args: argparse.Namespace) -> int:
-    if not args.watch:
-        status = await session.status()
-        print(json.dumps(status, indent=2) if args.json else cli_status.text(status))
-        return DONE
-    session.events.ignore_all()
-    with cli_status.open_watcher(args.json) as watcher:
-        while True:
-            watcher.show(await session.status())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(watcher.interval_s or WATCH_S):
-                    await session.closed()
-                raise CliError("lost the connection to the server", NO_SERVER)
+    status = await session.status()
+    print(json.dumps(status, indent=2) if args.json else cli_status.text(status))
+    return DONE
 
 
 async def _events(session: Session, args: argparse.Namespace) -> int:
@@ -298,6 +325,8 @@ async def _events(session: Session, args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[Session, argparse.Namespace], Awaitable[int]]] = {
     "mirror": _mirror,
     "status": _status,
+    "explain": cli_explain.run,
+    "point": cli_point.run,
     "wait": _wait,
     "complete": _complete,
     "cancel": _cancel,
@@ -305,6 +334,7 @@ _COMMANDS: dict[str, Callable[[Session, argparse.Namespace], Awaitable[int]]] = 
     "resume": _resume,
     "set-speed": _set_speed,
     "copy-mode": _copy_mode,
+    "change": _change,
     "finalize": _finalize,
     "dismiss": _dismiss,
     "bitmap": cli_bitmaps.run,

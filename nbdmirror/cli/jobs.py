@@ -98,7 +98,9 @@ class Watch:
         while True:
             state = await self.look()
             if state and not self.end:
-                self._display.update(state)
+                cells = self._display.map_cells
+                job_map = await self._session.job_map(self._job, cells) if cells else None
+                self._display.update(state, job_map)
                 self._tell(state)
                 is_ready = state.get("ready") or state.get("status") in ("waiting", "pending")
                 self._is_ready = self._is_ready or bool(is_ready)
@@ -157,6 +159,7 @@ class Watch:
         name, data = event["event"], event.get("data") or {}
         if self._job not in (data.get("device"), data.get("id")):
             return
+        self._display.heard(event)
         if name == "X_NBDMIRROR_SIZES_DIFFER":
             self._sizes = data.get("size", 0), data.get("target-size", 0)
         elif name == cli_status.PIVOTED and data.get("id", self._job) == self._job:

@@ -1,5 +1,6 @@
-"""`nbdmirror list`: the servers of this host, found by the default control sockets and among the
-processes. Servers that this user may not query are listed with that reason."""
+"""`nbdmirror list` and `nbdmirror status --all`: the servers of this host, found by the default
+control sockets and among the processes. Servers that this user may not query are listed with that
+reason."""
 
 from __future__ import annotations
 
@@ -12,14 +13,18 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from qemu.qmp import QMPError
+
 from nbdmirror.cli import status as cli_status
-from nbdmirror.cli.common import DONE, CliError, default_qmp_paths
+from nbdmirror.cli.common import DONE, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 from nbdmirror.cli.session import Session, connect, run_interruptible
 
 PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.qmp")
 """The sockets of root's server, of the systemd units, and of users' servers."""
 PLUGIN = "nbdmirror-plugin.py"
 ANSWER_S_MAX = 5.0
+AT_ONCE_MAX = 16
+"""So many servers are queried at a time: one that hangs delays few others."""
 ADVICE = "the server has just ended, or runs in a container with other files"
 
 
@@ -31,17 +36,34 @@ class Found:
     socket: str
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A server's status, or the reason why there is none. `status`: the exit status for that."""
+
+    record: dict[str, Any]
+    status: int = DONE
+
+
 def run(args: argparse.Namespace) -> int:
+    """`list` succeeds in any case; `status --all` only if every server has answered."""
     return run_interruptible(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> int:
-    servers = [await _ask(found) for found in find()]
+    answers = await _ask_all(find())
+    servers = [answer.record for answer in answers]
+    nobody = "no server was found on this host"
     if args.json:
         print(json.dumps(servers, indent=2))
-    else:
-        print("\n".join(map(_text, servers)) or "no server was found on this host")
-    return DONE
+    elif servers or args.command == "list":
+        print("\n".join(map(_text, servers)) or nobody)
+    if args.command == "list":
+        return DONE
+    if not servers:
+        raise CliError(
+            f"{nobody}: start one, or name its control socket in NBDMIRROR_QMP", NO_SERVER
+        )
+    return max(answer.status for answer in answers)
 
 
 def find() -> list[Found]:
@@ -86,19 +108,36 @@ def _connect(found: Found) -> AbstractAsyncContextManager[Session]:
     return connect(found.socket, advice=ADVICE) if found.pid else connect(found.socket)
 
 
-async def _ask(found: Found) -> dict[str, Any]:
+async def _ask_all(all_found: list[Found]) -> list[Answer]:
+    """In the order of `all_found`."""
+    places = asyncio.Semaphore(AT_ONCE_MAX)
+
+    async def ask(found: Found) -> Answer:
+        async with places:
+            return await _ask(found)
+
+    return await asyncio.gather(*map(ask, all_found))
+
+
+async def _ask(found: Found) -> Answer:
     server: dict[str, Any] = {"qmp": found.socket}
     if found.pid:
         server["pid"] = found.pid
+
+    def refused(error: str, status: int) -> Answer:
+        return Answer({**server, "error": error}, status)
+
     if not found.socket:
-        return {**server, "error": "the server has no control socket"}
+        return refused("the server has no control socket", NO_SERVER)
     try:
         async with asyncio.timeout(ANSWER_S_MAX), _connect(found) as session:
-            return {**server, "package": session.package, **await session.status()}
+            return Answer({**server, "package": session.package, **await session.status()})
     except CliError as error:
-        return {**server, "error": str(error)}
+        return refused(str(error), error.status)
     except TimeoutError:
-        return {**server, "error": f"no answer within {ANSWER_S_MAX:g} s"}
+        return refused(f"no answer within {ANSWER_S_MAX:g} s", TIMED_OUT)
+    except (QMPError, OSError, EOFError):
+        return refused("lost the connection to the server", NO_SERVER)
 
 
 def _text(server: dict[str, Any]) -> str:

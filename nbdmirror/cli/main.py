@@ -10,7 +10,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from nbdmirror import __version__
@@ -25,7 +26,7 @@ from nbdmirror.cli.common import (
     CliError,
     absolute_uri,
 )
-from nbdmirror.cli.streams import finish, open_streams, say
+from nbdmirror.cli.streams import finish, open_streams, output_error, say
 from nbdmirror.limits import (
     CONNECTIONS_MAX,
     KEEPALIVE_S_MAX,
@@ -40,7 +41,7 @@ _EPILOG = """\
 exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
 3 no server found; 4 timed out; 130 interrupted (jobs continue).
 The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
-_ANSWERS = ("status", "list", "events", "plugin-path")
+_ANSWERS = ("status", "explain", "list", "points", "events", "plugin-path")
 """Commands whose only purpose is their output."""
 _POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
@@ -141,7 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_handover(add("handover", "move a running QEMU guest to another host, memory and disk"))
     status = add("status", "show disks and jobs")
     status.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument("--watch", action="store_true", help="continue until interrupted")
+    more = status.add_mutually_exclusive_group()
+    more.add_argument("--watch", action="store_true", help="continue until interrupted")
+    more.add_argument("--all", action="store_true", help="show every server of this host")
     _add_job_commands(add)
     add("events", "print events as they come").add_argument(
         "--json", action="store_true", help="print JSON lines"
@@ -163,7 +166,7 @@ def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     speed = add("set-speed", "limit the copying of a job")
     speed.add_argument("rate", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
     pause, resume = add("pause", "pause a job"), add("resume", "resume a paused job")
-    more = cli_parsers.add_commands(add, parse_size=parse_size)
+    more = cli_parsers.add_commands(add, parse_size=parse_size, add_timeout=_add_timeout)
     for command in (wait, complete, cancel, pause, resume, speed, *more):
         which = command.add_mutually_exclusive_group()
         disk = "choose the job of this disk"
@@ -184,6 +187,7 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
     mode = "write-blocking: the guest's writes wait for the target (default: background)"
     add("--copy-mode", choices=cli_parsers.COPY_MODES, help=mode)
+    cli_parsers.add_points_of_mirror(add)
     add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
     add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
@@ -201,6 +205,7 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     larger = "allow a larger target; what lies past the disk's end is not written"
     add("--allow-larger-target", action="store_true", help=larger)
     add("--job", metavar="ID", help="a name for the job (default: the disk's)")
+    cli_parsers.add_promises(add)
     wait = "wait until then; completed: complete the job when it is ready"
     add("--wait", choices=("ready", "completed"), help=wait)
     _add_timeout(mirror)
@@ -241,6 +246,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     text = "disconnect TCP guests that are silent for S seconds (default: 300; 0: never)"
     add("--keepalive", type=_number(0, KEEPALIVE_S_MAX), metavar="S", help=text)
     add("--read-only", action="store_true", help="refuse writes of guests")
+    cli_parsers.add_point(serve)
     threads = f"requests of one connection at once (default: {THREADS_DEFAULT}; with --cache none "
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
     add("--threads", type=_number(1, THREADS_MAX), metavar="N", help=threads)
@@ -251,6 +257,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     accept = "serve the old side of a pivot; the refusal shows the ID of that pivot"
     add("--accept-old-side", action="append", default=[], metavar="ID", help=accept)
     add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
+    text = "json: each line of the log is a JSON object (default: plain)"
+    add("--log-format", choices=("plain", "json"), default="plain", help=text)
     add("--daemonize", action="store_true", help="go into the background")
     add("--pidfile", metavar="PATH", help="write the process ID there")
     add("--user", metavar="NAME", help="run as this user once the disks are open (needs root)")
@@ -267,31 +275,48 @@ def _run(args: argparse.Namespace) -> int:
         return DONE
     if hasattr(args, "target"):
         args.target = absolute_uri(args.target)
+        if getattr(args, "journal", None):
+            args.journal = absolute_uri(args.journal, "--journal: ")
     if args.command == "handover":
         from nbdmirror.cli import handover as cli_handover
 
         return cli_handover.run(args)
-    if args.command == "list":
+    if args.command == "list" or getattr(args, "all", False):
         from nbdmirror.cli import list as cli_list
 
         return cli_list.run(args)
     if args.command == "web":
         return _web(args)
+    if args.command in ("points", "recover"):
+        return _points(args)
     from nbdmirror.cli import control as cli_control
 
     return cli_control.run(args)
 
 
 def _web(args: argparse.Namespace) -> int:
-    try:
+    with _needs("web", "pip install 'nbdmirror[web]'"):
         from nbdmirror.cli import web as cli_web
+    return cli_web.run(args)
+
+
+def _points(args: argparse.Namespace) -> int:
+    with _needs(args.command, "install what docs/install.md names"):
+        from nbdmirror.cli import points as cli_points
+    return cli_points.run_command(args)
+
+
+@contextmanager
+def _needs(command: str, advice: str) -> Iterator[None]:
+    """Imports inside may need packages that other commands do not. Raises CliError."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package == "nbdmirror":
             raise
-        text = f"web: the Python package {package} is not installed: pip install 'nbdmirror[web]'"
+        text = f"{command}: the Python package {package} is not installed: {advice}"
         raise CliError(text) from error
-    return cli_web.run(args)
 
 
 def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -310,6 +335,7 @@ def _called(name: str) -> str:
     """The name of an argument as the user types it."""
     option = f"--{name.replace('_', '-')}"
     words = {"disks": "DISK", "target": "TARGET_URI", "names": "NAME", "sockets": "SOCKET"}
+    words["journal_uri"] = "JOURNAL"
     return words.get(name, option)
 
 
@@ -322,6 +348,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "mirror" and args.timeout is not None and not args.wait:
         parser.error("--timeout: needs --wait")
+    if args.command == "status" and args.all and args.qmp:
+        parser.error("--all: not allowed with argument --qmp")
     _check_texts(parser, args)
     args.nbdkit_args = extra
     return args
@@ -356,6 +384,6 @@ def main(argv: list[str] | None = None) -> int:
         if status == DONE and not isinstance(error, BrokenPipeError):
             is_homeless = isinstance(error, FileNotFoundError) and error.filename is None
             gone = "the current directory does not exist any more: write absolute paths"
-            say(f"nbdmirror: {gone if is_homeless else error}")
+            say(f"nbdmirror: {gone if is_homeless else output_error(error)}")
         status = FAILED
     return finish(status, failed=FAILED if args.command in _ANSWERS else None)

@@ -7,15 +7,22 @@ import argparse
 import re
 from collections.abc import Callable
 
-from nbdmirror.limits import PORT_MAX, whole_number
+from nbdmirror.limits import DEADLINE_S_MAX, MAX_PAUSE_MS_MAX, PORT_MAX, whole_number
 
 COPY_MODES = ("background", "write-blocking")
+MAY = ("nothing", "throttle", "write-blocking", "throttle,write-blocking")
+ON_DEADLINE = ("report", "cancel", "complete")
 BITMAP_ACTIONS = ("list", "add", "remove", "clear", "enable", "disable", "merge")
 
 Add = Callable[..., argparse.ArgumentParser]
 
 
-def add_commands(add: Add, *, parse_size: Callable[[str], int]) -> list[argparse.ArgumentParser]:
+def add_commands(
+    add: Add,
+    *,
+    parse_size: Callable[[str], int],
+    add_timeout: Callable[[argparse.ArgumentParser], None],
+) -> list[argparse.ArgumentParser]:
     """Add the commands. Returns the parsers that take --device or --job."""
     copy_mode = add("copy-mode", "change whether the guest's writes wait for the target")
     copy_mode.add_argument(
@@ -23,13 +30,97 @@ def add_commands(add: Add, *, parse_size: Callable[[str], int]) -> list[argparse
         choices=COPY_MODES,
         help="background: they do not; write-blocking: they do, so that the mirror keeps up",
     )
+    change = add("change", "change how a job may end")
+    add_promises(change.add_argument)
     finalize = add("finalize", "end a pending job, one that was started with auto-finalize off")
     dismiss = add("dismiss", "remove an ended job, one that was started with auto-dismiss off")
     _add_bitmap(add("bitmap", "named dirty bitmaps of a disk"), parse_size)
+    explain = add("explain", "explain what a job waits for, and whether it will end")
+    explain.add_argument("--json", action="store_true", help="print JSON")
     servers = add("list", "list the servers of this host", qmp=False)
     servers.add_argument("--json", action="store_true", help="print JSON")
     _add_web(add("web", "show the servers of this host over HTTP", qmp=False))
-    return [copy_mode, finalize, dismiss]
+    _add_points(add)
+    point = add("point", "make a point of a disk now (copy mode points)")
+    point.add_argument("--name", metavar="NAME", help="call the point NAME")
+    point.add_argument("--wait", action="store_true", help="wait until the far side has the point")
+    add_timeout(point)
+    return [copy_mode, change, finalize, dismiss, explain, point]
+
+
+def add_promises(add: Callable[..., object]) -> None:
+    """Add the options about how a job may end to a command."""
+    text = "hold guests' writes for MS milliseconds at most at the pivot (default: 0: for a second)"
+    add("--max-pause", type=_max_pause, metavar="MS", help=text)
+    text = "if the job does not end without: throttle, write-blocking, or both with a comma"
+    text += " (default: nothing)"
+    add("--may", choices=MAY, type=_may, metavar="WHAT", help=text)
+    text = "the job is to have ended within TIME, from now on (default: 0: no deadline)"
+    add("--deadline", type=_deadline, metavar="TIME", help=text)
+    text = "what is done to a job that has not ended at its deadline (default: report)"
+    add("--on-deadline", choices=ON_DEADLINE, help=text)
+
+
+def _may(text: str) -> str:
+    """In the order of MAY."""
+    return ",".join(sorted(text.split(",")))
+
+
+def _max_pause(text: str) -> int:
+    if (number := whole_number(text, 0, MAX_PAUSE_MS_MAX)) is None:
+        raise argparse.ArgumentTypeError(f"not a whole number from 0 to {MAX_PAUSE_MS_MAX}: {text}")
+    return number
+
+
+def _deadline(text: str) -> float:
+    if (seconds := duration(text)) > DEADLINE_S_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {DEADLINE_S_MAX // 86400} days")
+    return seconds
+
+
+def duration(text: str) -> float:
+    """Seconds: a number with an optional unit."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|)", text)
+    if not match:
+        text = f"{text!r} is not a time (examples: 1s, 500ms, 0.5, 5m)"
+        raise argparse.ArgumentTypeError(text)
+    number, unit = match.groups()
+    return float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "": 1}[unit]
+
+
+def add_points_of_mirror(add: Callable[..., object]) -> None:
+    """The options of `nbdmirror mirror` for points."""
+    text = "write points to this export, an empty one (copy mode points)"
+    add("--journal", metavar="URI", help=text)
+    text = "with --journal: time from one point to the next (default: 1s)"
+    add("--every", type=duration, metavar="TIME", help=text)
+    text = "with --journal: keep points for so long, and recover any of them (default: 0)"
+    add("--keep", type=duration, metavar="TIME", help=text)
+    text = "with --journal: an event reports a lag of more than this, and its end"
+    add("--rpo", type=duration, metavar="TIME", help=text)
+
+
+POINT = "its number, its name, or a time in ISO 8601: the last point that is not later"
+POINT += " (default: the newest)"
+
+
+def add_point(serve: argparse.ArgumentParser) -> None:
+    """Options of `serve` for a point of a journal."""
+    add = serve.add_argument
+    journal = "the disk is the image of this journal: serve a point of it (needs --read-only)"
+    add("--journal", metavar="DISK", help=journal)
+    add("--point", metavar="POINT", help=f"with --journal: {POINT}")
+
+
+def _add_points(add: Add) -> None:
+    disk = "an NBD URI, a raw file or a block device"
+    points = add("points", "list the points that a journal holds", qmp=False)
+    points.add_argument("journal_uri", metavar="JOURNAL", help=f"the journal: {disk}")
+    points.add_argument("--json", action="store_true", help="print JSON")
+    recover = add("recover", "make an image a point of its journal", qmp=False)
+    recover.add_argument("--image", metavar="DISK", required=True, help=f"the image: {disk}")
+    recover.add_argument("--journal", metavar="DISK", required=True, help="its journal")
+    recover.add_argument("--point", metavar="POINT", help=POINT)
 
 
 def _add_bitmap(bitmap: argparse.ArgumentParser, parse_size: Callable[[str], int]) -> None:

@@ -29,6 +29,14 @@ def check_disk(path: str) -> None:
         raise ConfigError(f"{path}: is a directory, not a disk")
 
 
+def check_journal(path: str) -> None:
+    """Raise ConfigError if there is no journal to open at `path`, which is no NBD URI."""
+    if not os.path.lexists(path):
+        kinds = "an NBD URI, a raw file or a block device"
+        raise ConfigError(f"{path}: does not exist; a journal is {kinds}")
+    check_disk(path)
+
+
 def check_directory(parameter: str, path: str) -> None:
     """Raise an error if nbdkit could not create a file at `path`. nbdkit would notice only after
     the control socket exists, and leave that behind; in the background no user sees the error."""

@@ -1,4 +1,4 @@
-"""How the command line shows a job: plain lines, or a bar.
+"""How the command line shows a job that it waits for: plain lines, or a live view (live.py).
 
 The server reports rates. Without them (an older server, QEMU's migration) they come from successive
 queries: `offset` is the bytes copied so far, `len` is `offset` plus the dirty bytes. So between two
@@ -8,18 +8,20 @@ queries `offset` grows by the copied bytes, and `len` by the bytes that the gues
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nbdmirror.cli.streams import say
+from nbdmirror.cli.streams import is_live, say
 from nbdmirror.cli.words import duration, size, state
 
 RATE_WINDOW_S = 5.0
 PLAIN_S = 5.0
 """Interval of plain lines; a line is also printed after each PLAIN_PERCENT."""
 PLAIN_PERCENT = 5
+END_S_MAX = 10 * 365 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,16 @@ class Rates:
             parts.append(f"{duration(self.left_s)} to go{at_most}")
         return parts
 
+    def end(self, now_s: float, *, is_following: bool) -> str:
+        """When nothing is left at these rates, as a text; empty if that is not known, or is years
+        away. `now_s`: seconds since 1970."""
+        if self.left_s is None or is_following or not 0 <= self.left_s < END_S_MAX:
+            return ""
+        end = time.localtime(now_s + self.left_s)
+        day = "" if end[:3] == time.localtime(now_s)[:3] else "%Y-%m-%d "
+        how = "at the latest" if self.has_zeroes else "about"
+        return f"{how} {time.strftime(f'{day}%H:%M:%S', end)}"
+
 
 class Meter:
     """Turns successive entries of query-block-jobs into Progress. `clock`: monotonic seconds."""
@@ -113,15 +125,26 @@ class Meter:
 
 
 class Display(Protocol):
+    @property
+    def map_cells(self) -> int:
+        """The cells of a map for `update`; 0: no map is shown."""
+
     def __enter__(self) -> Display: ...
     def __exit__(self, *_: object) -> None: ...
-    def update(self, job: dict[str, Any]) -> None: ...
+    def update(self, job: dict[str, Any], job_map: dict[str, Any] | None = None) -> None:
+        """`job_map`: the server's answer, if there is one."""
+
+    def heard(self, event: Mapping[str, Any]) -> None:
+        """Show an event, if there is a place for events."""
+
     def note(self, text: str) -> None:
         """Print a separate line."""
 
 
 class PlainDisplay:
     """For files, pipes and logs: few lines, on stderr."""
+
+    map_cells = 0
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -134,7 +157,7 @@ class PlainDisplay:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def update(self, job: dict[str, Any]) -> None:
+    def update(self, job: dict[str, Any], job_map: dict[str, Any] | None = None) -> None:
         progress = self._meter.update(job)
         now_s = self._clock()
         if self._last:
@@ -145,51 +168,17 @@ class PlainDisplay:
         self._last = now_s, progress.percent, progress.state
         self.note(str(progress))
 
+    def heard(self, event: Mapping[str, Any]) -> None:
+        pass
+
     def note(self, text: str) -> None:
         say(text)
 
 
-class RichDisplay:
-    """For a terminal: one bar that is redrawn. Imports rich."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        self._meter = Meter(clock)
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rates]}", markup=False),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=None, rates="")
-
-    def __enter__(self) -> RichDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, job: dict[str, Any]) -> None:
-        progress = self._meter.update(job)
-        self._bar.update(
-            self._task,
-            description=f"{progress.job} {progress.state}",
-            total=progress.length or 1,
-            completed=progress.offset if progress.length else 1,
-            rates=", ".join(progress.moves),
-        )
-
-    def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
-
-
 def open_display(clock: Callable[[], float]) -> Display:
-    if sys.stderr.isatty():
-        return RichDisplay(clock)
+    """`clock`: monotonic seconds."""
+    if is_live(sys.stderr):
+        from nbdmirror.cli.live import JobView
+
+        return JobView(clock)
     return PlainDisplay(clock)

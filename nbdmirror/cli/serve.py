@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import grp
 import itertools
+import logging
 import os
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -27,10 +29,11 @@ from nbdmirror.cli.common import (
     absolute_uri,
     default_qmp_paths,
 )
-from nbdmirror.cli.places import check_directory, check_disk, check_port, may
+from nbdmirror.cli.places import check_directory, check_disk, check_journal, check_port, may
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.limits import whole_number
+from nbdmirror.logs import print_startup_error, use_format
 from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
 
@@ -56,6 +59,7 @@ _PLUGIN_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=")
 def serve(args: argparse.Namespace) -> int:
     """Serve. Without an error this does not return, since the process becomes nbdkit. With
     --daemonize it returns when the server serves."""
+    use_format(args.log_format)
     argv, env = serve_command(args)
     try:
         if _check_nbdkit(env) < ORDERLY_NBDKIT and len(args.disks) > 1 and args.threads is None:
@@ -92,11 +96,9 @@ def serve_command(
     the rest before it.
     """
     argv = ["nbdkit", *_listen_options(args), *_tls_options(args)]
-    argv.append("--log=stderr" if args.daemonize else "-f")  # stderr goes through nbdmirror's log
+    argv.append("--log=stderr" if args.daemonize else "-f")  # goes through nbdmirror's log
     threads = THREADS_DIRECT_DEFAULT if args.cache == "none" else THREADS_DEFAULT
-    if args.threads is not None:
-        threads = args.threads
-    argv += ["-t", str(threads)]
+    argv += ["-t", str(args.threads or threads)]
     if args.pidfile:
         argv += ["-P", os.path.abspath(args.pidfile)]
     if args.read_only:
@@ -105,7 +107,9 @@ def serve_command(
     parameters = [extra for extra in args.nbdkit_args if _PLUGIN_PARAMETER.match(extra)]
     argv += [extra for extra in args.nbdkit_args if extra not in parameters]
     files = [f"file={name}={disk}" if name else f"file={disk}" for name, disk in _disks(args)]
-    argv += ["python", plugin_path(), *files]
+    # First: errors of later parameters have this format.
+    form = [] if args.log_format == "plain" else [f"log-format={args.log_format}"]
+    argv += ["python", plugin_path(), *form, *files]
     argv.append(f"qmp={_qmp_path(args)}")
     if args.cache != "writeback":
         argv.append(f"cache={args.cache}")
@@ -122,8 +126,7 @@ def serve_command(
     argv += [f"accept-old-side={record}" for record in args.accept_old_side]
     if args.mirror_to:
         argv.append(f"mirror-to={absolute_uri(args.mirror_to, '--mirror-to ')}")
-    if args.read_only:  # nbdkit's -r is for guests, this is for opening the disks
-        argv.append("read-only=true")
+    argv += _read_only_parameters(args)
     environ = os.environ if environ is None else environ
     # nbdkit's interpreter uses the first python3 in PATH as its home: that must be this one.
     path = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
@@ -131,6 +134,29 @@ def serve_command(
     # In a script with LC_ALL=C that interpreter could not open a file called disk-ü.img: unlike
     # python3, it takes the locale's encoding for that of names. nbdkit hands it UTF-8.
     return argv + parameters, {**environ, **ours, "LC_ALL": "C.UTF-8"}
+
+
+def _read_only_parameters(args: argparse.Namespace) -> list[str]:
+    """The plugin's parameters for a disk that does not change, and for a point of a journal."""
+    # nbdkit's -r is for guests, this is for opening the disks.
+    read_only = ["read-only=true"] if args.read_only else []
+    if not args.journal:
+        if args.point:
+            raise CliError("--point: needs --journal", USAGE)
+        return read_only
+    if len(args.disks) > 1:
+        raise CliError("--journal: belongs to one disk, and more are served", USAGE)
+    journal = args.journal
+    journal = absolute_uri(journal, "--journal: ") if is_uri(journal) else os.path.abspath(journal)
+    _, image = _disks(args)[0]
+    if not args.read_only:
+        text = "a point is served with --read-only; to write to the disk, make the image that point"
+        point = f" --point {shlex.quote(args.point)}" if args.point else ""
+        names = f"--image {shlex.quote(image)} --journal {shlex.quote(journal)}{point}"
+        raise CliError(f"--journal: {text}: nbdmirror recover {names}; then serve the image alone")
+    if args.state_dir:
+        raise CliError("--journal: not allowed with --state-dir: a point has no state", USAGE)
+    return [*read_only, f"journal={journal}", *([f"point={args.point}"] if args.point else [])]
 
 
 def _listen_options(args: argparse.Namespace) -> list[str]:
@@ -219,7 +245,7 @@ def _check_tls(args: argparse.Namespace) -> None:
             except ConfigError as error:
                 raise ConfigError(f"--tls-{option}: {error}") from error
             for warning in found:
-                print(f"nbdmirror: warning: {warning}", file=sys.stderr)
+                print_startup_error(f"warning: {warning}", logging.WARNING)
 
 
 def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -292,6 +318,8 @@ def _check_places(args: argparse.Namespace) -> None:
     for _, disk in _disks(args):
         if not is_uri(disk):
             check_disk(disk)
+    if args.journal and not is_uri(args.journal):
+        check_journal(args.journal)
     places = {"--qmp": _qmp_path(args)}
     for option, place in (("--socket", args.socket), ("--pidfile", args.pidfile)):
         if place:
@@ -332,7 +360,7 @@ def _warn_of_target(uri: str) -> None:
             socket.create_connection((where.host, where.port), TARGET_S_MAX).close()
     except OSError as error:
         text = f"--mirror-to {uri}: {error.strerror or error}; the disk has no mirror yet"
-        print(f"nbdmirror: warning: {text}", file=sys.stderr)
+        print_startup_error(f"warning: {text}", logging.WARNING)
 
 
 def _check_places_of_user(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from qemu.qmp import (
 from qemu.qmp.qmp_client import GreetingError
 
 from nbdmirror.cli import words as cli_words
-from nbdmirror.cli.common import NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
+from nbdmirror.cli.common import FAILED, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 
 CONNECT_S_MAX = 10.0
 REPLY_S_MAX = 60.0
@@ -121,21 +121,23 @@ class Session:
         client.events.event_filter = _nothing  # the library's listener, which cannot be removed
         client.register_listener(self.events)
 
-    async def execute(self, command: str, **arguments: Any) -> Any:
+    async def execute(
+        self, command: str, *, limit_s: float | None = REPLY_S_MAX, **arguments: Any
+    ) -> Any:
         """Execute a QMP command. Arguments that are None are left out; '_' stands for '-'. Raises
-        CliError if the server refuses."""
+        CliError if the server refuses. `limit_s`: how long the answer may take."""
         given = {
             name.replace("_", "-"): value for name, value in arguments.items() if value is not None
         }
         try:
-            async with asyncio.timeout(REPLY_S_MAX) as limit:
+            async with asyncio.timeout(limit_s) as limit:
                 return await self._client.execute(command, given or None)
         except ExecuteError as error:
             raise CliError(cli_words.refusal(str(error))) from error
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            text = f"{command}: no answer within {REPLY_S_MAX:g} s; the server may be stuck"
+            text = f"{command}: no answer within {limit_s:g} s; the server may be stuck"
             raise CliError(text, TIMED_OUT) from error
 
     @property
@@ -165,6 +167,17 @@ class Session:
 
     async def status(self) -> dict[str, Any]:
         found = await self.execute("x-nbdmirror-query-status")
+        return found if isinstance(found, dict) else {}
+
+    async def job_map(self, job: str, cells: int) -> dict[str, Any]:
+        """The map of a job's disk. Empty if there is none: the job has ended, or the server is
+        older."""
+        try:
+            found = await self.execute("x-nbdmirror-query-job-map", id=job, cells=cells)
+        except CliError as error:
+            if error.status != FAILED:
+                raise
+            return {}
         return found if isinstance(found, dict) else {}
 
     async def closed(self) -> None:

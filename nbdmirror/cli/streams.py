@@ -7,10 +7,13 @@ treat a pivot as a failure.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import sys
 from contextlib import suppress
 from typing import TextIO
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def open_streams() -> None:
@@ -27,6 +30,13 @@ def open_streams() -> None:
             setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
     with suppress(AttributeError):  # not in a test that replaces stdout
         sys.stdout.reconfigure(write_through=False)  # type: ignore[union-attr]
+
+
+def is_live(stream: TextIO) -> bool:
+    """Whether a live view can be drawn there: on a terminal that can move its cursor, with rich.
+    Otherwise there are plain lines."""
+    is_able = os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+    return is_able and stream.isatty() and importlib.util.find_spec("rich") is not None
 
 
 def say(text: str) -> None:
@@ -48,6 +58,16 @@ def finish(status: int, *, failed: int | None) -> int:
             say(f"nbdmirror: standard output: {error.strerror}")
         return status if failed is None else status or failed
     return status
+
+
+def output_error(error: OSError) -> str:
+    """The error as text. An answer that is longer than stdout's buffer fails when it is printed. No
+    file is named then, and the client commands write no other files. The rest of the answer is
+    dropped."""
+    if error.filename is not None or error.errno not in _NO_ROOM:
+        return str(error)
+    _discard(sys.stdout)
+    return f"standard output: {error.strerror}"
 
 
 def _discard(stream: TextIO) -> None:

@@ -29,13 +29,12 @@ BACKLOG = 128
 
 
 def run(args: argparse.Namespace) -> int:
-    places = [os.path.abspath(path) for path in args.sockets]
-    for place in places:
-        _check(place)
+    for path in args.sockets:
+        _check(os.path.abspath(path))
     host, port = args.listen
     listeners = _listen(host, port)
     say(f"nbdmirror: serving http://{f'[{host}]' if ':' in host else host}:{port}/")
-    return run_interruptible(_run(places, listeners))
+    return run_interruptible(_run(args.sockets, listeners))
 
 
 async def _run(places: list[str], listeners: list[socket.socket]) -> int:
@@ -70,6 +69,9 @@ class _Conversation:
     async def status(self) -> dict[str, Any]:
         return await self._session.status()
 
+    async def job_map(self, job: str, cells: int) -> dict[str, Any]:
+        return await self._session.job_map(job, cells)
+
     async def events(self) -> list[str]:
         first = await self._session.events.get()
         events = (first, *self._session.events.clear())
@@ -100,8 +102,9 @@ class Places:
     and those in directories below, as the systemd units have them."""
 
     def __init__(self, paths: list[str]) -> None:
-        self._paths = paths
-        self._directories: set[str] = set()
+        """A path that ends with a / is that of a directory, which may not exist yet."""
+        self._paths = list(map(os.path.abspath, paths))
+        self._directories = {os.path.abspath(path) for path in paths if path.endswith("/")}
         """Also those that are not there at the moment."""
 
     def sockets(self) -> list[str]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bitarray import bitarray
 from bitarray.util import count_and, zeros
@@ -40,6 +40,12 @@ BITS_BYTES_MAX = 512 << 20
 
 _PAGE_BITS = mmap.PAGESIZE * 8
 REGION_SHIFT = _PAGE_BITS.bit_length() - 1
+_SUM_SHIFT = 6
+"""The counts of so many regions, as a power of two, have one sum."""
+CELL_SHIFTS = (REGION_SHIFT + _SUM_SHIFT, REGION_SHIFT, 0)
+"""What `bytes_in_cells` can count with: granules that have one number, as a power of two."""
+_RECOUNTED_MAX = 64
+"""Regions that `bytes_in_cells` counts again: 0.1 ms."""
 
 
 def check_granularity(granularity: int, parameter: str = "granularity") -> None:
@@ -78,6 +84,7 @@ class DirtyBitmap:
         "_is_used",
         "_pages",
         "_shift",
+        "_sums",
         "_touched",
         "granularity",
         "size",
@@ -106,8 +113,9 @@ class DirtyBitmap:
         regions = -(-self._count >> REGION_SHIFT)
         self._touched, self._is_used = zeros(regions, "little"), zeros(regions, "little")
         self._counts = array("L", bytes(regions * array("L").itemsize))
+        self._sums = array("L", bytes(((regions >> _SUM_SHIFT) + 1) * array("L").itemsize))
         self._dirty_granules = 0
-        """The sum of `_counts`."""
+        """The sum of `_counts`, and of `_sums`."""
 
     def mark(self, offset: int, length: int) -> None:
         """Make every granule that the range touches dirty."""
@@ -163,6 +171,11 @@ class DirtyBitmap:
     def clear_all(self) -> None:
         """Make every granule clean."""
         self.clear(0, self.size)
+
+    def clear_used(self) -> None:
+        """Make every granule clean. Only regions that may have dirty granules are touched, and no
+        page is returned to the kernel: for a bitmap that is used again soon, by nobody now."""
+        self.subtract(self)
 
     def close(self) -> None:
         """Stop using the bitmap. (A mark that comes too late does no harm.)"""
@@ -222,6 +235,27 @@ class DirtyBitmap:
         count = self._bits.count(1, offset >> self._shift, last + 1)
         return self._bytes_of(count, last == self._count - 1)
 
+    def bytes_in_cells(self, ends: Sequence[int], unit_shift: int) -> list[int]:
+        """Bytes in dirty granules of each of some adjacent cells, which `ends` has the ends of. The
+        first one begins at 0. A cell has whole units of 2**`unit_shift` granules, one of
+        CELL_SHIFTS.
+
+        For the thread of `dirty_granules`. With larger units than granules the time is bounded:
+        many regions that were touched since the last count have some of them the counts of then."""
+        counts = self._sums if unit_shift > REGION_SHIFT else self._counts
+        if unit_shift:
+            self._count_touched(_RECOUNTED_MAX)
+        found, start = [], 0
+        for end in ends:
+            stop = -(-end >> self._shift)
+            if unit_shift:
+                count = sum(counts[start >> unit_shift : -(-stop >> unit_shift)])
+            else:
+                count = self._bits.count(1, start, stop)
+            found.append(self._bytes_of(count, stop == self._count))
+            start = stop
+        return found
+
     def next_run(self, offset: int, length_max: int) -> tuple[int, int] | None:
         """The first dirty run of whole granules at or after `offset`: its offset and length in
         bytes, cut at the disk's end and at `length_max` (at least one granule). None if nothing is
@@ -242,6 +276,14 @@ class DirtyBitmap:
         first = offset >> self._shift
         last = (offset + length - 1) >> self._shift
         return self._bits.find(1, first, last + 1) >= 0
+
+    def next_clean(self, offset: int, length: int) -> int | None:
+        """The begin of the first clean granule that the range touches; None if all are dirty."""
+        if not length:
+            return None
+        last = (offset + length - 1) >> self._shift
+        found = self._bits.find(0, offset >> self._shift, last + 1)
+        return found << self._shift if found >= 0 else None
 
     def _find(self, first: int) -> int:
         """The first dirty granule at or after `first`; -1 if none is dirty."""
@@ -278,18 +320,24 @@ class DirtyBitmap:
     @property
     def dirty_granules(self) -> int:
         """The number of dirty granules; counts only regions that were touched."""
+        self._count_touched(len(self._counts))
+        return self._dirty_granules
+
+    def _count_touched(self, regions_max: int) -> None:
         touched = self._touched
         region = touched.find(1)
-        while region >= 0:
+        while region >= 0 and regions_max:
+            regions_max -= 1
             self._is_used[region] = 1  # while it is not touched, and not counted yet
             touched[region] = 0
             stop = min(self._count, (region + 1) << REGION_SHIFT)
             count = self._bits.count(1, region << REGION_SHIFT, stop)
-            self._dirty_granules += count - self._counts[region]
+            change = count - self._counts[region]
+            self._dirty_granules += change
             self._counts[region] = count
+            self._sums[region >> _SUM_SHIFT] += change
             self._is_used[region] = count > 0
             region = touched.find(1, region + 1)
-        return self._dirty_granules
 
     @property
     def dirty_bytes(self) -> int:

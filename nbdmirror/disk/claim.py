@@ -20,11 +20,18 @@ class Claim:
     written. Of a copy: the bytes that have been counted."""
     parts: tuple[Range, ...] | None = None
     """The parts to copy, ascending and not adjacent; None: all of the range."""
+    is_zero: bool = False
+    """All of the range is zeroed on the target."""
 
     @property
     def end(self) -> int:
         """The offset after the last byte."""
         return self.offset + self.length
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """Bytes in the parts to copy."""
+        return self.length if self.parts is None else sum(length for _, length in self.parts)
 
     def overlaps(self, other: Claim) -> bool:
         """Whether both ranges share a byte."""
@@ -36,6 +43,13 @@ class Claim:
             return ((start, end - start),) if start < end else ()
         cut = ((max(start, at), min(end, at + length)) for at, length in self.parts)
         return tuple((first, last - first) for first, last in cut if first < last)
+
+    def next_part(self, position: int) -> int:
+        """The first offset at or after `position` that is to be copied; the end if there is
+        none."""
+        if self.parts is None:
+            return position
+        return next((max(at, position) for at, n in self.parts if position < at + n), self.end)
 
     def shrink(self, length: int) -> tuple[Range, ...]:
         """Keep only the first `length` bytes. Returns the parts to copy of the rest."""

@@ -18,6 +18,7 @@ from typing import Any, cast
 from nbdmirror.devices.base import BlockDevice, Buffer, Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.frozen import Frozen
 from nbdmirror.disk.ledger import Ledger
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import IO_ERRORS, DeviceError
@@ -35,6 +36,8 @@ class Disk:
         self.ledger = Ledger()
         self.synchronous: SynchronousWrites | None = None
         """Set while a mirror's copy mode is write-blocking."""
+        self.frozen: Frozen | None = None
+        """The point that is being read, as of its cut; set behind a closed gate (changes.py)."""
         self.has_moved = False
         """True after a pivot in this process."""
         self._source = source
@@ -64,6 +67,7 @@ class Disk:
         device: wait for Ledger.reads before closing it.
         """
         assert self.ledger.is_idle, "swap behind a closed gate only"
+        assert self.frozen is None, "a point is still read from the old source"
         assert target.size >= self.size, "the job has compared the sizes"
         old, self._source = self.source, target
         self.has_moved = True
@@ -93,6 +97,8 @@ class Disk:
             ledger.wait_at_gate(token)
         synchronous, settled = self.synchronous, None
         try:
+            if (frozen := self.frozen) is not None:
+                frozen.before_change(self._source, offset, len(buf))
             if synchronous is None:
                 source = self._source
                 if fua or source.write_part(buf, offset) != len(buf):
@@ -112,6 +118,8 @@ class Disk:
         token = ledger.enter()
         synchronous, settled = self.synchronous, None
         try:
+            if (frozen := self.frozen) is not None:
+                frozen.before_change(self._source, offset, length)
             if synchronous is None:
                 self._source.zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
             elif fast:
@@ -128,20 +136,22 @@ class Disk:
         ledger = self.ledger
         token = ledger.enter()
         try:
+            if (frozen := self.frozen) is not None:
+                frozen.before_change(self._source, offset, length)
             self._source.trim(offset, length, fua=fua)
         finally:
             ledger.leave(token, offset, length)
 
     def flush(self) -> None:
         ledger = self.ledger
-        token = ledger.enter()
+        token = ledger.enter_flush()
         synchronous = self.synchronous
         try:
             self._source.flush()
             if synchronous is not None:
                 synchronous.flush()
         finally:
-            ledger.leave(token, 0, 0)
+            ledger.leave_flush(token)
 
     def sync(self) -> None:
         """Make guests' writes durable for nbdmirror itself. An error is not used up: the next guest

@@ -7,8 +7,8 @@ beyond the bound whole granules are dirty, as without details.
 
 Threads. `mark` is for guests' threads and takes no lock: one atomic call leaves a note, or marks
 whole granules if there are too many notes; then the bit is set. Every other call that uses details
-(`take`, `clear`, `mark_again`, `look`) runs under the lock of the bitmap's owner (Tracker). This is
-right because of one order on each side:
+(`take`, `clear`, `mark_again`, `look`, `parts`) runs under the lock of the bitmap's owner
+(Tracker). This is right because of one order on each side:
 
     a mark      leaves the details first, and sets the bit afterwards;
     a take      clears the bit first, and takes the details afterwards,
@@ -26,6 +26,8 @@ everything coarse again for a while: small requests would cost the guest more th
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 from nbdmirror.disk.bitmap import REGION_SHIFT, DirtyBitmap
 from nbdmirror.disk.claim import Range
@@ -113,6 +115,12 @@ class FineBitmap(DirtyBitmap):
 
     # Under the owner's lock, or before another thread knows the bitmap.
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Nothing is dirty, and `look` would do nothing."""
+        is_settled = self._coarse_looks is None or not self._is_coarse
+        return is_settled and not self._notes and not self.dirty_granules
+
     def refine(self) -> None:
         """Begin to use details, soon."""
         if self._full > 1:
@@ -138,6 +146,19 @@ class FineBitmap(DirtyBitmap):
             if not self._leaving:
                 self._whole.merge(self)
                 self._is_coarse = False
+
+    def succeed(self, other: FineBitmap) -> None:
+        """Take the place of `other` in the ledger, clean, and with details from the beginning if
+        `other` has them. No request that marks is in progress."""
+        if other._notes is not None:
+            self._is_coarse = False
+            self._begin_notes()
+        self._coarse_looks = other._coarse_looks
+
+    def clear_used(self) -> None:
+        self._coarsen()
+        self._coarse_looks = None
+        super().clear_used()
 
     def _begin_notes(self) -> None:
         self._notes = []
@@ -188,21 +209,64 @@ class FineBitmap(DirtyBitmap):
         if self._is_coarse or last - first > TAKEN_MAX:
             self._forget(first, last)
             return None
+        return self._parts(offset, length, self._take_units)
+
+    def parts_in(self, offset: int, length: int) -> tuple[Range, ...] | None:
+        """As `take`, of granules that stay dirty: for a bitmap that no guest marks any more."""
+        self._sort_notes()
+        if self._is_coarse or length >> self._shift > TAKEN_MAX:
+            return None
+        return self._parts(offset, length, self._look_at_units)
+
+    def _parts(
+        self, offset: int, length: int, units_of: Callable[[int], int]
+    ) -> tuple[Range, ...] | None:
         parts: list[Range] = []
-        for granule in range(first, last):
-            for start, end in self._take_granule(granule):
+        for granule in range(*self._covered(offset, length)):
+            for start, end in self._parts_of(granule, units_of(granule)):
                 if parts and sum(parts[-1]) == start:
                     start = parts.pop()[0]
                 parts.append((start, min(end, self.size) - start))
         return None if parts == [(offset, length)] else tuple(parts)
 
-    def _take_granule(self, granule: int) -> list[Range]:
-        """Begin and end of each dirty part, in bytes."""
-        start = granule << self._shift
+    def parts(self, most: int) -> list[Range] | None:
+        """All dirty parts, which stay dirty; None if they are more than `most`, or if everything is
+        coarse."""
+        if self._is_coarse or self.dirty_granules > most:
+            return None
+        self._sort_notes()
+        found: list[Range] = []
+        offset = 0
+        while run := self.next_run(offset, self.size):
+            offset = sum(run)
+            for granule in range(run[0] >> self._shift, -(-offset >> self._shift)):
+                for start, end in self._parts_of(granule, self._look_at_units(granule)):
+                    found.append((start, min(end, self.size) - start))
+        return found if len(found) <= most else None
+
+    def begin_with(self, parts: Iterable[Range]) -> None:
+        """Make these parts dirty, and use details from now on. For a clean bitmap, before guests
+        mark it."""
+        if self._full > 1:
+            self._begin_notes()
+            self._is_coarse, self._coarse_looks = False, 0
+        self.mark_again(*parts)
+
+    def _look_at_units(self, granule: int) -> int:
+        is_whole = self._whole.is_dirty(granule << self._shift, 1)
+        return self._full if is_whole else self._details.get(granule, self._full)
+
+    def _take_units(self, granule: int) -> int:
         units = self._details.pop(granule, self._full)
+        start = granule << self._shift
         if self._whole.is_dirty(start, 1):  # clear only what was seen
             self._whole.clear(start, self.granularity)
             units = self._full
+        return units
+
+    def _parts_of(self, granule: int, units: int) -> list[Range]:
+        """Begin and end of each dirty part, in bytes."""
+        start = granule << self._shift
         if units == self._full:
             return [(start, start + self.granularity)]
         found = []

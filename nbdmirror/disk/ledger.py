@@ -37,8 +37,17 @@ import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from nbdmirror.disk.bitmap import DirtyBitmap
+
+
+class Marked(Protocol):
+    """What is marked when guests change the disk: a dirty bitmap, mostly."""
+
+    def mark(self, offset: int, length: int) -> None:
+        """A guest's change of the range, in bytes, has ended. From any thread; does not block, but
+        for a throttle (throttle.py)."""
 
 
 class Ledger:
@@ -52,8 +61,11 @@ class Ledger:
     def __init__(self) -> None:
         self.tokens = itertools.count()
         self.writing: set[int] = set()
+        """Changing requests and flushes."""
+        self.flushing: set[int] = set()
+        """Which of them are flushes."""
         self.reading: set[int] = set()
-        self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        self.bitmaps: tuple[Marked, ...] = ()
         self.gate: _Gate | None = None
         self._token_asked_for = -1
 
@@ -77,6 +89,22 @@ class Ledger:
             if bitmap is not settled:
                 bitmap.mark(offset, length)
         self.writing.discard(token)
+        if self.gate is not None:
+            self.tell_gate()
+
+    def enter_flush(self) -> int:
+        """A flush begins; waits while the gate is closed, unless the gate lets flushes through."""
+        token = next(self.tokens)
+        self.flushing.add(token)  # before it is announced, so that it never counts as a change
+        self.writing.add(token)
+        if (gate := self.gate) is not None and gate.holds_flushes:
+            self.wait_at_gate(token)
+        return token
+
+    def leave_flush(self, token: int) -> None:
+        """A flush has ended, well or not."""
+        self.writing.discard(token)
+        self.flushing.discard(token)
         if self.gate is not None:
             self.tell_gate()
 
@@ -106,24 +134,33 @@ class Ledger:
 
     def tell_gate(self) -> None:
         """A request has ended, or waits at the gate."""
-        if (gate := self.gate) is not None and not self.writing:
+        if (gate := self.gate) is not None and not self._is_busy(gate):
             gate.on_idle()
+
+    def _is_busy(self, gate: _Gate) -> bool:
+        """Whether a request that the gate holds is in progress. One call of C, as each look at what
+        guests change."""
+        return bool(self.writing) if gate.holds_flushes else not self.writing <= self.flushing
 
     # The event loop's thread.
 
-    def attach(self, bitmap: DirtyBitmap) -> None:
-        """From now on every changing request that *ends* marks `bitmap` (point 2 above)."""
-        self.bitmaps = (*self.bitmaps, bitmap)
+    def attach(self, bitmap: Marked, *, is_first: bool = False) -> None:
+        """From now on every changing request that *ends* marks `bitmap` (point 2 above).
+        `is_first`: before the others."""
+        self.bitmaps = (bitmap, *self.bitmaps) if is_first else (*self.bitmaps, bitmap)
 
-    def detach(self, bitmap: DirtyBitmap) -> None:
+    def detach(self, bitmap: Marked) -> None:
         """From now on no request marks `bitmap`."""
         self.bitmaps = tuple(b for b in self.bitmaps if b is not bitmap)
 
-    def close_gate(self, on_idle: Callable[[], None]) -> None:
+    def close_gate(self, on_idle: Callable[[], None], *, holds_flushes: bool = True) -> None:
         """Hold new changing requests. `on_idle` is called when none is in progress any more, from
-        any thread and perhaps more than once; it must not block. Then check `is_idle`."""
+        any thread and perhaps more than once; it must not block. Then check `is_idle`.
+
+        `holds_flushes`: hold flushes too, as before a swap. A cut needs the content at one moment,
+        and a flush does not change the content; a flush may take long."""
         assert self.gate is None, "the gate is closed already"
-        self.gate = _Gate(on_idle)
+        self.gate = _Gate(on_idle, holds_flushes)
         self.tell_gate()
 
     def open_gate(self) -> None:
@@ -141,11 +178,12 @@ class Ledger:
 
     @property
     def is_idle(self) -> bool:
-        """No changing request is in progress. Once true behind a closed gate, it stays true: a
-        guest that announces itself later sees the gate before it does any I/O."""
+        """No request that the gate holds is in progress; no changing request and no flush if the
+        gate is open. Once true behind a closed gate, it stays true: a guest that announces itself
+        later sees the gate before it does any I/O."""
         if (gate := self.gate) is None:
             return not self.writing
-        gate.was_idle = gate.was_idle or not self.writing
+        gate.was_idle = gate.was_idle or not self._is_busy(gate)
         return gate.was_idle
 
     def reads(self) -> frozenset[int]:
@@ -157,7 +195,7 @@ class Ledger:
         return reads & frozenset(self.reading) if reads else reads
 
     def writes(self) -> frozenset[int]:
-        """The changing requests in progress, for `writes_left`."""
+        """The changing requests and flushes in progress, for `writes_left`."""
         return frozenset(self.writing)
 
     def writes_left(self, writes: frozenset[int]) -> frozenset[int]:
@@ -168,6 +206,7 @@ class Ledger:
 @dataclass(slots=True)
 class _Gate:
     on_idle: Callable[[], None]
+    holds_flushes: bool
     was_idle: bool = False
     waiting: set[int] = field(default_factory=set)
     admitted: frozenset[int] = frozenset()

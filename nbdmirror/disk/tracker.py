@@ -7,14 +7,17 @@ All calls are for any thread. They take one lock, which is a leaf.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 from nbdmirror.devices.base import round_out
 from nbdmirror.disk.backlog import Backlog
 from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.cells import Cells, DiskMap, Zeroes
 from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.fine import FineBitmap
 from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.remainder import Remainder, SentParts
 
 
 class Tracker:
@@ -35,8 +38,10 @@ class Tracker:
         granularity: int,
         new_bitmap: Callable[[int, int], DirtyBitmap] = DirtyBitmap,
         unit: int = 0,
+        remainder: Remainder | None = None,
     ) -> None:
-        """`unit`: the smallest part of a granule that is copied alone; 0: whole granules."""
+        """`unit`: the smallest part of a granule that is copied alone; 0: whole granules.
+        `remainder`: where it is kept which parts the target's storage lacks, if anywhere."""
         self.size = size
         self.granularity = granularity
         self._new_bitmap = new_bitmap
@@ -56,6 +61,10 @@ class Tracker:
         """For each guest's flush of the target in progress: what other flushes have covered
         meanwhile."""
         self._backlog = Backlog(size, granularity)
+        self._remainder = remainder
+        self._sent = SentParts()
+        self._zeroes: Zeroes | None = None
+        """For the map alone. None: nothing was zeroed."""
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # for those in `_waiting`, and only then
         self._copies: list[Claim] = []
@@ -94,6 +103,15 @@ class Tracker:
             return self._is_in_sync()
 
     @property
+    def is_at_rest(self) -> bool:
+        """Nothing is dirty, in flight or unflushed, and nothing waits to be noted. Only for the
+        thread that claims and flushes."""
+        with self._lock:
+            if self._copies or self._writes or self._flushing or not self.dirty.is_at_rest:
+                return False
+            return self.unflushed.is_empty and self._backlog.is_durable
+
+    @property
     def is_level(self) -> bool:
         """In sync, and everything is flushed, with no flush in progress. Only for the thread that
         claims and flushes."""
@@ -107,9 +125,7 @@ class Tracker:
         with self._lock:
             while run := self.dirty.next_run(offset, length_max):
                 claim = Claim(*run)
-                others = (self._copies, self._writes, self._waiting)
-                taken = [c for owners in others for c in owners if c.overlaps(claim)]
-                if taken:
+                if taken := self._in_the_way_of(claim):
                     start = min(c.offset for c in taken)
                     if start <= claim.offset:
                         offset = max(c.end for c in taken if c.offset <= claim.offset)
@@ -117,7 +133,10 @@ class Tracker:
                     claim.length = start - claim.offset
                 self.unflushed.mark(claim.offset, claim.length)
                 claim.parts = self.dirty.take(claim.offset, claim.length)
+                self._sent.add_claim(claim)
                 self._backlog.took(claim, claim.offset, claim.length)
+                if self._zeroes is not None:
+                    self._zeroes.remove(claim.offset, claim.length)
                 self._copies.append(claim)
                 return claim
         return None
@@ -140,6 +159,9 @@ class Tracker:
                 progress = max(0, self._news(claim) - claim.progress)
                 if self._repeated is not None:
                     self._repeated.clear(claim.offset, claim.length)
+                if claim.is_zero:
+                    self._zeroes = self._zeroes or Zeroes(self.size, self.granularity)
+                    self._zeroes.add(claim.offset, claim.length)
             self._copies.remove(claim)
             self._backlog.left(claim)
             self._tell_waiting()
@@ -168,8 +190,11 @@ class Tracker:
             self._waiting.remove(claim)
             self._writes.append(claim)
             self.unflushed.mark(offset, length)
+            self._sent.add(((offset, length),))
             self.dirty.clear(offset, length)
             self._backlog.took(claim, offset, length)
+            if self._zeroes is not None:
+                self._zeroes.remove(offset, length)
         return claim
 
     def end_write(self, claim: Claim, *, failed: bool) -> None:
@@ -193,9 +218,18 @@ class Tracker:
         with self._lock:
             self.dirty.refine()
 
+    def begin_with(self, parts: Sequence[Range]) -> None:
+        """Only these parts may differ from the target's storage. Before guests mark the bitmap."""
+        with self._lock:
+            self.dirty.begin_with(parts)
+            if self._remainder is not None:
+                self._remainder.put(self._remainder.position()[0], parts)
+
     def mark_all(self) -> None:
         """Mark everything: source and target may differ anywhere."""
         with self._lock:
+            if self._remainder is not None:
+                self._remainder.withdraw()
             self.again_bytes += self.size - self.dirty.bytes_in(0, self.size)
             self.dirty.mark_all()
             self._backlog.all_may_be_lost()
@@ -205,6 +239,8 @@ class Tracker:
         flight."""
         with self._lock:
             covered = self.unflushed
+            if self._remainder is not None and not (self._flushing or self._guests_flushes):
+                self._sent.flush_begins(covered, (*self._copies, *self._writes))
             self._flushing.append(covered)
             self._backlog.flush_begins(self._flushing)
             self.unflushed = self._with_claims(self._new_bitmap(self.size, self.granularity))
@@ -214,6 +250,7 @@ class Tracker:
         """A flush has ended. If it `failed`, everything it covered is dirty: the target may have
         lost it, and a second flush would not report that. (Linux reports a failed write-back once.)
         As in QEMU, this does not count as progress of the job."""
+        position = self._remainder.position() if self._remainder is not None else (0, [])
         with self._lock:
             if failed:
                 self._repeat(covered)
@@ -224,6 +261,7 @@ class Tracker:
                     for meanwhile in self._guests_flushes:
                         meanwhile.append(kept)
             self._flushing = [bitmap for bitmap in self._flushing if bitmap is not covered]
+            self._renew_remainder(covered, position, failed=failed)
         covered.close()
 
     def begin_guests_flush(self) -> list[DirtyBitmap]:
@@ -282,10 +320,33 @@ class Tracker:
                 found.merge(bitmap)
         return found
 
+    def map(self, cells_max: int) -> DiskMap:
+        """How much is dirty, in flight, not flushed or zero in each of so many cells. The counting
+        needs no lock: it is for the thread that claims and flushes."""
+        cells = Cells(self.size, self.granularity, cells_max)
+        with self._lock:
+            claims = [*self._copies, *self._writes]
+            sent = (self.unflushed, *self._flushing)
+        return DiskMap(
+            lengths=cells.lengths,
+            dirty=cells.sum_of((self.dirty,)),
+            in_flight=cells.bytes_of(claims),
+            unflushed=cells.sum_of(sent),
+            zero=self._zeroes.in_cells(cells) if self._zeroes else [0] * len(cells.ends),
+        )
+
     def close(self) -> None:
         """The mirror has ended, and no guest marks its bitmap any more."""
         for bitmap in (self.dirty, self.unflushed, *self._flushing):
             bitmap.close()
+        if self._remainder is not None:
+            self._remainder.close()
+
+    def _in_the_way_of(self, claim: Claim) -> list[Claim]:
+        # For each claim of the copier, with many in flight: so `overlaps` stands here once more.
+        start, end = claim.offset, claim.end
+        owners = chain(self._copies, self._writes, self._waiting)
+        return [c for c in owners if c.offset < end and start < c.offset + c.length]
 
     def _is_in_sync(self) -> bool:
         return not (self._copies or self._writes) and self.dirty.is_empty
@@ -301,6 +362,17 @@ class Tracker:
         self._repeated.subtract(self.dirty)
         self.dirty.merge(covered)
         self._backlog.may_be_lost(covered)
+
+    def _renew_remainder(
+        self, flush: DirtyBitmap, position: tuple[int, list[Range]], *, failed: bool
+    ) -> None:
+        if failed or self._flushing or self._guests_flushes:
+            self._sent.flush_failed()
+        elif self._remainder is not None:
+            parts = self._sent.flush_ended(flush, self.dirty)
+            if parts is not None:
+                number, in_progress = position
+                self._remainder.put(number, in_progress + parts)
 
     def _with_claims(self, bitmap: DirtyBitmap) -> DirtyBitmap:
         for claim in (*self._copies, *self._writes):

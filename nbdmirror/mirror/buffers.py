@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 
 ZERO_UNIT_BYTES = 64 << 10
 """Unit in which zeroes are detected: the usual cluster size, so that the target can leave out whole
@@ -30,6 +32,13 @@ class PageBuffer:
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
         self._base = -address % BUFFER_ALIGNMENT
         self.view = memoryview(self._bytes)[self._base : self._base + length]
+
+    @classmethod
+    def around(cls, content: bytearray) -> PageBuffer:
+        """`content` itself, wherever it is in memory."""
+        buffer = cls.__new__(cls)
+        buffer._bytes, buffer._base, buffer.view = content, 0, memoryview(content)
+        return buffer
 
     def has(self, content: bytes, start: int) -> bool:
         """Whether `content` is at `start`. (`startswith` is a memcmp that ends at the first byte
@@ -79,6 +88,13 @@ class Buffers:
         """Keep a buffer for reuse."""
         self._at_rest.append(buffer)
         self.length += len(buffer.view)
+
+    def free(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
+        """Free all, one in each turn of the loop: each holds the GIL for a tenth of a
+        millisecond."""
+        if self.length:
+            self.drop()
+            call_later(0, partial(self.free, call_later))
 
     def drop(self) -> PageBuffer:
         """Remove a kept buffer and return it."""

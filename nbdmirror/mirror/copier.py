@@ -20,15 +20,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from typing import Protocol
 
 from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, leading_bytes, round_out
 from nbdmirror.disk.claim import Claim, joined
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.buffers import Buffers, Run
-from nbdmirror.mirror.copy_in_flight import Copy
+from nbdmirror.mirror.copy_in_flight import Copy, Observer
 from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad, Holes, InFlightWindow
 from nbdmirror.mirror.rate_limit import Haste, RateLimit
+from nbdmirror.mirror.waits import Cause, Waits
 
 REQUEST_BYTES_MAX = 1 << 20
 """Largest read and write (QEMU's MAX_IO_BYTES), except the one of in_flight.OPENING_BYTES. Larger
@@ -37,16 +37,6 @@ requests are not faster on a local socket."""
 BUFFER_BYTES_DEFAULT = 64 << 20
 """Default of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A near target gets
 at most in_flight.QUICK_BYTES, so the rest is never allocated for such a target."""
-
-
-class Observer(Protocol):
-    """Gets the results, on the loop's thread."""
-
-    def copy_failed(self, operation: str, error: BaseException) -> None:
-        """A "read" of the source or a "write" on the target failed; its range is dirty again."""
-
-    def copy_settled(self) -> None:
-        """Nothing is in flight any more: everything is clean, or the copier is stopped."""
 
 
 class Copier:
@@ -67,6 +57,7 @@ class Copier:
         request_bytes_max: int = OPENING_BYTES,  # what both sides take; a power of two
         unmap: bool = True,
         load: CopierLoad | None = None,
+        waits: Waits | None = None,
     ) -> None:
         """`load`: shared by all copiers of this loop."""
         self.source = source
@@ -74,7 +65,7 @@ class Copier:
         self.tracker = tracker
         self.observer = observer
         self.unmap = unmap
-        self.is_running = False
+        self.is_running = self._is_pumping = False
         self.copied_bytes = 0
         """Bytes copied since the start: QEMU's `offset`, which never decreases."""
         self.written_bytes = 0
@@ -89,6 +80,7 @@ class Copier:
         buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
         self._request_bytes = min(buffer_bytes, request_bytes_max, REQUEST_BYTES_MAX)
         self._load = load or CopierLoad(clock, lambda: 0)
+        self._waits = waits or Waits(clock)
         self._slots = max(1, buffer_bytes // self._request_bytes)
         self._window = InFlightWindow(
             self._request_bytes,
@@ -100,9 +92,7 @@ class Copier:
         self._holes = Holes(self._request_bytes)
         self._buffers = Buffers()
         self._copies: set[Copy] = set()
-        self._in_flight_bytes = self._piece_bytes = self._flushes = 0
-        self._cursor = self._data_until = 0
-        self._is_pumping = False
+        self._in_flight_bytes = self._piece_bytes = self._data_until = self.cursor = 0
 
     @property
     def in_flight(self) -> int:
@@ -110,14 +100,9 @@ class Copier:
         return len(self._copies)
 
     @property
-    def is_writing(self) -> bool:
-        """A write or a flush waits for the target's answer."""
-        return self._flushes > 0 or any(copy.operation == "write" for copy in self._copies)
-
-    @property
     def is_idle(self) -> bool:
         """No request is in flight, flushes included."""
-        return not self._copies and not self._flushes
+        return not self._copies and not self._waits.flushes
 
     def start(self) -> None:
         self.is_running = True
@@ -134,6 +119,7 @@ class Copier:
         """Begin no more claims and pieces. When the requests in flight have ended, `copy_settled`
         is called."""
         self.is_running = False
+        self._waits.hold(None)
         self._window.start_over()
         self._holes.zeroed.start_over()
 
@@ -148,13 +134,7 @@ class Copier:
     def close(self) -> None:
         """Stop for ever; nothing is in flight. The buffers are freed soon."""
         self.stop()
-        self._free_buffers()
-
-    def _free_buffers(self) -> None:
-        """One buffer in each turn of the loop: each holds the GIL for a tenth of a millisecond."""
-        if self._buffers.length:
-            self._buffers.drop()
-            self._call_later(0, self._free_buffers)
+        self._buffers.free(self._call_later)
 
     def pump(self) -> None:
         """Start claims until the slots are full, nothing is dirty, or the speed limit says wait."""
@@ -163,7 +143,7 @@ class Copier:
         was_busy = bool(self._copies)
         self._is_pumping = True
         try:
-            while self.is_running and self._has_room() and self._rate_limit.may_start():
+            while self.is_running and self._may_claim():
                 claim = self._claim()
                 if claim is None:
                     break
@@ -174,9 +154,19 @@ class Copier:
         if was_busy and not self._copies:
             self.observer.copy_settled()
 
-    def _has_room(self) -> bool:
-        is_a_slot_free = len(self._copies) < self._slots and self._free_bytes >= self._request_bytes
-        return is_a_slot_free and self._window.has_room(self._in_flight_bytes)
+    def _may_claim(self) -> bool:
+        """Whether a claim may begin now. If not, `waits` gets the reason."""
+        held = None
+        has_room = self._window.has_room(self._in_flight_bytes)
+        if has_room and len(self._copies) < self._slots and self._free_bytes >= self._request_bytes:
+            if self._rate_limit.may_start():
+                self._waits.hold(None)
+                return True
+            held = Cause.SPEED_LIMIT if self._rate_limit.is_limiting else None
+        elif self._window.leaves_room:
+            held = Cause.YIELDING
+        self._waits.hold(held if held and not self.tracker.dirty.is_empty else None)
+        return False
 
     @property
     def _free_bytes(self) -> int:
@@ -192,20 +182,20 @@ class Copier:
         """The next dirty run in bulk order: once around, then from the start (rule 35 of QEMU's: a
         cursor that went back on each write would never reach the end under load)."""
         granularity = self.tracker.granularity
-        is_hole = self._cursor >= self._data_until and self._holes.is_inside
+        is_hole = self.cursor >= self._data_until and self._holes.is_inside
         length_max = self._holes.claim_bytes if is_hole else self._next_bytes
         length_max = min(length_max, self._rate_limit.claim_bytes_max or length_max)
         length_max = max(granularity, length_max)
-        claim = self.tracker.claim(self._cursor, length_max) if self._cursor else None
+        claim = self.tracker.claim(self.cursor, length_max) if self.cursor else None
         if claim is None:
-            self._cursor = self._data_until = 0
+            self.cursor = self._data_until = 0
             if self._rate_limit.may_begin_round():
                 claim = self.tracker.claim(0, length_max)
             if claim is not None:
                 self._window.begin_round(is_kept_in_sync=self._rate_limit.haste is Haste.LAG)
         if claim is not None:
-            self._rate_limit.claimed(-(-claim.length // granularity))
-            self._cursor = claim.end
+            self._rate_limit.claimed(-(-claim.length // granularity), claim.bytes_to_copy)
+            self.cursor = claim.end
         return claim
 
     def _begin(self, claim: Claim) -> None:
@@ -216,13 +206,14 @@ class Copier:
         if claim.parts is not None:
             start = claim.parts[0][0]
             length = min(length, sum(claim.parts[-1]) - start)
-            self.spared_bytes += claim.length - sum(span for _, span in claim.parts)
+            self.spared_bytes += claim.length - claim.bytes_to_copy
         # With a speed limit, small claims too count in full until the limit has counted them.
         weight = self._request_bytes if self._rate_limit.speed_bytes_per_s else length
         if self._window.is_late:  # a large granule, whose pieces come one after the other
             weight = max(weight, min(claim.length, self.tracker.granularity))
         copy = Copy(claim, length, weight, position=start)
         self._load.count += not self._copies
+        self._waits.copy_begins()
         self._copies.add(copy)
         self._in_flight_bytes += weight
         self._window.round_bytes += claim.length
@@ -250,7 +241,7 @@ class Copier:
         if zero < claim.length:
             zero -= zero % granularity
         if zero:
-            copy.extents = [Extent(zero, zero=True, hole=extents[0].hole)]
+            copy.is_all_zero(zero, is_hole=extents[0].hole)
             if zero < claim.length:
                 self._give_back(copy, zero)
             self._rate_limit.account(0 if self.unmap else zero)
@@ -268,11 +259,12 @@ class Copier:
     def _give_back(self, copy: Copy, length: int) -> None:
         self._window.round_bytes -= copy.claim.length - length
         self.tracker.shrink(copy.claim, length)
-        self._cursor = min(self._cursor, copy.claim.end)
+        self.cursor = min(self.cursor, copy.claim.end)
 
     def _next_piece(self, copy: Copy) -> None:
         """Zero or copy the claim's next piece; settle the claim at its end, or after an error."""
         claim = copy.claim
+        copy.position = claim.next_part(copy.position)
         if copy.error is None and copy.position < claim.end:
             self._note_progress(copy)
         is_left = copy.position < claim.end
@@ -304,10 +296,6 @@ class Copier:
             length = min(length, len(copy.buffer.view))
         end = min(copy.claim.end, copy.position + length)
         parts = joined(copy.claim.parts_in(copy.position, end), self._window.gap_bytes)
-        if not parts:
-            copy.position = end
-            self._next_piece(copy)
-            return
         offset, length = parts[0][0], sum(parts[-1]) - parts[0][0]
         if copy.buffer is None:
             copy.buffer = self._buffers.take(end - copy.position)
@@ -331,6 +319,7 @@ class Copier:
         copy.operation = "write"
         copy.pending = len(runs)
         write_s, piece_bytes = self._clock(), self._piece_bytes
+        self._waits.write_begins(write_s)
 
         def then(length: int, is_zero: bool, error: BaseException | None) -> None:
             now_s = self._clock()
@@ -340,6 +329,7 @@ class Copier:
             copy.pending -= 1
             if copy.pending:
                 return
+            self._waits.write_ends(now_s)
             if copy.extents[0].zero:
                 self._holes.zeroed.answered(length, now_s - write_s)
             else:
@@ -365,6 +355,7 @@ class Copier:
         """End the claim. `failed`, with or without an error: its range is dirty again."""
         self.copied_bytes += self.tracker.settle(copy.claim, failed=failed)
         self._copies.discard(copy)
+        self._waits.copy_ends()
         self._in_flight_bytes -= copy.weight
         self._load.count -= not self._copies
         has_room = self._window.has_room(self._in_flight_bytes + self._buffers.length)
@@ -385,10 +376,10 @@ class Copier:
             done(None)
             return
         covered = self.tracker.begin_flush()
-        self._flushes += 1
+        self._waits.flush_begins()
 
         def then(error: BaseException | None) -> None:
-            self._flushes -= 1
+            self._waits.flush_ends()
             self.answers += 1
             self.tracker.end_flush(covered, failed=error is not None)
             done(error)

@@ -71,6 +71,11 @@ class CopyModeSwitch:
         self._is_actively_synced = False
 
     @property
+    def is_background(self) -> bool:
+        """No request is synchronous, and none that began earlier may be."""
+        return self._disk.synchronous is None and not self._leaving
+
+    @property
     def is_actively_synced(self) -> bool:
         """Each answered write of a guest is on the target."""
         return self._is_actively_synced

@@ -74,8 +74,9 @@ BACKLOG_BYTES = 64 << 20
 GAP_BYTES, QUICK_GAP_BYTES = 1 << 10, 16 << 10
 """A clean gap of so many bytes between two dirty places is sent with them, to save a request. At a
 quick target a request costs as much processor time as 64 KiB or more; with a quarter of that, the
-mirror sends at most a fifth more than was changed. Over a link bytes count (a request and its
-answer have 100), and fewer requests wait. At a slow target the gap is what
+mirror sends at most a fifth more than was changed. That holds while little is dirty at once: not
+for what is copied again after a kill, which is sent without such gaps. Over a link bytes count (a
+request and its answer have 100), and fewer requests wait. At a slow target the gap is what
 RequestCost has measured, if that is larger."""
 
 LOOK_S = 0.1
@@ -221,12 +222,16 @@ class InFlightWindow:
         self.round_bytes = 0
         """Bytes claimed, and not given back, in this round over the disk."""
         self._before_bytes = math.inf
+        self._is_kept_in_sync = False
+        self.leaves_room = False
+        """Only guests were the reason when the last answer of `has_room` was no."""
 
     def begin_round(self, *, is_kept_in_sync: bool) -> None:
         """`is_kept_in_sync`: the mirror was in sync before, and need not hurry.
 
         The bytes of the last rounds show how fast guests write. Counting the dirty bits of 16 TiB
         would take 13 ms, with the GIL held."""
+        self._is_kept_in_sync = is_kept_in_sync
         if is_kept_in_sync:
             self._may_yield = self.round_bytes <= BACKLOG_BYTES
             self._before_bytes = math.inf
@@ -272,19 +277,25 @@ class InFlightWindow:
     @property
     def gap_bytes(self) -> int:
         """Largest clean gap, in bytes, that is cheaper to send than one more request."""
-        return QUICK_GAP_BYTES if self._is_quick else max(GAP_BYTES, self._cost.in_bytes)
+        if self._is_quick and self._is_kept_in_sync:
+            return QUICK_GAP_BYTES
+        return max(GAP_BYTES, self._cost.in_bytes)
 
     def has_room(self, in_flight_bytes: int) -> bool:
         """Whether one more claim may begin, with `in_flight_bytes` in flight."""
+        self.leaves_room = False
         if in_flight_bytes and in_flight_bytes >= min(self._room_bytes, self._estimate_bytes):
             return False
         if not self._is_quick:
             return in_flight_bytes < self.request_bytes * (1 + GROWTH * self._writes)
         mirrors = max(1, self._load.count)
         room = max(1, QUICK_BYTES // mirrors // self._request_bytes) * self._request_bytes
-        if self._yields:
-            room = min(room, int(self._quickest_s * YIELDING_BYTES_PER_S) // mirrors)
-        return in_flight_bytes < max(1, room)
+        if in_flight_bytes >= room or not self._yields:
+            return in_flight_bytes < room
+        self.leaves_room = in_flight_bytes >= max(
+            1, int(self._quickest_s * YIELDING_BYTES_PER_S) // mirrors
+        )
+        return not self.leaves_room
 
     @property
     def _yields(self) -> bool:

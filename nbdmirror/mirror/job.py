@@ -7,11 +7,8 @@ event loop's thread.
 from __future__ import annotations
 
 import errno
-import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from nbdmirror.devices.base import Done
@@ -19,22 +16,14 @@ from nbdmirror.errors import CommandError, errno_of
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.activity import Activity, check_follows
+from nbdmirror.mirror.failure import Cancelled, JobError, error_text
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.job_states import JobStatus, check_transition, check_verb
-from nbdmirror.mirror.lag import Lag
+from nbdmirror.mirror.lag import BaseLag
 from nbdmirror.mirror.options import Ending, MirrorOptions, Policy
 from nbdmirror.mirror.traffic import Traffic
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class JobError:
-    """The content of the last BLOCK_JOB_ERROR, and the reason as text."""
-
-    operation: str
-    action: str
-    reason: str
+from nbdmirror.mirror.waits import Waits
+from nbdmirror.subject_log import SubjectLog
 
 
 class Job(ABC):
@@ -43,8 +32,11 @@ class Job(ABC):
 
     type = "mirror"
 
-    def __init__(self, options: MirrorOptions, events: EventRing, loop: Loop) -> None:
+    def __init__(
+        self, options: MirrorOptions, events: EventRing, loop: Loop, log: SubjectLog
+    ) -> None:
         self.id = options.job_id
+        self.log = log
         self.options = options
         """The present options: speed and copy mode can be changed."""
         self.status = JobStatus.UNDEFINED
@@ -54,11 +46,12 @@ class Job(ABC):
         self.failure: BaseException | None = None
         """Why the job ended badly."""
         self.last_error: JobError | None = None
+        self.waits = Waits(loop.clock)
         self.quiesce_timeouts = 0
         """How often guests were held without success at an ending."""
         self.ending = Ending.NONE
         self.traffic: Traffic | None = None
-        self.lag: Lag | None = None
+        self.lag: BaseLag | None = None
         """Both since READY."""
         self._events = events
         self._loop = loop
@@ -66,14 +59,15 @@ class Job(ABC):
         self._when_ended: list[Callable[[], None]] = []
 
     def create(self) -> None:
-        self.to(JobStatus.CREATED)
+        self.to(JobStatus.CREATED, "requested")
 
     def discard(self) -> None:
         """Remove a job that was created and not started, since its transaction failed."""
-        self.to(JobStatus.ABORTING)
+        because = "another part of its transaction failed"
+        self.to(JobStatus.ABORTING, because)
         self.let_go()
         self.error = "Operation canceled"
-        self.to(JobStatus.CONCLUDED)
+        self.to(JobStatus.CONCLUDED, because)
         self.dismiss()
 
     # Commands.
@@ -81,7 +75,7 @@ class Job(ABC):
     def complete(self) -> None:
         """After READY: end with a pivot. In STANDBY, remembered until the job is resumed."""
         self.check_complete()
-        log.info("job %s: complete requested", self.id)
+        self.log.info("complete requested")
         self.ending = Ending.COMPLETE
         self.advance_soon()
 
@@ -89,7 +83,7 @@ class Job(ABC):
         """Without `force` after READY: end with a consistent target, unless `complete` came first.
         Otherwise end with an undefined target; `because` is the reason for the log."""
         self.check_cancel(force=force)
-        log.info("job %s: cancel requested%s", self.id, " by force" if force else "")
+        self.log.info("cancel requested%s", " by force" if force else "")
         if self.status is JobStatus.READY and not force:
             if self.ending is Ending.NONE:
                 self.ending = Ending.CANCEL
@@ -121,7 +115,7 @@ class Job(ABC):
         check_verb(self.id, self.status, "pause")
         if self.pause_wanted:
             raise CommandError("Job is already paused")
-        log.info("job %s: pause requested", self.id)
+        self.log.info("pause requested")
         self.hold()
         self.advance()
 
@@ -130,7 +124,7 @@ class Job(ABC):
         if not self.pause_wanted:
             raise CommandError("Can't resume a job that was not paused")
         check_verb(self.id, self.status, "resume")
-        log.info("job %s: resumed", self.id)
+        self.log.info("resumed")
         self.unpause()
         self.release()
         self.advance_soon()
@@ -140,7 +134,7 @@ class Job(ABC):
         check_verb(self.id, self.status, "set-speed")
         if speed_bytes_per_s < 0:
             raise CommandError("Parameter 'speed' expects a non-negative value")
-        log.info("job %s: speed limit %d bytes per second", self.id, speed_bytes_per_s)
+        self.log.info("speed limit %d bytes per second", speed_bytes_per_s)
         self.limit_speed(speed_bytes_per_s)
 
     def finalize(self) -> None:
@@ -151,7 +145,7 @@ class Job(ABC):
 
     def dismiss(self) -> None:
         check_verb(self.id, self.status, "dismiss")
-        self.to(JobStatus.NULL)
+        self.to(JobStatus.NULL, "dismissed")
         self.dismissed()
 
     def when_ended(self, call: Callable[[], None]) -> None:
@@ -259,6 +253,7 @@ class Job(ABC):
         """End the present activity with everything that belongs to it, and begin another one."""
         check_follows(self.activity, activity)
         old, self.activity = self.activity, activity
+        self.waits.doing(activity, is_error=self.io_status != "ok")
         self.left(old)
 
     def hold(self) -> None:
@@ -306,7 +301,7 @@ class Job(ABC):
 
     def pend(self) -> None:
         """All jobs of the group have done their work."""
-        self.to(JobStatus.PENDING)
+        self.to(JobStatus.PENDING, "all jobs of its group have done their work")
         if not self.options.auto_finalize:
             self._events.append("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
 
@@ -314,22 +309,25 @@ class Job(ABC):
         """Return to the state before the pause. `release` starts the work."""
         self.io_status = "ok"
         if self.status is JobStatus.PAUSED:
-            self.to(JobStatus.RUNNING)
+            self.to(JobStatus.RUNNING, "resumed")
         elif self.status is JobStatus.STANDBY:
-            self.to(JobStatus.READY)
+            self.to(JobStatus.READY, "resumed")
 
     def paused(self) -> None:
         """Nothing is in flight any more: the pause is complete."""
+        error = self.last_error if self.io_status != "ok" else None
+        because = "paused by a user" if error is None else error.reason
         if self.status is JobStatus.RUNNING:
-            self.to(JobStatus.PAUSED)
+            self.to(JobStatus.PAUSED, because)
         elif self.status is JobStatus.READY:
-            self.to(JobStatus.STANDBY)
+            self.to(JobStatus.STANDBY, because)
 
-    def to(self, status: JobStatus) -> None:
+    def to(self, status: JobStatus, because: str) -> None:
         """Change to `status`, with a log line and an event."""
         check_transition(self.status, status)
-        log.info("job %s: %s -> %s", self.id, self.status, status)
-        self.status = status
+        old, self.status = self.status, status
+        about = {"state": str(status), "before": str(old), "reason": because}
+        self.log.info("%s -> %s", old, status, about=about)
         self._events.append("JOB_STATUS_CHANGE", {"status": str(status), "id": self.id})
 
     def tell(self, event: str, **extra: object) -> None:
@@ -344,7 +342,8 @@ class Job(ABC):
         self._events.append(event, {**data, **extra})
 
     def tell_error(self, operation: str, action: str, error: BaseException) -> None:
-        log.warning("job %s: %s error (%s): %s", self.id, operation, action, error)
+        about = {"operation": operation, "action": action, "reason": str(error)}
+        self.log.warning("%s error (%s): %s", operation, action, error, about=about)
         self.last_error = JobError(operation, action, str(error))
         data = {"device": self.id, "operation": operation, "action": action}
         self._events.append("BLOCK_JOB_ERROR", data)
@@ -362,7 +361,7 @@ class Job(ABC):
         """Conclude a job that failed or was cancelled by force; nothing is in flight any more."""
         reason = self.failure
         assert reason is not None
-        self.to(JobStatus.ABORTING)
+        self.to(JobStatus.ABORTING, str(reason))
         self.become(Activity.CLEANING)
         self.detach()
 
@@ -383,17 +382,9 @@ class Job(ABC):
             if since_ready is not None:
                 extra = since_ready.at_the_end() | extra
         self.tell(event, **extra)
-        self.to(JobStatus.CONCLUDED)
+        kind = "completed" if self.ending is Ending.COMPLETE else "ended with a copy"
+        self.to(JobStatus.CONCLUDED, str(self.failure or kind))
         if self.options.auto_dismiss:
             self.dismiss()
         for call in self._when_ended:
             call()
-
-
-class Cancelled(Exception):
-    """The reason of a job that was cancelled by force."""
-
-
-def error_text(error: BaseException) -> str:
-    """As QEMU: the text of strerror only, unless the error is a CommandError."""
-    return str(error) if isinstance(error, CommandError) else os.strerror(errno_of(error))

@@ -60,6 +60,7 @@ VERBS: dict[str, frozenset[JobStatus]] = {
     "finalize": frozenset({S.PENDING}),
     "dismiss": frozenset({S.CONCLUDED}),
     "change": _ACTIVE,
+    "point": frozenset({S.READY}),
 }
 """`complete` in standby is remembered until the job is resumed, as QEMU (6.1 and later) has it."""
 

@@ -8,10 +8,10 @@ the next step.
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
@@ -23,11 +23,15 @@ from nbdmirror.events import EventRing
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.copy_mode import CopyModeSwitch
+from nbdmirror.mirror.failure import Cancelled
 from nbdmirror.mirror.group import HOLD_S
-from nbdmirror.mirror.job import Cancelled, Job
 from nbdmirror.mirror.job_states import JobStatus, check_verb
+from nbdmirror.mirror.ladder import Rung
+from nbdmirror.mirror.mirror_view import MirrorView
 from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions
-from nbdmirror.mirror.quiesce import Quiesce
+from nbdmirror.mirror.pivot_pause import PivotPause
+from nbdmirror.mirror.poll import Poll
+from nbdmirror.mirror.quiesce import Attempt
 from nbdmirror.mirror.rate_limit import Haste
 from nbdmirror.mirror.resources import JobState, MirrorResources, Target
 from nbdmirror.mirror.stopping import Stopping
@@ -35,13 +39,8 @@ from nbdmirror.mirror.target_watch import TargetWatch
 from nbdmirror.mirror.timers import RETRY, JobTimers
 from nbdmirror.mirror.traffic import Traffic
 
-log = logging.getLogger(__name__)
 
-POLL_S = 0.05
-"""Interval at which an idle job looks for new guest writes."""
-
-
-class MirrorJob(Job):
+class MirrorJob(MirrorView):
     """A mirror of `disk` to `target`. `copier` makes a stopped copier; `start` starts it."""
 
     def __init__(
@@ -58,21 +57,14 @@ class MirrorJob(Job):
         bitmap: DirtyBitmap | None = None,
     ) -> None:
         """`bitmap`: what sync=bitmap copies; cleared when the job completes."""
-        super().__init__(options, events, loop)
-        self.disk = disk
-        self.target = target
-        self.tracker = tracker
-        self.bitmap = bitmap
-        self.pause_s: float | None = None
-        """How long guest writes were held at the ending, in seconds."""
-        self.pivoted = False
+        super().__init__(options, disk, target, tracker, bitmap, loop, events)
         self.copier = copier(self)
         self.copier.set_speed(options.speed_bytes_per_s)
         self._resources = resources
         self._timers = JobTimers(loop, self.advance)
-        self._quiesce: Quiesce | None = None
+        self._quiesce: Attempt | None = None
         """Exists while guests may be held."""
-        self._watch = TargetWatch(
+        self.watch = TargetWatch(
             copier=self.copier,
             tracker=tracker,
             target=target,
@@ -80,6 +72,7 @@ class MirrorJob(Job):
             loop=loop,
             reconnect_delay_s=options.reconnect_delay_s,
         )
+        self.pivot_pause = PivotPause(self, loop)
         self.is_scanned = options.sync == "none" or bitmap is not None
         """The dirty bitmap is complete. If not, the source's extents are queried first."""
         self._mode = CopyModeSwitch(
@@ -91,11 +84,19 @@ class MirrorJob(Job):
             on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
         self._stopping = Stopping(self.copier, self._mode, self._timers, target.give_up)
+        self._poll = Poll(
+            timers=self._timers,
+            loop=loop,
+            ledger=disk.ledger,
+            look=self._look,
+            is_at_rest=self._is_at_rest,
+            on_wake=self.watch.rest_ends,
+        )
 
     def start(self) -> None:
         """Begin. Tracking is on before anything is marked or examined (rule 33)."""
         self.disk.ledger.attach(self.tracker.dirty)
-        self.to(JobStatus.RUNNING)
+        self.to(JobStatus.RUNNING, "started")
         if self.bitmap is not None:
             self.tracker.dirty.merge(self.bitmap)
         elif self.options.sync == "full" and not self.options.target_is_zero:
@@ -104,12 +105,12 @@ class MirrorJob(Job):
         self._begin()
 
     def take_up(
-        self, restore: Callable[[DirtyBitmap], None], *, is_scanned: bool, is_paused: bool
+        self, restore: Callable[[Tracker], None], *, is_scanned: bool, is_paused: bool
     ) -> None:
         """Continue a mirror of an earlier process: `restore` marks what may differ."""
         self.disk.ledger.attach(self.tracker.dirty)
-        self.to(JobStatus.RUNNING)
-        restore(self.tracker.dirty)
+        self.to(JobStatus.RUNNING, "the server was started again")
+        restore(self.tracker)
         self.is_scanned = is_scanned
         if is_paused:
             self.become(Activity.PAUSING)
@@ -119,44 +120,31 @@ class MirrorJob(Job):
         if self.activity is Activity.NOT_STARTED:
             self.release()
         self.advance()
-        self._poll()
+        self._poll.begin()
 
     def fail_at_start(self, reason: str) -> None:
         """Run and end at once with an error, as QEMU does for unequal sizes."""
-        self.to(JobStatus.RUNNING)
+        self.to(JobStatus.RUNNING, "started")
         self.fail(CommandError(reason))
         self.advance_soon()
 
     # Commands beside those that every job has.
 
-    def change(self, copy_mode: CopyMode) -> None:
+    def change(self, copy_mode: CopyMode, **options: Any) -> None:
         """block-job-change. Raises CommandError. Unlike QEMU, allows a return to background."""
         check_verb(self.id, self.status, "change")
-        self.options = replace(self.options, copy_mode=copy_mode)
+        self.options = replace(self.options, copy_mode=copy_mode, **options)
+        if copy_mode is CopyMode.WRITE_BLOCKING or Rung.THROTTLE not in self.options.may:
+            self.throttle.release("the job was changed")
         if self.copier.is_running:
             self._mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
+        self._poll.wake()
         self.changed()
-
-    # What queries show.
-
-    @property
-    def is_busy(self) -> bool:
-        if self.status is JobStatus.READY:
-            return self.copier.in_flight > 0 or self.activity.waits_to_try_again
-        return self.status is JobStatus.RUNNING
 
     @property
     def is_actively_synced(self) -> bool:
         """Each answered write of a guest is on the target (write-blocking only)."""
         return self._mode.is_actively_synced
-
-    @property
-    def offset(self) -> int:
-        return self.copier.copied_bytes + self.tracker.written_bytes
-
-    @property
-    def length(self) -> int:
-        return self.offset + self.tracker.remaining_bytes
 
     # The copier's observer. `operation` is "read" for the source, "write" for the target.
 
@@ -178,9 +166,12 @@ class MirrorJob(Job):
         is_scan = self.activity is Activity.SCANNING and operation == "write"
         if self.activity is Activity.RECONNECTING or is_scan:
             return True
-        if may := self._watch.may_reconnect(operation):
+        if may := self._may_be_lost(operation):
             self.release()
         return may
+
+    def _may_be_lost(self, operation: str) -> bool:
+        return self.watch.may_reconnect(operation)
 
     def copy_settled(self) -> None:
         self.advance()
@@ -209,11 +200,13 @@ class MirrorJob(Job):
                 pass  # the job waits for a step, a timer, the group or the user
 
     def left(self, old: Activity) -> None:
+        self._poll.wake()
         self._timers.abandon_step()
         if old.waits_to_try_again:
             self._timers.cancel(RETRY)
         if old.copies and not self.activity.copies:
             self.copier.stop()
+            self.throttle.release(f"the job is {self.activity.value}")
             self._mode.turn(synchronous=False)
         if old.may_hold_guests and not self.activity.may_hold_guests:
             self._release_guest()
@@ -286,7 +279,7 @@ class MirrorJob(Job):
             self._do(self.copier.flush, self._become_ready, "write")
         elif self.may_end:
             self.become(Activity.PREPARING)
-            prepare = partial(self._resources.prepare, self.ending)
+            prepare = self.pivot_pause.timed(partial(self._resources.prepare, self.ending))
             self._timers.do(prepare, self._begin_quiesce, self._not_written_down)
 
     def _become_ready(self) -> None:
@@ -294,8 +287,9 @@ class MirrorJob(Job):
         self.become(Activity.COPYING)
         self._timers.went_well()
         self.tracker.refine()
-        self.traffic, self.lag = Traffic(self.copier, self.tracker), self._watch.follow()
-        self.to(JobStatus.READY)
+        self.traffic = Traffic(self.copier, self.tracker)
+        self.lag = self.watch.follow(self._poll.alarm)
+        self.to(JobStatus.READY, "source and target are in sync")
         self.tell("BLOCK_JOB_READY")
 
     def _do(self, step: Callable[[Done], None], then: Callable[[], None], operation: str) -> None:
@@ -304,11 +298,7 @@ class MirrorJob(Job):
 
     def _begin_quiesce(self) -> None:
         self.become(Activity.QUIESCING)
-        self._quiesce = Quiesce(
-            ledger=self.disk.ledger,
-            tracker=self.tracker,
-            copier=self.copier,
-            loop=self._loop,
+        self._quiesce = self.pivot_pause.attempt(
             on_level=self._on_level,
             on_timeout=self._on_quiesce_timeout,
             on_flush_error=partial(self.copy_failed, "write"),
@@ -325,13 +315,13 @@ class MirrorJob(Job):
         """Guest writes are held and the target equals the source, durably."""
         self.become(Activity.HELD)
         if self.status is JobStatus.READY:
-            self.to(JobStatus.WAITING)
+            self.to(JobStatus.WAITING, "has done its work")
             self.group.arrived()
             if not (self.group.is_finalizing and self.group.is_level):
                 # QEMU holds the guest until the group ends; here the mirror continues.
                 self.become(Activity.COPYING)
                 return
-        self._timers.after("level", HOLD_S, self._held_in_vain)
+        self._timers.after("level", self.pivot_pause.hold_s, self._held_in_vain)
         self.group.got_level()
 
     def _held_in_vain(self) -> None:
@@ -345,7 +335,7 @@ class MirrorJob(Job):
             self.advance_soon()
             return
         self.become(Activity.POSTPONED)
-        log.warning("job %s: continues, because its end cannot be recorded: %s", self.id, error)
+        self.log.warning("continues, because its end cannot be recorded: %s", error)
         self._timers.retry(self._try_again)
 
     def commit(self, done: Done) -> None:
@@ -372,7 +362,8 @@ class MirrorJob(Job):
         self.concluded("BLOCK_JOB_COMPLETED")
 
     def detach(self) -> None:
-        self._watch.end()
+        self.watch.end()
+        self._poll.end()
         self._mode.turn(synchronous=False)
         self.disk.ledger.detach(self.tracker.dirty)
         self._release_guest()
@@ -392,8 +383,13 @@ class MirrorJob(Job):
             self.release()
         self.advance()
 
-    def _poll(self) -> None:
-        self._timers.after("poll", POLL_S, self._poll)
+    def _is_at_rest(self) -> bool:
+        """Only a guest, or one that calls, changes what there is to do."""
+        if self.status is not JobStatus.READY or self.activity is not Activity.COPYING:
+            return False
+        return not self.may_end and self._mode.is_background and self.watch.is_at_rest
+
+    def _look(self) -> None:
         self.tracker.look(self.disk.ledger)
-        self._watch.look(may_flush=not self.activity.may_hold_guests)
+        self.watch.look(may_flush=not self.activity.may_hold_guests)
         self.advance()

@@ -26,10 +26,20 @@ class Policy(enum.StrEnum):
 
 
 class CopyMode(enum.StrEnum):
-    """QEMU's MirrorCopyMode."""
+    """QEMU's MirrorCopyMode, and POINTS."""
 
     BACKGROUND = "background"
     WRITE_BLOCKING = "write-blocking"
+    POINTS = "points"
+    """The far side gets the disk as it was at one moment, and then at another."""
+
+
+class OnDeadline(enum.StrEnum):
+    """What happens to a mirror that has not ended at its deadline."""
+
+    REPORT = "report"
+    CANCEL = "cancel"
+    COMPLETE = "complete"
 
 
 class Ending(enum.Enum):
@@ -63,6 +73,13 @@ class MirrorOptions:
     """The target may be larger than the disk (rule 43)."""
     auto_finalize: bool = True
     auto_dismiss: bool = True
+    max_pause_s: float | None = None
+    """How long a pivot may hold guests' writes; None: until quiesce.LIMIT_S, expected or not."""
+    may: tuple[str, ...] = ()
+    """What may be done to bring the mirror to its end (ladder.Rung)."""
+    deadline_at_s: float | None = None
+    """Until when the mirror is to have ended, in seconds since 1970; None: no deadline."""
+    on_deadline: OnDeadline = OnDeadline.REPORT
 
     @property
     def writes_all(self) -> bool:

@@ -4,9 +4,10 @@
     '-------- the guest writes ------------------' '-------- the gate is closed --- ... release'
 
 As much as possible is done before the gate closes: then little is left to copy, and the target's
-last flush has little to do. Rule 15: the count of dirty bytes is only exact while no guest write is
-in progress, and is checked again after the flush. Rule 42: if the target is not level in time, the
-guest continues and `on_timeout` is called.
+last flush has little to do. If what is left then does not fit into the pause that is allowed
+(`fits`), all of that is done again, while guests write. Rule 15: the count of dirty bytes is only
+exact while no guest write is in progress, and is checked again after the flush. Rule 42: if the
+target is not level in time, the guest continues and `on_timeout` is called.
 
 Another flush may be in progress when the last one ends. The attempt waits for that one too: a
 target that has lost data may report the loss to that flush, and not to one that began later.
@@ -17,6 +18,7 @@ On the event loop's thread.
 from __future__ import annotations
 
 import enum
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from nbdmirror.disk.ledger import Ledger
@@ -55,7 +57,20 @@ class Step(enum.Enum):
     OPEN = "open"
 
 
-class Quiesce:
+class Attempt(ABC):
+    """An attempt to make the target level."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Do the next step. Called regularly, and when guests' requests or copies have ended."""
+
+    @abstractmethod
+    def release(self) -> float | None:
+        """End the attempt in any step, and let the guest continue. Returns how long guest writes
+        were held, in seconds; None if they were not held."""
+
+
+class Quiesce(Attempt):
     """One attempt, which begins with `advance`. One of `on_level`, `on_timeout` and
     `on_flush_error` is called once, unless `release` comes first. After `on_level` the guest is
     held until `release`."""
@@ -70,8 +85,16 @@ class Quiesce:
         on_level: Callable[[], None],
         on_timeout: Callable[[], None],
         on_flush_error: Callable[[BaseException], None],
+        limit_s: Callable[[], float] = lambda: LIMIT_S,
+        fits: Callable[[], bool] = lambda: True,
+        before_hold: Callable[[], None] = lambda: None,
     ) -> None:
+        """`limit_s`: how long guests may be held until the target is level. `fits`: whether they
+        may be held now. `before_hold` is called in that moment."""
         self.step = Step.CONVERGING
+        self._limit_s = limit_s
+        self._fits = fits
+        self._before_hold = before_hold
         self._ledger = ledger
         self._tracker = tracker
         self._copier = copier
@@ -84,13 +107,15 @@ class Quiesce:
         self._timer: Timer | None = None
 
     def advance(self) -> None:
-        """Do the next step. Called regularly, and when guests' requests or copies have ended."""
         self._copier.pump()
         if self.step is Step.CONVERGING and self._is_close(LEVEL_BYTES, CONVERGE_S):
             self.step = Step.FLUSHING_AHEAD
             self._copier.flush(self._flushed_ahead)
         elif self.step is Step.CATCHING_UP and self._is_close(self._level_bytes, CATCH_UP_S):
-            self._close_gate()
+            if self._fits():
+                self._close_gate()
+            elif self._is_late(CATCH_UP_S):
+                self.step, self._since_s = Step.CONVERGING, self._loop.clock()
         elif self.step is Step.DRAINING and self._ledger.is_idle:
             self.step = Step.COPYING
             self.advance()
@@ -101,14 +126,17 @@ class Quiesce:
             self._look_again()
 
     def release(self) -> float | None:
-        """End the attempt in any step, and let the guest continue. Returns how long guest writes
-        were held, in seconds; None if they were not held."""
         step, self.step = self.step, Step.OPEN
         if self._timer is None or step is Step.OPEN:
             return None
         self._timer.cancel()
         self._copier.set_haste(Haste.STEADY)
         self._ledger.open_gate()
+        return self.held_s
+
+    @property
+    def held_s(self) -> float:
+        """For how long guests' writes have been held, in seconds."""
         return self._loop.clock() - self._closed_at_s
 
     @property
@@ -117,9 +145,11 @@ class Quiesce:
         return min(LEVEL_BYTES, LEVEL_BYTES_MIN << min(steps, LEVEL_BYTES.bit_length()))
 
     def _is_close(self, level_bytes: int, patience_s: float) -> bool:
-        is_late = self._loop.clock() - self._since_s >= patience_s
-        tracker = self._tracker
-        return is_late or tracker.dirty.dirty_bytes + tracker.in_flight_bytes <= level_bytes
+        left_bytes = self._tracker.dirty.dirty_bytes + self._tracker.in_flight_bytes
+        return self._is_late(patience_s) or left_bytes <= level_bytes
+
+    def _is_late(self, patience_s: float) -> bool:
+        return self._loop.clock() - self._since_s >= patience_s
 
     def _flushed_ahead(self, error: BaseException | None) -> None:
         if self.step is not Step.FLUSHING_AHEAD:
@@ -133,9 +163,10 @@ class Quiesce:
             self.advance()
 
     def _close_gate(self) -> None:
+        self._before_hold()
         self.step = Step.DRAINING
         self._closed_at_s = self._loop.clock()
-        self._timer = self._loop.call_later(LIMIT_S, self._time_out)
+        self._timer = self._loop.call_later(self._limit_s(), self._time_out)
         self._copier.set_haste(Haste.GUESTS_WAIT)
         self._ledger.close_gate(self._on_idle)
         self.advance()

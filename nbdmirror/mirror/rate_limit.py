@@ -15,25 +15,33 @@ SLICE_S = 0.1
 """With a speed limit no claim is larger than the limit allows in this time (QEMU's
 BLOCK_JOB_SLICE_TIME)."""
 
-LAG_S = 0.25
+ROUND_S_MIN, ROUND_S_MAX = 0.05, 0.25
 """Least time of a round after READY: how far the target may lag behind, beside the time that copies
-take. With less time, regions that guests write again and again are sent more often. QEMU's is
-0.1 s."""
+take. QEMU's is 0.1 s. In a long round, regions that guests write again and again are sent less
+often; after a short round little is left to send at the end of the job. So a round is the longer,
+the more the round before it had to carry."""
 
-SPREAD_S = 0.125
-"""Within a round, what is dirty is sent at a rate at which all of it would take so long. A burst at
-the round's beginning would delay guests' requests."""
+ROUND_BYTES = 64 << 20
+"""A round that carried so much is followed by one of ROUND_S_MAX. The root of a part makes the
+round shorter: with a steady load it converges, whether guests write in a few places or in many."""
 
-TICK_S = 0.005
-"""What is due within one tick is sent together."""
+CLAIM_BYTES = 32 << 10
+"""What a claim costs beside its bytes: a tenth of a millisecond of the loop's time."""
+
+SPREAD = 0.5
+"""Within a round, what is dirty is sent at a rate at which all of it would take this part of the
+round. A burst at the round's beginning would delay guests' requests."""
+
+TICKS = 25
+"""A round has so many ticks. What is due within one tick is sent together."""
 
 
 class Haste(enum.Enum):
     """How fast a copier works."""
 
     LAG = "lag"
-    """A round over the disk takes at least LAG_S: a range that guests write again and again is
-    copied once in each round. What is dirty is sent evenly."""
+    """A round over the disk takes at least ROUND_S_MIN: a range that guests write again and again
+    is copied once in each round. What is dirty is sent evenly."""
 
     STEADY = "steady"
     """As fast as the speed limit allows."""
@@ -61,6 +69,9 @@ class RateLimit:
         self._pump = pump
         self._next_start_s = 0.0
         self._round_not_before_s = 0.0
+        self._round_s = ROUND_S_MIN
+        self._carried_bytes = 0
+        """What this round had to carry so far."""
         self._dirty = dirty
         self._tick_began_s = -math.inf
         self._due_granules = 0
@@ -77,9 +88,18 @@ class RateLimit:
         """Largest claim in bytes; None: no limit."""
         return max(1, int(self.speed_bytes_per_s * SLICE_S)) if self.speed_bytes_per_s else None
 
-    def claimed(self, granules: int) -> None:
+    @property
+    def is_limiting(self) -> bool:
+        """The speed limit is why a claim may not begin now."""
+        if not self.speed_bytes_per_s or self.haste is Haste.GUESTS_WAIT:
+            return False
+        return self._clock() < self._next_start_s
+
+    def claimed(self, granules: int, length: int) -> None:
+        """A claim begins, with `length` bytes to copy."""
         if self.haste is Haste.LAG:
             self._due_granules -= granules
+            self._carried_bytes += CLAIM_BYTES + length
 
     def account(self, length: int) -> None:
         """`length` bytes are being copied."""
@@ -97,15 +117,16 @@ class RateLimit:
 
     def _is_due(self) -> bool:
         now_s = self._clock()
-        ticks = (now_s - self._tick_began_s) / TICK_S
+        tick_s = self._round_s / TICKS
+        ticks = (now_s - self._tick_began_s) / tick_s
         if ticks >= 1:
             if not (dirty := self._dirty.dirty_granules):
                 self._due_granules = 0
-                return True  # the claim that finds nothing needs no timer
-            share = math.ceil(dirty * TICK_S / SPREAD_S)
+                return False  # without a timer
+            share = math.ceil(dirty / TICKS / SPREAD)
             self._due_granules = int(min(share, self._due_granules + share * ticks))
             self._tick_began_s = now_s
-        return self._due_granules > 0 or not self._must_wait(self._tick_began_s + TICK_S)
+        return self._due_granules > 0 or not self._must_wait(self._tick_began_s + tick_s)
 
     def may_begin_round(self) -> bool:
         """Whether a round over the disk may begin now; if so, it begins."""
@@ -113,7 +134,10 @@ class RateLimit:
             return True
         if self._must_wait(self._round_not_before_s):
             return False
-        self._round_not_before_s = self._clock() + LAG_S
+        part = min(1.0, self._carried_bytes / ROUND_BYTES)
+        self._round_s = max(ROUND_S_MIN, ROUND_S_MAX * math.sqrt(part))
+        self._carried_bytes = 0
+        self._round_not_before_s = self._clock() + self._round_s
         return True
 
     def _must_wait(self, until_s: float) -> bool:

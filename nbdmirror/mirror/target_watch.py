@@ -1,5 +1,5 @@
-"""TargetWatch: flushes a mirror's target regularly, measures its lag, and detects that it does not
-answer any more. On the event loop's thread."""
+"""TargetWatch: flushes a mirror's target regularly, measures its lag, watches the copier's passes
+until READY, and detects that the target does not answer any more. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import math
 import threading
 from collections.abc import Callable
 
+from nbdmirror.disk.alarm import Alarm
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.lag import Lag
+from nbdmirror.mirror.outlook import Outlook
 from nbdmirror.mirror.resources import Target
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,10 @@ class TargetWatch:
         self._loop = loop
         self._clock = clock = loop.clock
         self._reconnect_delay_s = reconnect_delay_s
-        self._reconnect_not_before_s = {"read": 0.0, "write": 0.0}
+        self._reconnect_not_before_s: dict[tuple[str, str], float] = {}
         self._began_s = clock()
+        self.outlook = Outlook(tracker.dirty)
+        """Until READY."""
         self._lag: Lag | None = None
         self._flush_not_before_s = -math.inf
         self._flush_due_s = clock() + FLUSH_S
@@ -80,21 +84,23 @@ class TargetWatch:
         self._longest_s = 0.0
         """Longest time that an answer has taken."""
 
-    def may_reconnect(self, operation: str) -> bool:
+    def may_reconnect(self, operation: str, export: str = "") -> bool:
         """Whether a lost side is reconnected before the error policy decides (rule 40): the target
         if it has a reconnect-delay, the source always, since guests wait for it. Not again within
-        RECONNECT_PAUSE_S."""
+        RECONNECT_PAUSE_S. `export`: of a target that has several, the one that is lost."""
         now_s = self._clock()
+        not_before_s = self._reconnect_not_before_s.get((operation, export), 0.0)
         is_waited_for = operation == "read" or self._reconnect_delay_s
-        if not is_waited_for or now_s < self._reconnect_not_before_s[operation]:
+        if not is_waited_for or now_s < not_before_s:
             return False
-        self._reconnect_not_before_s[operation] = now_s + RECONNECT_PAUSE_S
+        self._reconnect_not_before_s[operation, export] = now_s + RECONNECT_PAUSE_S
         return True
 
-    def follow(self) -> Lag:
-        """The mirror is READY, and its target was just flushed: begin to measure the lag."""
+    def follow(self, alarm: Alarm) -> Lag:
+        """The mirror is READY, and its target was just flushed: begin to measure the lag. `alarm`:
+        set while the mirror is at rest."""
         self._flush_not_before_s = self._clock() + READY_FLUSH_S
-        self._lag = Lag(self._tracker, self._clock, self._began_s)
+        self._lag = Lag(self._tracker, self._clock, self._began_s, alarm)
         return self._lag
 
     def end(self) -> None:
@@ -102,13 +108,30 @@ class TargetWatch:
         if self._lag is not None:
             self._lag.end()
 
+    @property
+    def is_at_rest(self) -> bool:
+        """The target's storage has everything, and no request is in flight: `look` need not be
+        called."""
+        return self._copier.is_idle and self._tracker.is_at_rest
+
+    def rest_ends(self) -> None:
+        """Call this before the mirror has requests in flight again. Meanwhile `look` was not
+        called, and the target had nothing to answer: it was not silent."""
+        if self._lag is not None:
+            self._lag.look()
+        self._answers, self._answered_s, self._asked_s = self._copier.answers, self._clock(), None
+
     def look(self, *, may_flush: bool) -> None:
-        """Call this several times a second, whatever the mirror does."""
+        """Call this several times a second, unless the mirror is at rest."""
         if self._lag is not None:
             self._lag.look()
         if not self._copier.is_running:
+            self.outlook.start_over()
             return
         now_s = self._clock()
+        if self._lag is None:
+            sent_bytes = self._copier.written_bytes + self._copier.spared_bytes
+            self.outlook.look(now_s, self._copier.cursor, sent_bytes, self._tracker.again_bytes)
         if self._copier.is_idle or self._copier.answers != self._answers:
             if self._answers >= 0 and not self._copier.is_idle:
                 self._longest_s = max(self._longest_s, now_s - self._answered_s)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import resource
 import socket
 import threading
@@ -28,15 +27,17 @@ from nbdmirror.errors import ConfigError, Error
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.layers import layers_of, share_storage
-from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX, whole_number
+from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX
 from nbdmirror.names import name_disk
-from nbdmirror.nbd_uri import absolute, is_uri
+from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 from nbdmirror.nbdkit_host import systemd
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
 from nbdmirror.nbdkit_host.latecomers import Opening
+from nbdmirror.nbdkit_host.parameters import absolute_of, boolean_of, number_of, record_id_of
+from nbdmirror.nbdkit_host.point_disk import Wanted
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
 from nbdmirror.qmp.commands import dispatch, version_info
 from nbdmirror.qmp.server import QmpServer
@@ -44,18 +45,11 @@ from nbdmirror.server.exports import Exports
 from nbdmirror.server.server import Server
 from nbdmirror.state.directory import StateDirectory
 from nbdmirror.state.journaled_disk import JournaledDisk
-from nbdmirror.state.recovery import RECORD_ID_LENGTH
 from nbdmirror.state.store import DiskStore
+from nbdmirror.subject_log import disk_log
 from nbdmirror.unix_sockets import bind_unix_socket, lock_pidfile, remove_socket
 
 log = logging.getLogger("nbdmirror")
-
-_BOOLEANS = {"true": True, "yes": True, "1": True, "on": True} | {
-    "false": False,
-    "no": False,
-    "0": False,
-    "off": False,
-}
 
 GIVE_UP_S = 5.0
 """How long, at the end, guests' requests may wait for a disk's NBD server that does not answer."""
@@ -80,6 +74,9 @@ class PluginProcess:
         self._is_direct = False
         self._is_read_only = False
         self._mirror_to = ""
+        self._journal = ""
+        self._point = ""
+        self._wanted: Wanted | None = None
         self._state_path = ""
         self._accepted: set[str] = set()
         self._connections = CONNECTIONS_DEFAULT
@@ -115,26 +112,33 @@ class PluginProcess:
                 raise ConfigError(f"cache={value}: expected writeback or none")
             self._is_direct = value == "none"
         elif key == "read-only":
-            self._is_read_only = _boolean(key, value)
+            self._is_read_only = boolean_of(key, value)
         elif key == "state-dir":
             self._state_path = os.path.abspath(value)
         elif key == "accept-old-side":
-            self._accepted.add(_record_id(key, value))
+            self._accepted.add(record_id_of(key, value))
         elif key == "keepalive":
-            self._keepalive_s = _number(key, value, 0, KEEPALIVE_S_MAX, "number of seconds")
+            self._keepalive_s = number_of(key, value, 0, KEEPALIVE_S_MAX, "number of seconds")
             self._is_keepalive_said = True
         elif key == "pidfile":
             self._pidfile = os.path.abspath(value)
         elif key == "open-timeout":
-            self._open_timeout_s = _number(key, value, 0, OPEN_TIMEOUT_S_MAX, "number of seconds")
+            self._open_timeout_s = number_of(key, value, 0, OPEN_TIMEOUT_S_MAX, "number of seconds")
         elif key == "connections":
-            self._connections = _number(key, value, 1, CONNECTIONS_MAX)
+            self._connections = number_of(key, value, 1, CONNECTIONS_MAX)
         elif key == "mirror-to":
-            self._mirror_to = _absolute(key, value)
+            self._mirror_to = absolute_of(key, value)
+        elif key == "journal":
+            self._journal = absolute_of(key, value) if is_uri(value) else os.path.abspath(value)
+        elif key == "point":
+            self._point = value
+        elif key == "log-format":
+            logs.use_format(value)
         else:
             raise ConfigError(
                 f"unknown parameter '{key}': expected file, qmp, cache, read-only, mirror-to, "
-                f"state-dir, accept-old-side, connections, pidfile, keepalive or open-timeout"
+                f"journal, point, state-dir, accept-old-side, connections, pidfile, keepalive, "
+                f"open-timeout or log-format"
             )
 
     def check(self) -> None:
@@ -145,6 +149,13 @@ class PluginProcess:
             raise ConfigError("accept-old-side: needs state-dir")
         if self._mirror_to and self._is_read_only:
             raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
+        self._wanted = Wanted.of(
+            self._journal,
+            self._point,
+            images=list(self._paths.values()),
+            is_read_only=self._is_read_only,
+            has_state=bool(self._state_path),
+        )
 
     def open(self) -> None:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
@@ -154,6 +165,8 @@ class PluginProcess:
         opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
             source = self._open_disk(path, opening)
+            if self._wanted is not None:
+                source = self._wanted.on(source, opening)
             self._check_other_disks(path, source)
             if not source.size:
                 logs.print_startup_error(f"warning: {path}: has 0 bytes; guests get an empty disk")
@@ -236,10 +249,10 @@ class PluginProcess:
         for disk in self.disks.values():
             access = "read-only" if disk.read_only else "read-write"
             where = disk.source.description
-            log.info("disk %s: served from %s, %d bytes, %s", disk.name, where, disk.size, access)
+            disk_log(disk.name).info("served from %s, %d bytes, %s", where, disk.size, access)
             if isinstance(disk.source, TargetOnly):
-                text = "disk %s: target only: the disk is served from %s, and may be mirrored here"
-                log.warning(text, disk.name, disk.source.truth)
+                text = "target only: the disk is served from %s, and may be mirrored here"
+                disk_log(disk.name).warning(text, disk.source.truth)
         log.info("control socket: %s", self._qmp_path or "none")
         if self._state_path:
             log.info("state directory: %s", self._state_path)
@@ -300,7 +313,7 @@ class PluginProcess:
             raise ConfigError(f"file: {error}") from error
         if name in self._paths:
             raise ConfigError(f"file={value}: there are two disks called '{name}'")
-        self._paths[name] = _absolute("file", path) if is_uri(path) else os.path.abspath(path)
+        self._paths[name] = absolute_of("file", path) if is_uri(path) else os.path.abspath(path)
 
     def _open_disk(self, path: str, opening: Opening) -> BlockDevice:
         if not is_uri(path):
@@ -350,36 +363,6 @@ class PluginProcess:
             asyncio.run(dispatch(self._server, "drive-mirror", arguments))
         except Error as error:
             log.error("mirror-to: %s; the disk is served without a mirror", error)
-
-
-def _absolute(key: str, uri: str) -> str:
-    """The URI with absolute paths: nbdkit changes its directory when it goes into the
-    background."""
-    try:
-        return absolute(uri)
-    except ConfigError as error:
-        raise ConfigError(f"{key}={error}") from error
-
-
-def _number(key: str, value: str, least: int, most: int, what: str = "number") -> int:
-    if (number := whole_number(value, least, most)) is None:
-        raise ConfigError(f"{key}={value}: expected a {what} from {least} to {most}")
-    return number
-
-
-def _record_id(key: str, value: str) -> str:
-    if not re.fullmatch(f"[0-9a-f]{{{RECORD_ID_LENGTH}}}", value):
-        raise ConfigError(
-            f"{key}={value}: expected the {RECORD_ID_LENGTH} digits that the refusal to serve the "
-            f"old side shows"
-        )
-    return value
-
-
-def _boolean(key: str, value: str) -> bool:
-    if value not in _BOOLEANS:
-        raise ConfigError(f"{key}={value}: expected true or false")
-    return _BOOLEANS[value]
 
 
 def _allow_many_files() -> None:

@@ -6,10 +6,17 @@ begin with `x-nbdmirror-`.
 
 from __future__ import annotations
 
+import time
+
+from nbdmirror.errors import CommandError
+from nbdmirror.limits import DEADLINE_S_MAX, MAX_PAUSE_MS_MAX
+from nbdmirror.mirror.ladder import Rung
+from nbdmirror.mirror.options import OnDeadline
 from nbdmirror.qmp.schema import (
     BOOL,
     STR,
     UINT32,
+    Array,
     Enum,
     StringOr,
     Struct,
@@ -20,7 +27,10 @@ from nbdmirror.qmp.schema import (
 
 ON_ERROR = Enum("BlockdevOnError", ("report", "ignore", "enospc", "stop", "auto"))
 SYNC = Enum("MirrorSyncMode", ("top", "full", "none", "incremental", "bitmap"))
-COPY_MODE = Enum("MirrorCopyMode", ("background", "write-blocking"))
+COPY_MODE = Enum("MirrorCopyMode", ("background", "write-blocking", "points"))
+COPY_MODE_OF_CHANGE = Enum("MirrorCopyMode", ("background", "write-blocking"))
+MAY = Array(Enum("MirrorMay", tuple(map(str, Rung))))
+ON_DEADLINE = Enum("MirrorOnDeadline", tuple(map(str, OnDeadline)))
 BITMAP_MODE = Enum("BitmapSyncMode", ("on-success", "never", "always"))
 DETECT_ZEROES = Enum("BlockdevDetectZeroesOptions", ("off", "on", "unmap"))
 JOB_TYPE = Enum("JobType", ("mirror",))
@@ -75,3 +85,29 @@ NODE = Struct(
         "raw": struct("BlockdevOptionsRaw", file=StringOr(_FILE, "BlockdevRef")),
     },
 )
+
+
+def max_pause_s(max_pause_ms: int) -> float | None:
+    """x-nbdmirror-max-pause in seconds; None for 0, the default. Raises CommandError."""
+    if max_pause_ms > MAX_PAUSE_MS_MAX:
+        raise CommandError(
+            f"Parameter 'x-nbdmirror-max-pause' expects a value in range [0, {MAX_PAUSE_MS_MAX}]"
+        )
+    return max_pause_ms / 1000 or None
+
+
+def deadline_at_s(deadline_s: float) -> float | None:
+    """x-nbdmirror-deadline, which begins now, in seconds since 1970; None for 0, the default.
+    Raises CommandError."""
+    if not 0 <= deadline_s <= DEADLINE_S_MAX:
+        raise CommandError(
+            f"Parameter 'x-nbdmirror-deadline' expects a value in range [0, {DEADLINE_S_MAX}]"
+        )
+    return round(time.time() + deadline_s, 3) if deadline_s else None
+
+
+def on_deadline(given: str | None, at_s: float | None) -> OnDeadline:
+    """x-nbdmirror-on-deadline of a job with this deadline. Raises CommandError."""
+    if given is not None and at_s is None:
+        raise CommandError("Parameter 'x-nbdmirror-on-deadline' needs 'x-nbdmirror-deadline'")
+    return OnDeadline.REPORT if given is None else OnDeadline(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,15 +16,28 @@ from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.names import default_job_id, is_wellformed_id
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmp.addresses import target_uri
-from nbdmirror.qmp.arguments import BITMAP_MODE, COPY_MODE, NEW_IMAGE_MODE, ON_ERROR, SYNC
+from nbdmirror.qmp.arguments import (
+    BITMAP_MODE,
+    COPY_MODE,
+    MAY,
+    NEW_IMAGE_MODE,
+    ON_DEADLINE,
+    ON_ERROR,
+    SYNC,
+    deadline_at_s,
+    max_pause_s,
+    on_deadline,
+)
 from nbdmirror.qmp.command import CommandTable, ask_loop, on_loop
-from nbdmirror.qmp.opening import open_device
+from nbdmirror.qmp.opening import in_thread, open_device
 from nbdmirror.qmp.saving import mirrors_saved
-from nbdmirror.qmp.schema import BOOL, INT, STR, UINT32, Member, Struct, named, optional
+from nbdmirror.qmp.schema import BOOL, INT, NUMBER, STR, UINT32, Member, Struct, named, optional
 from nbdmirror.server.bitmaps import Change, NamedBitmap, Place
 from nbdmirror.server.nodes import Node, NodeOptions
+from nbdmirror.server.points_checks import PointsOptions, check_new_journal
 from nbdmirror.server.server import Server
 
 COMMANDS = CommandTable()
@@ -31,6 +45,13 @@ COMMANDS = CommandTable()
 BUFFER_BYTES_MAX = 1 << 30
 """Most buffers of one mirror. QEMU allocates them when the job starts; nbdmirror allocates them
 when a slow target needs them, beside the guests."""
+
+INTERVAL_S_DEFAULT, INTERVAL_S_MIN, INTERVAL_S_MAX = 1.0, 0.1, 86400.0
+"""Of points."""
+
+KEEP_POINTS_MAX = 86_400
+"""Most points that a journal may be asked to keep: a day of one each second. Their headers are in
+memory, 50 MB, and a reader of the journal reads all of them."""
 
 JOB_ID_LENGTH_MAX = 255
 """The ID is in every event, and up to JOBS_MAX jobs are kept."""
@@ -57,6 +78,14 @@ _MIRROR: dict[str, Member] = named(
     auto_dismiss=optional(BOOL),
     x_nbdmirror_allow_larger_target=optional(BOOL),
     x_nbdmirror_target_cluster_size=optional(UINT32),
+    x_nbdmirror_journal=optional(STR),
+    x_nbdmirror_interval=optional(NUMBER),
+    x_nbdmirror_keep=optional(NUMBER),
+    x_nbdmirror_rpo=optional(NUMBER),
+    x_nbdmirror_max_pause=optional(UINT32),
+    x_nbdmirror_may=optional(MAY),
+    x_nbdmirror_deadline=optional(NUMBER),
+    x_nbdmirror_on_deadline=optional(ON_DEADLINE),
 )
 
 _BLOCKDEV_MIRROR = Struct("BlockdevMirror", {**_MIRROR, **named(filter_node_name=optional(STR))})
@@ -98,6 +127,14 @@ class MirrorArguments:
     auto_dismiss: bool = True
     x_nbdmirror_allow_larger_target: bool = False
     x_nbdmirror_target_cluster_size: int = 0
+    x_nbdmirror_journal: str | None = None
+    x_nbdmirror_interval: float | None = None
+    x_nbdmirror_keep: float | None = None
+    x_nbdmirror_rpo: float | None = None
+    x_nbdmirror_max_pause: int = 0
+    x_nbdmirror_may: Sequence[str] = ()
+    x_nbdmirror_deadline: float = 0
+    x_nbdmirror_on_deadline: str | None = None
     filter_node_name: str | None = None
     """Only of blockdev-mirror."""
 
@@ -117,6 +154,22 @@ async def _open_again(server: Server, **arguments: Any) -> None:
         device = await open_device(partial(str, node.device.uri), node.device.pool.timeout_s)
         if not await ask_loop(server, partial(nodes.reopen, node, device)):
             device.close()
+    if mirror.x_nbdmirror_journal is not None:
+        find = partial(_journal_node, server, mirror)
+        journal: Node = await ask_loop(server, find)
+        await in_thread(partial(check_new_journal, journal.device))
+
+
+def _journal_node(server: Server, mirror: MirrorArguments) -> Node:
+    """The node of the journal, if it is one that may be looked into. Raises CommandError."""
+    assert mirror.x_nbdmirror_journal is not None
+    disk = server.nodes.find_disk(mirror.device)
+    node = server.nodes.find_target(disk, mirror.x_nbdmirror_journal)
+    if node is None or server.nodes.is_used(node):
+        raise CommandError(f"Journal: Node '{mirror.x_nbdmirror_journal}' is in use")
+    if node.device.is_lost:
+        raise CommandError(f"Journal: Node '{node.name}' has lost its connection")
+    return node
 
 
 @COMMANDS.action(
@@ -153,28 +206,52 @@ async def drive_mirror(
         raise CommandError("a node-name must be provided when replacing a named node of the graph")
     uri = target_uri(mirror.target)
     await ask_loop(server, partial(nodes.check_left, uri))
-    device = await open_device(lambda: uri, CONNECT_TIMEOUT_S)
     options = NodeOptions(reconnect_delay_s=x_nbdmirror_reconnect_delay)
-    node = Node(node_name or "", device, options, is_owned=True)
-
-    def start() -> None:
-        if device.read_only:
-            raise CommandError(f"Target '{uri}' is read-only")
-        nodes.add(node)
-        try:
-            job = create_mirror(server, replace(mirror, target=node.name))
-        except CommandError:
-            nodes.forget(node)
-            raise
-        server.mirrors.begin(job)
-
+    device = await open_device(lambda: uri, CONNECT_TIMEOUT_S)
+    added = [Node(node_name or "", device, options, is_owned=True)]
     try:
-        reply = await on_loop(server, start)
+        if mirror.x_nbdmirror_journal is not None:
+            journal = await _open_journal(server, mirror.x_nbdmirror_journal)
+            added.append(Node("", journal, options, is_owned=True))
+            await in_thread(partial(check_new_journal, journal))
+        reply = await on_loop(server, partial(_start, server, mirror, added))
     except CommandError:
-        device.close()
+        for node in added:
+            node.device.close()
         raise
     await mirrors_saved(server)
     return reply
+
+
+async def _open_journal(server: Server, text: str) -> NbdDevice:
+    try:
+        uri = target_uri(text)
+        await ask_loop(server, partial(server.nodes.check_left, uri))
+        return await open_device(lambda: uri, CONNECT_TIMEOUT_S)
+    except CommandError as error:
+        raise CommandError(f"Journal: {error}") from error
+
+
+def _start(server: Server, mirror: MirrorArguments, added: list[Node]) -> None:
+    """Start a mirror to new nodes, of the target and perhaps of the journal. Raises
+    CommandError."""
+    nodes = server.nodes
+    for what, node in zip(("Target", "Journal"), added, strict=False):
+        if node.device.read_only:
+            raise CommandError(f"{what} '{node.device.uri}' is read-only")
+    try:
+        for node in added:
+            nodes.add(node)
+        names = [node.name for node in added]
+        mirror = replace(mirror, target=names[0])
+        if len(names) > 1:
+            mirror = replace(mirror, x_nbdmirror_journal=names[1])
+        job = create_mirror(server, mirror)
+    except CommandError:
+        for node in added:
+            nodes.forget(node)
+        raise
+    server.mirrors.begin(job)
 
 
 def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
@@ -200,7 +277,50 @@ def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
     if job_id is None:
         job_id = default_job_id(disk.name, server.disks)
     options = _options(mirror, job_id, reconnect_delay_s=node.options.reconnect_delay_s)
-    return server.mirrors.create(disk, node, options, bitmap)
+    points = _points(server, disk, mirror)
+    return server.mirrors.create(disk, node, options, bitmap, points)
+
+
+def _points(server: Server, disk: Disk, mirror: MirrorArguments) -> PointsOptions | None:
+    """What copy mode points is asked for; None: it is another mode. Raises CommandError."""
+    name = mirror.x_nbdmirror_journal
+    if CopyMode(mirror.copy_mode) is not CopyMode.POINTS:
+        for key in ("journal", "interval", "keep", "rpo"):
+            if getattr(mirror, f"x_nbdmirror_{key}") is not None:
+                raise CommandError(f"Parameter 'x-nbdmirror-{key}' needs copy-mode 'points'")
+        return None
+    if name is None:
+        raise CommandError("Copy mode 'points' needs 'x-nbdmirror-journal'")
+    if mirror.sync != "full":
+        raise CommandError("Copy mode 'points' needs sync 'full'")
+    for key in ("max_pause", "may", "deadline", "on_deadline"):
+        if getattr(mirror, f"x_nbdmirror_{key}"):
+            key = key.replace("_", "-")
+            raise CommandError(f"Copy mode 'points' accepts no 'x-nbdmirror-{key}'")
+    times = _times(mirror)
+    node = server.nodes.find_target(disk, name)
+    if node is None:
+        raise CommandError(f"Journal: Node '{name}' is in use")
+    return PointsOptions(node, *times)
+
+
+def _times(mirror: MirrorArguments) -> tuple[float, float, float]:
+    """The interval of points, for how long they are kept, and the promised lag; 0: none. Raises
+    CommandError."""
+    interval_s = mirror.x_nbdmirror_interval
+    if interval_s is None:
+        interval_s = INTERVAL_S_DEFAULT
+    if not INTERVAL_S_MIN <= interval_s <= INTERVAL_S_MAX:
+        bounds = f"{INTERVAL_S_MIN:g} to {INTERVAL_S_MAX:g}"
+        raise CommandError(f"Parameter 'x-nbdmirror-interval' expects {bounds} seconds")
+    keep_s, rpo_s = mirror.x_nbdmirror_keep or 0, mirror.x_nbdmirror_rpo
+    if not 0 <= keep_s <= interval_s * KEEP_POINTS_MAX:
+        bounds = f"0 to {interval_s * KEEP_POINTS_MAX:g} seconds: {KEEP_POINTS_MAX} intervals"
+        raise CommandError(f"Parameter 'x-nbdmirror-keep' expects {bounds}")
+    if rpo_s is not None and not interval_s < rpo_s <= INTERVAL_S_MAX:
+        bounds = f"more than the interval of {interval_s:g} seconds, and at most {INTERVAL_S_MAX:g}"
+        raise CommandError(f"Parameter 'x-nbdmirror-rpo' expects {bounds}")
+    return float(interval_s), float(keep_s), float(rpo_s or 0)
 
 
 def _check_size(parameter: str, size: int) -> None:
@@ -245,6 +365,7 @@ def _options(mirror: MirrorArguments, job_id: str, *, reconnect_delay_s: float) 
         raise CommandError(f"Job ID is longer than {JOB_ID_LENGTH_MAX} characters")
     if mirror.speed < 0:
         raise CommandError("Parameter 'speed' expects a non-negative value")
+    at_s = deadline_at_s(mirror.x_nbdmirror_deadline)
     return MirrorOptions(
         job_id=job_id,
         sync=mirror.sync,
@@ -260,6 +381,10 @@ def _options(mirror: MirrorArguments, job_id: str, *, reconnect_delay_s: float) 
         clear_bitmap=mirror.bitmap_mode in (None, "on-success"),
         cluster_bytes=mirror.x_nbdmirror_target_cluster_size,
         allow_larger=mirror.x_nbdmirror_allow_larger_target,
+        max_pause_s=max_pause_s(mirror.x_nbdmirror_max_pause),
+        may=tuple(sorted(set(mirror.x_nbdmirror_may))),
+        deadline_at_s=at_s,
+        on_deadline=on_deadline(mirror.x_nbdmirror_on_deadline, at_s),
         auto_finalize=mirror.auto_finalize,
         auto_dismiss=mirror.auto_dismiss,
     )

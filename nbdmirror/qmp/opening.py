@@ -1,4 +1,4 @@
-"""Connects to NBD servers for commands, on helper threads."""
+"""Connects to NBD servers for commands, and reads from them, on helper threads."""
 
 from __future__ import annotations
 
@@ -6,37 +6,53 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from nbdmirror.errors import CommandError, ConfigError
 from nbdmirror.nbdclient.device import NbdDevice
 
+Result = TypeVar("Result")
+
 
 async def open_device(uri: Callable[[], str], timeout_s: float) -> NbdDevice:
-    """Connect on a new thread, within `timeout_s`: so a server that does not answer delays no other
-    client, and neither does a file system with keys, which `uri` may read. asyncio's pool has six
-    threads, and the process waits for them at its end, so it is not used. Raises CommandError."""
-    loop = asyncio.get_running_loop()
-    opened: asyncio.Future[NbdDevice] = loop.create_future()
+    """Connect on a new thread, within `timeout_s`. Raises CommandError."""
 
-    def report(device: NbdDevice | None, error: Exception | None) -> None:
-        if device is not None and not opened.cancelled():
-            opened.set_result(device)
-        elif device is not None:
-            device.close()
-        elif error is not None and not opened.cancelled():
-            opened.set_exception(error)
+    def work() -> NbdDevice:
+        return NbdDevice.open(uri(), timeout_s=timeout_s, mirrors=True)
+
+    return await in_thread(work, unwanted=NbdDevice.close)
+
+
+async def in_thread(
+    call: Callable[[], Result], *, unwanted: Callable[[Result], None] = lambda result: None
+) -> Result:
+    """Do `call` on a new thread: so a server that does not answer delays no other client, and
+    neither does a file system with keys, which `call` may read. asyncio's pool has six threads, and
+    the process waits for them at its end, so it is not used. A result for which nobody waits any
+    more is `unwanted`. Raises CommandError."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def report(found: list[Result], error: Exception | None) -> None:
+        if found and not done.cancelled():
+            done.set_result(found[0])
+        elif found:
+            unwanted(found[0])
+        elif error is not None and not done.cancelled():
+            done.set_exception(error)
 
     def work() -> None:
-        device, failure = None, None
+        found: list[Result] = []
+        failure = None
         try:
-            device = NbdDevice.open(uri(), timeout_s=timeout_s, mirrors=True)
+            found.append(call())
         except Exception as error:  # noqa: BLE001 - the command's, which is waiting for it
             failure = error
         with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(report, device, failure)
+            loop.call_soon_threadsafe(report, found, failure)
 
     threading.Thread(target=work, name="nbdmirror-open", daemon=True).start()
     try:
-        return await opened
+        return await done
     except ConfigError as error:
         raise CommandError(str(error)) from error

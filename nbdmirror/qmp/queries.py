@@ -9,6 +9,7 @@ from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.command import CommandTable
 from nbdmirror.qmp.results import BLOCK_INFO, BLOCK_JOB_INFO, EXPORT_INFO, JOB_INFO, NODE_INFO
@@ -23,7 +24,7 @@ _FLAT = struct("Flat", flat=optional(BOOL))
 """In QEMU this leaves backing nodes out; nbdmirror has none."""
 
 
-def block_job_info(job: MirrorJob) -> dict[str, Any]:
+def block_job_info(server: Server, job: MirrorJob) -> dict[str, Any]:
     """QEMU's BlockJobInfo."""
     info = {
         "type": job.type,
@@ -41,9 +42,50 @@ def block_job_info(job: MirrorJob) -> dict[str, Any]:
         "auto-dismiss": job.options.auto_dismiss,
         "actively-synced": job.is_actively_synced,
     }
+    if isinstance(job, PointsJob):
+        info["x-nbdmirror-points"] = _points_info(job)
+    course = server.chronicle.courses.get(job.id)
+    if course is not None and (left_s := course.deadline.left_s) is not None:
+        info["x-nbdmirror-deadline"] = {
+            "at-s": job.options.deadline_at_s,
+            "left-s": round(left_s, 3),
+            "on-deadline": str(job.options.on_deadline),
+            "outlook": str(course.kept),
+        }
     if job.error is not None:
         info["error"] = job.error
     return info
+
+
+def _points_info(job: PointsJob) -> dict[str, Any]:
+    """What the far side has, since the first copy is in sync."""
+    info: dict[str, Any] = {"interval-s": job.interval_s}
+    if job.keep_s:
+        info["keep-s"] = job.keep_s
+        info["kept"] = job.is_window_kept
+    if job.rpo_s:
+        info["rpo-s"] = job.rpo_s
+    run = job.run
+    if run is None or run.room is None:
+        return info
+    info["late-cuts"] = run.late_cuts
+    info["journal-bytes"], info["journal-used-bytes"] = run.room.total_bytes, run.room.used_bytes
+    if run.room.lasts_s is not None:
+        info["journal-lasts-s"] = round(run.room.lasts_s, 3)
+    info["points"], info["reaches-s"] = run.room.points, round(run.reaches_s, 3)
+    if run.last is not None:
+        info["sequence"], info["time-s"] = run.last.sequence, round(run.last.time_ns / 1e9, 3)
+        info["bytes"] = run.last.changed_bytes
+        if run.last.name:
+            info["name"] = run.last.name
+    return info
+
+
+def dirty_bitmap(job: MirrorJob) -> DirtyBitmap:
+    """What guests have changed and the job has not sent."""
+    if isinstance(job, PointsJob) and job.run is not None:
+        return job.run.changes.dirty
+    return job.tracker.dirty
 
 
 def job_info(job: MirrorJob) -> dict[str, Any]:
@@ -63,7 +105,7 @@ def job_info(job: MirrorJob) -> dict[str, Any]:
 @COMMANDS.command("query-block-jobs", returns=Array(BLOCK_JOB_INFO))
 def query_block_jobs(server: Server) -> list[dict[str, Any]]:
     """Newest first."""
-    return [block_job_info(job) for job in reversed(server.mirrors.jobs.values())]
+    return [block_job_info(server, job) for job in reversed(server.mirrors.jobs.values())]
 
 
 @COMMANDS.command("query-jobs", returns=Array(JOB_INFO))
@@ -151,7 +193,7 @@ def _disk_info(server: Server, disk: Disk) -> dict[str, Any]:
     info["image"]["virtual-size"] = disk.size  # the device may be larger, if that was allowed
     bitmaps = named_bitmaps(server, Place(disk))
     if (job := server.mirrors.of(disk)) is not None:
-        bitmaps.insert(0, _bitmap_info(job.tracker.dirty, recording=True, busy=False))
+        bitmaps.insert(0, _bitmap_info(dirty_bitmap(job), recording=True, busy=False))
     return {**info, "dirty-bitmaps": bitmaps} if bitmaps else info
 
 

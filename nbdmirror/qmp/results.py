@@ -7,8 +7,18 @@ have begin with `x-nbdmirror-` or `X_NBDMIRROR_`.
 
 from __future__ import annotations
 
+from nbdmirror.mirror.deadline import Done, Kept
 from nbdmirror.mirror.job_states import JobStatus
-from nbdmirror.qmp.arguments import COPY_MODE, DETECT_ZEROES, JOB_TYPE, ON_ERROR, SYNC
+from nbdmirror.mirror.waits import Cause
+from nbdmirror.qmp.arguments import (
+    COPY_MODE,
+    DETECT_ZEROES,
+    JOB_TYPE,
+    MAY,
+    ON_DEADLINE,
+    ON_ERROR,
+    SYNC,
+)
 from nbdmirror.qmp.schema import (
     BOOL,
     INT,
@@ -44,7 +54,40 @@ _BLOCK_JOB_INFO_MEMBERS = named(
     error=optional(STR),
 )
 
-_MIRROR_INFO = struct("BlockJobInfoMirror", actively_synced=BOOL)
+_POINTS = struct(
+    "JobPoints",
+    interval_s=NUMBER,
+    keep_s=optional(NUMBER),
+    kept=optional(BOOL),
+    rpo_s=optional(NUMBER),
+    late_cuts=optional(INT),
+    journal_bytes=optional(INT),
+    journal_used_bytes=optional(INT),
+    journal_lasts_s=optional(NUMBER),
+    points=optional(INT),
+    reaches_s=optional(NUMBER),
+    sequence=optional(INT),
+    time_s=optional(NUMBER),
+    bytes=optional(INT),
+    name=optional(STR),
+)
+
+_DEADLINE = struct(
+    "JobDeadline",
+    at_s=NUMBER,
+    left_s=NUMBER,
+    on_deadline=ON_DEADLINE,
+    outlook=Enum("DeadlineOutlook", tuple(map(str, Kept))),
+)
+
+POINT_TAKEN = struct("PointTaken", sequence=INT, time_s=NUMBER)
+
+_MIRROR_INFO = struct(
+    "BlockJobInfoMirror",
+    actively_synced=BOOL,
+    x_nbdmirror_points=optional(_POINTS),
+    x_nbdmirror_deadline=optional(_DEADLINE),
+)
 
 BLOCK_JOB_INFO = Struct(
     "BlockJobInfo",
@@ -128,6 +171,16 @@ EXPORT_INFO = struct(
     shutting_down=BOOL,
 )
 
+_BY_CAUSE = Struct("TimeByCause", {cause: Member(NUMBER) for cause in map(str, Cause)})
+
+_WAITS = struct(
+    "JobWaits",
+    now=Enum("WaitCause", tuple(map(str, Cause))),
+    last_minute=_BY_CAUSE,
+    since_start=_BY_CAUSE,
+    seconds=_BY_CAUSE,
+)
+
 _JOB_STATUS_INFO = Struct(
     "JobStatusInfo",
     {
@@ -139,6 +192,8 @@ _JOB_STATUS_INFO = Struct(
         **named(copied_bytes=INT, written_bytes=INT),
         **named(sent_bytes=optional(INT), changed_bytes=optional(INT)),
         **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
+        **named(max_pause_ms=optional(NUMBER), pause_predicted_ms=optional(NUMBER), may=MAY),
+        **named(throttle_bytes_per_s=optional(INT)),
         **named(
             ending=Enum("JobEnding", ("none", "complete", "cancel")),
             ending_for_s=optional(NUMBER),
@@ -160,8 +215,12 @@ _JOB_STATUS_INFO = Struct(
             zero_bytes_per_s=optional(INT),
             dirty_bytes_per_s=optional(INT),
             left_s=optional(NUMBER),
+            left_s_min=optional(NUMBER),
+            left_s_max=optional(NUMBER),
             lag_s=optional(NUMBER),
             falling_behind=BOOL,
+            waits=_WAITS,
+            explanation=Array(STR),
         ),
     },
 )
@@ -201,6 +260,12 @@ STATUS = struct(
     state_error=optional(STR),
 )
 
+_CELLS = Array(INT)
+
+JOB_MAP = struct(
+    "JobMap", lengths=_CELLS, dirty=_CELLS, in_flight=_CELLS, unflushed=_CELLS, zero=_CELLS
+)
+
 _ENDED = named(type=JOB_TYPE, device=STR, len=INT, offset=INT, speed=INT)
 
 _SINCE_READY = {
@@ -222,8 +287,43 @@ EVENTS: dict[str, Struct] = {
     "BLOCK_JOB_PENDING": struct("BlockJobPending", type=JOB_TYPE, id=STR),
     "BLOCK_JOB_READY": Struct("BlockJobReady", _ENDED),
     "JOB_STATUS_CHANGE": struct("JobStatusChange", id=STR, status=_JOB_STATUS),
+    "X_NBDMIRROR_CONVERGENCE": struct(
+        "Convergence",
+        device=STR,
+        id=STR,
+        rung=MAY.of,
+        reason=STR,
+        bytes_per_s=optional(INT),
+    ),
+    "X_NBDMIRROR_DEADLINE": struct(
+        "DeadlinePassed",
+        device=STR,
+        id=STR,
+        action=ON_DEADLINE,
+        done=Enum("DeadlineDone", tuple(map(str, Done))),
+        reason=STR,
+    ),
+    "X_NBDMIRROR_KEEP": struct(
+        "PointsKept", device=STR, id=STR, keep_s=NUMBER, reaches_s=NUMBER, kept=BOOL
+    ),
     "X_NBDMIRROR_PIVOTED": struct("Pivoted", device=STR, id=STR, pause_ms=NUMBER),
+    "X_NBDMIRROR_POINT": struct(
+        "PointCommitted",
+        device=STR,
+        id=STR,
+        sequence=INT,
+        time_s=NUMBER,
+        bytes=INT,
+        lag_s=NUMBER,
+        name=optional(STR),
+    ),
+    "X_NBDMIRROR_POINT_BROKEN": struct(
+        "PointBroken", device=STR, id=STR, reason=STR, name=optional(STR)
+    ),
     "X_NBDMIRROR_QUIESCE_TIMEOUT": Struct("QuiesceTimeout", _ENDED),
+    "X_NBDMIRROR_RPO": struct(
+        "RecoveryPointObjective", device=STR, id=STR, rpo_s=NUMBER, lag_s=NUMBER, kept=BOOL
+    ),
     "X_NBDMIRROR_SOURCE_CHANGED": struct("SourceChanged", device=STR, reason=STR),
     "X_NBDMIRROR_STATE_ERROR": struct("StateError", reason=STR),
     "X_NBDMIRROR_SIZES_DIFFER": struct(

@@ -33,8 +33,9 @@ class Plain:
     expected: str
 
     def check(self, value: object, where: str) -> None:
-        # bool is an int to Python, never to QMP.
-        if not isinstance(value, self.python) or (isinstance(value, bool) and self.python is int):
+        # bool is an int to Python, never to QMP. A whole number is a number, too.
+        kinds = (int, float) if self.python is float else (self.python,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds):
             raise _wrong_type(where, self.expected)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise _wrong_type(where, self.expected)

@@ -1,5 +1,6 @@
 """The result of x-nbdmirror-query-status, which `nbdmirror status --json` prints: everything that
-an operator needs to know about disks and jobs.
+an operator needs to know about disks and jobs. And that of x-nbdmirror-query-job-map, for a picture
+of a job's disk.
 
 Sizes are in bytes; other units are at the end of a key. On the event loop's thread.
 """
@@ -8,18 +9,26 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from nbdmirror import __version__
 from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.disk.cells import CELLS_MAX
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
+from nbdmirror.errors import CommandError
+from nbdmirror.explanation import explanation
 from nbdmirror.mirror.lag import round_up
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.options import CopyMode
+from nbdmirror.mirror.waits import Cause, Shares
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.command import CommandTable
-from nbdmirror.qmp.queries import block_job_info, named_bitmaps
-from nbdmirror.qmp.results import STATUS
+from nbdmirror.qmp.job_commands import find_job
+from nbdmirror.qmp.queries import block_job_info, dirty_bitmap, named_bitmaps
+from nbdmirror.qmp.results import JOB_MAP, STATUS
+from nbdmirror.qmp.schema import INT, STR, struct
 from nbdmirror.server.bitmaps import Place
 from nbdmirror.server.chronicle import Course
 from nbdmirror.server.server import Server
@@ -39,6 +48,25 @@ def query_status(server: Server) -> dict[str, Any]:
     if error := next((writer.error for writer in server.writers.values() if writer.error), ""):
         info["state-error"] = error
     return info
+
+
+@COMMANDS.command(
+    "x-nbdmirror-query-job-map", struct("QueryJobMap", id=STR, cells=INT), returns=JOB_MAP
+)
+def query_job_map(server: Server, id: str, cells: int) -> dict[str, list[int]]:
+    job = find_job(server, id)
+    if not 1 <= cells <= CELLS_MAX:
+        raise CommandError(f"Parameter 'cells' expects a value in range [1, {CELLS_MAX}]")
+    if job.is_over:
+        raise CommandError(f"Job '{id}' in state '{job.status}' has no map")
+    found = job.tracker.map(cells)
+    return {
+        "lengths": found.lengths,
+        "dirty": found.dirty,
+        "in-flight": found.in_flight,
+        "unflushed": found.unflushed,
+        "zero": found.zero,
+    }
 
 
 def _disk(server: Server, disk: Disk) -> dict[str, Any]:
@@ -68,7 +96,7 @@ def _is_connected(device: BlockDevice) -> bool:
 
 
 def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
-    info = block_job_info(job)
+    info = block_job_info(server, job)
     info["target"] = job.target.description
     info["sync"] = job.options.sync
     info["copy-mode"] = str(job.options.copy_mode)
@@ -76,7 +104,7 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["on-target-error"] = str(job.options.on_target_error)
     info["reconnect-delay-s"] = float(job.options.reconnect_delay_s)
     info["granularity"] = job.tracker.granularity
-    info["dirty-bytes"] = 0 if job.is_over else job.tracker.dirty.dirty_bytes
+    info["dirty-bytes"] = 0 if job.is_over else dirty_bitmap(job).dirty_bytes
     info["in-flight-bytes"] = job.tracker.in_flight_bytes
     info["unflushed-bytes"] = 0 if job.is_over else job.tracker.unflushed_bytes
     info["copied-bytes"] = job.copier.copied_bytes
@@ -90,6 +118,12 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["quiesce-timeouts"] = job.quiesce_timeouts
     info["target-connected"] = _is_connected(job.target)
     info["falling-behind"] = False
+    if (allowed_s := job.options.max_pause_s) is not None:
+        info["max-pause-ms"] = round(allowed_s * 1000, 3)
+    info["may"] = list(job.options.may)
+    is_tracked = job.is_ready and job.options.copy_mode is not CopyMode.POINTS
+    if is_tracked and (pause_s := job.pivot_pause.predicted_s) is not None:
+        info["pause-predicted-ms"] = round(pause_s * 1000, 3)
     if job.pause_s is not None:
         info["pause-ms"] = round(job.pause_s * 1000, 3)
     if (error := job.last_error) is not None:
@@ -103,7 +137,22 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
         info["target-lost-reason"] = target.reconnect_problem
     if (course := server.chronicle.courses.get(job.id)) is not None:
         _add_course(info, course, server.loop.clock())
+    info["waits"] = _waits(job.waits.shares)
+    info["explanation"] = explanation(info)
     return info
+
+
+def _waits(shares: Shares) -> dict[str, Any]:
+    return {
+        "now": str(shares.now),
+        "last-minute": _by_cause(shares.recent),
+        "since-start": _by_cause(shares.total),
+        "seconds": _by_cause(shares.seconds),
+    }
+
+
+def _by_cause(found: Mapping[Cause, float]) -> dict[str, float]:
+    return {str(cause): round(value, 4) for cause, value in found.items()}
 
 
 def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
@@ -125,6 +174,13 @@ def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
         info["falling-behind"] = rates.falls_behind
         if rates.left_s is not None:
             info["left-s"] = round(rates.left_s, 3)
+    if (throttle := course.throttle) is not None:
+        info["throttle-bytes-per-s"] = round(throttle)
+    if (prediction := course.prediction) is not None:
+        info["falling-behind"] = prediction.never
+        info.pop("left-s", None)
+        found = {"": prediction.end_s, "-min": prediction.end_s_min, "-max": prediction.end_s_max}
+        info |= {f"left-s{end}": round(at, 3) for end, at in found.items() if at is not None}
 
 
 def _result(result: Result) -> dict[str, Any]:

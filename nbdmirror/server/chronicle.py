@@ -6,24 +6,31 @@ On the event loop's thread.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from nbdmirror.amounts import size
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
-from nbdmirror.mirror.job import Cancelled, JobError
+from nbdmirror.mirror.deadline import Deadline, Kept
+from nbdmirror.mirror.failure import Cancelled, JobError
+from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.mirror.ladder import Rung, Situation, Step, next_step
 from nbdmirror.mirror.mirror_job import MirrorJob
-from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.options import CopyMode, Ending
+from nbdmirror.mirror.outlook import Prediction
+from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.rates import Meter, Rates, Sample
 from nbdmirror.state.job_results import Result
 
-log = logging.getLogger(__name__)
-
 LOOK_S = 1.0
 
+
+NEEDED, NEEDED_S = 3.0, 30.0
+"""With a throttle a copy takes at most so many times as long as without guests, and so much more
+until the throttle is taken."""
 
 SERVER_ENDS = "the server ended"
 GOES_ON = "the server ended; the mirror continues when the server starts again"
@@ -37,16 +44,22 @@ class Lost:
     since_s: float
     until_s: float
     """Infinite: without a limit. Both times are of the loop's clock."""
+    target: str
 
 
 class Course:
     """Observations of one job while it runs."""
 
-    def __init__(self, job: MirrorJob, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, job: MirrorJob, clock: Callable[[], float], time_s: Callable[[], float]
+    ) -> None:
+        """`time_s` returns seconds since 1970."""
         self.lost: Lost | None = None
         self.disk = job.disk.name
         self.target = job.target.description
         self.source = job.disk.source.description
+        self.log = job.log
+        self.deadline = Deadline(job, clock, time_s)
         self._job = job
         self._mode = job.options.copy_mode
         self._clock = clock
@@ -56,10 +69,43 @@ class Course:
         self._answered_s = clock()
         self._error: JobError | None = None
         self._error_s = 0.0
+        self._late_since_s: float | None = None
+        self._throttled_since_s: float | None = None
+        """Since when there is a throttle, as was told; None: there is none."""
+
+    def take(self, step: Step) -> None:
+        """Do it; the caller says why."""
+        if step.rung is Rung.WRITE_BLOCKING:
+            self._mode = CopyMode.WRITE_BLOCKING
+            self._job.throttle.release("guests wait for the target from now on")
+            self._job.change(self._mode)
+        elif step.bytes_per_s is None:
+            self._job.throttle.release(step.reason)
+            self._throttled_since_s = None
+        else:
+            self._job.throttle.limit(step.bytes_per_s)
+            if self._throttled_since_s is None:
+                self._throttled_since_s = self._clock()
+
+    def released(self) -> Step | None:
+        """The job has released its throttle, by itself, since the last call."""
+        throttle = self._job.throttle
+        if self._throttled_since_s is None or throttle.bytes_per_s is not None:
+            return None
+        self._throttled_since_s = None
+        return Step(Rung.THROTTLE, throttle.why_released)
+
+    @property
+    def throttle(self) -> float | None:
+        """How many bytes guests may make dirty in a second; None: as many as they like."""
+        return self._job.throttle.bytes_per_s
 
     def look(self) -> None:
         """Update the observations. Called about once a second."""
         now_s, job = self._clock(), self._job
+        job.waits.look()
+        if job.is_ready:
+            job.pivot_pause.look()
         if job.ending is Ending.NONE:
             self._ending_since_s = None
         elif self._ending_since_s is None:
@@ -69,9 +115,10 @@ class Course:
             self._answers, self._answered_s = answers, now_s
         if job.options.copy_mode is not self._mode:
             self._mode = job.options.copy_mode
-            log.info("job %s: copy mode %s", job.id, job.options.copy_mode)
+            job.log.info("copy mode %s", job.options.copy_mode)
         if job.last_error is not self._error:
             self._error, self._error_s = job.last_error, now_s
+        self._late_since_s = (self._late_since_s or now_s) if self._is_late else None
         if job.copier.is_running:
             self._meter.add(self._sample())
         else:
@@ -81,6 +128,63 @@ class Course:
     def rates(self) -> Rates | None:
         """None while nothing is copied, and before enough is known."""
         return self._meter.rates(self._sample()) if self._job.copier.is_running else None
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """When the job will be READY; None if it is, and if nothing is known."""
+        job = self._job
+        if job.is_ready or not job.copier.is_running:
+            return None
+        return job.watch.outlook.predict(self._clock())
+
+    @property
+    def kept(self) -> Kept:
+        """Whether the deadline can be kept; for a job that has one."""
+        is_copying = self.lost is None and self._job.copier.is_running
+        return self.deadline.kept(self.prediction, is_copying=is_copying)
+
+    @property
+    def step(self) -> Step | None:
+        """What is to be done now to bring the job to its end."""
+        job = self._job
+        if not job.options.may:
+            return None  # nothing is allowed
+        if self.lost is not None or not job.copier.is_running or job.has_done_its_work:
+            return None
+        prediction = self.prediction
+        is_in_vain = job.status is JobStatus.READY and job.pivot_pause.is_copy_too_long
+        now_s, rates = self._clock(), self.rates
+        rate = job.watch.outlook.rate or (rates.copy_bytes_per_s if rates is not None else None)
+        late_since_s, throttled_since_s = self._late_since_s, self._throttled_since_s
+        return next_step(
+            job.options,
+            Situation(
+                is_ready=job.is_ready,
+                never=prediction is not None and prediction.never,
+                pivot_waits_s=self.ending_for_s if is_in_vain else 0.0,
+                is_ending=job.ending is not Ending.NONE,
+                late_s=0.0 if late_since_s is None else now_s - late_since_s,
+                deadline_left_s=self.deadline.left_s,
+                bytes_per_s=rate,
+                left_bytes=job.tracker.remaining_bytes,
+                throttle=self.throttle,
+                throttled_s=0.0 if throttled_since_s is None else now_s - throttled_since_s,
+            ),
+        )
+
+    @property
+    def _is_late(self) -> bool:
+        """The deadline will be missed if nothing is done. Where no end is predicted, it is
+        waited for until little more time is left than a copy with a throttle takes."""
+        job, left_s = self._job, self.deadline.left_s
+        if left_s is None or (prediction := self.prediction) is None:
+            return False
+        if prediction.end_s is not None:
+            return prediction.end_s > left_s
+        rate = job.watch.outlook.rate
+        if not rate:
+            return False
+        return left_s <= NEEDED * job.tracker.remaining_bytes / rate + NEEDED_S
 
     @property
     def ending_for_s(self) -> float:
@@ -101,8 +205,9 @@ class Course:
 
     def _waits_for(self, operation: str) -> bool:
         """Whether a request waits. A wait for the target hides a wait for the source."""
-        copier, tracker = self._job.copier, self._job.tracker
-        is_writing = copier.is_writing or (not copier.in_flight and tracker.in_flight_bytes > 0)
+        copier, waits = self._job.copier, self._job.waits
+        is_synchronous = not copier.in_flight and self._job.tracker.in_flight_bytes > 0
+        is_writing = waits.is_at_target or is_synchronous
         return is_writing if operation == "write" else copier.in_flight > 0 and not is_writing
 
     def _sample(self) -> Sample:
@@ -114,6 +219,7 @@ class Course:
             left=job.tracker.remaining_bytes,
             in_flight=tracker.in_flight_bytes,
             again=tracker.again_bytes,
+            traffic=job.traffic.since_ready if job.traffic is not None else None,
         )
 
 
@@ -141,33 +247,59 @@ class Chronicle:
 
     def begin(self, job: MirrorJob) -> None:
         """Observe a job from its start to its end."""
-        course = self.courses[job.id] = Course(job, self._loop.clock)
+        course = self.courses[job.id] = Course(job, self._loop.clock, self._time_s)
         job.when_ended(partial(self._ended, job))
-        log.info(
-            "job %s: mirrors disk %s (%s) to %s, sync %s, %s",
-            *(job.id, course.disk, course.source, course.target),
-            *(job.options.sync, job.options.copy_mode),
-        )
+        names = course.disk, course.source, course.target
+        text = "mirrors disk %s (%s) to %s, sync %s, %s"
+        job.log.info(text, *names, job.options.sync, job.options.copy_mode)
         if not self._is_looking:
             self._is_looking = True
             self._look()
 
     def _look(self) -> None:
         self._is_looking = bool(self.courses)
-        for course in self.courses.values():
+        for job_id, course in self.courses.items():
             course.look()
+            if (released := course.released()) is not None:
+                self._tell(job_id, course, released)
+            if (step := course.step) is not None:
+                course.take(step)
+                self._tell(job_id, course, step)
+            self._look_at_deadline(job_id, course)
         if self._is_looking:
             self._loop.call_later(LOOK_S, self._look)
 
-    def target_lost(self, job_id: str, reconnect_timeout_s: float) -> None:
-        """The job's target is lost. The job reconnects for `reconnect_timeout_s` from now on, also
-        if the target was lost already."""
-        course, now_s = self.courses[job_id], self._loop.clock()
-        before, course.lost = course.lost, Lost(now_s, now_s + reconnect_timeout_s)
-        if before is not None:
-            course.lost = Lost(before.since_s, now_s + reconnect_timeout_s)
+    def _tell(self, job_id: str, course: Course, step: Step) -> None:
+        """Something is done from now on so that the job ends, or is not done any more."""
+        about: dict[str, object] = {"rung": str(step.rung), "reason": step.reason}
+        what = "copy mode write-blocking from now on"
+        if step.rung is Rung.THROTTLE:
+            what = "the guest is not throttled any more"
+            if step.bytes_per_s is not None:
+                what = f"the guest may make {size(step.bytes_per_s)}/s dirty from now on"
+                about["bytes-per-s"] = round(step.bytes_per_s)
+        course.log.warning("%s: %s", what, step.reason, about=about)
+        data: dict[str, object] = {"device": course.disk, "id": job_id}
+        self._events.append("X_NBDMIRROR_CONVERGENCE", data | about)
+
+    def _look_at_deadline(self, job_id: str, course: Course) -> None:
+        if (passed := course.deadline.look()) is None:
             return
-        data: dict[str, object] = {"device": course.disk, "id": job_id, "target": course.target}
+        about = {"action": str(passed.action), "done": str(passed.done), "reason": passed.reason}
+        text = "its deadline has passed: %s; on-deadline %s, done: %s"
+        course.log.warning(text, passed.reason, passed.action, passed.done, about=about)
+        data: dict[str, object] = {"device": course.disk, "id": job_id}
+        self._events.append("X_NBDMIRROR_DEADLINE", data | about)
+
+    def target_lost(self, job_id: str, reconnect_timeout_s: float, target: str) -> None:
+        """The job's target, or its journal, is lost. The job reconnects for `reconnect_timeout_s`
+        from now on, also if the target was lost already."""
+        course, now_s = self.courses[job_id], self._loop.clock()
+        before, until_s = course.lost, now_s + reconnect_timeout_s
+        course.lost = Lost(before.since_s if before else now_s, until_s, target)
+        if before is not None:
+            return
+        data: dict[str, object] = {"device": course.disk, "id": job_id, "target": target}
         if math.isfinite(reconnect_timeout_s):
             data["wait-s"] = float(reconnect_timeout_s)
         how_long = (
@@ -175,7 +307,7 @@ class Chronicle:
             if math.isfinite(reconnect_timeout_s)
             else "without a limit"
         )
-        log.warning("job %s: target %s is lost: reconnecting %s", job_id, course.target, how_long)
+        course.log.warning("target %s is lost: reconnecting %s", target, how_long)
         self._events.append("X_NBDMIRROR_TARGET_LOST", data)
 
     def target_waited_for(self, job_id: str, *, is_back: bool) -> None:
@@ -185,15 +317,17 @@ class Chronicle:
         lost, course.lost = course.lost, None
         if is_back and lost is not None:
             lost_s = round(self._loop.clock() - lost.since_s, 3)
-            log.info("job %s: target %s is back after %g s", job_id, course.target, lost_s)
+            course.log.info("target %s is back after %g s", lost.target, lost_s)
             data = {"device": course.disk, "id": job_id, "lost-for-s": lost_s}
             self._events.append("X_NBDMIRROR_TARGET_BACK", data)
 
     def _ended(self, job: MirrorJob) -> None:
         course = self.courses.pop(job.id)
+        if (released := course.released()) is not None:
+            self._tell(job.id, course, released)
         failure = job.failure
         if str(failure) == GOES_ON:
-            log.info("job %s: %s", job.id, failure)
+            job.log.info("%s", failure)
             return
         kind = "completed" if failure is None else "failed"
         if isinstance(failure, Cancelled):
@@ -208,14 +342,20 @@ class Chronicle:
             pause_s=job.pause_s,
         )
         self._keep(course.disk, result)
+        about: dict[str, object] = {"result": kind, "pivoted": job.pivoted}
+        if result.reason:
+            about["reason"] = result.reason
+        log = job.log.warning if failure is not None else job.log.info
         if job.pivoted:
-            text = "job %s: pivoted: disk %s is served from %s, before from %s; writes held %.1f ms"
+            text = "pivoted: disk %s is served from %s, before from %s; writes held %.1f ms"
             pause_ms = 1000 * (job.pause_s or 0)
-            log.info(text, job.id, course.disk, course.target, course.source, pause_ms)
+            log(text, course.disk, course.target, course.source, pause_ms, about=about)
         elif kind == "completed":
-            text = "job %s: ended: %s is a copy; disk %s is served from %s as before"
-            log.info(text, job.id, course.target, course.disk, course.source)
+            text = "ended: %s is a copy; disk %s is served from %s as before"
+            log(text, course.target, course.disk, course.source, about=about)
         else:
-            text = "job %s: %s: %s; %s is unusable; disk %s is served from %s as before"
-            names = course.target, course.disk, course.source
-            log.warning(text, job.id, kind, result.reason, *names)
+            text = "%s: %s; %s %s; disk %s is served from %s as before"
+            point = job.run.last if isinstance(job, PointsJob) and job.run else None
+            state = f"is behind its journal, which has point {point.sequence}" if point else ""
+            names = course.target, state or "is unusable", course.disk, course.source
+            log(text, kind, result.reason, *names, about=about)

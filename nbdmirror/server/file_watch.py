@@ -6,7 +6,6 @@ thread for each file system checks the files regularly; one file system may hang
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -15,8 +14,7 @@ from nbdmirror.devices.base import raw_device
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.disk.disk import Disk
 from nbdmirror.events import EventRing
-
-log = logging.getLogger(__name__)
+from nbdmirror.subject_log import disk_log
 
 LOOK_S = 1.0
 
@@ -51,7 +49,7 @@ class FileWatch:
             source = raw_device(disk.source)
             reason = source.change() if isinstance(source, FileDevice) else ""
             if reason and reason != self.changes.get(name):
-                log.error("disk %s: %s", name, reason)
+                disk_log(name).error("%s", reason, about={"reason": reason})
                 data = {"device": name, "reason": reason}
                 self._events.append("X_NBDMIRROR_SOURCE_CHANGED", data)
             self.changes[name] = reason

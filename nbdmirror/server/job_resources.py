@@ -83,6 +83,7 @@ class JobResources:
             request_bytes_max=1 << (piece.bit_length() - 1),
             unmap=self.options.unmap,
             load=load,
+            waits=job.waits,
         )
 
     def acquire(self, job: MirrorJob) -> None:
@@ -93,7 +94,7 @@ class JobResources:
             self.bitmap.is_busy = True
         if isinstance(self.source, NbdDevice):
             self.source.pool.attach(self.loop, None)
-            self.source.on_lost_writes = partial(copy_all, job.id, self.tracker)
+            self.source.on_lost_writes = partial(copy_all, job.log, self.tracker)
         self.node.device.pool.attach(self.loop, job.target_lost)
 
     def changed(self, state: JobState) -> None:
@@ -209,7 +210,8 @@ class JobResources:
         reconnect_timeout_s = (
             self.options.reconnect_delay_s if self.has_connected_once else math.inf
         )
-        self.chronicle.target_lost(self.options.job_id, reconnect_timeout_s)
+        job_id, name = self.options.job_id, device.description
+        self.chronicle.target_lost(job_id, reconnect_timeout_s, name)
         reconnect(
             device,
             self.loop,

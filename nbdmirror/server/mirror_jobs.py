@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import time
 import uuid
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from nbdmirror.disk.bitmap import check_bits
 from nbdmirror.disk.disk import Disk
@@ -17,18 +18,19 @@ from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.in_flight import CopierLoad
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.job_resources import JobResources
 from nbdmirror.server.mirror_record import node_of, options_of
 from nbdmirror.server.nodes import Node, Nodes
+from nbdmirror.server.points_checks import PointsOptions, changes_of, check_journal
+from nbdmirror.server.points_resources import PointsResources
 from nbdmirror.server.sources import Sources
 from nbdmirror.server.target_checks import check_target, granularity_of, unit_of
 from nbdmirror.state.null_store import StateStore
 from nbdmirror.state.recovery import RecoveredState
 from nbdmirror.state.sealed_files import StateError
-
-log = logging.getLogger(__name__)
 
 JOBS_MAX = 256
 """Most jobs, including concluded ones that were not dismissed: a bound on a client's use of
@@ -70,14 +72,22 @@ class MirrorJobs:
         return next((job for job in self.running if job.disk is disk), None)
 
     def create(
-        self, disk: Disk, node: Node, options: MirrorOptions, bitmap: NamedBitmap | None = None
+        self,
+        disk: Disk,
+        node: Node,
+        options: MirrorOptions,
+        bitmap: NamedBitmap | None = None,
+        points: PointsOptions | None = None,
     ) -> MirrorJob:
-        """A job that can be started (`begin`) or discarded. Raises CommandError; then no job exists
-        and nothing has changed."""
+        """A job that can be started (`begin`) or discarded; `points`: with copy mode points. Raises
+        CommandError; then no job exists and nothing has changed."""
         self._check(disk, node, options)
+        if points is not None:
+            self._check_points(disk, node, options, points)
         granularity = granularity_of(disk, node.device, options, bitmap)
         check_bits(disk.size, granularity)
-        return self._make(disk, node, options, bitmap, granularity, f"mirror-{uuid.uuid4().hex}")
+        key = f"mirror-{uuid.uuid4().hex}"
+        return self._make(disk, node, options, bitmap, granularity, key, points=points)
 
     def _make(
         self,
@@ -89,41 +99,68 @@ class MirrorJobs:
         key: str,
         *,
         has_connected_once: bool = True,
+        points: PointsOptions | None = None,
     ) -> MirrorJob:
         store = self._stores[disk]
         unit = unit_of(disk, node.device, options, granularity)
-        tracker = Tracker(disk.size, granularity, store.new_bitmap(key), unit)
-        resources = JobResources(
-            options=options,
-            disk=disk,
-            node=node,
-            source=self._sources.of(disk),
-            bitmap=bitmap,
-            tracker=tracker,
-            key=key,
-            store=store,
-            sources=self._sources,
-            nodes=self._nodes,
-            loop=self._loop,
-            chronicle=self._chronicle,
-            has_connected_once=has_connected_once,
-            on_dismissed=partial(self.jobs.pop, options.job_id, None),
-        )
-        job = MirrorJob(
-            options=options,
-            disk=disk,
-            target=node.device,
-            tracker=tracker,
-            copier=partial(resources.new_copier, self._load),
-            loop=self._loop,
-            events=self._events,
-            resources=resources,
-            bitmap=bitmap.bitmap if bitmap else None,
-        )
+        new_bitmap, remainder = store.new_bitmap(key), store.remainder(key)
+        tracker = Tracker(disk.size, granularity, new_bitmap, unit, remainder)
+        parts: dict[str, Any] = {
+            "options": options,
+            "disk": disk,
+            "node": node,
+            "source": self._sources.of(disk),
+            "bitmap": bitmap,
+            "tracker": tracker,
+            "key": key,
+            "store": store,
+            "sources": self._sources,
+            "nodes": self._nodes,
+            "loop": self._loop,
+            "chronicle": self._chronicle,
+            "has_connected_once": has_connected_once,
+            "on_dismissed": partial(self.jobs.pop, options.job_id, None),
+        }
+        if points is None:
+            resources = JobResources(**parts)
+        else:
+            resources = PointsResources(journal=points.journal, **parts)
+        job = self._job(resources, bitmap, unit, points)
         resources.acquire(job)
         self.jobs[job.id] = job
         job.create()
         return job
+
+    def _job(
+        self,
+        resources: JobResources,
+        bitmap: NamedBitmap | None,
+        unit: int,
+        points: PointsOptions | None,
+    ) -> MirrorJob:
+        disk, options, tracker = resources.disk, resources.options, resources.tracker
+        parts: dict[str, Any] = {
+            "options": options,
+            "disk": disk,
+            "target": resources.node.device,
+            "tracker": tracker,
+            "copier": partial(resources.new_copier, self._load),
+            "loop": self._loop,
+            "events": self._events,
+            "resources": resources,
+            "bitmap": bitmap.bitmap if bitmap else None,
+        }
+        if points is None:
+            return MirrorJob(**parts)
+        return PointsJob(
+            changes=changes_of(disk, options, tracker.granularity, unit),
+            source=resources.source,
+            interval_s=points.interval_s,
+            keep_s=points.keep_s,
+            rpo_s=points.rpo_s,
+            wall_time_ns=time.time_ns,
+            **parts,
+        )
 
     def begin(self, job: MirrorJob) -> None:
         """Start the job; with unequal sizes it fails at once, as in QEMU."""
@@ -133,7 +170,7 @@ class MirrorJobs:
             job.start()
             job.changed()
         else:
-            log.error("job %s: the source has %d bytes, the target %d", job.id, size, other)
+            job.log.error("the source has %d bytes, the target %d", size, other)
             job.fail_at_start("Source and target image have different sizes")
             self._events.append(
                 "X_NBDMIRROR_SIZES_DIFFER",
@@ -155,14 +192,32 @@ class MirrorJobs:
         self._nodes.add_again(node)
         granularity, key = record.granularity, record.key
         job = self._make(disk, node, options, bitmap, granularity, key, has_connected_once=False)
-        log.info("job %s: continues where the previous process ended", job.id)
+        job.log.info("continues where the previous process ended")
         self._chronicle.begin(job)
         job.take_up(
-            partial(found.restore, key=record.key),
+            partial(found.restore_mirror, key=record.key),
             is_scanned=record.is_scanned,
             is_paused=record.is_paused,
         )
         job.changed()
+
+    def _check_points(
+        self, disk: Disk, node: Node, options: MirrorOptions, points: PointsOptions
+    ) -> None:
+        journal = points.journal
+        if self._stores[disk].is_lasting:
+            raise CommandError("Copy mode 'points' needs a server without a state directory")
+        if journal.device is node.device or journal.device.is_same_export(node.device):
+            raise CommandError(f"Journal '{journal.device.uri}' is the target itself")
+        try:
+            if self._nodes.is_used(journal):
+                raise CommandError(f"Node '{journal.name}' is in use")
+            self._nodes.check_left(journal.device.uri, journal.device)
+            check_journal(disk, journal, options)
+            if user := self._nodes.user_of(journal.device):
+                raise CommandError(f"'{journal.device.uri}' is in use: '{user}' is the same export")
+        except CommandError as error:
+            raise CommandError(f"Journal: {error}") from error
 
     def _check(self, disk: Disk, node: Node, options: MirrorOptions) -> None:
         if len(self.jobs) >= JOBS_MAX:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
+from nbdmirror.mirror.options import CopyMode, MirrorOptions, OnDeadline, Policy
 from nbdmirror.mirror.resources import JobState
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.handshake import ExportInfo
@@ -45,6 +45,7 @@ def options_of(record: MirrorRecord) -> MirrorOptions:
         copy_mode=CopyMode(options.copy_mode),
         on_source_error=Policy(options.on_source_error),
         on_target_error=Policy(options.on_target_error),
+        on_deadline=OnDeadline(options.on_deadline),
     )
 
 

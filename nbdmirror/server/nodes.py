@@ -123,7 +123,9 @@ class Nodes:
     def mirror_to(self, name: str) -> MirrorJob | None:
         """The job whose target is the node `name`, until the pivot; None if there is none."""
         node = self._nodes.get(name)
-        return node.job if node is not None and node.disk is None else None
+        if node is None or node.job is None or node.disk is not None:
+            return None
+        return node.job if node.job.target is node.device else None  # else it is the job's journal
 
     def root_of(self, disk: Disk) -> Node | None:
         """The node that `disk` is served from since a pivot."""

@@ -10,7 +10,6 @@ For any thread but the loop's.
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 from collections.abc import Callable, Mapping
 
@@ -22,8 +21,7 @@ from nbdmirror.state.pivots import forget
 from nbdmirror.state.recovery import RecoveredState
 from nbdmirror.state.store import DiskStore
 from nbdmirror.state.writer import Writer
-
-log = logging.getLogger(__name__)
+from nbdmirror.subject_log import disk_log
 
 
 class OldSides:
@@ -69,16 +67,14 @@ class OldSides:
 
     def _retire(self, disk: Disk, server: str) -> None:
         """Make the old side the disk, if `server` has written all of it."""
-        device, name = disk.source, disk.name
+        device, name, log = disk.source, disk.name, disk_log(disk.name)
         if not isinstance(device, TargetOnly):
             return
         if not server or server != device.writer:
-            log.warning(
-                "disk %s: stays a target only: the server that asks has not mirrored here", name
-            )
+            log.warning("stays a target only: the server that asks has not mirrored here")
             return
         if not device.is_whole:
-            log.warning("disk %s: stays a target only: not all of it was written", name)
+            log.warning("stays a target only: not all of it was written")
             return
         found: list[RecoveredState] = []
 
@@ -94,9 +90,9 @@ class OldSides:
         try:
             self._writers[name].submit(write).result()
         except IO_ERRORS as error:
-            log.error("disk %s: stays a target only: %s", name, error)
+            log.error("stays a target only: %s", error)
             return
         disk.unwrap(device.inner)
-        log.info("disk %s: moved here from %s, and is the disk from now on", name, device.truth)
+        log.info("moved here from %s, and is the disk from now on", device.truth)
         for one in found:
             self._take_up(disk, one)

@@ -17,6 +17,7 @@ from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.subject_log import SubjectLog
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ def _reopen(
     return connection
 
 
-def copy_all(job: str, tracker: Tracker) -> None:
+def copy_all(log: SubjectLog, tracker: Tracker) -> None:
     """Copy everything again: the source may have lost writes of guests that the target has, in
     unknown places. For any thread."""
-    log.warning("job %s: the source may have lost writes: everything is copied again", job)
+    log.warning("the source may have lost writes: everything is copied again")
     tracker.mark_all()

@@ -27,6 +27,7 @@ from nbdmirror.server.file_watch import FileWatch
 from nbdmirror.server.mirror_jobs import MirrorJobs
 from nbdmirror.server.nodes import Nodes
 from nbdmirror.server.old_side import OldSides
+from nbdmirror.state.heartbeat import Heartbeats
 from nbdmirror.state.job_results import Result
 from nbdmirror.state.journaled_disk import JournaledDisk
 from nbdmirror.state.null_store import NullStore
@@ -34,6 +35,7 @@ from nbdmirror.state.recovery import RecoveredState
 from nbdmirror.state.sealed_files import StateError
 from nbdmirror.state.store import DiskStore
 from nbdmirror.state.writer import Writer
+from nbdmirror.subject_log import disk_log
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class Server:
         self.nodes = Nodes(disks, connections)
         self.bitmaps = Bitmaps(self.stores)
         self.files = FileWatch(disks, events)
+        self._heartbeats = Heartbeats(loop)
         self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
         self.sides = OldSides(self._disk_stores, self.writers, self._have_bitmaps)
         self.in_use: Callable[[], Set[str]] = frozenset
@@ -97,6 +100,7 @@ class Server:
             self._recall_result(name, store)
             store.begun()
             self.loop.call_soon(store.start)
+            self.loop.call_soon(partial(self._heartbeats.add, store))
         self.files.start()
         self.loop.call_soon(self._look_at_peers)
 
@@ -120,14 +124,14 @@ class Server:
             if (content := store.folder.read(store.files["last"])) is not None:
                 self.chronicle.results[disk] = Result.from_bytes(content)
         except (OSError, StateError) as error:
-            log.warning("disk %s: the result of its last job is not known: %s", disk, error)
+            disk_log(disk).warning("the result of its last job is not known: %s", error)
 
     def _take_up(self, disk: Disk, found: RecoveredState) -> None:
         self.bitmaps.take_up(disk, found)
         try:
             self.mirrors.take_up(disk, found, self.bitmaps)
         except StateError as error:
-            log.error("disk %s: its mirror is not resumed: %s", disk.name, error)
+            disk_log(disk.name).error("its mirror is not resumed: %s", error)
 
     def _have_bitmaps(self, disk: Disk, found: RecoveredState) -> None:
         self.loop.run(partial(self.bitmaps.take_up, disk, found)).result()
@@ -216,7 +220,7 @@ class Server:
             thread.join(max(0.0, deadline_s - self.loop.clock()))
             if thread.is_alive():
                 what = "does not answer and is not flushed"
-                log.error("disk %s: %s: %s", name, self.disks[name].source.description, what)
+                disk_log(name).error("%s: %s", self.disks[name].source.description, what)
         for device in (*(node.device for node in self.nodes), *self.nodes.left):
             device.pool.abandon()
         wait_for_handshakes()
@@ -236,9 +240,9 @@ class Server:
                 disk.source.flush()
             disk.source.close()
         except IO_ERRORS as error:
-            log.error("%s: flush at the end failed: %s", name, error)
+            disk_log(name).error("flush at the end failed: %s", error)
         if name in self._disk_stores and self.writers[name].stop(END_S_MAX):
             try:
                 self._disk_stores[name].finish()
             except OSError as error:
-                log.error("disk %s: its state cannot be saved: %s", name, error)
+                disk_log(name).error("its state cannot be saved: %s", error)

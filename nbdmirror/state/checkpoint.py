@@ -28,14 +28,19 @@ class Checkpoints:
         bits: Callable[[], Bits],
         write: Callable[[Bits], None],
         flush: Callable[[], None],
+        is_at_rest: Callable[[], bool],
     ) -> None:
-        """`flush` makes guests' writes durable, on the writer's thread."""
+        """`flush` makes guests' writes durable, on the writer's thread. `is_at_rest`: nothing is
+        dirty, and only a guest's change, or one for which `make` is called, changes that."""
         self._journal = journal
         self._regions = regions
         self._writer = writer
         self._bits = bits
         self._write = write
         self._flush = flush
+        self._is_at_rest = is_at_rest
+        self._was_at_rest = False
+        """At the last save, which succeeded."""
         self._written: Bits | None = None
         self._is_running = False
         self._must_flush = True
@@ -47,17 +52,20 @@ class Checkpoints:
         may take them back as well: flush with the next checkpoint."""
         self._must_flush = True
         self._written = None
+        self._was_at_rest = False
 
     def tick(self) -> None:
-        """Begin a checkpoint, unless one is in progress."""
-        if not self._is_running:
+        """Begin a checkpoint, unless one is in progress, or there is nothing to save."""
+        is_saved = self._was_at_rest and self._regions.is_empty and self._is_at_rest()
+        if not self._is_running and not is_saved:
             self._begin()
 
     def make(self) -> Future[None]:
         """Make a checkpoint that begins after this call. The future gets its error."""
         future: Future[None] = Future()
         self._waiting.append(future)
-        self.tick()
+        if not self._is_running:
+            self._begin()
         return future
 
     def _begin(self) -> None:
@@ -75,13 +83,14 @@ class Checkpoints:
         look()
 
     def _save(self, asked: list[Future[None]]) -> None:
-        bits = self._bits()
+        is_at_rest, bits = self._is_at_rest(), self._bits()
         is_new = bits != self._written or self._regions.was_touched
         must_flush, self._must_flush = self._must_flush, False
 
         def done(error: BaseException | None) -> None:
             self._is_running = False
             self._written = bits if error is None else None
+            self._was_at_rest = is_at_rest and error is None
             self._must_flush = self._must_flush or (must_flush and error is not None)
             for future in asked:
                 if error is None:

@@ -40,6 +40,7 @@ from nbdmirror.state.sealed_files import (
 )
 from nbdmirror.state.shared_memory import discard_left
 from nbdmirror.state.store import DiskStore
+from nbdmirror.subject_log import disk_log
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +166,8 @@ class StateDirectory:
                 continue  # which disk it was is not known
             before = definition.identity
             if before.is_same(identity) or before.shares_storage(identity):
-                text = "disk %s: %s was served as disk %s: all of disk %s counts as dirty now"
-                log.warning(text, name, identity.source, other, other)
+                text = "%s was served as disk %s: all of disk %s counts as dirty now"
+                disk_log(name).warning(text, identity.source, other, other)
                 doubted = replace(definition, memory="", clean_mtime_ns=None)
                 self._folder.prepare(path.name, doubted.to_bytes())
                 self._folder.commit([path.name], [names(other)["bitmaps"]])
@@ -227,11 +228,11 @@ class StateDirectory:
             return identity.size
         kept = pivoted.size or last_size(self._folder, name, identity.source)
         if kept > identity.size:
-            text = "disk %s: %s has %d bytes, but the disk had %d"
-            log.error(text, name, identity.source, identity.size, kept)
+            text = "%s has %d bytes, but the disk had %d"
+            disk_log(name).error(text, identity.source, identity.size, kept)
         elif 0 < kept < identity.size:
-            text = "disk %s: keeps its size of %d bytes, though %s has %d"
-            log.info(text, name, kept, identity.source, identity.size)
+            text = "keeps its size of %d bytes, though %s has %d"
+            disk_log(name).info(text, kept, identity.source, identity.size)
         return min(kept or identity.size, identity.size)
 
     def _examine(

@@ -28,6 +28,7 @@ from nbdmirror.state.sealed_files import seal, unseal
 KIND_DEFINITION = "disk"
 
 _POLICY = one_of("report", "ignore", "enospc", "stop", "auto")
+_ON_DEADLINE = one_of("report", "cancel", "complete")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,10 @@ class JobRecord:
     allow_larger: Annotated[bool, Key("allow_larger", FLAG)]
     auto_finalize: Annotated[bool, Key("auto_finalize", FLAG)]
     auto_dismiss: Annotated[bool, Key("auto_dismiss", FLAG)]
+    max_pause_s: Annotated[float | None, Key("max_pause_s", OrNull(NUMBER))] = None
+    may: Annotated[tuple[str, ...], Key("may", ListOf(TEXT))] = ()
+    deadline_at_s: Annotated[float | None, Key("deadline_at_s", OrNull(NUMBER))] = None
+    on_deadline: Annotated[str, Key("on_deadline", _ON_DEADLINE)] = "report"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,37 +1,121 @@
-"""Heartbeat: notes, in memory that outlives the process, that a server is alive, and the time of
-change of its disk's file. On the event loop's thread; the file is checked on the writer's thread,
-since file systems may hang."""
+"""Heartbeats: note, in memory that outlives the process, that a server is alive, and the time of
+change of each disk's file.
+
+One timer for all disks, and one call for all files of a file system: a hundred disks wake the
+process as often as one. On the event loop's thread; files are checked on a thread for each file
+system, since file systems may hang.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
+from nbdmirror.event_loop import Loop
 from nbdmirror.state.disk_file import DiskIdentity, mtime_ns, write_alive, write_seen
 from nbdmirror.state.journal import Journal
-from nbdmirror.state.writer import Writer
+from nbdmirror.workers import Workers
+
+BEAT_S = 0.25
+"""Interval at which the server notes that it is alive, and checks the files of disks that guests
+have changed since the last check."""
+
+IDLE_BEATS = 8
+"""At every so many beats the files of all disks are checked."""
 
 
 class Heartbeat:
     """The heartbeat of one disk."""
 
-    def __init__(self, memory: memoryview, writer: Writer, journal: Journal) -> None:
-        """`memory`: ALIVE_BYTES of shared memory, beside that of `journal`."""
+    def __init__(self, memory: memoryview, clock: Callable[[], float], journal: Journal) -> None:
+        """`memory`: ALIVE_BYTES of shared memory, beside that of `journal`. `clock`: wall-clock
+        seconds."""
         self._memory = memory
-        self._writer = writer
+        self._clock = clock
         self._journal = journal
-        self._look: Future[None] | None = None
 
     def note_alive(self) -> None:
         """Note that the server is alive now."""
-        write_alive(self._memory, self._writer.clock())
+        write_alive(self._memory, self._clock())
 
-    def beat(self, identity: DiskIdentity) -> None:
-        """Call this every BEAT_S seconds. Does not wait for a check in progress."""
-        self.note_alive()
-        if identity.inode and (self._look is None or self._look.done()):
-            self._look = self._writer.submit(lambda: self._note_change(identity.source))
+    @property
+    def is_changed(self) -> bool:
+        """A guest has changed something since the last check, or is about to."""
+        return not self._journal.is_forgotten
 
-    def _note_change(self, source: str) -> None:
+    def check(self, source: str) -> None:
+        """Note the time of change of the disk's file. From one thread at a time; may wait for the
+        file system."""
         self._journal.forget_done()
-        before_s = self._writer.clock()
+        before_s = self._clock()
         write_seen(self._memory, before_s, mtime_ns(source))
+
+
+class Beating(Protocol):
+    """A disk whose state is saved."""
+
+    @property
+    def identity(self) -> DiskIdentity:
+        """The disk's source, which is another one after a pivot."""
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """None without memory that outlives the process."""
+
+
+def _new_thread() -> Workers:
+    return Workers("nbdmirror-heartbeat", 1)
+
+
+class Heartbeats:
+    """The heartbeats of a server's disks."""
+
+    def __init__(self, loop: Loop, new_thread: Callable[[], Workers] = _new_thread) -> None:
+        """`new_thread` makes what runs the calls for one file system."""
+        self._loop = loop
+        self._new_thread = new_thread
+        self._disks: list[Beating] = []
+        self._beats = 0
+        self._threads: dict[int, Workers] = {}
+        """By the file system's device number."""
+        self._checking: set[int] = set()
+        """The file systems that a check waits for; their threads take them out."""
+
+    def add(self, disk: Beating) -> None:
+        """This disk's heart beats from now on."""
+        self._disks.append(disk)
+        if len(self._disks) == 1:
+            self._beat()
+
+    def _beat(self) -> None:
+        self._loop.call_later(BEAT_S, self._beat)
+        is_everyones, self._beats = self._beats % IDLE_BEATS == 0, self._beats + 1
+        due: dict[int, list[Callable[[], None]]] = {}
+        for disk in self._disks:
+            if (heartbeat := disk.heartbeat) is None:
+                continue
+            heartbeat.note_alive()
+            identity = disk.identity
+            if identity.inode and (is_everyones or heartbeat.is_changed):
+                check = partial(heartbeat.check, identity.source)
+                due.setdefault(identity.device, []).append(check)
+        for device, checks in due.items():
+            self._check(device, checks)
+
+    def _check(self, device: int, checks: list[Callable[[], None]]) -> None:
+        """Do the checks on one file system, unless it has not answered the last ones yet."""
+        if device in self._checking:
+            return
+        self._checking.add(device)
+
+        def run() -> None:
+            try:
+                for check in checks:
+                    check()
+            finally:
+                self._checking.discard(device)
+
+        if device not in self._threads:
+            self._threads[device] = self._new_thread()
+        self._threads[device].submit(run)

@@ -4,8 +4,9 @@ A mark in a bitmap comes after the write (point 1 of ledger.py), so a crash betw
 leave a granule that differs and is clean. Therefore each changing request notes its range in two
 other places first:
 
- - `Journal`, in memory that outlives the process: the exact ranges of the requests in progress.
-   After `kill -9` only these, and the bitmaps, may differ.
+ - `Journal`, in memory that outlives the process: the exact ranges of the requests in progress, and
+   of the last ones (recent.py). After `kill -9` only the former, and the bitmaps, may differ; the
+   latter say which parts of the bitmaps' granules.
  - `Regions`, on disk: the regions (1 to 64 MiB) in which bitmaps on disk may be behind those in
    memory. After a power cut only these, and the bitmaps on disk, may differ. A region is on disk
    before the first write to it is issued; further writes to it cost nothing.
@@ -21,16 +22,17 @@ Guests' threads call `begin` and `end`; the store calls the rest.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 
+from nbdmirror.disk.claim import Range
 from nbdmirror.state.intent_log import SLOTS, IntentLog, region_bytes, region_count
+from nbdmirror.state.recent import ENTRY, RECENT_MAX, REQUESTS_MAX
 from nbdmirror.state.sealed_files import Slots
-
-REQUESTS_MAX = 4096
-"""Most changing requests in progress; further ones wait. nbdkit has a thread for each."""
 
 CROWD_PAUSE_S = 0.001
 
@@ -43,18 +45,29 @@ TAKEN_MAX = REQUESTS_MAX // 2
 """Most slots that `forget_done` takes; guests cannot use them meanwhile."""
 
 
-class Journal:
-    """The changing requests in progress, in `memory` of JOURNAL_BYTES. `ranges_left` reads the
-    memory of an earlier process."""
+_fill = ENTRY.pack_into
 
-    def __init__(self, memory: memoryview) -> None:
+
+class Journal:
+    """The changing requests in progress, in `memory` of JOURNAL_BYTES, and the last ones, in
+    `recent` of RECENT_BYTES. `ranges_left` and `recent.changes_since` read the memory of an earlier
+    process."""
+
+    def __init__(self, memory: memoryview, recent: memoryview) -> None:
         self.regions: Regions | None = None
         """Set while a bitmap of the disk must survive a power cut."""
         self._cells = memory.cast("Q")  # offset and length by turns; length 0: unused
         offsets = self._cells[0::2]
         offsets[:] = array("Q", [UNUSED]) * len(offsets)
         self._free = list(range(REQUESTS_MAX))
-        self._uses = [0] * REQUESTS_MAX
+        self._number_of = [0] * REQUESTS_MAX
+        """By slot: the number of its last change."""
+        self._numbers = itertools.count(1)
+        self._recent = recent
+        self._entries = deque(range(0, RECENT_MAX * ENTRY.size, ENTRY.size))
+        """Where an entry begins, the oldest one first."""
+        self._forgotten_at = -1
+        """The oldest entry when all changes were forgotten; a change takes it."""
 
     def begin(self, offset: int, length: int) -> int:
         """A change of the range, in bytes, is about to be issued. Returns the slot for `end`."""
@@ -64,10 +77,14 @@ class Journal:
                 break
             except IndexError:
                 time.sleep(CROWD_PAUSE_S)
-        self._uses[slot] += 1
         cells = self._cells
         cells[2 * slot] = offset
         cells[2 * slot + 1] = length
+        entry = self._entries.popleft()
+        # The slot before the number: `position` takes a number, and reads the slots afterwards.
+        self._number_of[slot] = number = next(self._numbers)
+        _fill(self._recent, entry, offset, length, number)
+        self._entries.append(entry)
         regions = self.regions
         if regions is not None and length:
             first = offset >> regions.shift
@@ -85,6 +102,9 @@ class Journal:
         """Forget finished changes, so that the memory shows whether a change came later
         (`is_untouched`). From one thread at a time. If guests are too busy to forget everything,
         the memory shows a change."""
+        if self.is_forgotten:
+            return
+        oldest = self._entries[0]
         taken: list[int] = []
         offsets = self._cells[0::2].tolist()
         left = len(offsets) - offsets.count(UNUSED)  # and those under way
@@ -98,24 +118,40 @@ class Journal:
                 self._cells[2 * slot] = UNUSED
                 left -= 1
         self._free.extend(reversed(taken))
+        self._forgotten_at = -1 if left else oldest
+
+    @property
+    def is_forgotten(self) -> bool:
+        """All changes were forgotten, and none has begun since."""
+        return self._entries[0] == self._forgotten_at
 
     def under_way(self) -> dict[int, int]:
         """The changes in progress, for `has_drained`."""
-        return {slot: self._uses[slot] for slot in range(REQUESTS_MAX) if self._cells[2 * slot + 1]}
+        lengths = self._cells[1::2].tolist()
+        return {slot: self._number_of[slot] for slot, length in enumerate(lengths) if length}
+
+    def position(self) -> tuple[int, list[Range]]:
+        """A number, and ranges: each change with a lower number is in progress, and in one of the
+        ranges, or has ended, and is marked."""
+        return next(self._numbers), _in_progress(self._cells)
 
     def has_drained(self, before: dict[int, int]) -> bool:
         """Whether all changes of `before` have ended."""
         return not any(
-            self._cells[2 * slot + 1] and self._uses[slot] == use for slot, use in before.items()
+            self._cells[2 * slot + 1] and self._number_of[slot] == number
+            for slot, number in before.items()
         )
 
 
-def ranges_left(content: bytes) -> Iterator[tuple[int, int]]:
+def ranges_left(content: bytes) -> list[Range]:
     """Offset and length, in bytes, of each change in progress when the process ended."""
-    cells = memoryview(content).cast("Q")
-    for slot in range(len(cells) // 2):
-        if cells[2 * slot + 1]:
-            yield cells[2 * slot], cells[2 * slot + 1]
+    return _in_progress(memoryview(content).cast("Q"))
+
+
+def _in_progress(cells: memoryview) -> list[Range]:
+    values = cells.tolist()
+    ranges = zip(values[0::2], values[1::2], strict=True)
+    return [(offset, length) for offset, length in ranges if length]
 
 
 def is_untouched(content: bytes) -> bool:
@@ -187,6 +223,11 @@ class Regions:
     def was_touched(self) -> bool:
         """Whether any region was written to between the last two cuts."""
         return 1 in self._before
+
+    @property
+    def is_empty(self) -> bool:
+        """No region is in the log: no guest has changed anything since the last save."""
+        return 1 not in self._on_disk and self.error is None
 
     @property
     def may_retire(self) -> bool:

@@ -114,7 +114,7 @@ class ListOf(Kind):
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self.expected = f"a list of {kind.expected.removeprefix('an ')}s"
+        self.expected = f"a list of {kind.expected.removeprefix('an ').removeprefix('a ')}s"
 
     def read(self, said: Any, where: str) -> Any:
         if not isinstance(said, list):

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.tracker import Tracker
+from nbdmirror.disk.changes import MayDiffer
+from nbdmirror.disk.remainder import Remainder
 from nbdmirror.state.disk_record import BitmapRecord, MirrorRecord
 
 FORGET_S_MAX = 0.5
@@ -40,7 +41,11 @@ class StateStore(ABC):
         """Returns the function that creates the bitmaps of `key`."""
 
     @abstractmethod
-    def keep_mirror(self, record: MirrorRecord, tracker: Tracker) -> None:
+    def remainder(self, key: str) -> Remainder | None:
+        """Where the mirror `key` keeps which parts its target's storage lacks; None: nowhere."""
+
+    @abstractmethod
+    def keep_mirror(self, record: MirrorRecord, changes: MayDiffer) -> None:
         """Save this mirror, which is new or has changed."""
 
     @abstractmethod
@@ -87,7 +92,10 @@ class NullStore(StateStore):
     def new_bitmap(self, key: str) -> NewBitmap:
         return DirtyBitmap
 
-    def keep_mirror(self, record: MirrorRecord, tracker: Tracker) -> None:
+    def remainder(self, key: str) -> Remainder | None:
+        return None
+
+    def keep_mirror(self, record: MirrorRecord, changes: MayDiffer) -> None:
         pass
 
     def prepare_end(self, pivot_to: str, done: Done) -> None:

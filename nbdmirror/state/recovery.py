@@ -25,6 +25,8 @@ from functools import partial
 from typing import Annotated, Any, Self
 
 from nbdmirror.disk.bitmap import DirtyBitmap, bytes_of
+from nbdmirror.disk.claim import Range
+from nbdmirror.disk.tracker import Tracker
 from nbdmirror.identity import Same, same_place
 from nbdmirror.state.disk_file import (
     DiskIdentity,
@@ -51,6 +53,7 @@ from nbdmirror.state.json_record import (
     load,
     write,
 )
+from nbdmirror.state.recent import parts_left
 from nbdmirror.state.sealed_files import Folder, StateError, UnknownFormat, seal, unseal
 from nbdmirror.state.shared_memory import ShmDirectory
 
@@ -62,8 +65,10 @@ OTHER_VERSION = "start the nbdmirror that wrote it, or a newer one"
 """The advice for UnknownFormat."""
 
 JOURNAL = "journal"
+RECENT = "recent"
 ALIVE = "alive"
-"""Files of memory: the requests in progress; when the process was last alive (LastSeen)."""
+"""Files of memory: the requests in progress; the last ones; when the process was last alive
+(LastSeen)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +180,20 @@ class RecoveredState:
     is_log_needed: bool = False
     """Without the log, guests may have written anywhere since the bitmaps were saved."""
     bits: dict[str, list[bytes]] = field(default_factory=dict)
-    ranges: list[tuple[int, int]] = field(default_factory=list)
-    """Offsets and lengths, in bytes, that are dirty in every bitmap."""
+    ranges: list[Range] = field(default_factory=list)
+    """What is dirty in every bitmap."""
+    parts: list[Range] | None = None
+    """What may differ of the mirror's source and target's storage, and no more; None if only the
+    bitmaps tell."""
     refused: list[str] = field(default_factory=list)
     """Files that cannot be used, to be put aside."""
+
+    def restore_mirror(self, tracker: Tracker, key: str) -> None:
+        """Mark in a new tracker what may differ between the source and the target's storage."""
+        if self.problem or self.parts is None:
+            self.restore(tracker.dirty, key)
+        else:
+            tracker.begin_with(self.parts)
 
     def restore(self, bitmap: DirtyBitmap, key: str) -> None:
         """Mark in a clean bitmap what may be dirty in the saved bitmap `key`."""
@@ -193,6 +208,11 @@ class RecoveredState:
             bitmap.mark_all()
         for offset, length in self.ranges:
             bitmap.mark(offset, length)
+
+
+def remainder_name(key: str) -> str:
+    """The file of memory with the remainder of the mirror `key`."""
+    return f"remainder-{key}"
 
 
 def names(disk: str) -> dict[str, str]:
@@ -304,7 +324,12 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
 
 def _take_from_memory(memory: ShmDirectory, found: RecoveredState, sizes: dict[str, int]) -> None:
     found.bits = {key: memory.bits_of(key) for key in sizes}
-    found.ranges = list(ranges_left(memory.read(JOURNAL) or b""))
+    found.ranges = ranges_left(memory.read(JOURNAL) or b"")
+    if (mirror := found.definition.mirror) is not None:
+        remainder = memory.read(remainder_name(mirror.key)) or b""
+        recent = memory.read(RECENT) or b""
+        size = found.definition.identity.size
+        found.parts = parts_left(remainder, recent, found.ranges, size)
     _check_sizes(found, sizes)
 
 

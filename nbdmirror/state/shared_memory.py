@@ -31,6 +31,8 @@ class ShmDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_kept = False
+        """No file is removed any more, except all by `discard`."""
         self._numbers = itertools.count()
         self._fd = -1
 
@@ -99,8 +101,9 @@ class ShmDirectory:
 
     def remove(self, name: str) -> None:
         """Remove a file; existing mappings keep their pages."""
-        with suppress(OSError):
-            (self.path / name).unlink()
+        if not self.is_kept:
+            with suppress(OSError):
+                (self.path / name).unlink()
 
     def discard(self) -> None:
         """Remove everything. Existing mappings keep their pages."""

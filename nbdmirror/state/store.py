@@ -12,8 +12,6 @@ I/O ends. StateStore (null_store.py) documents the methods.
 
 from __future__ import annotations
 
-import logging
-import mmap
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,31 +21,22 @@ from functools import partial
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.changes import MayDiffer
 from nbdmirror.disk.ledger import Ledger
-from nbdmirror.disk.tracker import Tracker
 from nbdmirror.state.checkpoint import Bits, Checkpoints
-from nbdmirror.state.disk_file import ALIVE_BYTES, DiskIdentity, mtime_ns
+from nbdmirror.state.disk_file import DiskIdentity, mtime_ns
 from nbdmirror.state.disk_record import BitmapRecord, DiskRecord, MirrorRecord
 from nbdmirror.state.heartbeat import Heartbeat
-from nbdmirror.state.journal import JOURNAL_BYTES, Journal, Regions
+from nbdmirror.state.journal import Regions
 from nbdmirror.state.null_store import FORGET_S_MAX, NewBitmap, StateStore, done_future
 from nbdmirror.state.pivots import note_end
-from nbdmirror.state.recovery import (
-    ALIVE,
-    JOURNAL,
-    BitmapSnapshot,
-    PivotRecord,
-    RecoveredState,
-    names,
-)
+from nbdmirror.state.process_memory import ProcessMemory
+from nbdmirror.state.recent import ShmRemainder
+from nbdmirror.state.recovery import BitmapSnapshot, PivotRecord, RecoveredState, names
 from nbdmirror.state.sealed_files import Folder, Slots
-from nbdmirror.state.shared_memory import ShmDirectory, discard_left
+from nbdmirror.state.shared_memory import discard_left
 from nbdmirror.state.writer import Writer
-
-log = logging.getLogger(__name__)
-
-BEAT_S = 0.25
-"""Interval at which the server notes that it is alive, and checks the disk's file."""
+from nbdmirror.subject_log import disk_log
 
 CHECKPOINT_S = 5.0
 """Interval at which dirty bits are saved. After a power cut regions that were written within two
@@ -60,7 +49,7 @@ RETRY_S = 1.0
 @dataclass(frozen=True, slots=True)
 class _Mirror:
     record: MirrorRecord
-    tracker: Tracker
+    changes: MayDiffer
 
 
 class DiskStore(StateStore):
@@ -82,7 +71,6 @@ class DiskStore(StateStore):
     ) -> None:
         self.name = name
         self.found = found
-        self.journal = Journal(memoryview(mmap.mmap(-1, JOURNAL_BYTES)))
         self._identity = identity
         self._pivoted = None if is_target_only else pivoted
         self.truth = pivoted.truth if pivoted is not None and is_target_only else ""
@@ -91,8 +79,8 @@ class DiskStore(StateStore):
         self._slots = slots
         self.files = names(name)
         self._disk_id = found.definition.disk_id if found else uuid.uuid4().hex
-        self._memory: ShmDirectory | None = None
-        self._heartbeat: Heartbeat | None = None
+        self._memory = ProcessMemory(name)
+        self.journal = self._memory.journal
         self._mirror: _Mirror | None = None
         self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
         self._ending: tuple[DiskRecord | None, PivotRecord | None] | None = None
@@ -112,6 +100,11 @@ class DiskStore(StateStore):
         """The disk's source and size."""
         return self._identity
 
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """None before `begin`, and without memory that outlives the process."""
+        return self._memory.heartbeat
+
     # The start.
 
     def begin(self, writer: Writer, flush: Callable[[], None]) -> None:
@@ -119,17 +112,11 @@ class DiskStore(StateStore):
         durable. Raises OSError."""
         self._writer = writer
         self._pivoted = note_end(self.folder, self.name, self._pivoted, has_ended=False)
-        try:
-            self._memory = ShmDirectory.create(self._disk_id)
-            alive = memoryview(self._memory.map(ALIVE, ALIVE_BYTES))
-            self.journal = Journal(memoryview(self._memory.map(JOURNAL, JOURNAL_BYTES)))
-            self._heartbeat = Heartbeat(alive, writer, self.journal)
-            self._heartbeat.note_alive()
-        except OSError as error:
-            self._give_memory_up(error)
+        self._memory.begin(self._disk_id, writer)
+        self.journal = self._memory.journal
         found = self.found
         if found is not None and found.problem:
-            log.error("state of disk %s: %s; everything counts as dirty", self.name, found.problem)
+            disk_log(self.name).error("its state: %s; everything counts as dirty", found.problem)
             self._put_aside(found)
         self._regions = Regions(
             disk_id=self._disk_id,
@@ -148,6 +135,7 @@ class DiskStore(StateStore):
             bits=self._bits,
             write=self._write_bits,
             flush=flush,
+            is_at_rest=self._is_at_rest,
         )
 
     def begun(self) -> None:
@@ -159,7 +147,7 @@ class DiskStore(StateStore):
             self._save()
             with suppress(OSError):  # already reported
                 self._saves.result()
-            discard_left(self._disk_id, before.definition.memory, but=self._memory)
+            discard_left(self._disk_id, before.definition.memory, but=self._memory.folder)
 
     def _put_aside(self, found: RecoveredState) -> None:
         """Put unusable files aside, before anything else: with a new log of intents they would be
@@ -169,34 +157,20 @@ class DiskStore(StateStore):
         self.folder.commit([], [self.files["bitmaps"]])
 
     def start(self) -> None:
-        """Start the timers. On the loop's thread; from now on guests may connect."""
-        self._beat()
+        """Start the timer. On the loop's thread; from now on guests may connect."""
         self._writer.call_later(CHECKPOINT_S, self._checkpoint)
-
-    def _give_memory_up(self, error: OSError) -> None:
-        """A part of the shared memory is missing, so the rest is incomplete: use none."""
-        text = "disk %s: no shared memory: %s; a kill of the server counts as a power cut"
-        log.warning(text, self.name, error)
-        if self._memory is not None:
-            self._memory.discard()
-        self._memory = None
 
     # What is kept.
 
     def new_bitmap(self, key: str) -> NewBitmap:
-        def make(size: int, granularity: int) -> DirtyBitmap:
-            if self._memory is not None:
-                try:
-                    return self._memory.bitmap(key, size, granularity)
-                except OSError as error:
-                    self._give_memory_up(error)
-            return DirtyBitmap(size, granularity)
+        return self._memory.new_bitmap(key)
 
-        return make
+    def remainder(self, key: str) -> ShmRemainder | None:
+        return self._memory.remainder(key)
 
-    def keep_mirror(self, record: MirrorRecord, tracker: Tracker) -> None:
+    def keep_mirror(self, record: MirrorRecord, changes: MayDiffer) -> None:
         if not self._is_suspended:
-            self._mirror = _Mirror(record, tracker)
+            self._mirror = _Mirror(record, changes)
             self._save()
 
     def keep_bitmap(self, record: BitmapRecord, bitmap: DirtyBitmap) -> None:
@@ -223,7 +197,7 @@ class DiskStore(StateStore):
         return DiskRecord(
             disk_id=self._disk_id,
             identity=self._identity,
-            memory=str(self._memory.path) if self._memory else "",
+            memory=self._memory.path,
             mirror=mirror,
             bitmaps=tuple(record for record, _ in self._bitmaps.values()),
         )
@@ -341,11 +315,6 @@ class DiskStore(StateStore):
 
     # What is dirty.
 
-    def _beat(self) -> None:
-        if self._heartbeat is not None:
-            self._writer.call_later(BEAT_S, self._beat)
-            self._heartbeat.beat(self._identity)
-
     def _checkpoint(self) -> None:
         self._writer.call_later(CHECKPOINT_S, self._checkpoint)
         if self._is_needed and not self._is_suspended:
@@ -353,6 +322,9 @@ class DiskStore(StateStore):
 
     def bits_saved(self) -> Future[None]:
         return self._checkpoints.make()
+
+    def _is_at_rest(self) -> bool:
+        return self._mirror is not None and not self._bitmaps and self._mirror.changes.is_at_rest
 
     def _write_bits(self, bits: Bits) -> None:
         name = self.files["bitmaps"]
@@ -364,7 +336,7 @@ class DiskStore(StateStore):
     def _bits(self) -> Bits:
         bits = {key: bitmap.to_bytes() for key, (_, bitmap) in self._bitmaps.items()}
         if self._mirror is not None:
-            dirty = self._mirror.tracker.may_differ()
+            dirty = self._mirror.changes.may_differ()
             if self._since is not None:
                 dirty.merge(self._since)
             bits[self._mirror.record.key] = dirty.to_bytes()
@@ -378,6 +350,7 @@ class DiskStore(StateStore):
         if self._is_suspended:
             return
         self._is_suspended = True
+        self._memory.keep()
         if self._mirror is not None:
             record = self._mirror.record
             self._since = self.new_bitmap(record.key)(self._identity.size, record.granularity)
@@ -394,6 +367,5 @@ class DiskStore(StateStore):
             self._write(replace(definition, memory="", clean_mtime_ns=clean))
         if self.is_left and not self._is_pivot_in_doubt:
             note_end(self.folder, self.name, self._pivoted, has_ended=True)
-        if self._memory is not None:
-            self._memory.discard()
+        self._memory.discard()
         self._regions.close()

@@ -15,13 +15,16 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from nbdmirror.web.history import History
-from nbdmirror.web.records import Report, plain
+from nbdmirror.web.records import Record, Report, plain, records
 
 INTERVAL_S = 2.0
 """Between two questions to a server, and between two searches for servers."""
 INTERVAL_S_MIN = 0.5
 """A server with news is asked sooner, but not sooner than this."""
 ANSWER_S_MAX = 5.0
+MAPS_MAX = 4
+"""A server is asked for the maps of so many of its jobs at a time, one job after the other."""
+MAP_CELLS = 128
 SERVERS_MAX = 256
 """More are not asked; `Host.left_out` counts them."""
 
@@ -34,6 +37,9 @@ class Conversation(Protocol):
     """With one server. All may raise NoAnswer."""
 
     def status(self) -> Awaitable[Any]: ...
+    def job_map(self, job: str, cells: int) -> Awaitable[Any]:
+        """The map of a job's disk; empty if there is none."""
+
     def events(self) -> Awaitable[list[str]]:
         """Those that have come since the last call, one at least: waits for it."""
 
@@ -112,24 +118,32 @@ class Host:
         async with contextlib.AsyncExitStack() as stack:
             async with asyncio.timeout(ANSWER_S_MAX):
                 server = await stack.enter_async_context(self._connect(socket))
+            maps: dict[str, Record] = {}
             while True:
                 async with asyncio.timeout(ANSWER_S_MAX):
                     status = await server.status()
-                if not isinstance(status, dict):
-                    raise NoAnswer("the server does not answer as an nbdmirror does")
-                self._report(socket, plain(status))
+                    if not isinstance(status, dict):
+                        raise NoAnswer("the server does not answer as an nbdmirror does")
+                    maps = await _newer(maps, status, server)
+                self._report(socket, plain(status), maps=maps)
                 await asyncio.sleep(INTERVAL_S_MIN)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(INTERVAL_S - INTERVAL_S_MIN):
                         for text in await server.events():
                             self._tell(socket, text)
 
-    def _report(self, socket: str, status: dict[str, Any] | None = None, error: str = "") -> None:
+    def _report(
+        self,
+        socket: str,
+        status: dict[str, Any] | None = None,
+        error: str = "",
+        maps: dict[str, Record] | None = None,
+    ) -> None:
         """Unless the server is there no more."""
         if asyncio.current_task() is not self._watching.get(socket):
             return
         before = self._reports.get(socket)
-        report = Report(plain(socket), self._time_s(), status or {}, plain(error))
+        report = Report(plain(socket), self._time_s(), status or {}, plain(error), maps or {})
         self._reports[socket] = report
         self.history.add(report)
         if before and before.error != report.error:
@@ -144,3 +158,23 @@ class Host:
         self.version += 1
         self._news.set()
         self._news = asyncio.Event()
+
+
+async def _newer(
+    maps: dict[str, Record], status: dict[str, Any], server: Conversation
+) -> dict[str, Record]:
+    """The maps of the jobs that there are, the oldest first; MAPS_MAX of them are of now."""
+    names = [
+        str(job.get("device", ""))
+        for disk in records(status, "disks")
+        for job in records(disk, "jobs")
+        if job.get("status") != "concluded"
+    ]
+    waiting = [name for name in names if name not in maps]
+    waiting += [name for name in maps if name in names]
+    found = {name: maps[name] for name in maps if name in names}
+    for name in waiting[:MAPS_MAX]:
+        answer = plain(await server.job_map(name, MAP_CELLS))
+        found.pop(name, None)
+        found[name] = answer if isinstance(answer, dict) else {}
+    return found

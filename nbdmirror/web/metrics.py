@@ -55,6 +55,11 @@ def _is(key: str, *values: object) -> Callable[[Record], float | None]:
     return lambda record: float(record[key] in values) if key in record else None
 
 
+def _numbers(found: Record) -> dict[str, float] | None:
+    numbers = {str(key): number(value) for key, value in found.items()}
+    return {key: value for key, value in numbers.items() if value is not None and value >= 0}
+
+
 def _one_of(key: str, values: tuple[str, ...]) -> Callable[[Record], dict[str, float] | None]:
     """A series for each value, of which one is 1."""
 
@@ -257,6 +262,12 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "nbdmirror_job_io_ok",
             "Whether the job runs (1), or was stopped by an error (0).",
             _is("io-status", "ok"),
+        ),
+        Metric(
+            "nbdmirror_job_waiting_seconds_total",
+            "The time of the job by what it was spent on; the rate is the share.",
+            lambda job: _numbers(member(member(job, "waits"), "seconds")),
+            "cause",
         ),
         Metric(
             "nbdmirror_job_quiesce_timeouts_total",

@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 
 from nbdmirror.cli import words
-from nbdmirror.cli.progress import Meter
+from nbdmirror.cli.progress import Meter, Progress
 from nbdmirror.cli.status import result_text
+from nbdmirror.web import picture
 from nbdmirror.web.history import SPAN_S, History, Note
 from nbdmirror.web.plot import HEIGHT, WIDTH, Plot, plot
 from nbdmirror.web.records import Key, Record, Report, is_well, member, number
@@ -37,9 +38,11 @@ class Job:
     mood: str
     target: str
     percent: float
+    doing: str
     rows: list[tuple[str, str]]
     """Names, and values with their units."""
     remarks: list[str]
+    picture: picture.DiskPicture | None
     rates: Plot
     lag: Plot
     is_plotted: bool
@@ -78,6 +81,8 @@ def servers_html(reports: list[Report], history: History) -> str:
         servers=[_shown(report, history) for report in reports],
         width=WIDTH,
         height=HEIGHT,
+        map_height=picture.HEIGHT,
+        kinds=picture.kinds(),
         minutes=int(SPAN_S / 60),
         rate=lambda value: "-" if value is None else f"{words.size(value)}/s",
         seconds=_seconds,
@@ -107,7 +112,7 @@ def _server(report: Report, history: History) -> Server:
         since="" if since is None else _moment(since, "%Y-%m-%d %H:%M:%S"),
         trouble=[*([report.error] if report.error else []), *words.server_troubles(status)],
         disks=[
-            _disk(disk, [_job(*job, history, report.time_s) for job in report.jobs(disk)])
+            _disk(disk, [_job(*job, history, report) for job in report.jobs(disk)])
             for disk in report.disks
         ],
     )
@@ -129,19 +134,22 @@ def _disk(disk: Record, jobs: list[Job]) -> Disk:
     )
 
 
-def _job(key: Key, job: Record, history: History, now_s: float) -> Job:
+def _job(key: Key, job: Record, history: History, report: Report) -> Job:
     progress = Meter(time.monotonic).update(job)
     samples = history.samples(key)
     times_s = [sample.time_s for sample in samples]
     remarks = [remark.text for remark in words.remarks(job)]
+    now_s = report.time_s
     return Job(
         name=_text(job.get("device")),
         state=words.state(job),
         mood=_mood(job),
         target=_text(job.get("target")),
         percent=min(100.0, max(0.0, progress.percent)),
-        rows=_rows(job, progress.left),
+        doing=words.doing(job),
+        rows=_rows(job, progress, now_s),
         remarks=remarks,
+        picture=picture.disk_picture(report.maps.get(str(job.get("device", "")), {})),
         rates=plot(
             times_s,
             [sample.copied_bytes_per_s for sample in samples],
@@ -165,7 +173,7 @@ def _mood(job: Record) -> str:
     return GOOD if job.get("status") == "ready" else BUSY
 
 
-def _rows(job: Record, left: int) -> list[tuple[str, str]]:
+def _rows(job: Record, progress: Progress, now_s: float) -> list[tuple[str, str]]:
     """Those that mean something, in the order of what an operator asks."""
     found: list[tuple[str, str]] = []
 
@@ -174,9 +182,11 @@ def _rows(job: Record, left: int) -> list[tuple[str, str]]:
             found.append((name, _seconds(value) if unit == "s" else f"{words.size(value)}{unit}"))
 
     add("The target is behind by", "lag-s", "s")
-    found.append(("Left to copy", words.size(left)))
+    found.append(("Left to copy", words.size(progress.left)))
     if not job.get("ready"):
         add("Time left at this rate", "left-s", "s")
+        if progress.rates and (end := progress.rates.end(now_s, is_following=False)):
+            found.append(("Predicted end", end))
     add("Dirty", "dirty-bytes")
     add("In flight", "in-flight-bytes")
     add("Not flushed", "unflushed-bytes")
@@ -190,6 +200,7 @@ def _rows(job: Record, left: int) -> list[tuple[str, str]]:
         found.append(("Copy mode", mode))
     if speed := number(job.get("speed")):
         found.append(("Speed limit", f"{words.size(speed)}/s"))
+    found += [(f"Time {period}", text) for period, text in words.shares(job).items()]
     return found
 
 

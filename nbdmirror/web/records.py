@@ -21,6 +21,9 @@ class Report:
     status: Record = field(default_factory=dict)
     """Of x-nbdmirror-query-status."""
     error: str = ""
+    maps: dict[str, Record] = field(default_factory=dict)
+    """Answers to x-nbdmirror-query-job-map, by the jobs' names; not all jobs have one, and not each
+    is of now."""
 
     @property
     def disks(self) -> list[Record]:

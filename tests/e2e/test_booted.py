@@ -130,6 +130,30 @@ def test_a_killed_server_is_back_and_its_mirror_goes_on(
     identical(guest, target)
 
 
+def test_the_page_of_a_hosts_servers(host: Booted, folder: Path) -> None:
+    """As the user of the servers, from before the first of them starts."""
+    make_image(folder / "disk.img", SIZE)
+    give(host, "disk.img")
+    configure(host, "vda=/srv/test/disk.img")
+    host.run("cp /opt/checkout/packaging/systemd/nbdmirror-web.service /etc/systemd/system/")
+    host.run("systemctl daemon-reload && ip link set lo up && systemctl start nbdmirror-web")
+    ask = (
+        "import urllib.request; print(urllib.request.urlopen"
+        "('http://localhost:10810/status', timeout=10).read().decode())"
+    )
+
+    def answers() -> str:
+        return host.run(f'python3 -c "{ask}" 2>/dev/null || :')
+
+    wait_until(lambda: "[]" in answers(), "it answers")
+    host.run("systemctl start nbdmirror@vm1")
+    wait_until(lambda: "/srv/test/disk.img" in answers(), "the server is there")
+    host.run("systemctl stop nbdmirror@vm1")
+    wait_until(lambda: "[]" in answers(), "the server is there no more")
+    host.run("systemctl stop nbdmirror-web")
+    assert host.run("systemctl show --value -p Result nbdmirror-web") == "success"
+
+
 def test_guests_and_libvirts_guests_have_their_disk_until_they_have_ended(
     host: Booted, folder: Path, identical: Identical
 ) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +20,8 @@ from types import ModuleType
 import pytest
 from support.images import MiB
 from support.processes import ROOT
+
+from nbdmirror.web.live import EVENTS
 
 DEMO = ROOT / "docs" / "demo.py"
 
@@ -23,6 +31,42 @@ def room() -> Iterator[Path]:
     """On a disk: in memory there may not be room enough."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path)
+
+
+def look(address: str, seen: list[str]) -> None:
+    """Until the page is gone: keep the lines of what it shows, as it changes."""
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        urllib.request.urlopen(urllib.parse.urljoin(address, EVENTS), timeout=60) as stream,
+    ):
+        seen.extend(line.decode() for line in stream)
+
+
+@pytest.mark.timeout(120)
+def test_the_demo_in_a_browser(room: Path) -> None:
+    """Its page shows the mirror from its start to after its pivot."""
+    seen: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, DEMO, "--web"],
+        cwd="/",
+        env={**os.environ, "TMPDIR": str(room)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"page that shows it, in a browser: (http://\S+)", line):
+                looking = threading.Thread(target=look, args=(found[1], seen))
+                looking.start()
+    looking.join(30)
+    assert process.returncode == 0, "".join(lines)
+    for text in ("source.img", "Job disk0", "Map of the disk", "Last job disk0: completed"):
+        assert any(text in line for line in seen), text
+    assert not list(room.iterdir())
 
 
 def run_demo(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +90,7 @@ def test_the_demo(room: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for text in ("is ready", "times over", "the pivot held the guest for", "all verified"):
         assert text in done.stdout
+    assert "./run demo --web" in done.stdout.splitlines()[-1]
     assert not list(room.iterdir())
 
 

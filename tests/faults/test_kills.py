@@ -54,14 +54,14 @@ Tracker.target_came_back = lambda self: self._with_claims(self.dirty)
         Cell("server", "READY", "busy"),
         """
 from nbdmirror.state.recovery import RecoveredState
-RecoveredState.restore = lambda *arguments: None
+RecoveredState.restore = RecoveredState.restore_mirror = lambda *arguments: None
 """,
     ),
     "everything is copied again": (
         Cell("server", "READY", "idle"),
         """
 from nbdmirror.state.recovery import RecoveredState
-RecoveredState.restore = lambda self, bitmap, key: bitmap.mark_all()
+RecoveredState.restore_mirror = lambda self, tracker, key: tracker.mark_all()
 """,
     ),
     "a pivot is not written down": (

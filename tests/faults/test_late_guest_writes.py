@@ -77,7 +77,6 @@ def proxies() -> Iterator[list[Proxy]]:
 def proxied(proxies: list[Proxy]) -> Callable[[Path], Proxy]:
     def make(socket: Path) -> Proxy:
         proxies.append(Proxy(socket))
-        proxies[-1].spare(REQUEST)
         return proxies[-1]
 
     return make
@@ -114,6 +113,7 @@ def served(
         server.qmp.complete()
     server.allowed.append(LOST)
     have_connections(server.uri(), proxy)
+    proxy.spare(REQUEST)  # not before: what was sent so far may look the same
     return server
 
 
@@ -180,6 +180,7 @@ def test_a_mirror_reads_from_the_disk_meanwhile(
     qmp = server.qmp
     qmp.start_mirror(target.uri(), device="disk0")
     qmp.wait_ready()
+    proxy.spare(REQUEST)
     source.hold.touch()
     old = requested(server.uri(), CHANGES["write"][0])
     wait_until(source.is_holding, "it is at the server")

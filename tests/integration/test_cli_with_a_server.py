@@ -139,6 +139,12 @@ def test_a_server_that_dies_in_the_middle(
     running = Running([*words, "--qmp", str(server.qmp_path)], is_terminal=is_terminal)
     wait_until(lambda: b"left" in running.heard, "it shows the job")
     os.kill(server.pid, signal.SIGKILL)
+    if (command, is_terminal) == ("status --watch", True):  # continues until interrupted
+        wait_until(lambda: b"trying again" in running.heard, "it shows that the server is gone")
+        running.process.send_signal(signal.SIGINT)
+        assert running.end()[0] == DONE
+        server.kill()
+        return
     status, heard = running.end()
     server.kill()
     assert status == NO_SERVER

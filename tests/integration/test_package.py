@@ -35,6 +35,7 @@ PYTHON = "/usr/bin/python3"
 STEM = f"nbdmirror-{__version__}"
 DATA = {
     "lib/systemd/system/nbdmirror@.service",
+    "lib/systemd/system/nbdmirror-web.service",
     "lib/sysusers.d/nbdmirror.conf",
     "share/doc/nbdmirror/example.conf",
     "share/man/man1/nbdmirror.1",

@@ -42,6 +42,7 @@ from support.paritysteps import (
     event,
     fault,
     heal,
+    held,
     images,
     mirror,
     query,
@@ -143,7 +144,7 @@ def test_a_target_that_is_lost_and_comes_back(folder: Path, phase: str) -> None:
         script: list[Script] = [
             [fault("target", "write", "hold")],
             start(on_target_error="stop"),
-            [until(lambda job: job["busy"], "the copy is in flight"), KILL_TARGET],
+            [held("target", "write"), KILL_TARGET],
             [heal("target", "write"), error_event("write", "stop"), status("paused"), query()],
         ]
     else:

@@ -35,6 +35,7 @@ from support.paritysteps import (
     error_event,
     fault,
     heal,
+    held,
     images,
     mirror,
     query,
@@ -42,7 +43,6 @@ from support.paritysteps import (
     start,
     status,
     swapped,
-    until,
     write,
 )
 
@@ -134,7 +134,7 @@ def test_while_it_ends(folder: Path, policy: str, errno_name: str, side: str, en
     script: list[Script] = [
         start(**{f"on_{side}_error": policy}),
         [ready(), fault(side, operation, "hold"), write()],
-        [until(lambda job: job["busy"], "the copy is in flight"), ENDINGS[ending], query()],
+        [held(side, operation), ENDINGS[ending], query()],
         [fault(side, operation, errno_name), error_event(operation, action)],
     ]
     if action == "report":
@@ -170,7 +170,7 @@ def test_force_cancel_of_a_job_with_errors(
         script += [[fault(side, operation, "EIO")], start(**{f"on_{side}_error": policy})]
     else:
         script += [start(**{f"on_{side}_error": policy}), [ready(), fault(side, operation, "hold")]]
-        script += [[write(), until(lambda job: job["busy"], "the copy is in flight")]]
+        script += [[write(), held(side, operation)]]
         script += [[ending] if ending else [], [fault(side, operation, "EIO")]]
     script += [[error_event(operation, policy)]]
     if policy == "stop":

@@ -94,20 +94,21 @@ class FineMachine(MirrorMachine):
     @precondition(lambda self: self.w.is_tracking and not self.w.guests and not self.w.is_held)
     @rule(
         granule=slots,
-        units=st.sampled_from(((0, 2), (1, 3), (0,), (0, 1, 3))),
-        has_read=st.booleans(),
-        other=st.integers(0, 3),
-        is_synchronous=st.booleans(),
+        units_and_other=st.sampled_from(
+            (((0, 2), 1), ((1, 3), 2), ((0, 1, 3), 2), ((0,), 3), ((0, 2), 2), ((0,), 0))
+        ),
+        has_read=st.sampled_from((True, True, False)),
+        is_synchronous=st.sampled_from((True, True, False)),
     )
     def write_meets_parts(
         self,
         granule: int,
-        units: tuple[int, ...],
+        units_and_other: tuple[tuple[int, ...], int],
         has_read: bool,
-        other: int,
         is_synchronous: bool,
     ) -> None:
-        """A guest writes to a granule of which parts are being copied, perhaps to a gap."""
+        """A guest writes to a granule of which parts are being copied, often to a gap."""
+        units, other = units_and_other
         self._begin_with_details()
         for unit in units:
             self.guest_asks(granule, unit * 128, 128, False, 0.0, False, 9, False)
@@ -140,6 +141,24 @@ class FineMachine(MirrorMachine):
         self.guest_asks(granule, unit * 128, 128, False, 0.0, False, 9, False)
         for _ in range(BOUNDS["COARSE_LOOKS"] + 1):
             self.w.look()
+        self.guest_asks(granule, other * 128, 128, False, 0.0, False, 9, False)
+
+    @precondition(lambda self: self.w.is_tracking and not self.w.guests and not self.w.is_held)
+    @rule(granule=slots, unit=st.integers(0, 3), other=st.integers(0, 3))
+    def notes_are_too_many(self, granule: int, unit: int, other: int) -> None:
+        """A guest writes to one part, and then so often to another that there is no more room."""
+        self._begin_with_details()
+        self.guest_asks(granule, unit * 128, 128, False, 0.0, False, 9, False)
+        for _ in range(BOUNDS["NOTES_MAX"]):
+            self.guest_asks(granule, other * 128, 128, False, 0.0, False, 9, False)
+
+    @precondition(lambda self: self.w.is_tracking and not self.w.guests and not self.w.is_held)
+    @precondition(lambda self: self.w.dirty._notes is None)
+    @rule(granule=slots, unit=st.integers(0, 3), other=st.integers(0, 3))
+    def details_begin_over_what_is_dirty(self, granule: int, unit: int, other: int) -> None:
+        """A granule is dirty as a whole, and a guest then writes to a part of the granule."""
+        self.guest_asks(granule, unit * 128, 128, False, 0.0, False, 9, False)
+        self.w.refine()
         self.guest_asks(granule, other * 128, 128, False, 0.0, False, 9, False)
 
     def _begin_with_details(self) -> None:

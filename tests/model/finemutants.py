@@ -16,7 +16,7 @@ from nbdmirror.disk.tracker import Tracker
 class NotesAfterTheBit(World):
     """The bit is cleared between the two, and the note is left under a clean bit."""
 
-    class fine_class(StepFine):  # noqa: N801 - takes the place of the attribute
+    class fine_class(StepFine):
         def mark(self, offset: int, length: int) -> None:
             DirtyBitmap.mark(self, offset, length)
             self.between.run("before the bit")
@@ -29,7 +29,7 @@ class NotesAfterTheBit(World):
 class TakesDetailsBeforeTheBit(World):
     """A mark that comes between the two is wiped out."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):
         def take(self, offset: int, length: int) -> tuple[Range, ...] | None:
             meanwhile = self.between.calls.pop("before details are taken", None)
             parts = super().take(offset, length)
@@ -42,7 +42,7 @@ class TakesDetailsBeforeTheBit(World):
 class ReplacesTheNotes(World):
     """Who has the old list in hand leaves a note that nobody reads."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):
         def _sort_notes(self) -> None:
             super()._sort_notes()
             if self._notes is not None:
@@ -52,7 +52,7 @@ class ReplacesTheNotes(World):
 class DropsTheOldestNote(World):
     """Too many notes mean whole granules, not fewer notes."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):
         def mark(self, offset: int, length: int) -> None:
             if self._notes and len(self._notes) >= self._room:
                 del self._notes[0]
@@ -62,7 +62,7 @@ class DropsTheOldestNote(World):
 class DropsDetailsThatAreTooMany(World):
     """So do too many details."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):
         def _add(self, granule: int, units: int) -> None:
             if len(self._details) < fine.DETAILS_MAX:
                 super()._add(granule, units)
@@ -71,11 +71,11 @@ class DropsDetailsThatAreTooMany(World):
 class DetailsBeforeWholes(World):
     """A granule that is dirty as a whole stays so, also if it is then written to in part."""
 
-    class fine_class(StepFine):  # noqa: N801
-        def _take_granule(self, granule: int) -> list[Range]:
+    class fine_class(StepFine):
+        def _take_units(self, granule: int) -> int:
             if granule in self._details:
                 self._whole.clear(granule << self._shift, self.granularity)
-            return super()._take_granule(granule)
+            return super()._take_units(granule)
 
         def _add(self, granule: int, units: int) -> None:
             self._details[granule] = self._details.get(granule, 0) | units
@@ -84,7 +84,7 @@ class DetailsBeforeWholes(World):
 class RefinesWhatIsThere(World):
     """What was dirty before details counted is dirty as a whole."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):
         def look(self, guests: Ledger) -> None:
             before, self._whole = self._whole, DirtyBitmap(self.size, self.granularity)
             super().look(guests)
@@ -94,7 +94,7 @@ class RefinesWhatIsThere(World):
 class RefinesTooEarly(World):
     """So is what is written by requests that saw no notes, and are still to set their bits."""
 
-    class fine_class(StepFine):  # noqa: N801 - takes the place of the attribute
+    class fine_class(StepFine):
         def look(self, guests: Ledger) -> None:
             self._leaving = frozenset()
             super().look(guests)
@@ -103,7 +103,7 @@ class RefinesTooEarly(World):
 class StaysFineWhenRushed(World):
     """Where no notes are left bits mean whole granules."""
 
-    class fine_class(StepFine):  # noqa: N801 - takes the place of the attribute
+    class fine_class(StepFine):
         def _coarsen(self) -> None:
             super()._coarsen()
             self._is_coarse = False
@@ -112,7 +112,7 @@ class StaysFineWhenRushed(World):
 class RoundsInward(World):
     """Part of a unit makes all of it dirty."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):
         def _detail(self, offset: int, length: int) -> None:
             unit = 1 << self._unit_shift
             end = (offset + length) // unit * unit if length > unit else offset + length
@@ -122,7 +122,7 @@ class RoundsInward(World):
 class ForgetsThePartsOfPartlyCovered(World):
     """A synchronous write leaves dirty what it does not cover."""
 
-    class fine_class(StepFine):  # noqa: N801
+    class fine_class(StepFine):
         def clear(self, offset: int, length: int) -> None:
             super().clear(offset, length)
             granule = offset >> self._shift
@@ -133,7 +133,7 @@ class ForgetsThePartsOfPartlyCovered(World):
 class FailsToTheBit(World):
     """Of a copy that failed not the bits alone are dirty again, but what was to be copied."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def settle(self, claim: Claim, *, failed: bool) -> int:
             if failed:
                 DirtyBitmap.mark(self.dirty, claim.offset, claim.length)
@@ -144,7 +144,7 @@ class FailsToTheBit(World):
 class GivesBackToTheBit(World):
     """So of what a copy gives back."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def shrink(self, claim: Claim, length: int) -> None:
             DirtyBitmap.mark(self.dirty, claim.offset + length, claim.length - length)
             claim.parts = claim.parts_in(claim.offset, claim.offset + length)
@@ -156,7 +156,7 @@ class OwnsItsPartsAlone(World):
 
     checks_overlap = False
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def _is_free_for(self, claim: Claim) -> bool:
             copies, start, end = self._copies, claim.offset, claim.end
             self._copies = [c for c in copies if c.overlaps(claim) and c.parts_in(start, end)]
@@ -177,7 +177,7 @@ class OwnsItsPartsAlone(World):
 class UnflushedInParts(World):
     """What was sent since the last flush is known by whole granules, a filled gap included."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def claim(self, offset: int, length_max: int) -> Claim | None:
             before = self.unflushed.copy()
             claim = super().claim(offset, length_max)

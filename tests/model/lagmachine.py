@@ -66,6 +66,34 @@ class LagMachine(MirrorMachine):
         self.w.devices.end(request, outcome)
         self._flush("well")
 
+    @precondition(lambda self: self.w.is_tracking and not self.w.devices.is_lost)
+    @precondition(lambda self: not self.w.guests and not self.w.is_held)
+    @rule(
+        granule=slots,
+        where=st.sampled_from(("before", "before the bit", "before the bit", "before the note")),
+        steps=st.sampled_from((9, 9, 3)),
+        is_synchronous=st.sampled_from((False, False, True)),
+        wakes=st.booleans(),
+    )
+    def the_mirror_rests(
+        self, granule: int, where: str, steps: int, is_synchronous: bool, wakes: bool
+    ) -> None:
+        """Before a guest writes, or while the guest marks what it has written."""
+        world = self.w
+        assert isinstance(world, LagWorld) and world.lag is not None
+        world.copy_all()
+        self._flush("well")
+        world.wake()
+        world.lag.look()
+        if where == "before":
+            world.rest()
+        else:
+            world.dirty.between.calls[where] = world.rest
+        self.guest_asks(granule, 0, 128, False, 0.0, is_synchronous, steps, False)
+        world.dirty.between.calls.clear()
+        if wakes:
+            world.wake()
+
     def _flush(self, outcome: str) -> Request:
         """The flush, if it is under way still."""
         self.w.devices.at_once = [outcome]

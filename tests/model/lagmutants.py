@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from model.lagworld import LagWorld
 
+from nbdmirror.disk.alarm import Alarm
 from nbdmirror.disk.backlog import Backlog
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim, Range
@@ -136,7 +137,7 @@ class ForgetsWhatALostTargetLost(LagWorld):
 
     loses_target = True
 
-    class tracker_class(Tracker):  # noqa: N801 - takes the place of the attribute
+    class tracker_class(Tracker):
         def target_came_back(self) -> None:
             backlog, self._backlog = self._backlog, Backlog(self.size, self.granularity)
             super().target_came_back()
@@ -146,23 +147,44 @@ class ForgetsWhatALostTargetLost(LagWorld):
 class LooksAtTheClockAfterwards(LagWorld):
     """A write between the look at what is dirty and the look at the clock."""
 
-    class lag_class(Lag):  # noqa: N801 - takes the place of the attribute
+    class lag_class(Lag):
         def look(self) -> None:
             if self._ended_s is None and self._tracker.renew_backlog():
-                self._point_s, self._backlog_s = self._backlog_s, self._clock()
+                self._covered_s, self._backlog_s = self._backlog_s, self._clock()
 
 
 class CountsFromTheEnd(LagWorld):
     """As if the target had all as of when the backlog ended, and not as of when it began."""
 
-    class lag_class(Lag):  # noqa: N801 - takes the place of the attribute
+    class lag_class(Lag):
         def look(self) -> None:
             now_s = self._clock()
             if self._ended_s is None and self._tracker.renew_backlog():
-                self._point_s = self._backlog_s = now_s
+                self._covered_s = self._backlog_s = now_s
+
+
+class CountsFromTheWaking(LagWorld):
+    """As if nothing was answered before the loop's thread heard the alarm."""
+
+    class alarm_class(Alarm):
+        def quiet_until_s(self) -> float | None:
+            return self._clock() if self.is_set else None
+
+
+class RestsBesideAGuest(LagWorld):
+    """A guest that has read what to mark before the alarm was there."""
+
+    class alarm_class(Alarm):
+        def set(self, is_at_rest: Callable[[], bool]) -> bool:
+            self._rung_s = []
+            self._ledger.attach(self)
+            self.is_set = is_at_rest()
+            return self.is_set
 
 
 LAG_MUTANTS = (
+    CountsFromTheWaking,
+    RestsBesideAGuest,
     ForgetsCopiesInFlight,
     ForgetsTheUnflushed,
     ForgetsFlushesUnderWay,

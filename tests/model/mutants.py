@@ -16,7 +16,7 @@ from model.world import World
 from nbdmirror.devices.base import Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
-from nbdmirror.disk.ledger import Ledger
+from nbdmirror.disk.ledger import Ledger, Marked
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.buffers import Run
 from nbdmirror.mirror.copier import Copier
@@ -53,10 +53,10 @@ class DecidesAtEntry(World):
     """L2; M33 "writes during job start-up". A job that starts mid-write, and the write decided at
     its entry whether to mark: 100 of 2,000 schedules."""
 
-    class ledger_class(Ledger):  # noqa: N801 - takes the place of the attribute
+    class ledger_class(Ledger):
         def __init__(self) -> None:
             super().__init__()
-            self.seen: dict[int, tuple[DirtyBitmap, ...]] = {}
+            self.seen: dict[int, tuple[Marked, ...]] = {}
 
         def enter(self) -> int:
             token = super().enter()
@@ -78,7 +78,7 @@ class WritesWithoutWaiting(World):
 
     checks_overlap = False
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def _is_free_for(self, claim: Claim) -> bool:
             return not any(other.overlaps(claim) for other in self._writes)
 
@@ -89,7 +89,7 @@ class ClaimsTwice(World):
 
     checks_overlap = False
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def claim(self, offset: int, length_max: int) -> Claim | None:
             copies, self._copies = self._copies, []
             try:
@@ -102,7 +102,7 @@ class ClaimsTwice(World):
 class ClearsAtSettle(World):
     """L3; M3 "clear the bit, then look at the source"."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def claim(self, offset: int, length_max: int) -> Claim | None:
             claim = super().claim(offset, length_max)
             if claim is not None:
@@ -120,7 +120,7 @@ class ClearsAtSettle(World):
 class AsksExtentsFirst(World):
     """L3; M3 "before block status is asked or data read, since both may yield"."""
 
-    class copier_class(Copier):  # noqa: N801
+    class copier_class(Copier):
         def _begin(self, claim: Claim) -> None:
             self.tracker.dirty.mark(claim.offset, claim.length)
             super()._begin(claim)
@@ -134,7 +134,7 @@ class AsksExtentsFirst(World):
 class ForgetsFailedCopies(World):
     """L5; M20 "'ignore' does not mean skip"."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def settle(self, claim: Claim, *, failed: bool) -> int:
             return super().settle(claim, failed=False)
 
@@ -143,7 +143,7 @@ class ForgetsFailedCopies(World):
 class ClearsPartlyCovered(World):
     """L6; M9 "clearing on a partly written chunk loses the rest of it"."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def begin_write(self, offset: int, length: int) -> Claim:
             claim = super().begin_write(offset, length)
             self.dirty.clear(claim.offset, claim.length)
@@ -154,7 +154,7 @@ class ClearsPartlyCovered(World):
 class ClearsAfterWriting(World):
     """L6, for the reason of L3; M3: a background write that marks meanwhile is wiped out."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def begin_write(self, offset: int, length: int) -> Claim:
             before = DirtyBitmap(self.size, self.granularity)
             before.merge(self.dirty)
@@ -179,7 +179,7 @@ class ForgetsFailedWrites(World):
 class LeavesTheRestClean(World):
     """L5: what a copy gives back of its claim is dirty again (`shrink`)."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def shrink(self, claim: Claim, length: int) -> None:
             claim.length = length
 
@@ -187,7 +187,7 @@ class LeavesTheRestClean(World):
 class WakesNobody(World):
     """A wait without a bound needs a wake-up: every wait has a bound or is woken."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def settle(self, claim: Claim, *, failed: bool) -> int:
             if failed:
                 self.dirty.mark(claim.offset, claim.length)
@@ -199,7 +199,7 @@ class WakesNobody(World):
 class FlushCoversWhatIsInFlight(World):
     """M39: what is in flight when a flush is sent is not covered by it."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def _with_claims(self, bitmap: DirtyBitmap) -> DirtyBitmap:
             return bitmap
 
@@ -208,7 +208,7 @@ class FlushCoversWhatIsInFlight(World):
 class UnflushedWhenItEnds(World):
     """M39: a copy in flight at a crash may be on the target or not."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def claim(self, offset: int, length_max: int) -> Claim | None:
             before = self.unflushed.copy()
             claim = super().claim(offset, length_max)
@@ -225,7 +225,7 @@ class UnflushedWhenItEnds(World):
 class ForgetsAFailedFlush(World):
     """M13, M39: what a flush that failed was to cover may be lost."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def end_flush(self, covered: DirtyBitmap, *, failed: bool) -> None:
             super().end_flush(covered, failed=False)
 
@@ -234,7 +234,7 @@ class ForgetsAFailedFlush(World):
 class StoppedCountsAsCopied(World):
     """M22, L5: of a claim that a pause cuts short, what was not copied is dirty again."""
 
-    class copier_class(Copier):  # noqa: N801
+    class copier_class(Copier):
         def _settle(self, copy: _Copy, *, failed: bool) -> None:
             super()._settle(copy, failed=failed and copy.error is not None)
 
@@ -246,7 +246,7 @@ class StoppedCountsAsCopied(World):
 class CountsThePieceAhead(World):
     """L4: a claim lets go of no more than what the target has answered."""
 
-    class copier_class(Copier):  # noqa: N801
+    class copier_class(Copier):
         def _write(self, copy: _Copy, runs: list[Run], end: int, start_s: float) -> None:
             if copy.extents[0].zero and runs[-1][0] + runs[-1][1] < copy.claim.end:
                 self.tracker._copies.remove(copy.claim)
@@ -258,7 +258,7 @@ class CountsThePieceAhead(World):
 class DisownedCountsAsCopied(World):
     """L5: what the source was not waited for is dirty again."""
 
-    class copier_class(Copier):  # noqa: N801
+    class copier_class(Copier):
         def disown(self) -> None:
             for copy in [copy for copy in self._copies if copy.operation == "read"]:
                 copy.buffer = None
@@ -269,7 +269,7 @@ class DisownedCountsAsCopied(World):
 class WritesWhatWasDisowned(World):
     """L4: an answer that comes late is written over what was copied since."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def settle(self, claim: Claim, *, failed: bool) -> int:
             return super().settle(claim, failed=failed) if claim in self._copies else 0
 
@@ -277,7 +277,7 @@ class WritesWhatWasDisowned(World):
             if claim in self._copies:
                 super().shrink(claim, length)
 
-    class copier_class(Copier):  # noqa: N801
+    class copier_class(Copier):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             self._copies = _Everything()

@@ -23,12 +23,14 @@ from support.staterecords import MIRROR
 
 import nbdmirror.state.intent_log
 import nbdmirror.state.journal
+import nbdmirror.state.process_memory
 import nbdmirror.state.store
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.state.disk_file import DiskIdentity
 from nbdmirror.state.intent_log import slot_bytes
-from nbdmirror.state.journal import JOURNAL_BYTES, Journal, Regions, ranges_left
+from nbdmirror.state.journal import Journal, Regions, ranges_left
+from nbdmirror.state.recent import ENTRY
 from nbdmirror.state.recovery import RecoveredState, names, recover
 from nbdmirror.state.sealed_files import Folder, Slots
 from nbdmirror.state.shared_memory import ShmDirectory
@@ -36,6 +38,9 @@ from nbdmirror.state.store import DiskStore
 
 REGION_BYTES = 1024
 REQUESTS_MAX = 8
+JOURNAL_BYTES = REQUESTS_MAX * 16
+RECENT_MAX = 16
+RECENT_BYTES = RECENT_MAX * ENTRY.size
 KEY = "mirror-1"
 DISK = DiskIdentity("/nowhere/disk", 0)
 
@@ -138,6 +143,59 @@ class StepWriter:
             self.calls.pop(0)()
 
 
+def _no_memory(_: str) -> None:
+    raise OSError(0, "not in this test")
+
+
+BOUNDS: tuple[tuple[object, str, object], ...] = (
+    (nbdmirror.state.journal, "REQUESTS_MAX", REQUESTS_MAX),
+    (nbdmirror.state.journal, "RECENT_MAX", RECENT_MAX),
+    (nbdmirror.state.process_memory, "JOURNAL_BYTES", JOURNAL_BYTES),
+    (nbdmirror.state.intent_log, "REGION_BYTES_MIN", REGION_BYTES),
+    (nbdmirror.state.intent_log, "REGION_BYTES_MAX", REGION_BYTES),
+    (ShmDirectory, "create", _no_memory),
+)
+"""Module or class, name and value, in place of what a server has."""
+
+
+def begun_store(
+    folder: SimFolder, identity: DiskIdentity, writer: Any, flush_source: Callable[[], None]
+) -> DiskStore:
+    """The state of a disk that was never kept before."""
+    log = folder.slots(names("disk")["intents"], slot_bytes(identity.size), 2)
+    store = DiskStore(
+        name="disk", identity=identity, folder=folder, slots=log, found=None, pivoted=None
+    )
+    store.begin(writer, flush_source)
+    store.begun()
+    store.start()
+    return store
+
+
+class PowerCuts:
+    """What is told to differ after a power cut. Each state directory is recovered once: most steps
+    change nothing there."""
+
+    def __init__(
+        self, identity: DiskIdentity, told: Callable[[RecoveredState], DirtyBitmap]
+    ) -> None:
+        self._identity = identity
+        self._told = told
+        self._known: dict[object, DirtyBitmap | None] = {}
+
+    def told(self, files: dict[str, bytes], log: SimSlots) -> DirtyBitmap | None:
+        """None: there is no mirror, and nobody was told that it goes on."""
+        key = (tuple(log.content), *files.items())
+        if key not in self._known:
+            folder = SimFolder()
+            folder.files = dict(files)
+            folder.logs = {names("disk")["intents"]: log}
+            found = recover(folder, "disk", self._identity)
+            has_mirror = found is not None and found.definition.mirror is not None
+            self._known[key] = self._told(found) if found is not None and has_mirror else None
+        return self._known[key]
+
+
 class PowerWorld(World):
     """Mutants override what they break."""
 
@@ -153,24 +211,18 @@ class PowerWorld(World):
         self.writer = StepWriter(self.loop.call_later)
         self.identity = DiskIdentity(DISK.source, self.size)
         patches: tuple[tuple[object, str, object], ...] = (
-            (nbdmirror.state.journal, "REQUESTS_MAX", REQUESTS_MAX),
-            (nbdmirror.state.intent_log, "REGION_BYTES_MIN", REGION_BYTES),
-            (nbdmirror.state.intent_log, "REGION_BYTES_MAX", REGION_BYTES),
+            *BOUNDS,
             (nbdmirror.state.store, "Regions", self.regions_class),
-            (ShmDirectory, "create", _no_memory),
+            (nbdmirror.state.process_memory, "Journal", self._new_journal),
         )
         for module, name, value in patches:
             self._patches.enter_context(patch.object(module, name, value))
-        log = self.folder.slots(names("disk")["intents"], slot_bytes(self.size), 2)
-        self.store = DiskStore(
-            name="disk", identity=self.identity, folder=self.folder, slots=log, found=None,
-            pivoted=None,
-        )  # fmt: skip
-        self.store.journal = self.journal_class(memoryview(bytearray(JOURNAL_BYTES)))
-        writer: Any = self.writer
-        self.store.begin(writer, self.flush_source)
-        self.store.begun()
-        self.store.start()
+        self.store = begun_store(self.folder, self.identity, self.writer, self.flush_source)
+        self.power_cuts = PowerCuts(self.identity, self.recover)
+
+    def _new_journal(self, *_: memoryview) -> Journal:
+        self.recent = bytearray(RECENT_BYTES)
+        return self.journal_class(memoryview(bytearray(JOURNAL_BYTES)), memoryview(self.recent))
 
     def flush_source(self) -> None:
         if self.flushes_source:
@@ -209,13 +261,9 @@ class PowerWorld(World):
         self._check_told(dirty, [self.source], "a killed process")
 
     def check_power_cut(self, log: SimSlots) -> None:
-        folder = SimFolder()
-        folder.files = dict(self.folder.files)
-        folder.logs = {names("disk")["intents"]: log}
-        found = recover(folder, "disk", self.identity)
-        if found is None or found.definition.mirror is None:
-            return  # nobody was told that it goes on
-        self._check_told(self.recover(found), [self.source, self.durable_source], "a power cut")
+        dirty = self.power_cuts.told(self.folder.files, log)
+        if dirty is not None:
+            self._check_told(dirty, [self.source, self.durable_source], "a power cut")
 
     def recover(self, found: RecoveredState) -> DirtyBitmap:
         dirty = DirtyBitmap(self.size, self.granularity)
@@ -237,7 +285,3 @@ class PowerWorld(World):
         super().drain()
         while self.writer.calls:
             self.writer.step()
-
-
-def _no_memory(_: str) -> None:
-    raise OSError(0, "not in this test")

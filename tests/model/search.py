@@ -1,4 +1,5 @@
-"""The search for steps at which a broken rule is caught."""
+"""Runs of the state machines: that the rules hold, and the search for steps at which a broken rule
+is caught."""
 
 from __future__ import annotations
 
@@ -9,6 +10,20 @@ from hypothesis.stateful import run_state_machine_as_test
 
 STEPS = 40
 MUTANT_SEARCHES_MAX = 20
+
+
+def hold(machine: type, examples: int) -> None:
+    """Run a machine whose rules hold. Hypothesis prints the steps of a failure."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=STEPS,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 def search(kind: type, mutant: type, examples_max: int) -> None:

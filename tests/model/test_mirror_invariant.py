@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
 from model.finemachine import FineMachine
 from model.finemutants import FINE_MUTANTS
 from model.lagmachine import LagMachine, LosingLagMachine
 from model.lagmutants import LAG_MUTANTS
 from model.machine import LosingMachine, MirrorMachine
 from model.mutants import MUTANTS
-from model.search import STEPS, search
+from model.search import hold, search
 from model.world import World
 
 ALL_MUTANTS = (*MUTANTS, *FINE_MUTANTS, *LAG_MUTANTS)
@@ -26,16 +24,7 @@ MUTANT_EXAMPLES_MAX = 250
 @pytest.mark.guarantee("The invariant")
 @pytest.mark.parametrize("machine", [MirrorMachine, FineMachine, LosingMachine, LosingLagMachine])
 def test_the_invariant_holds(machine: type[MirrorMachine]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
-            deadline=None,
-            print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    hold(machine, EXAMPLES)
 
 
 @pytest.mark.guarantee("The invariant")

@@ -7,12 +7,12 @@ The mutants break what journal.py and checkpoint.py say; the same machine must c
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule, run_state_machine_as_test
-from model.machine import MirrorMachine
+from model.killed import KilledWorld
+from model.killedmachine import KilledMachine
+from model.killedmutants import KILLED_MUTANTS
 from model.powerloss import PowerWorld
-from model.search import STEPS, search
+from model.powermachine import PowerMachine
+from model.search import hold, search
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
@@ -24,56 +24,19 @@ EXAMPLES = 300
 MUTANT_EXAMPLES_MAX = 100
 
 
-class PowerMachine(MirrorMachine):
-    world_class: type[PowerWorld] = PowerWorld
-
-    @property
-    def w(self) -> PowerWorld:
-        assert isinstance(self.world, PowerWorld)
-        return self.world
-
-    @precondition(lambda self: self.w.is_tracking)
-    @rule(
-        action=st.sampled_from(("write", "checkpoint", "checkpoint", "flush", "copy and flush")),
-        steps=st.integers(0, 3),
-        elapsed_s=st.sampled_from((0.0, 0.1)),
-    )
-    def state_is_kept(self, action: str, steps: int, elapsed_s: float) -> None:
-        if action == "checkpoint":
-            self.w.store._checkpoints.tick()
-        elif action == "flush":
-            self.w.flush_source()
-        elif action == "copy and flush":
-            self.w.copy_all()
-            self.w.copier.flush(lambda error: None)
-            self.w.copy_all()
-        for _ in range(steps):
-            self.w.writer.step()
-            self.w.check()
-        self.w.loop.turn(elapsed_s)
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.rule(47)
 @pytest.mark.guarantee("At no moment")
-def test_nothing_is_lost_when_the_process_or_the_power_ends() -> None:
-    run_state_machine_as_test(
-        PowerMachine,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
-            deadline=None,
-            print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+@pytest.mark.parametrize("machine", [PowerMachine, KilledMachine])
+def test_nothing_is_lost_when_the_process_or_the_power_ends(machine: type[PowerMachine]) -> None:
+    hold(machine, EXAMPLES)
 
 
 @pytest.mark.rule(47)
 class WritesNothingDown(PowerWorld):
     """A write is marked after it is done: a crash between the two forgets it."""
 
-    class journal_class(Journal):  # noqa: N801 - takes the place of the attribute
+    class journal_class(Journal):
         def begin(self, offset: int, length: int) -> int:
             slot = super().begin(offset, length)
             self._cells[2 * slot + 1] = 0
@@ -91,7 +54,7 @@ class LeavesTheDiskUnflushed(PowerWorld):
 class DoesNotWaitForWrites(PowerWorld):
     """Bitmaps are saved while a write from before the cut is not marked yet."""
 
-    class journal_class(Journal):  # noqa: N801
+    class journal_class(Journal):
         def has_drained(self, before: dict[int, int]) -> bool:
             return True
 
@@ -99,7 +62,7 @@ class DoesNotWaitForWrites(PowerWorld):
 class RetiresWhatIsTouched(PowerWorld):
     """A region that was written to since the cut leaves the log."""
 
-    class regions_class(Regions):  # noqa: N801
+    class regions_class(Regions):
         def retire(self) -> None:
             self.touched = bytearray(len(self.touched))
             self._before = bytearray(len(self._before))
@@ -110,7 +73,7 @@ class RetiresWhatIsTouched(PowerWorld):
 class TouchesWithoutSync(PowerWorld):
     """The region is on its way to the disk when the write is issued."""
 
-    class regions_class(Regions):  # noqa: N801
+    class regions_class(Regions):
         def _write(self, regions: bytearray, *, sync: bool) -> None:
             super()._write(regions, sync=False)
 
@@ -126,7 +89,7 @@ class ForgetsTheRegions(PowerWorld):
 class SavesDirtyAlone(PowerWorld):
     """What is in flight, or not flushed on the target, is not in the bitmap of what is dirty."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         def may_differ(self) -> DirtyBitmap:
             return self.dirty.copy()
 
@@ -134,7 +97,7 @@ class SavesDirtyAlone(PowerWorld):
 class ReadsBitmapsBackwards(PowerWorld):
     """A range that moves from `dirty` to `unflushed` between the two is missed."""
 
-    class tracker_class(Tracker):  # noqa: N801
+    class tracker_class(Tracker):
         moves: Claim | None = None
 
         def may_differ(self) -> DirtyBitmap:
@@ -161,7 +124,8 @@ MUTANTS = (
 @pytest.mark.guarantee("At no moment")
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *KILLED_MUTANTS], ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_caught(mutant: type[PowerWorld]) -> None:
+    kind = KilledMachine if issubclass(mutant, KilledWorld) else PowerMachine
     with pytest.raises(AssertionError, match="lost"):
-        search(PowerMachine, mutant, MUTANT_EXAMPLES_MAX)
+        search(kind, mutant, MUTANT_EXAMPLES_MAX)

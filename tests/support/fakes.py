@@ -122,6 +122,15 @@ class Fake(QmpFake):
             disks[0] |= {"last-job": self.last} if self.last else {}
         return {"disks": disks}
 
+    def do_x_nbdmirror_query_job_map(self, arguments: dict[str, Any]) -> Any:
+        """What is left is at the disk's end."""
+        job, cells = self._job({"id": arguments["id"]}), arguments["cells"]
+        done = cells * job["offset"] // job["len"]
+        nothing = [0] * cells
+        dirty = [0] * done + [100] * (cells - done)
+        shown = {"in-flight": nothing, "unflushed": nothing, "zero": nothing}
+        return {"lengths": [100] * cells, "dirty": dirty, **shown}
+
     def do_drive_mirror(self, arguments: dict[str, Any]) -> Any:
         if self.plan.get("refuse"):
             raise CommandError("Target is smaller than the source")

@@ -17,6 +17,24 @@ from support.waiting import POLL_S, WAIT_S_MAX, wait_until
 from nbdmirror.web import service
 from nbdmirror.web.host import NoAnswer
 
+_PARTS = {
+    "source-read": 0.1,
+    "target-write": 0.2,
+    "target-flush": 0.0,
+    "speed-limit": 0.0,
+    "yielding": 0.0,
+    "nothing-to-do": 0.7,
+    "paused": 0.0,
+    "error": 0.0,
+    "reconnecting": 0.0,
+}
+WAITS: dict[str, Any] = {
+    "now": "nothing-to-do",
+    "last-minute": _PARTS,
+    "since-start": _PARTS,
+    "seconds": {cause: 1000 * part for cause, part in _PARTS.items()},
+}
+
 JOB: dict[str, Any] = {
     "device": "vda",
     "status": "ready",
@@ -48,6 +66,7 @@ JOB: dict[str, Any] = {
     "dirty-bytes-per-s": 4 << 20,
     "left-s": 1.5,
     "lag-s": 0.25,
+    "waits": WAITS,
 }
 
 
@@ -109,6 +128,9 @@ class Made:
         self.says = says
         self.asked = 0
         self.is_silent = False
+        self.maps: dict[str, Any] = {}
+        """By the jobs' names."""
+        self.asked_maps: list[str] = []
         self.unread: list[str] = []
 
     async def status(self) -> Any:
@@ -117,6 +139,10 @@ class Made:
         if isinstance(self.says, Exception):
             raise self.says
         return self.says
+
+    async def job_map(self, job: str, cells: int) -> Any:
+        self.asked_maps.append(job)
+        return self.maps.get(job, {})
 
     async def events(self) -> list[str]:
         await until(lambda: bool(self.unread))

@@ -75,9 +75,9 @@ def _answer_third(lines: list[str]) -> list[str]:
     """After `created` and `running`, where READY comes before the next step."""
     kept = list(lines)
     for number, line in enumerate(kept):
-        if line.startswith("-- blockdev-mirror") and 'status="running"' in "".join(
-            kept[number + 2 : number + 3]
-        ):
+        if line.startswith(
+            ("-- blockdev-mirror", "-- drive-mirror")
+        ) and 'status="running"' in "".join(kept[number + 2 : number + 3]):
             answer = kept.index("<- return", number + 1)
             if not any(text.startswith("--") for text in kept[number + 1 : answer]):
                 kept.insert(number + 3, kept.pop(answer))

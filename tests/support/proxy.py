@@ -40,7 +40,7 @@ class Proxy:
     `stall`: from now on nothing passes, and nobody is told. `forward` takes that back. `reset`:
     each connection ends with a RST, and what was on its way is gone. `half_close`: the client sees
     an end of file, and may still send, to nobody. `reset_after`: a RST once so many bytes more went
-    to the target. `spare`: a `reset` leaves the connection alone that was last to send these bytes.
+    to the target. `spare`: a `reset` leaves the connection alone that is last to send these bytes.
     New connections are forwarded, or stall as well.
     """
 
@@ -78,7 +78,7 @@ class Proxy:
 
     def spare(self, content: bytes) -> None:
         with self._lock:
-            self._spared_bytes = content
+            self._spared_bytes, self._spared = content, None
 
     @property
     def connections_at_work(self) -> int:

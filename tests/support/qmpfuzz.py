@@ -203,6 +203,7 @@ def _value(type_: Any, name: str, pools: Pools) -> st.SearchStrategy[Any]:
     assert isinstance(type_, Plain)
     of: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
         bool: st.booleans, int: lambda: SIGNED, str: lambda: pools.of(name),
+        float: lambda: SIGNED | st.floats(allow_nan=False, allow_infinity=False),
     }  # fmt: skip
     return of[type_.python]()
 

@@ -192,6 +192,7 @@ def test_write_blocking_to_a_target_of_large_blocks(
     assert not [e for e in server.qmp.events if e["event"] == "BLOCK_JOB_ERROR"]
 
 
+@pytest.mark.alone  # a target beside other tests may never answer quickly
 @pytest.mark.parametrize("kind", ["qemu-nbd", "qsd"])
 def test_the_targets_memory_is_used_again(
     start: Start, identical: Identical, folder: Path, kind: str

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from integration.tls.tlsparts import Site, TlsNbdmirror, refusal, with_keys
+from integration.tls.tlsparts import Site, TlsNbdmirror, Unasked, refusal, with_keys
 from support.clients import connected
 from support.fixtures import Start
 from support.guests import Guest
@@ -194,9 +194,7 @@ def as_nobody(call: Callable[[], str]) -> str:
 def test_an_expired_certificate_is_warned_of(start: Start, disk: Path, site: Site) -> None:
     """No reason not to start: who does not verify gets in. Whoever does is told why not."""
     options = ("--tls-certificates", str(site.expired_server))
-    server = TlsNbdmirror(disk.parent, disk, *options, ask_with=None)
-    server.is_ready = server.qmp_path.exists  # type: ignore[method-assign]
-    start(server)
+    server = start(Unasked(disk.parent, disk, *options, ask_with=None))
     assert "server-cert.pem: it has expired" in server.stderr
 
 
@@ -210,7 +208,5 @@ def test_keys_that_others_can_read_are_warned_of(
         keys = site.authority.keys(folder / "open", "server", *HERE)
         secret = keys / "server-key.pem"
     secret.chmod(0o644)
-    server = TlsNbdmirror(disk.parent, disk, f"--tls-{what}", str(keys), ask_with=None)
-    server.is_ready = server.qmp_path.exists  # type: ignore[method-assign]
-    start(server)
+    server = start(Unasked(disk.parent, disk, f"--tls-{what}", str(keys), ask_with=None))
     assert f"chmod 600 {secret}" in server.stderr

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from integration.web.webserver import Web
 from support.browser import Browser, found
+from support.clients import connected
 from support.fixtures import Identical, Start
-from support.images import MiB, make_image, make_noise
+from support.images import KiB, MiB, make_image, make_noise
 from support.processes import freeze
 from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 from support.waiting import wait_until
+
+LOOKS = "[...document.querySelectorAll('.map rect')].map((bar) => bar.className.baseVal).join(' ')"
+"""The kinds of the parts of a map, from left to right."""
 
 pytestmark = [
     pytest.mark.skipif(not found(), reason="there is no Chromium here: see find_missing in run"),
@@ -79,6 +83,52 @@ def test_a_lost_target_and_its_return(
     wait_until(lambda: "X_NBDMIRROR_TARGET_BACK" in browser.text("#events"), "it is back")
     wait_until(lambda: "has been lost" not in browser.text("main"), "it is well again")
     server.qmp.complete()
+    identical(disk, target.image)
+
+
+def test_the_map_of_a_disk_moves(
+    folder: Path, start: Start, browser: Browser, identical: Identical, target: QemuNbd
+) -> None:
+    """A guest's writes appear where they are, also in the words for who cannot see them. Without
+    JavaScript the picture is the one of when the page was loaded."""
+    disk = make_noise(folder / "half.img", MiB)
+    os.truncate(disk, target.image.stat().st_size)
+    server = start(Nbdmirror(folder, disk))
+    web = start(Web(folder, server.qmp_path))
+    opened(browser, web)
+    server.qmp.start_mirror(target.uri(), speed=64 * KiB, buf_size=64 * KiB)
+
+    def looks() -> list[str]:
+        return str(browser.value(LOOKS)).split()
+
+    wait_until(lambda: looks()[:1] == ["not-flushed"], "the beginning was sent")
+    wait_until(lambda: looks()[-1:] == ["dirty"], "the end was not")
+    server.qmp.execute("job-pause", id="j")
+    server.qmp.wait_status("paused")
+    words = "document.querySelector('.map svg').getAttribute('aria-label')"
+    wait_until(lambda: " 0 B in flight" in str(browser.value(words)), "the words are of now")
+    assert str(browser.value(words)).partition(", ")[2] == browser.text(".map .top")
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(f"http://127.0.0.1:{web.port}/")
+        before = browser.text(".map .top")
+        assert "dirty" in before
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    server.qmp.execute("job-resume", id="j")
+    server.qmp.execute("block-job-set-speed", device="j", speed=0)
+    server.qmp.wait_ready()
+    opened(browser, web)
+    wait_until(lambda: looks() == ["clean", "zeroes"], "all is there")
+    server.qmp.execute("job-pause", id="j")
+    server.qmp.wait_status("standby")
+    with connected(server.uri()) as guest:
+        guest.pwrite(b"x" * 512, disk.stat().st_size - 512)
+    wait_until(lambda: looks() == ["clean", "zeroes", "dirty"], "the guest's write is there")
+    assert "64 KiB dirty" in browser.text(".map .top")
+    server.qmp.execute("job-resume", id="j")
+    server.qmp.complete()
+    wait_until(lambda: looks() == [], "there is no job, and no map")
     identical(disk, target.image)
 
 

@@ -192,6 +192,19 @@ def test_a_place_that_is_not_there_yet(folder: Path, start: Start) -> None:
     wait_until(lambda: up(web) == {"a": 1}, "it is there")
 
 
+def test_a_directory_that_is_not_there_yet(folder: Path, start: Start) -> None:
+    """A / at its end says that it is none but a directory: nothing is amiss meanwhile."""
+    place = folder / "later"
+    web = start(Web(folder, f"{place}/"))
+    wait_until(lambda: "does not exist; its server may start yet" in web.stderr, "it is warned of")
+    assert web.json("/status") == []
+    place.mkdir()
+    server = Nbdmirror(folder, make_image(folder / "disk.img", MiB))
+    server.qmp_path = place / "a.qmp"
+    start(server)
+    wait_until(lambda: str(server.qmp_path) in web.get("/status")[1], "its server is there")
+
+
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette", "prometheus_client"])
 def test_without_the_extra(missing: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; import nbdmirror.cli.main as m"

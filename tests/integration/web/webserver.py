@@ -19,7 +19,9 @@ class Web(Server):
     layer = 2
     unwanted = r"Traceback|ERROR|[Ee]xception"
 
-    def __init__(self, folder: Path, *places: Path, environment: dict[str, str] | None = None):
+    def __init__(
+        self, folder: Path, *places: Path | str, environment: dict[str, str] | None = None
+    ):
         super().__init__(folder)
         self.port = free_port()
         self.places = places

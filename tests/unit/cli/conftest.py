@@ -9,15 +9,15 @@ import pytest
 from support.fakes import Fake
 from unit.cli.cliparts import Main
 
-from nbdmirror.cli import control as cli_control
 from nbdmirror.cli import jobs as cli_jobs
 from nbdmirror.cli import main as cli
+from nbdmirror.cli import watch as cli_watch
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     monkeypatch.setattr(cli_jobs, "POLL_S", 0.01)
-    monkeypatch.setattr(cli_control, "WATCH_S", 0.01)
+    monkeypatch.setattr(cli_watch, "LINES_S", 0.01)
     fake = Fake(str(tmp_path / "qmp"))
     monkeypatch.setenv("NBDMIRROR_QMP", fake.path)
     fake.server.start()

@@ -109,6 +109,8 @@ def test_mirror_sends_what_was_asked_for(fake: Fake, run: Main) -> None:
     options = "--device d --sync top --copy-mode write-blocking --granularity 64K --buf-size 1M"
     options += " --speed 0 --on-source-error stop --on-target-error enospc --bitmap b --job j"
     options += " --target-cluster-size 2M --no-unmap --target-is-zero --allow-larger-target"
+    options += " --max-pause 300 --may throttle,write-blocking"
+    options += " --deadline 2h --on-deadline complete"
     assert run("mirror", URI, *options.split())[0] == common.DONE
     assert fake.calls[-2][1] == {
         "device": "d",
@@ -127,6 +129,10 @@ def test_mirror_sends_what_was_asked_for(fake: Fake, run: Main) -> None:
         "target-is-zero": True,
         "x-nbdmirror-target-cluster-size": 2 << 20,
         "x-nbdmirror-allow-larger-target": True,
+        "x-nbdmirror-max-pause": 300,
+        "x-nbdmirror-may": ["throttle", "write-blocking"],
+        "x-nbdmirror-deadline": 7200.0,
+        "x-nbdmirror-on-deadline": "complete",
     }
 
 

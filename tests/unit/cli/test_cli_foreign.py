@@ -18,6 +18,7 @@ from nbdmirror.cli import control as cli_control
 COMMANDS = {
     "mirror": ["mirror", URI],
     "status": ["status"],
+    "explain": ["explain"],
     "wait": ["wait", "--ready"],
     "complete": ["complete"],
     "cancel": ["cancel"],
@@ -25,8 +26,10 @@ COMMANDS = {
     "resume": ["resume"],
     "set-speed": ["set-speed", "1M"],
     "copy-mode": ["copy-mode", "background"],
+    "change": ["change", "--max-pause", "100"],
     "finalize": ["finalize"],
     "dismiss": ["dismiss"],
+    "point": ["point"],
     "bitmap": ["bitmap", "list"],
     "events": ["events"],
 }

@@ -64,6 +64,18 @@ def test_an_answer_that_cannot_be_written(
         assert "standard output: No space left" in one_line(said)
 
 
+def test_an_answer_that_is_longer_than_a_buffer(
+    fake: Fake, unbuffered: str, output: int, tmp_path: Path
+) -> None:
+    for number in range(200):
+        (tmp_path / f"{'long' * 20}-{number}.qmp").touch()
+    fake.path = str(tmp_path / "*.qmp")
+    status, said = finished(fake, unbuffered, "list", stdout=output)
+    assert status == cli_common.FAILED
+    if said:
+        assert "standard output: No space left" in one_line(said)
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_what_became_of_the_job_counts(
     fake: Fake, unbuffered: str, output: int, stream: str

@@ -137,6 +137,55 @@ def test_the_gate_is_told_of_the_last_change(
 
 
 @changes
+def test_a_cut_waits_for_changes_and_not_for_flushes(disk: Disk, probe: Probe, kind: str) -> None:
+    """A flush in progress does not change the content, and may take long."""
+    told: list[bool] = []
+
+    def cut() -> None:
+        disk.ledger.close_gate(lambda: told.append(disk.ledger.is_idle), holds_flushes=False)
+        assert disk.ledger.is_idle is (kind == "flush")
+
+    probe.during = cut
+    CHANGES[kind](disk)
+    assert told == ([True, True] if kind == "flush" else [True])
+    disk.ledger.open_gate()
+
+
+def test_a_cut_lets_flushes_through(disk: Disk) -> None:
+    disk.ledger.close_gate(lambda: None, holds_flushes=False)
+    disk.flush()
+    assert disk.ledger.is_idle
+    disk.ledger.open_gate()
+    assert not disk.ledger.writes()
+
+
+def test_a_flush_that_was_held_is_no_change_for_the_next_cut(disk: Disk, probe: Probe) -> None:
+    """It was admitted by the gate of an ending, and is in progress at the cut."""
+    at_gate, in_flush, may_end = (threading.Event() for _ in range(3))
+
+    def during() -> None:
+        in_flush.set()
+        assert may_end.wait(WAIT_S)
+
+    probe.during = during
+    disk.ledger.close_gate(lambda: None)
+    assert disk.ledger.gate is not None
+    disk.ledger.gate.on_idle = at_gate.set
+    flush = threading.Thread(target=disk.flush)
+    flush.start()
+    try:
+        assert at_gate.wait(WAIT_S)
+        disk.ledger.open_gate()
+        assert in_flush.wait(WAIT_S)
+        disk.ledger.close_gate(lambda: None, holds_flushes=False)
+        assert disk.ledger.is_idle
+        disk.ledger.open_gate()
+    finally:
+        may_end.set()
+        flush.join(WAIT_S)
+
+
+@changes
 def test_a_change_waits_at_the_closed_gate(disk: Disk, probe: Probe, kind: str) -> None:
     began, ended = threading.Event(), threading.Event()
     probe.during = began.set

@@ -286,3 +286,34 @@ def test_a_granule_that_becomes_whole_while_it_is_taken_stays_dirty() -> None:
     bitmap._room = NOTES_MAX
     bitmap.mark(16 * KIB, 4 * KIB)
     assert bitmap.take(0, GRANULE) is None
+
+
+@given(st.lists(st.tuples(offsets, lengths), max_size=20), st.booleans())
+def test_all_dirty_parts_are_told_and_stay(writes: list[Range], looks: bool) -> None:
+    bits = FineBitmap(DirtyBitmap(SIZE, GRANULE), UNIT)
+    refine(bits)
+    for offset, length in writes:
+        bits.mark(offset, min(length, SIZE - offset))
+        if looks:
+            bits.look(NOBODY)
+    found = bits.parts(1 << 20)
+    assert found is not None
+    again = FineBitmap(DirtyBitmap(SIZE, GRANULE), UNIT)
+    again.begin_with(found)
+    assert again.parts(1 << 20) == found == bits.parts(len(found))
+    assert all(offset + length <= SIZE for offset, length in found)
+    assert bits.parts(len(found) - 1) is None
+    for granule in range(0, SIZE, GRANULE):
+        length = min(GRANULE, SIZE - granule)
+        if bits.is_dirty(granule, 1):
+            assert bits.take(granule, length) == again.take(granule, length)
+    assert bits.is_empty and again.is_empty
+
+
+def test_parts_are_not_known_while_all_is_coarse() -> None:
+    bits = FineBitmap(DirtyBitmap(SIZE, GRANULE), UNIT)
+    bits.mark(0, 512)
+    assert bits.parts(99) is None
+    whole = FineBitmap(DirtyBitmap(SIZE, GRANULE), GRANULE)
+    whole.begin_with([(0, 512)])
+    assert whole.take(0, GRANULE) is None

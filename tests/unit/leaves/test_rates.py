@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from support.images import KiB, MiB
 
 from nbdmirror.rates import LAG_S_MAX, WINDOW_S, Meter, Rates, Sample
@@ -54,6 +55,30 @@ def test_what_was_in_flight_is_not_taken_for_zeroes() -> None:
     assert rates(before, at(1, offset=8 * MiB, data=8 * MiB)).zero_bytes_per_s == 0
 
 
+def test_after_ready_parts_of_granules_count() -> None:
+    """A guest writes 4 KiB at each of 100 places, and the same places again: 100 granules."""
+    then = at(0, traffic=(0, 0))
+    now = at(2, offset=100 * 64 * KiB, data=100 * 64 * KiB, traffic=(400 * KiB, 800 * KiB))
+    found = rates(then, now)
+    assert (found.copy_bytes_per_s, found.dirty_bytes_per_s) == (200 * KiB, 400 * KiB)
+    began = rates(at(0), now)
+    assert (began.copy_bytes_per_s, began.dirty_bytes_per_s) == (3200 * KiB, 3200 * KiB), (
+        "READY came between the two"
+    )
+
+
+def test_a_mirror_that_falls_behind_has_more_to_copy_than_it_copies() -> None:
+    """However often the guest writes, and however little of a granule."""
+    then = at(0, left=0, traffic=(0, 0))
+    now = at(
+        WINDOW_S, offset=100 * MiB, data=100 * MiB, left=200 * MiB, traffic=(100 * MiB, 20 * MiB)
+    )
+    found = rates(then, now)
+    assert found.falls_behind
+    assert found.dirty_bytes_per_s == 300 * MiB // int(WINDOW_S)
+    assert found.copy_bytes_per_s == 100 * MiB // int(WINDOW_S)
+
+
 def test_what_is_sent_again_is_no_write_of_the_guests() -> None:
     found = rates(at(0), at(1, left=64 * MiB, again=64 * MiB))
     assert found.dirty_bytes_per_s == 0
@@ -92,6 +117,16 @@ def test_a_guest_that_is_faster_than_the_copy() -> None:
         )
     )
     assert not near.falls_behind
+
+
+@pytest.mark.parametrize(("dirtied", "left_s"), [(0, 64.0), (80, 320.0), (95, None), (100, None)])
+def test_an_end_is_not_predicted_from_a_small_difference(
+    dirtied: int, left_s: float | None
+) -> None:
+    """10 MiB/s are copied; guests change so many per cent of that."""
+    copied, left = 10 * MiB, 640 * MiB
+    before = at(0, left=left + copied - copied * dirtied // 100)
+    assert rates(before, at(1, offset=copied, data=copied, left=left)).left_s == left_s
 
 
 def test_rates_are_those_of_the_last_seconds() -> None:

@@ -134,13 +134,18 @@ class Clock:
 
 
 def a_copier(
-    devices: Devices, *, granularity: int = 64 * KIB, clock: Clock | None = None, **options: Any
+    devices: Devices,
+    *,
+    granularity: int = 64 * KIB,
+    unit: int = 0,
+    clock: Clock | None = None,
+    **options: Any,
 ) -> tuple[Copier, Tracker, Watcher]:
     """All dirty, not started. No request is larger than the others, unless `request_bytes_max` has
     room for one."""
     options.setdefault("request_bytes_max", REQUEST_BYTES_MAX)
     clock = clock or Clock()
-    tracker = Tracker(devices.size, granularity)
+    tracker = Tracker(devices.size, granularity, unit=unit)
     tracker.dirty.mark_all()
     watcher = Watcher()
     watcher.copier = Copier(

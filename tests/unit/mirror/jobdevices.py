@@ -41,6 +41,11 @@ class StillLoop:
         heapq.heappush(self._timers, (self.now_s + delay_s, next(self._order), timer))
         return timer
 
+    @property
+    def is_asleep(self) -> bool:
+        """Nothing happens before somebody calls."""
+        return not self._posted and not any(timer._call for _, _, timer in self._timers)
+
     def settle(self) -> None:
         for _ in range(TURNS_MAX):
             if not self._posted:
@@ -61,13 +66,15 @@ class StillLoop:
 
 class Requests:
     """Requests of the copier's. Those of a kind in `holds` wait in `held`; the others are answered
-    in the next turn. `errors`: what requests of a kind end with, when they are answered."""
+    in the next turn, or after the time that `delays_s` has for their kind. `errors`: what requests
+    of a kind end with, when they are answered."""
 
     def __init__(self, loop: StillLoop) -> None:
         self.loop = loop
         self.holds: set[str] = set()
         self.held: list[tuple[str, Callable[[], None]]] = []
         self.errors: dict[str, BaseException] = {}
+        self.delays_s: dict[str, float] = {}
         self.started: list[str] = []
         self.is_lost = False
         self._in_flight: dict[object, tuple[str, Done]] = {}
@@ -87,6 +94,8 @@ class Requests:
 
         if kind in self.holds and not self.is_lost:
             self.held.append((kind, end))
+        elif kind in self.delays_s:
+            self.loop.call_later(self.delays_s[kind], end)
         else:
             self.loop.call_soon(end)
 

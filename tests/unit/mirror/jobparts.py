@@ -17,6 +17,7 @@ from nbdmirror.errors import DeviceError
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.group import Group
+from nbdmirror.mirror.in_flight import CopierLoad
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
 from nbdmirror.mirror.resources import JobState
@@ -118,6 +119,7 @@ class JobWorld:
         events: EventRing | None = None,
         size: int = SIZE,
         buffer_bytes: int = SIZE,
+        load: CopierLoad | None = None,
         **options: Any,
     ) -> None:
         self.loop = loop or StillLoop()
@@ -143,6 +145,8 @@ class JobWorld:
                 call_later=self.loop.call_later,
                 buffer_bytes=buffer_bytes,
                 request_bytes_max=GRANULARITY,
+                load=load,
+                waits=job.waits,
             ),
             loop=loop_,
             events=self.events,
@@ -157,8 +161,11 @@ class JobWorld:
 
     def ready(self) -> JobWorld:
         """Start it and let it get READY."""
+        return self.ready_after(1.0)
+
+    def ready_after(self, seconds: float) -> JobWorld:
         self.start()
-        self.pass_s(1.0)
+        self.pass_s(seconds)
         assert self.status == "ready"
         return self
 

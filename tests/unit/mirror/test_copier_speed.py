@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
+
 import pytest
 from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, data
 
@@ -9,7 +12,7 @@ from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.in_flight import QUICK_BYTES
-from nbdmirror.mirror.rate_limit import LAG_S, SLICE_S, SPREAD_S, TICK_S, Haste
+from nbdmirror.mirror.rate_limit import ROUND_S_MAX, ROUND_S_MIN, SLICE_S, SPREAD, TICKS, Haste
 
 # The speed limit. A claim is accounted for when the source has told its extents.
 
@@ -98,7 +101,7 @@ def following() -> tuple[Copier, Tracker, Devices, Clock]:
     copier.start()
     copier.set_haste(Haste.LAG)
     copier.pump()
-    clock.advance(LAG_S)
+    clock.advance(ROUND_S_MAX)
     return copier, tracker, devices, clock
 
 
@@ -112,13 +115,37 @@ def test_what_is_dirty_is_sent_evenly(count: int) -> None:
     began_s = clock.now_s
     while not tracker.in_sync:
         before = sum(length for _, length in devices.of("write"))
-        due = -(-tracker.dirty.dirty_granules * TICK_S // SPREAD_S)
+        due = -(-tracker.dirty.dirty_granules // (TICKS * SPREAD))
         copier.pump()
         sent = sum(length for _, length in devices.of("write")) - before
         assert sent <= (due + 16) * 64 * KIB, "neighbours go in one request of 1 MiB"
-        clock.advance(TICK_S)
-        assert clock.now_s - began_s < 2 * LAG_S
-    assert count < 20 or clock.now_s - began_s > SPREAD_S / 2
+        clock.advance(ROUND_S_MIN / TICKS)
+        assert clock.now_s - began_s < 2 * ROUND_S_MAX
+    assert count < 20 or clock.now_s - began_s > ROUND_S_MIN * SPREAD / 2
+
+
+@pytest.mark.parametrize(
+    ("hot", "times_a_second"), [(1, (16, 21)), (16, (16, 21)), (64, (6, 14)), (256, (6.5, 9))]
+)
+def test_what_is_written_again_and_again_is_sent_the_less_often_the_more_it_is(
+    hot: int, times_a_second: tuple[float, float]
+) -> None:
+    """Guests write to `hot` granules all the time. The time between two copies of one of them is
+    steady: it does not swing between long and short."""
+    copier, tracker, devices, clock = following()
+    tick_s = ROUND_S_MIN / TICKS
+    copies: list[float] = []
+    while clock.now_s < 6:
+        for granule in range(hot):
+            tracker.dirty.mark(granule * 16 * MIB // hot, 1)
+        copier.pump()
+        clock.advance(tick_s)
+        copies += [clock.now_s for offset, _ in devices.of("write") if offset == 0]
+        devices.started.clear()
+    gaps = [after - before for before, after in itertools.pairwise(copies)][-12:]
+    assert max(gaps) < 1.3 * min(gaps) + 2 * tick_s
+    at_least, at_most = times_a_second
+    assert at_least <= 1 / statistics.mean(gaps) <= at_most
 
 
 def test_what_is_dirty_is_sent_at_once_where_guests_wait() -> None:

@@ -16,14 +16,16 @@ from unit.mirror import test_job_endings as endings
 from unit.mirror import test_job_rules as rules
 from unit.mirror import test_job_states as states
 from unit.mirror import test_job_trouble as trouble
+from unit.mirror import test_pivot_pause as pauses
 from unit.mirror.jobparts import IO_ERROR, NO_SPACE
 
-from nbdmirror.mirror import mirror_job, quiesce, stopping
+from nbdmirror.mirror import pivot_pause, quiesce, stopping
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.job import Job
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions, Policy
+from nbdmirror.mirror.pivot_pause import PivotPause
 from nbdmirror.mirror.quiesce import Quiesce
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
@@ -218,8 +220,15 @@ MUTANTS = [
         bounds.test_a_job_that_waits_for_its_target_is_paused_and_cancelled_at_once,
     ),
     Mutant(
+        "guests are held though what is left does not fit into the pause",
+        PivotPause,
+        "_fits",
+        jobmutants.always,
+        pauses.test_guests_are_not_held_while_what_is_left_does_not_fit,
+    ),
+    Mutant(
         "guests are held until the target has all",
-        quiesce,
+        pivot_pause,
         "LIMIT_S",
         60.0,
         bounds.test_guests_are_held_for_a_second_at_most,
@@ -298,7 +307,7 @@ MUTANTS = [
     ),
     Mutant(
         "guests are held for as long as the group takes",
-        mirror_job,
+        pivot_pause,
         "HOLD_S",
         60.0,
         endings.test_guests_are_not_held_for_long_for_another_job_of_the_group,

@@ -8,12 +8,12 @@ import math
 import pytest
 from unit.mirror.jobparts import GRANULARITY, IO_ERROR, JobWorld
 
-from nbdmirror.mirror.mirror_job import POLL_S
 from nbdmirror.mirror.options import CopyMode, Policy
-from nbdmirror.mirror.rate_limit import LAG_S
+from nbdmirror.mirror.poll import POLL_S
+from nbdmirror.mirror.rate_limit import ROUND_S_MAX
 from nbdmirror.mirror.target_watch import FLUSH_S, FLUSH_SHARE, READY_FLUSH_S
 
-ROUND_S = LAG_S + READY_FLUSH_S + 2 * POLL_S
+ROUND_S = ROUND_S_MAX + READY_FLUSH_S + 2 * POLL_S
 """What a backlog takes where source and target answer at once."""
 
 

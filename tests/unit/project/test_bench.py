@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from support.processes import ROOT
 
 from bench import curves, results
 from bench.__main__ import STORED, STORED_QUICK
+from bench.processes import processor_s
 from bench.rows import ROWS, Figure, Goal, Row
 
 LESS, MORE = True, False
@@ -58,6 +62,21 @@ def test_stored_results_are_of_all_rows(is_quick: bool) -> None:
     assert {line.row for line in stored} == {
         row.name for row in ROWS if not (is_quick and row.is_slow)
     }
+
+
+def test_processor_time_is_that_of_all_threads() -> None:
+    """Also of one that has ended."""
+
+    def work() -> None:
+        while time.thread_time() < 0.02:
+            pass
+
+    before_s = time.process_time()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    seen_s, after_s = processor_s(os.getpid()), time.process_time()
+    assert before_s + 0.02 <= seen_s <= after_s
 
 
 def test_a_curve_as_a_table() -> None:

@@ -24,14 +24,40 @@ MAY_IMPORT = {
     LEAVES: (),
     "devices": (LEAVES,),
     "nbdclient": (LEAVES, "devices"),
+    "points": (LEAVES, "devices"),  # knows neither libnbd nor the disk that is served
     "disk": (LEAVES, "devices"),
     "mirror": (LEAVES, "devices", "disk"),  # knows neither libnbd nor the state directory
     "state": (LEAVES, "devices", "disk", "nbdclient.sides"),
-    "server": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state"),
+    "server": (LEAVES, "devices", "nbdclient", "points", "disk", "mirror", "state"),
     "qmp": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server"),
-    "nbdkit_host": (LEAVES, "devices", "nbdclient", "disk", "mirror", "state", "server", "qmp"),
-    "web": (LEAVES, "cli.words", "cli.progress", "cli.status"),  # the words; it knows no QMP
-    "cli": (LEAVES, "nbdclient.tls", "web"),
+    "nbdkit_host": (
+        LEAVES,
+        "devices",
+        "nbdclient",
+        "points",
+        "disk",
+        "mirror",
+        "state",
+        "server",
+        "qmp",
+    ),
+    "web": (
+        LEAVES,
+        "cli.words",
+        "cli.progress",
+        "cli.status",
+        "cli.disk_map",
+    ),  # the words; it knows no QMP
+    "cli": (
+        LEAVES,
+        "nbdclient.tls",
+        "web",
+        "points",
+        "devices.base",
+        "devices.file",
+        "nbdclient.device",
+        "nbdclient.pair",
+    ),  # the last ones for journals, without a server
 }
 
 # Module from outside -> the only places that may import it.

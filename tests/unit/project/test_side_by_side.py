@@ -4,6 +4,7 @@ interrupted."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,12 +58,25 @@ def test_that_does_not_end(server, number):
     time.sleep(1000)
 """
 
+DIES = """
+import os
+import pytest
+
+@pytest.mark.parametrize("number", range(20))
+def test_that_ends_its_process(number):
+    if number == 5:
+        os._exit(1)
+"""
+
 
 def pytest_run(folder: Path, tests: str) -> subprocess.Popen[str]:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_some.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    alone\n    slow\n")
-    options = ("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder", "-q")
+    run = (ROOT / "run").read_text()
+    of_run = re.findall(r"--(?:max-worker-restart|dist|no-loadscope)\S*", run)
+    assert of_run[0] == "--max-worker-restart=0"
+    options = ("--numprocesses=2", *of_run, "-q")
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
         cwd=folder,
@@ -93,3 +107,11 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path: Path, whom: str) -> Non
         output = run.communicate(timeout=WAIT_S_MAX)[0]
     assert run.returncode == pytest.ExitCode.INTERRUPTED, output
     wait_until(lambda: all(map(has_ended, pids)), "their servers have ended")
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
+    with pytest_run(tmp_path, DIES) as run:
+        output = run.communicate(timeout=WAIT_S_MAX)[0]
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, output
+    assert "crashed while running 'test_some.py::test_that_ends_its_process[5]'" in output

@@ -13,17 +13,21 @@ from nbdmirror.state import intent_log as intentlog
 from nbdmirror.state.intent_log import SECTOR_BYTES, SLOTS, IntentLog, region_bytes, slot_bytes
 from nbdmirror.state.journal import (
     JOURNAL_BYTES,
-    REQUESTS_MAX,
     TAKEN_MAX,
     Journal,
     Regions,
     is_untouched,
     ranges_left,
 )
+from nbdmirror.state.recent import RECENT_BYTES, REQUESTS_MAX
 from nbdmirror.state.sealed_files import StateError
 
 MiB = 1 << 20
 DISK, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
+
+
+def journal_in(memory: bytearray) -> Journal:
+    return Journal(memoryview(memory), memoryview(bytearray(RECENT_BYTES)))
 
 
 class Slots:
@@ -149,7 +153,7 @@ def on_disk(slots: Slots) -> set[int]:
 
 def test_a_region_is_on_disk_before_the_write_and_only_once() -> None:
     slots = Slots(64 * MiB)
-    journal = Journal(memoryview(bytearray(JOURNAL_BYTES)))
+    journal = journal_in(bytearray(JOURNAL_BYTES))
     journal.regions = regions(slots)
     before = slots.writes
     slot = journal.begin(5 * MiB, 4096)
@@ -261,7 +265,7 @@ def _marks(content: bytes) -> bytes:
 
 def test_the_journal_tells_what_is_under_way() -> None:
     memory = bytearray(JOURNAL_BYTES)
-    journal = Journal(memoryview(memory))
+    journal = journal_in(memory)
     first = journal.begin(10, 20)
     second = journal.begin(1 << 60, 5)
     assert set(ranges_left(bytes(memory))) == {(10, 20), (1 << 60, 5)}
@@ -277,7 +281,7 @@ def test_the_journal_tells_what_is_under_way() -> None:
 
 def test_more_requests_than_slots_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbdmirror.state.journal.REQUESTS_MAX", 2)
-    journal = Journal(memoryview(bytearray(32)))
+    journal = journal_in(bytearray(32))
     slots = [journal.begin(number, 1) for number in range(2)]
     through = threading.Event()
 
@@ -294,7 +298,7 @@ def test_more_requests_than_slots_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_journal_tells_whether_there_was_a_change() -> None:
     """Since the last `forget_done`; in doubt there was one."""
     memory = bytearray(JOURNAL_BYTES)
-    journal = Journal(memoryview(memory))
+    journal = journal_in(memory)
     assert is_untouched(bytes(memory))
     slots = [journal.begin(0, 1) for _ in range(3)]
     assert not is_untouched(bytes(memory))
@@ -317,7 +321,7 @@ def test_the_journal_tells_whether_there_was_a_change() -> None:
 def test_a_busy_journal_loses_no_slot_and_no_range() -> None:
     """Guests' threads begin and end while what was done is forgotten."""
     memory = bytearray(JOURNAL_BYTES)
-    journal = Journal(memoryview(memory))
+    journal = journal_in(memory)
     has_ended = threading.Event()
 
     def guest(number: int) -> None:

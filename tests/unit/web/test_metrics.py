@@ -75,6 +75,7 @@ def test_what_they_say() -> None:
     assert found["nbdmirror_job_lag_seconds", job] == 0.25
     assert found["nbdmirror_job_dirtied_bytes_total", job] == 10 << 20
     assert found["nbdmirror_job_converging", job] == 1
+    assert found["nbdmirror_job_waiting_seconds_total", ("target-write", *job)] == 200
     assert found["nbdmirror_job_state", (*job, "ready")] == 1
     assert sum(v for (name, _), v in found.items() if name == "nbdmirror_job_state") == 1
     assert found["nbdmirror_disk_last_job_result", ("vda", "failed", "/run/a.qmp")] == 1

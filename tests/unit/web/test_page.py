@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from support.madeservers import JOB, any_status, disk, status
 
 from nbdmirror.web import history as web_history
+from nbdmirror.web import page as web_page
+from nbdmirror.web import picture as web_picture
 from nbdmirror.web.history import NOTES_MAX, SPAN_S, History
 from nbdmirror.web.page import events_html, page, servers_html
 from nbdmirror.web.plot import HEIGHT, WIDTH, plot
@@ -81,6 +83,8 @@ def test_what_it_shows() -> None:
         "Job vda: ready", "nbd://backup/vda", "The target is behind by 0.2 s",
         "Left to copy 192 KiB", "Dirty 64 KiB", "In flight 128 KiB", "Copied 5 MiB/s",
         "Changed by guests 4 MiB/s", "12 MiB for 10 MiB (1.20)", "Copy mode background",
+        "has nothing to do (70 % of the last minute); the target follows the source",
+        "Time since the start nothing to do 70 %, target write 20 %, source read 10 %",
         "Last job vda: failed", "gone", "vdc 1 GiB, read-only", "No job",
         "/run/b.qmp no answer within 5 s", "JOB_STATUS_CHANGE status=ready id=vda",
     ):  # fmt: skip
@@ -92,12 +96,54 @@ def test_what_it_shows() -> None:
     [
         ({"target-connected": False, "target-lost-for-s": 12}, "the target has been lost for 0:12"),
         ({"io-status": "nospace"}, "I/O error (nospace)"),
-        ({"falling-behind": True}, "falls behind: the guest writes faster"),
+        ({"falling-behind": True}, "falls behind: the guest changes 4 MiB/s"),
         ({"target-silent-for-s": 30}, "the target has not answered for 0:30"),
     ],
 )
 def test_trouble_is_shown_as_status_shows_it(trouble: dict[str, Any], text: str) -> None:
     assert text in whole(report(disk("vda", JOB | trouble))).text
+
+
+def shown_map(**kinds: list[int]) -> dict[str, list[int]]:
+    """Of four cells."""
+    nothing = [0] * 4
+    lengths = {"lengths": [100] * 4, "dirty": nothing, "unflushed": nothing, "zero": nothing}
+    return {**lengths, "in-flight": nothing, **kinds}
+
+
+def test_a_map_of_the_disk() -> None:
+    """Cells that look the same are one rectangle. The words have the same numbers."""
+    one = report(disk("vda", JOB))
+    one.maps["vda"] = shown_map(dirty=[0, 50, 50, 100], zero=[100, 0, 0, 0])
+    found = whole(one, samples=0)
+    ((attributes, _),) = found.all("svg")
+    label = "400 B: 0 B in flight, 200 B dirty, 0 B not flushed, 100 B zeroes"
+    assert attributes["aria-label"] == f"Map of the disk of job vda, {label}"
+    assert attributes["role"] == "img"
+    keys = ("class", "x", "width", "y", "height")
+    bars = [tuple(bar.get(key) for key in keys) for bar, _ in found.all("rect")]
+    assert bars == [
+        ("zeroes", "0", "1", "11", "1"),
+        ("dirty", "1", "2", "6", "6"),
+        ("dirty", "3", "1", "0", "12"),
+    ]
+    assert label in found.text
+    for kind in ("in flight", "dirty", "not flushed", "zeroes", "clean"):
+        assert kind in [text for one, text in found.all("span") if "kind" in str(one)]
+
+
+def test_every_kind_has_a_colour_and_a_look_of_its_own() -> None:
+    style = (web_page.FOLDER / "page.css").read_text()
+    for name, _ in web_picture.kinds():
+        assert f".map .{name} {{ --kind:" in style
+    assert len({*web_picture._HEIGHTS.values()}) == len(web_picture._HEIGHTS)
+
+
+@pytest.mark.parametrize("answer", [{}, {"lengths": "x"}, shown_map(dirty=[1, 2]), {"lengths": []}])
+def test_no_map_of_an_answer_that_is_none(answer: dict[str, Any]) -> None:
+    one = report(disk("vda", JOB))
+    one.maps["vda"] = answer
+    assert not whole(one, samples=0).all("svg")
 
 
 def test_what_is_not_known_is_not_drawn() -> None:

@@ -45,6 +45,27 @@ def test_what_is_where(serving: Serving) -> None:
     assert serving.get("/nothing")[0] == 404
 
 
+def test_maps_are_asked_for_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few at a time, however many jobs there are, and never of a job that has ended."""
+    monkeypatch.setattr(web_host, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(web_host, "INTERVAL_S_MIN", 0.05)
+    jobs = [JOB | {"device": f"j{number}"} for number in range(10)]
+    server = Made(status(disk("vda", *jobs, JOB | {"device": "over", "status": "concluded"})))
+    cells = {"lengths": [1], "dirty": [1], "in-flight": [0], "unflushed": [0], "zero": [0]}
+    server.maps = {f"j{number}": cells for number in range(10)}
+    with Serving({"/a": server}) as one:
+        wait_until(lambda: len(server.asked_maps) >= 20, "each was asked for twice")
+        asked, rounds = server.asked_maps[:20], server.asked
+        assert sorted(asked) == sorted(2 * [f"j{number}" for number in range(10)])
+        assert len(server.asked_maps) <= web_host.MAPS_MAX * (rounds + 1)
+        text = "Map of the disk of job j{}, 1 B: 0 B in flight, 1 B dirty"
+        page = one.get("/")[1]
+        assert all(text.format(number) in page for number in range(10)), "all are kept"
+        server.says = status(disk("vda", jobs[0]))
+        wait_until(lambda: "job j1," not in one.get("/")[1], "those of jobs that are gone are not")
+        assert text.format(0) in one.get("/")[1]
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/status", "/healthz"])
 def test_nothing_can_be_changed(serving: Serving, path: str) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH"):

@@ -1,0 +1,37 @@
+"""`nbdmirror point`: a running job makes a point now. And the options of a mirror with points."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nbdmirror.cli.common import DONE
+from nbdmirror.cli.jobs import find_job
+from nbdmirror.cli.session import Session
+
+
+async def run(session: Session, args: argparse.Namespace) -> int:
+    job = session.job = await find_job(session, args)
+    point = await session.execute(
+        "x-nbdmirror-point",
+        limit_s=None,  # the server has one for the moment; --timeout, for the rest
+        id=job,
+        name=args.name,
+        wait=args.wait or None,
+    )
+    what = f"point {point['sequence']}" + (f" ({args.name})" if args.name else "")
+    if args.wait:
+        print(f"job {job}: the far side has {what}")
+    else:
+        print(f"job {job}: {what} is taken, and on its way to the far side")
+    return DONE
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a mirror with points; None: not given."""
+    return {
+        "x_nbdmirror_journal": args.journal,
+        "x_nbdmirror_interval": args.every,
+        "x_nbdmirror_keep": args.keep,
+        "x_nbdmirror_rpo": args.rpo,
+    }

@@ -1,0 +1,95 @@
+"""What a job with points needs of its far side: a journal, and the image beside it. On the event
+loop's thread."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nbdmirror.devices.base import Done
+from nbdmirror.errors import CommandError, DeviceError
+from nbdmirror.mirror.point_sender import PointWriter
+from nbdmirror.mirror.resources import MirrorResources
+from nbdmirror.mirror.window import Journal
+
+
+class PointsRefused(CommandError):
+    """The far side takes no more points of this job, however often that is tried."""
+
+
+class NoRoom(DeviceError):
+    """A point does not fit into what is free of the journal. Nothing was written. `is_final`: it
+    does not fit into an empty one either."""
+
+    def __init__(self, message: str, *, is_final: bool) -> None:
+        super().__init__(message, errno.ENOSPC)
+        self.is_final = is_final
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRoom:
+    """How full a journal is."""
+
+    total_bytes: int
+    used_bytes: int
+    points: int
+    """How many points can be recovered."""
+    lasts_s: float | None
+    """Seconds until the journal is full at the present rate if nothing is applied; None if that is
+    unknown."""
+
+
+class FarSide(PointWriter, Journal, Protocol):
+    """`begin`, and the programs that call `done`, fail with PointsRefused, NoRoom or IO_ERRORS."""
+
+    error: BaseException | None
+    """The last error that this side has caused."""
+
+    @property
+    def is_idle(self) -> bool:
+        """No request to journal and image is in flight."""
+
+    @property
+    def oldest(self) -> int:
+        """The number of the first point that can be recovered; 0: there is none."""
+
+    @property
+    def is_applied(self) -> bool:
+        """The image holds the newest point."""
+
+    @property
+    def is_handed_over(self) -> bool:
+        """The journal says that the image may be changed by others."""
+
+    def room(self) -> JournalRoom: ...
+
+    def has_name(self, name: str) -> bool:
+        """A point of the journal has this name."""
+
+    def apply(self, done: Done, *, until: int = 0, hands_over: bool = False) -> None:
+        """Make the image the point of the number `until`, or the newest one, flushed. `hands_over`:
+        guests will change the image: the journal offers no other point from then on."""
+
+    def take_back(self, done: Done) -> None:
+        """Guests do not change the image, although it was handed over to them."""
+
+
+class PointsResources(MirrorResources, Protocol):
+    """Each `reconnect` opens the far side again, after everything of the one before has ended."""
+
+    @property
+    def far_side(self) -> FarSide | None:
+        """Since the first `reconnect` that has ended well."""
+
+    @property
+    def is_idle(self) -> bool:
+        """No request to the journal is in flight, and none to the image beside the copier's."""
+
+    @property
+    def lost_exports(self) -> Sequence[str]:
+        """Which of image and journal have no connection."""
+
+    def give_up(self) -> None:
+        """Give up the connections to image and journal: their requests in flight fail."""

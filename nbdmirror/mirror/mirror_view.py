@@ -1,0 +1,56 @@
+"""MirrorView: what queries, events and the log show of a mirror job."""
+
+from __future__ import annotations
+
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.throttle import Throttle
+from nbdmirror.disk.tracker import Tracker
+from nbdmirror.event_loop import Loop
+from nbdmirror.events import EventRing
+from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.job import Job
+from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.resources import Target
+from nbdmirror.subject_log import job_log
+
+
+class MirrorView(Job):
+    """A job that copies `disk` to `target`. The subclass sets `copier`."""
+
+    copier: Copier
+
+    def __init__(
+        self,
+        options: MirrorOptions,
+        disk: Disk,
+        target: Target,
+        tracker: Tracker,
+        bitmap: DirtyBitmap | None,
+        loop: Loop,
+        events: EventRing,
+    ) -> None:
+        super().__init__(options, events, loop, job_log(options.job_id, disk.name))
+        self.disk = disk
+        self.target = target
+        self.tracker = tracker
+        self.bitmap = bitmap
+        self.throttle = Throttle(disk.ledger, tracker.dirty, loop.clock)
+        self.pause_s: float | None = None
+        """How long guest writes were held at the ending, in seconds."""
+        self.pivoted = False
+
+    @property
+    def is_busy(self) -> bool:
+        if self.status is JobStatus.READY:
+            return self.copier.in_flight > 0 or self.activity.waits_to_try_again
+        return self.status is JobStatus.RUNNING
+
+    @property
+    def offset(self) -> int:
+        return self.copier.copied_bytes + self.tracker.written_bytes
+
+    @property
+    def length(self) -> int:
+        return self.offset + self.tracker.remaining_bytes

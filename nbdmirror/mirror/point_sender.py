@@ -1,0 +1,144 @@
+"""PointSender: brings the points of one disk to the far side's writer, one after the other.
+
+    begin -> sending -> committing -> on_committed
+               '------------'-------> on_broken, when nothing of the point is in flight any more
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from nbdmirror.devices.base import Done
+from nbdmirror.errors import Error
+from nbdmirror.event_loop import Loop
+from nbdmirror.mirror.frozen_view import Chunk, FrozenView
+from nbdmirror.mirror.point_source import PointSource
+
+IN_FLIGHT_BYTES = 16 << 20
+"""Content that is in memory on its way to the far side."""
+
+CHUNKS_MAX = 64
+"""Chunks that are read in one turn of the loop: those of zeroes take no time to send."""
+
+
+class PointWriter(Protocol):
+    """What is needed of points.writer.JournalWriter, which documents the calls."""
+
+    def begin(self, time_ns: int, *, bytes_max: int, name: str = "", group: int = 0) -> object: ...
+
+    def start_write(self, buf: memoryview, offset: int, done: Done) -> None: ...
+
+    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None: ...
+
+    def commit(self, done: Done) -> None: ...
+
+    def give_up(self, done: Done) -> None: ...
+
+
+class PointSender:
+    """`chunk`, `pump` and `broken` are the callbacks of the PointSource. One of `on_committed` and
+    `on_broken` is called for each point that was begun; then the next cut is allowed."""
+
+    def __init__(
+        self,
+        writer: PointWriter,
+        loop: Loop,
+        *,
+        on_committed: Callable[[], None],
+        on_broken: Callable[[BaseException], None],
+    ) -> None:
+        self.writer = writer
+        self._loop = loop
+        self._on_committed = on_committed
+        self._on_broken = on_broken
+        self._points: PointSource | None = None
+        """While a point is in progress."""
+        self._is_open = self._is_committing = self._is_pumping = False
+        self._error: BaseException | None = None
+        """Why the point was broken while it was committed."""
+
+    def begin(self, points: PointSource, time_ns: int, *, name: str = "", group: int = 0) -> None:
+        """Send the point that `points` has just taken. `time_ns`: the wall time of its cut. A point
+        that does not fit is broken, with the writer's error."""
+        frozen = points.changes.frozen
+        assert self._points is None and frozen is not None, "one point after the other"
+        self._points = points
+        try:
+            bytes_max = frozen.covered.dirty_bytes
+            self.writer.begin(time_ns, bytes_max=bytes_max, name=name, group=group)
+        except Error as error:
+            points.break_off(error)
+            return
+        self._is_open = True
+        self.pump()
+
+    def pump(self) -> None:
+        """Read and send as much as may be in flight; commit the point when all is acknowledged."""
+        points = self._points
+        if self._is_pumping or not self._is_open or points is None or points.view is None:
+            return
+        self._is_pumping = True
+        try:
+            self._read(points.view)
+        finally:
+            self._is_pumping = False
+        if points.view.is_settled:
+            self._is_open, self._is_committing = False, True
+            self.writer.commit(self._committed)
+
+    def _read(self, view: FrozenView) -> None:
+        for _ in range(CHUNKS_MAX):
+            if view.in_flight_bytes >= IN_FLIGHT_BYTES or not view.read_next():
+                return
+        self._loop.call_soon(self.pump)
+
+    def chunk(self, chunk: Chunk) -> None:
+        """Send a chunk of the point."""
+        points, pending = self._points, len(chunk.runs)
+        assert points is not None
+        view = points.view
+
+        def ended(error: BaseException | None) -> None:
+            nonlocal pending
+            pending -= 1
+            if error is not None:
+                points.break_off(error)
+            elif not pending and view is not None and view is points.view:
+                view.settled(chunk)
+                self.pump()
+
+        for offset, length, content in chunk.runs:
+            if content is None:
+                self.writer.start_zero(offset, length, True, ended)
+            else:
+                self.writer.start_write(content, offset, ended)
+
+    def broken(self, error: BaseException) -> None:
+        """The point is given up on this side: nothing more of it is sent."""
+        if self._is_open:
+            self._is_open = False
+            self.writer.give_up(lambda _: self._end(error))
+        elif self._is_committing:
+            self._error = error
+        else:
+            self._end(error)
+
+    def _committed(self, error: BaseException | None) -> None:
+        points = self._points
+        assert points is not None
+        self._is_committing = False
+        if error is None and points.committed():
+            self._points = None
+            self._on_committed()
+        elif self._error is not None:
+            self._end(self._error)
+        elif error is not None:
+            points.break_off(error)
+        # else it was broken just now. In both cases `broken` follows.
+
+    def _end(self, error: BaseException) -> None:
+        self._points = self._error = None
+        self._on_broken(error)

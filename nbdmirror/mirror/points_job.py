@@ -1,0 +1,300 @@
+"""PointsJob: a mirror whose far side always has one moment of the disk, once there was a first one.
+
+The first copy is that of every mirror, in place. When it is in sync, points begin (point_run.py):
+the copier ends, and what it had left is in the first point. READY is the first point that is
+committed. On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from nbdmirror.devices.base import AsyncSource
+from nbdmirror.disk.changes import Changes
+from nbdmirror.errors import CommandError, DeviceError, DeviceLost
+from nbdmirror.mirror.activity import Activity
+from nbdmirror.mirror.far_side import NoRoom, PointsRefused, PointsResources
+from nbdmirror.mirror.job_states import JobStatus, check_verb
+from nbdmirror.mirror.lag import round_up
+from nbdmirror.mirror.last_point import LastPoint
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
+from nbdmirror.mirror.point_run import PointRun
+from nbdmirror.mirror.stopping import Stopping
+
+REQUEST_S_MAX = 30.0
+"""A point that was asked for, and could not be begun for so long, is not made: a guest whose file
+systems are frozen for this point must continue."""
+
+
+class PointsJob(MirrorJob):
+    """A PointRunOwner. Copies with the tracker first, and then sends `changes`, which are not
+    tracked yet."""
+
+    def __init__(
+        self,
+        *,
+        resources: PointsResources,
+        changes: Changes,
+        source: AsyncSource,
+        interval_s: float,
+        keep_s: float,
+        rpo_s: float,
+        wall_time_ns: Callable[[], int],
+        **mirror: Any,
+    ) -> None:
+        """`source`: the disk, as points are read from it. `keep_s`: how long points are kept.
+        `rpo_s`: the promised lag; 0: none.
+        `mirror`: as for MirrorJob."""
+        super().__init__(resources=resources, **mirror)
+        self.interval_s = interval_s
+        self.keep_s = keep_s
+        self.rpo_s = rpo_s
+        self._is_rpo_kept = True
+        self.is_window_kept = True
+        """No point was applied before its time, since its room was needed."""
+        self.run: PointRun | None = None
+        """Since the first copy is in sync."""
+        self._far_resources = resources
+        self._changes = changes
+        self._source = source
+        self._wall_time_ns = wall_time_ns
+        self._stopping = Stopping(self.copier, self._mode, self._timers, resources.give_up)
+
+    # What queries show.
+
+    @property
+    def is_busy(self) -> bool:
+        if self.run is not None and self.status is JobStatus.READY:
+            return not self.run.is_idle or self.activity.waits_to_try_again
+        return super().is_busy
+
+    @property
+    def offset(self) -> int:
+        return super().offset + (self.run.sent_bytes if self.run else 0)
+
+    @property
+    def length(self) -> int:
+        return self.offset + self.left_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """What the far side lacks."""
+        return self.tracker.remaining_bytes if self.run is None else self.run.left_bytes
+
+    # Commands.
+
+    def ask_for_point(self, name: str = "") -> PointRequest:
+        """Make a point as soon as the one in progress has ended, and call it `name`, which can be
+        the name of a point. Raises CommandError; then nothing has changed."""
+        if self.pause_wanted and self.is_ready:
+            raise CommandError(f"The block job for device '{self.id}' is currently paused")
+        if self.status in (JobStatus.CREATED, JobStatus.RUNNING, JobStatus.PAUSED):
+            text = f"Job '{self.id}' makes no points yet: the image is being copied for the first"
+            raise CommandError(f"{text} time")
+        check_verb(self.id, self.status, "point")
+        if self.ending is not Ending.NONE:
+            raise CommandError(f"Job '{self.id}' is ending: it makes its last point by itself")
+        if self.run is None or not self.run.is_running:
+            raise CommandError(f"Job '{self.id}' makes no points now: it is {self.activity.value}")
+        if name and self.run.has_name(name):
+            raise CommandError(f"The journal of job '{self.id}' has a point '{name}' already")
+        run, request = self.run, PointRequest(name)
+        late = DeviceError(f"no moment was found for it within {REQUEST_S_MAX:g} s")
+        timer = self._loop.call_later(REQUEST_S_MAX, lambda: run.withdraw(request, late))
+        request.taken.add_done_callback(lambda _: timer.cancel())
+        run.ask(request)
+        return request
+
+    # The run's owner.
+
+    def point_committed(self, point: CommittedPoint) -> None:
+        assert self.run is not None
+        self._timers.went_well()
+        data = {
+            "device": self.disk.name,
+            "id": self.id,
+            "sequence": point.sequence,
+            "time-s": round(point.time_ns / 1e9, 3),
+            "bytes": point.changed_bytes,
+            "lag-s": round_up(self.run.lag.lag_s),
+            **_named(point.name),
+        }
+        self._events.append("X_NBDMIRROR_POINT", data)
+        if self.status is JobStatus.RUNNING:
+            self.lag = self.run.lag
+            self.to(JobStatus.READY, "the first point is committed")
+            self.tell("BLOCK_JOB_READY")
+
+    def point_broken(self, error: BaseException, name: str) -> None:
+        data = {"device": self.disk.name, "id": self.id, "reason": str(error)}
+        self._events.append("X_NBDMIRROR_POINT_BROKEN", data | _named(name))
+
+    def far_side_failed(self, error: BaseException) -> None:
+        assert self.run is not None
+        if not isinstance(error, NoRoom):
+            self.copy_failed("write", error)
+        elif (error.is_final or self.run.is_applied) and self.activity.hears_errors:
+            # What is free now, or what all points take, is all that will ever be free.
+            self.tell_error("write", "stop", error)
+            self.io_status = "nospace"
+            self.hold()
+            self.advance_soon()
+
+    def source_failed(self, error: BaseException) -> None:
+        self.copy_failed("read", error)
+
+    def run_advanced(self) -> None:
+        self.advance_soon()
+
+    # What differs from other mirrors.
+
+    def copy_failed(self, operation: str, error: BaseException) -> None:
+        if isinstance(error, PointsRefused) and self.activity.hears_errors:
+            self.tell_error(operation, "report", error)
+            self.fail(error)
+            self.advance_soon()
+        else:
+            super().copy_failed(operation, error)
+
+    def target_lost(self) -> None:
+        if self.run is None:
+            super().target_lost()
+        else:
+            self.journal_lost(self.target.description)
+
+    def journal_lost(self, description: str) -> None:
+        """The connection to the journal broke, or that to the image after the first copy."""
+        if not self.is_over:
+            self.copy_failed("write", DeviceLost(f"{description}: connection lost"))
+
+    def _may_be_lost(self, operation: str) -> bool:
+        """A host that goes takes its exports with it one after the other."""
+        lost = self._far_resources.lost_exports if operation == "write" else ()
+        return any(self.watch.may_reconnect(operation, export) for export in lost or ("",))
+
+    def source_lost_writes(self) -> None:
+        """The source may have lost writes of guests that the far side has. From any thread."""
+        self._loop.call_soon(self._mark_all)
+
+    def _mark_all(self) -> None:
+        self.log.warning("the source may have lost writes: everything is copied again")
+        self.tracker.mark_all()
+        if self.run is not None and not self.is_over:
+            self.run.everything_changed(DeviceError("the source may have lost writes"))
+
+    def advance(self) -> None:
+        is_ending = self.activity in (Activity.PAUSING, Activity.ABORTING)
+        is_idle = self._far_resources.is_idle and (self.run is None or self.run.is_idle)
+        if is_ending and not is_idle:
+            self._stopping.is_over(for_pause=self.activity is Activity.PAUSING)
+        else:
+            super().advance()
+
+    def left(self, old: Activity) -> None:
+        super().left(old)
+        if self.run is not None and old.copies and not self.activity.copies:
+            self.run.stop(DeviceError(f"the job is {self.activity.value}", errno.EINTR))
+
+    def detach(self) -> None:
+        super().detach()
+        if self.run is not None:
+            self.run.end()
+
+    def _go_on(self) -> None:
+        if self.run is None:
+            super()._go_on()
+        else:
+            self.become(Activity.COPYING)
+            self._start_run()
+
+    def _become_ready(self) -> None:
+        """The first copy is in sync, and flushed: points begin."""
+        self.become(Activity.COPYING)
+        self._timers.went_well()
+        self.copier.stop()
+        self._changes.begin()
+        self.run = PointRun(
+            owner=self,
+            changes=self._changes,
+            source=self._source,
+            loop=self._loop,
+            wall_time_ns=self._wall_time_ns,
+            interval_s=self.interval_s,
+            keep_s=self.keep_s,
+            first=self._take_over,
+        )
+        self.advance_soon()
+
+    def _take_over(self) -> None:
+        """Behind the gate of the first cut. Both bitmaps have been marked since the first copy was
+        in sync."""
+        self._changes.dirty.merge(self.tracker.may_differ())
+        self.disk.ledger.detach(self.tracker.dirty)
+        self.tracker.dirty.clear_all()
+
+    def _start_run(self) -> None:
+        run, far = self.run, self._far_resources.far_side
+        if run is not None and far is not None and not run.is_running and run.is_idle:
+            run.start(far)
+
+    def _advance_copying(self) -> None:
+        if self.run is None:
+            super()._advance_copying()
+            return
+        if not self.copier.is_idle:
+            return  # what it writes must not come after the first point
+        self._start_run()
+        if self.may_end and self.activity is Activity.COPYING:
+            super()._advance_copying()
+        else:
+            self.run.advance()
+
+    def _begin_quiesce(self) -> None:
+        assert self.run is not None
+        self.become(Activity.QUIESCING)
+        self._quiesce = LastPoint(
+            ledger=self.disk.ledger,
+            run=self.run,
+            loop=self._loop,
+            hands_over=self.ending is Ending.COMPLETE,
+            on_level=self._on_level,
+            on_timeout=self._on_quiesce_timeout,
+        )
+        self._quiesce.advance()
+
+    def _is_at_rest(self) -> bool:
+        """Never: the points and their lag go by time, also while guests write nothing."""
+        return False
+
+    def _look(self) -> None:
+        if self.run is not None:
+            self.run.look()
+            self._look_at_promises(self.run)
+        super()._look()
+
+    def _look_at_promises(self, run: PointRun) -> None:
+        if self.lag is None:
+            return
+        lag_s = round_up(self.lag.lag_s)
+        if self.rpo_s and (is_kept := lag_s <= self.rpo_s) is not self._is_rpo_kept:
+            self._is_rpo_kept = is_kept
+            self._tell_promise("X_NBDMIRROR_RPO", is_kept, rpo_s=self.rpo_s, lag_s=lag_s)
+        is_ending = self.ending is not Ending.NONE  # then the image becomes the last point
+        if not is_ending and (is_kept := run.is_window_kept) is not self.is_window_kept:
+            self.is_window_kept = is_kept
+            reaches_s = round(run.reaches_s, 3)
+            self._tell_promise("X_NBDMIRROR_KEEP", is_kept, keep_s=self.keep_s, reaches_s=reaches_s)
+
+    def _tell_promise(self, event: str, is_kept: bool, **about: float) -> None:
+        data = {"device": self.disk.name, "id": self.id}
+        named = {key.replace("_", "-"): value for key, value in about.items()}
+        self._events.append(event, {**data, **named, "kept": is_kept})
+
+
+def _named(name: str) -> dict[str, Any]:
+    """A point's name as a member of events, if the point has one."""
+    return {"name": name} if name else {}

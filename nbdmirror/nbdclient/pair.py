@@ -1,0 +1,36 @@
+"""An image and its journal, each a raw file, a block device or an NBD URI."""
+
+from __future__ import annotations
+
+import os
+
+from nbdmirror.devices.base import BlockDevice
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.errors import ConfigError
+from nbdmirror.identity import Same, is_same_file, same_place
+from nbdmirror.nbd_uri import is_uri
+from nbdmirror.nbdclient.device import NbdDevice
+
+
+def are_same(one: str, other: str) -> bool:
+    """Whether both names are surely the same disk; nothing is opened."""
+    if is_uri(one) != is_uri(other):
+        return False
+    if is_uri(one):
+        return same_place(one, other) is Same.YES
+    try:
+        return is_same_file(os.stat(one), os.stat(other))
+    except OSError:
+        return False  # opening it says more
+
+
+def check_pair(image: BlockDevice, journal: BlockDevice) -> None:
+    """Raise ConfigError if both are the same storage, as far as that can be seen."""
+    same = False
+    if isinstance(image, NbdDevice) and isinstance(journal, NbdDevice):
+        same = image.is_same_export(journal)
+    for one, other in ((image, journal), (journal, image)):
+        if isinstance(one, NbdDevice) and isinstance(other, FileDevice):
+            same = same or one.is_of_file(other.fd, other.opened)
+    if same:
+        raise ConfigError(f"{journal.description}: is the same disk as {image.description}")

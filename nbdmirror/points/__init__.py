@@ -1,0 +1,1 @@
+"""Points: a journal beside a replica, from which the disk's content at many moments is made."""

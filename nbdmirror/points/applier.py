@@ -1,0 +1,105 @@
+"""Applying points: making the image what the disk was at a point of the journal.
+
+The order, in which each step is durable before the next:
+
+    1. every byte that will be needed is read and checked; nothing is changed if one is damaged
+    2. superblock: `applying` = the point
+    3. the newest content of each range, from the base to the point, goes to the image
+    4. the image is flushed
+    5. superblock: `base` = the point, `applying` = 0
+
+A process that ends in between loses nothing: from step 2 on the points before this one are not on
+offer, and step 3 can be done again, as often as wanted, for this point or a later one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitarray import bitarray
+
+from nbdmirror.points.format import SAMPLES_MAX, Header, Sample
+from nbdmirror.points.reader import DamagedData, Journal, Part, contents, groups, newest_parts
+from nbdmirror.points.requests import Flush, Program, Request, Side, Write, Zero
+from nbdmirror.points.superblocks import Found, Superblocks
+from nbdmirror.points.writer import JournalWriter
+
+
+def check(journal: Journal, headers: Sequence[Header]) -> Program[bitarray]:
+    """Read all data that the last of `headers` needs. Returns which blocks of the disk it changes.
+    Raises DamagedData: of all damage the one of the oldest point."""
+    problems: list[DamagedData] = []
+
+    def visit(parts: list[Part]) -> Program[None]:
+        for group in groups(part for part in parts if not part.entry.is_zero):
+            try:
+                yield from contents(journal, group)
+            except DamagedData as error:
+                problems.append(error)
+
+    covered = yield from newest_parts(journal, headers, visit)
+    if problems:
+        raise min(problems, key=lambda problem: problem.sequence)
+    return covered
+
+
+def put(
+    journal: Journal,
+    superblocks: Superblocks,
+    sequence: int,
+    *,
+    first: Mapping[str, Any] | None = None,
+    last: Mapping[str, Any] | None = None,
+) -> Program[None]:
+    """Steps 2 to 5 for the point `sequence`, which is on offer and was checked. `first` and `last`:
+    further changes of the superblock, in steps 2 and 5. Raises IO_ERRORS and JournalTaken."""
+    headers = headers_to(journal, sequence)
+    changes: dict[str, Any] = {}
+    if headers:
+        yield from superblocks.update(applying=sequence, **(first or {}))
+        samples: list[Sample] = []
+        yield from newest_parts(journal, headers, lambda parts: _write(journal, parts, samples))
+        changes = {
+            "base": headers[-1].point,
+            "base_digest": headers[-1].digest,
+            "is_base_offered": True,
+            "tail": headers[-1].end,
+            "applying": 0,
+            "samples": tuple(samples),
+        }
+    yield [Flush(Side.IMAGE)]
+    yield from superblocks.update(**changes, **(last or {}))
+
+
+def headers_to(journal: Journal, sequence: int) -> list[Header]:
+    """The headers after the base, to the point `sequence`."""
+    return [header for header in journal.headers if header.point.sequence <= sequence]
+
+
+def apply(
+    writer: JournalWriter, sequence: int, *, last: Mapping[str, Any] | None = None
+) -> Program[None]:
+    """By the writer of the journal: make the image the point `sequence`, one of the writer's, and
+    use the space of the points up to it again. `last`: as for `put`. Raises DamagedData with
+    nothing changed, IO_ERRORS and JournalTaken."""
+    found = Found(writer.superblocks.current, slot=0, damage=())
+    headers = [h for h in writer.headers if h.place >= found.current.tail]
+    journal = Journal(writer.name, found, tuple(headers), damage=(), unfinished="")
+    yield from check(journal, headers_to(journal, sequence))
+    yield from put(journal, writer.superblocks, sequence, last=last)
+    yield from writer.free()
+
+
+def _write(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Program[None]:
+    zeroes = [part for part in parts if part.entry.is_zero]
+    yield [Zero(Side.IMAGE, part.offset, part.length) for part in zeroes]
+    for group in groups(part for part in parts if not part.entry.is_zero):
+        found = yield from contents(journal, group)
+        writes: list[Request] = []
+        for part, data in zip(group, found, strict=True):
+            writes.append(Write(Side.IMAGE, data, part.offset))
+            if len(samples) < SAMPLES_MAX:
+                samples.append(Sample(part.offset, part.length, zlib.crc32(data)))
+        yield writes

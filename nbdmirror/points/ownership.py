@@ -1,0 +1,116 @@
+"""Who writes to a journal: its creation, and taking it over at the start of a process."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from nbdmirror.points.format import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    NO_POINT,
+    RING_BYTES_MIN,
+    RING_START,
+    SLOTS,
+    JournalError,
+    State,
+    Superblock,
+)
+from nbdmirror.points.reader import Journal, read
+from nbdmirror.points.requests import Exports, Flush, Program, Read, Side, Write
+from nbdmirror.points.superblocks import JournalTaken, Superblocks, taken_text
+from nbdmirror.points.writer import JournalWriter
+
+RandomBytes = Callable[[int], bytes]
+
+
+def new_generation(random_bytes: RandomBytes = secrets.token_bytes) -> int:
+    """A number that no other process has."""
+    return int.from_bytes(random_bytes(8), "little")
+
+
+def check_empty(name: str, export_bytes: int) -> Program[int]:
+    """Whether the export `name` of `export_bytes` can become a journal: the bytes of its ring.
+    Raises JournalError if it is too small or holds anything."""
+    ring_bytes = (export_bytes - RING_START) // BLOCK_BYTES * BLOCK_BYTES
+    if ring_bytes < RING_BYTES_MIN:
+        text = f"has {export_bytes} bytes, and a journal needs {RING_START + RING_BYTES_MIN}"
+        raise JournalError(f"{name}: is too small: it {text}")
+    bufs = [bytearray(BLOCK_BYTES) for _ in SLOTS]
+    yield [Read(Side.JOURNAL, memoryview(buf), at) for buf, at in zip(bufs, SLOTS, strict=True)]
+    if any(map(any, bufs)):
+        text = "holds something; zero its first 128 KiB if it may become a journal"
+        raise JournalError(f"{name}: is not empty: it {text}")
+    return ring_bytes
+
+
+def create(
+    name: str,
+    export_bytes: int,
+    *,
+    disk_bytes: int,
+    now_ns: int,
+    disk_id: bytes = b"",
+    random_bytes: RandomBytes = secrets.token_bytes,
+) -> Program[Superblock]:
+    """Make an empty journal on the export `name` of `export_bytes`, for a disk of `disk_bytes`.
+    `disk_id`: 16 random bytes, if the caller needs to know them before.
+
+    Raises JournalError, having changed nothing, if the export is too small or holds anything."""
+    ring_bytes = yield from check_empty(name, export_bytes)
+    superblock = Superblock(
+        disk_id=disk_id or random_bytes(16),
+        disk_bytes=disk_bytes,
+        ring_bytes=ring_bytes,
+        generation=new_generation(random_bytes),
+        taken=0,
+        state=State.EMPTY,
+        since_ns=now_ns,
+        base=NO_POINT,
+        base_digest=random_bytes(DIGEST_BYTES),
+        is_base_offered=False,
+        tail=0,
+    )
+    for slot in SLOTS:
+        yield [Write(Side.JOURNAL, superblock.pack(), slot, is_durable=True)]
+    return superblock
+
+
+def take_over(
+    exports: Exports,
+    *,
+    disk_id: bytes,
+    clock: Callable[[], float],
+    random_bytes: RandomBytes = secrets.token_bytes,
+) -> Program[JournalWriter]:
+    """Become the writer of the journal of the disk `disk_id`. An earlier writer is refused from now
+    on. At a server's start, and after each lost connection.
+
+    Raises JournalError if the journal is another disk's, JournalTaken if a point was recovered from
+    it. The caller compares the writer's `newest` with the point that it counts changes from: if the
+    journal ends earlier, it is damaged, and the image must be seeded again (`JournalWriter.seed`).
+    """
+    name = exports[Side.JOURNAL].description
+    # What a server that has lost its cache still shows must not vanish later.
+    yield [Flush(Side.JOURNAL)]
+    journal = yield from read(name, exports[Side.JOURNAL].size)
+    _check(journal, disk_id)
+    superblocks = Superblocks(name, journal.found)
+    headers = journal.headers
+    newest = headers[-1].point.sequence if headers else journal.superblock.base.sequence
+    yield from superblocks.update(
+        generation=new_generation(random_bytes),
+        taken=newest,
+        newest=max(newest, journal.superblock.newest),
+    )
+    writer = JournalWriter(exports, superblocks, headers=headers, clock=clock)
+    writer.damage = journal.damage
+    return writer
+
+
+def _check(journal: Journal, disk_id: bytes) -> None:
+    block = journal.superblock
+    if block.disk_id != disk_id:
+        raise JournalError(f"{journal.name}: is the journal of another disk")
+    if block.state is State.PROMOTED:
+        raise JournalTaken(taken_text(journal.name, block))

@@ -1,0 +1,152 @@
+"""Recovery: a journal's points as a user names them, and an image made of one of them."""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bitarray import bitarray
+
+from nbdmirror.names import is_number, parse_time
+from nbdmirror.points.applier import check, headers_to, put
+from nbdmirror.points.format import BLOCK_BYTES, MAGIC, JournalError, Point, State
+from nbdmirror.points.ownership import RandomBytes, new_generation
+from nbdmirror.points.reader import DamagedData, Journal, read
+from nbdmirror.points.requests import Program, Read, Side
+from nbdmirror.points.superblocks import Superblocks, wall_time
+
+
+def choose(journal: Journal, text: str | None) -> Point:
+    """The point that a user means: its number, its name (the newest point of that name), or a time
+    (the newest point that is not later); None: the newest. Raises JournalError."""
+    points = journal.points
+    if not points:
+        raise JournalError(f"{journal.name}: {_why_none(journal)}")
+    first, last = points[0], points[-1]
+    if text is None and journal.is_cut_short:
+        text = f"{journal.damage[-1]}; the newest point before that is {last.sequence}"
+        raise JournalError(f"{journal.name}: {text}: name it with --point {last.sequence}")
+    if text is None:
+        return last
+    if is_number(text):
+        found = [point for point in points if point.sequence == int(text)]
+        offer = f"{first.sequence} to {last.sequence}"
+    elif any(point.name == text for point in points):
+        found = [point for point in points if point.name == text]
+    elif (time_ns := parse_time(text)) is not None:
+        found = [point for point in points if point.time_ns <= time_ns]
+        offer = f"{wall_time(first.time_ns)} to {wall_time(last.time_ns)}"
+    else:
+        found, offer = [], f"{first.sequence} to {last.sequence}"
+    if not found and journal.superblock.state is State.PROMOTED:
+        when = wall_time(journal.superblock.since_ns)
+        text = f"point {first.sequence} was recovered at {when}: there is no other point any more"
+        raise JournalError(f"{journal.name}: {text}")
+    if not found:
+        raise JournalError(f"{journal.name}: has no point {text!r}: it has {offer}")
+    return found[-1]
+
+
+def _why_none(journal: Journal) -> str:
+    block = journal.superblock
+    since = wall_time(block.since_ns)
+    if block.state is State.EMPTY:
+        return "has no point yet: the mirror has not begun"
+    if block.state is State.SEEDING:
+        return f"has no point yet: the image is being copied for the first time, since {since}"
+    if block.state is State.TORN:
+        return f"has no point: the image is being copied in place since {since}"
+    return f"has no point any more: {'; '.join(journal.damage) or 'the chain is empty'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a recovery did."""
+
+    point: Point
+    was_done: bool
+    """An earlier recovery had made the image this point."""
+
+
+def recover(
+    name: str,
+    export_bytes: int,
+    image_bytes: int,
+    *,
+    wanted: str | None,
+    now_ns: int,
+    random_bytes: RandomBytes = secrets.token_bytes,
+    on_point: Callable[[Journal, Point], None] = lambda journal, point: None,
+) -> Program[Recovered]:
+    """Make the image a point of the journal `name`, flushed, and the journal `promoted`: a source
+    that comes back is refused. May be ended at any moment, and run again.
+
+    Raises JournalError, with neither image nor journal changed, if that is not possible, and
+    IO_ERRORS. `on_point` is told what will be recovered, before anything is changed."""
+    journal = yield from read(name, export_bytes)
+    check_size(journal, image_bytes)
+    point = choose(journal, wanted)
+    if journal.superblock.state is State.PROMOTED:
+        return Recovered(point, was_done=True)
+    try:
+        covered = yield from check(journal, headers_to(journal, point.sequence))
+    except DamagedData as error:
+        raise JournalError(f"{error}; {_advice(journal, error.sequence)}") from error
+    yield from check_image(journal, covered)
+    on_point(journal, point)
+    superblocks = Superblocks(name, journal.found)
+    # The old source is refused from the first change on, and not only when the image is ready.
+    generation = new_generation(random_bytes)
+    first = {"generation": generation, "taken": journal.points[-1].sequence}
+    last = {
+        "generation": generation,
+        "taken": point.sequence,
+        "state": State.PROMOTED,
+        "since_ns": now_ns,
+        "newest": point.sequence,
+    }
+    yield from put(journal, superblocks, point.sequence, first=first, last=last)
+    return Recovered(point, was_done=False)
+
+
+def _advice(journal: Journal, damaged: int) -> str:
+    """What to do if the batch of the point `damaged` cannot be used."""
+    older = [point.sequence for point in journal.points if point.sequence < damaged]
+    if not older:
+        return "no older point can be recovered"
+    return f"the newest point before that is {older[-1]}: recover it with --point {older[-1]}"
+
+
+def check_size(journal: Journal, image_bytes: int) -> None:
+    """Raise JournalError if an image of `image_bytes` is too small for the disk."""
+    disk_bytes = journal.superblock.disk_bytes
+    if image_bytes < disk_bytes:
+        sizes = f"it has {image_bytes} bytes, and the disk has {disk_bytes}"
+        raise JournalError(
+            f"{journal.name}: is the journal of another disk than the image: {sizes}"
+        )
+
+
+def check_image(journal: Journal, changed: bitarray) -> Program[None]:
+    """Raise JournalError if the image surely does not belong to the journal. `changed`: blocks that
+    may have changed since it held the base, if a point is being applied."""
+    block = journal.superblock
+    head = bytearray(min(BLOCK_BYTES, block.disk_bytes))
+    yield [Read(Side.IMAGE, memoryview(head), 0)]
+    if head.startswith(MAGIC):
+        raise JournalError(f"{journal.name}: what is given as its image is a journal too")
+    for sample in block.samples:
+        first, end = (
+            sample.offset // BLOCK_BYTES,
+            -(-(sample.offset + sample.length) // BLOCK_BYTES),
+        )
+        if block.applying and changed.find(True, first, end) >= 0:
+            continue
+        buf = bytearray(sample.length)
+        yield [Read(Side.IMAGE, memoryview(buf), sample.offset)]
+        if zlib.crc32(buf) != sample.crc:
+            text = f"the image does not hold point {block.base.sequence}, on which this builds"
+            where = f"it differs at {sample.offset}: it is another disk's, or was written to"
+            raise JournalError(f"{journal.name}: {text}; {where}")

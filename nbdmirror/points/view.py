@@ -1,0 +1,318 @@
+"""The disk at a point, before the point is applied: a read-only device on the image and its
+journal, also beside a source that continues to send points.
+
+A range of the disk is in the newest batch up to the point that has the range, and in the image if
+no batch has it. Nothing is written, and the source knows nothing of this reader. So the reader
+notices by itself when what it reads is not the point any more:
+
+1. Data of the journal is checked against its CRC-32. The source uses a batch's space again when
+   the image holds that batch. From then on the image has the range, and is read instead.
+2. The image changes in ranges that no batch up to the point has only when a later point is
+   applied. `applying` is durable in both superblocks before the first such write. So a superblock
+   that is read after the image, and knows of no later point, shows that the image was right.
+3. A server that takes the journal over may have lost the point and made another one of the same
+   number. So after each change of the generation the chain must still have the point's header.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from nbdmirror.devices.base import BlockDevice, BlockSize, Buffer, Extent, Wrapper, merge_extents
+from nbdmirror.errors import DeviceError
+from nbdmirror.points.applier import headers_to
+from nbdmirror.points.format import BLOCK_BYTES, Header, JournalError, Point, State, Superblock
+from nbdmirror.points.reader import Journal, Part, fetch, newest_parts, read
+from nbdmirror.points.recovery import check_image, check_size, choose
+from nbdmirror.points.requests import Program, Side, run
+from nbdmirror.points.superblocks import find, taken_text, wall_time
+
+ATTEMPTS_MAX = 10
+"""How often the journal is read again if the source changes it meanwhile."""
+
+CACHE_BYTES = 32 << 20
+"""Data of the journal that was read and checked; an entry is read as a whole."""
+
+EXTENTS_MAX = 4096
+
+_RECORD = struct.Struct(">QQQQQI?")  # big-endian: sorted by the first number
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A point that can be served."""
+
+    journal: Journal
+    point: Point
+    index: Index
+
+
+class Index:
+    """The newest content of each range of the disk that differs from the journal's base."""
+
+    def __init__(self, records: Sequence[bytes]) -> None:
+        self._records = b"".join(sorted(records))
+        numbers = range(0, len(self._records), _RECORD.size)
+        self._starts = array("Q", (_RECORD.unpack_from(self._records, at)[0] for at in numbers))
+
+    def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, Piece | None]]:
+        """The range, in order: offset, length, and where the content is; None: in the image."""
+        end = offset + length
+        number = max(0, bisect_right(self._starts, offset) - 1)
+        while offset < end:
+            piece = self._piece(number) if number < len(self._starts) else None
+            if piece is None or piece.offset >= end:
+                yield offset, end - offset, None
+                return
+            if piece.offset > offset:
+                yield offset, piece.offset - offset, None
+                offset = piece.offset
+            if (stop := min(end, piece.offset + piece.length)) > offset:
+                yield offset, stop - offset, piece
+                offset = stop
+            number += 1
+
+    def _piece(self, number: int) -> Piece:
+        return Piece(*_RECORD.unpack_from(self._records, number * _RECORD.size))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of the disk, and the index entry that has its content."""
+
+    offset: int
+    length: int
+    start: int
+    """Of the entry in the disk."""
+    place: int
+    """Of the entry's data in the ring."""
+    data_bytes: int
+    """In whole blocks."""
+    crc: int
+    is_zero: bool
+
+
+def look_up(
+    name: str, export_bytes: int, image_bytes: int, *, wanted: str | None = None
+) -> Program[Found]:
+    """Find the point that a user means (`recovery.choose`), and where its content is. Raises
+    JournalError, and IO_ERRORS."""
+    problem = ""
+    for _ in range(ATTEMPTS_MAX):
+        try:
+            return (yield from _look_up(name, export_bytes, image_bytes, wanted))
+        except JournalError as error:
+            if str(error) == problem:  # else the source may have changed the journal meanwhile
+                raise
+            problem = str(error)
+    raise JournalError(problem)
+
+
+def _look_up(name: str, export_bytes: int, image_bytes: int, wanted: str | None) -> Program[Found]:
+    journal = yield from read(name, export_bytes)
+    check_size(journal, image_bytes)
+    if journal.superblock.state is State.PROMOTED:
+        text = taken_text(name, journal.superblock)
+        raise JournalError(f"{text}; serve the image without its journal")
+    point = choose(journal, wanted)
+    records: list[bytes] = []
+
+    def visit(parts: list[Part]) -> Program[None]:
+        for part in parts:
+            entry = part.entry
+            data_bytes = 0 if entry.is_zero else -(-entry.length // BLOCK_BYTES) * BLOCK_BYTES
+            what = (entry.offset, entry.place, data_bytes, entry.crc, entry.is_zero)
+            records.append(_RECORD.pack(part.offset, part.length, *what))
+        yield []
+
+    changed = yield from newest_parts(journal, headers_to(journal, point.sequence), visit)
+    yield from check_image(journal, changed)
+    return Found(journal, point, Index(records))
+
+
+class PointView(Wrapper):
+    """The disk at a point: a read-only BlockDevice. Calls are for any thread.
+
+    As soon as the point cannot be served any more, each read fails with DeviceError."""
+
+    def __init__(self, image: BlockDevice, journal: BlockDevice, found: Found) -> None:
+        """`image` takes requests of any offset and length. Both are this device's from now on."""
+        self.inner = image
+        block, self.point = found.journal.superblock, found.point
+        when = wall_time(self.point.time_ns)
+        self.description = f"{image.description} at point {self.point.sequence} of {when}"
+        self.size = block.disk_bytes
+        self.read_only = True
+        self.block_size = BlockSize(1, max(BLOCK_BYTES, image.block_size.preferred))
+        self._journal = journal
+        self._name = found.journal.name
+        self._index = found.index
+        headers = headers_to(found.journal, self.point.sequence)
+        self._header: Header | None = headers[-1] if headers else None
+        self._digest = headers[-1].digest if headers else block.base_digest
+        self._block = block
+        """The superblock, as it was read last."""
+        self._gone = ""
+        """Why the point cannot be served any more."""
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[int, bytes] = OrderedDict()
+        self._cached_bytes = 0
+
+    # Reading.
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        self._refuse_if_gone()
+        is_of_image = False
+        for start, length, piece in self._index.pieces(offset, len(buf)):
+            part = buf[start - offset : start - offset + length]
+            if piece is not None and piece.is_zero:
+                part[:] = bytes(length)
+            elif data := self._data(piece):
+                assert piece is not None
+                part[:] = data[start - piece.start : start - piece.start + length]
+            else:
+                is_of_image = True
+                self.inner.pread(part, start)
+        if is_of_image:
+            self._look_again()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        self._refuse_if_gone()
+        found: list[Extent] = []
+        is_of_image = False
+        for start, span, piece in self._index.pieces(offset, length):
+            if piece is not None:  # the same at any time, wherever it is read from
+                found.append(Extent(span, zero=piece.is_zero, hole=piece.is_zero))
+                continue
+            is_of_image = True
+            extents = self.inner.extents(start, span)
+            found += extents
+            if sum(extent.length for extent in extents) < span or len(found) >= EXTENTS_MAX:
+                break
+        if is_of_image:
+            self._look_again()
+        return merge_extents(found)
+
+    def _data(self, piece: Piece | None) -> bytes | None:
+        """What the piece's entry has, whole; None: the image has the range."""
+        if piece is None:
+            return None
+        with self._lock:
+            if (cached := self._cache.get(piece.place)) is not None:
+                self._cache.move_to_end(piece.place)
+                return cached
+        if piece.place < self._block.tail:
+            return None
+        data = run(fetch(self._block, piece.place, piece.data_bytes), {Side.JOURNAL: self._journal})
+        if zlib.crc32(data) == piece.crc:
+            self._keep(piece.place, bytes(data))
+            return bytes(data)
+        self._look_again()
+        if piece.place < self._block.tail:
+            return None
+        text = f"the data at {piece.start} of the disk, of point {self.point.sequence}, is damaged"
+        raise DeviceError(f"{self._name}: {text}")
+
+    def _keep(self, place: int, data: bytes) -> None:
+        with self._lock:
+            if place not in self._cache:
+                self._cache[place] = data
+                self._cached_bytes += len(data)
+            while self._cached_bytes > CACHE_BYTES:
+                _, old = self._cache.popitem(last=False)
+                self._cached_bytes -= len(old)
+
+    # Whether the point is still there.
+
+    def _refuse_if_gone(self) -> None:
+        if self._gone:
+            text = f"point {self.point.sequence} cannot be served any more"
+            raise DeviceError(f"{self._name}: {text}: {self._gone}")
+
+    def _look_again(self) -> None:
+        """Read the superblock again. Raise DeviceError if what was read of the image may be of a
+        later point, and IO_ERRORS."""
+        problem, seen = "", None
+        while (block := self._superblock()) != seen:  # it may change while the chain is read
+            if not (problem := self._problem(block)):
+                break
+            seen = block
+        if problem:
+            self._gone = problem
+        self._refuse_if_gone()
+        with self._lock:
+            if block.serial > self._block.serial:
+                self._block = block
+
+    def _superblock(self) -> Superblock:
+        try:
+            return run(find(self._name), {Side.JOURNAL: self._journal}).current
+        except JournalError as error:
+            raise DeviceError(str(error)) from error
+
+    def _problem(self, block: Superblock) -> str:
+        """Why the point is not there any more, if `block` is the superblock."""
+        if block.disk_id != self._block.disk_id:
+            return "the journal was created again"
+        if block.state is State.PROMOTED:
+            when = wall_time(block.since_ns)
+            return f"point {block.base.sequence} was recovered at {when}, and the image is in use"
+        if block.state is not State.OK:
+            return f"the image is being copied in place since {wall_time(block.since_ns)}"
+        if (newer := max(block.base.sequence, block.applying)) > self.point.sequence:
+            return f"the image is being made point {newer}"
+        if block.generation != self._block.generation and not self._has_point(block):
+            return "another server writes to the journal, and the point is not there any more"
+        return ""
+
+    def _has_point(self, block: Superblock) -> bool:
+        """Whether the chain of another generation has this very point."""
+        if block.base.sequence == self.point.sequence:
+            return block.base_digest == self._digest
+        if block.taken < self.point.sequence or self._header is None:
+            return False
+        data = run(fetch(block, self._header.place, BLOCK_BYTES), {Side.JOURNAL: self._journal})
+        return bytes(data) == self._header.pack()
+
+    # What a device has beside that.
+
+    def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
+        self._refuse()
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_trim: bool = False,
+        fua: bool = False,
+        fast: bool = False,
+    ) -> None:
+        self._refuse()
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self._refuse()
+
+    def _refuse(self) -> None:
+        raise DeviceError(f"{self.description}: is read-only", errno.EROFS)
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
+
+    def sync(self) -> None:
+        """There is nothing to flush."""
+
+    def cache(self, offset: int, length: int) -> None:
+        """Nothing is read ahead."""
+
+    def close(self) -> None:
+        self.inner.close()
+        self._journal.close()

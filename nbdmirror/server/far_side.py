@@ -1,0 +1,141 @@
+"""JournalSide: the journal and the image of a job, as the job sees its far side.
+
+On the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from nbdmirror.devices.base import Done
+from nbdmirror.errors import DeviceError
+from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused
+from nbdmirror.points.applier import apply
+from nbdmirror.points.format import JournalError, Sample, State, batch_bytes_max
+from nbdmirror.points.requests import Exports, Program, start
+from nbdmirror.points.superblocks import JournalTaken
+from nbdmirror.points.writer import JournalFull, JournalWriter
+
+
+class JournalSide(FarSide):
+    """`writer`: of `exports`."""
+
+    def __init__(
+        self, writer: JournalWriter, exports: Exports, wall_time_ns: Callable[[], int]
+    ) -> None:
+        self.error: BaseException | None = None
+        self._writer = writer
+        self._exports = exports
+        self._wall_time_ns = wall_time_ns
+        self._programs = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._programs and self._writer.is_idle
+
+    @property
+    def newest(self) -> int:
+        return self._writer.newest.sequence
+
+    @property
+    def base(self) -> int:
+        return self._writer.superblocks.current.base.sequence
+
+    @property
+    def oldest(self) -> int:
+        current = self._writer.superblocks.current
+        if current.applying or current.is_base_offered:
+            return current.applying or current.base.sequence
+        return self._writer.headers[0].point.sequence if self._writer.headers else 0
+
+    @property
+    def is_applied(self) -> bool:
+        # The space of what was applied is used again when the program has ended, and not before.
+        is_level = self.base == self.newest
+        return is_level and not self._programs
+
+    @property
+    def is_handed_over(self) -> bool:
+        return self._writer.superblocks.current.state is State.PROMOTED
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """What the image reads as; none while points are applied."""
+        current = self._writer.superblocks.current
+        return () if current.applying else current.samples
+
+    def room(self) -> JournalRoom:
+        room, oldest = self._writer.room(), self.oldest
+        points = self.newest - oldest + 1 if oldest else 0
+        return JournalRoom(room.ring_bytes, room.used_bytes, points, room.lasts_s)
+
+    def in_the_way(self, bytes_max: int) -> int:
+        room, headers = self._writer.room(), self._writer.headers
+        missing_bytes = batch_bytes_max(bytes_max) - room.free_bytes
+        if not 0 < missing_bytes <= room.used_bytes:
+            return 0
+        ends = (h.point.sequence for h in headers if h.end - headers[0].place >= missing_bytes)
+        return next(ends, self.newest)
+
+    def has_name(self, name: str) -> bool:
+        points = [self._writer.superblocks.current.base]
+        points += [header.point for header in self._writer.headers]
+        return any(point.name == name for point in points)
+
+    def begin(self, time_ns: int, *, bytes_max: int, name: str = "", group: int = 0) -> object:
+        try:
+            return self._writer.begin(time_ns, bytes_max=bytes_max, name=name, group=group)
+        except JournalFull as error:
+            is_final = error.missing_bytes > self._writer.room().used_bytes
+            self.error = NoRoom(str(error), is_final=is_final)
+        except JournalTaken as error:
+            self.error = PointsRefused(str(error))
+        except JournalError as error:  # opened again, it may be as it should
+            self.error = DeviceError(str(error), errno.EIO)
+        raise self.error
+
+    def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
+        self._writer.start_write(buf, offset, self._noting(done))
+
+    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
+        self._writer.start_zero(offset, length, may_trim, self._noting(done))
+
+    def commit(self, done: Done) -> None:
+        self._writer.commit(self._noting(done))
+
+    def give_up(self, done: Done) -> None:
+        self._writer.give_up(done)
+
+    def apply(self, done: Done, *, until: int = 0, hands_over: bool = False) -> None:
+        last = {"state": State.PROMOTED, "since_ns": self._wall_time_ns()} if hands_over else None
+        self._start(apply(self._writer, until or self.newest, last=last), done)
+
+    def take_back(self, done: Done) -> None:
+        superblocks = self._writer.superblocks
+        base = superblocks.current.base
+        self._start(superblocks.update(state=State.OK, since_ns=base.time_ns), done)
+
+    def _start(self, program: Program[None], done: Done) -> None:
+        self._programs += 1
+        noting = self._noting(done)
+
+        def ended(_: None, error: BaseException | None) -> None:
+            self._programs -= 1
+            noting(error)
+
+        start(program, self._exports, ended)
+
+    def _noting(self, done: Done) -> Done:
+        def then(error: BaseException | None) -> None:
+            if error is not None:
+                error = self.error = refusal_of(error)
+            done(error)
+
+        return then
+
+
+def refusal_of(error: BaseException) -> BaseException:
+    """An error of a journal as the job knows it: what the journal holds does not change by itself,
+    so another attempt ends in the same way."""
+    return PointsRefused(str(error)) if isinstance(error, JournalError) else error

@@ -1,0 +1,64 @@
+"""The conditions on a journal for a mirror with points to begin, and the granularity of points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nbdmirror.devices.base import BlockDevice
+from nbdmirror.disk.changes import Changes
+from nbdmirror.disk.disk import Disk
+from nbdmirror.errors import CommandError, Error
+from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.points.format import BLOCK_BYTES
+from nbdmirror.points.ownership import check_empty
+from nbdmirror.points.requests import Side, run
+from nbdmirror.server.nodes import Node
+from nbdmirror.server.target_checks import check_target
+
+GRANULES_MAX = 1 << 24
+"""Granules are blocks of the journal as long as there are not more of them: their bitmaps have 2
+MiB then, and a guest that overwrites one saves 4 KiB."""
+
+GRANULARITY = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class PointsOptions:
+    """What a job with copy mode points was asked for, beside the options of every mirror."""
+
+    journal: Node
+    interval_s: float = 1.0
+    """From the cut of one point to the cut of the next one, at least."""
+    keep_s: float = 0.0
+    """For how long points are kept in the journal."""
+    rpo_s: float = 0.0
+    """The lag that is promised; 0: none is."""
+
+
+def check_journal(disk: Disk, journal: Node, options: MirrorOptions) -> None:
+    """Raise CommandError if points of `disk` cannot be written there, independent of other jobs."""
+    # As a target whose content counts: a journal is no place for the old side of a disk.
+    check_target(disk, journal, replace(options, target_is_zero=True, granularity=0))
+    if not disk.size:
+        raise CommandError(f"Node '{disk.name}' has no content")
+    least = journal.device.block_size.minimum
+    if least > BLOCK_BYTES:
+        text = f"its minimum block size is {least}, and a journal has blocks of {BLOCK_BYTES}"
+        raise CommandError(f"'{journal.device.uri}' cannot hold points: {text}")
+
+
+def check_new_journal(device: BlockDevice) -> None:
+    """Raise CommandError unless the export can become a journal. Blocks; changes nothing."""
+    try:
+        run(check_empty(device.description, device.size), {Side.JOURNAL: device})
+    except (Error, OSError) as error:
+        raise CommandError(f"Journal {error}") from error
+
+
+def changes_of(disk: Disk, options: MirrorOptions, granularity: int, unit: int) -> Changes:
+    """What guests change, for points. `granularity` and `unit`: those of the first copy."""
+    if options.granularity:
+        return Changes(disk, max(granularity, BLOCK_BYTES))
+    if unit <= BLOCK_BYTES and disk.size <= GRANULES_MAX * BLOCK_BYTES:
+        return Changes(disk, BLOCK_BYTES)
+    return Changes(disk, max(GRANULARITY, unit), unit=max(BLOCK_BYTES, unit))

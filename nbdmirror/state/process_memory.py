@@ -1,0 +1,95 @@
+"""ProcessMemory: what of one disk outlives the process in shared memory: the journal, the
+heartbeat, the bitmaps and the mirror's remainder. All of it or nothing: without one part the others
+would be believed, and be incomplete."""
+
+from __future__ import annotations
+
+import mmap
+
+from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.state.disk_file import ALIVE_BYTES
+from nbdmirror.state.heartbeat import Heartbeat
+from nbdmirror.state.journal import JOURNAL_BYTES, Journal
+from nbdmirror.state.null_store import NewBitmap
+from nbdmirror.state.recent import RECENT_BYTES, REMAINDER_BYTES, ShmRemainder
+from nbdmirror.state.recovery import ALIVE, JOURNAL, RECENT, remainder_name
+from nbdmirror.state.shared_memory import ShmDirectory
+from nbdmirror.state.writer import Writer
+from nbdmirror.subject_log import disk_log
+
+
+class ProcessMemory:
+    """The memory of the disk `name`."""
+
+    def __init__(self, name: str) -> None:
+        self.journal = Journal(_private(JOURNAL_BYTES), _private(RECENT_BYTES))
+        self.heartbeat: Heartbeat | None = None
+        self.folder: ShmDirectory | None = None
+        """None before `begin`, or if there is no such memory."""
+        self._name = name
+        self._remainder = ""
+        """The file of the last mirror's."""
+
+    def begin(self, disk_id: str, writer: Writer) -> None:
+        """Allocate the memory, before guests connect."""
+        try:
+            self.folder = folder = ShmDirectory.create(disk_id)
+            alive = memoryview(folder.map(ALIVE, ALIVE_BYTES))
+            requests = memoryview(folder.map(JOURNAL, JOURNAL_BYTES))
+            self.journal = Journal(requests, memoryview(folder.map(RECENT, RECENT_BYTES)))
+            self.heartbeat = Heartbeat(alive, writer.clock, self.journal)
+            self.heartbeat.note_alive()
+        except OSError as error:
+            self._give_up(error)
+
+    @property
+    def path(self) -> str:
+        """The folder, as the disk's record has it."""
+        return str(self.folder.path) if self.folder is not None else ""
+
+    def new_bitmap(self, key: str) -> NewBitmap:
+        def make(size: int, granularity: int) -> DirtyBitmap:
+            if self.folder is not None:
+                try:
+                    return self.folder.bitmap(key, size, granularity)
+                except OSError as error:
+                    self._give_up(error)
+            return DirtyBitmap(size, granularity)
+
+        return make
+
+    def remainder(self, key: str) -> ShmRemainder | None:
+        if self.folder is None:
+            return None
+        folder, name = self.folder, remainder_name(key)
+        try:
+            memory = memoryview(folder.map(name, REMAINDER_BYTES))
+        except OSError as error:
+            self._give_up(error)
+            return None
+        self._remainder = name
+        return ShmRemainder(memory, self.journal.position, lambda: folder.remove(name))
+
+    def keep(self) -> None:
+        """The process ends, and its jobs before it: what they leave stays, in case that the process
+        is killed before it has saved everything. A remainder would not be renewed for the changes
+        that no mirror marks any more."""
+        if self.folder is not None:
+            if self._remainder:
+                self.folder.remove(self._remainder)
+            self.folder.is_kept = True
+
+    def discard(self) -> None:
+        """The memory is not needed any more."""
+        if self.folder is not None:
+            self.folder.discard()
+
+    def _give_up(self, error: OSError) -> None:
+        text = "no shared memory: %s; a kill of the server counts as a power cut"
+        disk_log(self._name).warning(text, error)
+        self.discard()
+        self.folder = None
+
+
+def _private(length: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, length))

@@ -1,0 +1,59 @@
+"""SpillFile: where content goes that guests overwrite before it was read for a point, and for which
+memory has no room (disk/saved.py).
+
+The file has no name: nothing of it is left after a kill, when its point is given up in any case.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from nbdmirror.devices.base import Done
+from nbdmirror.disk.saved import Spill
+from nbdmirror.workers import Workers
+
+
+class SpillFile(Spill):
+    """A file of at most `size` bytes in `folder`. `call_soon` posts a call to the event loop's
+    thread. Raises OSError if the file cannot be created."""
+
+    def __init__(
+        self, folder: Path, size: int, call_soon: Callable[[Callable[[], None]], None]
+    ) -> None:
+        self.size = size
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - until `close`
+        self._fd = self._file.fileno()
+        self._call_soon = call_soon
+        self._readers = Workers("nbdmirror-spill", 1)
+
+    def write(self, content: bytes, place: int) -> None:
+        view = memoryview(content)
+        while view:
+            count = os.pwrite(self._fd, view, place)
+            view, place = view[count:], place + count
+
+    def start_read(self, buf: memoryview, place: int, done: Done) -> None:
+        def read() -> None:
+            error: BaseException | None = None
+            try:
+                self._read(buf, place)
+            except OSError as caught:
+                error = caught
+            self._call_soon(lambda: done(error))
+
+        self._readers.submit(read)
+
+    def close(self) -> None:
+        """Free the file's space, after the reads in progress. Call nothing after this."""
+        self._readers.submit_last(self._file.close)
+
+    def _read(self, buf: memoryview, place: int) -> None:
+        while buf:
+            count = os.preadv(self._fd, (buf,), place)
+            if not count:
+                raise OSError(errno.EIO, "the spill file is too short")
+            buf, place = buf[count:], place + count
