@@ -65,6 +65,14 @@ class Changes:
         self.disk.ledger.attach(self.dirty)
         self.dirty.refine()
 
+    def hand_back(self, bitmap: DirtyBitmap) -> None:
+        """Stop tracking until `begin`. What may differ is marked in `bitmap`, which guests mark
+        too. No point is in progress."""
+        assert self.frozen is None
+        bitmap.merge(self.dirty)
+        self.disk.ledger.detach(self.dirty)
+        self.dirty.clear_all()
+
     def look(self) -> None:
         """Sort the notes of guests' writes. Call this twenty times a second."""
         self.dirty.look(self.disk.ledger)

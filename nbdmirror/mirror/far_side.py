@@ -4,14 +4,14 @@ loop's thread."""
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from nbdmirror.devices.base import Done
 from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.point_sender import PointWriter
-from nbdmirror.mirror.resources import MirrorResources
+from nbdmirror.mirror.resources import JobState, MirrorResources
 from nbdmirror.mirror.window import Journal
 
 
@@ -68,6 +68,10 @@ class FarSide(PointWriter, Journal, Protocol):
     def has_name(self, name: str) -> bool:
         """A point of the journal has this name."""
 
+    def times_ns(self) -> Mapping[int, int]:
+        """The wall times of the points in journal and image, in nanoseconds since 1970, by their
+        numbers, ascending."""
+
     def apply(self, done: Done, *, until: int = 0, hands_over: bool = False) -> None:
         """Make the image the point of the number `until`, or the newest one, flushed. `hands_over`:
         guests will change the image: the journal offers no other point from then on."""
@@ -82,6 +86,13 @@ class PointsResources(MirrorResources, Protocol):
     @property
     def far_side(self) -> FarSide | None:
         """Since the first `reconnect` that has ended well."""
+
+    has_begun: bool
+    """The first copy has ended, perhaps in an earlier process: the journal says what the image
+    is."""
+
+    def begin_points(self, state: JobState, done: Done) -> None:
+        """The first copy has ended: write that down before there is a first point."""
 
     @property
     def is_idle(self) -> bool:

@@ -104,13 +104,11 @@ class MirrorJob(MirrorView):
             self.is_scanned = True
         self._begin()
 
-    def take_up(
-        self, restore: Callable[[Tracker], None], *, is_scanned: bool, is_paused: bool
-    ) -> None:
+    def take_up(self, restore: Callable[[], None], *, is_scanned: bool, is_paused: bool) -> None:
         """Continue a mirror of an earlier process: `restore` marks what may differ."""
         self.disk.ledger.attach(self.tracker.dirty)
         self.to(JobStatus.RUNNING, "the server was started again")
-        restore(self.tracker)
+        restore()
         self.is_scanned = is_scanned
         if is_paused:
             self.become(Activity.PAUSING)
@@ -213,8 +211,12 @@ class MirrorJob(MirrorView):
 
     def changed(self) -> None:
         if self.status is not JobStatus.CREATED:
-            is_paused = self.pause_wanted and self.io_status == "ok"
-            self._resources.changed(JobState(self.options, self.is_scanned, is_paused))
+            self._resources.changed(self.kept_state)
+
+    @property
+    def kept_state(self) -> JobState:
+        is_paused = self.pause_wanted and self.io_status == "ok"
+        return JobState(self.options, self.is_scanned, is_paused)
 
     def release(self) -> None:
         """Copy. First reconnect a source or target that is lost."""

@@ -11,7 +11,7 @@ first request, and has its name. On the event loop's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -65,10 +65,15 @@ class PointRun:
         interval_s: float,
         keep_s: float,
         first: Callable[[], None],
+        before_ns: Mapping[int, int],
     ) -> None:
+        now_ns = wall_time_ns()
+        ages_s = {number: max(0.0, (now_ns - at_ns) / 1e9) for number, at_ns in before_ns.items()}
         self.changes = changes
         self.window = Window(keep_s, loop.clock)
-        self.lag = PointLag(changes, loop.clock, loop.clock())
+        self.window.learn(ages_s)
+        newest_age_s = ages_s[max(ages_s)] if ages_s else 0.0
+        self.lag = PointLag(changes, loop.clock, loop.clock() - newest_age_s)
         self.last: CommittedPoint | None = None
         self.count = 0
         """Points that were committed."""

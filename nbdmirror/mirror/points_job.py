@@ -8,14 +8,16 @@ committed. On the event loop's thread.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from nbdmirror.devices.base import AsyncSource
+from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import Changes
 from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.activity import Activity
-from nbdmirror.mirror.far_side import NoRoom, PointsRefused, PointsResources
+from nbdmirror.mirror.far_side import FarSide, NoRoom, PointsRefused, PointsResources
 from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.lag import round_up
 from nbdmirror.mirror.last_point import LastPoint
@@ -86,6 +88,18 @@ class PointsJob(MirrorJob):
         return self.tracker.remaining_bytes if self.run is None else self.run.left_bytes
 
     # Commands.
+
+    def restore(
+        self, mark_tracker: Callable[[], None], mark_changes: Callable[[DirtyBitmap], None]
+    ) -> None:
+        """For `take_up`: both mark what may differ, of the first copy and of points."""
+        mark_tracker()
+        mark_changes(self._changes.dirty)
+        if self._far_resources.has_begun:
+            self._changes.dirty.merge(self.tracker.dirty)
+            self._changes.begin()
+        else:
+            self._changes.hand_back(self.tracker.dirty)
 
     def ask_for_point(self, name: str = "") -> PointRequest:
         """Make a point as soon as the one in progress has ended, and call it `name`, which can be
@@ -203,21 +217,44 @@ class PointsJob(MirrorJob):
         super().detach()
         if self.run is not None:
             self.run.end()
+        else:  # which an earlier process may have begun
+            self._changes.end()
 
     def _go_on(self) -> None:
-        if self.run is None:
-            super()._go_on()
-        else:
+        far = self._far_resources
+        if self.run is None and far.far_side is not None and far.far_side.newest:
+            self._continue_points(far.far_side)
+        if self.run is not None:
             self.become(Activity.COPYING)
             self._start_run()
+            return
+        if far.has_begun:  # an earlier process has not committed the first point
+            self._changes.hand_back(self.tracker.dirty)
+        super()._go_on()
 
     def _become_ready(self) -> None:
-        """The first copy is in sync, and flushed: points begin."""
+        """The first copy is in sync, and flushed."""
+        begin = partial(self._far_resources.begin_points, self.kept_state)
+        self._do(begin, self._begin_points, "write")
+
+    def _begin_points(self) -> None:
         self.become(Activity.COPYING)
         self._timers.went_well()
         self.copier.stop()
         self._changes.begin()
-        self.run = PointRun(
+        self.run = self._new_run({}, self._take_over)
+        self.advance_soon()
+
+    def _continue_points(self, far: FarSide) -> None:
+        """Points of an earlier process: `restore` has marked what they lack."""
+        self.run = self._new_run(far.times_ns(), lambda: None)
+        self.disk.ledger.detach(self.tracker.dirty)
+        self.tracker.dirty.clear_all()
+        self.lag = self.run.lag
+        self.log.info("continues after point %d", far.newest)
+
+    def _new_run(self, before_ns: Mapping[int, int], first: Callable[[], None]) -> PointRun:
+        return PointRun(
             owner=self,
             changes=self._changes,
             source=self._source,
@@ -225,9 +262,9 @@ class PointsJob(MirrorJob):
             wall_time_ns=self._wall_time_ns,
             interval_s=self.interval_s,
             keep_s=self.keep_s,
-            first=self._take_over,
+            first=first,
+            before_ns=before_ns,
         )
-        self.advance_soon()
 
     def _take_over(self) -> None:
         """Behind the gate of the first cut. Both bitmaps have been marked since the first copy was

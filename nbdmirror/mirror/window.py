@@ -10,8 +10,9 @@ Ages are by a monotonic clock: a wall clock that jumps ends the time of no point
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 
@@ -47,6 +48,14 @@ class Window:
         while self._cuts and self._cuts[-1][0] >= number:
             self._cuts.pop()
         self._cuts.append((number, self._clock()))
+
+    def learn(self, ages_s: Mapping[int, float]) -> None:
+        """Earlier processes cut these points, so many seconds ago, by their numbers, ascending. A
+        wall clock that was set meanwhile makes their time longer or shorter."""
+        at_s, now_s = -math.inf, self._clock()
+        for number, age_s in ages_s.items():
+            at_s = min(now_s, max(at_s, now_s - age_s))
+            self._cuts.append((number, at_s))
 
     def next(self, journal: Journal, bytes_wanted: int) -> int:
         """The number of the point that the image has to become now; 0: it stays as it is.

@@ -11,7 +11,7 @@ from bitarray import bitarray
 
 from nbdmirror.names import is_number, parse_time
 from nbdmirror.points.applier import check, headers_to, put
-from nbdmirror.points.format import BLOCK_BYTES, MAGIC, JournalError, Point, State
+from nbdmirror.points.format import BLOCK_BYTES, MAGIC, JournalError, Point, State, Superblock
 from nbdmirror.points.ownership import RandomBytes, new_generation
 from nbdmirror.points.reader import DamagedData, Journal, read
 from nbdmirror.points.requests import Program, Read, Side
@@ -137,16 +137,25 @@ def check_image(journal: Journal, changed: bitarray) -> Program[None]:
     yield [Read(Side.IMAGE, memoryview(head), 0)]
     if head.startswith(MAGIC):
         raise JournalError(f"{journal.name}: what is given as its image is a journal too")
+    yield from check_samples(journal.name, block, changed)
+
+
+def check_samples(name: str, block: Superblock, changed: bitarray | None = None) -> Program[None]:
+    """Raise JournalError if the image is not what the superblock of the journal `name` says.
+    `changed`: as for check_image; without it an image to which a point is being applied is not
+    compared."""
+    if block.applying and changed is None:
+        return
     for sample in block.samples:
         first, end = (
             sample.offset // BLOCK_BYTES,
             -(-(sample.offset + sample.length) // BLOCK_BYTES),
         )
-        if block.applying and changed.find(True, first, end) >= 0:
+        if block.applying and changed is not None and changed.find(True, first, end) >= 0:
             continue
         buf = bytearray(sample.length)
         yield [Read(Side.IMAGE, memoryview(buf), sample.offset)]
         if zlib.crc32(buf) != sample.crc:
             text = f"the image does not hold point {block.base.sequence}, on which this builds"
             where = f"it differs at {sample.offset}: it is another disk's, or was written to"
-            raise JournalError(f"{journal.name}: {text}; {where}")
+            raise JournalError(f"{name}: {text}; {where}")

@@ -12,22 +12,28 @@ from nbdmirror.devices.base import Done
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused
 from nbdmirror.points.applier import apply
-from nbdmirror.points.format import JournalError, Sample, State, batch_bytes_max
+from nbdmirror.points.format import JournalError, Point, Sample, State, batch_bytes_max
 from nbdmirror.points.requests import Exports, Program, start
 from nbdmirror.points.superblocks import JournalTaken
 from nbdmirror.points.writer import JournalFull, JournalWriter
 
 
 class JournalSide(FarSide):
-    """`writer`: of `exports`."""
+    """`writer`: of `exports`. `on_committed` gets a point's number before anybody else knows that
+    the point is committed."""
 
     def __init__(
-        self, writer: JournalWriter, exports: Exports, wall_time_ns: Callable[[], int]
+        self,
+        writer: JournalWriter,
+        exports: Exports,
+        wall_time_ns: Callable[[], int],
+        on_committed: Callable[[int], None],
     ) -> None:
         self.error: BaseException | None = None
         self._writer = writer
         self._exports = exports
         self._wall_time_ns = wall_time_ns
+        self._on_committed = on_committed
         self._programs = 0
 
     @property
@@ -79,9 +85,14 @@ class JournalSide(FarSide):
         return next(ends, self.newest)
 
     def has_name(self, name: str) -> bool:
-        points = [self._writer.superblocks.current.base]
-        points += [header.point for header in self._writer.headers]
-        return any(point.name == name for point in points)
+        return any(point.name == name for point in self._points())
+
+    def times_ns(self) -> dict[int, int]:
+        return {point.sequence: point.time_ns for point in self._points() if point.sequence}
+
+    def _points(self) -> list[Point]:
+        base = self._writer.superblocks.current.base
+        return [base, *(header.point for header in self._writer.headers)]
 
     def begin(self, time_ns: int, *, bytes_max: int, name: str = "", group: int = 0) -> object:
         try:
@@ -102,7 +113,12 @@ class JournalSide(FarSide):
         self._writer.start_zero(offset, length, may_trim, self._noting(done))
 
     def commit(self, done: Done) -> None:
-        self._writer.commit(self._noting(done))
+        def committed(error: BaseException | None) -> None:
+            if error is None:
+                self._on_committed(self.newest)
+            done(error)
+
+        self._writer.commit(self._noting(committed))
 
     def give_up(self, done: Done) -> None:
         self._writer.give_up(done)

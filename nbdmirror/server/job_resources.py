@@ -14,6 +14,7 @@ from functools import partial
 from nbdmirror.devices.aligned import for_guests
 from nbdmirror.devices.async_file import FileSource
 from nbdmirror.devices.base import BlockDevice, Done, raw_device
+from nbdmirror.disk.changes import MayDiffer
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
@@ -35,7 +36,7 @@ from nbdmirror.server.mirror_record import mirror_record
 from nbdmirror.server.nodes import Node, Nodes
 from nbdmirror.server.reconnect import copy_all, reconnect, reconnect_source
 from nbdmirror.server.sources import Sources
-from nbdmirror.state.disk_record import MirrorRecord
+from nbdmirror.state.disk_record import MirrorRecord, PointsRecord
 from nbdmirror.state.null_store import StateStore
 
 
@@ -106,10 +107,18 @@ class JobResources:
             granularity=self.tracker.granularity,
             key=self.key,
             bitmap=self.bitmap.name if self.bitmap else "",
+            points=self._points_record(),
         )
         if record != self._record:
             self._record = record
-            self.store.keep_mirror(record, self.tracker)
+            self.store.keep_mirror(record, self._kept_changes())
+
+    def _points_record(self) -> PointsRecord | None:
+        return None
+
+    def _kept_changes(self) -> dict[str, MayDiffer]:
+        """By the keys in the record."""
+        return {self.key: self.tracker}
 
     def prepare(self, ending: Ending, done: Done) -> None:
         device = self.node.device

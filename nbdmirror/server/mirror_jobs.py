@@ -22,7 +22,7 @@ from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.job_resources import JobResources
-from nbdmirror.server.mirror_record import node_of, options_of
+from nbdmirror.server.mirror_record import node_of, options_of, points_of
 from nbdmirror.server.nodes import Node, Nodes
 from nbdmirror.server.points_checks import PointsOptions, changes_of, check_journal
 from nbdmirror.server.points_resources import PointsResources
@@ -98,13 +98,15 @@ class MirrorJobs:
         granularity: int,
         key: str,
         *,
-        has_connected_once: bool = True,
         points: PointsOptions | None = None,
+        found: RecoveredState | None = None,
     ) -> MirrorJob:
+        """`found`: what an earlier process has left of this mirror."""
         store = self._stores[disk]
         unit = unit_of(disk, node.device, options, granularity)
-        new_bitmap, remainder = store.new_bitmap(key), store.remainder(key)
-        tracker = Tracker(disk.size, granularity, new_bitmap, unit, remainder)
+        # What a target with points lacks is told by its points.
+        remainder = store.remainder(key) if points is None else None
+        tracker = Tracker(disk.size, granularity, store.new_bitmap(key), unit, remainder)
         parts: dict[str, Any] = {
             "options": options,
             "disk": disk,
@@ -118,14 +120,18 @@ class MirrorJobs:
             "nodes": self._nodes,
             "loop": self._loop,
             "chronicle": self._chronicle,
-            "has_connected_once": has_connected_once,
+            "has_connected_once": found is None,
             "on_dismissed": partial(self.jobs.pop, options.job_id, None),
         }
         if points is None:
             resources = JobResources(**parts)
         else:
-            resources = PointsResources(journal=points.journal, **parts)
-        job = self._job(resources, bitmap, unit, points)
+            new_bitmap = store.new_bitmap(points.key)
+            changes = changes_of(disk, options, granularity, unit, new_bitmap)
+            resources = PointsResources(points=points, changes=changes, **parts)
+            if found is not None:
+                resources.found(found)
+        job = self._job(resources, bitmap)
         resources.acquire(job)
         self.jobs[job.id] = job
         job.create()
@@ -135,25 +141,23 @@ class MirrorJobs:
         self,
         resources: JobResources,
         bitmap: NamedBitmap | None,
-        unit: int,
-        points: PointsOptions | None,
     ) -> MirrorJob:
-        disk, options, tracker = resources.disk, resources.options, resources.tracker
         parts: dict[str, Any] = {
-            "options": options,
-            "disk": disk,
+            "options": resources.options,
+            "disk": resources.disk,
             "target": resources.node.device,
-            "tracker": tracker,
+            "tracker": resources.tracker,
             "copier": partial(resources.new_copier, self._load),
             "loop": self._loop,
             "events": self._events,
             "resources": resources,
             "bitmap": bitmap.bitmap if bitmap else None,
         }
-        if points is None:
+        if not isinstance(resources, PointsResources):
             return MirrorJob(**parts)
+        points = resources.points
         return PointsJob(
-            changes=changes_of(disk, options, tracker.granularity, unit),
+            changes=resources.changes,
             source=resources.source,
             interval_s=points.interval_s,
             keep_s=points.keep_s,
@@ -191,22 +195,23 @@ class MirrorJobs:
         bitmap = next((one for one in named if one.name == record.bitmap), None)
         self._nodes.add_again(node)
         granularity, key = record.granularity, record.key
-        job = self._make(disk, node, options, bitmap, granularity, key, has_connected_once=False)
+        if (points := points_of(record)) is not None:
+            self._nodes.add_again(points.journal)
+        job = self._make(disk, node, options, bitmap, granularity, key, points=points, found=found)
         job.log.info("continues where the previous process ended")
         self._chronicle.begin(job)
-        job.take_up(
-            partial(found.restore_mirror, key=record.key),
-            is_scanned=record.is_scanned,
-            is_paused=record.is_paused,
-        )
+        restore = partial(found.restore_mirror, job.tracker, key)
+        if points is not None:
+            assert isinstance(job, PointsJob)
+            restore_changes = partial(found.restore, key=points.key)
+            restore = partial(job.restore, restore, restore_changes)
+        job.take_up(restore, is_scanned=record.is_scanned, is_paused=record.is_paused)
         job.changed()
 
     def _check_points(
         self, disk: Disk, node: Node, options: MirrorOptions, points: PointsOptions
     ) -> None:
         journal = points.journal
-        if self._stores[disk].is_lasting:
-            raise CommandError("Copy mode 'points' needs a server without a state directory")
         if journal.device is node.device or journal.device.is_same_export(node.device):
             raise CommandError(f"Journal '{journal.device.uri}' is the target itself")
         try:

@@ -11,11 +11,24 @@ from nbdmirror.nbdclient.handshake import ExportInfo
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.server.nodes import Node, NodeOptions
-from nbdmirror.state.disk_record import ExportRecord, JobRecord, MirrorRecord, TargetRecord
+from nbdmirror.server.points_checks import PointsOptions
+from nbdmirror.state.disk_record import (
+    ExportRecord,
+    JobRecord,
+    MirrorRecord,
+    PointsRecord,
+    TargetRecord,
+)
 
 
 def mirror_record(
-    state: JobState, node: Node, *, granularity: int, key: str, bitmap: str
+    state: JobState,
+    node: Node,
+    *,
+    granularity: int,
+    key: str,
+    bitmap: str,
+    points: PointsRecord | None = None,
 ) -> MirrorRecord:
     """The record of a mirror. `bitmap`: the name of the bitmap that the mirror started from, or
     ""."""
@@ -26,14 +39,48 @@ def mirror_record(
         is_paused=state.is_paused,
         bitmap=bitmap,
         job=JobRecord(**asdict(state.options)),
-        node=TargetRecord(
-            name=node.name,
-            uri=node.device.uri,
-            is_owned=node.is_owned,
-            reconnect_delay_s=node.options.reconnect_delay_s,
-            announced=ExportRecord(**asdict(node.device.announced)),
-            open_timeout_s=node.device.pool.timeout_s,
-        ),
+        node=_target_record(node),
+        points=points,
+    )
+
+
+def points_record(points: PointsOptions, granularity: int, *, has_begun: bool) -> PointsRecord:
+    """What a mirror's record has of its points. `granularity`: of what is in no point."""
+    return PointsRecord(
+        key=points.key,
+        granularity=granularity,
+        journal=_target_record(points.journal),
+        disk_id=points.disk_id.hex(),
+        has_begun=has_begun,
+        interval_s=points.interval_s,
+        keep_s=points.keep_s,
+        rpo_s=points.rpo_s,
+    )
+
+
+def points_of(record: MirrorRecord) -> PointsOptions | None:
+    """The points in a record, with a journal that is not connected yet; None: there are none."""
+    kept = record.points
+    if kept is None:
+        return None
+    return PointsOptions(
+        journal=_target_of(kept.journal),
+        interval_s=kept.interval_s,
+        keep_s=kept.keep_s,
+        rpo_s=kept.rpo_s,
+        key=kept.key,
+        disk_id=bytes.fromhex(kept.disk_id),
+    )
+
+
+def _target_record(node: Node) -> TargetRecord:
+    return TargetRecord(
+        name=node.name,
+        uri=node.device.uri,
+        is_owned=node.is_owned,
+        reconnect_delay_s=node.options.reconnect_delay_s,
+        announced=ExportRecord(**asdict(node.device.announced)),
+        open_timeout_s=node.device.pool.timeout_s,
     )
 
 
@@ -51,7 +98,10 @@ def options_of(record: MirrorRecord) -> MirrorOptions:
 
 def node_of(record: MirrorRecord) -> Node:
     """The target, which is not connected yet."""
-    kept = record.node
+    return _target_of(record.node)
+
+
+def _target_of(kept: TargetRecord) -> Node:
     device = NbdDevice(
         kept.uri,
         SharedConnection.absent(kept.uri),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import secrets
+import uuid
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from nbdmirror.devices.base import BlockDevice
 from nbdmirror.disk.changes import Changes
@@ -14,6 +17,7 @@ from nbdmirror.points.ownership import check_empty
 from nbdmirror.points.requests import Side, run
 from nbdmirror.server.nodes import Node
 from nbdmirror.server.target_checks import check_target
+from nbdmirror.state.null_store import NewBitmap
 
 GRANULES_MAX = 1 << 24
 """Granules are blocks of the journal as long as there are not more of them: their bitmaps have 2
@@ -33,6 +37,10 @@ class PointsOptions:
     """For how long points are kept in the journal."""
     rpo_s: float = 0.0
     """The lag that is promised; 0: none is."""
+    key: str = field(default_factory=lambda: f"points-{uuid.uuid4().hex}")
+    """Names what is in no committed point, where that is saved."""
+    disk_id: bytes = field(default_factory=partial(secrets.token_bytes, 16))
+    """The disk's, in the journal."""
 
 
 def check_journal(disk: Disk, journal: Node, options: MirrorOptions) -> None:
@@ -55,10 +63,12 @@ def check_new_journal(device: BlockDevice) -> None:
         raise CommandError(f"Journal {error}") from error
 
 
-def changes_of(disk: Disk, options: MirrorOptions, granularity: int, unit: int) -> Changes:
+def changes_of(
+    disk: Disk, options: MirrorOptions, granularity: int, unit: int, new_bitmap: NewBitmap
+) -> Changes:
     """What guests change, for points. `granularity` and `unit`: those of the first copy."""
     if options.granularity:
-        return Changes(disk, max(granularity, BLOCK_BYTES))
+        return Changes(disk, max(granularity, BLOCK_BYTES), new_bitmap)
     if unit <= BLOCK_BYTES and disk.size <= GRANULES_MAX * BLOCK_BYTES:
-        return Changes(disk, BLOCK_BYTES)
-    return Changes(disk, max(GRANULARITY, unit), unit=max(BLOCK_BYTES, unit))
+        return Changes(disk, BLOCK_BYTES, new_bitmap)
+    return Changes(disk, max(GRANULARITY, unit), new_bitmap, unit=max(BLOCK_BYTES, unit))

@@ -6,7 +6,7 @@ On the event loop's thread.
 from __future__ import annotations
 
 import errno
-import secrets
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -14,21 +14,28 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nbdmirror.devices.base import Done
+from nbdmirror.disk.changes import Changes, MayDiffer
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.points_job import PointsJob
+from nbdmirror.mirror.resources import JobState
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.points.format import JournalError
 from nbdmirror.points.ownership import create, take_over
+from nbdmirror.points.recovery import check_samples
 from nbdmirror.points.requests import Exports, Program, Side, start
 from nbdmirror.points.superblocks import find
 from nbdmirror.points.writer import JournalWriter
 from nbdmirror.server.far_side import JournalSide, refusal_of
 from nbdmirror.server.job_resources import JobResources
+from nbdmirror.server.mirror_record import points_record
 from nbdmirror.server.nodes import Node
+from nbdmirror.server.points_checks import PointsOptions
 from nbdmirror.server.reconnect import reconnect
+from nbdmirror.state.disk_record import PointsRecord
+from nbdmirror.state.recovery import RecoveredState
 
 WAIT_S = 0.02
 """Interval at which the end of earlier requests is looked for."""
@@ -41,12 +48,23 @@ LOST_AGAIN_S = 1.0
 class PointsResources(JobResources):
     """A mirror.far_side.PointsResources."""
 
-    journal: Node
+    points: PointsOptions
+    changes: Changes
+    has_begun: bool = False
+    """The first copy has ended, perhaps in an earlier process."""
+    newest: int = 0
+    """The number of the last point that is known to be committed; 0: none."""
     far_side: JournalSide | None = field(default=None, init=False)
-    _disk_id: bytes = field(default_factory=partial(secrets.token_bytes, 16), init=False)
+    _has_journal: bool = field(default=False, init=False)
+    """The journal was connected in this process. Until then the job waits for it without a
+    limit."""
     _turn: object = field(default=None, init=False)
     """The last call of `reconnect`."""
     _is_opening: bool = field(default=False, init=False)
+
+    @property
+    def journal(self) -> Node:
+        return self.points.journal
 
     @property
     def is_idle(self) -> bool:
@@ -57,14 +75,22 @@ class PointsResources(JobResources):
         devices = (self.node.device, self.journal.device)
         return [device.description for device in devices if device.is_lost]
 
+    def found(self, state: RecoveredState) -> None:
+        """Continue a mirror of an earlier process."""
+        record = state.definition.mirror
+        assert record is not None and record.points is not None
+        self.has_begun, self.newest = record.points.has_begun, state.newest_point
+
     def acquire(self, job: MirrorJob) -> None:
         assert isinstance(job, PointsJob)
         JobResources.acquire(self, job)
         if isinstance(self.source, NbdDevice):
             self.source.on_lost_writes = job.source_lost_writes
+        self._has_journal = self.has_connected_once
         device = self.journal.device
         self.journal.job = job
         device.pool.attach(self.loop, partial(job.journal_lost, device.description))
+        self.store.note_point(self.newest)
 
     def released(self) -> None:
         device = self.journal.device
@@ -76,6 +102,18 @@ class PointsResources(JobResources):
             device.close()
         JobResources.released(self)
 
+    def _points_record(self) -> PointsRecord:
+        return points_record(self.points, self.changes.granularity, has_begun=self.has_begun)
+
+    def _kept_changes(self) -> dict[str, MayDiffer]:
+        return {**JobResources._kept_changes(self), self.points.key: self.changes}
+
+    def begin_points(self, state: JobState, done: Done) -> None:
+        self.has_begun = True
+        self.changed(state)
+        saved = self.store.saved()  # a failure is reported there, and repeated
+        saved.add_done_callback(lambda _: self.loop.call_soon(partial(done, None)))
+
     def give_up(self) -> None:
         self.node.device.give_up()
         self.journal.device.give_up()
@@ -83,7 +121,7 @@ class PointsResources(JobResources):
     def reconnect(self, has_copied: bool, done: Done) -> None:
         """Also reconnect the journal, and open the far side."""
         turn = self._turn = object()  # earlier attempts give up
-        deadline_s = self.loop.clock() + self.options.reconnect_delay_s
+        deadline_s = self.loop.clock() + self._delay_s
 
         def is_wanted() -> bool:
             return self._is_in_use and self._turn is turn
@@ -116,18 +154,27 @@ class PointsResources(JobResources):
 
         JobResources.reconnect(self, has_copied, image_is_there)
 
+    @property
+    def _delay_s(self) -> float:
+        """How long a lost far side is waited for."""
+        is_known = self._has_journal and self.has_connected_once
+        return self.options.reconnect_delay_s if is_known else math.inf
+
     def _reconnect_journal(self, is_wanted: Callable[[], bool], done: Done) -> None:
         device, job_id = self.journal.device, self.options.job_id
         if not device.is_lost:
             done(None)
             return
 
+        def came_back() -> None:
+            self._has_journal = True
+
         def ended(error: BaseException | None) -> None:
             if is_wanted():
                 self.chronicle.target_waited_for(job_id, is_back=error is None)
             done(error)
 
-        delay_s = self.options.reconnect_delay_s
+        delay_s = self._delay_s
         self.chronicle.target_lost(job_id, delay_s, device.description)
         reconnect(
             device,
@@ -135,7 +182,7 @@ class PointsResources(JobResources):
             reconnect_timeout_s=delay_s,
             is_wanted=is_wanted,
             difference=lambda connection: None,  # the journal says itself what it is
-            came_back=lambda: None,
+            came_back=came_back,
             done=ended,
         )
 
@@ -154,7 +201,8 @@ class PointsResources(JobResources):
         def opened(writer: JournalWriter | None, error: BaseException | None) -> None:
             self._is_opening = False
             if writer is not None:
-                self.far_side = JournalSide(writer, exports, time.time_ns)
+                self.far_side = JournalSide(writer, exports, time.time_ns, self._committed)
+                self._committed(writer.newest.sequence)
             done(None if error is None else refusal_of(error))
 
         start(self._take_over(exports), exports, opened)
@@ -162,22 +210,29 @@ class PointsResources(JobResources):
     def _take_over(self, exports: Exports) -> Program[JournalWriter]:
         journal = exports[Side.JOURNAL]
         name = journal.description
-        newest = self.far_side.newest if self.far_side is not None else 0
-        if not newest and not (yield from self._is_created(name)):
+        if not self.newest and not (yield from self._is_created(name)):
             yield from create(
                 name,
                 journal.size,
                 disk_bytes=self.disk.size,
                 now_ns=time.time_ns(),
-                disk_id=self._disk_id,
+                disk_id=self.points.disk_id,
             )
-        writer = yield from take_over(exports, disk_id=self._disk_id, clock=self.loop.clock)
-        if not newest:
-            yield from writer.seed(time.time_ns())
-        elif writer.newest.sequence < newest:
-            text = f"ends with point {writer.newest.sequence}, and point {newest} was committed"
+        writer = yield from take_over(exports, disk_id=self.points.disk_id, clock=self.loop.clock)
+        there = writer.newest.sequence
+        if there < self.newest:
+            text = f"ends with point {there}, and point {self.newest} was committed"
             raise JournalError(f"{name}: has lost points: it {text}")
+        if not there:
+            yield from writer.seed(time.time_ns())
+        elif self.far_side is None:  # an earlier process made them
+            yield from check_samples(name, writer.superblocks.current)
         return writer
+
+    def _committed(self, number: int) -> None:
+        """The point of this number is committed, and known to be."""
+        self.newest = number
+        self.store.note_point(number)
 
     def _is_created(self, name: str) -> Program[bool]:
         """An earlier attempt has created the journal."""
@@ -185,12 +240,11 @@ class PointsResources(JobResources):
             found = yield from find(name)
         except JournalError:
             return False
-        return found.current.disk_id == self._disk_id
+        return found.current.disk_id == self.points.disk_id
 
     def _difference(self) -> Callable[[SharedConnection], int | None]:
         """After the first copy the image is what the journal says, and not what the disk is."""
-        job = self.node.job
-        if not isinstance(job, PointsJob) or job.run is None:
+        if not self.has_begun:
             return JobResources._difference(self)
         samples = self.far_side.samples if self.far_side is not None else ()
 

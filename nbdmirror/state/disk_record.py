@@ -48,7 +48,7 @@ class JobRecord:
 
     job_id: Annotated[str, Key("job_id", TEXT)]
     sync: Annotated[str, Key("sync", one_of("full", "top", "none", "incremental", "bitmap"))]
-    copy_mode: Annotated[str, Key("copy_mode", one_of("background", "write-blocking"))]
+    copy_mode: Annotated[str, Key("copy_mode", one_of("background", "write-blocking", "points"))]
     granularity: Annotated[int, Key("granularity", COUNT)]
     buffer_bytes: Annotated[int, Key("buffer_bytes", POSITIVE)]
     speed_bytes_per_s: Annotated[int, Key("speed_bytes_per_s", COUNT)]
@@ -102,6 +102,23 @@ class TargetRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PointsRecord:
+    """What a mirror with points has beside other mirrors: points_checks.PointsOptions."""
+
+    key: Annotated[str, Key("key", TEXT)]
+    """Names what is in no committed point, in the other files."""
+    granularity: Annotated[int, Key("granularity", POWER_OF_2)]
+    journal: Annotated[TargetRecord, Key("journal", Object(TargetRecord))]
+    disk_id: Annotated[str, Key("disk_id", ID)]
+    """The disk's ID in the journal, in hexadecimal digits."""
+    has_begun: Annotated[bool, Key("has_begun", FLAG)]
+    """The first copy has ended: from now on the journal says what the image is."""
+    interval_s: Annotated[float, Key("interval_s", NUMBER)]
+    keep_s: Annotated[float, Key("keep_s", NUMBER)]
+    rpo_s: Annotated[float, Key("rpo_s", NUMBER)]
+
+
+@dataclass(frozen=True, slots=True)
 class MirrorRecord:
     """A mirror that continues at the next start."""
 
@@ -115,6 +132,7 @@ class MirrorRecord:
     """The bitmap that the mirror started from, or ""."""
     job: Annotated[JobRecord, Key("job", Object(JobRecord))]
     node: Annotated[TargetRecord, Key("node", Object(TargetRecord))]
+    points: Annotated[PointsRecord | None, Key("points", OrNull(Object(PointsRecord)))] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ All methods are called on the event loop's thread, and none of them waits for th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from nbdmirror.devices.base import Done
@@ -45,8 +45,13 @@ class StateStore(ABC):
         """Where the mirror `key` keeps which parts its target's storage lacks; None: nowhere."""
 
     @abstractmethod
-    def keep_mirror(self, record: MirrorRecord, changes: MayDiffer) -> None:
-        """Save this mirror, which is new or has changed."""
+    def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
+        """Save this mirror, which is new or has changed. `changes`: by the keys in the record."""
+
+    @abstractmethod
+    def note_point(self, number: int) -> None:
+        """The mirror has committed the point of this number, or has none yet (0). Call this before
+        its changes count as committed."""
 
     @abstractmethod
     def prepare_end(self, pivot_to: str, done: Done) -> None:
@@ -95,7 +100,10 @@ class NullStore(StateStore):
     def remainder(self, key: str) -> Remainder | None:
         return None
 
-    def keep_mirror(self, record: MirrorRecord, changes: MayDiffer) -> None:
+    def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
+        pass
+
+    def note_point(self, number: int) -> None:
         pass
 
     def prepare_end(self, pivot_to: str, done: Done) -> None:

@@ -1,6 +1,6 @@
 """ProcessMemory: what of one disk outlives the process in shared memory: the journal, the
-heartbeat, the bitmaps and the mirror's remainder. All of it or nothing: without one part the others
-would be believed, and be incomplete."""
+heartbeat, the bitmaps, the mirror's remainder and the number of its last point. All of it or
+nothing: without one part the others would be believed, and be incomplete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from nbdmirror.state.heartbeat import Heartbeat
 from nbdmirror.state.journal import JOURNAL_BYTES, Journal
 from nbdmirror.state.null_store import NewBitmap
 from nbdmirror.state.recent import RECENT_BYTES, REMAINDER_BYTES, ShmRemainder
-from nbdmirror.state.recovery import ALIVE, JOURNAL, RECENT, remainder_name
+from nbdmirror.state.recovery import (
+    ALIVE,
+    JOURNAL,
+    NEWEST_POINT,
+    NUMBER_BYTES,
+    RECENT,
+    remainder_name,
+)
 from nbdmirror.state.shared_memory import ShmDirectory
 from nbdmirror.state.writer import Writer
 from nbdmirror.subject_log import disk_log
@@ -27,6 +34,7 @@ class ProcessMemory:
         self.folder: ShmDirectory | None = None
         """None before `begin`, or if there is no such memory."""
         self._name = name
+        self._newest_point = _private(NUMBER_BYTES).cast("Q")
         self._remainder = ""
         """The file of the last mirror's."""
 
@@ -37,6 +45,7 @@ class ProcessMemory:
             alive = memoryview(folder.map(ALIVE, ALIVE_BYTES))
             requests = memoryview(folder.map(JOURNAL, JOURNAL_BYTES))
             self.journal = Journal(requests, memoryview(folder.map(RECENT, RECENT_BYTES)))
+            self._newest_point = memoryview(folder.map(NEWEST_POINT, NUMBER_BYTES)).cast("Q")
             self.heartbeat = Heartbeat(alive, writer.clock, self.journal)
             self.heartbeat.note_alive()
         except OSError as error:
@@ -46,6 +55,15 @@ class ProcessMemory:
     def path(self) -> str:
         """The folder, as the disk's record has it."""
         return str(self.folder.path) if self.folder is not None else ""
+
+    @property
+    def newest_point(self) -> int:
+        """The number of the mirror's last committed point; 0: none."""
+        return self._newest_point[0]
+
+    @newest_point.setter
+    def newest_point(self, number: int) -> None:
+        self._newest_point[0] = number
 
     def new_bitmap(self, key: str) -> NewBitmap:
         def make(size: int, granularity: int) -> DirtyBitmap:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -67,8 +68,11 @@ OTHER_VERSION = "start the nbdmirror that wrote it, or a newer one"
 JOURNAL = "journal"
 RECENT = "recent"
 ALIVE = "alive"
+NEWEST_POINT = "newest-point"
 """Files of memory: the requests in progress; the last ones; when the process was last alive
-(LastSeen)."""
+(LastSeen); the number of the mirror's last committed point, in NUMBER_BYTES."""
+
+NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class SnapshotHead:
     lengths: Annotated[dict[str, int], Key("bitmaps", MapOf(COUNT))]
     """Lengths of the packed bitmaps that follow, in bytes, by their keys."""
     mtime_ns: Annotated[int, Key("mtime", INTEGER)] = 0
+    newest_point: Annotated[int, Key("newest_point", COUNT)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +96,15 @@ class BitmapSnapshot:
     bits: dict[str, bytes]
     mtime_ns: int = 0
     """The file's time of change at the save; 0 without a file, or from an older version."""
+    newest_point: int = 0
+    """The number of the mirror's last committed point; 0: none."""
 
     def to_bytes(self) -> bytes:
         packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
         lengths = {key: len(one) for key, one in packed.items()}
-        head = SnapshotHead(self.disk_id, self.time_s, lengths, self.mtime_ns)
+        head = SnapshotHead(
+            self.disk_id, self.time_s, lengths, self.mtime_ns, newest_point=self.newest_point
+        )
         return seal(KIND_BITMAPS, b"".join([dump(head, indent=None), b"\n", *packed.values()]))
 
     @classmethod
@@ -111,7 +120,7 @@ class BitmapSnapshot:
                 except zlib.error as error:
                     raise StateError(f"bitmap {key}: cannot be unpacked: {error}") from error
             rest = rest[length:]
-        return cls(said.disk_id, said.time_s, bits, said.mtime_ns)
+        return cls(said.disk_id, said.time_s, bits, said.mtime_ns, said.newest_point)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +194,8 @@ class RecoveredState:
     parts: list[Range] | None = None
     """What may differ of the mirror's source and target's storage, and no more; None if only the
     bitmaps tell."""
+    newest_point: int = 0
+    """The mirror had committed this point, or a later one; 0: it is not known to have any."""
     refused: list[str] = field(default_factory=list)
     """Files that cannot be used, to be put aside."""
 
@@ -311,6 +322,7 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
             return
         saved = _saved(folder, files, found, sizes)
         found.bits = {key: [bits] for key, bits in saved.bits.items()}
+        found.newest_point = saved.newest_point
         if definition.clean_mtime_ns is not None:
             check_unchanged(source, definition.clean_mtime_ns)
             return
@@ -325,6 +337,7 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
 def _take_from_memory(memory: ShmDirectory, found: RecoveredState, sizes: dict[str, int]) -> None:
     found.bits = {key: memory.bits_of(key) for key in sizes}
     found.ranges = ranges_left(memory.read(JOURNAL) or b"")
+    found.newest_point = int.from_bytes(memory.read(NEWEST_POINT) or b"", sys.byteorder)
     if (mirror := found.definition.mirror) is not None:
         remainder = memory.read(remainder_name(mirror.key)) or b""
         recent = memory.read(RECENT) or b""
@@ -367,6 +380,7 @@ def _log(folder: Folder, files: dict[str, str], definition: DiskRecord) -> Inten
 
 
 def _sizes(definition: DiskRecord) -> dict[str, int]:
-    records: Iterable[Any] = (*definition.bitmaps, definition.mirror)
+    mirror = definition.mirror
+    records: Iterable[Any] = (*definition.bitmaps, mirror, mirror.points if mirror else None)
     size = definition.identity.size
     return {r.key: bytes_of(size, r.granularity) for r in records if r is not None}

@@ -13,7 +13,7 @@ I/O ends. StateStore (null_store.py) documents the methods.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -49,7 +49,8 @@ RETRY_S = 1.0
 @dataclass(frozen=True, slots=True)
 class _Mirror:
     record: MirrorRecord
-    changes: MayDiffer
+    changes: Mapping[str, MayDiffer]
+    """By the keys in the record."""
 
 
 class DiskStore(StateStore):
@@ -168,7 +169,11 @@ class DiskStore(StateStore):
     def remainder(self, key: str) -> ShmRemainder | None:
         return self._memory.remainder(key)
 
-    def keep_mirror(self, record: MirrorRecord, changes: MayDiffer) -> None:
+    def note_point(self, number: int) -> None:
+        if not self._is_suspended:
+            self._memory.newest_point = number
+
+    def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
         if not self._is_suspended:
             self._mirror = _Mirror(record, changes)
             self._save()
@@ -324,22 +329,25 @@ class DiskStore(StateStore):
         return self._checkpoints.make()
 
     def _is_at_rest(self) -> bool:
-        return self._mirror is not None and not self._bitmaps and self._mirror.changes.is_at_rest
+        if self._mirror is None or self._bitmaps:
+            return False
+        return all(changes.is_at_rest for changes in self._mirror.changes.values())
 
     def _write_bits(self, bits: Bits) -> None:
         name = self.files["bitmaps"]
         changed_ns = mtime_ns(self._identity.source)
-        saved = BitmapSnapshot(self._disk_id, self._writer.clock(), bits, changed_ns)
+        newest = self._memory.newest_point
+        saved = BitmapSnapshot(self._disk_id, self._writer.clock(), bits, changed_ns, newest)
         self.folder.prepare(name, saved.to_bytes())
         self.folder.commit([name])
 
     def _bits(self) -> Bits:
         bits = {key: bitmap.to_bytes() for key, (_, bitmap) in self._bitmaps.items()}
-        if self._mirror is not None:
-            dirty = self._mirror.changes.may_differ()
+        for key, changes in self._mirror.changes.items() if self._mirror is not None else ():
+            dirty = changes.may_differ()
             if self._since is not None:
                 dirty.merge(self._since)
-            bits[self._mirror.record.key] = dirty.to_bytes()
+            bits[key] = dirty.to_bytes()
         return bits
 
     # The end.

@@ -60,7 +60,8 @@ class CutPowerWorld(CutWorld):
         self.power_cuts = PowerCuts(self.identity, self.recover)
         disk: Any = self.disk
         disk.journal = self.store.journal
-        self.store.keep_mirror(replace(MIRROR, key=KEY, granularity=GRANULE), self.changes)
+        record = replace(MIRROR, key=KEY, granularity=GRANULE)
+        self.store.keep_mirror(record, {KEY: self.changes})
 
     def flush_source(self) -> None:
         if self.flushes_source:

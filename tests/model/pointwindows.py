@@ -47,7 +47,7 @@ class WindowWorld(PointWorld):
         if self.is_applying or self.phase == "closed":
             return
         wanted_bytes = max(1, len(self.dirty) * BLOCK_BYTES) if back else 0
-        side = self.side_class(self.writer, self.exports, lambda: 0)
+        side = self.side_class(self.writer, self.exports, lambda: 0, lambda _: None)
         until = self.window.next(side, wanted_bytes)
         self.check_choice(until, wanted_bytes)
         numbers = [header.point.sequence for header in self.writer.headers]

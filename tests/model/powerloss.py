@@ -231,7 +231,7 @@ class PowerWorld(World):
     def mark_all(self) -> None:
         super().mark_all()
         record = replace(MIRROR, key=KEY, granularity=self.granularity)
-        self.store.keep_mirror(record, self.tracker)
+        self.store.keep_mirror(record, {KEY: self.tracker})
 
     # Guests write down what they are about to do first, and last that it is done.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from nbdmirror.state.disk_record import (
     ExportRecord,
     JobRecord,
     MirrorRecord,
+    PointsRecord,
     TargetRecord,
 )
 from nbdmirror.state.job_results import Result
@@ -92,12 +94,18 @@ EXPORT = ExportRecord(
 )  # fmt: skip
 TARGET = TargetRecord("t", "nbd://b/vda", False, 0.5, EXPORT, 60.0)
 MIRROR = MirrorRecord("mirror-1", 512, True, False, "", JOB, TARGET)
+POINTS = PointsRecord("points-1", 4096, TARGET, "0" * 32, True, 1.0, 60.0, 5.0)
 IDENTITY = DiskIdentity("/srv/disk.img", 4096, 5, 9, "b", "f", 7)
 SAMPLES: dict[str, Any] = {
     "NAME.json": DiskRecord(
-        "0" * 32, IDENTITY, MIRROR, (BitmapRecord("b", 512, True, "bitmap-1"),), "/dev/shm/x", 7
+        "0" * 32,
+        IDENTITY,
+        replace(MIRROR, points=POINTS),
+        (BitmapRecord("b", 512, True, "bitmap-1"),),
+        "/dev/shm/x",
+        7,
     ),
-    "NAME.bitmaps": SnapshotHead("0" * 32, 1.5, {"bitmap-1": 3}, 7),
+    "NAME.bitmaps": SnapshotHead("0" * 32, 1.5, {"bitmap-1": 3}, 7, 5),
     "NAME.pivoted": PivotRecord("nbd://b/vda", (IDENTITY,), 1.5, 4096),
     "NAME.last": Result("j", "nbd://b/vda", "completed", True, "", 1.5, 0.25),
 }

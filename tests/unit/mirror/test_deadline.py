@@ -226,9 +226,8 @@ def test_a_wall_clock_that_is_stepped_moves_nothing(by_s: float) -> None:
 
 
 def take_up(world: JobWorld, *, is_paused: bool) -> None:
-    world.job.take_up(
-        lambda tracker: tracker.dirty.mark_all(), is_scanned=True, is_paused=is_paused
-    )
+    mark_all = world.job.tracker.dirty.mark_all
+    world.job.take_up(mark_all, is_scanned=True, is_paused=is_paused)
     world.settle()
 
 

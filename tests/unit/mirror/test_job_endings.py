@@ -128,9 +128,7 @@ def test_a_bad_end_is_written_down_before_it_is_told() -> None:
 @pytest.mark.parametrize("is_scanned", [False, True])
 def test_a_job_is_taken_up(is_scanned: bool, is_paused: bool) -> None:
     world = created()
-    world.job.take_up(
-        lambda tracker: tracker.mark_all(), is_scanned=is_scanned, is_paused=is_paused
-    )
+    world.job.take_up(world.job.tracker.mark_all, is_scanned=is_scanned, is_paused=is_paused)
     world.pass_s(1.0)
     if is_paused:
         assert world.status == "paused" and not world.target.requests.started

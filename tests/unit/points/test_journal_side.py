@@ -23,7 +23,7 @@ def test_a_point_is_applied_when_its_space_is_free() -> None:
     far = with_points(2)
     export = SlowTrims(far.journal)
     export.trims = []
-    side = JournalSide(far.writer, {**far.exports, Side.JOURNAL: export}, lambda: 0)
+    side = JournalSide(far.writer, {**far.exports, Side.JOURNAL: export}, lambda: 0, lambda _: None)
     ended: list[BaseException | None] = []
     side.apply(ended.append, hands_over=False)
     assert export.trims and not ended

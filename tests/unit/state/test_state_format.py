@@ -170,7 +170,7 @@ def test_a_value_that_is_not_what_it_should_be(
         ("NAME.json", ("bitmaps",), {}, "bitmaps: expected a list of objects, found {}"),
         ("NAME.json", ("bitmaps", 0, "granularity"), 3, "bitmaps[0].granularity: expected a power"),
         ("NAME.json", ("mirror", "job", "copy_mode"), "fast",
-         'mirror.job.copy_mode: expected one of background, write-blocking, found "fast"'),
+         "mirror.job.copy_mode: expected one of background, write-blocking, points, found"),
         ("NAME.json", ("mirror", "job", "unmap"), 1,
          "mirror.job.unmap: expected true or false, found 1"),
         ("NAME.json", ("mirror", "node", "reconnect_delay_s"), float("nan"),

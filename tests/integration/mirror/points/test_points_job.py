@@ -275,21 +275,6 @@ def test_what_is_refused(start: Start, server: Nbdmirror, far: FarSide, folder: 
     assert before == after
 
 
-def test_points_need_a_server_without_a_state_directory(
-    start: Start, far: FarSide, disk: Path, folder: Path
-) -> None:
-    options = ("--state-dir", str(folder / "state"))
-    server = start(Nbdmirror(disk.parent, disk, options=options))
-    before = far.image.read_bytes(), far.journal.read_bytes()
-    refused = nbdmirror(
-        "mirror", far.image_server.uri(), "--journal", far.journal_server.uri(),
-        "--qmp", server.qmp_path,
-    )  # fmt: skip
-    assert refused.returncode == 1
-    assert "needs a server without a state directory" in refused.stderr
-    assert before == (far.image.read_bytes(), far.journal.read_bytes())
-
-
 def test_a_node_as_journal(identical: Identical, server: Nbdmirror, far: FarSide) -> None:
     """It is in use as long as the job is there, and free after that."""
     server.qmp.add_target("image", far.image_server)
