@@ -97,7 +97,7 @@ class Frozen:
                 self._put(source, claim)
                 is_saved = True
             except IO_ERRORS as error:
-                if self._breaks_guest_writes:
+                if self._breaks_guest_writes and not self._is_over:
                     raise
                 self.break_off(error)
             finally:

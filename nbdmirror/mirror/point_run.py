@@ -66,6 +66,7 @@ class PointRun:
         keep_s: float,
         first: Callable[[], None],
         before_ns: Mapping[int, int],
+        store: StoreOptions,
     ) -> None:
         now_ns = wall_time_ns()
         ages_s = {number: max(0.0, (now_ns - at_ns) / 1e9) for number, at_ns in before_ns.items()}
@@ -105,7 +106,7 @@ class PointRun:
             source=self._source,
             lag=self.lag,
             loop=loop,
-            store=StoreOptions(),
+            store=store,
             on_chunk=self._have_chunk,
             on_more=self._have_more,
             on_broken=self._source_broke,

@@ -25,6 +25,7 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_run import PointRun
+from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.stopping import Stopping
 
 REQUEST_S_MAX = 30.0
@@ -45,6 +46,7 @@ class PointsJob(MirrorJob):
         interval_s: float,
         keep_s: float,
         rpo_s: float,
+        store: StoreOptions,
         wall_time_ns: Callable[[], int],
         **mirror: Any,
     ) -> None:
@@ -63,6 +65,7 @@ class PointsJob(MirrorJob):
         self._far_resources = resources
         self._changes = changes
         self._source = source
+        self._store = store
         self._wall_time_ns = wall_time_ns
         self._stopping = Stopping(self.copier, self._mode, self._timers, resources.give_up)
 
@@ -264,6 +267,7 @@ class PointsJob(MirrorJob):
             keep_s=self.keep_s,
             first=first,
             before_ns=before_ns,
+            store=self._store,
         )
 
     def _take_over(self) -> None:

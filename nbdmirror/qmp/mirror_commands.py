@@ -33,11 +33,12 @@ from nbdmirror.qmp.arguments import (
 )
 from nbdmirror.qmp.command import CommandTable, ask_loop, on_loop
 from nbdmirror.qmp.opening import in_thread, open_device
+from nbdmirror.qmp.points_arguments import POINTS_MEMBERS, PointsArguments, points_options
 from nbdmirror.qmp.saving import mirrors_saved
 from nbdmirror.qmp.schema import BOOL, INT, NUMBER, STR, UINT32, Member, Struct, named, optional
 from nbdmirror.server.bitmaps import Change, NamedBitmap, Place
 from nbdmirror.server.nodes import Node, NodeOptions
-from nbdmirror.server.points_checks import PointsOptions, check_new_journal
+from nbdmirror.server.points_checks import check_new_journal
 from nbdmirror.server.server import Server
 
 COMMANDS = CommandTable()
@@ -46,46 +47,40 @@ BUFFER_BYTES_MAX = 1 << 30
 """Most buffers of one mirror. QEMU allocates them when the job starts; nbdmirror allocates them
 when a slow target needs them, beside the guests."""
 
-INTERVAL_S_DEFAULT, INTERVAL_S_MIN, INTERVAL_S_MAX = 1.0, 0.1, 86400.0
-"""Of points."""
-
-KEEP_POINTS_MAX = 86_400
-"""Most points that a journal may be asked to keep: a day of one each second. Their headers are in
-memory, 50 MB, and a reader of the journal reads all of them."""
-
 JOB_ID_LENGTH_MAX = 255
 """The ID is in every event, and up to JOBS_MAX jobs are kept."""
 
 _BITMAP_SYNCS = ("incremental", "bitmap")
 
-_MIRROR: dict[str, Member] = named(
-    job_id=optional(STR),
-    device=STR,
-    target=STR,
-    sync=SYNC,
-    speed=optional(INT),
-    granularity=optional(UINT32),
-    buf_size=optional(INT),
-    on_source_error=optional(ON_ERROR),
-    on_target_error=optional(ON_ERROR),
-    unmap=optional(BOOL),
-    copy_mode=optional(COPY_MODE),
-    bitmap=optional(STR),
-    bitmap_mode=optional(BITMAP_MODE),
-    target_is_zero=optional(BOOL),
-    replaces=optional(STR),
-    auto_finalize=optional(BOOL),
-    auto_dismiss=optional(BOOL),
-    x_nbdmirror_allow_larger_target=optional(BOOL),
-    x_nbdmirror_target_cluster_size=optional(UINT32),
-    x_nbdmirror_journal=optional(STR),
-    x_nbdmirror_interval=optional(NUMBER),
-    x_nbdmirror_keep=optional(NUMBER),
-    x_nbdmirror_rpo=optional(NUMBER),
-    x_nbdmirror_max_pause=optional(UINT32),
-    x_nbdmirror_may=optional(MAY),
-    x_nbdmirror_deadline=optional(NUMBER),
-    x_nbdmirror_on_deadline=optional(ON_DEADLINE),
+_MIRROR: dict[str, Member] = (
+    named(
+        job_id=optional(STR),
+        device=STR,
+        target=STR,
+        sync=SYNC,
+        speed=optional(INT),
+        granularity=optional(UINT32),
+        buf_size=optional(INT),
+        on_source_error=optional(ON_ERROR),
+        on_target_error=optional(ON_ERROR),
+        unmap=optional(BOOL),
+        copy_mode=optional(COPY_MODE),
+        bitmap=optional(STR),
+        bitmap_mode=optional(BITMAP_MODE),
+        target_is_zero=optional(BOOL),
+        replaces=optional(STR),
+        auto_finalize=optional(BOOL),
+        auto_dismiss=optional(BOOL),
+        x_nbdmirror_allow_larger_target=optional(BOOL),
+        x_nbdmirror_target_cluster_size=optional(UINT32),
+    )
+    | POINTS_MEMBERS
+    | named(
+        x_nbdmirror_max_pause=optional(UINT32),
+        x_nbdmirror_may=optional(MAY),
+        x_nbdmirror_deadline=optional(NUMBER),
+        x_nbdmirror_on_deadline=optional(ON_DEADLINE),
+    )
 )
 
 _BLOCKDEV_MIRROR = Struct("BlockdevMirror", {**_MIRROR, **named(filter_node_name=optional(STR))})
@@ -105,12 +100,11 @@ _DRIVE_MIRROR = Struct(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MirrorArguments:
+class MirrorArguments(PointsArguments):
     """The arguments of both commands, with their defaults. None: not given."""
 
     device: str
     target: str
-    sync: str
     job_id: str | None = None
     speed: int = 0
     granularity: int = 0
@@ -118,7 +112,6 @@ class MirrorArguments:
     on_source_error: str = "report"
     on_target_error: str = "report"
     unmap: bool = True
-    copy_mode: str = "background"
     bitmap: str | None = None
     bitmap_mode: str | None = None
     target_is_zero: bool = False
@@ -127,14 +120,7 @@ class MirrorArguments:
     auto_dismiss: bool = True
     x_nbdmirror_allow_larger_target: bool = False
     x_nbdmirror_target_cluster_size: int = 0
-    x_nbdmirror_journal: str | None = None
-    x_nbdmirror_interval: float | None = None
-    x_nbdmirror_keep: float | None = None
-    x_nbdmirror_rpo: float | None = None
-    x_nbdmirror_max_pause: int = 0
     x_nbdmirror_may: Sequence[str] = ()
-    x_nbdmirror_deadline: float = 0
-    x_nbdmirror_on_deadline: str | None = None
     filter_node_name: str | None = None
     """Only of blockdev-mirror."""
 
@@ -277,50 +263,8 @@ def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
     if job_id is None:
         job_id = default_job_id(disk.name, server.disks)
     options = _options(mirror, job_id, reconnect_delay_s=node.options.reconnect_delay_s)
-    points = _points(server, disk, mirror)
+    points = points_options(server.nodes, disk, mirror)
     return server.mirrors.create(disk, node, options, bitmap, points)
-
-
-def _points(server: Server, disk: Disk, mirror: MirrorArguments) -> PointsOptions | None:
-    """What copy mode points is asked for; None: it is another mode. Raises CommandError."""
-    name = mirror.x_nbdmirror_journal
-    if CopyMode(mirror.copy_mode) is not CopyMode.POINTS:
-        for key in ("journal", "interval", "keep", "rpo"):
-            if getattr(mirror, f"x_nbdmirror_{key}") is not None:
-                raise CommandError(f"Parameter 'x-nbdmirror-{key}' needs copy-mode 'points'")
-        return None
-    if name is None:
-        raise CommandError("Copy mode 'points' needs 'x-nbdmirror-journal'")
-    if mirror.sync != "full":
-        raise CommandError("Copy mode 'points' needs sync 'full'")
-    for key in ("max_pause", "may", "deadline", "on_deadline"):
-        if getattr(mirror, f"x_nbdmirror_{key}"):
-            key = key.replace("_", "-")
-            raise CommandError(f"Copy mode 'points' accepts no 'x-nbdmirror-{key}'")
-    times = _times(mirror)
-    node = server.nodes.find_target(disk, name)
-    if node is None:
-        raise CommandError(f"Journal: Node '{name}' is in use")
-    return PointsOptions(node, *times)
-
-
-def _times(mirror: MirrorArguments) -> tuple[float, float, float]:
-    """The interval of points, for how long they are kept, and the promised lag; 0: none. Raises
-    CommandError."""
-    interval_s = mirror.x_nbdmirror_interval
-    if interval_s is None:
-        interval_s = INTERVAL_S_DEFAULT
-    if not INTERVAL_S_MIN <= interval_s <= INTERVAL_S_MAX:
-        bounds = f"{INTERVAL_S_MIN:g} to {INTERVAL_S_MAX:g}"
-        raise CommandError(f"Parameter 'x-nbdmirror-interval' expects {bounds} seconds")
-    keep_s, rpo_s = mirror.x_nbdmirror_keep or 0, mirror.x_nbdmirror_rpo
-    if not 0 <= keep_s <= interval_s * KEEP_POINTS_MAX:
-        bounds = f"0 to {interval_s * KEEP_POINTS_MAX:g} seconds: {KEEP_POINTS_MAX} intervals"
-        raise CommandError(f"Parameter 'x-nbdmirror-keep' expects {bounds}")
-    if rpo_s is not None and not interval_s < rpo_s <= INTERVAL_S_MAX:
-        bounds = f"more than the interval of {interval_s:g} seconds, and at most {INTERVAL_S_MAX:g}"
-        raise CommandError(f"Parameter 'x-nbdmirror-rpo' expects {bounds}")
-    return float(interval_s), float(keep_s), float(rpo_s or 0)
 
 
 def _check_size(parameter: str, size: int) -> None:

@@ -129,7 +129,9 @@ class MirrorJobs:
             new_bitmap = store.new_bitmap(points.key)
             changes = changes_of(disk, options, granularity, unit, new_bitmap)
             resources = PointsResources(points=points, changes=changes, **parts)
-            if found is not None:
+            if found is None:
+                resources.make_spill()
+            else:
                 resources.found(found)
         job = self._job(resources, bitmap)
         resources.acquire(job)
@@ -162,6 +164,7 @@ class MirrorJobs:
             interval_s=points.interval_s,
             keep_s=points.keep_s,
             rpo_s=points.rpo_s,
+            store=resources.store_options,
             wall_time_ns=time.time_ns,
             **parts,
         )
@@ -212,6 +215,9 @@ class MirrorJobs:
         self, disk: Disk, node: Node, options: MirrorOptions, points: PointsOptions
     ) -> None:
         journal = points.journal
+        if points.spill_bytes and not self._stores[disk].is_lasting:
+            needs = "needs a server with a state directory"
+            raise CommandError(f"Parameter 'x-nbdmirror-spill-bytes' {needs}")
         if journal.device is node.device or journal.device.is_same_export(node.device):
             raise CommandError(f"Journal '{journal.device.uri}' is the target itself")
         try:

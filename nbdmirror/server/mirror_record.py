@@ -55,6 +55,9 @@ def points_record(points: PointsOptions, granularity: int, *, has_begun: bool) -
         interval_s=points.interval_s,
         keep_s=points.keep_s,
         rpo_s=points.rpo_s,
+        store_bytes=points.store_bytes,
+        spill_bytes=points.spill_bytes,
+        breaks_guest_writes=points.breaks_guest_writes,
     )
 
 
@@ -68,6 +71,9 @@ def points_of(record: MirrorRecord) -> PointsOptions | None:
         interval_s=kept.interval_s,
         keep_s=kept.keep_s,
         rpo_s=kept.rpo_s,
+        store_bytes=kept.store_bytes,
+        spill_bytes=kept.spill_bytes,
+        breaks_guest_writes=kept.breaks_guest_writes,
         key=kept.key,
         disk_id=bytes.fromhex(kept.disk_id),
     )

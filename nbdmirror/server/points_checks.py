@@ -12,6 +12,7 @@ from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError, Error
 from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.point_source import STORE_BYTES_DEFAULT
 from nbdmirror.points.format import BLOCK_BYTES
 from nbdmirror.points.ownership import check_empty
 from nbdmirror.points.requests import Side, run
@@ -37,6 +38,12 @@ class PointsOptions:
     """For how long points are kept in the journal."""
     rpo_s: float = 0.0
     """The lag that is promised; 0: none is."""
+    store_bytes: int = STORE_BYTES_DEFAULT
+    """Memory for what guests overwrite before it was read for a point."""
+    spill_bytes: int = 0
+    """The size of the file for what does not fit into that; 0: no file."""
+    breaks_guest_writes: bool = False
+    """What has no room fails the guest's write, and not the point."""
     key: str = field(default_factory=lambda: f"points-{uuid.uuid4().hex}")
     """Names what is in no committed point, where that is saved."""
     disk_id: bytes = field(default_factory=partial(secrets.token_bytes, 16))

@@ -15,8 +15,9 @@ from functools import partial
 
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.changes import Changes, MayDiffer
-from nbdmirror.errors import DeviceError, DeviceLost
+from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
 from nbdmirror.nbdclient.device import NbdDevice
@@ -36,6 +37,8 @@ from nbdmirror.server.points_checks import PointsOptions
 from nbdmirror.server.reconnect import reconnect
 from nbdmirror.state.disk_record import PointsRecord
 from nbdmirror.state.recovery import RecoveredState
+from nbdmirror.state.spill import SpillFile
+from nbdmirror.subject_log import disk_log
 
 WAIT_S = 0.02
 """Interval at which the end of earlier requests is looked for."""
@@ -55,6 +58,7 @@ class PointsResources(JobResources):
     newest: int = 0
     """The number of the last point that is known to be committed; 0: none."""
     far_side: JournalSide | None = field(default=None, init=False)
+    _spill: SpillFile | None = field(default=None, init=False)
     _has_journal: bool = field(default=False, init=False)
     """The journal was connected in this process. Until then the job waits for it without a
     limit."""
@@ -75,11 +79,28 @@ class PointsResources(JobResources):
         devices = (self.node.device, self.journal.device)
         return [device.description for device in devices if device.is_lost]
 
+    def make_spill(self) -> None:
+        """Create the spill file, if one is wanted. Before `acquire`. Raises CommandError."""
+        size = self.points.spill_bytes
+        try:
+            self._spill = self.store.new_spill(size, self.loop.call_soon) if size else None
+        except OSError as error:
+            raise CommandError(f"Cannot create a spill file: {error.strerror}") from error
+
+    @property
+    def store_options(self) -> StoreOptions:
+        points = self.points
+        return StoreOptions(points.store_bytes, self._spill, points.breaks_guest_writes)
+
     def found(self, state: RecoveredState) -> None:
         """Continue a mirror of an earlier process."""
         record = state.definition.mirror
         assert record is not None and record.points is not None
         self.has_begun, self.newest = record.points.has_begun, state.newest_point
+        try:
+            self.make_spill()
+        except CommandError as error:
+            disk_log(self.disk.name).warning("%s; points are made without it", error)
 
     def acquire(self, job: MirrorJob) -> None:
         assert isinstance(job, PointsJob)
@@ -100,6 +121,8 @@ class PointsResources(JobResources):
         if self.journal.is_owned:
             self.nodes.forget(self.journal)
             device.close()
+        if self._spill is not None:
+            self._spill.close()
         JobResources.released(self)
 
     def _points_record(self) -> PointsRecord:

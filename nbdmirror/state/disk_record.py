@@ -116,6 +116,9 @@ class PointsRecord:
     interval_s: Annotated[float, Key("interval_s", NUMBER)]
     keep_s: Annotated[float, Key("keep_s", NUMBER)]
     rpo_s: Annotated[float, Key("rpo_s", NUMBER)]
+    store_bytes: Annotated[int, Key("store_bytes", COUNT)]
+    spill_bytes: Annotated[int, Key("spill_bytes", COUNT)]
+    breaks_guest_writes: Annotated[bool, Key("breaks_guest_writes", FLAG)]
 
 
 @dataclass(frozen=True, slots=True)

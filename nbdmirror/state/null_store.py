@@ -6,6 +6,7 @@ All methods are called on the event loop's thread, and none of them waits for th
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import MayDiffer
 from nbdmirror.disk.remainder import Remainder
 from nbdmirror.state.disk_record import BitmapRecord, MirrorRecord
+from nbdmirror.state.spill import SpillFile
 
 FORGET_S_MAX = 0.5
 """How long a forced cancel waits until the end is on disk."""
@@ -43,6 +45,10 @@ class StateStore(ABC):
     @abstractmethod
     def remainder(self, key: str) -> Remainder | None:
         """Where the mirror `key` keeps which parts its target's storage lacks; None: nowhere."""
+
+    @abstractmethod
+    def new_spill(self, size: int, call_soon: Callable[[Callable[[], None]], None]) -> SpillFile:
+        """A new file of at most `size` bytes beside what is saved. Raises OSError."""
 
     @abstractmethod
     def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
@@ -99,6 +105,9 @@ class NullStore(StateStore):
 
     def remainder(self, key: str) -> Remainder | None:
         return None
+
+    def new_spill(self, size: int, call_soon: Callable[[Callable[[], None]], None]) -> SpillFile:
+        raise FileNotFoundError(errno.ENOENT, "there is no state directory")
 
     def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
         pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,12 +30,24 @@ class SpillFile(Spill):
         self._fd = self._file.fileno()
         self._call_soon = call_soon
         self._readers = Workers("nbdmirror-spill", 1)
+        self._lock = threading.Lock()  # a leaf, for what follows
+        self._writers = 0
+        self._is_closing = self._is_read = False
 
     def write(self, content: bytes, place: int) -> None:
-        view = memoryview(content)
-        while view:
-            count = os.pwrite(self._fd, view, place)
-            view, place = view[count:], place + count
+        with self._lock:
+            if self._is_closing:
+                raise OSError(errno.EBADF, "the spill file is closed")
+            self._writers += 1
+        try:
+            view = memoryview(content)
+            while view:
+                count = os.pwrite(self._fd, view, place)
+                view, place = view[count:], place + count
+        finally:
+            with self._lock:
+                self._writers -= 1
+                self._close_if_unused()
 
     def start_read(self, buf: memoryview, place: int, done: Done) -> None:
         def read() -> None:
@@ -48,8 +61,22 @@ class SpillFile(Spill):
         self._readers.submit(read)
 
     def close(self) -> None:
-        """Free the file's space, after the reads in progress. Call nothing after this."""
-        self._readers.submit_last(self._file.close)
+        """Free the file's space, after the reads and writes in progress. Later writes fail; begin
+        no read."""
+
+        def no_reads() -> None:
+            with self._lock:
+                self._is_read = True
+                self._close_if_unused()
+
+        with self._lock:
+            self._is_closing = True
+        self._readers.submit_last(no_reads)
+
+    def _close_if_unused(self) -> None:
+        """With the lock held. (Another file may get the number of a closed one.)"""
+        if self._is_read and not self._writers:
+            self._file.close()
 
     def _read(self, buf: memoryview, place: int) -> None:
         while buf:

@@ -35,6 +35,7 @@ from nbdmirror.state.recent import ShmRemainder
 from nbdmirror.state.recovery import BitmapSnapshot, PivotRecord, RecoveredState, names
 from nbdmirror.state.sealed_files import Folder, Slots
 from nbdmirror.state.shared_memory import discard_left
+from nbdmirror.state.spill import SpillFile
 from nbdmirror.state.writer import Writer
 from nbdmirror.subject_log import disk_log
 
@@ -168,6 +169,9 @@ class DiskStore(StateStore):
 
     def remainder(self, key: str) -> ShmRemainder | None:
         return self._memory.remainder(key)
+
+    def new_spill(self, size: int, call_soon: Callable[[Callable[[], None]], None]) -> SpillFile:
+        return SpillFile(self.folder.path, size, call_soon)
 
     def note_point(self, number: int) -> None:
         if not self._is_suspended:

@@ -36,7 +36,7 @@ from support.paritysides import Faulty
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
-from nbdmirror.mirror.in_flight import PROBE_BYTES, PROBES
+from nbdmirror.mirror.in_flight import GROWTH, PROBE_BYTES
 
 pytestmark = pytest.mark.usefixtures("identical")
 
@@ -59,8 +59,8 @@ def test_force_cancel_with_every_request_in_flight(
     wait_until(lambda: qmp.job()["offset"], "the first answer, before which nothing else goes", 5)
     held.set("write", "hold")
     qmp.execute("block-job-set-speed", device="j", speed=0)
-    # One large write, or small ones if no answer was quick yet.
-    least = PROBES * PROBE_BYTES
+    # One large write, or small ones if the first answer was not quick.
+    least = (1 + GROWTH) * PROBE_BYTES
     wait_until(lambda: status_of(qmp)["in-flight-bytes"] >= least, "all slots are taken", 5)
     guests = [
         requested(server.uri("src"), partial(nbd.NBD.pwrite, buf=b"\x61" * 100, offset=n * MiB))

@@ -32,8 +32,10 @@ SERVERS: Servers = {
 class FarSide:
     """An image full of noise and an empty journal, each on a server of its own."""
 
-    def __init__(self, start: Start, folder: Path, *, kind: str = "qemu-nbd", ring: int) -> None:
-        self.image = make_noise(self._folder(folder, "image") / "image", SIZE)
+    def __init__(
+        self, start: Start, folder: Path, *, kind: str = "qemu-nbd", ring: int, size: int = SIZE
+    ) -> None:
+        self.image = make_noise(self._folder(folder, "image") / "image", size)
         self.journal = self._folder(folder, "journal") / "journal"
         self.journal.write_bytes(b"")
         with self.journal.open("r+b") as file:
