@@ -63,6 +63,13 @@ def check_room() -> None:
         )
 
 
+FINISH = (
+    ("dpkg", "--configure", "-a"),
+    ("apt-get", "install", "--fix-broken", "--yes", "--quiet", "--no-install-recommends"),
+)
+"""An earlier run may have been interrupted while packages were installed."""
+
+
 class Root:
     """One system. Its files are only used by one process at a time, see `locked`."""
 
@@ -95,8 +102,10 @@ class Root:
             check_room()
             self._bootstrap(log)
         machine.prepare(self.path)
-        if self.command(log, "update-ca-certificates"):
-            raise MatrixError(f"{self.title}: update-ca-certificates failed, see {self.log_path}")
+        for command in (*FINISH, ("update-ca-certificates",)):
+            if self.command(log, *command):
+                text = f"'{' '.join(command)}' failed, see {self.log_path}"
+                raise MatrixError(f"{self.title}: {text}, or try --fresh")
 
     def _bootstrap(self, log: BinaryIO) -> None:
         """It is there whole, or not at all."""
