@@ -158,6 +158,9 @@ def _of_promises(job: Job) -> list[Remark]:
     if rpo_s is not None and lag_s > rpo_s:
         text = f"the lag is larger than the {rpo_s:g} s of --rpo"
         found.append(Remark("rpo", f"{text}; check the far side, and the link to it"))
+    if "in-place-since-s" in points:
+        text = "the far side has no point until the next one is made: what was changed did not fit"
+        found.append(Remark("in-place", f"{text} into the journal, and is copied in place"))
     if points.get("kept") is False:
         text = f"the points reach back {duration(points['reaches-s'])}, and --keep asks for"
         text = f"{text} {duration(points['keep-s'])}: the journal is too small for that"

@@ -98,6 +98,8 @@ def add_points_of_mirror(add: Callable[..., object]) -> None:
     add("--keep", type=duration, metavar="TIME", help=text)
     text = "with --journal: an event reports a lag of more than this, and its end"
     add("--rpo", type=duration, metavar="TIME", help=text)
+    text = "with --journal: what to do if not even one point fits into it (default: stop)"
+    add("--on-journal-full", choices=("stop", "in-place"), help=text)
 
 
 POINT = "its number, its name, or a time in ISO 8601: the last point that is not later"

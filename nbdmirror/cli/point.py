@@ -34,4 +34,5 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "x_nbdmirror_interval": args.every,
         "x_nbdmirror_keep": args.keep,
         "x_nbdmirror_rpo": args.rpo,
+        "x_nbdmirror_on_journal_full": args.on_journal_full,
     }

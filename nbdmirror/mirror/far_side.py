@@ -76,6 +76,10 @@ class FarSide(PointWriter, Journal, Protocol):
         """Make the image the point of the number `until`, or the newest one, flushed. `hands_over`:
         guests will change the image: the journal offers no other point from then on."""
 
+    def begin_in_place(self, done: Done) -> None:
+        """The image, which holds the newest point, is about to be overwritten in place: from now on
+        there is no point, until the next one is committed."""
+
     def take_back(self, done: Done) -> None:
         """Guests do not change the image, although it was handed over to them."""
 
@@ -93,6 +97,9 @@ class PointsResources(MirrorResources, Protocol):
 
     def begin_points(self, state: JobState, done: Done) -> None:
         """The first copy has ended: write that down before there is a first point."""
+
+    def begin_in_place(self, state: JobState, done: Done) -> None:
+        """There are no points until `begin_points`: write that down at the far side, and here."""
 
     @property
     def is_idle(self) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from nbdmirror.devices.base import AsyncSource, Done, ExtentsDone
+from nbdmirror.devices.base import AsyncSource, Done
 from nbdmirror.disk.changes import Changes
 from nbdmirror.errors import Error
 from nbdmirror.event_loop import Loop
@@ -26,7 +26,7 @@ from nbdmirror.mirror.frozen_view import Chunk
 from nbdmirror.mirror.point_lag import PointLag
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_sender import PointSender
-from nbdmirror.mirror.point_source import PointSource, StoreOptions
+from nbdmirror.mirror.point_source import NotedSource, PointSource, StoreOptions
 from nbdmirror.mirror.window import Window
 
 LATE_PAUSE_S = 1.0
@@ -83,13 +83,15 @@ class PointRun:
         self.sent_bytes = 0
         """What all committed points have of the disk."""
         self._owner = owner
-        self._source = _NotedSource(source)
+        self._source = NotedSource(source)
         self._loop = loop
         self._wall_time_ns = wall_time_ns
         self._interval_s = interval_s
         self._first: Callable[[], None] | None = first
         self.is_running = False
         """Between `start` and `stop`."""
+        self.is_leaving = False
+        """No more points are made."""
         self._far: FarSide | None = None
         self._sender: PointSender | None = None
         self._cut: Cut | None = None
@@ -137,6 +139,11 @@ class PointRun:
     def is_quiet(self) -> bool:
         """Nothing at all is on its way to the far side."""
         return self.is_idle and (self._far is None or self._far.is_idle)
+
+    @property
+    def has_left(self) -> bool:
+        """`leave` was called, and the image holds the last point."""
+        return self.is_leaving and self.is_quiet and self.is_applied
 
     @property
     def is_applied(self) -> bool:
@@ -217,6 +224,19 @@ class PointRun:
         self._refuse_requests(error)
         self._end_request(lambda request: request.fails(error))
 
+    def leave(self, error: BaseException) -> None:
+        """Make no more points, and bring the image to the last one. `error`: why no point is made
+        of what was asked for."""
+        self.is_leaving = True
+        self._refuse_requests(error)
+
+    def close(self) -> None:
+        """After `leave`: nothing of this run is used any more, and `changes` is free. The lag grows
+        from now on."""
+        assert self.has_left
+        self.is_running = False
+        self.lag.stand_still()
+
     def ask(self, request: PointRequest) -> None:
         """Make a point for `request`, as soon as the one in progress has ended."""
         assert self.is_running
@@ -237,6 +257,10 @@ class PointRun:
     def advance(self) -> None:
         """Begin what is due: to apply, and a cut."""
         if not self.is_running:
+            return
+        if self.is_leaving:
+            if self.is_idle and not self.is_applied:
+                self._follow(self._there.newest)
             return
         is_due = self._loop.clock() >= self._due_s and self.has_changes
         is_wanted = not self._is_sending and (is_due or bool(self._requests))
@@ -358,22 +382,3 @@ class PointRun:
             self._owner.run_advanced()
 
         step(done)
-
-
-class _NotedSource(AsyncSource):
-    """A source whose errors can be told from those of the far side."""
-
-    def __init__(self, source: AsyncSource) -> None:
-        self.size = source.size
-        self.error: BaseException | None = None
-        self._source = source
-
-    def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
-        def then(error: BaseException | None) -> None:
-            self.error = error or self.error
-            done(error)
-
-        self._source.start_read(buf, offset, then)
-
-    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        self._source.start_extents(offset, length, done)

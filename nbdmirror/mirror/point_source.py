@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbdmirror.devices.base import AsyncSource
+from nbdmirror.devices.base import AsyncSource, Done, ExtentsDone
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.fine import FineBitmap
@@ -129,3 +129,22 @@ class PointSource:
         self.changes.broken()
         self.lag.broken()
         self._on_broken(frozen.error)
+
+
+class NotedSource(AsyncSource):
+    """A source whose errors can be told from those of the far side."""
+
+    def __init__(self, source: AsyncSource) -> None:
+        self.size = source.size
+        self.error: BaseException | None = None
+        self._source = source
+
+    def start_read(self, buf: memoryview, offset: int, done: Done) -> None:
+        def then(error: BaseException | None) -> None:
+            self.error = error or self.error
+            done(error)
+
+        self._source.start_read(buf, offset, then)
+
+    def start_extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        self._source.start_extents(offset, length, done)

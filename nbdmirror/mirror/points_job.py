@@ -23,6 +23,7 @@ from nbdmirror.mirror.lag import round_up
 from nbdmirror.mirror.last_point import LastPoint
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.point_promises import PointPromises
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_run import PointRun
 from nbdmirror.mirror.point_source import StoreOptions
@@ -47,21 +48,27 @@ class PointsJob(MirrorJob):
         keep_s: float,
         rpo_s: float,
         store: StoreOptions,
+        in_place: bool,
         wall_time_ns: Callable[[], int],
         **mirror: Any,
     ) -> None:
         """`source`: the disk, as points are read from it. `keep_s`: how long points are kept.
-        `rpo_s`: the promised lag; 0: none.
+        `rpo_s`: the promised lag; 0: none. `in_place`: a point that does not fit into the journal
+        gives all points up, and does not stop the job.
         `mirror`: as for MirrorJob."""
         super().__init__(resources=resources, **mirror)
         self.interval_s = interval_s
-        self.keep_s = keep_s
-        self.rpo_s = rpo_s
-        self._is_rpo_kept = True
-        self.is_window_kept = True
-        """No point was applied before its time, since its room was needed."""
+        self.promises = PointPromises(rpo_s=rpo_s, keep_s=keep_s, tell=self._tell_of_points)
         self.run: PointRun | None = None
         """Since the first copy is in sync."""
+        self.in_place_since_ns = 0
+        """Since this wall time there is no point: the image is copied in place. 0: points are made,
+        or have not begun."""
+        self._allows_in_place = in_place
+        self._is_leaving = False
+        """There are no points any more here, and the far side has to be told."""
+        self._sent_bytes = 0
+        """Of earlier runs."""
         self._far_resources = resources
         self._changes = changes
         self._source = source
@@ -79,7 +86,7 @@ class PointsJob(MirrorJob):
 
     @property
     def offset(self) -> int:
-        return super().offset + (self.run.sent_bytes if self.run else 0)
+        return super().offset + self._sent_bytes + (self.run.sent_bytes if self.run else 0)
 
     @property
     def length(self) -> int:
@@ -132,30 +139,32 @@ class PointsJob(MirrorJob):
         assert self.run is not None
         self._timers.went_well()
         data = {
-            "device": self.disk.name,
-            "id": self.id,
             "sequence": point.sequence,
             "time-s": round(point.time_ns / 1e9, 3),
             "bytes": point.changed_bytes,
             "lag-s": round_up(self.run.lag.lag_s),
             **_named(point.name),
         }
-        self._events.append("X_NBDMIRROR_POINT", data)
+        self._tell_of_points("X_NBDMIRROR_POINT", data)
+        self.lag, self.in_place_since_ns = self.run.lag, 0
         if self.status is JobStatus.RUNNING:
-            self.lag = self.run.lag
             self.to(JobStatus.READY, "the first point is committed")
             self.tell("BLOCK_JOB_READY")
 
     def point_broken(self, error: BaseException, name: str) -> None:
-        data = {"device": self.disk.name, "id": self.id, "reason": str(error)}
-        self._events.append("X_NBDMIRROR_POINT_BROKEN", data | _named(name))
+        data = {"reason": str(error), **_named(name)}
+        self._tell_of_points("X_NBDMIRROR_POINT_BROKEN", data)
 
     def far_side_failed(self, error: BaseException) -> None:
         assert self.run is not None
         if not isinstance(error, NoRoom):
             self.copy_failed("write", error)
-        elif (error.is_final or self.run.is_applied) and self.activity.hears_errors:
-            # What is free now, or what all points take, is all that will ever be free.
+        elif not (error.is_final or self.run.is_applied) or not self.activity.hears_errors:
+            return
+        # What is free now, or what all points take, is all that will ever be free.
+        elif self._allows_in_place:
+            self._leave(self.run, error)
+        else:
             self.tell_error("write", "stop", error)
             self.io_status = "nospace"
             self.hold()
@@ -225,7 +234,11 @@ class PointsJob(MirrorJob):
 
     def _go_on(self) -> None:
         far = self._far_resources
-        if self.run is None and far.far_side is not None and far.far_side.newest:
+        if self._is_leaving:
+            self.become(Activity.COPYING)
+            self._begin_in_place()
+            return
+        if self.run is None and far.far_side is not None and far.far_side.oldest:
             self._continue_points(far.far_side)
         if self.run is not None:
             self.become(Activity.COPYING)
@@ -250,9 +263,13 @@ class PointsJob(MirrorJob):
 
     def _continue_points(self, far: FarSide) -> None:
         """Points of an earlier process: `restore` has marked what they lack."""
-        self.run = self._new_run(far.times_ns(), lambda: None)
-        self.disk.ledger.detach(self.tracker.dirty)
-        self.tracker.dirty.clear_all()
+        first = self._take_over
+        if self._far_resources.has_begun:
+            first = self._end_first_copy
+            first()
+        else:
+            self._changes.begin()
+        self.run = self._new_run(far.times_ns(), first)
         self.lag = self.run.lag
         self.log.info("continues after point %d", far.newest)
 
@@ -264,7 +281,7 @@ class PointsJob(MirrorJob):
             loop=self._loop,
             wall_time_ns=self._wall_time_ns,
             interval_s=self.interval_s,
-            keep_s=self.keep_s,
+            keep_s=self.promises.keep_s,
             first=first,
             before_ns=before_ns,
             store=self._store,
@@ -274,8 +291,51 @@ class PointsJob(MirrorJob):
         """Behind the gate of the first cut. Both bitmaps have been marked since the first copy was
         in sync."""
         self._changes.dirty.merge(self.tracker.may_differ())
+        self._end_first_copy()
+
+    def _end_first_copy(self) -> None:
         self.disk.ledger.detach(self.tracker.dirty)
         self.tracker.dirty.clear_all()
+
+    # In place.
+
+    def _leave(self, run: PointRun, error: BaseException) -> None:
+        """A point does not fit into the journal: once the image is the last one, the image is
+        copied in place, as at first, and points begin anew."""
+        if self.activity is Activity.PREPARING:
+            return  # what follows fails again
+        run.leave(error)
+        if self.activity is not Activity.COPYING:
+            self.become(Activity.COPYING)
+        self.advance_soon()
+
+    def _leave_points(self, run: PointRun) -> None:
+        self.disk.ledger.attach(self.tracker.dirty)
+        self._changes.hand_back(self.tracker.dirty)
+        run.close()
+        self._sent_bytes += run.sent_bytes
+        self.run, self._is_leaving = None, True
+        self.in_place_since_ns = self._wall_time_ns()
+        since_s = round(self.in_place_since_ns / 1e9, 3)
+        data = {"since-s": since_s, "bytes": self.tracker.dirty.dirty_bytes}
+        self._tell_of_points("X_NBDMIRROR_IN_PLACE", data)
+        self._begin_in_place()
+
+    def _begin_in_place(self) -> None:
+        begin = partial(self._far_resources.begin_in_place, self.kept_state)
+        self._do(begin, self._copy_in_place, "write")
+
+    def _copy_in_place(self) -> None:
+        self._is_leaving = False
+        self.log.warning("no point fits into the journal: the image is copied in place")
+        self.release()
+
+    def _advance_in_place(self) -> None:
+        self._hurry()
+        self.copier.pump()
+        if self.tracker.in_sync and self.activity is Activity.COPYING and not self._is_leaving:
+            self.become(Activity.FLUSHING)
+            self._do(self.copier.flush, self._become_ready, "write")
 
     def _start_run(self) -> None:
         run, far = self.run, self._far_resources.far_side
@@ -283,13 +343,20 @@ class PointsJob(MirrorJob):
             run.start(far)
 
     def _advance_copying(self) -> None:
+        if self.run is None and self.status is not JobStatus.RUNNING:
+            self._advance_in_place()
+            return
         if self.run is None:
             super()._advance_copying()
             return
         if not self.copier.is_idle:
             return  # what it writes must not come after the first point
         self._start_run()
-        if self.may_end and self.activity is Activity.COPYING:
+        if self.run.has_left:
+            self._leave_points(self.run)
+        elif self.run.is_leaving:
+            self.run.advance()
+        elif self.may_end and self.activity is Activity.COPYING:
             super()._advance_copying()
         else:
             self.run.advance()
@@ -314,26 +381,14 @@ class PointsJob(MirrorJob):
     def _look(self) -> None:
         if self.run is not None:
             self.run.look()
-            self._look_at_promises(self.run)
+        if self.lag is not None:
+            self.promises.look_at_lag(self.lag)
+            if self.run is not None and self.ending is Ending.NONE:
+                self.promises.look_at_window(self.run)
         super()._look()
 
-    def _look_at_promises(self, run: PointRun) -> None:
-        if self.lag is None:
-            return
-        lag_s = round_up(self.lag.lag_s)
-        if self.rpo_s and (is_kept := lag_s <= self.rpo_s) is not self._is_rpo_kept:
-            self._is_rpo_kept = is_kept
-            self._tell_promise("X_NBDMIRROR_RPO", is_kept, rpo_s=self.rpo_s, lag_s=lag_s)
-        is_ending = self.ending is not Ending.NONE  # then the image becomes the last point
-        if not is_ending and (is_kept := run.is_window_kept) is not self.is_window_kept:
-            self.is_window_kept = is_kept
-            reaches_s = round(run.reaches_s, 3)
-            self._tell_promise("X_NBDMIRROR_KEEP", is_kept, keep_s=self.keep_s, reaches_s=reaches_s)
-
-    def _tell_promise(self, event: str, is_kept: bool, **about: float) -> None:
-        data = {"device": self.disk.name, "id": self.id}
-        named = {key.replace("_", "-"): value for key, value in about.items()}
-        self._events.append(event, {**data, **named, "kept": is_kept})
+    def _tell_of_points(self, event: str, data: dict[str, Any]) -> None:
+        self._events.append(event, {"device": self.disk.name, "id": self.id, **data})
 
 
 def _named(name: str) -> dict[str, Any]:

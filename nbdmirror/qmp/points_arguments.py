@@ -25,6 +25,8 @@ STORE_BYTES_MIN, STORE_BYTES_MAX = 1 << 20, 1 << 40
 ON_CBW_ERROR = Enum("OnCbwError", ("break-guest-write", "break-snapshot"))
 """As QEMU's copy-before-write has it."""
 
+ON_JOURNAL_FULL = Enum("OnJournalFull", ("stop", "in-place"))
+
 POINTS_MEMBERS: dict[str, Member] = named(
     x_nbdmirror_journal=optional(STR),
     x_nbdmirror_interval=optional(NUMBER),
@@ -32,6 +34,7 @@ POINTS_MEMBERS: dict[str, Member] = named(
     x_nbdmirror_rpo=optional(NUMBER),
     x_nbdmirror_store_bytes=optional(INT),
     x_nbdmirror_spill_bytes=optional(INT),
+    x_nbdmirror_on_journal_full=optional(ON_JOURNAL_FULL),
     on_cbw_error=optional(ON_CBW_ERROR),
 )
 
@@ -48,6 +51,7 @@ class PointsArguments:
     x_nbdmirror_rpo: float | None = None
     x_nbdmirror_store_bytes: int | None = None
     x_nbdmirror_spill_bytes: int | None = None
+    x_nbdmirror_on_journal_full: str | None = None
     on_cbw_error: str | None = None
     x_nbdmirror_max_pause: int = 0
     x_nbdmirror_may: object = ()
@@ -89,6 +93,7 @@ def points_options(nodes: Nodes, disk: Disk, given: PointsArguments) -> PointsOp
         rpo_s,
         store_bytes=store_bytes,
         spill_bytes=spill_bytes,
+        in_place=given.x_nbdmirror_on_journal_full == "in-place",
         breaks_guest_writes=given.on_cbw_error == "break-guest-write",
     )
 

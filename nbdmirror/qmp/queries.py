@@ -60,11 +60,13 @@ def block_job_info(server: Server, job: MirrorJob) -> dict[str, Any]:
 def _points_info(job: PointsJob) -> dict[str, Any]:
     """What the far side has, since the first copy is in sync."""
     info: dict[str, Any] = {"interval-s": job.interval_s}
-    if job.keep_s:
-        info["keep-s"] = job.keep_s
-        info["kept"] = job.is_window_kept
-    if job.rpo_s:
-        info["rpo-s"] = job.rpo_s
+    if job.promises.keep_s:
+        info["keep-s"] = job.promises.keep_s
+        info["kept"] = job.promises.is_window_kept
+    if job.promises.rpo_s:
+        info["rpo-s"] = job.promises.rpo_s
+    if job.in_place_since_ns:
+        info["in-place-since-s"] = round(job.in_place_since_ns / 1e9, 3)
     run = job.run
     if run is None or run.room is None:
         return info

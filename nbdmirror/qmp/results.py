@@ -60,6 +60,7 @@ _POINTS = struct(
     keep_s=optional(NUMBER),
     kept=optional(BOOL),
     rpo_s=optional(NUMBER),
+    in_place_since_s=optional(NUMBER),
     late_cuts=optional(INT),
     journal_bytes=optional(INT),
     journal_used_bytes=optional(INT),
@@ -303,6 +304,7 @@ EVENTS: dict[str, Struct] = {
         done=Enum("DeadlineDone", tuple(map(str, Done))),
         reason=STR,
     ),
+    "X_NBDMIRROR_IN_PLACE": struct("PointsInPlace", device=STR, id=STR, since_s=NUMBER, bytes=INT),
     "X_NBDMIRROR_KEEP": struct(
         "PointsKept", device=STR, id=STR, keep_s=NUMBER, reaches_s=NUMBER, kept=BOOL
     ),

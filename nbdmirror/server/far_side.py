@@ -127,6 +127,9 @@ class JournalSide(FarSide):
         last = {"state": State.PROMOTED, "since_ns": self._wall_time_ns()} if hands_over else None
         self._start(apply(self._writer, until or self.newest, last=last), done)
 
+    def begin_in_place(self, done: Done) -> None:
+        self._start(self._writer.seed(self._wall_time_ns()), done)
+
     def take_back(self, done: Done) -> None:
         superblocks = self._writer.superblocks
         base = superblocks.current.base

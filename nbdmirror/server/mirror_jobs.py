@@ -165,6 +165,7 @@ class MirrorJobs:
             keep_s=points.keep_s,
             rpo_s=points.rpo_s,
             store=resources.store_options,
+            in_place=points.in_place,
             wall_time_ns=time.time_ns,
             **parts,
         )

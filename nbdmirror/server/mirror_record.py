@@ -58,6 +58,7 @@ def points_record(points: PointsOptions, granularity: int, *, has_begun: bool) -
         store_bytes=points.store_bytes,
         spill_bytes=points.spill_bytes,
         breaks_guest_writes=points.breaks_guest_writes,
+        in_place=points.in_place,
     )
 
 
@@ -74,6 +75,7 @@ def points_of(record: MirrorRecord) -> PointsOptions | None:
         store_bytes=kept.store_bytes,
         spill_bytes=kept.spill_bytes,
         breaks_guest_writes=kept.breaks_guest_writes,
+        in_place=kept.in_place,
         key=kept.key,
         disk_id=bytes.fromhex(kept.disk_id),
     )

@@ -44,6 +44,9 @@ class PointsOptions:
     """The size of the file for what does not fit into that; 0: no file."""
     breaks_guest_writes: bool = False
     """What has no room fails the guest's write, and not the point."""
+    in_place: bool = False
+    """What does not fit into the journal is copied in place, and points are given up for that
+    time."""
     key: str = field(default_factory=lambda: f"points-{uuid.uuid4().hex}")
     """Names what is in no committed point, where that is saved."""
     disk_id: bytes = field(default_factory=partial(secrets.token_bytes, 16))

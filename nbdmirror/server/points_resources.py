@@ -133,6 +133,20 @@ class PointsResources(JobResources):
 
     def begin_points(self, state: JobState, done: Done) -> None:
         self.has_begun = True
+        self._save(state, done)
+
+    def begin_in_place(self, state: JobState, done: Done) -> None:
+        def begun(error: BaseException | None) -> None:
+            if error is not None or not self._is_in_use:
+                done(error)
+            else:
+                self.has_begun = False
+                self._save(state, done)
+
+        assert self.far_side is not None
+        self.far_side.begin_in_place(begun)
+
+    def _save(self, state: JobState, done: Done) -> None:
         self.changed(state)
         saved = self.store.saved()  # a failure is reported there, and repeated
         saved.add_done_callback(lambda _: self.loop.call_soon(partial(done, None)))

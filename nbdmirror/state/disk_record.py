@@ -119,6 +119,7 @@ class PointsRecord:
     store_bytes: Annotated[int, Key("store_bytes", COUNT)]
     spill_bytes: Annotated[int, Key("spill_bytes", COUNT)]
     breaks_guest_writes: Annotated[bool, Key("breaks_guest_writes", FLAG)]
+    in_place: Annotated[bool, Key("in_place", FLAG)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,9 @@ EXPORT = ExportRecord(
 )  # fmt: skip
 TARGET = TargetRecord("t", "nbd://b/vda", False, 0.5, EXPORT, 60.0)
 MIRROR = MirrorRecord("mirror-1", 512, True, False, "", JOB, TARGET)
-POINTS = PointsRecord("points-1", 4096, TARGET, "0" * 32, True, 1.0, 60.0, 5.0, 1 << 26, 0, True)
+POINTS = PointsRecord(
+    "points-1", 4096, TARGET, "0" * 32, True, 1.0, 60.0, 5.0, 1 << 26, 0, True, False
+)
 IDENTITY = DiskIdentity("/srv/disk.img", 4096, 5, 9, "b", "f", 7)
 SAMPLES: dict[str, Any] = {
     "NAME.json": DiskRecord(
