@@ -1,0 +1,43 @@
+"""Source, far side and both are killed while a guest writes: what is recovered each time was the
+disk of one moment, and is no older than was told. `./run stress` does the same for longer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from integration.mirror.points.killrounds import Rounds
+from integration.mirror.points.pointsparts import RING_BYTES, SIZE, FarSide
+from support.fixtures import Identical, Start
+from support.images import make_image
+from support.kept import Kept
+from support.seeds import SEED, print_seed
+
+ROUNDS = 6
+WHICH = ("source", "far side", "both")
+
+
+@pytest.mark.parametrize("keep_s", [0, 3600], ids=["last point", "history"])
+def test_whatever_is_killed(start: Start, folder: Path, identical: Identical, keep_s: int) -> None:
+    whatever_is_killed(start, folder, identical, keep_s, ROUNDS)
+
+
+def whatever_is_killed(
+    start: Start, folder: Path, identical: Identical, keep_s: int, count: int
+) -> None:
+    print_seed()
+    disk = make_image(folder / "disk.img", SIZE)
+    far = FarSide(start, folder, ring=4 * RING_BYTES)
+    server = start(Kept(folder, disk))
+    server.allowed.append(".*")  # nbdkit complains of guests that it ends on
+    options = {"x_nbdmirror_keep": keep_s, "x_nbdmirror_reconnect_delay": 60}
+    far.start_mirror(server, device="vda", **options)
+    server.qmp.wait_ready()
+    rounds = Rounds(server, far, disk, SEED)
+    for number in range(count):
+        rounds.round(WHICH[number % len(WHICH)])
+    server.qmp.execute("block-job-cancel", device="j")
+    server.qmp.wait_completed()
+    server.stop()
+    far.stop()
+    identical(disk, far.image)
