@@ -191,13 +191,13 @@ async def drive_mirror(
     elif mirror.replaces is not None:
         raise CommandError("a node-name must be provided when replacing a named node of the graph")
     uri = target_uri(mirror.target)
-    await ask_loop(server, partial(nodes.check_left, uri))
+    await ask_loop(server, partial(nodes.check_uri, uri, mirror.device))
     options = NodeOptions(reconnect_delay_s=x_nbdmirror_reconnect_delay)
     device = await open_device(lambda: uri, CONNECT_TIMEOUT_S)
     added = [Node(node_name or "", device, options, is_owned=True)]
     try:
         if mirror.x_nbdmirror_journal is not None:
-            journal = await _open_journal(server, mirror.x_nbdmirror_journal)
+            journal = await _open_journal(server, mirror)
             added.append(Node("", journal, options, is_owned=True))
             await in_thread(partial(check_new_journal, journal))
         reply = await on_loop(server, partial(_start, server, mirror, added))
@@ -209,10 +209,10 @@ async def drive_mirror(
     return reply
 
 
-async def _open_journal(server: Server, text: str) -> NbdDevice:
+async def _open_journal(server: Server, mirror: MirrorArguments) -> NbdDevice:
     try:
-        uri = target_uri(text)
-        await ask_loop(server, partial(server.nodes.check_left, uri))
+        uri = target_uri(mirror.x_nbdmirror_journal or "")
+        await ask_loop(server, partial(server.nodes.check_uri, uri, mirror.device))
         return await open_device(lambda: uri, CONNECT_TIMEOUT_S)
     except CommandError as error:
         raise CommandError(f"Journal: {error}") from error

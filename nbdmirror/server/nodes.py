@@ -170,6 +170,19 @@ class Nodes:
                     "wait until it has, or end its server"
                 )
 
+    def check_uri(self, uri: str, of: str) -> None:
+        """Before a connection for a mirror of the disk `of`: raise CommandError if the URI names
+        what one of the disks is served from. Its server may have room for one client only, and then
+        says nothing to another one."""
+        for disk in self._disks.values():
+            source = raw_device(disk.source)
+            if isinstance(source, NbdDevice) and same_place(source.uri, uri) is Same.YES:
+                if disk is self.find_disk(of):
+                    raise CommandError(f"Target '{uri}' is the disk itself")
+                text = f"Target '{uri}' is in use: '{disk.name}' is the same export"
+                raise CommandError(text)
+        self.check_left(uri)
+
     def is_used(self, node: Node) -> bool:
         """Whether a job or a disk uses the node's device, under any name."""
         same = [other for other in self if other.device is node.device]

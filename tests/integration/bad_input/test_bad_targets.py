@@ -280,14 +280,22 @@ def test_a_mirror_to_that_fails_does_not_keep_the_disk_from_its_guest(
 
 
 @pytest.mark.rule(44)
-def test_the_export_that_the_disk_is_served_from(start: Start, disk: Path) -> None:
-    behind = start(QemuNbd(disk.parent, disk, shared=20))
-    server = start(Nbdmirror(disk.parent, behind.uri()))
-    with untouched(disk):
-        text = server.qmp.refusal(
-            "drive-mirror", device="disk0", target=behind.uri(), sync="full", mode="existing"
+@pytest.mark.parametrize("shared", [20, 1])
+def test_the_export_that_a_disk_is_served_from(start: Start, disk: Path, shared: int) -> None:
+    """Also if its server has no room for another client, and would say nothing at all."""
+    folder = disk.parent
+    behind = start(QemuNbd(folder, disk, shared=shared))
+    other = make_noise(folder / "other.img", disk.stat().st_size)
+    server = start(Nbdmirror(folder, f"a={behind.uri()}", f"b={other}"))
+
+    def refusal(device: str) -> str:
+        return server.qmp.refusal(
+            "drive-mirror", device=device, target=behind.uri(), sync="full", mode="existing"
         )
-        assert "is the disk itself" in text
+
+    with untouched(disk):
+        assert refusal("a") == f"Target '{behind.uri()}' is the disk itself"
+        assert refusal("b") == f"Target '{behind.uri()}' is in use: 'a' is the same export"
 
 
 def test_a_transaction_that_a_job_refuses_changes_nothing(start: Start, folder: Path) -> None:
