@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from time import perf_counter_ns
 from typing import Any, cast
 
 from nbdmirror.devices.base import BlockDevice, Buffer, Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
 from nbdmirror.disk.frozen import Frozen
+from nbdmirror.disk.latency import SAMPLED, Held, Kind, Latency
 from nbdmirror.disk.ledger import Ledger
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import IO_ERRORS, DeviceError
@@ -81,6 +83,9 @@ class Disk:
     def pread(self, buf: memoryview, offset: int) -> None:
         ledger = self.ledger
         token = next(ledger.tokens)  # as enter_read
+        if not token % SAMPLED:
+            ledger.latency.timed(Kind.READ, self.pread, buf, offset)
+            return
         ledger.reading.add(token)
         source = self._source
         try:
@@ -92,6 +97,9 @@ class Disk:
     def pwrite(self, buf: Buffer, offset: int, fua: bool) -> None:
         ledger = self.ledger
         token = next(ledger.tokens)  # as enter
+        if not token % SAMPLED:
+            ledger.latency.timed(Kind.WRITE, self.pwrite, buf, offset, fua)
+            return
         ledger.writing.add(token)
         if ledger.gate is not None:
             ledger.wait_at_gate(token)
@@ -114,6 +122,9 @@ class Disk:
                     ledger.tell_gate()
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fua: bool, fast: bool) -> None:
+        self.ledger.latency.timed(Kind.ZERO, self._zero, offset, length, may_trim, fua, fast)
+
+    def _zero(self, offset: int, length: int, may_trim: bool, fua: bool, fast: bool) -> None:
         ledger = self.ledger
         token = ledger.enter()
         synchronous, settled = self.synchronous, None
@@ -133,6 +144,9 @@ class Disk:
     def trim(self, offset: int, length: int, *, fua: bool) -> None:
         """The device decides how a trimmed range reads. So the target gets the result, by a copy,
         and not the trim."""
+        self.ledger.latency.timed(Kind.TRIM, self._trim, offset, length, fua)
+
+    def _trim(self, offset: int, length: int, fua: bool) -> None:
         ledger = self.ledger
         token = ledger.enter()
         try:
@@ -143,6 +157,9 @@ class Disk:
             ledger.leave(token, offset, length)
 
     def flush(self) -> None:
+        self.ledger.latency.timed(Kind.FLUSH, self._flush)
+
+    def _flush(self) -> None:
         ledger = self.ledger
         token = ledger.enter_flush()
         synchronous = self.synchronous
@@ -217,8 +234,10 @@ class SynchronousWrites:
         target: BlockDevice,
         whole_granules: bool,
         on_error: Callable[[BaseException], None],
+        latency: Latency,
     ) -> None:
         self._tracker = tracker
+        self._latency = latency
         self._target = target
         self._whole_granules = whole_granules
         self._on_error = on_error
@@ -261,7 +280,9 @@ class SynchronousWrites:
 
     def flush(self) -> None:
         """Flush the target: an acknowledged flush is durable on both sides (rule 45)."""
+        began_ns = perf_counter_ns()
         self._fails(object(), self._target.flush, flushes=True)
+        self._latency.waited(Held.TARGET, perf_counter_ns() - began_ns)
 
     def _both(
         self,
@@ -273,13 +294,17 @@ class SynchronousWrites:
     ) -> DirtyBitmap | None:
         tracker = self._tracker
         start, span = self._whole(offset, length) if self._whole_granules else (offset, length)
+        began_ns = perf_counter_ns()
         claim = tracker.begin_write(offset, length)
         self._at_source[claim] = True
         failed, is_ours = True, False
+        source_ns = 0
         try:
             try:
+                source_ns = perf_counter_ns()
                 to_source()
             finally:
+                source_ns = perf_counter_ns() - source_ns
                 is_ours = self._at_source.pop(claim, False)
             if is_ours and span > 0:
                 failed = self._fails(claim, lambda: to_target(start, span), flushes=fua)
@@ -289,6 +314,7 @@ class SynchronousWrites:
         finally:
             if is_ours:
                 tracker.end_write(claim, failed=failed)
+            self._latency.waited(Held.TARGET, perf_counter_ns() - began_ns - source_ns)
         return tracker.dirty if is_ours else None
 
     def _fails(self, request: object, call: Callable[[], None], *, flushes: bool) -> bool:

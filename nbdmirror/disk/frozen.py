@@ -26,11 +26,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from time import perf_counter_ns
 
 from nbdmirror.devices.base import BlockDevice, leading_bytes
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.fine import FineBitmap
+from nbdmirror.disk.latency import Held, Latency
 from nbdmirror.disk.saved import Saved, SavedGranules
 from nbdmirror.errors import IO_ERRORS
 
@@ -55,6 +57,7 @@ class Frozen:
         breaks_guest_writes: bool = False,
         on_broken: Callable[[], None],
         on_saved: Callable[[], None],
+        latency: Latency,
     ) -> None:
         """`covered`: the granules of the point, which no guest marks any more. `done`: empty.
         `breaks_guest_writes`: a write whose granules cannot be saved fails, and the point
@@ -71,6 +74,7 @@ class Frozen:
         self._breaks_guest_writes = breaks_guest_writes
         self._on_broken = on_broken
         self._on_saved = on_saved
+        self._latency = latency
         self._is_over = self._is_sender_waiting = False
         self._cursor = 0
         self._lock = threading.Lock()
@@ -84,7 +88,11 @@ class Frozen:
         # Without the lock: `covered` does not change, and what is done stays done.
         is_covered = self.covered.is_dirty(offset, length)
         if is_covered and self._done.next_clean(offset, length) is not None:
-            self._save(source, offset, length)
+            began_ns = perf_counter_ns()
+            try:
+                self._save(source, offset, length)
+            finally:
+                self._latency.waited(Held.SAVE, perf_counter_ns() - began_ns)
 
     def _save(self, source: BlockDevice, offset: int, length: int) -> None:
         end = offset + length

@@ -35,6 +35,7 @@ class CopyModeSwitch:
             target=target,
             whole_granules=whole_granules,
             on_error=on_error,
+            latency=disk.ledger.latency,
         )
         self._writes = self._new_writes()
         self._is_given_up = False

@@ -118,6 +118,7 @@ class PointSource:
             breaks_guest_writes=self._store.breaks_guest_writes,
             on_broken=lambda: self._loop.call_soon(lambda: self._broken(frozen)),
             on_saved=lambda: self._loop.call_soon(self._on_more),
+            latency=self.changes.disk.ledger.latency,
         )
         return frozen
 

@@ -7,6 +7,7 @@ have begin with `x-nbdmirror-` or `X_NBDMIRROR_`.
 
 from __future__ import annotations
 
+from nbdmirror.disk.latency import Held, Kind
 from nbdmirror.mirror.deadline import Done, Kept
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.waits import Cause
@@ -237,6 +238,24 @@ _LAST_JOB = struct(
     ended_at_s=NUMBER,
 )
 
+_BUCKETS = Array(INT)
+
+_REQUEST_TIMES = struct(
+    "RequestTimes",
+    kind=Enum("RequestKind", tuple(map(str, Kind))),
+    seconds=NUMBER,
+    buckets=_BUCKETS,
+    own_seconds=NUMBER,
+    own_buckets=_BUCKETS,
+)
+
+_HELD_TIMES = struct(
+    "HeldTimes",
+    cause=Enum("HeldCause", tuple(map(str, Held))),
+    seconds=NUMBER,
+    buckets=_BUCKETS,
+)
+
 _DISK_STATUS = struct(
     "DiskStatus",
     name=STR,
@@ -248,6 +267,8 @@ _DISK_STATUS = struct(
     target_only=optional(STR),
     problem=optional(STR),
     bitmaps=Array(_DIRTY_INFO),
+    requests=Array(_REQUEST_TIMES),
+    held=Array(_HELD_TIMES),
     jobs=Array(_JOB_STATUS_INFO),
     last_job=optional(_LAST_JOB),
 )

@@ -16,6 +16,7 @@ from nbdmirror import __version__
 from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.cells import CELLS_MAX
 from nbdmirror.disk.disk import Disk
+from nbdmirror.disk.latency import Histogram, Latency
 from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.errors import CommandError
 from nbdmirror.explanation import explanation
@@ -79,6 +80,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         "lasting": server.stores[disk].is_lasting,
         "bitmaps": named_bitmaps(server, Place(disk)),
     }
+    info["requests"], info["held"] = _times(disk.ledger.latency)
     if isinstance(disk.source, TargetOnly):
         info["target-only"] = disk.source.truth
     if problem := server.files.changes.get(disk.name):
@@ -87,6 +89,29 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
     if (result := server.chronicle.results.get(disk.name)) is not None:
         info["last-job"] = _result(result)
     return info
+
+
+def _times(latency: Latency) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Of guests' requests, and of their waits for mirrors; what there was none of is left out."""
+    requests, held = [], []
+    for kind, took in latency.took.items():
+        if any((info := _histogram(took))["buckets"]):
+            own = _histogram(latency.own[kind])
+            info |= {"kind": str(kind), **{f"own-{key}": value for key, value in own.items()}}
+            requests.append(info)
+    for cause, waits in latency.held.items():
+        if any((info := _histogram(waits))["buckets"]):
+            held.append({"cause": str(cause), **info})
+    return requests, held
+
+
+def _histogram(times: Histogram) -> dict[str, Any]:
+    """Without the empty buckets at the end."""
+    times.count()
+    buckets = list(times.buckets)
+    while buckets and not buckets[-1]:
+        buckets.pop()
+    return {"seconds": times.sum_ns / 1e9, "buckets": buckets}
 
 
 def _is_connected(device: BlockDevice) -> bool:

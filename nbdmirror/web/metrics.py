@@ -8,15 +8,14 @@ given for new ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from nbdmirror import __version__
+from nbdmirror.web.metric_kinds import Metric, Times
 from nbdmirror.web.records import Record, Report, is_well, member, number, records
 
 JOB_STATES = (
@@ -26,24 +25,6 @@ JOB_STATES = (
 RESULTS = ("completed", "cancelled", "failed")
 FOLLOWING = ("ready", "waiting", "pending")
 """States of a mirror whose target follows the source."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A name that ends in _total is a counter's. `of` gives a number; None where there is none, or
-    one for each value of `label`."""
-
-    name: str
-    help: str
-    of: Callable[[Record], float | dict[str, float] | None]
-    label: str = ""
-
-    @property
-    def kind(self) -> str:
-        return "counter" if self.name.endswith("_total") else "gauge"
-
-    def labels(self, level: str) -> tuple[str, ...]:
-        return (*LABELS[level], self.label) if self.label else LABELS[level]
 
 
 def _key(key: str) -> Callable[[Record], float | None]:
@@ -90,7 +71,7 @@ def _end(job: Record) -> float | None:
     return None if left_s is None or job.get("ready") else job["time-s"] + left_s
 
 
-METRICS: dict[str, tuple[Metric, ...]] = {
+METRICS: dict[str, tuple[Metric | Times, ...]] = {
     "host": (
         Metric(
             "nbdmirror_build_info",
@@ -162,6 +143,25 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "How the last job of the disk ended: 1 for that result, 0 for the others.",
             lambda disk: _one_of("result", RESULTS)(member(disk, "last-job")),
             "result",
+        ),
+        Times(
+            "nbdmirror_disk_request_seconds",
+            "How long requests of guests took. Of reads and writes one in 61 is timed.",
+            "requests",
+            "kind",
+        ),
+        Times(
+            "nbdmirror_disk_request_own_seconds",
+            "The same requests without what a mirror had them wait.",
+            "requests",
+            "kind",
+            prefix="own-",
+        ),
+        Times(
+            "nbdmirror_disk_held_seconds",
+            "How long a mirror had a request of a guest wait; each wait counts.",
+            "held",
+            "cause",
         ),
     ),
     "job": (
@@ -279,14 +279,6 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 """Level -> what there is of this process, of each server, of each one that answers, of each disk,
 of each job."""
 
-LABELS: dict[str, tuple[str, ...]] = {
-    "host": (),
-    "any server": ("server",),
-    "server": ("server",),
-    "disk": ("server", "disk"),
-    "job": ("server", "disk", "job_id"),  # `job` is a label of Prometheus' own
-}
-
 
 def rendered(reports: Iterable[Report], accept: str) -> tuple[bytes, str]:
     """The metrics in the format that the client accepts, and that format's content type."""
@@ -307,9 +299,9 @@ class _Reports(Collector):
         for level, metrics in METRICS.items():
             found = dict(self._records(level))  # a name that is there twice is one series
             for metric in metrics:
-                family = _family(metric, level)
+                family = metric.family(level)
                 for labels, record in found.items():
-                    _add(family, metric, labels, record)
+                    metric.add(family, labels, record)
                 yield family
 
     def _records(self, level: str) -> Iterator[tuple[tuple[str, ...], Record]]:
@@ -327,22 +319,3 @@ class _Reports(Collector):
                     yield (report.socket, str(disk.get("name", ""))), disk
                 for key, job in report.jobs(disk) if level == "job" else ():
                     yield key, job | time
-
-
-def _family(metric: Metric, level: str) -> CounterMetricFamily | GaugeMetricFamily:
-    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    return kind(metric.name, metric.help, labels=metric.labels(level))
-
-
-def _add(
-    family: CounterMetricFamily | GaugeMetricFamily,
-    metric: Metric,
-    labels: tuple[str, ...],
-    record: Record,
-) -> None:
-    value = metric.of(record)
-    if isinstance(value, dict):
-        for name, number in value.items():
-            family.add_metric([*labels, name], number)
-    elif value is not None and (value >= 0 or metric.kind == "gauge"):
-        family.add_metric(list(labels), value)

@@ -79,6 +79,16 @@ def disk(name: str = "vda", *jobs: dict[str, Any], **more: Any) -> dict[str, Any
         "connected": True,
         "lasting": True,
         "bitmaps": [],
+        "requests": [
+            {
+                "kind": "write",
+                "seconds": 0.5,
+                "buckets": [1, 2, 3],
+                "own-seconds": 0.25,
+                "own-buckets": [3, 3],
+            }
+        ],
+        "held": [{"cause": "cut", "seconds": 0.25, "buckets": [0, 1]}],
         "jobs": list(jobs),
         **{key.replace("_", "-"): value for key, value in more.items()},
     }
@@ -100,6 +110,7 @@ _JSON = st.recursive(
     max_leaves=5,
 )
 _KEYS = sorted({*status(), *disk(), *JOB, "last-job", "problem", "state-error", "last-error"})
+_TIMES = ("kind", "seconds", "buckets", "own-seconds", "own-buckets")
 
 
 @st.composite
@@ -108,6 +119,8 @@ def any_status(draw: st.DrawFn) -> dict[str, Any]:
     strange = st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4)
     job, one = JOB | draw(strange), disk() | draw(strange)
     one["jobs"] = draw(st.just([job]) | _JSON)
+    times = disk()["requests"][0] | draw(st.dictionaries(st.sampled_from(_TIMES), _JSON))
+    one["requests"] = draw(st.just([times, times]) | _JSON)
     said = status() | draw(strange)
     said["disks"] = draw(st.just([one]) | _JSON)
     return said

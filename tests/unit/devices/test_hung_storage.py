@@ -19,6 +19,7 @@ from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk, SynchronousWrites
+from nbdmirror.disk.latency import Latency
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
@@ -208,7 +209,11 @@ def blocking_write(
     """The write, in a thread when it is called; the last call waits for what it returns."""
     tracker = Tracker(SIZE, GRANULE)
     writes = SynchronousWrites(
-        tracker=tracker, target=target, whole_granules=False, on_error=lambda error: None
+        tracker=tracker,
+        target=target,
+        whole_granules=False,
+        on_error=lambda error: None,
+        latency=Latency(),
     )
     returned: list[DirtyBitmap | None] = []
     thread = threading.Thread(

@@ -13,6 +13,7 @@ from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.fine import FineBitmap
 from nbdmirror.disk.frozen import Frozen
+from nbdmirror.disk.latency import Latency
 from nbdmirror.disk.saved import SavedGranules
 from nbdmirror.state.shared_memory import ShmDirectory
 
@@ -22,7 +23,12 @@ SIZE = 64 * GRANULE
 
 def freeze(covered: FineBitmap, done: DirtyBitmap) -> Frozen:
     return Frozen(
-        covered, done, SavedGranules(1 << 20), on_broken=lambda: None, on_saved=lambda: None
+        covered,
+        done,
+        SavedGranules(1 << 20),
+        on_broken=lambda: None,
+        on_saved=lambda: None,
+        latency=Latency(),
     )
 
 

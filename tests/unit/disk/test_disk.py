@@ -12,6 +12,7 @@ import pytest
 from nbdmirror.devices.base import Buffer, Extent, MemoryDevice
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk, SynchronousWrites
+from nbdmirror.disk.latency import Latency
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import DeviceError
 
@@ -280,7 +281,11 @@ def test_in_write_blocking_mode_nothing_is_zeroed_on_one_side_alone(
         device.data[:] = b"x" * SIZE
     disk.ledger.attach(tracker.dirty)
     disk.synchronous = SynchronousWrites(
-        tracker=tracker, target=target, whole_granules=False, on_error=lambda error: None
+        tracker=tracker,
+        target=target,
+        whole_granules=False,
+        on_error=lambda error: None,
+        latency=Latency(),
     )
     with pytest.raises(DeviceError) as refusal:
         disk.zero(0, GRANULARITY, may_trim=True, fua=False, fast=True)

@@ -81,6 +81,7 @@ def a_point(
             breaks_guest_writes=breaks_guest_writes,
             on_broken=broken.set,
             on_saved=lambda: None,
+            latency=disk.ledger.latency,
         )
     )
     disk.ledger.open_gate()

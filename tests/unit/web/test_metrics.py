@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_every_metric_has_a_value() -> None:
     """Of a job that copies, and of one that follows."""
     copying = JOB | {"device": "other", "ready": False, "status": "running"}
     text = text_of(*ALL, Report("/run/d.qmp", 1.7e9, status(disk("vda", copying))))
-    there = {name for name, _ in values(text)}
+    there = {re.sub("(?<=_seconds)_(bucket|count|sum)$", "", name) for name, _ in values(text)}
     metrics = {metric.name for level in METRICS.values() for metric in level}
     assert there == metrics
 
@@ -77,6 +78,14 @@ def test_what_they_say() -> None:
     assert found["nbdmirror_job_converging", job] == 1
     assert found["nbdmirror_job_waiting_seconds_total", ("target-write", *job)] == 200
     assert found["nbdmirror_job_state", (*job, "ready")] == 1
+    write = ("vda", "write", "/run/a.qmp")
+    name = "nbdmirror_disk_request_seconds"
+    assert found[f"{name}_sum", write] == 0.5 and found[f"{name}_count", write] == 6
+    ends = {end: found[f"{name}_bucket", ("vda", "write", end, "/run/a.qmp")]
+            for end in ("1e-06", "2e-06", "4e-06", "8.38861", "+Inf")}  # fmt: skip
+    assert ends == {"1e-06": 1, "2e-06": 3, "4e-06": 6, "8.38861": 6, "+Inf": 6}
+    assert found["nbdmirror_disk_request_own_seconds_sum", write] == 0.25
+    assert found["nbdmirror_disk_held_seconds_count", ("cut", "vda", "/run/a.qmp")] == 1
     assert sum(v for (name, _), v in found.items() if name == "nbdmirror_job_state") == 1
     assert found["nbdmirror_disk_last_job_result", ("vda", "failed", "/run/a.qmp")] == 1
     assert ("nbdmirror_job_end_timestamp_seconds", job) not in found

@@ -1,0 +1,109 @@
+"""Latency: how long guests' requests take, as histograms, and how much of that is a mirror's doing.
+
+Reads and writes are sampled: one of SAMPLED is timed, which the others do not feel. All other
+requests are timed, and so is each wait that a mirror causes: those are rare, or cost much more than
+a look at the clock. A request's own time is without such waits.
+
+All calls are for any thread. A time is left as a note, by one atomic call, and counted later: so no
+guest waits for another one here.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter_ns
+from typing import Any
+
+SAMPLED = 61
+"""A prime number, so that guests that do the same things by turns have all of them timed."""
+
+NOTES_MAX = 4096
+"""With so many notes the guest that leaves the next one counts them."""
+
+BUCKETS = 25
+"""The first bucket has times of less than 1 microsecond, each other one those of less than twice
+the bound before; the last one everything else, from 8.4 s on."""
+
+
+class Kind(enum.StrEnum):
+    """Of requests."""
+
+    READ = "read"
+    WRITE = "write"
+    ZERO = "zero"
+    TRIM = "trim"
+    FLUSH = "flush"
+
+
+class Held(enum.StrEnum):
+    """What a guest's request waits for that it would not wait for without a mirror."""
+
+    PIVOT = "pivot"
+    """A swap of source and target."""
+    CUT = "cut"
+    """The moment of a point."""
+    SAVE = "save"
+    """Old content is saved for a point, before it is overwritten."""
+    THROTTLE = "throttle"
+    TARGET = "target"
+    """Write-blocking: the target has the write as well."""
+
+
+class Histogram:
+    """Times in nanoseconds, by their size."""
+
+    def __init__(self) -> None:
+        self.buckets = [0] * BUCKETS
+        self.sum_ns = 0
+        self._notes: deque[int] = deque()
+        self._lock = threading.Lock()  # a leaf
+
+    def add(self, ns: int) -> None:
+        self._notes.append(ns)
+        if len(self._notes) > NOTES_MAX:
+            self.count()
+
+    def count(self) -> None:
+        """Bring `buckets` and `sum_ns` up to date."""
+        with self._lock:
+            for _ in range(len(self._notes)):
+                ns = self._notes.popleft()
+                self.buckets[min((ns // 1000).bit_length(), BUCKETS - 1)] += 1
+                self.sum_ns += ns
+
+
+class _Share(threading.local):
+    """Of the request that this thread serves."""
+
+    ns = 0
+    """What a mirror had it wait."""
+
+
+class Latency:
+    """The times of one disk's requests."""
+
+    def __init__(self) -> None:
+        self.took = {kind: Histogram() for kind in Kind}
+        self.own = {kind: Histogram() for kind in Kind}
+        """The same requests, without the waits in `held`."""
+        self.held = {cause: Histogram() for cause in Held}
+        self._share = _Share()
+
+    def timed(self, kind: Kind, request: Callable[..., None], *args: Any) -> None:
+        """Do a guest's request, and note how long it took, well or not."""
+        share = self._share
+        share.ns, began_ns = 0, perf_counter_ns()
+        try:
+            request(*args)
+        finally:
+            ns = perf_counter_ns() - began_ns
+            self.took[kind].add(ns)
+            self.own[kind].add(max(0, ns - share.ns))
+
+    def waited(self, cause: Held, ns: int) -> None:
+        """The request that this thread serves has waited for so long."""
+        self._share.ns += ns
+        self.held[cause].add(ns)

@@ -1,0 +1,48 @@
+"""What a server tells of how long guests' requests took, and of what a mirror had them wait."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from support.fixtures import Identical, Start
+from support.guests import Guest
+from support.servers import Nbdmirror, QemuNbd
+
+from nbdmirror.disk.latency import BUCKETS, SAMPLED
+
+
+def disk_of(server: Nbdmirror) -> dict[str, Any]:
+    return dict(server.qmp.execute("x-nbdmirror-query-status")["disks"][0])
+
+
+def by(name: str, found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {one[name]: one for one in found}
+
+
+def test_requests_and_waits(
+    start: Start, identical: Identical, disk: Path, target: QemuNbd
+) -> None:
+    server = start(Nbdmirror(disk.parent, disk))
+    assert disk_of(server)["requests"] == disk_of(server)["held"] == []
+    with Guest(server.uri(), disk, connections=4) as guest:
+        identical(guest, target.image)
+        guest.wait_for_requests(20 * SAMPLED)
+        before = by("kind", disk_of(server)["requests"])
+        assert disk_of(server)["held"] == [], "there was no mirror"
+        assert set(before) >= {"read", "write", "zero", "trim", "flush"}
+        for one in before.values():
+            assert one["buckets"] == one["own-buckets"] and one["seconds"] == one["own-seconds"] > 0
+        server.qmp.start_mirror(target.uri(), copy_mode="write-blocking")
+        server.qmp.wait_ready()
+        guest.wait_for_requests(20 * SAMPLED)
+        server.qmp.complete()
+        guest.wait_for_requests(20)
+    found = disk_of(server)
+    after, held = by("kind", found["requests"]), by("cause", found["held"])
+    assert held["target"]["seconds"] > 0 and set(held) <= {"target", "pivot"}
+    for kind, one in after.items():
+        assert sum(one["buckets"]) == sum(one["own-buckets"]) >= sum(before[kind]["buckets"])
+        assert 0 < len(one["buckets"]) <= BUCKETS and one["buckets"][-1]
+    assert after["write"]["own-seconds"] < after["write"]["seconds"]
+    assert after["read"]["own-seconds"] == after["read"]["seconds"], "a read waits for no mirror"
