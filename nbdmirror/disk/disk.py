@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from time import perf_counter_ns
 from typing import Any, cast
 
 from nbdmirror.devices.base import BlockDevice, Buffer, Extent
@@ -280,9 +279,9 @@ class SynchronousWrites:
 
     def flush(self) -> None:
         """Flush the target: an acknowledged flush is durable on both sides (rule 45)."""
-        began_ns = perf_counter_ns()
+        began_ns = self._latency.clock_ns()
         self._fails(object(), self._target.flush, flushes=True)
-        self._latency.waited(Held.TARGET, perf_counter_ns() - began_ns)
+        self._latency.waited(Held.TARGET, self._latency.clock_ns() - began_ns)
 
     def _both(
         self,
@@ -294,17 +293,17 @@ class SynchronousWrites:
     ) -> DirtyBitmap | None:
         tracker = self._tracker
         start, span = self._whole(offset, length) if self._whole_granules else (offset, length)
-        began_ns = perf_counter_ns()
+        began_ns = self._latency.clock_ns()
         claim = tracker.begin_write(offset, length)
         self._at_source[claim] = True
         failed, is_ours = True, False
         source_ns = 0
         try:
             try:
-                source_ns = perf_counter_ns()
+                source_ns = self._latency.clock_ns()
                 to_source()
             finally:
-                source_ns = perf_counter_ns() - source_ns
+                source_ns = self._latency.clock_ns() - source_ns
                 is_ours = self._at_source.pop(claim, False)
             if is_ours and span > 0:
                 failed = self._fails(claim, lambda: to_target(start, span), flushes=fua)
@@ -314,7 +313,7 @@ class SynchronousWrites:
         finally:
             if is_ours:
                 tracker.end_write(claim, failed=failed)
-            self._latency.waited(Held.TARGET, perf_counter_ns() - began_ns - source_ns)
+            self._latency.waited(Held.TARGET, self._latency.clock_ns() - began_ns - source_ns)
         return tracker.dirty if is_ours else None
 
     def _fails(self, request: object, call: Callable[[], None], *, flushes: bool) -> bool:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from time import perf_counter_ns
 
 from nbdmirror.devices.base import BlockDevice, leading_bytes
 from nbdmirror.disk.bitmap import DirtyBitmap
@@ -88,11 +87,11 @@ class Frozen:
         # Without the lock: `covered` does not change, and what is done stays done.
         is_covered = self.covered.is_dirty(offset, length)
         if is_covered and self._done.next_clean(offset, length) is not None:
-            began_ns = perf_counter_ns()
+            began_ns = self._latency.clock_ns()
             try:
                 self._save(source, offset, length)
             finally:
-                self._latency.waited(Held.SAVE, perf_counter_ns() - began_ns)
+                self._latency.waited(Held.SAVE, self._latency.clock_ns() - began_ns)
 
     def _save(self, source: BlockDevice, offset: int, length: int) -> None:
         end = offset + length

@@ -37,7 +37,6 @@ import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter_ns
 from typing import Protocol
 
 from nbdmirror.disk.bitmap import DirtyBitmap
@@ -126,7 +125,7 @@ class Ledger:
         gate opens is admitted, even if the next gate closes at once: no request is held twice. The
         request withdraws its announcement before it joins the waiting ones. In the other order it
         could be admitted between the two steps, and then withdraw that."""
-        began_ns, cause = perf_counter_ns(), Held.PIVOT
+        began_ns, cause = self.latency.clock_ns(), Held.PIVOT
         while (gate := self.gate) is not None:
             cause = Held.PIVOT if gate.holds_flushes else Held.CUT
             self.writing.discard(token)
@@ -136,7 +135,7 @@ class Ledger:
             if token in gate.admitted:
                 break
             self.writing.add(token)  # the gate was just being opened
-        self.latency.waited(cause, perf_counter_ns() - began_ns)
+        self.latency.waited(cause, self.latency.clock_ns() - began_ns)
 
     def tell_gate(self) -> None:
         """A request has ended, or waits at the gate."""

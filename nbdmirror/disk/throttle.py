@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from time import perf_counter_ns
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.latency import Held
@@ -80,9 +79,10 @@ class Throttle:
             self._due_s = min(due_s, now_s + WAIT_S_MAX)
             wait_s = self._due_s - now_s
         if fresh and wait_s > 0:
-            began_ns = perf_counter_ns()
+            latency = self._ledger.latency
+            began_ns = latency.clock_ns()
             self.wait(wait_s)
-            self._ledger.latency.waited(Held.THROTTLE, perf_counter_ns() - began_ns)
+            latency.waited(Held.THROTTLE, latency.clock_ns() - began_ns)
 
     def _fresh_bytes(self, offset: int, length: int) -> int:
         """How much of the range is not dirty yet, in whole granules."""

@@ -11,7 +11,7 @@ first request, and has its name. On the event loop's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -63,18 +63,14 @@ class PointRun:
         loop: Loop,
         wall_time_ns: Callable[[], int],
         interval_s: float,
-        keep_s: float,
+        window: Window,
         first: Callable[[], None],
-        before_ns: Mapping[int, int],
         store: StoreOptions,
     ) -> None:
-        now_ns = wall_time_ns()
-        ages_s = {number: max(0.0, (now_ns - at_ns) / 1e9) for number, at_ns in before_ns.items()}
+        now_s = loop.clock()
         self.changes = changes
-        self.window = Window(keep_s, loop.clock)
-        self.window.learn(ages_s)
-        newest_age_s = ages_s[max(ages_s)] if ages_s else 0.0
-        self.lag = PointLag(changes, loop.clock, loop.clock() - newest_age_s)
+        self.window = window
+        self.lag = PointLag(changes, loop.clock, now_s - window.newest_age_s)
         self.last: CommittedPoint | None = None
         self.count = 0
         """Points that were committed."""
@@ -102,12 +98,15 @@ class PointRun:
         self._request: PointRequest | None = None
         """That of the point in progress."""
         self._is_sending = self._is_busy_there = False
-        self._due_s = self._not_before_s = loop.clock()
-        self._points = PointSource(
-            changes=changes,
+        self._due_s = self._not_before_s = now_s
+        self._points = self._new_source(store)
+
+    def _new_source(self, store: StoreOptions) -> PointSource:
+        return PointSource(
+            changes=self.changes,
             source=self._source,
             lag=self.lag,
-            loop=loop,
+            loop=self._loop,
             store=store,
             on_chunk=self._have_chunk,
             on_more=self._have_more,

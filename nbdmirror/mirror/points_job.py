@@ -28,6 +28,7 @@ from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_run import PointRun
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.stopping import Stopping
+from nbdmirror.mirror.window import Window
 
 REQUEST_S_MAX = 30.0
 """A point that was asked for, and could not be begun for so long, is not made: a guest whose file
@@ -274,6 +275,8 @@ class PointsJob(MirrorJob):
         self.log.info("continues after point %d", far.newest)
 
     def _new_run(self, before_ns: Mapping[int, int], first: Callable[[], None]) -> PointRun:
+        now_ns, window = self._wall_time_ns(), Window(self.promises.keep_s, self._loop.clock)
+        window.learn({n: max(0.0, (now_ns - at_ns) / 1e9) for n, at_ns in before_ns.items()})
         return PointRun(
             owner=self,
             changes=self._changes,
@@ -281,9 +284,8 @@ class PointsJob(MirrorJob):
             loop=self._loop,
             wall_time_ns=self._wall_time_ns,
             interval_s=self.interval_s,
-            keep_s=self.promises.keep_s,
+            window=window,
             first=first,
-            before_ns=before_ns,
             store=self._store,
         )
 

@@ -57,6 +57,11 @@ class Window:
             at_s = min(now_s, max(at_s, now_s - age_s))
             self._cuts.append((number, at_s))
 
+    @property
+    def newest_age_s(self) -> float:
+        """How long ago the newest point was cut that `learn` told of; 0 if none was."""
+        return self._clock() - self._cuts[-1][1] if self._cuts else 0.0
+
     def next(self, journal: Journal, bytes_wanted: int) -> int:
         """The number of the point that the image has to become now; 0: it stays as it is.
         `bytes_wanted`: of the point that is to be made now, at most; 0: none is."""

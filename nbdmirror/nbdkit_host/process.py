@@ -170,7 +170,8 @@ class PluginProcess:
             self._check_other_disks(path, source)
             if not source.size:
                 logs.print_startup_error(f"warning: {path}: has 0 bytes; guests get an empty disk")
-            self.disks[name] = Disk(name, source)
+            disk = self.disks[name] = Disk(name, source)
+            disk.ledger.latency.clock_ns = time.perf_counter_ns
         if self._qmp_path:
             self._listener = bind_unix_socket(self._qmp_path)
             self._made[self._qmp_path] = os.lstat(self._qmp_path)

@@ -10,8 +10,6 @@ import pytest
 from support.waiting import InThread, wait_until
 
 from nbdmirror.devices.base import Buffer, MemoryDevice
-from nbdmirror.disk import disk as disk_module
-from nbdmirror.disk import frozen, latency, ledger, throttle
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk, SynchronousWrites
@@ -35,11 +33,14 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    for module in (disk_module, frozen, latency, ledger, throttle):
-        monkeypatch.setattr(module, "perf_counter_ns", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
+
+
+def served(clock: Clock, took_ns: int = 5 * MS, kind: type[Slow] | None = None) -> Disk:
+    disk = Disk("d", (kind or Slow)(clock, took_ns))
+    disk.ledger.latency.clock_ns = clock
+    return disk
 
 
 class Slow(MemoryDevice):
@@ -109,19 +110,21 @@ def test_notes_take_bounded_memory_and_none_is_lost() -> None:
 @pytest.mark.parametrize("kind", [Kind.READ, Kind.WRITE])
 def test_reads_and_writes_are_sampled(clock: Clock, kind: Kind) -> None:
     """One is timed, and the next ones are not, and all of them are done."""
-    disk = Disk("d", source := Slow(clock, 5 * MS))
+    disk = served(clock)
     read = bytearray(1)
     for number in range(2 * SAMPLED + 1):
         if kind is Kind.READ:
             disk.pread(memoryview(read), number)
         else:
             disk.pwrite(b"x", number, False)
-    assert clock.now_ns == (2 * SAMPLED + 1) * source.took_ns
+    assert clock.now_ns == (2 * SAMPLED + 1) * 5 * MS
     found = disk.ledger.latency
     took, own = found.took[kind], found.own[kind]
     assert counted(took) == counted(own) == (3, 3 * 5 * MS)
     assert nothing_else(found, took, own)
     if kind is Kind.WRITE:
+        source = disk.source
+        assert isinstance(source, MemoryDevice)
         assert source.data[: number + 1] == b"x" * (number + 1)
 
 
@@ -134,7 +137,7 @@ def test_reads_and_writes_are_sampled(clock: Clock, kind: Kind) -> None:
     ],
 )
 def test_all_others_are_timed(clock: Clock, kind: Kind, request_: Callable[[Disk], None]) -> None:
-    disk = Disk("d", Slow(clock, 5 * MS))
+    disk = served(clock)
     for _ in range(10):
         request_(disk)
     found = disk.ledger.latency
@@ -148,7 +151,7 @@ def test_a_request_that_fails_has_its_time_too(clock: Clock) -> None:
             super().flush()
             raise OSError(5, "broken")
 
-    disk = Disk("d", Failing(clock, 5 * MS))
+    disk = served(clock, kind=Failing)
     with pytest.raises(OSError, match="broken"):
         disk.flush()
     assert counted(disk.ledger.latency.took[Kind.FLUSH]) == (1, 5 * MS)
@@ -167,7 +170,7 @@ def check_share(found: Latency, cause: Held, *, own_ns: int, held_ns: int) -> No
     ("holds_flushes", "cause"), [(True, Held.PIVOT), (False, Held.CUT)], ids=["pivot", "cut"]
 )
 def test_a_closed_gate_is_a_mirrors_doing(clock: Clock, holds_flushes: bool, cause: Held) -> None:
-    disk = Disk("d", Slow(clock, 5 * MS))
+    disk = served(clock)
     disk.ledger.close_gate(lambda: None, holds_flushes=holds_flushes)
     write = InThread(lambda: disk.pwrite(b"x", 0, False))
     gate = disk.ledger.gate
@@ -181,7 +184,7 @@ def test_a_closed_gate_is_a_mirrors_doing(clock: Clock, holds_flushes: bool, cau
 
 def test_saving_for_a_point_is_a_mirrors_doing(clock: Clock) -> None:
     """The read of what is overwritten, and waiting for that of somebody else."""
-    disk = Disk("d", Slow(clock, 5 * MS))
+    disk = served(clock)
     changes = Changes(disk, GRANULE)
     changes.begin()
     changes.dirty.mark(0, GRANULE)
@@ -205,7 +208,7 @@ def test_saving_for_a_point_is_a_mirrors_doing(clock: Clock) -> None:
 
 
 def test_the_target_of_write_blocking_is_a_mirrors_doing(clock: Clock) -> None:
-    disk, tracker = Disk("d", Slow(clock, 5 * MS)), Tracker(SIZE, GRANULE)
+    disk, tracker = served(clock), Tracker(SIZE, GRANULE)
     disk.ledger.attach(tracker.dirty)
     disk.synchronous = SynchronousWrites(
         tracker=tracker,
@@ -219,7 +222,7 @@ def test_the_target_of_write_blocking_is_a_mirrors_doing(clock: Clock) -> None:
 
 
 def test_a_throttle_is_a_mirrors_doing(clock: Clock) -> None:
-    disk = Disk("d", Slow(clock, 5 * MS))
+    disk = served(clock)
     slowed = Throttle(disk.ledger, DirtyBitmap(SIZE, GRANULE), lambda: clock.now_ns / 1e9)
 
     def wait(seconds: float) -> None:

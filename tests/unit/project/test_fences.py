@@ -74,7 +74,7 @@ ONLY_IN = {
     "rich": "cli.*",
     "starlette": "web.*",
     "uvicorn": "web.service",
-    "prometheus_client": "web.metrics",
+    "prometheus_client": "web.metrics web.metric_kinds",
     "jinja2": "web.page",
 }
 
