@@ -15,11 +15,12 @@ from integration.mirror.points.pointsparts import (
     wait_for_points,
     wait_for_rest,
 )
+from integration.state.stateparts import End, ends
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, make_image
-from support.kept import Kept, power_cut
+from support.kept import Kept
 from support.processes import nbdmirror
 from support.servers import Nbdmirror
 from support.waiting import wait_until
@@ -96,16 +97,15 @@ def test_while_it_is_copied_in_place_nothing_can_be_recovered(
     identical(folder / "disk.img", far.image)
 
 
-@pytest.mark.parametrize("end", [Kept.stop, Kept.kill, power_cut], ids=str)
+@ends
 def test_the_server_ends_meanwhile(
-    server: Kept, far: FarSide, identical: Identical, folder: Path, end: object
+    server: Kept, far: FarSide, identical: Identical, folder: Path, end: End
 ) -> None:
     far.start_mirror(server, device="vda", **IN_PLACE)
     server.qmp.wait_ready()
     server.qmp.execute("block-job-set-speed", device="j", speed=1)
     change_too_much(server)
     server.qmp.wait_for_event("X_NBDMIRROR_IN_PLACE")
-    assert callable(end)
     end(server)
     qmp = server.restart()
     qmp.execute("block-job-set-speed", device="j", speed=0)
