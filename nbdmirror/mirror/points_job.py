@@ -144,17 +144,15 @@ class PointsJob(MirrorJob):
             "time-s": round(point.time_ns / 1e9, 3),
             "bytes": point.changed_bytes,
             "lag-s": round_up(self.run.lag.lag_s),
-            **_named(point.name),
         }
-        self._tell_of_points("X_NBDMIRROR_POINT", data)
+        self._tell_of_points("X_NBDMIRROR_POINT", data, point.name)
         self.lag, self.in_place_since_ns = self.run.lag, 0
         if self.status is JobStatus.RUNNING:
             self.to(JobStatus.READY, "the first point is committed")
             self.tell("BLOCK_JOB_READY")
 
     def point_broken(self, error: BaseException, name: str) -> None:
-        data = {"reason": str(error), **_named(name)}
-        self._tell_of_points("X_NBDMIRROR_POINT_BROKEN", data)
+        self._tell_of_points("X_NBDMIRROR_POINT_BROKEN", {"reason": str(error)}, name)
 
     def far_side_failed(self, error: BaseException) -> None:
         assert self.run is not None
@@ -210,8 +208,12 @@ class PointsJob(MirrorJob):
     def _mark_all(self) -> None:
         self.log.warning("the source may have lost writes: everything is copied again")
         self.tracker.mark_all()
-        if self.run is not None and not self.is_over:
+        if self.is_over:
+            return
+        if self.run is not None:
             self.run.everything_changed(DeviceError("the source may have lost writes"))
+        elif self._far_resources.has_begun:  # the far side of an earlier process is waited for
+            self._changes.dirty.mark_all()
 
     def advance(self) -> None:
         is_ending = self.activity in (Activity.PAUSING, Activity.ABORTING)
@@ -389,10 +391,7 @@ class PointsJob(MirrorJob):
                 self.promises.look_at_window(self.run)
         super()._look()
 
-    def _tell_of_points(self, event: str, data: dict[str, Any]) -> None:
-        self._events.append(event, {"device": self.disk.name, "id": self.id, **data})
-
-
-def _named(name: str) -> dict[str, Any]:
-    """A point's name as a member of events, if the point has one."""
-    return {"name": name} if name else {}
+    def _tell_of_points(self, event: str, data: dict[str, Any], name: str = "") -> None:
+        """`name`: of the point, if it has one."""
+        named = {"name": name} if name else {}
+        self._events.append(event, {"device": self.disk.name, "id": self.id, **data, **named})

@@ -96,7 +96,8 @@ class PointsResources(JobResources):
         """Continue a mirror of an earlier process."""
         record = state.definition.mirror
         assert record is not None and record.points is not None
-        self.has_begun, self.newest = record.points.has_begun, state.newest_point
+        self.has_begun = record.points.has_begun
+        self.newest = 0 if state.problem else state.newest_point  # then all is sent again
         try:
             self.make_spill()
         except CommandError as error:

@@ -21,6 +21,7 @@ from support.guests import Guest
 from support.images import KiB, MiB, assert_identical, make_image
 from support.kept import Kept, power_cut
 from support.processes import nbdmirror
+from support.servers import QemuNbd
 from support.waiting import wait_until
 
 SMALL = 64 * KiB
@@ -193,6 +194,38 @@ def test_a_mirror_that_waits_for_its_far_side_can_be_ended(
     server.restart()
     with connected(server.uri()) as guest:
         identical(bytes(guest.pread(SIZE, 0)), expected)
+
+
+def test_a_source_that_loses_writes_while_the_far_side_is_away(
+    server: Kept, far: FarSide, disk: Path, start: Start, identical: Identical
+) -> None:
+    """An NBD server that was killed may have lost what was not flushed: all may differ then."""
+    server.stop()
+    source = start(QemuNbd(disk.parent, disk))
+    server.disks = [f"vda={source.uri()}"]
+    server.restart()
+    begin(server, far)
+    server.qmp.wait_ready()
+    change(server, 1)
+    wait_for_rest(server)
+    server.stop()
+    far.stop()
+    server.restart()
+    change(server, 2, blocks=1)
+    source.kill()
+    with disk.open("r+b") as file:
+        file.seek(5 * MiB)
+        file.write(b"as it was before")
+    source.start()
+    with connected(server.uri()) as guest:
+        guest.pread(512, 0)
+    far.image_server.start()
+    far.journal_server.start()
+    wait_until(lambda: server.qmp.job()["ready"], "points continue")
+    wait_for_rest(server)
+    server.stop()
+    far.stop()
+    identical(disk, far.image)
 
 
 def test_a_disk_that_others_changed_meanwhile(
