@@ -31,11 +31,16 @@ class Logged(NbdkitTarget):
     """A raw file behind nbdkit, which notes every request before it does it."""
 
     def __init__(
-        self, folder: Path, image: Path, *parameters: str, filters: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        image: Path,
+        *parameters: str,
+        filters: tuple[str, ...] = (),
+        options: tuple[str, ...] = (),
     ) -> None:
         self.log = folder / f"{image.name}.log"
-        more = (f"logfile={self.log}", *parameters)
-        super().__init__(folder, "file", f"file={image}", *more, filters=("log", *filters))
+        more = (f"file={image}", f"logfile={self.log}", *parameters)
+        super().__init__(folder, "file", *more, filters=("log", *filters), options=options)
         self.image = image
 
     def requests(self, kind: str) -> list[tuple[int, int, bool]]:

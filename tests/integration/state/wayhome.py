@@ -12,8 +12,9 @@ from support.images import assert_identical
 from support.kept import Kept
 
 REFUSED = "is not the disk any more"
-QUIET = "WARNING|target only|reset by peer"
-"""What a target only logs: its role, and requests that it refuses."""
+QUIET = "WARNING|target only|reset by peer|read data: NBD_CMD_WRITE"
+"""What a target only logs: its role, requests that it refuses, and what a client was sending that
+was killed."""
 
 
 def image(server: Kept) -> Path:
