@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-SAMPLED = 61
+SAMPLED = 251
 """A prime number, so that guests that do the same things by turns have all of them timed."""
 
 NOTES_MAX = 4096

@@ -146,7 +146,7 @@ METRICS: dict[str, tuple[Metric | Times, ...]] = {
         ),
         Times(
             "nbdmirror_disk_request_seconds",
-            "How long requests of guests took. Of reads and writes one in 61 is timed.",
+            "How long requests of guests took. Of reads and writes one in 251 is timed.",
             "requests",
             "kind",
         ),
