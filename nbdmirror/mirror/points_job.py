@@ -266,12 +266,10 @@ class PointsJob(MirrorJob):
 
     def _continue_points(self, far: FarSide) -> None:
         """Points of an earlier process: `restore` has marked what they lack."""
-        first = self._take_over
-        if self._far_resources.has_begun:
-            first = self._end_first_copy
-            first()
-        else:
+        has_begun = self._far_resources.has_begun
+        if not has_begun:
             self._changes.begin()
+        first = self._end_first_copy if has_begun else self._take_over
         self.run = self._new_run(far.times_ns(), first)
         self.lag = self.run.lag
         self.log.info("continues after point %d", far.newest)
@@ -358,9 +356,7 @@ class PointsJob(MirrorJob):
         self._start_run()
         if self.run.has_left:
             self._leave_points(self.run)
-        elif self.run.is_leaving:
-            self.run.advance()
-        elif self.may_end and self.activity is Activity.COPYING:
+        elif self.may_end and self.activity is Activity.COPYING and not self.run.is_leaving:
             super()._advance_copying()
         else:
             self.run.advance()
