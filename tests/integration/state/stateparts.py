@@ -38,6 +38,13 @@ def settle(server: Kept, node: str = "vda") -> None:
         server.qmp.execute("block-dirty-bitmap-remove", node=node, name="x")
 
 
+def restart_until_ready(server: Kept) -> Qmp:
+    """So little may be left that the event comes before somebody hears it."""
+    qmp = server.restart()
+    wait_until(lambda: qmp.job()["ready"], "the mirror went on")
+    return qmp
+
+
 def finish(server: Kept, job: str = "j") -> int:
     """Complete the mirror; returns how many bytes it has copied since its server began."""
     qmp = server.qmp

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from integration.state.stateparts import End, begin, ends, settle
+from integration.state.stateparts import End, begin, ends, restart_until_ready, settle
 from support.fixtures import Identical
 from support.images import KiB
 from support.kept import Kept
@@ -26,8 +26,7 @@ def test_it_is_the_same_moment_after_a_restart(server: Kept, target: QemuNbd, en
     before = deadline_of(server)
     settle(server)
     end(server)
-    qmp = server.restart()
-    wait_until(lambda: qmp.job()["ready"], "the target is back")
+    restart_until_ready(server)
     after = deadline_of(server)
     assert (after["at-s"], after["on-deadline"]) == (before["at-s"], "complete")
     assert after["left-s"] < before["left-s"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbd
 import pytest
 from integration.rules.rulesparts import Logged
+from integration.state.stateparts import restart_until_ready
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.images import KiB, MiB, make_empty
@@ -113,19 +114,13 @@ def test_after_a_kill_only_parts_are_sent_again(
         writer.join()
         lost += unflushed_bytes(disk, target)
         before = len(target.log.read_text().splitlines())
-        wait_until_ready_again(server)
+        restart_until_ready(server)
         again += sent_bytes(target.log.read_text().splitlines()[before:])
 
     assert 0 < again <= RATIO_MAX * lost, f"{again} bytes again, {lost} were not flushed"
     server.qmp.complete()
     server.stop()
     identical(disk, target.image)
-
-
-def wait_until_ready_again(server: Kept) -> None:
-    """So little is left that the event may come before somebody hears it."""
-    qmp = server.restart()
-    wait_until(lambda: qmp.job()["ready"], "the mirror went on")
 
 
 def killed_behind_a_frozen_target(server: Kept, target: Logged) -> None:
@@ -150,7 +145,7 @@ def killed_behind_a_frozen_target(server: Kept, target: Logged) -> None:
 def sent_by_the_next(server: Kept, target: Logged) -> int:
     os.kill(target.pid, signal.SIGCONT)
     before = len(target.log.read_text().splitlines())
-    wait_until_ready_again(server)
+    restart_until_ready(server)
     return sent_bytes(target.log.read_text().splitlines()[before:])
 
 

@@ -11,10 +11,11 @@ from integration.mirror.points.pointsparts import (
     SIZE,
     FarSide,
     points_of,
+    stop_at_rest,
     wait_for_points,
     wait_for_rest,
 )
-from integration.state.stateparts import End, ends, settle
+from integration.state.stateparts import End, ends, restart_until_ready, settle
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
@@ -62,11 +63,6 @@ def ask_for_point(server: Kept, name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def wait_until_ready_again(server: Kept) -> None:
-    qmp = server.restart()
-    wait_until(lambda: qmp.job()["ready"], "points continue")
-
-
 @ends
 def test_points_continue_and_those_of_before_stay(
     server: Kept, far: FarSide, disk: Path, identical: Identical, end: End
@@ -78,7 +74,7 @@ def test_points_continue_and_those_of_before_stay(
     number = int(points_of(server)["sequence"])
     change(server, 2)
     end(server)
-    wait_until_ready_again(server)
+    restart_until_ready(server)
     points = points_of(server)
     assert points["sequence"] > number and points["points"] > number
     if end is not power_cut:  # then it is known in regions only
@@ -104,7 +100,7 @@ def test_an_older_point_is_recovered_after_a_restart(
     before = disk.read_bytes()
     change(server, 2)
     end(server)
-    wait_until_ready_again(server)
+    restart_until_ready(server)
     change(server, 3)
     wait_for_points(server, 1)
     server.kill()
@@ -120,7 +116,7 @@ def test_the_disk_moves_to_the_image_after_a_restart(
     server.qmp.wait_ready()
     change(server, 1)
     end(server)
-    wait_until_ready_again(server)
+    restart_until_ready(server)
     with Guest(server.uri(), disk) as guest:
         identical(guest, far.image_server.uri())
         wait_for_points(server, 2)
@@ -145,9 +141,7 @@ def test_the_first_copy_continues(
     qmp.execute("block-job-set-speed", device="j", speed=0)
     wait_until(lambda: qmp.job()["ready"], "the first point is there")
     change(server, 2)
-    wait_for_rest(server)
-    server.stop()
-    far.stop()
+    stop_at_rest(server, far)
     identical(disk, far.image)
 
 
@@ -169,9 +163,7 @@ def test_a_far_side_that_comes_up_later_is_waited_for(
         assert not server.qmp.job()["ready"]
         one.start()
     wait_until(lambda: server.qmp.job()["ready"], "points continue")
-    wait_for_rest(server)
-    server.stop()
-    far.stop()
+    stop_at_rest(server, far)
     identical(disk, far.image)
 
 
@@ -222,9 +214,7 @@ def test_a_source_that_loses_writes_while_the_far_side_is_away(
     far.image_server.start()
     far.journal_server.start()
     wait_until(lambda: server.qmp.job()["ready"], "points continue")
-    wait_for_rest(server)
-    server.stop()
-    far.stop()
+    stop_at_rest(server, far)
     identical(disk, far.image)
 
 
@@ -238,10 +228,8 @@ def test_a_disk_that_others_changed_meanwhile(
     with disk.open("r+b") as file:
         file.seek(5 * MiB)
         file.write(b"another program")
-    wait_until_ready_again(server)
-    wait_for_rest(server)
-    server.stop()
-    far.stop()
+    restart_until_ready(server)
+    stop_at_rest(server, far)
     identical(disk, far.image)
 
 

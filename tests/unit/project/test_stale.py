@@ -16,6 +16,7 @@ from support.processes import ROOT
 
 from nbdmirror import limits, nbd_uri
 from nbdmirror.cli import common
+from nbdmirror.disk.latency import SAMPLED
 from nbdmirror.events import EVENTS_KEPT_MAX
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
@@ -38,6 +39,8 @@ NUMBERS = (
     ("plugin.md", "disconnected; default {}", KEEPALIVE_S),
     ("faults.md", "closes a connection {} s after the last sign of life", KEEPALIVE_S),
     ("faults.md", "wait for the server, for {} seconds", int(RECONNECT_TIMEOUT_S)),
+    ("qmp.md", "Of reads and writes one in {} is timed", SAMPLED),
+    ("monitoring.md", "Of reads and writes one in {} is timed", SAMPLED),
     ("security.md", "| clients at a time | {} |", qmp_server.CLIENTS_MAX),
     ("security.md", "levels | 1 MiB, {},", json_stream.VALUE_TOKENS_MAX),
     ("security.md", f"1 MiB, {json_stream.VALUE_TOKENS_MAX:,}, {{}} |", json_stream.DEPTH_MAX),

@@ -21,6 +21,7 @@ from support.images import KiB, assert_identical
 from support.kept import Kept
 from support.processes import nbdmirror
 from support.qmpclient import Qmp
+from support.serverprocess import Server
 from support.waiting import wait_until
 
 BLOCK = 4 * KiB
@@ -151,7 +152,7 @@ class Rounds:
         qmp = self.server.qmp
         wait_until(lambda: qmp.job()["ready"] and not qmp.job()["paused"], "points continue")
 
-    def _far_servers(self) -> list:  # type: ignore[type-arg]
+    def _far_servers(self) -> list[Server]:
         servers = [self.far.image_server, self.far.journal_server]
         self.rng.shuffle(servers)
         return servers

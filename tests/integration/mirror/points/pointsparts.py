@@ -88,6 +88,13 @@ def wait_for_rest(server: Nbdmirror) -> None:
     wait_until(is_at_rest, "the image holds everything")
 
 
+def stop_at_rest(server: Nbdmirror, far: FarSide) -> None:
+    """From then on the image holds what the disk holds."""
+    wait_for_rest(server)
+    server.stop()
+    far.stop()
+
+
 def points_of(server: Nbdmirror) -> dict[str, Any]:
     return dict(server.qmp.job()["x-nbdmirror-points"])
 

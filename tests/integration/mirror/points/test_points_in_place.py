@@ -12,6 +12,7 @@ from integration.mirror.points.pointsparts import (
     SIZE,
     FarSide,
     points_of,
+    stop_at_rest,
     wait_for_points,
     wait_for_rest,
 )
@@ -48,6 +49,19 @@ def change_too_much(server: Nbdmirror, fill: bytes = b"x") -> None:
         guest.pwrite(fill * 8 * MiB, MiB)
 
 
+def lag_of(server: Kept) -> float:
+    return float(str(server.job_status()["lag-s"]))
+
+
+def begin_in_place(server: Kept, far: FarSide) -> None:
+    """And go no further: the speed is limited, which limits what is copied in place alone."""
+    far.start_mirror(server, device="vda", **IN_PLACE)
+    server.qmp.wait_ready()
+    server.qmp.execute("block-job-set-speed", device="j", speed=1)
+    change_too_much(server)
+    server.qmp.wait_for_event("X_NBDMIRROR_IN_PLACE")
+
+
 @pytest.mark.parametrize("keep_s", [0, 3600])
 def test_points_begin_anew(
     server: Kept, far: FarSide, folder: Path, identical: Identical, keep_s: int
@@ -75,25 +89,18 @@ def test_while_it_is_copied_in_place_nothing_can_be_recovered(
     server: Kept, far: FarSide, identical: Identical, folder: Path
 ) -> None:
     """And that is said, wherever it is asked."""
-    far.start_mirror(server, device="vda", speed=64 * 1024, buf_size=64 * 1024, **IN_PLACE)
-    server.qmp.execute("block-job-set-speed", device="j", speed=0)
-    server.qmp.wait_ready()
-    server.qmp.execute("block-job-set-speed", device="j", speed=1)
-    change_too_much(server)
-    server.qmp.wait_for_event("X_NBDMIRROR_IN_PLACE")
+    begin_in_place(server, far)
     wait_until(lambda: "in-place-since-s" in points_of(server), "it is shown")
     assert "did not fit into the journal" in nbdmirror("status", "--qmp", server.qmp_path).stdout
     listed = nbdmirror("points", far.journal_server.uri())
     assert "no point: the image is being copied in place since" in listed.stdout + listed.stderr
-    lag_s = server.job_status()["lag-s"]
+    lag_s = lag_of(server)
     refused = server.qmp.refusal("x-nbdmirror-point", id="j")
     assert "makes no points now" in refused
-    assert isinstance(lag_s, float) and server.job_status()["lag-s"] > lag_s, "it grows"  # type: ignore[operator]
+    assert lag_of(server) > lag_s, "it grows"
     server.qmp.execute("block-job-set-speed", device="j", speed=0)
     wait_until(lambda: "sequence" in points_of(server), "there are points again")
-    wait_for_rest(server)
-    server.stop()
-    far.stop()
+    stop_at_rest(server, far)
     identical(folder / "disk.img", far.image)
 
 
@@ -101,29 +108,19 @@ def test_while_it_is_copied_in_place_nothing_can_be_recovered(
 def test_the_server_ends_meanwhile(
     server: Kept, far: FarSide, identical: Identical, folder: Path, end: End
 ) -> None:
-    far.start_mirror(server, device="vda", **IN_PLACE)
-    server.qmp.wait_ready()
-    server.qmp.execute("block-job-set-speed", device="j", speed=1)
-    change_too_much(server)
-    server.qmp.wait_for_event("X_NBDMIRROR_IN_PLACE")
+    begin_in_place(server, far)
     end(server)
     qmp = server.restart()
     qmp.execute("block-job-set-speed", device="j", speed=0)
     wait_until(lambda: qmp.job()["ready"], "there are points again")
-    wait_for_rest(server)
-    server.stop()
-    far.stop()
+    stop_at_rest(server, far)
     identical(folder / "disk.img", far.image)
 
 
 def test_the_far_side_is_lost_meanwhile(
     server: Kept, far: FarSide, identical: Identical, folder: Path
 ) -> None:
-    far.start_mirror(server, device="vda", **IN_PLACE)
-    server.qmp.wait_ready()
-    server.qmp.execute("block-job-set-speed", device="j", speed=1)
-    change_too_much(server)
-    server.qmp.wait_for_event("X_NBDMIRROR_IN_PLACE")
+    begin_in_place(server, far)
     for one in (far.image_server, far.journal_server):
         one.kill()
     server.qmp.wait_for_event("X_NBDMIRROR_TARGET_LOST")
@@ -131,9 +128,7 @@ def test_the_far_side_is_lost_meanwhile(
         one.start()
     server.qmp.execute("block-job-set-speed", device="j", speed=0)
     wait_until(lambda: "sequence" in points_of(server), "there are points again")
-    wait_for_rest(server)
-    server.stop()
-    far.stop()
+    stop_at_rest(server, far)
     identical(folder / "disk.img", far.image)
 
 

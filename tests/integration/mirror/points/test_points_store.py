@@ -6,9 +6,11 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.mirror.points.pointsparts import FarSide, last_point
+from integration.state.stateparts import restart_until_ready
 from support.clients import connected, nbd_errno
 from support.fixtures import Identical, Start
 from support.images import MiB, make_image
@@ -106,10 +108,10 @@ def test_what_a_restart_keeps_of_it(server: Kept, far: FarSide, folder: Path) ->
     server.qmp.wait_ready()
     before = last_point(server)
     server.stop()
-    server.restart()
-    wait_until(lambda: server.qmp.job()["ready"], "points continue")
+    restart_until_ready(server)
     assert last_point(server) > before
-    points = server.definition()["mirror"]["points"]  # type: ignore[index]
+    mirror: Any = server.definition()["mirror"]
+    points = mirror["points"]
     assert (points["store_bytes"], points["spill_bytes"]) == (MiB, 2 * SIZE)
     assert points["breaks_guest_writes"] is True
 
