@@ -4,7 +4,7 @@
     qmp=PATH           control socket
     cache=none         O_DIRECT instead of the page cache (default: writeback)
     read-only=true     open the disks for reading only
-    journal=DISK       the disk is an image: serve a point of this journal (needs read-only)
+    journal=DISK       the disk is an image: serve a point of this journal
     point=POINT        which point: a number, a name or a time (default: the newest)
     mirror-to=URI      start mirroring the first disk at once
     connections=N      most connections to an NBD server (default: 9)

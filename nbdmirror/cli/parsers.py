@@ -109,7 +109,8 @@ POINT += " (default: the newest)"
 def add_point(serve: argparse.ArgumentParser) -> None:
     """Options of `serve` for a point of a journal."""
     add = serve.add_argument
-    journal = "the disk is the image of this journal: serve a point of it (needs --read-only)"
+    journal = "the disk is the image of this journal: serve a point of it; with --read-only beside"
+    journal += " a source that continues, else instead of that source"
     add("--journal", metavar="DISK", help=journal)
     add("--point", metavar="POINT", help=f"with --journal: {POINT}")
 

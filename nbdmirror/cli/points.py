@@ -18,7 +18,7 @@ from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
-from nbdmirror.nbdclient.pair import are_same, check_pair
+from nbdmirror.nbdclient.pair import are_same, check_pair, why_unfit
 from nbdmirror.points.format import BLOCK_BYTES, Point, State
 from nbdmirror.points.reader import Journal, read
 from nbdmirror.points.recovery import recover
@@ -94,6 +94,7 @@ def _as_text(journal: Journal) -> str:
         State.SEEDING: f"no point yet: the image is being copied for the first time since {since}",
         State.TORN: f"no point: the image is being copied in place since {since}",
         State.PROMOTED: f"recovered at {since}: the image is in use",
+        State.SERVED: f"point {block.applying} is served since {since}: the image becomes it",
     }
     lines = [f"{head}; {states.get(block.state, count)}"]
     if points:
@@ -171,16 +172,7 @@ def _open(option: str, place: str, read_only: bool) -> BlockDevice:
             check_journal(place)
         return FileDevice.open(place, read_only=read_only)
     device = NbdDevice.open(place)
-    if not read_only:
-        problem = ""
-        if device.read_only:
-            problem = "the export is read-only"
-        elif not device.announced.can_flush:
-            problem = "the server cannot flush, so nothing that it holds is safe"
-        elif device.block_size.minimum > BLOCK_BYTES:
-            problem = f"the export has blocks of {device.block_size.minimum} bytes"
-            problem = f"{problem}, and a journal has blocks of {BLOCK_BYTES}"
-        if problem:
-            device.close()
-            raise ConfigError(f"{device.uri}: {problem}")
+    if not read_only and (problem := why_unfit(device, BLOCK_BYTES)):
+        device.close()
+        raise ConfigError(f"{device.uri}: {problem}")
     return device

@@ -12,7 +12,6 @@ import logging
 import os
 import pwd
 import re
-import shlex
 import shutil
 import socket
 import subprocess
@@ -148,12 +147,6 @@ def _read_only_parameters(args: argparse.Namespace) -> list[str]:
         raise CliError("--journal: belongs to one disk, and more are served", USAGE)
     journal = args.journal
     journal = absolute_uri(journal, "--journal: ") if is_uri(journal) else os.path.abspath(journal)
-    _, image = _disks(args)[0]
-    if not args.read_only:
-        text = "a point is served with --read-only; to write to the disk, make the image that point"
-        point = f" --point {shlex.quote(args.point)}" if args.point else ""
-        names = f"--image {shlex.quote(image)} --journal {shlex.quote(journal)}{point}"
-        raise CliError(f"--journal: {text}: nbdmirror recover {names}; then serve the image alone")
     if args.state_dir:
         raise CliError("--journal: not allowed with --state-dir: a point has no state", USAGE)
     return [*read_only, f"journal={journal}", *([f"point={args.point}"] if args.point else [])]

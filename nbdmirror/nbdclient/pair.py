@@ -34,3 +34,15 @@ def check_pair(image: BlockDevice, journal: BlockDevice) -> None:
             same = same or one.is_of_file(other.fd, other.opened)
     if same:
         raise ConfigError(f"{journal.description}: is the same disk as {image.description}")
+
+
+def why_unfit(export: NbdDevice, block_bytes: int) -> str:
+    """Why an export cannot be the image or the journal of points, in blocks of `block_bytes`, that
+    are written; empty if it can."""
+    if export.read_only:
+        return "the export is read-only"
+    if not export.announced.can_flush:
+        return "the server cannot flush, so nothing that it holds is safe"
+    if (least := export.block_size.minimum) > block_bytes:
+        return f"the export has blocks of {least} bytes, and a journal has blocks of {block_bytes}"
+    return ""

@@ -37,7 +37,7 @@ from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
 from nbdmirror.nbdkit_host.latecomers import Opening
 from nbdmirror.nbdkit_host.parameters import absolute_of, boolean_of, number_of, record_id_of
-from nbdmirror.nbdkit_host.point_disk import Wanted
+from nbdmirror.nbdkit_host.point_disk import Wanted, begin
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
 from nbdmirror.qmp.commands import dispatch, version_info
 from nbdmirror.qmp.server import QmpServer
@@ -149,6 +149,8 @@ class PluginProcess:
             raise ConfigError("accept-old-side: needs state-dir")
         if self._mirror_to and self._is_read_only:
             raise ConfigError("mirror-to: a read-only disk does not change; copy it with nbdcopy")
+        if self._mirror_to and self._journal:
+            raise ConfigError("mirror-to: not allowed with journal: first the disk becomes a point")
         self._wanted = Wanted.of(
             self._journal,
             self._point,
@@ -220,6 +222,8 @@ class PluginProcess:
             leave_terminal()
         self.log = logs.Log(in_background=in_background)
         self._note_what_nbdkit_made()
+        for disk in self.disks.values():
+            begin(disk)
         self._log_what_is_served()
         guests = Guests(except_listener=self._listener)
         self._end_on_signal(guests, shut_down)

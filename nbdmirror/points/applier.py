@@ -16,23 +16,29 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bitarray import bitarray
 
 from nbdmirror.points.format import SAMPLES_MAX, Header, Sample
 from nbdmirror.points.reader import DamagedData, Journal, Part, contents, groups, newest_parts
+from nbdmirror.points.regions import RegionMap
 from nbdmirror.points.requests import Flush, Program, Request, Side, Write, Zero
 from nbdmirror.points.superblocks import Found, Superblocks
 from nbdmirror.points.writer import JournalWriter
 
 
-def check(journal: Journal, headers: Sequence[Header]) -> Program[bitarray]:
+def check(
+    journal: Journal, headers: Sequence[Header], regions: RegionMap | None = None
+) -> Program[bitarray]:
     """Read all data that the last of `headers` needs. Returns which blocks of the disk it changes.
-    Raises DamagedData: of all damage the one of the oldest point."""
+    Raises DamagedData: of all damage the one of the oldest point. `regions`: what the image has
+    already, which is not read."""
     problems: list[DamagedData] = []
 
     def visit(parts: list[Part]) -> Program[None]:
+        parts = _lacking(parts, regions)
         for group in groups(part for part in parts if not part.entry.is_zero):
             try:
                 yield from contents(journal, group)
@@ -52,15 +58,21 @@ def put(
     *,
     first: Mapping[str, Any] | None = None,
     last: Mapping[str, Any] | None = None,
+    regions: RegionMap | None = None,
 ) -> Program[None]:
     """Steps 2 to 5 for the point `sequence`, which is on offer and was checked. `first` and `last`:
-    further changes of the superblock, in steps 2 and 5. Raises IO_ERRORS and JournalTaken."""
+    further changes of the superblock, in steps 2 and 5. `regions`: what the image has already, and
+    keeps. Raises IO_ERRORS and JournalTaken."""
     headers = headers_to(journal, sequence)
     changes: dict[str, Any] = {}
     if headers:
         yield from superblocks.update(applying=sequence, **(first or {}))
         samples: list[Sample] = []
-        yield from newest_parts(journal, headers, lambda parts: _write(journal, parts, samples))
+
+        def write(parts: list[Part]) -> Program[None]:
+            yield from _write(journal, _lacking(parts, regions), samples)
+
+        yield from newest_parts(journal, headers, write)
         changes = {
             "base": headers[-1].point,
             "base_digest": headers[-1].digest,
@@ -90,6 +102,17 @@ def apply(
     yield from check(journal, headers_to(journal, sequence))
     yield from put(journal, writer.superblocks, sequence, last=last)
     yield from writer.free()
+
+
+def _lacking(parts: list[Part], regions: RegionMap | None) -> list[Part]:
+    """Those ranges of `parts` that the image may lack."""
+    if regions is None:
+        return parts
+    return [
+        replace(part, offset=offset, length=length)
+        for part in parts
+        for offset, length in regions.runs(part.offset, part.length)
+    ]
 
 
 def _write(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Program[None]:

@@ -64,6 +64,12 @@ class State(Enum):
     """The image is being changed in place after an outage; there is no point until that ends."""
     PROMOTED = 4
     """The image was made a point's content, and belongs to whoever asked for that."""
+    SERVED = 5
+    """The image becomes the point `applying` while guests write to it (regions.py)."""
+
+
+IN_USE = (State.PROMOTED, State.SERVED)
+"""The states in which nobody but a user's guests may change the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,7 @@ class Superblock:
             self.tail, self.applying, self.newest, len(self.samples),
         )  # fmt: skip
         samples = b"".join(_SAMPLE.pack(s.offset, s.length, s.crc) for s in self.samples)
-        return _sealed(head + self.base.pack() + self.base_digest + samples)
+        return sealed(head + self.base.pack() + self.base_digest + samples)
 
     @classmethod
     def unpack(cls, block: bytes) -> Superblock:
@@ -149,12 +155,14 @@ class Superblock:
         since_ns, state, is_base_offered, tail, applying, newest, count = fields[8:]
         if magic != MAGIC:
             raise JournalError("is no superblock of a journal")
-        _check_seal(block)
+        check_seal(block)
         if version != VERSION:
             text = f"has version {version} of the format, and this nbdmirror reads {VERSION}"
             raise JournalError(text)
         if disk_bytes < 0 or ring_bytes < RING_BYTES_MIN or ring_bytes % BLOCK_BYTES:
             raise JournalError("is damaged: its sizes are impossible")
+        if state > max(known.value for known in State):
+            raise JournalError(f"has the state {state}, which this nbdmirror does not know")
         at = _SUPERBLOCK.size + _POINT.size
         first = at + DIGEST_BYTES
         samples = _SAMPLE.iter_unpack(block[first : first + count * _SAMPLE.size])
@@ -206,7 +214,7 @@ class Header:
             b"NBMh", VERSION, self.generation, self.place, self.payload_bytes, self.entries,
             self.index_digest, self.previous,
         )  # fmt: skip
-        return _sealed(head + self.point.pack())
+        return sealed(head + self.point.pack())
 
     @classmethod
     def unpack(cls, block: bytes) -> Header:
@@ -214,7 +222,7 @@ class Header:
         magic, _, generation, place, payload, entries, index, previous = _HEADER.unpack_from(block)
         if magic != b"NBMh":
             raise JournalError("is no header")
-        _check_seal(block)
+        check_seal(block)
         point = Point.unpack(block[_HEADER.size : _HEADER.size + _POINT.size])
         return cls(point, generation, place, payload, entries, index, previous)
 
@@ -245,7 +253,7 @@ def pack_footer(header: Header) -> bytes:
     """The block whose presence commits the batch."""
     point = header.point.sequence
     fields = (b"NBMf", VERSION, header.generation, point, header.footer_place, header.digest)
-    return _sealed(_FOOTER.pack(*fields))
+    return sealed(_FOOTER.pack(*fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,12 +294,12 @@ def batch_bytes_max(data_bytes: int) -> int:
     return 2 * BLOCK_BYTES + data_bytes + blocks(data_bytes // BLOCK_BYTES * ENTRY_BYTES)
 
 
-def _sealed(content: bytes) -> bytes:
+def sealed(content: bytes) -> bytes:
     content = content.ljust(BLOCK_BYTES - _CRC.size, b"\0")
     return content + _CRC.pack(zlib.crc32(content))
 
 
-def _check_seal(block: bytes) -> None:
+def check_seal(block: bytes) -> None:
     content = memoryview(block)[: -_CRC.size]
     if _CRC.unpack(block[-_CRC.size :]) != (zlib.crc32(content),):
         raise JournalError("is damaged: its checksum is wrong")

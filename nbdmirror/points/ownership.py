@@ -8,6 +8,7 @@ from collections.abc import Callable
 from nbdmirror.points.format import (
     BLOCK_BYTES,
     DIGEST_BYTES,
+    IN_USE,
     NO_POINT,
     RING_BYTES_MIN,
     RING_START,
@@ -112,5 +113,5 @@ def _check(journal: Journal, disk_id: bytes) -> None:
     block = journal.superblock
     if block.disk_id != disk_id:
         raise JournalError(f"{journal.name}: is the journal of another disk")
-    if block.state is State.PROMOTED:
+    if block.state in IN_USE:
         raise JournalTaken(taken_text(journal.name, block))

@@ -72,6 +72,8 @@ class Journal:
         block = self.superblock
         if block.state is State.PROMOTED:
             return [block.base]
+        if block.state is State.SERVED:
+            return [h.point for h in self.headers if h.point.sequence == block.applying]
         if block.state is not State.OK:
             return []
         base = [block.base] if block.is_base_offered and not block.applying else []

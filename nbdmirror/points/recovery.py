@@ -11,9 +11,18 @@ from bitarray import bitarray
 
 from nbdmirror.names import is_number, parse_time
 from nbdmirror.points.applier import check, headers_to, put
-from nbdmirror.points.format import BLOCK_BYTES, MAGIC, JournalError, Point, State, Superblock
+from nbdmirror.points.format import (
+    BLOCK_BYTES,
+    IN_USE,
+    MAGIC,
+    JournalError,
+    Point,
+    State,
+    Superblock,
+)
 from nbdmirror.points.ownership import RandomBytes, new_generation
 from nbdmirror.points.reader import DamagedData, Journal, read
+from nbdmirror.points.regions import read_map
 from nbdmirror.points.requests import Program, Read, Side
 from nbdmirror.points.superblocks import Superblocks, wall_time
 
@@ -40,9 +49,11 @@ def choose(journal: Journal, text: str | None) -> Point:
         offer = f"{wall_time(first.time_ns)} to {wall_time(last.time_ns)}"
     else:
         found, offer = [], f"{first.sequence} to {last.sequence}"
-    if not found and journal.superblock.state is State.PROMOTED:
+    if not found and journal.superblock.state in IN_USE:
         when = wall_time(journal.superblock.since_ns)
-        text = f"point {first.sequence} was recovered at {when}: there is no other point any more"
+        is_served = journal.superblock.state is State.SERVED
+        text = f"is served since {when}" if is_served else f"was recovered at {when}"
+        text = f"point {first.sequence} {text}: there is no other point any more"
         raise JournalError(f"{journal.name}: {text}")
     if not found:
         raise JournalError(f"{journal.name}: has no point {text!r}: it has {offer}")
@@ -90,11 +101,14 @@ def recover(
     point = choose(journal, wanted)
     if journal.superblock.state is State.PROMOTED:
         return Recovered(point, was_done=True)
+    is_served = journal.superblock.state is State.SERVED
+    regions = (yield from read_map(journal.superblock)) if is_served else None
     try:
-        covered = yield from check(journal, headers_to(journal, point.sequence))
+        covered = yield from check(journal, headers_to(journal, point.sequence), regions)
     except DamagedData as error:
         raise JournalError(f"{error}; {_advice(journal, error.sequence)}") from error
-    yield from check_image(journal, covered)
+    if not is_served:  # else guests may have changed what is compared
+        yield from check_image(journal, covered)
     on_point(journal, point)
     superblocks = Superblocks(name, journal.found)
     # The old source is refused from the first change on, and not only when the image is ready.
@@ -107,14 +121,14 @@ def recover(
         "since_ns": now_ns,
         "newest": point.sequence,
     }
-    yield from put(journal, superblocks, point.sequence, first=first, last=last)
+    yield from put(journal, superblocks, point.sequence, first=first, last=last, regions=regions)
     return Recovered(point, was_done=False)
 
 
 def _advice(journal: Journal, damaged: int) -> str:
     """What to do if the batch of the point `damaged` cannot be used."""
     older = [point.sequence for point in journal.points if point.sequence < damaged]
-    if not older:
+    if not older or journal.superblock.state is State.SERVED:
         return "no older point can be recovered"
     return f"the newest point before that is {older[-1]}: recover it with --point {older[-1]}"
 

@@ -116,6 +116,10 @@ def taken_text(name: str, other: Superblock) -> str:
         when = wall_time(other.since_ns)
         text = f"point {other.base.sequence} was recovered from this journal at {when}"
         return f"{name}: {text}: the image is in use there"
+    if other.state is State.SERVED:
+        when = wall_time(other.since_ns)
+        text = f"point {other.applying} of this journal is served since {when}"
+        return f"{name}: {text}: the image is in use there"
     return f"{name}: another server writes to this journal"
 
 

@@ -17,20 +17,23 @@ notices by itself when what it reads is not the point any more:
 from __future__ import annotations
 
 import errno
-import struct
 import threading
-import zlib
-from array import array
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nbdmirror.devices.base import BlockDevice, BlockSize, Buffer, Extent, Wrapper, merge_extents
 from nbdmirror.errors import DeviceError
 from nbdmirror.points.applier import headers_to
-from nbdmirror.points.format import BLOCK_BYTES, Header, JournalError, Point, State, Superblock
-from nbdmirror.points.reader import Journal, Part, fetch, newest_parts, read
+from nbdmirror.points.format import (
+    BLOCK_BYTES,
+    IN_USE,
+    Header,
+    JournalError,
+    Point,
+    State,
+    Superblock,
+)
+from nbdmirror.points.index import Index, Piece, Pieces, index_to
+from nbdmirror.points.reader import Journal, fetch, read
 from nbdmirror.points.recovery import check_image, check_size, choose
 from nbdmirror.points.requests import Program, Side, run
 from nbdmirror.points.superblocks import find, taken_text, wall_time
@@ -38,12 +41,7 @@ from nbdmirror.points.superblocks import find, taken_text, wall_time
 ATTEMPTS_MAX = 10
 """How often the journal is read again if the source changes it meanwhile."""
 
-CACHE_BYTES = 32 << 20
-"""Data of the journal that was read and checked; an entry is read as a whole."""
-
 EXTENTS_MAX = 4096
-
-_RECORD = struct.Struct(">QQQQQI?")  # big-endian: sorted by the first number
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,51 +51,6 @@ class Found:
     journal: Journal
     point: Point
     index: Index
-
-
-class Index:
-    """The newest content of each range of the disk that differs from the journal's base."""
-
-    def __init__(self, records: Sequence[bytes]) -> None:
-        self._records = b"".join(sorted(records))
-        numbers = range(0, len(self._records), _RECORD.size)
-        self._starts = array("Q", (_RECORD.unpack_from(self._records, at)[0] for at in numbers))
-
-    def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, Piece | None]]:
-        """The range, in order: offset, length, and where the content is; None: in the image."""
-        end = offset + length
-        number = max(0, bisect_right(self._starts, offset) - 1)
-        while offset < end:
-            piece = self._piece(number) if number < len(self._starts) else None
-            if piece is None or piece.offset >= end:
-                yield offset, end - offset, None
-                return
-            if piece.offset > offset:
-                yield offset, piece.offset - offset, None
-                offset = piece.offset
-            if (stop := min(end, piece.offset + piece.length)) > offset:
-                yield offset, stop - offset, piece
-                offset = stop
-            number += 1
-
-    def _piece(self, number: int) -> Piece:
-        return Piece(*_RECORD.unpack_from(self._records, number * _RECORD.size))
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A range of the disk, and the index entry that has its content."""
-
-    offset: int
-    length: int
-    start: int
-    """Of the entry in the disk."""
-    place: int
-    """Of the entry's data in the ring."""
-    data_bytes: int
-    """In whole blocks."""
-    crc: int
-    is_zero: bool
 
 
 def look_up(
@@ -119,23 +72,15 @@ def look_up(
 def _look_up(name: str, export_bytes: int, image_bytes: int, wanted: str | None) -> Program[Found]:
     journal = yield from read(name, export_bytes)
     check_size(journal, image_bytes)
-    if journal.superblock.state is State.PROMOTED:
+    if journal.superblock.state in IN_USE:
         text = taken_text(name, journal.superblock)
-        raise JournalError(f"{text}; serve the image without its journal")
+        if journal.superblock.state is State.PROMOTED:
+            text = f"{text}; serve the image without its journal"
+        raise JournalError(text)
     point = choose(journal, wanted)
-    records: list[bytes] = []
-
-    def visit(parts: list[Part]) -> Program[None]:
-        for part in parts:
-            entry = part.entry
-            data_bytes = 0 if entry.is_zero else -(-entry.length // BLOCK_BYTES) * BLOCK_BYTES
-            what = (entry.offset, entry.place, data_bytes, entry.crc, entry.is_zero)
-            records.append(_RECORD.pack(part.offset, part.length, *what))
-        yield []
-
-    changed = yield from newest_parts(journal, headers_to(journal, point.sequence), visit)
+    index, changed = yield from index_to(journal, point.sequence)
     yield from check_image(journal, changed)
-    return Found(journal, point, Index(records))
+    return Found(journal, point, index)
 
 
 class PointView(Wrapper):
@@ -155,6 +100,7 @@ class PointView(Wrapper):
         self._journal = journal
         self._name = found.journal.name
         self._index = found.index
+        self._pieces = Pieces(journal)
         headers = headers_to(found.journal, self.point.sequence)
         self._header: Header | None = headers[-1] if headers else None
         self._digest = headers[-1].digest if headers else block.base_digest
@@ -163,8 +109,6 @@ class PointView(Wrapper):
         self._gone = ""
         """Why the point cannot be served any more."""
         self._lock = threading.Lock()
-        self._cache: OrderedDict[int, bytes] = OrderedDict()
-        self._cached_bytes = 0
 
     # Reading.
 
@@ -205,30 +149,17 @@ class PointView(Wrapper):
         """What the piece's entry has, whole; None: the image has the range."""
         if piece is None:
             return None
-        with self._lock:
-            if (cached := self._cache.get(piece.place)) is not None:
-                self._cache.move_to_end(piece.place)
-                return cached
+        if (cached := self._pieces.cached(piece)) is not None:
+            return cached
         if piece.place < self._block.tail:
             return None
-        data = run(fetch(self._block, piece.place, piece.data_bytes), {Side.JOURNAL: self._journal})
-        if zlib.crc32(data) == piece.crc:
-            self._keep(piece.place, bytes(data))
-            return bytes(data)
+        if (data := self._pieces.read(self._block, piece)) is not None:
+            return data
         self._look_again()
         if piece.place < self._block.tail:
             return None
         text = f"the data at {piece.start} of the disk, of point {self.point.sequence}, is damaged"
         raise DeviceError(f"{self._name}: {text}")
-
-    def _keep(self, place: int, data: bytes) -> None:
-        with self._lock:
-            if place not in self._cache:
-                self._cache[place] = data
-                self._cached_bytes += len(data)
-            while self._cached_bytes > CACHE_BYTES:
-                _, old = self._cache.popitem(last=False)
-                self._cached_bytes -= len(old)
 
     # Whether the point is still there.
 
@@ -265,6 +196,9 @@ class PointView(Wrapper):
         if block.state is State.PROMOTED:
             when = wall_time(block.since_ns)
             return f"point {block.base.sequence} was recovered at {when}, and the image is in use"
+        if block.state is State.SERVED:
+            when = wall_time(block.since_ns)
+            return f"point {block.applying} is served since {when}, and the image is in use"
         if block.state is not State.OK:
             return f"the image is being copied in place since {wall_time(block.since_ns)}"
         if (newer := max(block.base.sequence, block.applying)) > self.point.sequence:

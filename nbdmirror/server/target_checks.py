@@ -12,6 +12,7 @@ from nbdmirror.errors import CommandError
 from nbdmirror.mirror.options import MirrorOptions
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.sides import is_old_side, not_whole
+from nbdmirror.points.served import ServedPoint
 from nbdmirror.server.bitmaps import NamedBitmap
 from nbdmirror.server.nodes import Node
 
@@ -19,6 +20,9 @@ from nbdmirror.server.nodes import Node
 def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
     """Raise CommandError if `disk` cannot be mirrored to `node`, independent of other jobs."""
     check_is_disk(disk)
+    if isinstance(disk.source, ServedPoint):
+        text = "becomes a point of its journal; try again when it has all of it"
+        raise CommandError(f"Node '{disk.name}' is busy: '{disk.source.description}' {text}")
     target = node.device
     if target.is_lost:
         raise CommandError(f"Node '{node.name}' has lost its connection to '{target.uri}'")

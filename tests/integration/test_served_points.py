@@ -7,59 +7,13 @@ from pathlib import Path
 
 import pytest
 from support.fixtures import Start
-from support.pointsource import DISK_BYTES, Source, nbdmirror
+from support.pointsource import DISK_BYTES, Far, nbdmirror, read
 from support.servers import Nbdmirror, QemuNbd
 
 from nbdmirror.errors import DeviceError
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.points.applier import apply
-from nbdmirror.points.format import RING_BYTES_MIN, RING_START
-
-JOURNAL_BYTES = RING_START + 16 * RING_BYTES_MIN
-
-
-class Far:
-    """Two exports of qemu-nbd, and a source with five points, of which the image holds the first.
-    The disk is larger than what the points change."""
-
-    def __init__(self, start: Start, folder: Path) -> None:
-        self.folder = folder
-        self.files: list[Path] = []
-        uris = []
-        for name, size in (("image", DISK_BYTES), ("journal", JOURNAL_BYTES)):
-            (folder / name).mkdir()
-            self.files.append(folder / name / name)
-            self.files[-1].touch()
-            with self.files[-1].open("r+b") as file:
-                file.truncate(size)
-            uris.append(start(QemuNbd(folder / name, self.files[-1])).uri())
-        self.image, self.journal = uris
-        self.source = Source(self.image, self.journal)
-        self.source.open()
-        self.source.seed()
-        self.source.point((0, 64 << 10))
-        self.source.point((1 << 20, 3 << 20), (4096, 4096))
-        self.source.point((2 << 20, 1 << 20), (0, 16384), zero=True)
-        self.source.point((2 << 20, 65536))
-        self.source.run(apply(self.source.writer, 1))
-        self.source.point((7 << 20, 1 << 20), (2 << 20, 4096))
-
-    def bytes(self) -> list[bytes]:
-        return [file.read_bytes() for file in self.files]
-
-    def options(self, *more: str) -> tuple[str, ...]:
-        return ("--journal", self.journal, "--read-only", *more)
-
-    def refused(self, *argv: str) -> str:
-        """The line with which `nbdmirror serve` refuses. Nothing has changed."""
-        before = self.bytes()
-        socket, qmp = self.folder / "none", self.folder / "none-qmp"
-        done = nbdmirror("serve", *argv, "--socket", str(socket), "--qmp", str(qmp))
-        assert done.returncode in (1, 2)
-        assert done.stderr.count("\n") == 1, done.stderr
-        is_same = before == self.bytes()
-        assert is_same, "the image or the journal has changed"
-        return done.stderr
+from nbdmirror.points.format import RING_START
 
 
 @pytest.fixture
@@ -67,12 +21,6 @@ def far(start: Start, folder: Path) -> Iterator[Far]:
     found = Far(start, folder)
     yield found
     found.source.close()
-
-
-def read(device: NbdDevice, offset: int = 0, length: int = DISK_BYTES) -> bytes:
-    found = bytearray(length)
-    device.pread(memoryview(found), offset)
-    return bytes(found)
 
 
 def test_a_point_is_served_at_once_and_nothing_is_written(
@@ -153,7 +101,20 @@ def test_what_is_refused(far: Far, start: Start, folder: Path) -> None:
     cases = {
         (image, *far.options("--point", "9")): "has no point '9': it has 1 to 5",
         (image, *far.options("--point", "weekly")): "has no point 'weekly': it has 1 to 5",
-        (image, "--journal", journal): f"nbdmirror recover --image '{image}' --journal '{journal}'",
+        (
+            image,
+            "--journal",
+            journal,
+            "--mirror-to",
+            foreign,
+        ): "mirror-to: not allowed with",
+        (
+            image,
+            "--journal",
+            journal,
+            "--state-dir",
+            "s",
+        ): "not allowed with --state-dir",
         (image, *words): "hello: does not exist; a journal is an NBD URI, a raw file or a block",
         (image, "--journal", foreign, "--read-only"): "is not a journal: it is empty",
         (foreign, *far.options()): "the image does not hold point 1, on which this builds",

@@ -21,6 +21,7 @@ from nbdmirror.devices.base import Extent
 from nbdmirror.errors import DeviceError
 from nbdmirror.points import view
 from nbdmirror.points.format import BLOCK_BYTES, JournalError, State, Superblock
+from nbdmirror.points.index import Piece
 from nbdmirror.points.reader import fetch, read
 from nbdmirror.points.requests import Side, run
 
@@ -266,7 +267,7 @@ class TrustsTheJournal(view.PointView):
 class ReadsWhatWasFreed(view.PointView):
     """Does not check data against its CRC."""
 
-    def _data(self, piece: view.Piece | None) -> bytes | None:
+    def _data(self, piece: Piece | None) -> bytes | None:
         if piece is None:
             return None
         program = fetch(self._block, piece.place, piece.data_bytes)
@@ -276,7 +277,7 @@ class ReadsWhatWasFreed(view.PointView):
 class ForgetsThatTheImageHasIt(view.PointView):
     """Refuses what the journal has no longer, although the image has it."""
 
-    def _data(self, piece: view.Piece | None) -> bytes | None:
+    def _data(self, piece: Piece | None) -> bytes | None:
         data = super()._data(piece)
         if data is None and piece is not None:
             raise DeviceError("the journal has it no longer")

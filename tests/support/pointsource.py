@@ -9,21 +9,27 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from queue import Queue
 from typing import TypeVar
 
+from support.fixtures import Start
 from support.processes import ROOT
+from support.servers import QemuNbd
 from support.waiting import wait_until
 
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
+from nbdmirror.points.applier import apply
+from nbdmirror.points.format import RING_BYTES_MIN, RING_START
 from nbdmirror.points.ownership import create, take_over
 from nbdmirror.points.requests import Program, Side, run
 from nbdmirror.points.requests import start as start_program
 from nbdmirror.points.writer import JournalWriter
 
 DISK_BYTES = 8 << 20
+JOURNAL_BYTES = RING_START + 16 * RING_BYTES_MIN
 WAIT_S_MAX = 30.0
 Result = TypeVar("Result")
 
@@ -101,10 +107,65 @@ class Source:
         self.contents[point.sequence] = bytes(self.disk)
 
     def close(self) -> None:
-        for device in self.devices.values():
+        devices, self.devices = self.devices, {}
+        if not devices:
+            return  # a test has closed it
+        for device in devices.values():
             self.on_loop(device.pool.detach)
             device.close()
         self.loop.stop(WAIT_S_MAX)
+
+
+class Far:
+    """Two exports of qemu-nbd, and a source with five points, of which the image holds the first.
+    The disk is larger than what the points change."""
+
+    def __init__(self, start: Start, folder: Path) -> None:
+        self.folder = folder
+        self.files: list[Path] = []
+        uris = []
+        self.servers: list[QemuNbd] = []
+        for name, size in (("image", DISK_BYTES), ("journal", JOURNAL_BYTES)):
+            (folder / name).mkdir()
+            self.files.append(folder / name / name)
+            self.files[-1].touch()
+            with self.files[-1].open("r+b") as file:
+                file.truncate(size)
+            self.servers.append(start(QemuNbd(folder / name, self.files[-1])))
+            uris.append(self.servers[-1].uri())
+        self.image, self.journal = uris
+        self.source = Source(self.image, self.journal)
+        self.source.open()
+        self.source.seed()
+        self.source.point((0, 64 << 10))
+        self.source.point((1 << 20, 3 << 20), (4096, 4096))
+        self.source.point((2 << 20, 1 << 20), (0, 16384), zero=True)
+        self.source.point((2 << 20, 65536))
+        self.source.run(apply(self.source.writer, 1))
+        self.source.point((7 << 20, 1 << 20), (2 << 20, 4096))
+
+    def bytes(self) -> list[bytes]:
+        return [file.read_bytes() for file in self.files]
+
+    def options(self, *more: str) -> tuple[str, ...]:
+        return ("--journal", self.journal, "--read-only", *more)
+
+    def refused(self, *argv: str) -> str:
+        """The line with which `nbdmirror serve` refuses. Nothing has changed."""
+        before = self.bytes()
+        socket, qmp = self.folder / "none", self.folder / "none-qmp"
+        done = nbdmirror("serve", *argv, "--socket", str(socket), "--qmp", str(qmp))
+        assert done.returncode in (1, 2)
+        assert done.stderr.count("\n") == 1, done.stderr
+        is_same = before == self.bytes()
+        assert is_same, "the image or the journal has changed"
+        return done.stderr
+
+
+def read(device: NbdDevice, offset: int = 0, length: int = DISK_BYTES) -> bytes:
+    found = bytearray(length)
+    device.pread(memoryview(found), offset)
+    return bytes(found)
 
 
 def nbdmirror(*argv: str) -> subprocess.CompletedProcess[str]:

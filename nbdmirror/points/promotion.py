@@ -1,0 +1,100 @@
+"""Serving a point to guests that write, as its journal sees it: which point, taking the journal,
+and the end.
+
+    ok -> served (`take`) -> promoted (`finish`), when the image has all of the point
+
+`take` may be done again in `served`, by the next process after one that has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nbdmirror.points.applier import headers_to
+from nbdmirror.points.format import Point, State
+from nbdmirror.points.index import Index, index_to
+from nbdmirror.points.ownership import RandomBytes, new_generation
+from nbdmirror.points.reader import Journal, read
+from nbdmirror.points.recovery import check_image, check_size, choose
+from nbdmirror.points.regions import RegionMap, read_map
+from nbdmirror.points.requests import Program
+from nbdmirror.points.superblocks import Superblocks
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A point that can be served to guests that write."""
+
+    journal: Journal
+    point: Point
+    index: Index
+    regions: RegionMap
+    """What the image has of it."""
+
+    @property
+    def is_in_image(self) -> bool:
+        """The image was made this point, and guests may have changed the image since."""
+        return self.journal.superblock.state is State.PROMOTED
+
+
+def look_up(
+    name: str, export_bytes: int, image_bytes: int, *, wanted: str | None = None
+) -> Program[Found]:
+    """Find the point that a user means (`recovery.choose`). Changes nothing. Raises JournalError,
+    and IO_ERRORS."""
+    journal = yield from read(name, export_bytes)
+    check_size(journal, image_bytes)
+    point, block = choose(journal, wanted), journal.superblock
+    regions = RegionMap.empty(block.disk_bytes)
+    if block.state is State.PROMOTED:
+        return Found(journal, point, Index([]), regions)
+    index, changed = yield from index_to(journal, point.sequence)
+    if block.state is State.SERVED:  # guests may have changed what the samples were
+        regions = yield from read_map(block)
+    else:
+        yield from check_image(journal, changed)
+    return Found(journal, point, index, regions)
+
+
+def take(found: Found, *, now_ns: int, random_bytes: RandomBytes) -> Program[Superblocks]:
+    """Make the journal this process's. The old source is refused from now on. Raises IO_ERRORS, and
+    JournalTaken if the journal has changed since `found`."""
+    journal = found.journal
+    superblocks = Superblocks(journal.name, journal.found)
+    changes: dict[str, Any] = {"generation": new_generation(random_bytes)}
+    if not headers_to(journal, found.point.sequence):  # the image is the point already
+        changes |= {"state": State.PROMOTED, "since_ns": now_ns, **_end_of(found.point)}
+    elif journal.superblock.state is State.OK:
+        changes |= {
+            "state": State.SERVED,
+            "since_ns": now_ns,
+            "applying": found.point.sequence,
+            "taken": journal.points[-1].sequence,
+            "samples": (),
+        }
+    yield from superblocks.update(**changes)
+    return superblocks
+
+
+def finish(found: Found, superblocks: Superblocks) -> Program[None]:
+    """The image has the point, durably: write that down. Raises IO_ERRORS and JournalTaken."""
+    header = headers_to(found.journal, found.point.sequence)[-1]
+    yield from superblocks.update(
+        base=header.point,
+        base_digest=header.digest,
+        is_base_offered=True,
+        tail=header.end,
+        state=State.PROMOTED,
+        **_end_of(found.point),
+    )
+
+
+def _end_of(point: Point) -> dict[str, Any]:
+    """What a superblock says when the image is `point`, and guests may have changed the image."""
+    return {"applying": 0, "taken": point.sequence, "newest": point.sequence, "samples": ()}
+
+
+def with_superblock(journal: Journal, superblocks: Superblocks) -> Journal:
+    """`journal` with what its superblock says now."""
+    return replace(journal, found=replace(journal.found, current=superblocks.current))
