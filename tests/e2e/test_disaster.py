@@ -11,7 +11,7 @@ from e2e.guest import ALL_FILES, DISK_BYTES, WRITERS, Machine, check_disk, make_
 from e2e.hosts import NBD_PORT, Host, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
 from support.fixtures import Start
 from support.images import make_noise
-from support.processes import nbdmirror
+from support.processes import nbdmirror, run
 from support.servers import Nbdmirror
 from support.waiting import wait_until
 
@@ -154,3 +154,63 @@ def test_a_site_with_copies(folder: Path, hosts: Hosts, start: Start) -> None:
     guest.say("write")
     guest.wait_for_files(ALL_FILES)
     check_disk(one.image, guest.shut_down())
+
+
+def recovered(image: Path, journal: Path) -> Path:
+    """A copy of the image, made the last point."""
+    copies = [file.with_name(f"{file.name}.copy") for file in (image, journal)]
+    for file, copy in zip((image, journal), copies, strict=True):
+        run("cp", "--sparse=always", file, copy)
+    done = nbdmirror("recover", "--image", str(copies[0]), "--journal", str(copies[1]))
+    assert done.returncode == 0, done.stderr
+    return copies[0]
+
+
+def test_a_site_with_points(folder: Path, hosts: Hosts, start: Start) -> None:
+    """A rehearsal while the guest goes on; and then the guest starts on what site B has."""
+    a, b = hosts
+    journal_b = folder / "journal-b.img"
+    journal_b.touch()
+    os.truncate(journal_b, 1 << 30)
+    disk_b = make_noise(folder / "disk-b.img", DISK_BYTES)
+    image = start(QemuNbdAt(folder, disk_b, b))
+    journal = start(QemuNbdAt(folder, journal_b, b, port=NBD_PORT + 1))
+    here = SiteA(folder, start, a)
+    points = ["--journal", journal.uri(), "--every", "200ms", "--keep", "10m"]
+    here.do("mirror", image.uri(), *points, "--wait", "ready")
+    here.guest.wait_for_files(5)
+
+    here.do("point", "--name", "rehearsal", "--wait")
+    options = ("--journal", journal.uri(), "--read-only", "--point", "rehearsal")
+    view = start(b.place(Nbdmirror(folder, image.uri(), options=options)))
+    layer = folder / "layer.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", view.uri(), "-F", "raw", layer)
+    drive = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={layer}"
+    other = start(Machine(folder, drive))
+    other.say("write")
+    other.wait_for_files(5)
+    here.guest.wait_for_files(5)
+    other.shut_down()
+    other.stop()
+    view.stop()
+
+    here.guest.check()
+    before = here.guest.transcript
+    here.do("point", "--wait")
+    here.guest.wait_for_files(5)
+    b.set_link("down")
+    here.guest.wait_for_files(5)
+    here.burn_down()
+    image.stop()
+    journal.stop()
+    check_disk(recovered(disk_b, journal_b), before, torn_max=WRITERS)
+    server = NbdmirrorAt(folder, disk_b, b, port=NBD_PORT + 2)
+    server.options += ("--journal", str(journal_b))
+    served = start(server)
+    guest = start(b.place(Machine(folder, nbd_drive(f"{b.address}:{NBD_PORT + 2}"))))
+    guest.say("write")
+    guest.wait_for_files(ALL_FILES)
+    told = guest.shut_down()
+    wait_until(lambda: "the journal is not needed any more" in served.stderr, "all is in the image")
+    served.stop()
+    check_disk(disk_b, told)
