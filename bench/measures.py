@@ -186,9 +186,9 @@ def amplification(lab: Lab, subject: str, *, distribution: str) -> Figures:
     return {"written": written_bytes(counted) / MiB}
 
 
-def counting(lab: Lab, size: int) -> tuple[NbdkitMemory, Path]:
+def counting(lab: Lab, size: int, name: str = "target") -> tuple[NbdkitMemory, Path]:
     """A target, and the file that says at its end how much was written: see `written_bytes`."""
-    counted = lab.folder / "target.stats"
+    counted = lab.folder / f"{name}.stats"
     words = (f"statsfile={counted}",)
     return NbdkitMemory(lab.folder, size, filters=("--filter=stats",), parameters=words), counted
 

@@ -187,6 +187,11 @@ class Qmp:
             for _, event in self._events
         )
 
+    def heard(self, name: str) -> list[dict[str, Any]]:
+        """All events of that name, until now."""
+        self.execute("query-block-jobs")  # the events before its answer are heard with that
+        return [event for _, event in self._events if event["event"] == name]
+
     def forget(self) -> None:
         self._events.clear()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from bench import idle, measures, steady
+from bench import idle, measures, points, steady
 from bench.lab import GiB, Lab, TiB
 from bench.measures import NBDCOPY, Figures
 from bench.servers import NbdkitFileTarget, QemuNbd
@@ -150,6 +150,38 @@ def _idle() -> list[Row]:
     ]
 
 
+def _points() -> list[Row]:
+    """Copy mode points, each second."""
+    guest = "guest 4k random write, depth 16, with points each second"
+    less = partial(Figure, goals={}, less_is_better=True)
+    iops = (Figure("iops", "IOPS", {points.BACKGROUND: Goal(0.9, 1.0)}),)
+    title = "bytes written to image and journal over bytes written, 4k random, 2,000 IOPS"
+    return [
+        Row("points", guest, points.writes, (points.BACKGROUND,), iops),
+        Row(
+            "points-held",
+            f"{guest}: held at a cut",
+            points.held,
+            (),
+            (less("p99", "ms p99", must_be_under=2.0),),
+        ),
+        Row(
+            "points-age",
+            "age of the last point before the next one, in intervals, 2,000 IOPS",
+            points.age,
+            (),
+            (less("age", "intervals", must_be_under=2.5),),
+        ),
+        Row(
+            "points-sent",
+            title,
+            points.sent,
+            (),
+            (less("ratio", "sent/written", must_be_under=1.3),),
+        ),
+    ]
+
+
 _C = Goal(0.75, 0.9)
 
 ROWS: tuple[Row, ...] = (
@@ -240,6 +272,7 @@ ROWS: tuple[Row, ...] = (
     *_sent(),
     *_felt(),
     *_idle(),
+    *_points(),
     *(
         Row(
             name,
