@@ -18,7 +18,7 @@ from nbdmirror.cli import watch as cli_watch
 from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, TIMED_OUT, USAGE, CliError
 from nbdmirror.cli.jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
-from nbdmirror.cli.progress import Meter, PlainDisplay, open_display
+from nbdmirror.cli.progress import JsonDisplay, Meter, PlainDisplay, open_display
 from nbdmirror.cli.session import Job, Session, connect, run_interruptible, server_path
 from nbdmirror.names import default_job_id
 
@@ -79,7 +79,7 @@ async def _wait(session: Session, args: argparse.Namespace) -> int:
         job = await find_job(session, args)
     except NoJob as error:
         return await _report_last(session, args, str(error))
-    with open_display(time.monotonic) as display:
+    with open_display(time.monotonic, as_json=args.json) as display:
         watch = Watch(session, job, display)
         await watch.until(ready=args.ready)
     return await watch.report(verb="wait")
@@ -90,7 +90,8 @@ async def _report_last(session: Session, args: argparse.Namespace, what: str) ->
     lasts = last_jobs(await session.status(), args)
     if len(lasts) != 1:
         raise CliError(what)
-    watch = Watch(session, str(lasts[0]["id"]), PlainDisplay(time.monotonic))
+    kind = JsonDisplay if args.json else PlainDisplay
+    watch = Watch(session, str(lasts[0]["id"]), kind(time.monotonic))
     return await watch.report(verb="wait")
 
 
@@ -172,7 +173,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
         text = "; ".join([cli_words.state(state), *cli_words.deadline(state)])
         print(f"job {job} mirrors {device} to {args.target}: {text}; see: nbdmirror status")
         return DONE
-    with open_display(time.monotonic) as display:
+    with open_display(time.monotonic, as_json=args.json) as display:
         watch = Watch(session, job, display)
         await watch.until(ready=True)
         verb = "mirror"

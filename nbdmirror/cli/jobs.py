@@ -224,12 +224,12 @@ class Watch:
         if not self.end:
             state_text = cli_words.state(state or {})
             if state_text == "ready":
-                print(f"job {self._job} is ready: the target follows the source")
+                self._display.result(f"job {self._job} is ready: the target follows the source")
             else:
-                print(f"job {self._job} was ready, and is {state_text} now")
+                self._display.result(f"job {self._job} was ready, and is {state_text} now")
             return DONE
         if self.end["event"] == "BLOCK_JOB_CANCELLED":
-            print(f"{self._cancelled}{self._served}")
+            self._display.result(f"{self._cancelled}{self._served}")
             return DONE
         held = cli_status.held_text(self._result) if self.pivoted else ""
         copy = f"{self._result.get('target', 'the target')} is a consistent copy"
@@ -239,7 +239,7 @@ class Watch:
             text = f"job {self._job} was cancelled by another client after READY; {copy}"
             raise CliError(f"{text}{self._served}")
         if self.pivoted:
-            print(f"job {self._job} completed{held}{self._served}")
+            self._display.result(f"job {self._job} completed{held}{self._served}")
         else:
-            print(f"job {self._job} ended; {copy}{self._served}")
+            self._display.result(f"job {self._job} ended; {copy}{self._served}")
         return DONE

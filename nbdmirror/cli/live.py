@@ -235,6 +235,9 @@ class JobView(_LiveView):
     def note(self, text: str) -> None:
         self._screen.console.print(self._screen.text(text))
 
+    def result(self, text: str) -> None:
+        print(text)
+
 
 class HostView(_LiveView):
     """A server's disks and jobs, on stdout; the last picture stays. A View."""

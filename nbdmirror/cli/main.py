@@ -158,6 +158,7 @@ def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     until = wait.add_mutually_exclusive_group(required=True)
     until.add_argument("--ready", action="store_true", help="until source and target are in sync")
     until.add_argument("--concluded", action="store_true", help="until the job has ended")
+    wait.add_argument("--json", action="store_true", help="print JSON lines")
     complete = add("complete", "end a ready job and serve the guest from the target")
     cancel = add("cancel", "end a job and keep the source (after READY: target consistent)")
     cancel.add_argument("--force", action="store_true", help="end now; the target is left unusable")
@@ -208,6 +209,7 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     cli_parsers.add_promises(add)
     wait = "wait until then; completed: complete the job when it is ready"
     add("--wait", choices=("ready", "completed"), help=wait)
+    add("--json", action="store_true", help="with --wait: print JSON lines")
     _add_timeout(mirror)
 
 
@@ -346,8 +348,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         argv, extra = argv[:cut], argv[cut + 1 :]
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.command == "mirror" and args.timeout is not None and not args.wait:
-        parser.error("--timeout: needs --wait")
+    if args.command == "mirror" and not args.wait:
+        if args.timeout is not None:
+            parser.error("--timeout: needs --wait")
+        if args.json:
+            parser.error("--json: needs --wait")
     if args.command == "status" and args.all and args.qmp:
         parser.error("--all: not allowed with argument --qmp")
     _check_texts(parser, args)

@@ -7,6 +7,7 @@ queries `offset` grows by the copied bytes, and `len` by the bytes that the gues
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
@@ -140,6 +141,9 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """Print a separate line."""
 
+    def result(self, text: str) -> None:
+        """Print how the job ended, or what it is now, on stdout: the last line."""
+
 
 class PlainDisplay:
     """For files, pipes and logs: few lines, on stderr."""
@@ -166,6 +170,10 @@ class PlainDisplay:
             if not moved and now_s - last_s < PLAIN_S and before == progress.state:
                 return
         self._last = now_s, progress.percent, progress.state
+        self.show(progress, job)
+
+    def show(self, progress: Progress, job: dict[str, Any]) -> None:
+        """Print what is due now."""
         self.note(str(progress))
 
     def heard(self, event: Mapping[str, Any]) -> None:
@@ -174,9 +182,34 @@ class PlainDisplay:
     def note(self, text: str) -> None:
         say(text)
 
+    def result(self, text: str) -> None:
+        print(text)
 
-def open_display(clock: Callable[[], float]) -> Display:
+
+class JsonDisplay(PlainDisplay):
+    """For scripts: JSON objects on stdout, one a line, each with one key: `job`, `event`, `note` or
+    `result`."""
+
+    def show(self, progress: Progress, job: dict[str, Any]) -> None:
+        self._print(job=job)
+
+    def heard(self, event: Mapping[str, Any]) -> None:
+        self._print(event=dict(event))
+
+    def note(self, text: str) -> None:
+        self._print(note=text)
+
+    def result(self, text: str) -> None:
+        self._print(result=text)
+
+    def _print(self, **line: Any) -> None:
+        print(json.dumps(line), flush=True)
+
+
+def open_display(clock: Callable[[], float], *, as_json: bool = False) -> Display:
     """`clock`: monotonic seconds."""
+    if as_json:
+        return JsonDisplay(clock)
     if is_live(sys.stderr):
         from nbdmirror.cli.live import JobView
 

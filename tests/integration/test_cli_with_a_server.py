@@ -3,6 +3,7 @@ middle of a command, on a terminal and in a pipe."""
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -55,6 +56,20 @@ def test_a_job_that_fails(
     assert cli("cancel", "--force").returncode == DONE
     status, heard = stopped.end()
     assert (status, "Traceback" in heard) == (FAILED, False)
+
+
+def test_lines_for_scripts(cli: Cli, server: Nbdmirror, target: QemuNbd) -> None:
+    done = cli("mirror", target.uri(), "--wait", "completed", "--json")
+    assert (done.returncode, done.stderr) == (DONE, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {len(line) for line in lines} == {1}
+    states = [line["job"]["status"] for line in lines if "job" in line]
+    assert states[0] in ("created", "running", "ready") and "result" not in states
+    events = [line["event"]["event"] for line in lines if "event" in line]
+    assert {"BLOCK_JOB_READY", "X_NBDMIRROR_PIVOTED", "BLOCK_JOB_COMPLETED"} <= set(events)
+    assert lines[-1]["result"].startswith("job disk0 completed")
+    again = cli("wait", "--concluded", "--json")
+    assert (again.returncode, list(json.loads(again.stdout))) == (DONE, ["result"])
 
 
 def test_a_paused_job(

@@ -53,6 +53,7 @@ def test_a_rate_that_nobody_means_gets_a_word(
     ("arguments", "words"),
     [
         (("mirror", "nbd://h", "--timeout", "5"), "--timeout: needs --wait"),
+        (("mirror", "nbd://h", "--json"), "--json: needs --wait"),
         (("mirror", "nbd://h", "--device", ""), "device: is empty"),
         (("mirror", "nbd://h", "--job", ""), "job: is empty"),
         (("cancel", "--device", ""), "device: is empty"),
