@@ -37,7 +37,7 @@ def find_mismatch(
     """The offset in bytes of a place where the target has changed; None if no sample has.
 
     `suspects`: everything that may differ, as of a moment after which nothing was copied. Raises
-    DeviceError, from reading either side.
+    IO_ERRORS, from reading either side.
     """
     units = -(-disk.size // tracker.granularity)
     zeroes = 0

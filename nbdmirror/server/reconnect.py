@@ -13,7 +13,7 @@ from functools import partial
 from nbdmirror.backoff import Backoff
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.tracker import Tracker
-from nbdmirror.errors import ConfigError, DeviceError
+from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.shared_connection import SharedConnection
@@ -36,10 +36,10 @@ def reconnect(
     done: Done,
 ) -> None:
     """Try to reconnect for `reconnect_timeout_s`, while `is_wanted()`. `difference` returns, on a
-    helper thread, the offset at which the target's data has changed, or None; a changed target is
-    not used. `came_back` is called when the device has a new connection. Before that, the server
-    must have answered all requests of the old connections, or ended these: it might carry them out
-    later, over newer data. The error for `done` is never DeviceLost."""
+    helper thread, the offset at which the target's data has changed, or None, or raises IO_ERRORS;
+    a changed target is not used. `came_back` is called when the device has a new connection. Before
+    that, the server must have answered all requests of the old connections, or ended these: it
+    might carry them out later, over newer data. The error for `done` is never DeviceLost."""
     device.reconnect_problem = ""
     device.pool.give_up()  # give up the other connections too: all are replaced
     deadline_s = loop.clock() + reconnect_timeout_s
@@ -98,7 +98,7 @@ def _connect(
                 text = f"{device.uri}: has not answered {left} requests of the connection before"
                 raise DeviceError(text, errno.EIO)
             return _reopen(device, difference)
-        except (ConfigError, DeviceError) as error:
+        except (ConfigError, *IO_ERRORS) as error:  # also of the source, which is compared
             if str(error) != told:
                 told = device.reconnect_problem = str(error)
                 log.warning("%s", told)
@@ -111,7 +111,7 @@ def _connect(
 def _reopen(
     device: NbdDevice, difference: Callable[[SharedConnection], int | None]
 ) -> SharedConnection:
-    """Raises ConfigError or DeviceError."""
+    """Raises ConfigError or IO_ERRORS."""
     connection = device.pool.reopen()
     try:
         offset = difference(connection)
