@@ -90,3 +90,28 @@ class Times:
             counts = [max(0, int(number(count) or 0)) for count in buckets[:BUCKETS]]
             sums = accumulate([*counts, *[0] * (BUCKETS - len(counts))])
             family.add_metric([*labels, name], list(zip(_ENDS, sums, strict=True)), sum_s)
+
+
+def key(name: str) -> Callable[[Record], float | None]:
+    return lambda record: number(record.get(name))
+
+
+def is_one_of(key: str, *values: object) -> Callable[[Record], float | None]:
+    """1 if the key has one of the values; None where there is no such key."""
+    return lambda record: float(record[key] in values) if key in record else None
+
+
+def numbers(found: Record) -> dict[str, float] | None:
+    numbers = {str(key): number(value) for key, value in found.items()}
+    return {key: value for key, value in numbers.items() if value is not None and value >= 0}
+
+
+def one_of(key: str, values: tuple[str, ...]) -> Callable[[Record], dict[str, float] | None]:
+    """A series for each value, of which one is 1."""
+
+    def of(record: Record) -> dict[str, float] | None:
+        if key not in record:
+            return None
+        return {value: float(record[key] == value) for value in values}
+
+    return of

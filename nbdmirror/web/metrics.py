@@ -7,7 +7,7 @@ given for new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -15,41 +15,13 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from nbdmirror import __version__
-from nbdmirror.web.metric_kinds import Metric, Times
+from nbdmirror.web.job_metrics import JOB_METRICS
+from nbdmirror.web.metric_kinds import Metric, Times, key, one_of
 from nbdmirror.web.records import Record, Report, is_well, member, number, records
 
-JOB_STATES = (
-    "created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting",
-    "concluded",
-)  # fmt: skip
 RESULTS = ("completed", "cancelled", "failed")
 FOLLOWING = ("ready", "waiting", "pending")
 """States of a mirror whose target follows the source."""
-
-
-def _key(key: str) -> Callable[[Record], float | None]:
-    return lambda record: number(record.get(key))
-
-
-def _is(key: str, *values: object) -> Callable[[Record], float | None]:
-    """1 if the key has one of the values; None where there is no such key."""
-    return lambda record: float(record[key] in values) if key in record else None
-
-
-def _numbers(found: Record) -> dict[str, float] | None:
-    numbers = {str(key): number(value) for key, value in found.items()}
-    return {key: value for key, value in numbers.items() if value is not None and value >= 0}
-
-
-def _one_of(key: str, values: tuple[str, ...]) -> Callable[[Record], dict[str, float] | None]:
-    """A series for each value, of which one is 1."""
-
-    def of(record: Record) -> dict[str, float] | None:
-        if key not in record:
-            return None
-        return {value: float(record[key] == value) for value in values}
-
-    return of
 
 
 def _state_dir_ok(server: Record) -> float | None:
@@ -64,11 +36,6 @@ def _protected(disk: Record) -> float:
 
 def _follows(job: Record) -> bool:
     return is_well(job) and job.get("status") in FOLLOWING
-
-
-def _end(job: Record) -> float | None:
-    left_s = number(job.get("left-s"))
-    return None if left_s is None or job.get("ready") else job["time-s"] + left_s
 
 
 METRICS: dict[str, tuple[Metric | Times, ...]] = {
@@ -97,12 +64,12 @@ METRICS: dict[str, tuple[Metric | Times, ...]] = {
         Metric(
             "nbdmirror_server_start_time_seconds",
             "When the server started, in seconds since 1970.",
-            _key("started-at-s"),
+            key("started-at-s"),
         ),
         Metric(
             "nbdmirror_server_answer_timestamp_seconds",
             "When the server answered last, in seconds since 1970.",
-            _key("time-s"),
+            key("time-s"),
         ),
         Metric(
             "nbdmirror_state_dir_ok",
@@ -111,16 +78,16 @@ METRICS: dict[str, tuple[Metric | Times, ...]] = {
         ),
     ),
     "disk": (
-        Metric("nbdmirror_disk_size_bytes", "The size of the disk.", _key("size")),
+        Metric("nbdmirror_disk_size_bytes", "The size of the disk.", key("size")),
         Metric(
             "nbdmirror_disk_read_only",
             "Whether the server refuses writes of guests (1).",
-            _key("read-only"),
+            key("read-only"),
         ),
         Metric(
             "nbdmirror_disk_connected",
             "Whether the NBD server of the disk is there (1) or lost (0). A file is always there.",
-            _key("connected"),
+            key("connected"),
         ),
         Metric(
             "nbdmirror_disk_file_ok",
@@ -141,7 +108,7 @@ METRICS: dict[str, tuple[Metric | Times, ...]] = {
         Metric(
             "nbdmirror_disk_last_job_result",
             "How the last job of the disk ended: 1 for that result, 0 for the others.",
-            lambda disk: _one_of("result", RESULTS)(member(disk, "last-job")),
+            lambda disk: one_of("result", RESULTS)(member(disk, "last-job")),
             "result",
         ),
         Times(
@@ -164,117 +131,7 @@ METRICS: dict[str, tuple[Metric | Times, ...]] = {
             "cause",
         ),
     ),
-    "job": (
-        Metric(
-            "nbdmirror_job_state",
-            "The state of the job: 1 for that state, 0 for the others.",
-            _one_of("status", JOB_STATES),
-            "state",
-        ),
-        Metric(
-            "nbdmirror_job_lag_seconds",
-            "The age, at most, of the oldest answered write that is not on the target's storage;"
-            " from READY on.",
-            _key("lag-s"),
-        ),
-        Metric(
-            "nbdmirror_job_length_bytes",
-            "The bytes that the job has copied, and those that are left.",
-            _key("len"),
-        ),
-        Metric("nbdmirror_job_offset_bytes", "The bytes that the job has copied.", _key("offset")),
-        Metric(
-            "nbdmirror_job_dirty_bytes",
-            "The bytes that differ, or may differ, and are not being copied yet.",
-            _key("dirty-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_inflight_bytes",
-            "The bytes that are being copied.",
-            _key("in-flight-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_unflushed_bytes",
-            "The bytes that the target has received, or is receiving, since its last flush.",
-            _key("unflushed-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_copied_bytes_total",
-            "The bytes that were copied, zeroes included.",
-            _key("copied-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_written_bytes_total",
-            "The data that was sent to the target, without zeroes.",
-            _key("written-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_sent_bytes_total",
-            "The data that was sent to the target since the job was ready.",
-            _key("sent-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_dirtied_bytes_total",
-            "The bytes that guests have written since the job was ready.",
-            _key("changed-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_again_bytes_total",
-            "The bytes that became dirty because a lost server may have lost them.",
-            _key("again-bytes"),
-        ),
-        Metric(
-            "nbdmirror_job_copy_rate_bytes",
-            "The data copied per second, over the last five seconds.",
-            _key("copy-bytes-per-s"),
-        ),
-        Metric(
-            "nbdmirror_job_dirty_rate_bytes",
-            "The bytes that guests make dirty per second, over the last five seconds.",
-            _key("dirty-bytes-per-s"),
-        ),
-        Metric(
-            "nbdmirror_job_speed_limit_bytes",
-            "The bytes that the job may copy per second; 0: no limit.",
-            _key("speed"),
-        ),
-        Metric(
-            "nbdmirror_job_end_timestamp_seconds",
-            "When the copy ends at the present rates, in seconds since 1970; only before READY.",
-            _end,
-        ),
-        Metric(
-            "nbdmirror_job_converging",
-            "Whether the copy keeps up with the guest (1), or falls behind (0).",
-            _is("falling-behind", False),
-        ),
-        Metric(
-            "nbdmirror_job_actively_synced",
-            "Whether each write of a guest is on the target when it is answered (1).",
-            _key("actively-synced"),
-        ),
-        Metric(
-            "nbdmirror_job_target_connected",
-            "Whether the target is there (1) or lost (0).",
-            _key("target-connected"),
-        ),
-        Metric(
-            "nbdmirror_job_io_ok",
-            "Whether the job runs (1), or was stopped by an error (0).",
-            _is("io-status", "ok"),
-        ),
-        Metric(
-            "nbdmirror_job_waiting_seconds_total",
-            "The time of the job by what it was spent on; the rate is the share.",
-            lambda job: _numbers(member(member(job, "waits"), "seconds")),
-            "cause",
-        ),
-        Metric(
-            "nbdmirror_job_quiesce_timeouts_total",
-            "How often guests were held in vain at the end of the job.",
-            _key("quiesce-timeouts"),
-        ),
-    ),
+    "job": JOB_METRICS,
 }
 """Level -> what there is of this process, of each server, of each one that answers, of each disk,
 of each job."""
@@ -317,5 +174,5 @@ class _Reports(Collector):
             for disk in report.disks:
                 if level == "disk":
                     yield (report.socket, str(disk.get("name", ""))), disk
-                for key, job in report.jobs(disk) if level == "job" else ():
-                    yield key, job | time
+                for labels, job in report.jobs(disk) if level == "job" else ():
+                    yield labels, job | time

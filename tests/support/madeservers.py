@@ -68,6 +68,41 @@ JOB: dict[str, Any] = {
     "lag-s": 0.25,
     "waits": WAITS,
 }
+PROMISES: dict[str, Any] = {
+    "left-s-min": 1.0,
+    "left-s-max": 2.5,
+    "max-pause-ms": 20.0,
+    "pause-predicted-ms": 1.5,
+    "throttle-bytes-per-s": 3 << 20,
+    "x-nbdmirror-deadline": {
+        "at-s": 1_700_000_600.0,
+        "left-s": 600.0,
+        "on-deadline": "report",
+        "outlook": "can-be-kept",
+    },
+}
+"""What a job has that was asked for an end."""
+
+POINTS: dict[str, Any] = {
+    "copy-mode": "points",
+    "x-nbdmirror-points": {
+        "interval-s": 1.0,
+        "keep-s": 60.0,
+        "kept": True,
+        "rpo-s": 10.0,
+        "in-place-since-s": 1_699_999_000.0,
+        "late-cuts": 2,
+        "journal-bytes": 1 << 30,
+        "journal-used-bytes": 1 << 20,
+        "journal-lasts-s": 900.0,
+        "points": 60,
+        "reaches-s": 59.5,
+        "sequence": 812,
+        "time-s": 1_699_999_999.0,
+        "bytes": 1 << 16,
+    },
+}
+"""What a job with points has."""
 
 
 def disk(name: str = "vda", *jobs: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -92,6 +92,19 @@ ORDINARY = {
     }
     | {"nbdmirror_disk_protected": {DISK: "0x480"}},
     "a guest that writes faster for ten minutes": changed(job_converging="1x60 0x10 1x400"),
+    "points that are late for half a minute": changed(job_lag_seconds="0.2x60 11 0.2x420")
+    | {
+        "nbdmirror_job_rpo_seconds": {JOB: "10x480"},
+        "nbdmirror_job_points_kept": {JOB: "1x480"},
+    },
+    "a deadline that is kept": READY
+    | {
+        "nbdmirror_job_deadline_outlook": {
+            f'{JOB}, outlook="can-be-kept"': "1x480",
+            f'{JOB}, outlook="cannot-be-kept"': "0x480",
+            f'{JOB}, outlook="passed"': "0x480",
+        }
+    },
     "a mirror that was begun again after it had failed": READY
     | {"nbdmirror_disk_last_job_result": {f'{DISK}, result="failed"': "1x480"}},
     "a server that was ended in order": {
@@ -105,6 +118,17 @@ TROUBLE = {
     "NbdmirrorWebDown": {"nbdmirror_build_info": {'version="0.1.0"': "1x60 _x420"}},
     "NbdmirrorServerDown": changed(server_up="1x60 0x420"),
     "NbdmirrorLag": changed(job_lag_seconds="0.2x60 90x420"),
+    "NbdmirrorRpo": changed(job_lag_seconds="0.2x60 90x420")
+    | {"nbdmirror_job_rpo_seconds": {JOB: "10x480"}},
+    "NbdmirrorPointsNotKept": READY | {"nbdmirror_job_points_kept": {JOB: "1x60 0x420"}},
+    "NbdmirrorDeadline": READY
+    | {
+        "nbdmirror_job_deadline_outlook": {
+            f'{JOB}, outlook="can-be-kept"': "1x60 0x420",
+            f'{JOB}, outlook="cannot-be-kept"': "0x60 1x60 0x360",
+            f'{JOB}, outlook="passed"': "0x120 1x360",
+        }
+    },
     "NbdmirrorTargetLost": changed(job_target_connected="1x60 0x420", disk_protected="1x420 0x60"),
     "NbdmirrorStopped": changed(job_io_ok="1x60 0x420"),
     "NbdmirrorFailed": changed(disk_protected="0x480")

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse
-from support.madeservers import JOB, any_status, disk, status
+from support.madeservers import JOB, POINTS, PROMISES, any_status, disk, status
 from support.promtool import checked
 
+from nbdmirror.mirror.deadline import Kept
 from nbdmirror.mirror.job_states import JobStatus
-from nbdmirror.web.metrics import JOB_STATES, METRICS, rendered
+from nbdmirror.web.job_metrics import JOB_STATES, OUTLOOKS
+from nbdmirror.web.metrics import METRICS, rendered
 from nbdmirror.web.records import Report, plain
 
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
@@ -59,8 +61,9 @@ def test_the_other_format_has_the_same() -> None:
 
 def test_every_metric_has_a_value() -> None:
     """Of a job that copies, and of one that follows."""
-    copying = JOB | {"device": "other", "ready": False, "status": "running"}
-    text = text_of(*ALL, Report("/run/d.qmp", 1.7e9, status(disk("vda", copying))))
+    copying = JOB | PROMISES | {"device": "other", "ready": False, "status": "running"}
+    made = status(disk("vda", copying), disk("vdb", JOB | POINTS | {"device": "vdb"}))
+    text = text_of(*ALL, Report("/run/d.qmp", 1.7e9, made))
     there = {re.sub("(?<=_seconds)_(bucket|count|sum)$", "", name) for name, _ in values(text)}
     metrics = {metric.name for level in METRICS.values() for metric in level}
     assert there == metrics
@@ -89,6 +92,20 @@ def test_what_they_say() -> None:
     assert sum(v for (name, _), v in found.items() if name == "nbdmirror_job_state") == 1
     assert found["nbdmirror_disk_last_job_result", ("vda", "failed", "/run/a.qmp")] == 1
     assert ("nbdmirror_job_end_timestamp_seconds", job) not in found
+
+
+def test_what_they_say_of_promises_and_points() -> None:
+    made = status(disk("vda", JOB | PROMISES), disk("vdb", JOB | POINTS | {"device": "vdb"}))
+    found = values(text_of(Report("a", 1.7e9, made)))
+    vda, vdb = ("vda", "vda", "a"), ("vdb", "vdb", "a")
+    assert found["nbdmirror_job_end_latest_timestamp_seconds", vda] == 1.7e9 + 2.5
+    assert found["nbdmirror_job_pause_limit_seconds", vda] == 0.02
+    assert found["nbdmirror_job_deadline_timestamp_seconds", vda] == 1.7e9 + 600
+    assert found["nbdmirror_job_deadline_outlook", ("vda", "vda", "can-be-kept", "a")] == 1
+    assert found["nbdmirror_job_deadline_outlook", ("vda", "vda", "passed", "a")] == 0
+    assert found["nbdmirror_job_points_kept", vdb] == 1
+    assert found["nbdmirror_job_point_timestamp_seconds", vdb] == 1.7e9 - 1
+    assert ("nbdmirror_job_rpo_seconds", vda) not in found
 
 
 @pytest.mark.parametrize(
@@ -122,6 +139,7 @@ def test_a_server_that_does_not_answer_has_no_old_numbers() -> None:
 def test_all_states_are_known() -> None:
     """`null` and `undefined` are of jobs that are there no more, or not yet."""
     assert set(JOB_STATES) == set(map(str, JobStatus)) - {"null", "undefined"}
+    assert set(OUTLOOKS) == set(map(str, Kept))
 
 
 @pytest.mark.parametrize(
