@@ -44,6 +44,8 @@ class Cut:
         self._limit_s = limit_s
         self._closed_at_s = 0.0
         self._timer: Timer | None = None
+        self.late: list[Ledger] = []
+        """Those with requests that had not ended at the bound."""
 
     def start(self) -> None:
         """Close the gates."""
@@ -67,6 +69,7 @@ class Cut:
             self._on_taken(self._open())
 
     def _time_out(self) -> None:
+        self.late = [ledger for ledger in self._ledgers if not ledger.is_idle] or [*self._ledgers]
         self._on_late(self._open())
 
     def _open(self) -> float:

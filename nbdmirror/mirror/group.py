@@ -18,6 +18,7 @@ from typing import Protocol
 from nbdmirror.devices.base import Done
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.options import Ending, MirrorOptions
+from nbdmirror.mirror.point_group import PointGroup
 
 HOLD_S = 1.0
 """How long a job's guest writes are held until the other jobs of its group are level."""
@@ -57,6 +58,9 @@ class GroupMember(Protocol):
 
     def cancel(self, *, force: bool, because: str = ...) -> None: ...
 
+    def share_points(self, points: PointGroup) -> None:
+        """The job makes its points, if there are any, with those of this group from now on."""
+
     def when_ended(self, call: Callable[[], None]) -> None: ...
 
 
@@ -67,6 +71,7 @@ class Group:
         self.jobs: list[GroupMember] = []
         self.is_finalizing = False
         """All jobs are PENDING and end; `finish` follows when all are level."""
+        self.points = PointGroup()
         self._held_in_vain: set[GroupMember] = set()
         for job in jobs:
             self.add(job)
@@ -75,6 +80,7 @@ class Group:
         """Add the newest job, before it starts."""
         self.jobs.insert(0, job)
         job.group = self
+        job.share_points(self.points)
 
     def arrived(self) -> None:
         """A job is WAITING. After the last one all become PENDING, and end unless a job has

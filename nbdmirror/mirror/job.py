@@ -21,6 +21,7 @@ from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.job_states import JobStatus, check_transition, check_verb
 from nbdmirror.mirror.lag import BaseLag
 from nbdmirror.mirror.options import Ending, MirrorOptions, Policy
+from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.traffic import Traffic
 from nbdmirror.mirror.waits import Waits
 from nbdmirror.subject_log import SubjectLog
@@ -304,6 +305,9 @@ class Job(ABC):
         self.to(JobStatus.PENDING, "all jobs of its group have done their work")
         if not self.options.auto_finalize:
             self._events.append("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
+
+    def share_points(self, points: PointGroup) -> None:  # noqa: B027 - most jobs make none
+        """The job makes its points, if there are any, with those of this group from now on."""
 
     def unpause(self) -> None:
         """Return to the state before the pause. `release` starts the work."""

@@ -10,21 +10,22 @@ first request, and has its name. On the event loop's thread.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 from nbdmirror.devices.base import AsyncSource, Done
 from nbdmirror.disk.changes import Changes
+from nbdmirror.disk.ledger import Ledger
 from nbdmirror.errors import Error
 from nbdmirror.event_loop import Loop
-from nbdmirror.mirror.cut import Cut
 from nbdmirror.mirror.far_side import FarSide, JournalRoom
 from nbdmirror.mirror.frozen_view import Chunk
+from nbdmirror.mirror.point_group import CommonCut, CutRun, Moment, PointGroup
 from nbdmirror.mirror.point_lag import PointLag
-from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
+from nbdmirror.mirror.point_request import CommittedPoint, PointRequest, PointRequests
 from nbdmirror.mirror.point_sender import PointSender
 from nbdmirror.mirror.point_source import NotedSource, PointSource, StoreOptions
 from nbdmirror.mirror.window import Window
@@ -34,6 +35,11 @@ LATE_PAUSE_S = 1.0
 
 
 class PointRunOwner(Protocol):
+    point_group: PointGroup
+
+    def new_group(self) -> int:
+        """A number for a cut that no other cut has."""
+
     def point_committed(self, point: CommittedPoint) -> None:
         """The far side has this point, whatever is lost from now on."""
 
@@ -50,7 +56,7 @@ class PointRunOwner(Protocol):
         """Something has ended: look at the state again."""
 
 
-class PointRun:
+class PointRun(CutRun):
     """Begins stopped, and ends with `end`. `first` is called behind the gate of the first cut: then
     `changes` gets what the first copy has left."""
 
@@ -82,7 +88,7 @@ class PointRun:
         self._source = NotedSource(source)
         self._loop = loop
         self._wall_time_ns = wall_time_ns
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._first: Callable[[], None] | None = first
         self.is_running = False
         """Between `start` and `stop`."""
@@ -90,15 +96,14 @@ class PointRun:
         """No more points are made."""
         self._far: FarSide | None = None
         self._sender: PointSender | None = None
-        self._cut: Cut | None = None
+        self._cut: CommonCut | None = None
         self._point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
-        self._requests: deque[PointRequest] = deque()
-        """Those that were not taken yet."""
-        self._request: PointRequest | None = None
-        """That of the point in progress."""
+        self._group = 0
+        """Of that one."""
+        self._requests = PointRequests()
         self._is_sending = self._is_busy_there = False
-        self._due_s = self._not_before_s = now_s
+        self.tried_s = self._held_up_until_s = -math.inf
         self._points = self._new_source(store)
 
     def _new_source(self, store: StoreOptions) -> PointSource:
@@ -178,12 +183,34 @@ class PointRun:
     @property
     def has_changes(self) -> bool:
         """The next point has something, or was asked for."""
-        return bool(self._first or self._requests or self._points.has_changes)
+        return bool(self._first or self.is_asked or self._points.has_changes)
+
+    @property
+    def is_asked(self) -> bool:
+        return self._requests.is_waiting
+
+    @property
+    def is_held_up(self) -> bool:
+        return self._loop.clock() < self._held_up_until_s
+
+    @property
+    def is_free(self) -> bool:
+        if self.is_handed_over or self._is_sending or self._cut is not None:
+            return False
+        return self.is_applied or not self._there.in_the_way(self._wanted_bytes)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.changes.disk.ledger
+
+    @property
+    def _wanted_bytes(self) -> int:
+        """Of the next point, at most."""
+        return max(1, self.changes.dirty.dirty_bytes)
 
     def has_name(self, name: str) -> bool:
         """A point that can be recovered has this name, or one that was asked for."""
-        asked = [*self._requests, *([self._request] if self._request else [])]
-        return any(one.name == name for one in asked) or self._there.has_name(name)
+        return self._requests.has_name(name) or self._there.has_name(name)
 
     @property
     def _there(self) -> FarSide:
@@ -206,9 +233,8 @@ class PointRun:
         self.is_running = False
         if self._cut is not None:
             self._cut.abandon()
-            self._cut = None
         self._points.break_off(error)
-        self._refuse_requests(error)
+        self._requests.refuse(error)
 
     def everything_changed(self, error: BaseException) -> None:
         """The disk may have changed anywhere, by no guest's request."""
@@ -220,14 +246,14 @@ class PointRun:
         self.is_running = False
         self._points.end()
         error = Error("the job has ended")
-        self._refuse_requests(error)
-        self._end_request(lambda request: request.fails(error))
+        self._requests.refuse(error)
+        self._requests.breaks(error)
 
     def leave(self, error: BaseException) -> None:
         """Make no more points, and bring the image to the last one. `error`: why no point is made
         of what was asked for."""
         self.is_leaving = True
-        self._refuse_requests(error)
+        self._requests.refuse(error)
 
     def close(self) -> None:
         """After `leave`: nothing of this run is used any more, and `changes` is free. The lag grows
@@ -239,14 +265,8 @@ class PointRun:
     def ask(self, request: PointRequest) -> None:
         """Make a point for `request`, as soon as the one in progress has ended."""
         assert self.is_running
-        self._requests.append(request)
+        self._requests.add(request)
         self._owner.run_advanced()
-
-    def withdraw(self, request: PointRequest, error: BaseException) -> None:
-        """Make no point for `request`, unless its moment is over."""
-        if request in self._requests:
-            self._requests.remove(request)
-            request.fails(error)
 
     def look(self) -> None:
         """Call this twenty times a second."""
@@ -261,12 +281,11 @@ class PointRun:
             if self.is_idle and not self.is_applied:
                 self._follow(self._there.newest)
             return
-        is_due = self._loop.clock() >= self._due_s and self.has_changes
-        is_wanted = not self._is_sending and (is_due or bool(self._requests))
-        wanted_bytes = max(1, self.changes.dirty.dirty_bytes) if is_wanted else 0
-        self._follow(self.window.next(self._there, wanted_bytes))
-        if is_wanted and (self.is_applied or not self._there.in_the_way(wanted_bytes)):
-            self._begin_cut()
+        due = self._owner.point_group.due(self._loop.clock())
+        is_wanted = self in due and not self._is_sending
+        self._follow(self.window.next(self._there, self._wanted_bytes if is_wanted else 0))
+        if is_wanted and all(run.is_free for run in due):
+            self._begin_cut(due)
 
     # For an ending.
 
@@ -274,15 +293,15 @@ class PointRun:
         """Begin the next step towards an image that has everything. Nothing is in progress."""
         if self.is_handed_over or not self.is_applied:
             self._follow(self._there.newest)
-        elif self.has_changes:
-            self._begin_cut()
+        elif self.has_changes and not self.is_held_up:
+            self._begin_cut([self])
 
     def cut_here(self) -> None:
         """Begin a point behind a gate that is closed already, with no request in progress."""
         assert self.is_idle and self.is_running
         self._points.prepare()
-        self._take()
-        self._taken()
+        self.take(Moment(self._wall_time_ns(), 0))
+        self.taken(is_common=False)
 
     def hand_over(self) -> None:
         """Bring the image to the newest point, and leave it to guests."""
@@ -300,47 +319,46 @@ class PointRun:
         elif until:
             self._at_far_side(partial(self._there.apply, until=until))
 
-    def _begin_cut(self) -> None:
-        is_busy = self.is_handed_over or self._is_sending or self._cut is not None
-        if is_busy or self._loop.clock() < self._not_before_s:
-            return
-        self._due_s = self._loop.clock() + self._interval_s
-        self._points.prepare()
-        self._cut = Cut(
-            [self.changes.disk.ledger],
-            loop=self._loop,
-            take=self._take,
-            on_taken=lambda held_s: self._taken(),
-            on_late=lambda held_s: self._late(),
-        )
-        self._cut.start()
+    def _begin_cut(self, runs: Sequence[CutRun]) -> None:
+        def moment() -> Moment:
+            is_whole = self._owner.point_group.is_whole(runs)
+            return Moment(self._wall_time_ns(), self._owner.new_group() if is_whole else 0)
 
-    def _take(self) -> None:
+        CommonCut(runs, loop=self._loop, moment=moment).start()
+
+    def cutting(self, cut: CommonCut) -> None:
+        self.tried_s, self._cut = self._loop.clock(), cut
+        self._points.prepare()
+
+    def take(self, moment: Moment) -> None:
         if self._first is not None:
             self._first()
             self._first = None
-        time_ns = self._wall_time_ns()
         self._points.take()
-        self._point = CommittedPoint(0, time_ns, 0)
+        self._point, self._group = CommittedPoint(0, moment.time_ns, 0), moment.group
 
-    def _taken(self) -> None:
+    def taken(self, *, is_common: bool) -> None:
         self._cut = None
         self._is_sending = True
         frozen = self.changes.frozen
         assert frozen is not None
-        self._request = self._requests.popleft() if self._requests else None
-        name = self._request.name if self._request else ""
+        name = self._requests.take(is_common=is_common)
         self._point = CommittedPoint(0, self._point.time_ns, frozen.covered.dirty_bytes, name)
         number = self._there.newest + 1
         self.window.cut(number)
-        self._sending.begin(self._points, self._point.time_ns, name=name)
-        if self._request is not None and frozen.error is None:
-            self._request.begins(self._point, number)
+        self._sending.begin(self._points, self._point.time_ns, name=name, group=self._group)
+        if frozen.error is None:
+            self._requests.begins(self._point, number)
 
-    def _late(self) -> None:
+    def late(self, *, is_cause: bool) -> None:
         self._cut = None
         self.late_cuts += 1
-        self._not_before_s = self._loop.clock() + LATE_PAUSE_S
+        if is_cause:
+            self._held_up_until_s = self._loop.clock() + LATE_PAUSE_S
+        self._owner.run_advanced()
+
+    def abandoned(self) -> None:
+        self._cut, self.tried_s = None, -math.inf
         self._owner.run_advanced()
 
     def _committed(self) -> None:
@@ -349,27 +367,18 @@ class PointRun:
         self.count += 1
         self.sent_bytes += last.changed_bytes
         self._owner.point_committed(last)
-        self._end_request(lambda request: request.ends(last))
+        self._requests.ends(last)
         self._owner.run_advanced()
 
     def _broken(self, error: BaseException) -> None:
         self._is_sending = False
         self._owner.point_broken(error, self._point.name)
-        self._end_request(lambda request: request.fails(error))
+        self._requests.breaks(error)
         if self.is_running and error is self._there.error:
             self._owner.far_side_failed(error)
         elif self.is_running and error is self._source.error:
             self._owner.source_failed(error)
         self._owner.run_advanced()
-
-    def _end_request(self, tell: Callable[[PointRequest], None]) -> None:
-        request, self._request = self._request, None
-        if request is not None:
-            tell(request)
-
-    def _refuse_requests(self, error: BaseException) -> None:
-        while self._requests:
-            self._requests.popleft().fails(error)
 
     def _at_far_side(self, step: Callable[[Done], None]) -> None:
         self._is_busy_there = True

@@ -15,14 +15,14 @@ from typing import Any
 from nbdmirror.devices.base import AsyncSource
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import Changes
-from nbdmirror.errors import CommandError, DeviceError, DeviceLost
+from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.far_side import FarSide, NoRoom, PointsRefused, PointsResources
-from nbdmirror.mirror.job_states import JobStatus, check_verb
-from nbdmirror.mirror.lag import round_up
+from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.last_point import LastPoint
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.point_promises import PointPromises
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_run import PointRun
@@ -39,6 +39,9 @@ class PointsJob(MirrorJob):
     """A PointRunOwner. Copies with the tracker first, and then sends `changes`, which are not
     tracked yet."""
 
+    point_group = PointGroup()
+    """Of each job another one, by `share_points`."""
+
     def __init__(
         self,
         *,
@@ -51,11 +54,13 @@ class PointsJob(MirrorJob):
         store: StoreOptions,
         in_place: bool,
         wall_time_ns: Callable[[], int],
+        new_group: Callable[[], int],
         **mirror: Any,
     ) -> None:
         """`source`: the disk, as points are read from it. `keep_s`: how long points are kept.
         `rpo_s`: the promised lag; 0: none. `in_place`: a point that does not fit into the journal
-        gives all points up, and does not stop the job.
+        gives all points up, and does not stop the job. `new_group`: a number for points that are
+        of the same cut, which no other cut has.
         `mirror`: as for MirrorJob."""
         super().__init__(resources=resources, **mirror)
         self.interval_s = interval_s
@@ -75,6 +80,7 @@ class PointsJob(MirrorJob):
         self._source = source
         self._store = store
         self._wall_time_ns = wall_time_ns
+        self.new_group = new_group
         self._stopping = Stopping(self.copier, self._mode, self._timers, resources.give_up)
 
     # What queries show.
@@ -114,38 +120,37 @@ class PointsJob(MirrorJob):
 
     def ask_for_point(self, name: str = "") -> PointRequest:
         """Make a point as soon as the one in progress has ended, and call it `name`, which can be
-        the name of a point. Raises CommandError; then nothing has changed."""
-        if self.pause_wanted and self.is_ready:
-            raise CommandError(f"The block job for device '{self.id}' is currently paused")
-        if self.status in (JobStatus.CREATED, JobStatus.RUNNING, JobStatus.PAUSED):
-            text = f"Job '{self.id}' makes no points yet: the image is being copied for the first"
-            raise CommandError(f"{text} time")
-        check_verb(self.id, self.status, "point")
-        if self.ending is not Ending.NONE:
-            raise CommandError(f"Job '{self.id}' is ending: it makes its last point by itself")
-        if self.run is None or not self.run.is_running:
-            raise CommandError(f"Job '{self.id}' makes no points now: it is {self.activity.value}")
-        if name and self.run.has_name(name):
-            raise CommandError(f"The journal of job '{self.id}' has a point '{name}' already")
-        run, request = self.run, PointRequest(name)
+        the name of a point. All jobs of the group do, at one moment. Raises CommandError; then
+        nothing has changed."""
+        request = self.point_group.ask(self, name)
         late = DeviceError(f"no moment was found for it within {REQUEST_S_MAX:g} s")
-        timer = self._loop.call_later(REQUEST_S_MAX, lambda: run.withdraw(request, late))
+        timer = self._loop.call_later(REQUEST_S_MAX, partial(request.fails, late))
         request.taken.add_done_callback(lambda _: timer.cancel())
-        run.ask(request)
         return request
+
+    # Of the group.
+
+    def share_points(self, points: PointGroup) -> None:
+        self.point_group.leave(self)
+        self.point_group = points
+        points.add(self)
+
+    @property
+    def cut_run(self) -> PointRun | None:
+        is_able = self.activity in (Activity.COPYING, Activity.POSTPONED) and self.copier.is_idle
+        run = None if self._is_to_end or not is_able else self.run
+        return run if run is not None and run.is_running and not run.is_leaving else None
+
+    @property
+    def _is_to_end(self) -> bool:
+        return self.may_end and self.activity is Activity.COPYING
 
     # The run's owner.
 
     def point_committed(self, point: CommittedPoint) -> None:
         assert self.run is not None
         self._timers.went_well()
-        data = {
-            "sequence": point.sequence,
-            "time-s": round(point.time_ns / 1e9, 3),
-            "bytes": point.changed_bytes,
-            "lag-s": round_up(self.run.lag.lag_s),
-        }
-        self._tell_of_points("X_NBDMIRROR_POINT", data, point.name)
+        self._tell_of_points("X_NBDMIRROR_POINT", point.told(self.run.lag.lag_s), point.name)
         self.lag, self.in_place_since_ns = self.run.lag, 0
         if self.status is JobStatus.RUNNING:
             self.to(JobStatus.READY, "the first point is committed")
@@ -230,6 +235,7 @@ class PointsJob(MirrorJob):
 
     def detach(self) -> None:
         super().detach()
+        self.point_group.leave(self)
         if self.run is not None:
             self.run.end()
         else:  # which an earlier process may have begun
@@ -356,7 +362,7 @@ class PointsJob(MirrorJob):
         self._start_run()
         if self.run.has_left:
             self._leave_points(self.run)
-        elif self.may_end and self.activity is Activity.COPYING and not self.run.is_leaving:
+        elif self._is_to_end and not self.run.is_leaving:
             super()._advance_copying()
         else:
             self.run.advance()

@@ -162,9 +162,7 @@ def _journal_node(server: Server, mirror: MirrorArguments) -> Node:
     "blockdev-mirror", _BLOCKDEV_MIRROR, prepare=_open_again, starts_job=True, then=mirrors_saved
 )
 def blockdev_mirror(server: Server, group: Group | None = None, **arguments: Any) -> Change:
-    job = create_mirror(server, MirrorArguments(**arguments))
-    if group is not None:
-        group.add(job)
+    job = create_mirror(server, MirrorArguments(**arguments), group)
     return Change(job.discard, partial(server.mirrors.begin, job))
 
 
@@ -240,9 +238,9 @@ def _start(server: Server, mirror: MirrorArguments, added: list[Node]) -> None:
     server.mirrors.begin(job)
 
 
-def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
-    """Create a job, without starting it. Raises CommandError; then no job exists. On the event
-    loop's thread."""
+def create_mirror(server: Server, mirror: MirrorArguments, group: Group | None = None) -> MirrorJob:
+    """Create a job, of `group`, without starting it. Raises CommandError; then no job exists. On
+    the event loop's thread."""
     disk = server.nodes.find_disk(mirror.device)
     node = server.nodes.find_target(disk, mirror.target)
     # From here on in QEMU's order, so that of two errors the same one is reported.
@@ -264,7 +262,12 @@ def create_mirror(server: Server, mirror: MirrorArguments) -> MirrorJob:
         job_id = default_job_id(disk.name, server.disks)
     options = _options(mirror, job_id, reconnect_delay_s=node.options.reconnect_delay_s)
     points = points_options(server.nodes, disk, mirror)
-    return server.mirrors.create(disk, node, options, bitmap, points)
+    if group is not None and points is not None:
+        group.points.check_interval(points.interval_s)
+    job = server.mirrors.create(disk, node, options, bitmap, points)
+    if group is not None:
+        group.add(job)
+    return job
 
 
 def _check_size(parameter: str, size: int) -> None:

@@ -18,13 +18,14 @@ from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.in_flight import CopierLoad
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.job_resources import JobResources
 from nbdmirror.server.mirror_record import node_of, options_of, points_of
 from nbdmirror.server.nodes import Node, Nodes
-from nbdmirror.server.points_checks import PointsOptions, changes_of, check_journal
+from nbdmirror.server.points_checks import PointsOptions, changes_of, check_journal, new_group
 from nbdmirror.server.points_resources import PointsResources
 from nbdmirror.server.sources import Sources
 from nbdmirror.server.target_checks import check_target, granularity_of, unit_of
@@ -61,6 +62,8 @@ class MirrorJobs:
         self._events = events
         self._loop = loop
         self._sources = Sources(nodes, loop)
+        self._point_groups: dict[str, PointGroup] = {}
+        """Those of earlier processes, by their keys."""
 
     @property
     def running(self) -> list[MirrorJob]:
@@ -167,6 +170,7 @@ class MirrorJobs:
             store=resources.store_options,
             in_place=points.in_place,
             wall_time_ns=time.time_ns,
+            new_group=new_group,
             **parts,
         )
 
@@ -207,6 +211,9 @@ class MirrorJobs:
         restore = partial(found.restore_mirror, job.tracker, key)
         if points is not None:
             assert isinstance(job, PointsJob)
+            if points.group:
+                kept = self._point_groups.setdefault(points.group, PointGroup(points.group))
+                job.share_points(kept)
             restore_changes = partial(found.restore, key=points.key)
             restore = partial(job.restore, restore, restore_changes)
         job.take_up(restore, is_scanned=record.is_scanned, is_paused=record.is_paused)

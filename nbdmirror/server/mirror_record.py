@@ -44,8 +44,11 @@ def mirror_record(
     )
 
 
-def points_record(points: PointsOptions, granularity: int, *, has_begun: bool) -> PointsRecord:
-    """What a mirror's record has of its points. `granularity`: of what is in no point."""
+def points_record(
+    points: PointsOptions, granularity: int, *, has_begun: bool, group: str
+) -> PointsRecord:
+    """What a mirror's record has of its points. `granularity`: of what is in no point. `group`: the
+    key of the group whose jobs make their points together; "": there is none."""
     return PointsRecord(
         key=points.key,
         granularity=granularity,
@@ -59,6 +62,7 @@ def points_record(points: PointsOptions, granularity: int, *, has_begun: bool) -
         spill_bytes=points.spill_bytes,
         breaks_guest_writes=points.breaks_guest_writes,
         in_place=points.in_place,
+        group=group,
     )
 
 
@@ -78,6 +82,7 @@ def points_of(record: MirrorRecord) -> PointsOptions | None:
         in_place=kept.in_place,
         key=kept.key,
         disk_id=bytes.fromhex(kept.disk_id),
+        group=kept.group,
     )
 
 

@@ -127,7 +127,14 @@ class PointsResources(JobResources):
         JobResources.released(self)
 
     def _points_record(self) -> PointsRecord:
-        return points_record(self.points, self.changes.granularity, has_begun=self.has_begun)
+        job = self.journal.job
+        assert isinstance(job, PointsJob)
+        return points_record(
+            self.points,
+            self.changes.granularity,
+            has_begun=self.has_begun,
+            group=job.point_group.key,
+        )
 
     def _kept_changes(self) -> dict[str, MayDiffer]:
         return {**JobResources._kept_changes(self), self.points.key: self.changes}

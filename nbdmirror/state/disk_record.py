@@ -120,6 +120,8 @@ class PointsRecord:
     spill_bytes: Annotated[int, Key("spill_bytes", COUNT)]
     breaks_guest_writes: Annotated[bool, Key("breaks_guest_writes", FLAG)]
     in_place: Annotated[bool, Key("in_place", FLAG)]
+    group: Annotated[str, Key("group", TEXT)] = ""
+    """The jobs with the same text make their points together; "": this job alone."""
 
 
 @dataclass(frozen=True, slots=True)
