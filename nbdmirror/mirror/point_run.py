@@ -91,7 +91,7 @@ class PointRun:
         self._far: FarSide | None = None
         self._sender: PointSender | None = None
         self._cut: Cut | None = None
-        self._point = CommittedPoint(0, 0, 0)
+        self.point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
         self._requests: deque[PointRequest] = deque()
         """Those that were not taken yet."""
@@ -126,6 +126,7 @@ class PointRun:
 
     def _source_broke(self, error: BaseException) -> None:
         self._sending.broken(error)
+        self._there.withdraw(error)
 
     # States.
 
@@ -155,8 +156,13 @@ class PointRun:
         return self._there.is_handed_over
 
     @property
+    def has_begun(self) -> bool:
+        """`start` was called: it is known what the far side has."""
+        return self._far is not None
+
+    @property
     def room(self) -> JournalRoom | None:
-        """How full the journal is; None before `start`."""
+        """How full the journal is; None before `start`, or if there is none."""
         return None if self._far is None else self._far.room()
 
     @property
@@ -177,8 +183,9 @@ class PointRun:
 
     @property
     def has_changes(self) -> bool:
-        """The next point has something, or was asked for."""
-        return bool(self._first or self._requests or self._points.has_changes)
+        """The next point has something, or was asked for, or is the first one of this run that the
+        far side will have."""
+        return not self.count or bool(self._requests or self._points.has_changes)
 
     def has_name(self, name: str) -> bool:
         """A point that can be recovered has this name, or one that was asked for."""
@@ -321,7 +328,7 @@ class PointRun:
             self._first = None
         time_ns = self._wall_time_ns()
         self._points.take()
-        self._point = CommittedPoint(0, time_ns, 0)
+        self.point = CommittedPoint(0, time_ns, 0)
 
     def _taken(self) -> None:
         self._cut = None
@@ -330,12 +337,12 @@ class PointRun:
         assert frozen is not None
         self._request = self._requests.popleft() if self._requests else None
         name = self._request.name if self._request else ""
-        self._point = CommittedPoint(0, self._point.time_ns, frozen.covered.dirty_bytes, name)
+        self.point = CommittedPoint(0, self.point.time_ns, frozen.covered.dirty_bytes, name)
         number = self._there.newest + 1
         self.window.cut(number)
-        self._sending.begin(self._points, self._point.time_ns, name=name)
+        self._sending.begin(self._points, self.point.time_ns, name=name)
         if self._request is not None and frozen.error is None:
-            self._request.begins(self._point, number)
+            self._request.begins(self.point, number)
 
     def _late(self) -> None:
         self._cut = None
@@ -345,7 +352,8 @@ class PointRun:
 
     def _committed(self) -> None:
         self._is_sending = False
-        self.last = last = replace(self._point, sequence=self._there.newest)
+        self.lag.is_kept = self._there.is_kept
+        self.last = last = replace(self.point, sequence=self._there.newest)
         self.count += 1
         self.sent_bytes += last.changed_bytes
         self._owner.point_committed(last)
@@ -354,7 +362,7 @@ class PointRun:
 
     def _broken(self, error: BaseException) -> None:
         self._is_sending = False
-        self._owner.point_broken(error, self._point.name)
+        self._owner.point_broken(error, self.point.name)
         self._end_request(lambda request: request.fails(error))
         if self.is_running and error is self._there.error:
             self._owner.far_side_failed(error)

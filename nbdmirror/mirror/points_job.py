@@ -139,13 +139,7 @@ class PointsJob(MirrorJob):
     def point_committed(self, point: CommittedPoint) -> None:
         assert self.run is not None
         self._timers.went_well()
-        data = {
-            "sequence": point.sequence,
-            "time-s": round(point.time_ns / 1e9, 3),
-            "bytes": point.changed_bytes,
-            "lag-s": round_up(self.run.lag.lag_s),
-        }
-        self._tell_of_points("X_NBDMIRROR_POINT", data, point.name)
+        self.tell_point(point)
         self.lag, self.in_place_since_ns = self.run.lag, 0
         if self.status is JobStatus.RUNNING:
             self.to(JobStatus.READY, "the first point is committed")
@@ -386,6 +380,16 @@ class PointsJob(MirrorJob):
             if self.run is not None and self.ending is Ending.NONE:
                 self.promises.look_at_window(self.run)
         super()._look()
+
+    def tell_point(self, point: CommittedPoint, **extra: Any) -> None:
+        assert self.run is not None
+        data = {
+            "sequence": point.sequence,
+            "time-s": round(point.time_ns / 1e9, 3),
+            "bytes": point.changed_bytes,
+            "lag-s": round_up(self.run.lag.lag_s),
+        }
+        self._tell_of_points("X_NBDMIRROR_POINT", {**data, **extra}, point.name)
 
     def _tell_of_points(self, event: str, data: dict[str, Any], name: str = "") -> None:
         """`name`: of the point, if it has one."""
