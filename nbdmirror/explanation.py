@@ -50,7 +50,11 @@ def doing(job: Job) -> str:
     kinds = _kinds(remarks(job))
     if "waits" not in job or kinds & _SAYS_IT_ALL or state(job) not in ("running", "ready"):
         return ""
-    if "sequence" in (points := job.get("x-nbdmirror-points", {})) and job.get("ready"):
+    points = job.get("x-nbdmirror-points", {})
+    if awaited := points.get("awaited"):
+        text = f"waits for the acknowledgement of point {awaited['sequence']}"
+        return f"{text}: nothing is written to the target until there is a snapshot of the point"
+    if "sequence" in points and job.get("ready"):
         return _of_points(points)
     parts = [_waits_for(job), "" if kinds & {"behind", "ending", "pause"} else _outlook(job)]
     return "; ".join(part for part in parts if part)
@@ -58,6 +62,8 @@ def doing(job: Job) -> str:
 
 def _of_points(points: Mapping[str, Any]) -> str:
     """What the far side has, and for how long there is room for more."""
+    if "journal-bytes" not in points:
+        return f"point {points['sequence']} is safe: it was acknowledged"
     text = f"the far side has point {points['sequence']}, whatever is lost"
     used_bytes, room_bytes = points["journal-used-bytes"], points["journal-bytes"]
     return f"{text}; {size(used_bytes)} of {size(room_bytes)} of its journal are used"

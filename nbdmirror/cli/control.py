@@ -136,8 +136,7 @@ async def _finalize(session: Session, args: argparse.Namespace) -> int:
 
 
 async def _mirror(session: Session, args: argparse.Namespace) -> int:
-    if args.journal and args.copy_mode:
-        raise CliError("--copy-mode: --journal has a copy mode of its own: give one of the two")
+    cli_point.check(args)
     device = args.device or await only_disk(session)
     job = args.job or default_job_id(device, await disk_names(session))
     session.events.clear()  # drop events of an earlier job with this name
@@ -149,7 +148,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
         mode="existing",
         sync=args.sync,
         job_id=args.job,
-        copy_mode="points" if args.journal else args.copy_mode,
+        copy_mode="points" if args.journal or args.snapshots else args.copy_mode,
         **cli_point.options(args),
         granularity=args.granularity,
         buf_size=args.buf_size,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from typing import NoReturn
 
 from nbdmirror.limits import DEADLINE_S_MAX, MAX_PAUSE_MS_MAX, PORT_MAX, whole_number
 
@@ -92,11 +93,13 @@ def add_points_of_mirror(add: Callable[..., object]) -> None:
     """The options of `nbdmirror mirror` for points."""
     text = "write points to this export, an empty one (copy mode points)"
     add("--journal", metavar="URI", help=text)
-    text = "with --journal: time from one point to the next (default: 1s)"
+    text = "points are snapshots of the target, which: nbdmirror points --exec makes (copy mode"
+    add("--snapshots", action="store_true", help=f"{text} points)")
+    text = "with points: time from one point to the next (default: 1s)"
     add("--every", type=duration, metavar="TIME", help=text)
     text = "with --journal: keep points for so long, and recover any of them (default: 0)"
     add("--keep", type=duration, metavar="TIME", help=text)
-    text = "with --journal: an event reports a lag of more than this, and its end"
+    text = "with points: an event reports a lag of more than this, and its end"
     add("--rpo", type=duration, metavar="TIME", help=text)
     text = "with --journal: what to do if not even one point fits into it (default: stop)"
     add("--on-journal-full", choices=("stop", "in-place"), help=text)
@@ -117,13 +120,32 @@ def add_point(serve: argparse.ArgumentParser) -> None:
 
 def _add_points(add: Add) -> None:
     disk = "an NBD URI, a raw file or a block device"
-    points = add("points", "list the points that a journal holds", qmp=False)
-    points.add_argument("journal_uri", metavar="JOURNAL", help=f"the journal: {disk}")
+    points = add("points", "list the points of a journal, or run a command at each point")
+    points.usage = "nbdmirror points JOURNAL [--json]\n       nbdmirror points --exec COMMAND"
+    points.usage += " [--device NAME|--job ID] [--qmp PATH]"
+    points.add_argument("journal_uri", metavar="JOURNAL", nargs="?", help=f"the journal: {disk}")
     points.add_argument("--json", action="store_true", help="print JSON")
+    text = "make a snapshot of the target with this shell command, at each point of a running job"
+    points.add_argument("--exec", metavar="COMMAND", help=text)
+    which = points.add_mutually_exclusive_group()
+    which.add_argument("--device", metavar="NAME", help="choose the job of this disk")
+    which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
     recover = add("recover", "make an image a point of its journal", qmp=False)
     recover.add_argument("--image", metavar="DISK", required=True, help=f"the image: {disk}")
     recover.add_argument("--journal", metavar="DISK", required=True, help="its journal")
     recover.add_argument("--point", metavar="POINT", help=POINT)
+
+
+def check_points(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """The two forms of `nbdmirror points`."""
+    if (args.journal_uri is None) is (args.exec is None):
+        error("points: give either JOURNAL, to list its points, or --exec COMMAND")
+    options = {"--json": args.json} if args.exec is not None else {}
+    if args.exec is None:
+        options = {"--qmp": args.qmp, "--device": args.device, "--job": args.job}
+    for option, value in options.items():
+        if value:
+            error(f"{option}: not allowed with {'--exec' if args.exec is not None else 'JOURNAL'}")
 
 
 def _add_bitmap(bitmap: argparse.ArgumentParser, parse_size: Callable[[str], int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nbdmirror.cli.common import DONE
+from nbdmirror.cli.common import DONE, CliError
 from nbdmirror.cli.jobs import find_job
 from nbdmirror.cli.session import Session
 
@@ -27,10 +27,21 @@ async def run(session: Session, args: argparse.Namespace) -> int:
     return DONE
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise CliError if the options of a mirror contradict one another."""
+    given = [f"--{name}" for name in ("journal", "snapshots") if getattr(args, name)]
+    if len(given) > 1:
+        raise CliError("--snapshots: points are in the journal, or are snapshots: give one of both")
+    if given and args.copy_mode:
+        text = f"--copy-mode: {given[0]} has a copy mode of its own: give one of the two"
+        raise CliError(text)
+
+
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a mirror with points; None: not given."""
     return {
         "x_nbdmirror_journal": args.journal,
+        "x_nbdmirror_auto_point": False if args.snapshots else None,
         "x_nbdmirror_interval": args.every,
         "x_nbdmirror_keep": args.keep,
         "x_nbdmirror_rpo": args.rpo,

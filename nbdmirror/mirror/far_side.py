@@ -1,5 +1,5 @@
-"""What a job with points needs of its far side: a journal, and the image beside it. On the event
-loop's thread."""
+"""What a job with points needs of its far side: a journal, and the image beside it; or an image
+that has one point at a time, which somebody else snapshots. On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -63,7 +63,16 @@ class FarSide(PointWriter, Journal, Protocol):
     def is_handed_over(self) -> bool:
         """The journal says that the image may be changed by others."""
 
-    def room(self) -> JournalRoom: ...
+    @property
+    def is_kept(self) -> bool:
+        """The last point stays, whatever becomes of the next one."""
+
+    def withdraw(self, error: BaseException) -> None:
+        """The point in progress was broken, for this reason: its commit waits for nobody any
+        more."""
+
+    def room(self) -> JournalRoom | None:
+        """None: there is no journal."""
 
     def has_name(self, name: str) -> bool:
         """A point of the journal has this name."""

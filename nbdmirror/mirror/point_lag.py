@@ -23,6 +23,11 @@ class PointLag(BaseLag):
         self._is_standing = False
         self._cut_s = began_s
         """The point in progress has every write that was answered before this time."""
+        self._kept_s = began_s
+        """The last point that the far side keeps while the next one is made has every write that
+        was answered before this time."""
+        self.is_kept = True
+        """The last committed point is such a point."""
 
     def stand_still(self) -> None:
         """There are no points any more: from now on nothing is covered."""
@@ -41,6 +46,9 @@ class PointLag(BaseLag):
     def cut(self, at_s: float) -> None:
         """A point begins: everything that was answered before this time is in this point, or in an
         earlier one. `at_s`: by the clock, behind the closed gate."""
+        if self.is_kept:
+            self._kept_s = self._covered_s
+        self._covered_s = self._kept_s
         self._cut_s = at_s
 
     def committed(self) -> None:

@@ -150,7 +150,7 @@ class PointsJob(MirrorJob):
     def point_committed(self, point: CommittedPoint) -> None:
         assert self.run is not None
         self._timers.went_well()
-        self._tell_of_points("X_NBDMIRROR_POINT", point.told(self.run.lag.lag_s), point.name)
+        self.tell_point(point)
         self.lag, self.in_place_since_ns = self.run.lag, 0
         if self.status is JobStatus.RUNNING:
             self.to(JobStatus.READY, "the first point is committed")
@@ -392,6 +392,11 @@ class PointsJob(MirrorJob):
             if self.run is not None and self.ending is Ending.NONE:
                 self.promises.look_at_window(self.run)
         super()._look()
+
+    def tell_point(self, point: CommittedPoint, **extra: Any) -> None:
+        assert self.run is not None
+        data = {**point.told(self.run.lag.lag_s), **extra}
+        self._tell_of_points("X_NBDMIRROR_POINT", data, point.name)
 
     def _tell_of_points(self, event: str, data: dict[str, Any], name: str = "") -> None:
         """`name`: of the point, if it has one."""

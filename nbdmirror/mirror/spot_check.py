@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.tracker import Tracker
 
 SAMPLES = 32
 """Number of places. The disk's first and last granules are two of them, since partition tables and
@@ -27,12 +27,24 @@ SAMPLE_BYTES_MAX = 64 << 10
 DRAIN_S_MAX = 5.0
 DRAIN_POLL_S = 0.01
 
+
+class Tracked(Protocol):
+    """What is known of the differences between disk and target: a Tracker, or Changes."""
+
+    @property
+    def dirty(self) -> DirtyBitmap:
+        """What guests have changed; the same bitmap, or one that followed it."""
+
+    @property
+    def granularity(self) -> int: ...
+
+
 Read = Callable[[memoryview, int], None]
 """Fill the buffer from an offset in bytes. Raises DeviceError."""
 
 
 def find_mismatch(
-    disk: Disk, read_target: Read, tracker: Tracker, suspects: DirtyBitmap, rng: random.Random
+    disk: Disk, read_target: Read, tracker: Tracked, suspects: DirtyBitmap, rng: random.Random
 ) -> int | None:
     """The offset in bytes of a place where the target has changed; None if no sample has.
 
@@ -64,7 +76,7 @@ def find_mismatch(
     return None
 
 
-def _is_clean(disk: Disk, tracker: Tracker, offset: int, length: int) -> bool:
+def _is_clean(disk: Disk, tracker: Tracked, offset: int, length: int) -> bool:
     """Whether both sides should have been the same: no guest was writing there meanwhile."""
     deadline_s = time.monotonic() + DRAIN_S_MAX
     writes = disk.ledger.writes()

@@ -1,22 +1,27 @@
-"""QMP's command for points: x-nbdmirror-point."""
+"""QMP's commands for points: x-nbdmirror-point, x-nbdmirror-point-ack."""
 
 from __future__ import annotations
 
 import asyncio
 from functools import partial
+from typing import Any
 
 from nbdmirror.errors import CommandError, ConfigError, Error
 from nbdmirror.events import Reply
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.points_job import PointsJob
+from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.names import check_point_name
 from nbdmirror.qmp.command import CommandTable, ask_loop
 from nbdmirror.qmp.job_commands import find_job
-from nbdmirror.qmp.results import POINT_TAKEN
-from nbdmirror.qmp.schema import BOOL, STR, optional, struct
+from nbdmirror.qmp.results import POINT_ACKNOWLEDGED, POINT_TAKEN
+from nbdmirror.qmp.schema import BOOL, INT, STR, optional, struct
 from nbdmirror.server.server import Server
 
 COMMANDS = CommandTable()
+
+REASON_LENGTH_MAX = 1000
+"""Of a refusal, in characters: the reason is in an event and in the log."""
 
 
 @COMMANDS.command(
@@ -47,3 +52,22 @@ def _ask(server: Server, id: str, name: str | None) -> PointRequest:
         except ConfigError as error:
             raise CommandError(f"Parameter 'name': {error}") from error
     return job.ask_for_point(name or "")
+
+
+@COMMANDS.command(
+    "x-nbdmirror-point-ack",
+    struct("AcknowledgePoint", id=STR, sequence=INT, error=optional(STR)),
+    returns=POINT_ACKNOWLEDGED,
+)
+def acknowledge_point(
+    server: Server, id: str, sequence: int, error: str | None = None
+) -> dict[str, Any]:
+    job = find_job(server, id)
+    if not isinstance(job, SnapshotsJob):
+        text = "its points are in a journal"
+        if not isinstance(job, PointsJob):
+            text = f"its copy mode is '{job.options.copy_mode}'"
+        raise CommandError(f"Job '{id}' awaits no acknowledgements: {text}")
+    if error is not None and len(error) > REASON_LENGTH_MAX:
+        raise CommandError(f"Parameter 'error' has more than {REASON_LENGTH_MAX} characters")
+    return {"repeated": job.acknowledge(sequence, error)}

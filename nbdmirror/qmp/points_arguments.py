@@ -8,7 +8,7 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError
 from nbdmirror.mirror.options import CopyMode
 from nbdmirror.mirror.point_source import STORE_BYTES_DEFAULT
-from nbdmirror.qmp.schema import INT, NUMBER, STR, Enum, Member, named, optional
+from nbdmirror.qmp.schema import BOOL, INT, NUMBER, STR, Enum, Member, named, optional
 from nbdmirror.server.nodes import Nodes
 from nbdmirror.server.points_checks import PointsOptions
 
@@ -29,6 +29,7 @@ ON_JOURNAL_FULL = Enum("OnJournalFull", ("stop", "in-place"))
 
 POINTS_MEMBERS: dict[str, Member] = named(
     x_nbdmirror_journal=optional(STR),
+    x_nbdmirror_auto_point=optional(BOOL),
     x_nbdmirror_interval=optional(NUMBER),
     x_nbdmirror_keep=optional(NUMBER),
     x_nbdmirror_rpo=optional(NUMBER),
@@ -46,6 +47,7 @@ class PointsArguments:
     copy_mode: str = "background"
     sync: str
     x_nbdmirror_journal: str | None = None
+    x_nbdmirror_auto_point: bool | None = None
     x_nbdmirror_interval: float | None = None
     x_nbdmirror_keep: float | None = None
     x_nbdmirror_rpo: float | None = None
@@ -67,8 +69,7 @@ def points_options(nodes: Nodes, disk: Disk, given: PointsArguments) -> PointsOp
             if getattr(given, key.replace("-", "_")) is not None:
                 raise CommandError(f"Parameter '{key}' needs copy-mode 'points'")
         return None
-    if name is None:
-        raise CommandError("Copy mode 'points' needs 'x-nbdmirror-journal'")
+    _check_far_side(given)
     if given.sync != "full":
         raise CommandError("Copy mode 'points' needs sync 'full'")
     for key in ("max_pause", "may", "deadline", "on_deadline"):
@@ -83,8 +84,8 @@ def points_options(nodes: Nodes, disk: Disk, given: PointsArguments) -> PointsOp
     spill_bytes = given.x_nbdmirror_spill_bytes or 0
     if spill_bytes:
         _check_size("x-nbdmirror-spill-bytes", spill_bytes)
-    node = nodes.find_target(disk, name)
-    if node is None:
+    node = nodes.find_target(disk, name) if name is not None else None
+    if node is None and name is not None:
         raise CommandError(f"Journal: Node '{name}' is in use")
     return PointsOptions(
         node,
@@ -96,6 +97,22 @@ def points_options(nodes: Nodes, disk: Disk, given: PointsArguments) -> PointsOp
         in_place=given.x_nbdmirror_on_journal_full == "in-place",
         breaks_guest_writes=given.on_cbw_error == "break-guest-write",
     )
+
+
+def _check_far_side(given: PointsArguments) -> None:
+    """Points are in a journal, or are snapshots. Raises CommandError."""
+    if given.x_nbdmirror_journal is not None:
+        if given.x_nbdmirror_auto_point is False:
+            text = "accepts no 'x-nbdmirror-journal' if it is false: give one of the two"
+            raise CommandError(f"Parameter 'x-nbdmirror-auto-point' {text}")
+        return
+    if given.x_nbdmirror_auto_point is not False:
+        text = "needs 'x-nbdmirror-journal', or, for a target whose snapshots are the points"
+        raise CommandError(f"Copy mode 'points' {text}, 'x-nbdmirror-auto-point' false")
+    for key in ("keep", "on_journal_full"):
+        if getattr(given, f"x_nbdmirror_{key}") is not None:
+            key = key.replace("_", "-")
+            raise CommandError(f"Parameter 'x-nbdmirror-{key}' needs 'x-nbdmirror-journal'")
 
 
 def _times(given: PointsArguments) -> tuple[float, float, float]:

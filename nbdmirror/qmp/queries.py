@@ -9,7 +9,9 @@ from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.disk import Disk
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.point_request import CommittedPoint
 from nbdmirror.mirror.points_job import PointsJob
+from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.command import CommandTable
 from nbdmirror.qmp.results import BLOCK_INFO, BLOCK_JOB_INFO, EXPORT_INFO, JOB_INFO, NODE_INFO
@@ -60,6 +62,7 @@ def block_job_info(server: Server, job: MirrorJob) -> dict[str, Any]:
 def _points_info(job: PointsJob) -> dict[str, Any]:
     """What the far side has, since the first copy is in sync."""
     info: dict[str, Any] = {"interval-s": job.interval_s}
+    info["auto-point"] = not isinstance(job, SnapshotsJob)
     if job.promises.keep_s:
         info["keep-s"] = job.promises.keep_s
         info["kept"] = job.promises.is_window_kept
@@ -68,18 +71,30 @@ def _points_info(job: PointsJob) -> dict[str, Any]:
     if job.in_place_since_ns:
         info["in-place-since-s"] = round(job.in_place_since_ns / 1e9, 3)
     run = job.run
-    if run is None or run.room is None:
+    if run is None or not run.has_begun:
         return info
     info["late-cuts"] = run.late_cuts
-    info["journal-bytes"], info["journal-used-bytes"] = run.room.total_bytes, run.room.used_bytes
-    if run.room.lasts_s is not None:
-        info["journal-lasts-s"] = round(run.room.lasts_s, 3)
-    info["points"], info["reaches-s"] = run.room.points, round(run.reaches_s, 3)
+    if (room := run.room) is not None:
+        info["journal-bytes"], info["journal-used-bytes"] = room.total_bytes, room.used_bytes
+        if room.lasts_s is not None:
+            info["journal-lasts-s"] = round(room.lasts_s, 3)
+        info["points"], info["reaches-s"] = room.points, round(run.reaches_s, 3)
     if run.last is not None:
-        info["sequence"], info["time-s"] = run.last.sequence, round(run.last.time_ns / 1e9, 3)
-        info["bytes"] = run.last.changed_bytes
-        if run.last.name:
-            info["name"] = run.last.name
+        info |= _point_info(run.last)
+    if isinstance(job, SnapshotsJob) and job.awaited is not None and job.acks.awaited:
+        since_s = round(job.awaited_since_ns / 1e9, 3)
+        info["awaited"] = {**_point_info(job.awaited), "since-s": since_s}
+    return info
+
+
+def _point_info(point: CommittedPoint) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "sequence": point.sequence,
+        "time-s": round(point.time_ns / 1e9, 3),
+        "bytes": point.changed_bytes,
+    }
+    if point.name:
+        info["name"] = point.name
     return info
 
 

@@ -58,6 +58,7 @@ _BLOCK_JOB_INFO_MEMBERS = named(
 _POINTS = struct(
     "JobPoints",
     interval_s=NUMBER,
+    auto_point=BOOL,
     keep_s=optional(NUMBER),
     kept=optional(BOOL),
     rpo_s=optional(NUMBER),
@@ -72,6 +73,16 @@ _POINTS = struct(
     time_s=optional(NUMBER),
     bytes=optional(INT),
     name=optional(STR),
+    awaited=optional(
+        struct(
+            "AwaitedPoint",
+            sequence=INT,
+            time_s=NUMBER,
+            bytes=INT,
+            name=optional(STR),
+            since_s=NUMBER,
+        )
+    ),
 )
 
 _DEADLINE = struct(
@@ -81,6 +92,8 @@ _DEADLINE = struct(
     on_deadline=ON_DEADLINE,
     outlook=Enum("DeadlineOutlook", tuple(map(str, Kept))),
 )
+
+POINT_ACKNOWLEDGED = struct("PointAcknowledged", repeated=BOOL)
 
 POINT_TAKEN = struct("PointTaken", sequence=INT, time_s=NUMBER)
 
@@ -339,6 +352,7 @@ EVENTS: dict[str, Struct] = {
         bytes=INT,
         lag_s=NUMBER,
         name=optional(STR),
+        ack=optional(BOOL),
     ),
     "X_NBDMIRROR_POINT_BROKEN": struct(
         "PointBroken", device=STR, id=STR, reason=STR, name=optional(STR)

@@ -22,6 +22,7 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import CopyMode, Ending
 from nbdmirror.mirror.outlook import Prediction
 from nbdmirror.mirror.points_job import PointsJob
+from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.rates import Meter, Rates, Sample
 from nbdmirror.state.job_results import Result
 
@@ -357,5 +358,7 @@ class Chronicle:
             text = "%s: %s; %s %s; disk %s is served from %s as before"
             point = job.run.last if isinstance(job, PointsJob) and job.run else None
             state = f"is behind its journal, which has point {point.sequence}" if point else ""
+            if isinstance(job, SnapshotsJob) and (number := job.acks.last):
+                state = f"is of no moment; the last point that was acknowledged is {number}"
             names = course.target, state or "is unusable", course.disk, course.source
             log(text, kind, result.reason, *names, about=about)

@@ -71,6 +71,13 @@ class JournalSide(FarSide):
         current = self._writer.superblocks.current
         return () if current.applying else current.samples
 
+    @property
+    def is_kept(self) -> bool:
+        return True
+
+    def withdraw(self, error: BaseException) -> None:
+        pass  # a commit waits for the journal alone
+
     def room(self) -> JournalRoom:
         room, oldest = self._writer.room(), self.oldest
         points = self.newest - oldest + 1 if oldest else 0

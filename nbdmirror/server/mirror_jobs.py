@@ -20,13 +20,21 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
 from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.points_job import PointsJob
+from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.job_resources import JobResources
 from nbdmirror.server.mirror_record import node_of, options_of, points_of
 from nbdmirror.server.nodes import Node, Nodes
-from nbdmirror.server.points_checks import PointsOptions, changes_of, check_journal, new_group
+from nbdmirror.server.points_checks import (
+    PointsOptions,
+    changes_of,
+    check_content,
+    check_journal,
+    new_group,
+)
 from nbdmirror.server.points_resources import PointsResources
+from nbdmirror.server.snapshots_resources import SnapshotsResources
 from nbdmirror.server.sources import Sources
 from nbdmirror.server.target_checks import check_target, granularity_of, unit_of
 from nbdmirror.state.null_store import StateStore
@@ -36,6 +44,11 @@ from nbdmirror.state.sealed_files import StateError
 JOBS_MAX = 256
 """Most jobs, including concluded ones that were not dismissed: a bound on a client's use of
 memory."""
+
+
+def _points_resources(points: PointsOptions, **parts: Any) -> PointsResources:
+    kind = PointsResources if points.journal is not None else SnapshotsResources
+    return kind(points=points, **parts)
 
 
 class MirrorJobs:
@@ -131,7 +144,7 @@ class MirrorJobs:
         else:
             new_bitmap = store.new_bitmap(points.key)
             changes = changes_of(disk, options, granularity, unit, new_bitmap)
-            resources = PointsResources(points=points, changes=changes, **parts)
+            resources = _points_resources(points, changes=changes, **parts)
             if found is None:
                 resources.make_spill()
             else:
@@ -161,18 +174,20 @@ class MirrorJobs:
         if not isinstance(resources, PointsResources):
             return MirrorJob(**parts)
         points = resources.points
-        return PointsJob(
-            changes=resources.changes,
-            source=resources.source,
-            interval_s=points.interval_s,
-            keep_s=points.keep_s,
-            rpo_s=points.rpo_s,
-            store=resources.store_options,
-            in_place=points.in_place,
-            wall_time_ns=time.time_ns,
-            new_group=new_group,
-            **parts,
-        )
+        parts |= {
+            "changes": resources.changes,
+            "source": resources.source,
+            "interval_s": points.interval_s,
+            "keep_s": points.keep_s,
+            "rpo_s": points.rpo_s,
+            "store": resources.store_options,
+            "in_place": points.in_place,
+            "wall_time_ns": time.time_ns,
+            "new_group": new_group,
+        }
+        if isinstance(resources, SnapshotsResources):
+            return SnapshotsJob(acks=resources.acks, **parts)
+        return PointsJob(**parts)
 
     def begin(self, job: MirrorJob) -> None:
         """Start the job; with unequal sizes it fails at once, as in QEMU."""
@@ -203,7 +218,8 @@ class MirrorJobs:
         bitmap = next((one for one in named if one.name == record.bitmap), None)
         self._nodes.add_again(node)
         granularity, key = record.granularity, record.key
-        if (points := points_of(record)) is not None:
+        points = points_of(record)
+        if points is not None and points.journal is not None:
             self._nodes.add_again(points.journal)
         job = self._make(disk, node, options, bitmap, granularity, key, points=points, found=found)
         job.log.info("continues where the previous process ended")
@@ -226,6 +242,9 @@ class MirrorJobs:
         if points.spill_bytes and not self._stores[disk].is_lasting:
             needs = "needs a server with a state directory"
             raise CommandError(f"Parameter 'x-nbdmirror-spill-bytes' {needs}")
+        if journal is None:
+            check_content(disk)
+            return
         if journal.device is node.device or journal.device.is_same_export(node.device):
             raise CommandError(f"Journal '{journal.device.uri}' is the target itself")
         try:

@@ -52,7 +52,7 @@ def points_record(
     return PointsRecord(
         key=points.key,
         granularity=granularity,
-        journal=_target_record(points.journal),
+        journal=_target_record(points.journal) if points.journal is not None else None,
         disk_id=points.disk_id.hex(),
         has_begun=has_begun,
         interval_s=points.interval_s,
@@ -72,7 +72,7 @@ def points_of(record: MirrorRecord) -> PointsOptions | None:
     if kept is None:
         return None
     return PointsOptions(
-        journal=_target_of(kept.journal),
+        journal=_target_of(kept.journal) if kept.journal is not None else None,
         interval_s=kept.interval_s,
         keep_s=kept.keep_s,
         rpo_s=kept.rpo_s,

@@ -33,7 +33,8 @@ GROUP_BITS = 53
 class PointsOptions:
     """What a job with copy mode points was asked for, beside the options of every mirror."""
 
-    journal: Node
+    journal: Node | None
+    """None: points are snapshots of the target, which somebody else makes."""
     interval_s: float = 1.0
     """From the cut of one point to the cut of the next one, at least."""
     keep_s: float = 0.0
@@ -69,12 +70,17 @@ def check_journal(disk: Disk, journal: Node, options: MirrorOptions) -> None:
     """Raise CommandError if points of `disk` cannot be written there, independent of other jobs."""
     # As a target whose content counts: a journal is no place for the old side of a disk.
     check_target(disk, journal, replace(options, target_is_zero=True, granularity=0))
-    if not disk.size:
-        raise CommandError(f"Node '{disk.name}' has no content")
+    check_content(disk)
     least = journal.device.block_size.minimum
     if least > BLOCK_BYTES:
         text = f"its minimum block size is {least}, and a journal has blocks of {BLOCK_BYTES}"
         raise CommandError(f"'{journal.device.uri}' cannot hold points: {text}")
+
+
+def check_content(disk: Disk) -> None:
+    """Raise CommandError if there is nothing that a point could have."""
+    if not disk.size:
+        raise CommandError(f"Node '{disk.name}' has no content")
 
 
 def check_new_journal(device: BlockDevice) -> None:

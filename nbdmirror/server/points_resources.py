@@ -16,6 +16,7 @@ from functools import partial
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.changes import Changes, MayDiffer
 from nbdmirror.errors import CommandError, DeviceError, DeviceLost
+from nbdmirror.mirror.far_side import FarSide
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
@@ -57,7 +58,7 @@ class PointsResources(JobResources):
     """The first copy has ended, perhaps in an earlier process."""
     newest: int = 0
     """The number of the last point that is known to be committed; 0: none."""
-    far_side: JournalSide | None = field(default=None, init=False)
+    far_side: FarSide | None = field(default=None, init=False)
     _spill: SpillFile | None = field(default=None, init=False)
     _has_journal: bool = field(default=False, init=False)
     """The journal was connected in this process. Until then the job waits for it without a
@@ -68,6 +69,7 @@ class PointsResources(JobResources):
 
     @property
     def journal(self) -> Node:
+        assert self.points.journal is not None, "snapshots_resources has no journal"
         return self.points.journal
 
     @property
@@ -108,6 +110,9 @@ class PointsResources(JobResources):
         JobResources.acquire(self, job)
         if isinstance(self.source, NbdDevice):
             self.source.on_lost_writes = job.source_lost_writes
+        self._acquire_journal(job)
+
+    def _acquire_journal(self, job: PointsJob) -> None:
         self._has_journal = self.has_connected_once
         device = self.journal.device
         self.journal.job = job
@@ -115,6 +120,12 @@ class PointsResources(JobResources):
         self.store.note_point(self.newest)
 
     def released(self) -> None:
+        self._release_journal()
+        if self._spill is not None:
+            self._spill.close()
+        JobResources.released(self)
+
+    def _release_journal(self) -> None:
         device = self.journal.device
         self.journal.job = None
         self.nodes.leave(device)
@@ -122,9 +133,6 @@ class PointsResources(JobResources):
         if self.journal.is_owned:
             self.nodes.forget(self.journal)
             device.close()
-        if self._spill is not None:
-            self._spill.close()
-        JobResources.released(self)
 
     def _points_record(self) -> PointsRecord:
         job = self.journal.job
@@ -291,7 +299,7 @@ class PointsResources(JobResources):
         """After the first copy the image is what the journal says, and not what the disk is."""
         if not self.has_begun:
             return JobResources._difference(self)
-        samples = self.far_side.samples if self.far_side is not None else ()
+        samples = self.far_side.samples if isinstance(self.far_side, JournalSide) else ()
 
         def difference(connection: SharedConnection) -> int | None:
             for sample in samples:

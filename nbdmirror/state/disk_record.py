@@ -108,7 +108,8 @@ class PointsRecord:
     key: Annotated[str, Key("key", TEXT)]
     """Names what is in no committed point, in the other files."""
     granularity: Annotated[int, Key("granularity", POWER_OF_2)]
-    journal: Annotated[TargetRecord, Key("journal", Object(TargetRecord))]
+    journal: Annotated[TargetRecord | None, Key("journal", OrNull(Object(TargetRecord)))]
+    """None: points are snapshots of the target, which somebody else makes."""
     disk_id: Annotated[str, Key("disk_id", ID)]
     """The disk's ID in the journal, in hexadecimal digits."""
     has_begun: Annotated[bool, Key("has_begun", FLAG)]
@@ -122,6 +123,12 @@ class PointsRecord:
     in_place: Annotated[bool, Key("in_place", FLAG)]
     group: Annotated[str, Key("group", TEXT)] = ""
     """The jobs with the same text make their points together; "": this job alone."""
+    announced: Annotated[int, Key("announced", COUNT)] = 0
+    """Without a journal: the number of the last point that was announced; 0: none was."""
+    acknowledged: Annotated[int, Key("acknowledged", COUNT)] = 0
+    """The same of the last one that was acknowledged."""
+    acknowledged_ns: Annotated[int, Key("acknowledged_ns", COUNT)] = 0
+    """The wall time of that point's cut, in nanoseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,3 +194,21 @@ def test_empty_values(run: Main, argv: tuple[str, ...]) -> None:
     status, out, err = run(*argv)
     assert (status, out) == (2, "")
     assert "is empty" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ((), "points: give either JOURNAL, to list its points, or --exec COMMAND"),
+        (("--exec", "true", "JOURNAL"), "points: give either JOURNAL, to list its points"),
+        (("--exec", "true", "--json"), "--json: not allowed with --exec"),
+        (("JOURNAL", "--device", "vda"), "--device: not allowed with JOURNAL"),
+        (("JOURNAL", "--job", "vda"), "--job: not allowed with JOURNAL"),
+        (("JOURNAL", "--qmp", "/nowhere"), "--qmp: not allowed with JOURNAL"),
+        (("--exec", ""), "--exec: is empty"),
+    ],
+)
+def test_one_of_the_two_forms(run: Main, argv: tuple[str, ...], text: str) -> None:
+    status, out, err = run("points", *argv)
+    assert (status, out) == (2, "")
+    assert text in one_line(err)

@@ -128,10 +128,10 @@ class JobWorld:
         self.source = Source(self.loop, size)
         self.target = MemoryTarget(self.loop, size)
         self.disk = Disk(options["job_id"], self.source)
-        self.resources = FakeResources(self)
+        self.resources = self.new_resources()
         tracker = Tracker(size, GRANULARITY)
         loop_: Any = self.loop
-        self.job = MirrorJob(
+        self.job = self.new_job(
             options=MirrorOptions(**options),
             disk=self.disk,
             target=self.target,
@@ -153,6 +153,12 @@ class JobWorld:
             resources=self.resources,
         )
         self.job.create()
+
+    def new_resources(self) -> FakeResources:
+        return FakeResources(self)
+
+    def new_job(self, **parts: Any) -> MirrorJob:
+        return MirrorJob(**parts)
 
     def start(self) -> JobWorld:
         self.job.start()
