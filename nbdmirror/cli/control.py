@@ -253,11 +253,17 @@ async def _set_speed(session: Session, args: argparse.Namespace) -> int:
 
 
 async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
+    cli_point.check_change(args)
     job = await find_job(session, args)
-    await session.execute("block-job-change", id=job, type="mirror", copy_mode=args.mode)
+    points = cli_point.options_of_journal(args)
+    await session.execute("block-job-change", id=job, type="mirror", copy_mode=args.mode, **points)
     state = await _state_of(session, job)
     text = f"job {job}: copy mode {cli_words.mode(state)}"
-    if args.mode == "write-blocking" and not state.get("actively-synced"):
+    if args.mode == "points":
+        text += "; there is no point before the event X_NBDMIRROR_POINT"
+    elif state.get("x-nbdmirror-points"):
+        text += ", when the target is the last point"
+    elif args.mode == "write-blocking" and not state.get("actively-synced"):
         text += "; nbdmirror status shows when it is"
     print(text)
     return DONE

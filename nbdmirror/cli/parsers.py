@@ -28,9 +28,11 @@ def add_commands(
     copy_mode = add("copy-mode", "change whether the guest's writes wait for the target")
     copy_mode.add_argument(
         "mode",
-        choices=COPY_MODES,
-        help="background: they do not; write-blocking: they do, so that the mirror keeps up",
+        choices=(*COPY_MODES, "points"),
+        help="background: they do not; write-blocking: they do, so that the mirror keeps up;"
+        " points: they do not, and the far side has one moment of the disk",
     )
+    _add_journal(copy_mode.add_argument)
     change = add("change", "change how a job may end")
     add_promises(change.add_argument)
     finalize = add("finalize", "end a pending job, one that was started with auto-finalize off")
@@ -91,10 +93,14 @@ def duration(text: str) -> float:
 
 def add_points_of_mirror(add: Callable[..., object]) -> None:
     """The options of `nbdmirror mirror` for points."""
-    text = "write points to this export, an empty one (copy mode points)"
-    add("--journal", metavar="URI", help=text)
     text = "points are snapshots of the target, which: nbdmirror points --exec makes (copy mode"
     add("--snapshots", action="store_true", help=f"{text} points)")
+    _add_journal(add)
+
+
+def _add_journal(add: Callable[..., object]) -> None:
+    text = "write points to this export, an empty one (copy mode points)"
+    add("--journal", metavar="URI", help=text)
     text = "with points: time from one point to the next (default: 1s)"
     add("--every", type=duration, metavar="TIME", help=text)
     text = "with --journal: keep points for so long, and recover any of them (default: 0)"

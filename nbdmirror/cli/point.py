@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nbdmirror.cli.common import DONE, CliError
+from nbdmirror.cli.common import DONE, USAGE, CliError
 from nbdmirror.cli.jobs import find_job
 from nbdmirror.cli.session import Session
 
@@ -37,11 +37,37 @@ def check(args: argparse.Namespace) -> None:
         raise CliError(text)
 
 
+def check_change(args: argparse.Namespace) -> None:
+    """Raise CliError if the options of `nbdmirror copy-mode` contradict one another."""
+    if args.mode == "points":
+        if not args.journal:
+            raise CliError("points: needs --journal", USAGE)
+        return
+    for name, value in options_of_journal(args).items():
+        if value is not None:
+            option = _OPTIONS[name]
+            raise CliError(f"{option}: needs the copy mode points", USAGE)
+
+
+_OPTIONS = {
+    "x_nbdmirror_journal": "--journal",
+    "x_nbdmirror_interval": "--every",
+    "x_nbdmirror_keep": "--keep",
+    "x_nbdmirror_rpo": "--rpo",
+    "x_nbdmirror_on_journal_full": "--on-journal-full",
+}
+
+
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a mirror with points; None: not given."""
+    snapshots = {"x_nbdmirror_auto_point": False if args.snapshots else None}
+    return options_of_journal(args) | snapshots
+
+
+def options_of_journal(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of points in a journal; None: not given."""
     return {
         "x_nbdmirror_journal": args.journal,
-        "x_nbdmirror_auto_point": False if args.snapshots else None,
         "x_nbdmirror_interval": args.every,
         "x_nbdmirror_keep": args.keep,
         "x_nbdmirror_rpo": args.rpo,

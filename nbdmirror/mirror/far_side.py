@@ -110,6 +110,9 @@ class PointsResources(MirrorResources, Protocol):
     def begin_in_place(self, state: JobState, done: Done) -> None:
         """There are no points until `begin_points`: write that down at the far side, and here."""
 
+    def drop_points(self) -> None:
+        """The job makes no points any more. Nothing is in flight to the journal."""
+
     @property
     def is_idle(self) -> bool:
         """No request to the journal is in flight, and none to the image beside the copier's."""

@@ -76,6 +76,13 @@ class Lag(BaseLag):
                 self._covered_s, self._backlog_s = self._backlog_s, now_s
 
 
+class StandingLag(BaseLag):
+    """The lag while nothing is covered: it grows."""
+
+    def look(self) -> None:
+        """Nothing becomes covered."""
+
+
 def round_up(seconds: float) -> float:
     """Round up to milliseconds, so that the result is never too small."""
     return math.ceil(seconds * 1000) / 1000

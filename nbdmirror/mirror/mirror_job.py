@@ -286,13 +286,17 @@ class MirrorJob(MirrorView):
 
     def _become_ready(self) -> None:
         """After the flush, once (rule 14)."""
+        self.follow()
+        self.to(JobStatus.READY, "source and target are in sync")
+        self.tell("BLOCK_JOB_READY")
+
+    def follow(self) -> None:
+        """Count from now on what is sent, and how old what is not sent is."""
         self.become(Activity.COPYING)
         self._timers.went_well()
         self.tracker.refine()
         self.traffic = Traffic(self.copier, self.tracker)
         self.lag = self.watch.follow(self._poll.alarm)
-        self.to(JobStatus.READY, "source and target are in sync")
-        self.tell("BLOCK_JOB_READY")
 
     def _do(self, step: Callable[[Done], None], then: Callable[[], None], operation: str) -> None:
         """Do `step`, then `then`; an error counts as an error of `operation`."""

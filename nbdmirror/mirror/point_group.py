@@ -92,10 +92,12 @@ class PointMember(Protocol):
     """A job."""
 
     id: str
-    interval_s: float
     status: JobStatus
     activity: Activity
     ending: Ending
+
+    @property
+    def interval_s(self) -> float: ...
 
     @property
     def is_ready(self) -> bool: ...

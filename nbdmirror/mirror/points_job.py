@@ -2,107 +2,51 @@
 
 The first copy is that of every mirror, in place. When it is in sync, points begin (point_run.py):
 the copier ends, and what it had left is in the first point. READY is the first point that is
-committed. On the event loop's thread.
+committed.
+
+A job may also have no points, and be as every mirror: before it is changed to make some, and after
+it was changed to another copy mode. On the event loop's thread.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from nbdmirror.devices.base import AsyncSource
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.changes import Changes
-from nbdmirror.errors import DeviceError, DeviceLost
+from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.far_side import FarSide, NoRoom, PointsRefused, PointsResources
-from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.mirror.job_states import JobStatus, check_verb
+from nbdmirror.mirror.lag import StandingLag
 from nbdmirror.mirror.last_point import LastPoint
-from nbdmirror.mirror.mirror_job import MirrorJob
-from nbdmirror.mirror.options import Ending
-from nbdmirror.mirror.point_group import PointGroup
-from nbdmirror.mirror.point_promises import PointPromises
-from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
+from nbdmirror.mirror.options import CopyMode, Ending
+from nbdmirror.mirror.point_plan import PointPlan
+from nbdmirror.mirror.point_request import CommittedPoint
 from nbdmirror.mirror.point_run import PointRun
-from nbdmirror.mirror.point_source import StoreOptions
+from nbdmirror.mirror.points_view import PointsView
 from nbdmirror.mirror.stopping import Stopping
-from nbdmirror.mirror.window import Window
-
-REQUEST_S_MAX = 30.0
-"""A point that was asked for, and could not be begun for so long, is not made: a guest whose file
-systems are frozen for this point must continue."""
 
 
-class PointsJob(MirrorJob):
-    """A PointRunOwner. Copies with the tracker first, and then sends `changes`, which are not
-    tracked yet."""
+class PointsJob(PointsView):
+    """A PointRunOwner. Copies with the tracker first, and then sends the changes of its plan."""
 
-    point_group = PointGroup()
-    """Of each job another one, by `share_points`."""
-
-    def __init__(
-        self,
-        *,
-        resources: PointsResources,
-        changes: Changes,
-        source: AsyncSource,
-        interval_s: float,
-        keep_s: float,
-        rpo_s: float,
-        store: StoreOptions,
-        in_place: bool,
-        wall_time_ns: Callable[[], int],
-        new_group: Callable[[], int],
-        **mirror: Any,
-    ) -> None:
-        """`source`: the disk, as points are read from it. `keep_s`: how long points are kept.
-        `rpo_s`: the promised lag; 0: none. `in_place`: a point that does not fit into the journal
-        gives all points up, and does not stop the job. `new_group`: a number for points that are
-        of the same cut, which no other cut has.
-        `mirror`: as for MirrorJob."""
-        super().__init__(resources=resources, **mirror)
-        self.interval_s = interval_s
-        self.promises = PointPromises(rpo_s=rpo_s, keep_s=keep_s, tell=self._tell_of_points)
-        self.run: PointRun | None = None
-        """Since the first copy is in sync."""
-        self.in_place_since_ns = 0
-        """Since this wall time there is no point: the image is copied in place. 0: points are made,
-        or have not begun."""
-        self._allows_in_place = in_place
+    def __init__(self, *, resources: PointsResources, **points: Any) -> None:
+        """`points`: as for PointsView."""
+        super().__init__(resources=resources, **points)
         self._is_leaving = False
         """There are no points any more here, and the far side has to be told."""
-        self._sent_bytes = 0
-        """Of earlier runs."""
+        self._catches_up = False
+        """The job was READY, and what the target lacks is copied before points begin, or, without
+        points, before the job is as every mirror that is READY."""
+        self._gives_up = False
+        """The copy mode was changed to another one, which begins when the image is the last
+        point."""
         self._far_resources = resources
-        self._changes = changes
-        self._source = source
-        self._store = store
-        self._wall_time_ns = wall_time_ns
-        self.new_group = new_group
         self._stopping = Stopping(self.copier, self._mode, self._timers, resources.give_up)
-
-    # What queries show.
-
-    @property
-    def is_busy(self) -> bool:
-        if self.run is not None and self.status is JobStatus.READY:
-            return not self.run.is_idle or self.activity.waits_to_try_again
-        return super().is_busy
-
-    @property
-    def offset(self) -> int:
-        return super().offset + self._sent_bytes + (self.run.sent_bytes if self.run else 0)
-
-    @property
-    def length(self) -> int:
-        return self.offset + self.left_bytes
-
-    @property
-    def left_bytes(self) -> int:
-        """What the far side lacks."""
-        return self.tracker.remaining_bytes if self.run is None else self.run.left_bytes
 
     # Commands.
 
@@ -111,39 +55,60 @@ class PointsJob(MirrorJob):
     ) -> None:
         """For `take_up`: both mark what may differ, of the first copy and of points."""
         mark_tracker()
-        mark_changes(self._changes.dirty)
-        if self._far_resources.has_begun:
-            self._changes.dirty.merge(self.tracker.dirty)
-            self._changes.begin()
-        else:
-            self._changes.hand_back(self.tracker.dirty)
+        self._points.restore(mark_changes, has_begun=self._far_resources.has_begun)
 
-    def ask_for_point(self, name: str = "") -> PointRequest:
-        """Make a point as soon as the one in progress has ended, and call it `name`, which can be
-        the name of a point. All jobs of the group do, at one moment. Raises CommandError; then
-        nothing has changed."""
-        request = self.point_group.ask(self, name)
-        late = DeviceError(f"no moment was found for it within {REQUEST_S_MAX:g} s")
-        timer = self._loop.call_later(REQUEST_S_MAX, partial(request.fails, late))
-        request.taken.add_done_callback(lambda _: timer.cancel())
-        return request
-
-    # Of the group.
-
-    def share_points(self, points: PointGroup) -> None:
+    def change(self, copy_mode: CopyMode, **options: Any) -> None:
+        """Also from points to another copy mode: the image becomes the last point first, and is
+        copied in place from then on."""
+        if self._maker is None or copy_mode is CopyMode.POINTS:
+            super().change(copy_mode, **options)
+            return
+        check_verb(self.id, self.status, "change")
+        self.check_settled()
+        super().change(copy_mode, **options)
         self.point_group.leave(self)
-        self.point_group = points
-        points.add(self)
+        if self.run is not None:
+            self._gives_up = True
+            self.run.leave(DeviceError(f"the copy mode was changed to {copy_mode}"))
+            self.advance_soon()
+        else:
+            self._drop_points()
 
-    @property
-    def cut_run(self) -> PointRun | None:
-        is_able = self.activity in (Activity.COPYING, Activity.POSTPONED) and self.copier.is_idle
-        run = None if self._is_to_end or not is_able else self.run
-        return run if run is not None and run.is_running and not run.is_leaving else None
+    def make_points(self, plan: PointPlan) -> None:
+        """Change from another copy mode to points. The resources have the journal. `check_settled`
+        was called before."""
+        self.log.info("makes points from now on")
+        self.options = replace(self.options, copy_mode=CopyMode.POINTS)
+        self.throttle.release("the job was changed")
+        self._adopt(plan)
+        if self.lag is not None:  # there is no point yet
+            self.lag = StandingLag(self._loop.clock, self._loop.clock() - self.lag.lag_s)
+            self.watch.end()
+        self._catches_up = self.status is JobStatus.READY
+        self.release()
+        self.advance_soon()
 
-    @property
-    def _is_to_end(self) -> bool:
-        return self.may_end and self.activity is Activity.COPYING
+    def check_settled(self) -> None:
+        """Raise CommandError if the job cannot change to points, or from points, now."""
+        check_verb(self.id, self.status, "change")
+        is_leaving = self._gives_up or self._is_leaving
+        is_still = self.activity is Activity.COPYING
+        if self.run is None:
+            is_still = is_still and self._far_resources.is_idle
+        else:
+            is_still = is_still and self.run.is_running
+        if self.ending is not Ending.NONE:
+            raise CommandError(f"Job '{self.id}' is ending: its copy mode cannot be changed")
+        if is_leaving or not is_still:
+            now = "leaving its points" if is_leaving else self.activity.value
+            text = f"its copy mode cannot be changed now: it is {now}"
+            raise CommandError(f"Job '{self.id}': {text}")
+
+    def _drop_points(self) -> None:
+        """No point is in progress, and nothing is in flight to the journal."""
+        self._maker, self._gives_up, self.in_place_since_ns = None, False, 0
+        self._far_resources.drop_points()
+        self.changed()
 
     # The run's owner.
 
@@ -166,7 +131,7 @@ class PointsJob(MirrorJob):
         elif not (error.is_final or self.run.is_applied) or not self.activity.hears_errors:
             return
         # What is free now, or what all points take, is all that will ever be free.
-        elif self._allows_in_place:
+        elif self._points.plan.in_place:
             self._leave(self.run, error)
         else:
             self.tell_error("write", "stop", error)
@@ -198,7 +163,7 @@ class PointsJob(MirrorJob):
 
     def journal_lost(self, description: str) -> None:
         """The connection to the journal broke, or that to the image after the first copy."""
-        if not self.is_over:
+        if not self.is_over and self._maker is not None:
             self.copy_failed("write", DeviceLost(f"{description}: connection lost"))
 
     def _may_be_lost(self, operation: str) -> bool:
@@ -218,7 +183,7 @@ class PointsJob(MirrorJob):
         if self.run is not None:
             self.run.everything_changed(DeviceError("the source may have lost writes"))
         elif self._far_resources.has_begun:  # the far side of an earlier process is waited for
-            self._changes.dirty.mark_all()
+            self._points.plan.changes.dirty.mark_all()
 
     def advance(self) -> None:
         is_ending = self.activity in (Activity.PAUSING, Activity.ABORTING)
@@ -238,8 +203,8 @@ class PointsJob(MirrorJob):
         self.point_group.leave(self)
         if self.run is not None:
             self.run.end()
-        else:  # which an earlier process may have begun
-            self._changes.end()
+        elif self._maker is not None:  # which an earlier process may have begun
+            self._maker.plan.changes.end()
 
     def _go_on(self) -> None:
         far = self._far_resources
@@ -254,56 +219,34 @@ class PointsJob(MirrorJob):
             self._start_run()
             return
         if far.has_begun:  # an earlier process has not committed the first point
-            self._changes.hand_back(self.tracker.dirty)
+            self._points.plan.changes.hand_back(self.tracker.dirty)
         super()._go_on()
 
     def _become_ready(self) -> None:
         """The first copy is in sync, and flushed."""
+        if self._maker is None:
+            is_again, self._catches_up = self._catches_up, False
+            if is_again:
+                self.follow()
+            else:
+                super()._become_ready()
+            return
         begin = partial(self._far_resources.begin_points, self.kept_state)
         self._do(begin, self._begin_points, "write")
 
     def _begin_points(self) -> None:
         self.become(Activity.COPYING)
         self._timers.went_well()
+        self._catches_up = False
         self.copier.stop()
-        self._changes.begin()
-        self.run = self._new_run({}, self._take_over)
+        self.run = self._points.begun()
         self.advance_soon()
 
     def _continue_points(self, far: FarSide) -> None:
-        """Points of an earlier process: `restore` has marked what they lack."""
         has_begun = self._far_resources.has_begun
-        if not has_begun:
-            self._changes.begin()
-        first = self._end_first_copy if has_begun else self._take_over
-        self.run = self._new_run(far.times_ns(), first)
+        self.run = self._points.continued(far.times_ns(), has_begun=has_begun)
         self.lag = self.run.lag
         self.log.info("continues after point %d", far.newest)
-
-    def _new_run(self, before_ns: Mapping[int, int], first: Callable[[], None]) -> PointRun:
-        now_ns, window = self._wall_time_ns(), Window(self.promises.keep_s, self._loop.clock)
-        window.learn({n: max(0.0, (now_ns - at_ns) / 1e9) for n, at_ns in before_ns.items()})
-        return PointRun(
-            owner=self,
-            changes=self._changes,
-            source=self._source,
-            loop=self._loop,
-            wall_time_ns=self._wall_time_ns,
-            interval_s=self.interval_s,
-            window=window,
-            first=first,
-            store=self._store,
-        )
-
-    def _take_over(self) -> None:
-        """Behind the gate of the first cut. Both bitmaps have been marked since the first copy was
-        in sync."""
-        self._changes.dirty.merge(self.tracker.may_differ())
-        self._end_first_copy()
-
-    def _end_first_copy(self) -> None:
-        self.disk.ledger.detach(self.tracker.dirty)
-        self.tracker.dirty.clear_all()
 
     # In place.
 
@@ -318,11 +261,9 @@ class PointsJob(MirrorJob):
         self.advance_soon()
 
     def _leave_points(self, run: PointRun) -> None:
-        self.disk.ledger.attach(self.tracker.dirty)
-        self._changes.hand_back(self.tracker.dirty)
-        run.close()
+        self._points.hand_back(run)
         self._sent_bytes += run.sent_bytes
-        self.run, self._is_leaving = None, True
+        self.run, self._is_leaving, self._catches_up = None, True, True
         self.in_place_since_ns = self._wall_time_ns()
         since_s = round(self.in_place_since_ns / 1e9, 3)
         data = {"since-s": since_s, "bytes": self.tracker.dirty.dirty_bytes}
@@ -335,7 +276,11 @@ class PointsJob(MirrorJob):
 
     def _copy_in_place(self) -> None:
         self._is_leaving = False
-        self.log.warning("no point fits into the journal: the image is copied in place")
+        if self._gives_up:
+            self._drop_points()
+            self.log.info("makes no points any more: the image is copied in place")
+        else:
+            self.log.warning("no point fits into the journal: the image is copied in place")
         self.release()
 
     def _advance_in_place(self) -> None:
@@ -351,7 +296,7 @@ class PointsJob(MirrorJob):
             run.start(far)
 
     def _advance_copying(self) -> None:
-        if self.run is None and self.status is not JobStatus.RUNNING:
+        if self.run is None and self._catches_up:
             self._advance_in_place()
             return
         if self.run is None:
@@ -368,7 +313,9 @@ class PointsJob(MirrorJob):
             self.run.advance()
 
     def _begin_quiesce(self) -> None:
-        assert self.run is not None
+        if self.run is None:
+            super()._begin_quiesce()
+            return
         self.become(Activity.QUIESCING)
         self._quiesce = LastPoint(
             ledger=self.disk.ledger,
@@ -381,24 +328,14 @@ class PointsJob(MirrorJob):
         self._quiesce.advance()
 
     def _is_at_rest(self) -> bool:
-        """Never: the points and their lag go by time, also while guests write nothing."""
-        return False
+        """Not with points: they and their lag go by time, also while guests write nothing."""
+        return self._maker is None and not self._catches_up and super()._is_at_rest()
 
     def _look(self) -> None:
         if self.run is not None:
             self.run.look()
-        if self.lag is not None:
+        if self.lag is not None and self._maker is not None:
             self.promises.look_at_lag(self.lag)
             if self.run is not None and self.ending is Ending.NONE:
                 self.promises.look_at_window(self.run)
         super()._look()
-
-    def tell_point(self, point: CommittedPoint, **extra: Any) -> None:
-        assert self.run is not None
-        data = {**point.told(self.run.lag.lag_s), **extra}
-        self._tell_of_points("X_NBDMIRROR_POINT", data, point.name)
-
-    def _tell_of_points(self, event: str, data: dict[str, Any], name: str = "") -> None:
-        """`name`: of the point, if it has one."""
-        named = {"name": name} if name else {}
-        self._events.append(event, {"device": self.disk.name, "id": self.id, **data, **named})

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from nbdmirror.errors import CommandError
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.options import Ending
 from nbdmirror.mirror.point_request import CommittedPoint
@@ -42,6 +43,10 @@ class SnapshotsJob(PointsJob):
             what = "acknowledged" if refusal is None else f"refused: {refusal}"
             self.log.info("point %d was %s", sequence, what)
         return was_said
+
+    def check_settled(self) -> None:
+        text = "its points are snapshots: its copy mode cannot be changed"
+        raise CommandError(f"Job '{self.id}': {text}; start another job")
 
     def _needs_acks(self) -> bool:
         return not self.activity.may_hold_guests

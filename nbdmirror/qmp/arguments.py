@@ -28,7 +28,6 @@ from nbdmirror.qmp.schema import (
 ON_ERROR = Enum("BlockdevOnError", ("report", "ignore", "enospc", "stop", "auto"))
 SYNC = Enum("MirrorSyncMode", ("top", "full", "none", "incremental", "bitmap"))
 COPY_MODE = Enum("MirrorCopyMode", ("background", "write-blocking", "points"))
-COPY_MODE_OF_CHANGE = Enum("MirrorCopyMode", ("background", "write-blocking"))
 MAY = Array(Enum("MirrorMay", tuple(map(str, Rung))))
 ON_DEADLINE = Enum("MirrorOnDeadline", tuple(map(str, OnDeadline)))
 BITMAP_MODE = Enum("BitmapSyncMode", ("on-success", "never", "always"))

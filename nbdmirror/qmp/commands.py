@@ -16,6 +16,7 @@ from nbdmirror.errors import CommandNotFound
 from nbdmirror.events import Reply
 from nbdmirror.qmp import (
     bitmap_commands,
+    change_commands,
     introspection,
     job_commands,
     mirror_commands,
@@ -34,6 +35,7 @@ for _table in (
     node_commands.COMMANDS,
     mirror_commands.COMMANDS,
     job_commands.COMMANDS,
+    change_commands.COMMANDS,
     bitmap_commands.COMMANDS,
     point_commands.COMMANDS,
     transaction.COMMANDS,

@@ -15,18 +15,9 @@ from nbdmirror.events import Reply
 from nbdmirror.mirror.group import GroupMember
 from nbdmirror.mirror.job import Job
 from nbdmirror.mirror.mirror_job import MirrorJob
-from nbdmirror.mirror.options import CopyMode
-from nbdmirror.qmp.arguments import (
-    COPY_MODE_OF_CHANGE,
-    JOB_TYPE,
-    MAY,
-    ON_DEADLINE,
-    deadline_at_s,
-    max_pause_s,
-    on_deadline,
-)
+from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.qmp.command import Action, CommandTable, ask_loop
-from nbdmirror.qmp.schema import BOOL, INT, NUMBER, STR, UINT32, Struct, named, optional, struct
+from nbdmirror.qmp.schema import BOOL, INT, STR, optional, struct
 from nbdmirror.server.bitmaps import Change
 from nbdmirror.server.server import Server
 
@@ -36,21 +27,21 @@ _ID = struct("Job", id=STR)
 _DEVICE = struct("BlockJob", device=STR)
 
 
-def find_job(server: Server, id: str) -> MirrorJob:
+def find_job(server: Server, id: str) -> PointsJob:
     """The job with this ID. Raises CommandError as job-... commands do."""
     if (job := server.mirrors.jobs.get(id)) is None:
         raise CommandError("Job not found")
     return job
 
 
-def find_block_job(server: Server, id: str) -> MirrorJob:
+def find_block_job(server: Server, id: str) -> PointsJob:
     """The job with this ID. Raises DeviceNotActive, as block-job-... commands do."""
     if (job := server.mirrors.jobs.get(id)) is None:
         raise DeviceNotActive(f"Block job '{id}' not found")
     return job
 
 
-# Pause, speed, copy mode.
+# Pause, speed.
 
 
 @COMMANDS.command("job-pause", _ID)
@@ -76,51 +67,6 @@ def block_job_resume(server: Server, device: str) -> None:
 @COMMANDS.command("block-job-set-speed", struct("BlockJobSetSpeed", device=STR, speed=INT))
 def block_job_set_speed(server: Server, device: str, speed: int) -> None:
     find_block_job(server, device).set_speed(speed)
-
-
-_CHANGE = Struct(
-    "BlockJobChangeOptions",
-    named(id=STR, type=JOB_TYPE),
-    tag="type",
-    branches={
-        "mirror": struct(
-            "BlockJobChangeOptionsMirror",
-            copy_mode=COPY_MODE_OF_CHANGE,
-            x_nbdmirror_max_pause=optional(UINT32),
-            x_nbdmirror_may=optional(MAY),
-            x_nbdmirror_deadline=optional(NUMBER),
-            x_nbdmirror_on_deadline=optional(ON_DEADLINE),
-        )
-    },
-)
-
-
-@COMMANDS.command("block-job-change", _CHANGE)
-def block_job_change(
-    server: Server,
-    id: str,
-    type: str,
-    copy_mode: str,
-    x_nbdmirror_max_pause: int | None = None,
-    x_nbdmirror_may: list[str] | None = None,
-    x_nbdmirror_deadline: float | None = None,
-    x_nbdmirror_on_deadline: str | None = None,
-) -> None:
-    """`type` has only one value, mirror."""
-    more: dict[str, Any] = {}
-    job = find_block_job(server, id)
-    if job.options.copy_mode is CopyMode.POINTS:
-        raise CommandError("A job cannot change from copy mode 'points': start another job")
-    if x_nbdmirror_max_pause is not None:
-        more["max_pause_s"] = max_pause_s(x_nbdmirror_max_pause)
-    if x_nbdmirror_may is not None:
-        more["may"] = tuple(sorted(set(x_nbdmirror_may)))
-    given, at_s = x_nbdmirror_on_deadline, job.options.deadline_at_s
-    if x_nbdmirror_deadline is not None:
-        at_s = more["deadline_at_s"] = deadline_at_s(x_nbdmirror_deadline)
-    if given is not None or at_s is None:
-        more["on_deadline"] = on_deadline(given, at_s)
-    job.change(CopyMode(copy_mode), **more)
 
 
 # Complete. A transaction accepts all or none; the jobs then end each in its own time.

@@ -9,7 +9,6 @@ from typing import Any
 from nbdmirror.errors import CommandError, ConfigError, Error
 from nbdmirror.events import Reply
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
-from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.names import check_point_name
 from nbdmirror.qmp.command import CommandTable, ask_loop
@@ -43,7 +42,7 @@ async def make_point(server: Server, id: str, name: str | None = None, wait: boo
 
 def _ask(server: Server, id: str, name: str | None) -> PointRequest:
     job = find_job(server, id)
-    if not isinstance(job, PointsJob):
+    if job.plan is None:
         mode = job.options.copy_mode
         raise CommandError(f"Job '{id}' makes no points: its copy mode is '{mode}'")
     if name is not None:
@@ -65,7 +64,7 @@ def acknowledge_point(
     job = find_job(server, id)
     if not isinstance(job, SnapshotsJob):
         text = "its points are in a journal"
-        if not isinstance(job, PointsJob):
+        if job.plan is None:
             text = f"its copy mode is '{job.options.copy_mode}'"
         raise CommandError(f"Job '{id}' awaits no acknowledgements: {text}")
     if error is not None and len(error) > REASON_LENGTH_MAX:

@@ -40,6 +40,12 @@ POINTS_MEMBERS: dict[str, Member] = named(
 )
 
 
+MEMBERS_OF_CHANGE: dict[str, Member] = {
+    name: member for name, member in POINTS_MEMBERS.items() if name != "x-nbdmirror-auto-point"
+}
+"""Those of block-job-change: points that are snapshots need a job of their own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointsArguments:
     """None: not given."""

@@ -44,7 +44,7 @@ def block_job_info(server: Server, job: MirrorJob) -> dict[str, Any]:
         "auto-dismiss": job.options.auto_dismiss,
         "actively-synced": job.is_actively_synced,
     }
-    if isinstance(job, PointsJob):
+    if isinstance(job, PointsJob) and job.plan is not None:
         info["x-nbdmirror-points"] = _points_info(job)
     course = server.chronicle.courses.get(job.id)
     if course is not None and (left_s := course.deadline.left_s) is not None:

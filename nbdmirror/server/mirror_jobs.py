@@ -23,7 +23,6 @@ from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
-from nbdmirror.server.job_resources import JobResources
 from nbdmirror.server.mirror_record import node_of, options_of, points_of
 from nbdmirror.server.nodes import Node, Nodes
 from nbdmirror.server.points_checks import (
@@ -64,8 +63,9 @@ class MirrorJobs:
         chronicle: Chronicle,
     ) -> None:
         """`stores`: where the state of each disk is saved."""
-        self.jobs: dict[str, MirrorJob] = {}
-        """All jobs that were not dismissed yet."""
+        self.jobs: dict[str, PointsJob] = {}
+        """All jobs that were not dismissed yet, by their IDs."""
+        self._resources: dict[str, PointsResources] = {}
         self._stores = stores
         self._chronicle = chronicle
         self._load = CopierLoad(
@@ -137,10 +137,10 @@ class MirrorJobs:
             "loop": self._loop,
             "chronicle": self._chronicle,
             "has_connected_once": found is None,
-            "on_dismissed": partial(self.jobs.pop, options.job_id, None),
+            "on_dismissed": partial(self._dismissed, options.job_id),
         }
         if points is None:
-            resources = JobResources(**parts)
+            resources = PointsResources(**parts)
         else:
             new_bitmap = store.new_bitmap(points.key)
             changes = changes_of(disk, options, granularity, unit, new_bitmap)
@@ -151,15 +151,15 @@ class MirrorJobs:
                 resources.found(found)
         job = self._job(resources, bitmap)
         resources.acquire(job)
-        self.jobs[job.id] = job
+        self.jobs[job.id], self._resources[job.id] = job, resources
         job.create()
         return job
 
     def _job(
         self,
-        resources: JobResources,
+        resources: PointsResources,
         bitmap: NamedBitmap | None,
-    ) -> MirrorJob:
+    ) -> PointsJob:
         parts: dict[str, Any] = {
             "options": resources.options,
             "disk": resources.disk,
@@ -170,24 +170,29 @@ class MirrorJobs:
             "events": self._events,
             "resources": resources,
             "bitmap": bitmap.bitmap if bitmap else None,
-        }
-        if not isinstance(resources, PointsResources):
-            return MirrorJob(**parts)
-        points = resources.points
-        parts |= {
-            "changes": resources.changes,
+            "plan": resources.plan,
             "source": resources.source,
-            "interval_s": points.interval_s,
-            "keep_s": points.keep_s,
-            "rpo_s": points.rpo_s,
-            "store": resources.store_options,
-            "in_place": points.in_place,
             "wall_time_ns": time.time_ns,
             "new_group": new_group,
         }
         if isinstance(resources, SnapshotsResources):
             return SnapshotsJob(acks=resources.acks, **parts)
         return PointsJob(**parts)
+
+    def _dismissed(self, job_id: str) -> None:
+        del self.jobs[job_id], self._resources[job_id]
+
+    def make_points(self, job: PointsJob, points: PointsOptions) -> None:
+        """A job that copies, and makes no points, makes some from now on. Raises CommandError; then
+        nothing has changed."""
+        resources, disk = self._resources[job.id], job.disk
+        self._check_points(disk, resources.node, job.options, points)
+        job.group.points.check_interval(points.interval_s)
+        new_bitmap = self._stores[disk].new_bitmap(points.key)
+        granularity = job.tracker.granularity
+        unit = unit_of(disk, resources.node.device, job.options, granularity)
+        changes = changes_of(disk, job.options, granularity, unit, new_bitmap)
+        job.make_points(resources.add_points(job, points, changes))
 
     def begin(self, job: MirrorJob) -> None:
         """Start the job; with unequal sizes it fails at once, as in QEMU."""

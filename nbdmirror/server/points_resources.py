@@ -18,6 +18,7 @@ from nbdmirror.disk.changes import Changes, MayDiffer
 from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.far_side import FarSide
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
@@ -50,10 +51,10 @@ LOST_AGAIN_S = 1.0
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PointsResources(JobResources):
-    """A mirror.far_side.PointsResources."""
+    """A mirror.far_side.PointsResources. `points`: None: the job makes no points."""
 
-    points: PointsOptions
-    changes: Changes
+    points: PointsOptions | None = None
+    changes: Changes | None = None
     has_begun: bool = False
     """The first copy has ended, perhaps in an earlier process."""
     newest: int = 0
@@ -68,9 +69,34 @@ class PointsResources(JobResources):
     _is_opening: bool = field(default=False, init=False)
 
     @property
+    def wanted(self) -> PointsOptions:
+        assert self.points is not None, "the job makes no points"
+        return self.points
+
+    @property
+    def tracked(self) -> Changes:
+        assert self.changes is not None, "the job makes no points"
+        return self.changes
+
+    @property
     def journal(self) -> Node:
-        assert self.points.journal is not None, "snapshots_resources has no journal"
-        return self.points.journal
+        assert self.wanted.journal is not None, "snapshots_resources has no journal"
+        return self.wanted.journal
+
+    @property
+    def plan(self) -> PointPlan | None:
+        points = self.points
+        if points is None:
+            return None
+        store = StoreOptions(points.store_bytes, self._spill, points.breaks_guest_writes)
+        return PointPlan(
+            changes=self.tracked,
+            interval_s=points.interval_s,
+            keep_s=points.keep_s,
+            rpo_s=points.rpo_s,
+            store=store,
+            in_place=points.in_place,
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -78,21 +104,18 @@ class PointsResources(JobResources):
 
     @property
     def lost_exports(self) -> list[str]:
-        devices = (self.node.device, self.journal.device)
+        devices = [self.node.device]
+        if self.points is not None:
+            devices.append(self.journal.device)
         return [device.description for device in devices if device.is_lost]
 
     def make_spill(self) -> None:
         """Create the spill file, if one is wanted. Before `acquire`. Raises CommandError."""
-        size = self.points.spill_bytes
+        size = self.wanted.spill_bytes
         try:
             self._spill = self.store.new_spill(size, self.loop.call_soon) if size else None
         except OSError as error:
             raise CommandError(f"Cannot create a spill file: {error.strerror}") from error
-
-    @property
-    def store_options(self) -> StoreOptions:
-        points = self.points
-        return StoreOptions(points.store_bytes, self._spill, points.breaks_guest_writes)
 
     def found(self, state: RecoveredState) -> None:
         """Continue a mirror of an earlier process."""
@@ -108,9 +131,32 @@ class PointsResources(JobResources):
     def acquire(self, job: MirrorJob) -> None:
         assert isinstance(job, PointsJob)
         JobResources.acquire(self, job)
+        if self.points is not None:
+            self._acquire_points(job)
+
+    def _acquire_points(self, job: PointsJob) -> None:
         if isinstance(self.source, NbdDevice):
             self.source.on_lost_writes = job.source_lost_writes
         self._acquire_journal(job)
+
+    def add_points(self, job: PointsJob, points: PointsOptions, changes: Changes) -> PointPlan:
+        """A job without points is to make some. Raises CommandError; then nothing has changed."""
+        self.points, self.changes = points, changes
+        try:
+            self.make_spill()
+        except CommandError:
+            self.points = self.changes = None
+            raise
+        self.has_begun, self.newest, self.far_side = False, 0, None
+        self._acquire_points(job)
+        plan = self.plan
+        assert plan is not None
+        return plan
+
+    def drop_points(self) -> None:
+        self._release_points()
+        self.tracked.end()
+        self.points = self.changes = self.far_side = None
 
     def _acquire_journal(self, job: PointsJob) -> None:
         self._has_journal = self.has_connected_once
@@ -120,10 +166,15 @@ class PointsResources(JobResources):
         self.store.note_point(self.newest)
 
     def released(self) -> None:
+        if self.points is not None:
+            self._release_points()
+        JobResources.released(self)
+
+    def _release_points(self) -> None:
         self._release_journal()
         if self._spill is not None:
             self._spill.close()
-        JobResources.released(self)
+            self._spill = None
 
     def _release_journal(self) -> None:
         device = self.journal.device
@@ -134,18 +185,21 @@ class PointsResources(JobResources):
             self.nodes.forget(self.journal)
             device.close()
 
-    def _points_record(self) -> PointsRecord:
+    def _points_record(self) -> PointsRecord | None:
+        if self.points is None:
+            return None
         job = self.journal.job
         assert isinstance(job, PointsJob)
         return points_record(
             self.points,
-            self.changes.granularity,
+            self.tracked.granularity,
             has_begun=self.has_begun,
             group=job.point_group.key,
         )
 
     def _kept_changes(self) -> dict[str, MayDiffer]:
-        return {**JobResources._kept_changes(self), self.points.key: self.changes}
+        kept = JobResources._kept_changes(self)
+        return kept if self.points is None else {**kept, self.points.key: self.tracked}
 
     def begin_points(self, state: JobState, done: Done) -> None:
         self.has_begun = True
@@ -169,10 +223,14 @@ class PointsResources(JobResources):
 
     def give_up(self) -> None:
         self.node.device.give_up()
-        self.journal.device.give_up()
+        if self.points is not None:
+            self.journal.device.give_up()
 
     def reconnect(self, has_copied: bool, done: Done) -> None:
         """Also reconnect the journal, and open the far side."""
+        if self.points is None:
+            JobResources.reconnect(self, has_copied, done)
+            return
         turn = self._turn = object()  # earlier attempts give up
         deadline_s = self.loop.clock() + self._delay_s
 
@@ -269,9 +327,9 @@ class PointsResources(JobResources):
                 journal.size,
                 disk_bytes=self.disk.size,
                 now_ns=time.time_ns(),
-                disk_id=self.points.disk_id,
+                disk_id=self.wanted.disk_id,
             )
-        writer = yield from take_over(exports, disk_id=self.points.disk_id, clock=self.loop.clock)
+        writer = yield from take_over(exports, disk_id=self.wanted.disk_id, clock=self.loop.clock)
         there = writer.newest.sequence
         if there < self.newest:
             text = f"ends with point {there}, and point {self.newest} was committed"
@@ -293,11 +351,11 @@ class PointsResources(JobResources):
             found = yield from find(name)
         except JournalError:
             return False
-        return found.current.disk_id == self.points.disk_id
+        return found.current.disk_id == self.wanted.disk_id
 
     def _difference(self) -> Callable[[SharedConnection], int | None]:
         """After the first copy the image is what the journal says, and not what the disk is."""
-        if not self.has_begun:
+        if self.points is None or not self.has_begun:
             return JobResources._difference(self)
         samples = self.far_side.samples if isinstance(self.far_side, JournalSide) else ()
 

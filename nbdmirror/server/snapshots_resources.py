@@ -50,9 +50,10 @@ class SnapshotsResources(PointsResources):
         pass
 
     def _points_record(self) -> PointsRecord:
-        acks = self.acks
+        acks, record = self.acks, PointsResources._points_record(self)
+        assert record is not None
         return replace(
-            PointsResources._points_record(self),
+            record,
             announced=acks.newest,
             acknowledged=acks.last,
             acknowledged_ns=acks.last_ns,
@@ -95,9 +96,9 @@ class SnapshotsResources(PointsResources):
     def _difference(self) -> Callable[[SharedConnection], int | None]:
         """What neither guests nor a point in progress have changed is the same on both sides."""
         is_copied = self._job is not None and self._job.run is not None
-        tracked = self.changes if is_copied else self.tracker
+        tracked = self.tracked if is_copied else self.tracker
         suspects = self.tracker.may_differ()
-        suspects.merge(self.changes.may_differ())
+        suspects.merge(self.tracked.may_differ())
 
         def difference(connection: SharedConnection) -> int | None:
             rng = random.Random()

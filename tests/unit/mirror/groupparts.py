@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions
 from nbdmirror.mirror.point_group import PointGroup
+from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
@@ -116,6 +118,11 @@ class PointResources(FakeResources):
         assert self.far_side is not None
         self.far_side.begin_in_place(done)
 
+    def drop_points(self) -> None:
+        self.calls.append("drop_points")
+        self.world.plan.changes.end()
+        self.far_side = None
+
     def give_up(self) -> None:
         for export in self.world.exports.values():
             export.requests.give_up()
@@ -126,7 +133,8 @@ class PointResources(FakeResources):
         self._step("reconnect", partial(self._opened, done))
 
     def _opened(self, done: Done, error: BaseException | None) -> None:
-        if error is None and (self.far_side is None or self.world.job.run is None):
+        job = self.world.job
+        if error is None and job.plan and (self.far_side is None or job.run is None):
             self._open()
         done(error)
 
@@ -155,9 +163,11 @@ class PointsWorld(JobWorld):
         interval_s: float = INTERVAL_S,
         keep_s: float = 3600.0,
         in_place: bool = False,
+        has_points: bool = True,
         new_group: Callable[[], int] = NUMBERS.__next__,
         **options: Any,
     ) -> None:
+        mode = CopyMode.POINTS if has_points else CopyMode.BACKGROUND
         self.loop = loop or StillLoop()
         self.events = events or EventRing(lambda: 0.0)
         options.setdefault("job_id", "j")
@@ -173,10 +183,18 @@ class PointsWorld(JobWorld):
         self.disk_id = run(created, {Side.JOURNAL: self.journal}).disk_id
         self.disk = Disk(options["job_id"], self.source)
         self.resources = PointResources(self)
+        self.plan = PointPlan(
+            changes=Changes(self.disk, BLOCK_BYTES),
+            interval_s=interval_s,
+            keep_s=keep_s,
+            rpo_s=0.0,
+            store=StoreOptions(),
+            in_place=in_place,
+        )
         tracker = Tracker(SIZE, GRANULARITY)
         loop_: Any = self.loop
         self.job = PointsJob(
-            options=MirrorOptions(copy_mode=CopyMode.POINTS, **options),
+            options=MirrorOptions(copy_mode=mode, **options),
             disk=self.disk,
             target=self.target,
             tracker=tracker,
@@ -195,17 +213,19 @@ class PointsWorld(JobWorld):
             loop=loop_,
             events=self.events,
             resources=self.resources,
-            changes=Changes(self.disk, BLOCK_BYTES),
+            plan=self.plan if has_points else None,
             source=self.source,
-            interval_s=interval_s,
-            keep_s=keep_s,
-            rpo_s=0.0,
-            store=StoreOptions(),
-            in_place=in_place,
             wall_time_ns=self.wall_time_ns,
             new_group=new_group,
         )
         self.job.create()
+
+    def renew(self) -> None:
+        """Another journal, for a job that makes no points any more."""
+        self.journal.data[:] = bytes(len(self.journal.data))
+        created = create("journal", self.journal.size, disk_bytes=SIZE, now_ns=0)
+        self.disk_id = run(created, {Side.JOURNAL: self.journal}).disk_id
+        self.plan = replace(self.plan, changes=Changes(self.disk, BLOCK_BYTES))
 
     def wall_time_ns(self) -> int:
         return int(self.loop.now_s * SECOND_NS)

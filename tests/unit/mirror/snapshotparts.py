@@ -13,6 +13,7 @@ from nbdmirror.disk.changes import Changes, Freeze
 from nbdmirror.disk.frozen import Frozen
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.resources import JobState
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
@@ -128,14 +129,17 @@ class SnapshotsWorld(JobWorld):
         self.changes.world = self
         return SnapshotsJob(
             acks=self.acks,
-            changes=self.changes,
+            plan=PointPlan(
+                changes=self.changes,
+                interval_s=INTERVAL_S,
+                keep_s=0.0,
+                rpo_s=3.0,
+                store=StoreOptions(),
+                in_place=False,
+            ),
             source=self.source,
-            interval_s=INTERVAL_S,
-            keep_s=0.0,
-            rpo_s=3.0,
-            store=StoreOptions(),
-            in_place=False,
             wall_time_ns=lambda: round((EPOCH_S + self.loop.now_s) * 1e9),
+            new_group=lambda: 7,
             **parts,
         )
 

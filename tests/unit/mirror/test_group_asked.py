@@ -6,7 +6,7 @@ import pytest
 from unit.mirror.groupparts import INTERVAL_S, PointsWorld, not_started, with_points
 
 from nbdmirror.errors import CommandError, DeviceError
-from nbdmirror.mirror.points_job import REQUEST_S_MAX
+from nbdmirror.mirror.points_view import REQUEST_S_MAX
 
 
 def assert_the_last_points_have(name: str, *worlds: PointsWorld) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
-from nbdmirror.qmp import bitmap_commands, introspection, mirror_commands, node_commands
+from nbdmirror.qmp import (
+    bitmap_commands,
+    change_commands,
+    introspection,
+    mirror_commands,
+    node_commands,
+)
 from nbdmirror.qmp.command import Command, CommandTable, by_name
 from nbdmirror.qmp.commands import COMMANDS, query_commands, query_qmp_schema
 from nbdmirror.qmp.schema import INT, NOTHING, STR, Array, Struct, optional, struct
@@ -21,6 +27,7 @@ IN_ONE = {
     "blockdev-add": node_commands.NodeArguments,
     "blockdev-mirror": mirror_commands.MirrorArguments,
     "drive-mirror": mirror_commands.MirrorArguments,
+    "block-job-change": change_commands.ChangeArguments,
 }
 """Commands whose handlers take all further arguments at once, and the class that parses them."""
 

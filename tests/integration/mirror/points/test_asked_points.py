@@ -186,7 +186,7 @@ class Impatient(Nbdmirror):
     """Looks for a moment for a short time only."""
 
     def environment(self) -> dict[str, str]:
-        code = "import nbdmirror.mirror.points_job as p\np.REQUEST_S_MAX = 0.3\n"
+        code = "import nbdmirror.mirror.points_view as p\np.REQUEST_S_MAX = 0.3\n"
         return patched(super().environment(), self.folder, code)
 
 

@@ -1,0 +1,153 @@
+"""PointsView: what is shown of a job with points, what it tells, and the group that it makes its
+points with. On the event loop's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from nbdmirror.devices.base import AsyncSource
+from nbdmirror.errors import DeviceError
+from nbdmirror.mirror.activity import Activity
+from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.point_group import PointGroup
+from nbdmirror.mirror.point_plan import PointPlan, RunMaker
+from nbdmirror.mirror.point_promises import PointPromises
+from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
+from nbdmirror.mirror.point_run import PointRun
+
+REQUEST_S_MAX = 30.0
+"""A point that was asked for, and could not be begun for so long, is not made: a guest whose file
+systems are frozen for this point must continue."""
+
+
+class PointsView(MirrorJob):
+    """A PointMember, also without points."""
+
+    point_group = PointGroup()
+    """Of each job with points another one, by `share_points`."""
+    _maker: RunMaker | None = None
+    """None: no points are made."""
+
+    def __init__(
+        self,
+        *,
+        plan: PointPlan | None,
+        source: AsyncSource,
+        wall_time_ns: Callable[[], int],
+        new_group: Callable[[], int],
+        **mirror: Any,
+    ) -> None:
+        """`plan`: None: the job makes no points. `source`: the disk, as points are read from it.
+        `new_group`: a number for points that are of the same cut, which no other cut has.
+        `mirror`: as for MirrorJob."""
+        super().__init__(**mirror)
+        self.run: PointRun | None = None
+        """Since the first copy is in sync."""
+        self.in_place_since_ns = 0
+        """Since this wall time there is no point: the image is copied in place. 0: points are made,
+        or have not begun."""
+        self.new_group = new_group
+        self._wall_time_ns = wall_time_ns
+        self._sent_bytes = 0
+        """Of earlier runs."""
+        self._new_maker = partial(
+            RunMaker,
+            owner=self,  # type: ignore[arg-type]  # PointsJob is one
+            disk=self.disk,
+            tracker=self.tracker,
+            source=source,
+            loop=self._loop,
+            wall_time_ns=wall_time_ns,
+        )
+        if plan is not None:
+            self._adopt(plan)
+
+    def _adopt(self, plan: PointPlan) -> None:
+        self._maker = self._new_maker(plan)
+        self.promises = PointPromises(
+            rpo_s=plan.rpo_s, keep_s=plan.keep_s, tell=self._tell_of_points
+        )
+        self.share_points(self.group.points)
+
+    @property
+    def plan(self) -> PointPlan | None:
+        """None: the job makes no points."""
+        return self._maker.plan if self._maker is not None else None
+
+    @property
+    def interval_s(self) -> float:
+        """Of the points."""
+        return self._points.plan.interval_s
+
+    @property
+    def _points(self) -> RunMaker:
+        assert self._maker is not None, "the job makes no points"
+        return self._maker
+
+    # What queries show.
+
+    @property
+    def is_busy(self) -> bool:
+        if self.run is not None and self.status is JobStatus.READY:
+            return not self.run.is_idle or self.activity.waits_to_try_again
+        return super().is_busy
+
+    @property
+    def offset(self) -> int:
+        return super().offset + self._sent_bytes + (self.run.sent_bytes if self.run else 0)
+
+    @property
+    def length(self) -> int:
+        return self.offset + self.left_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """What the far side lacks."""
+        return self.tracker.remaining_bytes if self.run is None else self.run.left_bytes
+
+    # Points that users ask for.
+
+    def ask_for_point(self, name: str = "") -> PointRequest:
+        """Make a point as soon as the one in progress has ended, and call it `name`, which can be
+        the name of a point. All jobs of the group do, at one moment. Raises CommandError; then
+        nothing has changed."""
+        request = self.point_group.ask(self, name)
+        late = DeviceError(f"no moment was found for it within {REQUEST_S_MAX:g} s")
+        timer = self._loop.call_later(REQUEST_S_MAX, partial(request.fails, late))
+        request.taken.add_done_callback(lambda _: timer.cancel())
+        return request
+
+    # Of the group.
+
+    def share_points(self, points: PointGroup) -> None:
+        """Has no effect on a job without points."""
+        if self._maker is None:
+            return
+        self.point_group.leave(self)
+        self.point_group = points
+        points.add(self)
+
+    @property
+    def cut_run(self) -> PointRun | None:
+        is_able = self.activity in (Activity.COPYING, Activity.POSTPONED) and self.copier.is_idle
+        run = None if self._is_to_end or not is_able else self.run
+        return run if run is not None and run.is_running and not run.is_leaving else None
+
+    @property
+    def _is_to_end(self) -> bool:
+        return self.may_end and self.activity is Activity.COPYING
+
+    # Events.
+
+    def tell_point(self, point: CommittedPoint, **extra: Any) -> None:
+        assert self.run is not None
+        data = {**point.told(self.run.lag.lag_s), **extra}
+        self._tell_of_points("X_NBDMIRROR_POINT", data, point.name)
+
+    def _tell_of_points(self, event: str, data: dict[str, Any], name: str = "") -> None:
+        """`name`: of the point, if it has one."""
+        named = {"name": name} if name else {}
+        self._events.append(event, {"device": self.disk.name, "id": self.id, **data, **named})
