@@ -277,8 +277,8 @@ def _run(args: argparse.Namespace) -> int:
         return DONE
     if hasattr(args, "target"):
         args.target = absolute_uri(args.target)
-        if getattr(args, "journal", None):
-            args.journal = absolute_uri(args.journal, "--journal: ")
+    if args.command in ("mirror", "copy-mode") and args.journal:
+        args.journal = absolute_uri(args.journal, "--journal: ")
     if args.command == "handover":
         from nbdmirror.cli import handover as cli_handover
 
@@ -289,10 +289,6 @@ def _run(args: argparse.Namespace) -> int:
         return cli_list.run(args)
     if args.command == "web":
         return _web(args)
-    if args.command == "points" and args.exec is not None:
-        from nbdmirror.cli import snapshots as cli_snapshots
-
-        return cli_snapshots.run(args)
     if args.command in ("points", "recover"):
         return _points(args)
     from nbdmirror.cli import control as cli_control
@@ -307,6 +303,10 @@ def _web(args: argparse.Namespace) -> int:
 
 
 def _points(args: argparse.Namespace) -> int:
+    if args.command == "points" and args.exec is not None:
+        from nbdmirror.cli import snapshots
+
+        return snapshots.run(args)
     with _needs(args.command, "install what docs/install.md names"):
         from nbdmirror.cli import points as cli_points
     return cli_points.run_command(args)
@@ -354,11 +354,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         argv, extra = argv[:cut], argv[cut + 1 :]
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.command == "mirror" and not args.wait:
-        if args.timeout is not None:
-            parser.error("--timeout: needs --wait")
-        if args.json:
-            parser.error("--json: needs --wait")
+    for option in ("timeout", "json") if args.command == "mirror" and not args.wait else ():
+        if getattr(args, option) not in (None, False):
+            parser.error(f"--{option}: needs --wait")
     if args.command == "status" and args.all and args.qmp:
         parser.error("--all: not allowed with argument --qmp")
     if args.command == "points":
@@ -393,8 +391,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             say("nbdmirror: interrupted; nothing was undone")
     except OSError as error:
-        status = finish(DONE, failed=FAILED)
-        if status == DONE and not isinstance(error, BrokenPipeError):
+        if finish(DONE, failed=FAILED) == DONE and not isinstance(error, BrokenPipeError):
             is_homeless = isinstance(error, FileNotFoundError) and error.filename is None
             gone = "the current directory does not exist any more: write absolute paths"
             say(f"nbdmirror: {gone if is_homeless else output_error(error)}")

@@ -1,8 +1,7 @@
 """MirrorJob: starts, watches and ends one mirror. The loop over data is the copier's.
 
 All methods run on the event loop's thread. A command changes the wanted state and calls `advance`;
-so does every event (copies settled, a flush done, a timer). `advance` looks at the state and does
-the next step.
+so does every event (copies settled, a timer). `advance` looks at the state, and does what is next.
 """
 
 from __future__ import annotations
@@ -194,8 +193,7 @@ class MirrorJob(MirrorView):
                 self.paused()
             case Activity.ABORTING if self._stopping.is_over():
                 self.end_badly()
-            case _:
-                pass  # the job waits for a step, a timer, the group or the user
+            # Else the job waits for a step, a timer, the group or the user.
 
     def left(self, old: Activity) -> None:
         self._poll.wake()
@@ -391,9 +389,9 @@ class MirrorJob(MirrorView):
 
     def _is_at_rest(self) -> bool:
         """Only a guest, or one that calls, changes what there is to do."""
-        if self.status is not JobStatus.READY or self.activity is not Activity.COPYING:
-            return False
-        return not self.may_end and self._mode.is_background and self.watch.is_at_rest
+        follows = self.status is JobStatus.READY and self.activity is Activity.COPYING
+        is_idle = follows and not self.may_end and self._mode.is_background
+        return is_idle and self.watch.is_at_rest
 
     def _look(self) -> None:
         self.tracker.look(self.disk.ledger)

@@ -104,11 +104,8 @@ class PointRun(CutRun):
         self._requests = PointRequests()
         self._is_sending = self._is_busy_there = False
         self.tried_s = self._held_up_until_s = -math.inf
-        self._points = self._new_source(store)
-
-    def _new_source(self, store: StoreOptions) -> PointSource:
-        return PointSource(
-            changes=self.changes,
+        self._points = PointSource(
+            changes=changes,
             source=self._source,
             lag=self.lag,
             loop=self._loop,

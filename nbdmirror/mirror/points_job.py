@@ -264,10 +264,11 @@ class PointsJob(PointsView):
         self._points.hand_back(run)
         self._sent_bytes += run.sent_bytes
         self.run, self._is_leaving, self._catches_up = None, True, True
-        self.in_place_since_ns = self._wall_time_ns()
-        since_s = round(self.in_place_since_ns / 1e9, 3)
-        data = {"since-s": since_s, "bytes": self.tracker.dirty.dirty_bytes}
-        self._tell_of_points("X_NBDMIRROR_IN_PLACE", data)
+        if not self._gives_up:
+            self.in_place_since_ns = self._wall_time_ns()
+            since_s = round(self.in_place_since_ns / 1e9, 3)
+            data = {"since-s": since_s, "bytes": self.tracker.dirty.dirty_bytes}
+            self._tell_of_points("X_NBDMIRROR_IN_PLACE", data)
         self._begin_in_place()
 
     def _begin_in_place(self) -> None:
