@@ -99,13 +99,15 @@ class PointRun(CutRun):
         self._cut: CommonCut | None = None
         self.point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
-        self._group = 0
-        """Of that one."""
+        self._group = 0  # of that one
         self._requests = PointRequests()
         self._is_sending = self._is_busy_there = False
         self.tried_s = self._held_up_until_s = -math.inf
-        self._points = PointSource(
-            changes=changes,
+        self._points = self._new_source(store)
+
+    def _new_source(self, store: StoreOptions) -> PointSource:
+        return PointSource(
+            changes=self.changes,
             source=self._source,
             lag=self.lag,
             loop=self._loop,
