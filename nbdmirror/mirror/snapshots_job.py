@@ -17,9 +17,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from nbdmirror.errors import CommandError
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.options import Ending
-from nbdmirror.mirror.point_request import CommittedPoint
+from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.points_job import PointsJob
 
 
@@ -34,6 +35,11 @@ class SnapshotsJob(PointsJob):
         """The last point that was announced."""
         self.awaited_since_ns = 0
         """Since this wall time its acknowledgement was awaited."""
+
+    def ask_for_point(self, name: str = "") -> PointRequest:
+        if name and self.run is not None and self.run.is_running and self.run.has_name(name):
+            raise CommandError(f"Job '{self.id}' is making a point '{name}' already")
+        return super().ask_for_point(name)
 
     def acknowledge(self, sequence: int, refusal: str | None = None) -> bool:
         """As Acknowledgements.give."""

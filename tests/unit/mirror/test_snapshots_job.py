@@ -9,7 +9,7 @@ import pytest
 from unit.mirror.jobparts import IO_ERROR, MIB
 from unit.mirror.snapshotparts import BLOCK, INTERVAL_S, SnapshotsWorld
 
-from nbdmirror.errors import CommandError
+from nbdmirror.errors import CommandError, Error
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.options import Policy
 
@@ -110,6 +110,25 @@ def test_a_refused_point_is_broken_and_the_next_one_has_all() -> None:
     assert points(world)[-1]["bytes"] == BLOCK
     world.ack()
     assert world.snapshots[3] == bytes(world.source.data)
+
+
+def test_a_point_that_is_asked_for_is_made_when_it_is_acknowledged() -> None:
+    world = SnapshotsWorld().ready_with_points()
+    request = world.job.ask_for_point("nightly")
+    with pytest.raises(CommandError, match="Job 'j' is making a point 'nightly' already"):
+        world.job.ask_for_point("nightly")
+    assert world.awaits() == 2
+    assert points(world)[-1]["name"] == "nightly"
+    assert request.taken.done() and not request.committed.done()
+    world.ack()
+    assert request.committed.result().sequence == 2
+    refused = world.job.ask_for_point("nightly")
+    world.awaits()
+    world.job.acknowledge(3, "no")
+    world.settle()
+    with pytest.raises(Error, match="point 3 was refused: no"):
+        refused.committed.result()
+    assert world.told("X_NBDMIRROR_POINT_BROKEN")[-1]["name"] == "nightly"
 
 
 def test_a_first_point_that_is_refused_is_made_again() -> None:
