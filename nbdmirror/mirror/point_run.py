@@ -91,7 +91,7 @@ class PointRun:
         self._far: FarSide | None = None
         self._sender: PointSender | None = None
         self._cut: Cut | None = None
-        self.point = CommittedPoint(0, 0, 0)
+        self._point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
         self._requests: deque[PointRequest] = deque()
         """Those that were not taken yet."""
@@ -156,9 +156,9 @@ class PointRun:
         return self._there.is_handed_over
 
     @property
-    def has_begun(self) -> bool:
-        """`start` was called: it is known what the far side has."""
-        return self._far is not None
+    def point(self) -> CommittedPoint:
+        """The one in progress; without its number."""
+        return self._point
 
     @property
     def room(self) -> JournalRoom | None:
@@ -328,7 +328,7 @@ class PointRun:
             self._first = None
         time_ns = self._wall_time_ns()
         self._points.take()
-        self.point = CommittedPoint(0, time_ns, 0)
+        self._point = CommittedPoint(0, time_ns, 0)
 
     def _taken(self) -> None:
         self._cut = None
@@ -337,12 +337,12 @@ class PointRun:
         assert frozen is not None
         self._request = self._requests.popleft() if self._requests else None
         name = self._request.name if self._request else ""
-        self.point = CommittedPoint(0, self.point.time_ns, frozen.covered.dirty_bytes, name)
+        self._point = CommittedPoint(0, self._point.time_ns, frozen.covered.dirty_bytes, name)
         number = self._there.newest + 1
         self.window.cut(number)
-        self._sending.begin(self._points, self.point.time_ns, name=name)
+        self._sending.begin(self._points, self._point.time_ns, name=name)
         if self._request is not None and frozen.error is None:
-            self._request.begins(self.point, number)
+            self._request.begins(self._point, number)
 
     def _late(self) -> None:
         self._cut = None
@@ -353,7 +353,7 @@ class PointRun:
     def _committed(self) -> None:
         self._is_sending = False
         self.lag.is_kept = self._there.is_kept
-        self.last = last = replace(self.point, sequence=self._there.newest)
+        self.last = last = replace(self._point, sequence=self._there.newest)
         self.count += 1
         self.sent_bytes += last.changed_bytes
         self._owner.point_committed(last)
@@ -362,7 +362,7 @@ class PointRun:
 
     def _broken(self, error: BaseException) -> None:
         self._is_sending = False
-        self._owner.point_broken(error, self.point.name)
+        self._owner.point_broken(error, self._point.name)
         self._end_request(lambda request: request.fails(error))
         if self.is_running and error is self._there.error:
             self._owner.far_side_failed(error)

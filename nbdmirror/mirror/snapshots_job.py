@@ -57,13 +57,8 @@ class SnapshotsJob(PointsJob):
         assert self.run is not None
         self.awaited_since_ns = self._wall_time_ns()
         self.awaited = replace(self.run.point, sequence=self.acks.awaited)
+        self.acks.awaited_ns = self.awaited.time_ns
         super().tell_point(self.awaited, ack=True)
-
-    def point_committed(self, point: CommittedPoint) -> None:
-        if self.acks.was_given:
-            self.acks.last_ns = point.time_ns
-        super().point_committed(point)
-        self.changed()
 
     def tell_point(self, point: CommittedPoint, **extra: Any) -> None:
         if self.awaited is None or self.awaited.sequence != point.sequence:

@@ -25,7 +25,7 @@ def test_nothing_is_written_between_a_point_and_its_acknowledgement() -> None:
     world = SnapshotsWorld()
     world.start()
     assert world.awaits() == 1
-    assert world.resources.written_down == [1], "before anybody is told"
+    assert world.resources.written_down == [(1, 0)], "before anybody is told"
     (told,) = points(world)
     assert (told["sequence"], told["ack"], told["bytes"]) == (1, True, 0)
     before = len(world.target.requests.started)
@@ -129,6 +129,32 @@ def test_a_point_that_is_asked_for_is_made_when_it_is_acknowledged() -> None:
     with pytest.raises(Error, match="point 3 was refused: no"):
         refused.committed.result()
     assert world.told("X_NBDMIRROR_POINT_BROKEN")[-1]["name"] == "nightly"
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_an_acknowledgement_is_written_down_before_it_counts(is_paused: bool) -> None:
+    """So a process that is killed never counts on a point of which the next one knows nothing."""
+    world = SnapshotsWorld().ready_with_points()
+    world.write()
+    assert world.awaits() == 2
+    world.resources.holds = {"write_down"}
+    assert world.job.acknowledge(2) is False
+    world.settle()
+    assert world.resources.written_down[-1] == (2, 2)
+    assert world.changes.may_differ().dirty_bytes == BLOCK and not world.acks.awaited
+    assert world.job.acknowledge(2) is True
+    if is_paused:
+        world.job.pause()
+        world.settle()
+        assert world.status == "standby"
+    world.resources.holds.clear()
+    world.resources.answer()
+    assert world.changes.may_differ().is_empty is not is_paused
+    if is_paused:
+        world.job.resume()
+        assert world.awaits() == 3
+        world.ack()
+    assert world.status == "ready" and world.changes.may_differ().is_empty
 
 
 def test_a_first_point_that_is_refused_is_made_again() -> None:

@@ -81,10 +81,10 @@ def test_ends_of_the_server_while_points_are_made(start: Start, folder: Path) ->
             watcher.start()
             guest.start(server.uri())
             command.wait_for_more(chance.randint(1, 3))
-            promised_s = lag.promised_s
-            chance.choice([server.kill, server.stop])()
             has_ended.set()
             watcher.join()
+            promised_s = lag.promised_s
+            chance.choice([server.kill, server.stop])()
             guest.stop()
             # An answer of the server to its last acknowledgement may have been lost.
             made = sorted(int(path.name) for path in far.snapshots.glob("*[0-9]"))
