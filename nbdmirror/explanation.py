@@ -163,7 +163,10 @@ def _of_promises(job: Job) -> list[Remark]:
     rpo_s, lag_s = points.get("rpo-s"), job.get("lag-s", 0)
     if rpo_s is not None and lag_s > rpo_s:
         text = f"the lag is larger than the {rpo_s:g} s of --rpo"
-        found.append(Remark("rpo", f"{text}; check the far side, and the link to it"))
+        help_ = "check the far side, and the link to it"
+        if "awaited" in points:
+            help_ = "snapshots are made by: nbdmirror points --exec"
+        found.append(Remark("rpo", f"{text}; {help_}"))
     if "in-place-since-s" in points:
         text = "the far side has no point until the next one is made: what was changed did not fit"
         found.append(Remark("in-place", f"{text} into the journal, and is copied in place"))

@@ -396,4 +396,5 @@ def main(argv: list[str] | None = None) -> int:
             gone = "the current directory does not exist any more: write absolute paths"
             say(f"nbdmirror: {gone if is_homeless else output_error(error)}")
         status = FAILED
-    return finish(status, failed=FAILED if args.command in _ANSWERS else None)
+    is_answer = args.command in _ANSWERS and getattr(args, "exec", None) is None
+    return finish(status, failed=FAILED if is_answer else None)

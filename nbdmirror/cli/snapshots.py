@@ -2,8 +2,9 @@
 are snapshots of its target, and acknowledges the point when the command has ended well.
 
 The command runs here, as a child of this process, and never in the server. One command runs at a
-time. An answer that was lost with the connection is sent again, and the command is not run again
-for that.
+time, also beside one that outlives its killed parent: a slow copy of the target must not go on
+while another client lets the target be overwritten. An answer that was lost with the connection is
+sent again, and the command is not run again for that.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 
 from qemu.qmp import QMPError
@@ -50,33 +53,36 @@ async def _run(args: argparse.Namespace) -> int:
     assert task
     with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    follower: _Follower | None = None
-    try:
-        path, told = server_path(args), ""
-        while True:
-            try:
-                async with connect(path) as session:
-                    follower = follower or await _Follower.of(session, args)
-                    if told:
-                        say(f"nbdmirror: the server answers again: job {follower.job}")
-                    told = ""
-                    return await follower.follow(session)
-            except CliError as error:
-                if follower is None or error.status not in (NO_SERVER, TIMED_OUT):
-                    raise
-                reason = str(error)
-            except (QMPError, OSError, EOFError):
-                if follower is None:
-                    raise
-                reason = "the connection to the server is lost"
-            if not told:
-                told = reason
-                say(f"nbdmirror: {reason}; trying again")
-            await asyncio.sleep(RETRY_S)
-    except asyncio.CancelledError:
-        if follower is None:
-            raise
-        raise CliError(f"interrupted; {follower.left}", INTERRUPTED) from None
+    path = server_path(args)
+    with contextlib.closing(_Turn(path)) as turn:
+        async with connect(path) as session:  # what is wrong is an error now, and not later
+            follower = await _Follower.of(session, args, turn)
+        try:
+            return await _follow_server(path, follower)
+        except asyncio.CancelledError:
+            raise CliError(f"interrupted; {follower.left}", INTERRUPTED) from None
+
+
+async def _follow_server(path: str, follower: _Follower) -> int:
+    """Follow the job of the server at `path`, which may go and come. Returns the exit status."""
+    told = ""
+    while True:
+        try:
+            async with connect(path) as session:
+                if told:
+                    say(f"nbdmirror: the server answers again: job {follower.job}")
+                told = ""
+                return await follower.follow(session)
+        except CliError as error:
+            if error.status not in (NO_SERVER, TIMED_OUT):
+                raise
+            reason = str(error)
+        except (QMPError, OSError, EOFError):
+            reason = "the connection to the server is lost"
+        if not told:
+            told = reason
+            say(f"nbdmirror: {reason}; trying again")
+        await asyncio.sleep(RETRY_S)
 
 
 @dataclass(slots=True)
@@ -93,20 +99,24 @@ class _Verdict:
 class _Follower:
     """Runs `command` for the points of one job, over one connection after the other."""
 
-    def __init__(self, job: str, device: str, command: str) -> None:
+    def __init__(self, job: str, device: str, command: str, turn: _Turn) -> None:
         self.job = job
         self._device = device
         self._command = command
+        self._turn = turn
         self._verdict: _Verdict | None = None
         """That the server has not taken yet."""
+        self._ended_before: object = None
+        """When an earlier job of this name has ended."""
         self._running = 0
         """The number of the point whose command runs."""
 
     @classmethod
-    async def of(cls, session: Session, args: argparse.Namespace) -> _Follower:
+    async def of(cls, session: Session, args: argparse.Namespace, turn: _Turn) -> _Follower:
         """Raises CliError if there is no such job, or if it awaits no acknowledgements."""
         job = session.job = await find_job(session, args)
-        for disk in (await session.status())["disks"]:
+        status = await session.status()
+        for disk in status["disks"]:
             for one in disk.get("jobs") or []:
                 if one["device"] == job:
                     if (one.get("x-nbdmirror-points") or {}).get("auto-point", True):
@@ -114,7 +124,9 @@ class _Follower:
                         if one.get("copy-mode") != "points":
                             text = f"job {job} makes no points"
                         raise CliError(f"{text}; start one with: nbdmirror mirror --snapshots")
-                    return cls(job, str(disk["name"]), args.exec)
+                    follower = cls(job, str(disk["name"]), args.exec, turn)
+                    follower._ended_before = _last_end(status, job)
+                    return follower
         raise CliError(f"job {job} has ended meanwhile; see: nbdmirror status")
 
     @property
@@ -126,17 +138,25 @@ class _Follower:
         return text
 
     async def follow(self, session: Session) -> int:
-        """Until the job has ended. Returns the exit status."""
+        """Until the job has ended. Returns the exit status. Raises CliError if the server ends, and
+        continues the job when it is started again."""
         watch = Watch(session, self.job, PlainDisplay(time.monotonic))
         while True:
             if self._verdict is not None:
                 await self._deliver(session, self._verdict)
             state = await watch.look()
             if watch.end:
+                if _last_end(await session.status(), self.job) == self._ended_before:
+                    # There is no result: this is not the job's end.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(END_S_MAX):
+                            await session.closed()
+                    raise CliError("the server has ended", NO_SERVER)
                 return await watch.report(verb="wait")
             if state is None:
                 raise CliError(f"job {self.job} has ended, and its result is not known")
-            if point := (state.get("x-nbdmirror-points") or {}).get("awaited"):
+            point = (state.get("x-nbdmirror-points") or {}).get("awaited")
+            if point and self._turn.take(self.job):
                 self._running = point["sequence"]
                 self._verdict = _Verdict(point, await self._run(point))
                 self._running = 0
@@ -163,7 +183,8 @@ class _Follower:
                 text = "another client has acknowledged it before; do not use this snapshot"
                 say(f"nbdmirror: {what}: {text}")
             else:
-                print(f"{what}: acknowledged", flush=True)
+                with contextlib.suppress(OSError):  # snapshots go on without a reader
+                    print(f"{what}: acknowledged", flush=True)
         self._verdict = None
 
     async def _run(self, point: dict[str, Any]) -> str | None:
@@ -182,6 +203,7 @@ class _Follower:
                 stdin=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
                 env=os.environ | {f"NBDMIRROR_{name}": str(value) for name, value in told.items()},
+                pass_fds=self._turn.fds,
                 start_new_session=True,  # a Ctrl-C at the terminal is for this process
             )
         except OSError as error:
@@ -197,6 +219,49 @@ class _Follower:
             return None
         how = f"exit status {status}" if status > 0 else f"signal {-status}"
         return f"{how}: {words.line}" if words.line else how
+
+
+def _last_end(status: dict[str, Any], job: str) -> object:
+    """When the last job of this name has ended."""
+    lasts = [disk.get("last-job") or {} for disk in status.get("disks", [])]
+    return next((last.get("ended-at-s") for last in lasts if last.get("id") == job), None)
+
+
+class _Turn:
+    """The right to run commands for a job of the server at `path`, on this host. It has an end when
+    this process and all commands that it has run have one: a name that they all hold."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._socket: socket.socket | None = None
+        self._was_told = False
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """For a command to inherit."""
+        return (self._socket.fileno(),) if self._socket is not None else ()
+
+    def take(self, job: str) -> bool:
+        """Whether it is ours now. Says once if it is not."""
+        if self._socket is not None:
+            return True
+        place = f"{os.path.realpath(self._path)}\0{job}".encode(errors="surrogateescape")
+        name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            name.bind(f"\0nbdmirror-points-{sha256(place).hexdigest()[:32]}")
+        except OSError:
+            name.close()
+            if not self._was_told:
+                text = "another nbdmirror points --exec, or the command of one that has ended, runs"
+                say(f"nbdmirror: {text} for job {job}: waiting for its end")
+            self._was_told = True
+            return False
+        self._socket = name
+        return True
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
 
 
 class _LastWords:

@@ -34,6 +34,12 @@ class Acknowledgements:
         """Tells users that the point `awaited` is whole."""
         self.is_needed: Callable[[], bool] = lambda: True
         """False: nothing but the image is to have the points."""
+        self.write_down: Callable[[Done], None] = lambda done: done(None)
+        """Keeps `newest`, `last` and `last_ns` for a later process, and then calls its argument.
+        Should that fail, a number may come again after a restart: that is no reason to leave users
+        without the point."""
+        self.awaited_ns = 0
+        """The wall time of the cut of the point that waits."""
         self._done: Done | None = None
         self._refused = 0
         """The number of the last point that was refused."""
@@ -75,8 +81,10 @@ class Acknowledgements:
             text = f"No acknowledgement of point {number} is awaited"
             raise CommandError(f"{text}: the job waits {waits}")
         if refusal is None:
-            self.last, self.was_given = number, True
-            self._end(None)
+            self.last, self.last_ns, self.was_given = number, self.awaited_ns, True
+            self.awaited, done = 0, self._done
+            # Before the point counts: a client that has lost the answer may ask a later process.
+            self.write_down(lambda _: self._end(None) if self._done is done else None)
         else:
             self._refused = number
             self._end(Error(f"point {number} was refused: {refusal or 'no reason was given'}"))

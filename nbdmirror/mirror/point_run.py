@@ -97,7 +97,7 @@ class PointRun(CutRun):
         self._far: FarSide | None = None
         self._sender: PointSender | None = None
         self._cut: CommonCut | None = None
-        self.point = CommittedPoint(0, 0, 0)
+        self._point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
         self._group = 0  # of that one
         self._requests = PointRequests()
@@ -160,9 +160,9 @@ class PointRun(CutRun):
         return self._there.is_handed_over
 
     @property
-    def has_begun(self) -> bool:
-        """`start` was called: it is known what the far side has."""
-        return self._far is not None
+    def point(self) -> CommittedPoint:
+        """The one in progress; without its number."""
+        return self._point
 
     @property
     def room(self) -> JournalRoom | None:
@@ -341,7 +341,7 @@ class PointRun(CutRun):
             self._first()
             self._first = None
         self._points.take()
-        self.point, self._group = CommittedPoint(0, moment.time_ns, 0), moment.group
+        self._point, self._group = CommittedPoint(0, moment.time_ns, 0), moment.group
 
     def taken(self, *, is_common: bool) -> None:
         self._cut = None
@@ -349,12 +349,12 @@ class PointRun(CutRun):
         frozen = self.changes.frozen
         assert frozen is not None
         name = self._requests.take(is_common=is_common)
-        self.point = CommittedPoint(0, self.point.time_ns, frozen.covered.dirty_bytes, name)
+        self._point = CommittedPoint(0, self._point.time_ns, frozen.covered.dirty_bytes, name)
         number = self._there.newest + 1
         self.window.cut(number)
-        self._sending.begin(self._points, self.point.time_ns, name=name, group=self._group)
+        self._sending.begin(self._points, self._point.time_ns, name=name, group=self._group)
         if frozen.error is None:
-            self._requests.begins(self.point, number)
+            self._requests.begins(self._point, number)
 
     def late(self, *, is_cause: bool) -> None:
         self._cut = None
@@ -370,7 +370,7 @@ class PointRun(CutRun):
     def _committed(self) -> None:
         self._is_sending = False
         self.lag.is_kept = self._there.is_kept
-        self.last = last = replace(self.point, sequence=self._there.newest)
+        self.last = last = replace(self._point, sequence=self._there.newest)
         self.count += 1
         self.sent_bytes += last.changed_bytes
         self._owner.point_committed(last)
@@ -379,7 +379,7 @@ class PointRun(CutRun):
 
     def _broken(self, error: BaseException) -> None:
         self._is_sending = False
-        self._owner.point_broken(error, self.point.name)
+        self._owner.point_broken(error, self._point.name)
         self._requests.breaks(error)
         if self.is_running and error is self._there.error:
             self._owner.far_side_failed(error)

@@ -20,7 +20,7 @@ from typing import Any
 from nbdmirror.errors import CommandError
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.options import Ending
-from nbdmirror.mirror.point_request import CommittedPoint
+from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.points_job import PointsJob
 
 
@@ -35,6 +35,11 @@ class SnapshotsJob(PointsJob):
         """The last point that was announced."""
         self.awaited_since_ns = 0
         """Since this wall time its acknowledgement was awaited."""
+
+    def ask_for_point(self, name: str = "") -> PointRequest:
+        if name and self.run is not None and self.run.is_running and self.run.has_name(name):
+            raise CommandError(f"Job '{self.id}' is making a point '{name}' already")
+        return super().ask_for_point(name)
 
     def acknowledge(self, sequence: int, refusal: str | None = None) -> bool:
         """As Acknowledgements.give."""
@@ -56,13 +61,8 @@ class SnapshotsJob(PointsJob):
         assert self.run is not None
         self.awaited_since_ns = self._wall_time_ns()
         self.awaited = replace(self.run.point, sequence=self.acks.awaited)
+        self.acks.awaited_ns = self.awaited.time_ns
         super().tell_point(self.awaited, ack=True)
-
-    def point_committed(self, point: CommittedPoint) -> None:
-        if self.acks.was_given:
-            self.acks.last_ns = point.time_ns
-        super().point_committed(point)
-        self.changed()
 
     def tell_point(self, point: CommittedPoint, **extra: Any) -> None:
         if self.awaited is None or self.awaited.sequence != point.sequence:

@@ -71,10 +71,11 @@ def _points_info(job: PointsJob) -> dict[str, Any]:
     if job.in_place_since_ns:
         info["in-place-since-s"] = round(job.in_place_since_ns / 1e9, 3)
     run = job.run
-    if run is None or not run.has_begun:
+    room = run.room if run is not None else None
+    if run is None or (room is None and info["auto-point"]):
         return info
     info["late-cuts"] = run.late_cuts
-    if (room := run.room) is not None:
+    if room is not None:
         info["journal-bytes"], info["journal-used-bytes"] = room.total_bytes, room.used_bytes
         if room.lasts_s is not None:
             info["journal-lasts-s"] = round(room.lasts_s, 3)

@@ -9,30 +9,19 @@ thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from nbdmirror.devices.base import AsyncTarget, Done
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.far_side import FarSide, JournalRoom
 
 
 class SnapshotSide(FarSide):
-    """`may_trim`: what reads as zeroes may lose its space in the image. `write_down` keeps what
-    `acks` knows, and then calls its argument, before anybody is told of a point."""
+    """`may_trim`: what reads as zeroes may lose its space in the image."""
 
-    def __init__(
-        self,
-        image: AsyncTarget,
-        acks: Acknowledgements,
-        *,
-        may_trim: bool,
-        write_down: Callable[[Done], None],
-    ) -> None:
+    def __init__(self, image: AsyncTarget, acks: Acknowledgements, *, may_trim: bool) -> None:
         self.error: BaseException | None = None
         self._image = image
         self._acks = acks
         self._may_trim = may_trim
-        self._write_down = write_down
         self._in_flight = 0
         self._is_handed_over = False
         self._when_idle: list[Done] = []
@@ -97,9 +86,7 @@ class SnapshotSide(FarSide):
                 done(error)
                 return
             self._acks.next_number()
-            # Should that fail, the number may come again after a restart: that is no reason to
-            # leave users without the point.
-            self._write_down(self._counted(lambda _: self._acks.announce(done)))
+            self._acks.write_down(self._counted(lambda _: self._acks.announce(done)))
 
         self._image.start_flush(self._counted(flushed))
 

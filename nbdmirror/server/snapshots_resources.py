@@ -45,6 +45,7 @@ class SnapshotsResources(PointsResources):
 
     def _acquire_journal(self, job: PointsJob) -> None:
         self._job = job
+        self.acks.write_down = self._write_down
 
     def _release_journal(self) -> None:
         pass
@@ -86,12 +87,8 @@ class SnapshotsResources(PointsResources):
         JobResources.reconnect(self, has_copied, is_there)
 
     def _new_side(self) -> SnapshotSide:
-        return SnapshotSide(
-            DurableExport(self.node.device),
-            self.acks,
-            may_trim=self.options.unmap,
-            write_down=self._write_down,
-        )
+        image = DurableExport(self.node.device)
+        return SnapshotSide(image, self.acks, may_trim=self.options.unmap)
 
     def _difference(self) -> Callable[[SharedConnection], int | None]:
         """What neither guests nor a point in progress have changed is the same on both sides."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from integration.mirror.points.pointsparts import SIZE, points_of
-from integration.mirror.points.snapshotsparts import SnapshotFarSide
+from integration.mirror.snapshots.snapshotsparts import SnapshotFarSide
 from integration.state.stateparts import End, ends
 from support.clients import connected
 from support.fixtures import Start

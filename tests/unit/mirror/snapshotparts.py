@@ -43,7 +43,8 @@ class RecordedChanges(Changes):
 
 
 class FakeSnapshotsResources(FakeResources):
-    """`written_down`: numbers that were kept before anybody was told of them."""
+    """`written_down`: the numbers of the last point that was announced and of the last one that was
+    acknowledged, each time that they were kept."""
 
     world: SnapshotsWorld
 
@@ -51,7 +52,7 @@ class FakeSnapshotsResources(FakeResources):
         super().__init__(world)
         self.far_side: SnapshotSide | None = None
         self.has_begun = False
-        self.written_down: list[int] = []
+        self.written_down: list[tuple[int, int]] = []
 
     @property
     def is_idle(self) -> bool:
@@ -77,18 +78,13 @@ class FakeSnapshotsResources(FakeResources):
                 self.world.loop.call_later(0.02, lambda: is_back(None))
                 return
             if error is None:
-                self.far_side = SnapshotSide(
-                    self.world.target,
-                    self.world.acks,
-                    may_trim=True,
-                    write_down=self._write_down,
-                )
+                self.far_side = SnapshotSide(self.world.target, self.world.acks, may_trim=True)
             done(error)
 
         super().reconnect(has_copied, is_back)
 
-    def _write_down(self, done: Done) -> None:
-        self.written_down.append(self.world.acks.newest)
+    def write_down(self, done: Done) -> None:
+        self.written_down.append((self.world.acks.newest, self.world.acks.last))
         self._step("write_down", done)
 
     def commit(self, done: Done) -> None:
@@ -120,6 +116,7 @@ class SnapshotsWorld(JobWorld):
         self.acked: Moment | None = None
         """The last cut that was acknowledged."""
         super().__init__(**options)
+        self.acks.write_down = self.resources.write_down
 
     def new_resources(self) -> FakeResources:
         return FakeSnapshotsResources(self)

@@ -9,7 +9,7 @@ import pytest
 from unit.mirror.jobparts import IO_ERROR, MIB
 from unit.mirror.snapshotparts import BLOCK, INTERVAL_S, SnapshotsWorld
 
-from nbdmirror.errors import CommandError
+from nbdmirror.errors import CommandError, Error
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.options import Policy
 
@@ -25,7 +25,7 @@ def test_nothing_is_written_between_a_point_and_its_acknowledgement() -> None:
     world = SnapshotsWorld()
     world.start()
     assert world.awaits() == 1
-    assert world.resources.written_down == [1], "before anybody is told"
+    assert world.resources.written_down == [(1, 0)], "before anybody is told"
     (told,) = points(world)
     assert (told["sequence"], told["ack"], told["bytes"]) == (1, True, 0)
     before = len(world.target.requests.started)
@@ -110,6 +110,51 @@ def test_a_refused_point_is_broken_and_the_next_one_has_all() -> None:
     assert points(world)[-1]["bytes"] == BLOCK
     world.ack()
     assert world.snapshots[3] == bytes(world.source.data)
+
+
+def test_a_point_that_is_asked_for_is_made_when_it_is_acknowledged() -> None:
+    world = SnapshotsWorld().ready_with_points()
+    request = world.job.ask_for_point("nightly")
+    with pytest.raises(CommandError, match="Job 'j' is making a point 'nightly' already"):
+        world.job.ask_for_point("nightly")
+    assert world.awaits() == 2
+    assert points(world)[-1]["name"] == "nightly"
+    assert request.taken.done() and not request.committed.done()
+    world.ack()
+    assert request.committed.result().sequence == 2
+    refused = world.job.ask_for_point("nightly")
+    world.awaits()
+    world.job.acknowledge(3, "no")
+    world.settle()
+    with pytest.raises(Error, match="point 3 was refused: no"):
+        refused.committed.result()
+    assert world.told("X_NBDMIRROR_POINT_BROKEN")[-1]["name"] == "nightly"
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_an_acknowledgement_is_written_down_before_it_counts(is_paused: bool) -> None:
+    """So a process that is killed never counts on a point of which the next one knows nothing."""
+    world = SnapshotsWorld().ready_with_points()
+    world.write()
+    assert world.awaits() == 2
+    world.resources.holds = {"write_down"}
+    assert world.job.acknowledge(2) is False
+    world.settle()
+    assert world.resources.written_down[-1] == (2, 2)
+    assert world.changes.may_differ().dirty_bytes == BLOCK and not world.acks.awaited
+    assert world.job.acknowledge(2) is True
+    if is_paused:
+        world.job.pause()
+        world.settle()
+        assert world.status == "standby"
+    world.resources.holds.clear()
+    world.resources.answer()
+    assert world.changes.may_differ().is_empty is not is_paused
+    if is_paused:
+        world.job.resume()
+        assert world.awaits() == 3
+        world.ack()
+    assert world.status == "ready" and world.changes.may_differ().is_empty
 
 
 def test_a_first_point_that_is_refused_is_made_again() -> None:

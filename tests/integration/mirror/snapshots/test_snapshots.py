@@ -4,61 +4,33 @@ is the disk of one moment, whatever is killed."""
 from __future__ import annotations
 
 import random
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 from integration.mirror.points.killrounds import Lag, NumberedGuest
-from integration.mirror.points.pointsparts import left_bytes, points_of
-from integration.mirror.points.snapshotsparts import Exec, SnapshotFarSide
+from integration.mirror.points.pointsparts import points_of
+from integration.mirror.snapshots.snapshotsparts import (
+    Exec,
+    SnapshotFarSide,
+    ack,
+    awaited,
+    wait_for_awaited,
+    wait_for_rest,
+)
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import KiB, MiB, assert_identical, make_empty, make_image
+from support.images import MiB, assert_identical, make_empty, make_image
 from support.kept import Kept
-from support.processes import nbdmirror, nbdmirror_environment
+from support.processes import nbdmirror
 from support.seeds import SEED, print_seed
 from support.servers import Nbdmirror, QemuNbd
-from support.waiting import WAIT_S_MAX, wait_until
+from support.waiting import wait_until
+
+from nbdmirror.qmp.results import EVENTS, STATUS
 
 SMALL = 2 * MiB
-
-
-@pytest.fixture
-def far(start: Start, folder: Path) -> SnapshotFarSide:
-    return SnapshotFarSide(start, folder)
-
-
-@pytest.fixture
-def server(start: Start, far: SnapshotFarSide, disk: Path) -> Nbdmirror:
-    return start(Nbdmirror(disk.parent, disk, bare=True))
-
-
-def awaited(server: Nbdmirror) -> int:
-    return int(points_of(server).get("awaited", {}).get("sequence", 0))
-
-
-def wait_for_awaited(server: Nbdmirror) -> int:
-    wait_until(lambda: awaited(server) > 0, "a point waits")
-    return awaited(server)
-
-
-def wait_for_rest(server: Nbdmirror, command: Exec) -> None:
-    """Until the last point has everything, and `command` knows that it was acknowledged."""
-
-    def is_at_rest() -> bool:
-        last = points_of(server).get("sequence")
-        return not left_bytes(server) and command.acked[-1] == last and not awaited(server)
-
-    wait_until(is_at_rest, "nothing is left")
-
-
-def ack(server: Nbdmirror, number: int, **arguments: str) -> bool:
-    said = server.qmp.execute("x-nbdmirror-point-ack", id="j", sequence=number, **arguments)
-    return bool(said["repeated"])
 
 
 @pytest.mark.guarantee("A point that waits for its snapshot is left alone")
@@ -91,9 +63,9 @@ def test_each_snapshot_is_the_disk_of_one_moment(
     identical(disk, far.raw(far.image))
 
 
-def test_kills_of_the_source_while_points_are_made(start: Start, folder: Path) -> None:
-    """The last snapshot that was acknowledged is the disk of one moment, and no older than the lag
-    has said. The numbers go on."""
+def test_ends_of_the_server_while_points_are_made(start: Start, folder: Path) -> None:
+    """Killed, or in order. The last snapshot that was acknowledged is the disk of one moment, and
+    no older than the lag has said. The numbers go on."""
     print_seed()
     chance = random.Random(SEED)
     disk = make_image(folder / "disk.img", SMALL)
@@ -109,10 +81,10 @@ def test_kills_of_the_source_while_points_are_made(start: Start, folder: Path) -
             watcher.start()
             guest.start(server.uri())
             command.wait_for_more(chance.randint(1, 3))
-            server.kill()
-            promised_s = lag.promised_s
             has_ended.set()
             watcher.join()
+            promised_s = lag.promised_s
+            chance.choice([server.kill, server.stop])()
             guest.stop()
             # An answer of the server to its last acknowledgement may have been lost.
             made = sorted(int(path.name) for path in far.snapshots.glob("*[0-9]"))
@@ -135,81 +107,6 @@ def before_last(lag: Lag, made: list[int], command: Exec) -> float:
     return lag.promised_s if made[-1] in command.acked else 0.0
 
 
-def test_a_command_that_fails(server: Nbdmirror, far: SnapshotFarSide, disk: Path) -> None:
-    """The point is refused, with its last words, and the next one follows."""
-    far.start_mirror(server)
-    fails = "test $NBDMIRROR_SEQUENCE -ge 3 || { echo no >&2; echo 'pool is full' >&2; exit 7; }"
-    with Exec(server, f"{fails}; {far.command}", "--job", "j") as command:
-        command.wait_for(3)
-        assert command.acked == [3]
-        assert command.err.count("pool is full\n") == 4, "of the command, and of nbdmirror"
-        assert ": the command failed: exit status 7: pool is full\n" in command.err
-        server.qmp.wait_ready()
-        events = [e["data"] for e in server.qmp.events if e["event"] == "X_NBDMIRROR_POINT_BROKEN"]
-        reasons = [event["reason"] for event in events]
-        assert reasons == [f"point {n} was refused: exit status 7: pool is full" for n in (1, 2)]
-        assert_identical(disk.read_bytes(), far.snapshot(3))
-        server.qmp.execute("job-cancel", id="j")
-        assert command.wait() == 1
-        assert "was cancelled" in command.err
-
-
-def test_what_the_command_is_told(server: Nbdmirror, far: SnapshotFarSide, folder: Path) -> None:
-    far.start_mirror(server, x_nbdmirror_interval=86400)
-    note = folder / "note"
-    with Exec(server, f"env >{note}.$NBDMIRROR_SEQUENCE", "--device", "disk0") as command:
-        command.wait_for(1)
-        with connected(server.uri()) as guest:
-            guest.pwrite(b"x" * 64 * KiB, MiB)
-        control = ("--qmp", str(server.qmp_path))
-        done = nbdmirror("point", "--name", "before upgrade", "--wait", *control)
-        assert done.returncode == 0, done.stderr
-        lines = Path(f"{note}.2").read_text().splitlines()
-        told = dict(line.split("=", 1) for line in lines if line.startswith("NBDMIRROR_"))
-        time = told.pop("NBDMIRROR_TIME")
-        assert (
-            told.items()
-            >= {
-                "NBDMIRROR_SEQUENCE": "2",
-                "NBDMIRROR_NAME": "before upgrade",
-                "NBDMIRROR_ID": "j",
-                "NBDMIRROR_DEVICE": "disk0",
-                "NBDMIRROR_BYTES": str(64 * KiB),
-            }.items()
-        )
-        assert len(time) == len("20260102T030405.678Z") and time.endswith("Z")
-        assert f"job j: point 2 of {time}: acknowledged\n" in command.out
-        server.qmp.complete()
-        assert command.wait() == 0, command.err
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_ends_and_another_one(
-    server: Nbdmirror, far: SnapshotFarSide, folder: Path, how: signal.Signals
-) -> None:
-    """The point stays as it is, and the next run gets it."""
-    far.start_mirror(server)
-    begun = folder / "begun"
-    hangs = f"echo $$ >{begun}.new; mv {begun}.new {begun}; exec sleep 600"
-    with Exec(server, hangs) as command:
-        wait_until(begun.exists, "the command runs")
-        status = command.end(how)
-        assert status == (-9 if how is signal.SIGKILL else 130)
-        if how is not signal.SIGKILL:
-            text = "nbdmirror: interrupted; job j continues, and point 1 is not acknowledged\n"
-            assert command.err == text
-    child = int(begun.read_text())
-    is_there = Path(f"/proc/{child}").exists()
-    assert is_there is (how is signal.SIGKILL), "its command is ended with it, if it can be"
-    if is_there:
-        subprocess.run(["kill", str(child)], check=True)
-    assert awaited(server) == 1
-    with Exec(server, far.command) as command:
-        command.wait_for(1)
-        server.qmp.wait_ready()
-        assert_identical(far.image.read_bytes(), far.snapshot(1))
-
-
 def test_acknowledgements_by_hand(
     server: Nbdmirror, far: SnapshotFarSide, disk: Path, identical: Identical
 ) -> None:
@@ -219,7 +116,9 @@ def test_acknowledgements_by_hand(
     image = far.image.read_bytes()
     with Guest(server.uri(), disk) as guest:
         guest.wait_for_requests(40)
-        (job,) = server.qmp.execute("x-nbdmirror-query-status")["disks"][0]["jobs"]
+        status = server.qmp.execute("x-nbdmirror-query-status")
+        STATUS.check(status, "status")
+        (job,) = status["disks"][0]["jobs"]
         assert job["explanation"][0].startswith("waits for the acknowledgement of point 1")
         assert far.image.read_bytes() == image
         refusal = server.qmp.refusal("x-nbdmirror-point-ack", id="j", sequence=2)
@@ -231,6 +130,8 @@ def test_acknowledgements_by_hand(
     number = wait_for_awaited(server)
     assert number == 2
     assert ack(server, 2, error="no room") is False
+    for event in server.qmp.events:
+        EVENTS[event["event"]].check(event["data"], event["event"])
     broken = server.qmp.wait_for_event("X_NBDMIRROR_POINT_BROKEN")
     assert broken["reason"] == "point 2 was refused: no room"
     wait_until(lambda: awaited(server) == 3, "the next point")
@@ -343,42 +244,3 @@ def test_what_is_refused(
     assert server.qmp.refusal("x-nbdmirror-point-ack", id="k", sequence=1) == "Job not found"
     server.qmp.execute("job-cancel", id="j")
     server.qmp.wait_for_event("BLOCK_JOB_CANCELLED")
-
-
-def test_the_command_line(
-    server: Nbdmirror, far: SnapshotFarSide, disk: Path, identical: Identical
-) -> None:
-    """As docs/disaster-recovery.md has it."""
-    control = ("--qmp", str(server.qmp_path))
-    argv = (
-        "mirror",
-        far.server.uri(),
-        "--snapshots",
-        "--every",
-        "1s",
-        "--rpo",
-        "20s",
-        "--job",
-        "j",
-    )
-    done = nbdmirror(*argv, *control)
-    assert done.returncode == 0, done.stderr
-    wait_for_awaited(server)
-    explained = nbdmirror("explain", *control).stdout
-    assert "waits for the acknowledgement of point 1" in explained
-    with subprocess.Popen(
-        [sys.executable, "-m", "nbdmirror", "points", "--exec", far.command, *control],
-        env=nbdmirror_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as command:
-        server.qmp.wait_ready()
-        assert "point 1 is safe" in nbdmirror("explain", *control).stdout
-        done = nbdmirror("complete", *control)
-        assert done.returncode == 0, done.stderr
-        out, _ = command.communicate(timeout=WAIT_S_MAX)
-        assert command.returncode == 0
-        assert "completed" in out.splitlines()[-1]
-    server.stop()
-    far.server.stop()
-    identical(disk, far.image)

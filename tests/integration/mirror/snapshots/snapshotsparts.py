@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from integration.mirror.points.pointsparts import INTERVAL_S, SIZE
+from integration.mirror.points.pointsparts import INTERVAL_S, SIZE, left_bytes, points_of
 from support.fixtures import Start
 from support.images import make_noise
 from support.processes import nbdmirror_environment, run
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import WAIT_S_MAX, wait_until
+
+from nbdmirror.qmp.results import POINT_ACKNOWLEDGED
 
 ACKED = re.compile(r": point ([0-9]+) of .*: acknowledged$", re.MULTILINE)
 
@@ -120,3 +122,28 @@ class Exec:
 
     def wait(self) -> int:
         return self.process.wait(WAIT_S_MAX)
+
+
+def awaited(server: Nbdmirror) -> int:
+    return int(points_of(server).get("awaited", {}).get("sequence", 0))
+
+
+def wait_for_awaited(server: Nbdmirror) -> int:
+    wait_until(lambda: awaited(server) > 0, "a point waits")
+    return awaited(server)
+
+
+def wait_for_rest(server: Nbdmirror, command: Exec) -> None:
+    """Until the last point has everything, and `command` knows that it was acknowledged."""
+
+    def is_at_rest() -> bool:
+        last = points_of(server).get("sequence")
+        return not left_bytes(server) and command.acked[-1] == last and not awaited(server)
+
+    wait_until(is_at_rest, "nothing is left")
+
+
+def ack(server: Nbdmirror, number: int, **arguments: str) -> bool:
+    said = server.qmp.execute("x-nbdmirror-point-ack", id="j", sequence=number, **arguments)
+    POINT_ACKNOWLEDGED.check(said, "x-nbdmirror-point-ack")
+    return bool(said["repeated"])
