@@ -120,9 +120,14 @@ def _add_points(add: Add) -> None:
     points.add_argument("journal_uri", metavar="JOURNAL", help=f"the journal: {disk}")
     points.add_argument("--json", action="store_true", help="print JSON")
     recover = add("recover", "make an image a point of its journal", qmp=False)
-    recover.add_argument("--image", metavar="DISK", required=True, help=f"the image: {disk}")
-    recover.add_argument("--journal", metavar="DISK", required=True, help="its journal")
-    recover.add_argument("--point", metavar="POINT", help=POINT)
+    text = "several disks of one guest: --image and --journal of each in turn; all images are made"
+    text += " the newest moment that all journals have"
+    recover.add_argument("--group", action="store_true", help=text)
+    for option, what in (("--image", f"the image: {disk}"), ("--journal", "its journal")):
+        add_disk = recover.add_argument
+        add_disk(option, metavar="DISK", required=True, action="append", help=what)
+    text = f"{POINT}; with --group no number"
+    recover.add_argument("--point", metavar="POINT", help=text)
 
 
 def _add_bitmap(bitmap: argparse.ArgumentParser, parse_size: Callable[[str], int]) -> None:

@@ -7,6 +7,9 @@ A job that cannot take part now (`cut_run` is None) is left out, so that the lag
 small. Only a cut in which all jobs take part has a group's number: whoever finds the number in one
 journal finds the moment in the others, unless a point was broken on its way.
 
+An image becomes no later point than that of the newest moment that all far sides have, as long as
+its journal has room. So there is such a moment to be recovered, whatever is lost.
+
 On the event loop's thread.
 """
 
@@ -46,6 +49,9 @@ class CutRun(Protocol):
     """When the last cut began, by the loop's clock; -inf: there was none."""
     is_running: bool
     """Points are made."""
+    common_number: float
+    """The point of the newest moment that all far sides have: later ones are applied only if there
+    is no room. inf: there was no such moment yet; 0: perhaps in an earlier process."""
 
     @property
     def ledger(self) -> Ledger: ...
@@ -118,6 +124,9 @@ class PointGroup:
     def __init__(self, key: str = "") -> None:
         self.key = key
         self.members: list[PointMember] = []
+        self._moment = 0
+        self._numbers: dict[CutRun, int] = {}
+        """The points of that moment that are committed."""
 
     @property
     def is_common(self) -> bool:
@@ -153,6 +162,16 @@ class PointGroup:
         is_first = -math.inf in tries_s
         is_time = is_first or (bool(free) and now_s >= max(tries_s) + free[0].interval_s)
         return free if is_time and any(run.has_changes for run in free) else []
+
+    def committed(self, run: CutRun, group: int, number: int) -> None:
+        """The far side of `run` has the point `number`, of the moment `group`."""
+        if group and group != self._moment:
+            self._moment, self._numbers = group, {}
+        if group:
+            self._numbers[run] = number
+            if all(member.run in self._numbers for member in self.members):
+                for one, its_number in self._numbers.items():
+                    one.common_number = its_number
 
     def is_whole(self, runs: Sequence[CutRun]) -> bool:
         """`runs` are those of all jobs, of which there are several."""
