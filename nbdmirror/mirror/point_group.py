@@ -124,6 +124,8 @@ class PointGroup:
     def __init__(self, key: str = "") -> None:
         self.key = key
         self.members: list[PointMember] = []
+        self._is_waiting = False
+        """It is time, and not every run was free."""
         self._moment = 0
         self._numbers: dict[CutRun, int] = {}
         """The points of that moment that are committed."""
@@ -150,10 +152,19 @@ class PointGroup:
                 text = f"expects {member.interval_s:g} seconds, as job '{member.id}' of its group"
                 raise CommandError(f"Parameter 'x-nbdmirror-interval' {text}")
 
-    def due(self, now_s: float) -> list[CutRun]:
+    def due(self, asking: CutRun, now_s: float) -> list[CutRun]:
         """The runs that are to make a point now, at one moment; none: it is not time yet. The
         interval counts from the last cut of any of them; a job that begins with points has its
-        first one at once."""
+        first one at once. `asking`: asks twenty times a second, and looks at the others only if it
+        has something itself, or another one waits for it."""
+        is_near = asking.has_changes and now_s >= asking.tried_s + asking.interval_s
+        if not (is_near or asking.is_asked or self._is_waiting):
+            return []
+        due = self._due(now_s)
+        self._is_waiting = bool(due)
+        return due
+
+    def _due(self, now_s: float) -> list[CutRun]:
         runs = [run for member in self.members if (run := member.cut_run) is not None]
         free = [run for run in runs if not run.is_held_up]
         if any(run.is_asked for run in runs):  # all of them are
@@ -173,8 +184,9 @@ class PointGroup:
                 for one, its_number in self._numbers.items():
                     one.common_number = its_number
 
-    def is_whole(self, runs: Sequence[CutRun]) -> bool:
-        """`runs` are those of all jobs, of which there are several."""
+    def cutting(self, runs: Sequence[CutRun]) -> bool:
+        """`runs` are cut now. Whether these are all, and several."""
+        self._is_waiting = False
         return self.is_common and len(runs) == len(self.members)
 
     def ask(self, first: PointMember, name: str) -> PointRequest:

@@ -282,7 +282,7 @@ class PointRun(CutRun):
             if self.is_idle and not self.is_applied:
                 self._follow(self._there.newest)
             return
-        due = self._owner.point_group.due(self._loop.clock())
+        due = self._owner.point_group.due(self, self._loop.clock())
         is_wanted = self in due and not self._is_sending
         until = self.common_number if self._owner.point_group.is_common else math.inf
         self._follow(self.window.next(self._there, self._wanted_bytes if is_wanted else 0, until))
@@ -323,8 +323,8 @@ class PointRun(CutRun):
 
     def _begin_cut(self, runs: Sequence[CutRun]) -> None:
         def moment() -> Moment:
-            is_whole = self._owner.point_group.is_whole(runs)
-            return Moment(self._wall_time_ns(), self._owner.new_group() if is_whole else 0)
+            is_common = self._owner.point_group.cutting(runs)
+            return Moment(self._wall_time_ns(), self._owner.new_group() if is_common else 0)
 
         CommonCut(runs, loop=self._loop, moment=moment).start()
 

@@ -109,6 +109,17 @@ def test_the_last_moment_of_all_stays_while_a_job_is_left_out_and_there_is_room(
     assert_common_again(a, b)
 
 
+def test_an_idle_disk_makes_room_for_the_moments_of_the_others() -> None:
+    """Its points are empty, and fill its journal."""
+    a, b = with_points("a", "b", ring_bytes=1 << 20)
+    for number in range(200):
+        a.count(number)
+        a.pass_s(INTERVAL_S + 0.1)
+    assert a.points[0].sequence > 1 and b.points[0].sequence > 1
+    assert a.last.group == b.last.group != 0
+    assert_last_points_are_the_disks(a, b)
+
+
 def test_after_a_restart_the_moment_stays_until_the_next_one() -> None:
     worlds = with_points("a", "b", keep_s=0.0)
     worlds[0].pass_s(5.0)

@@ -346,8 +346,8 @@ def test_runs_of_some_jobs_are_not_the_whole_group() -> None:
     run: CutRun | None = a.job.cut_run
     assert run is not None
     group = a.job.point_group
-    assert not group.is_whole([run])
-    assert not PointGroup().is_whole([])
+    assert not group.cutting([run])
+    assert not PointGroup().cutting([])
     assert group.key and group.key == b.job.point_group.key
     assert not PointsWorld().job.point_group.key
     assert_last_points_are_the_disks(a, b)
