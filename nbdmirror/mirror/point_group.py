@@ -149,7 +149,7 @@ class PointGroup:
         """Raise CommandError if a job of this interval cannot make its points with the others."""
         for member in self.members:
             if member.interval_s != interval_s:
-                text = f"expects {member.interval_s:g} seconds, as job '{member.id}' of its group"
+                text = f"expects {member.interval_s:g}, as job '{member.id}' of its group has"
                 raise CommandError(f"Parameter 'x-nbdmirror-interval' {text}")
 
     def due(self, asking: CutRun, now_s: float) -> list[CutRun]:

@@ -282,7 +282,7 @@ def test_a_job_that_stops_during_the_cut_does_not_hold_the_others() -> None:
 def test_jobs_of_a_group_have_the_same_interval() -> None:
     a, b = with_points("a", "b")
     a.job.point_group.check_interval(INTERVAL_S)
-    text = r"'x-nbdmirror-interval' expects 0\.5 seconds, as job 'a' of its group"
+    text = r"'x-nbdmirror-interval' expects 0\.5, as job 'a' of its group has"
     with pytest.raises(CommandError, match=text):
         a.job.point_group.check_interval(60.0)
     assert_last_points_are_the_disks(a, b)

@@ -286,7 +286,7 @@ def test_jobs_of_other_intervals_are_no_group(start: Start, folder: Path) -> Non
     refusal = two.server.qmp.refusal(
         "transaction", actions=actions, properties={"completion-mode": "grouped"}
     )
-    text = "Parameter 'x-nbdmirror-interval' expects 1 seconds, as job 'vda' of its group"
+    text = "Parameter 'x-nbdmirror-interval' expects 1, as job 'vda' of its group has"
     assert refusal == text
     assert two.server.qmp.execute("query-jobs") == []
     two.server.qmp.execute("transaction", actions=actions)
