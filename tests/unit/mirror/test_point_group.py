@@ -160,6 +160,14 @@ def test_a_paused_job_is_left_out() -> None:
     assert_common_again(a, b)
 
 
+def test_a_number_that_not_all_share_is_noticed() -> None:
+    with (
+        patch.object(PointGroup, "cutting", lambda self, runs: True),
+        pytest.raises(AssertionError),
+    ):
+        test_a_paused_job_is_left_out()
+
+
 def test_the_first_moment_of_all_is_when_all_have_ended_the_first_copy() -> None:
     a, b = not_started("a", "b", interval_s=60.0)
     b.target.requests.holds = {"write"}
