@@ -137,9 +137,14 @@ def _add_points(add: Add) -> None:
     which.add_argument("--device", metavar="NAME", help="choose the job of this disk")
     which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
     recover = add("recover", "make an image a point of its journal", qmp=False)
-    recover.add_argument("--image", metavar="DISK", required=True, help=f"the image: {disk}")
-    recover.add_argument("--journal", metavar="DISK", required=True, help="its journal")
-    recover.add_argument("--point", metavar="POINT", help=POINT)
+    text = "several disks of one guest: --image and --journal of each in turn; all images are made"
+    text += " the newest moment that all journals have"
+    recover.add_argument("--group", action="store_true", help=text)
+    for option, what in (("--image", f"the image: {disk}"), ("--journal", "its journal")):
+        add_disk = recover.add_argument
+        add_disk(option, metavar="DISK", required=True, action="append", help=what)
+    text = f"{POINT}; with --group no number"
+    recover.add_argument("--point", metavar="POINT", help=text)
 
 
 def check_points(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:

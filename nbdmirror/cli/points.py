@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from nbdmirror.amounts import size as size_text
-from nbdmirror.cli.common import DONE, FAILED, CliError, absolute_uri
+from nbdmirror.cli.common import DONE, FAILED, USAGE, CliError, absolute_uri
 from nbdmirror.cli.places import check_disk, check_journal
 from nbdmirror.cli.streams import say
 from nbdmirror.devices.base import BlockDevice
@@ -20,9 +21,10 @@ from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pair import are_same, check_pair, why_unfit
 from nbdmirror.points.format import BLOCK_BYTES, Point, State
+from nbdmirror.points.group_recovery import Instant, recover_group
 from nbdmirror.points.reader import Journal, read
-from nbdmirror.points.recovery import recover
-from nbdmirror.points.requests import Side, run
+from nbdmirror.points.recovery import Recovered, recover
+from nbdmirror.points.requests import Devices, Side, run
 from nbdmirror.points.superblocks import wall_time
 
 AGAIN = "run the command again"
@@ -98,43 +100,96 @@ def _as_text(journal: Journal) -> str:
     }
     lines = [f"{head}; {states.get(block.state, count)}"]
     if points:
-        rows, sizes = [("point", "time", "size", "name")], _sizes(journal)
-        for point in points:
-            size = size_text(sizes[point.sequence]) if point.sequence in sizes else "image"
-            rows.append((str(point.sequence), wall_time(point.time_ns), size, point.name))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        for number, at, size, name in rows:
-            line = f"{number:>{widths[0]}}  {at:{widths[1]}}  {size:>{widths[2]}}  {name}"
-            lines.append(f"  {line.rstrip()}")
+        lines += _table(journal, points)
     return "\n".join(lines)
+
+
+def _table(journal: Journal, points: Sequence[Point]) -> Iterator[str]:
+    """With a column for groups if there is a point of one."""
+    sizes, has_groups = _sizes(journal), any(point.group for point in points)
+    rows = [["point", "time", "size", *(["group"] if has_groups else []), "name"]]
+    for point in points:
+        size = size_text(sizes[point.sequence]) if point.sequence in sizes else "image"
+        group = [str(point.group or "-")] if has_groups else []
+        rows.append([str(point.sequence), wall_time(point.time_ns), size, *group, point.name])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for number, at, *rest, name in rows:
+        numbers = "  ".join(f"{one:>{width}}" for one, width in zip(rest, widths[2:], strict=True))
+        line = f"{number:>{widths[0]}}  {at:{widths[1]}}  {numbers}  {name}"
+        yield f"  {line.rstrip()}"
 
 
 # nbdmirror recover
 
 
 def _recover(args: argparse.Namespace) -> int:
-    place, other = _absolute("--image", args.image), _absolute("--journal", args.journal)
-    if are_same(place, other):
-        raise CliError("--journal: names the same disk as --image")
-    with (
-        _opened("--image", place) as image,
-        _opened("--journal", other) as journal,
-    ):
-        check_pair(image, journal)
-        program = recover(
-            journal.description,
-            journal.size,
-            image.size,
-            wanted=args.point,
-            now_ns=time.time_ns(),
-            on_point=_tell,
-        )
-        found = run(program, {Side.IMAGE: image, Side.JOURNAL: journal})
-        point = found.point
-        name = f" ({point.name})" if point.name else ""
-        text = f"{image.description} is point {point.sequence}{name} of {wall_time(point.time_ns)}"
-        print(f"{text}; it was recovered before" if found.was_done else text)
+    places = _places(args)
+    for (option, place), (other, second) in itertools.combinations(places, 2):
+        if are_same(place, second):
+            which = f" {place}: {second}" if args.group else ""
+            raise CliError(f"{other}: names the same disk as {option}{which}")
+    with ExitStack() as stack:
+        disks = [stack.enter_context(_opened(*one)) for one in places]
+        for one, other_disk in itertools.combinations(disks, 2):
+            check_pair(one, other_disk)
+        pairs = [
+            {Side.IMAGE: image, Side.JOURNAL: journal}
+            for image, journal in zip(disks[::2], disks[1::2], strict=True)
+        ]
+        if args.group:
+            found = recover_group(
+                pairs, wanted=args.point, now_ns=time.time_ns(), on_instant=_tell_of_group
+            )
+        else:
+            found = [_recover_one(pairs[0], args.point)]
+        for pair, one_found in zip(pairs, found, strict=True):
+            print(_what_it_is(pair[Side.IMAGE], one_found))
     return DONE
+
+
+def _places(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Image and journal, image and journal, each with its option. Raises CliError."""
+    images, journals = args.image, args.journal
+    if not args.group and max(len(images), len(journals)) > 1:
+        option = "--image" if len(images) > 1 else "--journal"
+        raise CliError(f"{option}: is given twice: several disks are recovered with --group", USAGE)
+    if len(images) != len(journals):
+        text = f"--image is given {len(images)} times, and --journal {len(journals)} times"
+        raise CliError(f"--group: each image needs its journal: {text}", USAGE)
+    if args.group and len(images) < 2:
+        raise CliError("--group: needs images and journals of two disks at least", USAGE)
+    found = []
+    for image, journal in zip(images, journals, strict=True):
+        for option, place in (("--image", image), ("--journal", journal)):
+            found.append((option, _absolute(option, place)))
+    return found
+
+
+def _recover_one(pair: Devices, wanted: str | None) -> Recovered:
+    image, journal = pair[Side.IMAGE], pair[Side.JOURNAL]
+    program = recover(
+        journal.description,
+        journal.size,
+        image.size,
+        wanted=wanted,
+        now_ns=time.time_ns(),
+        on_point=_tell,
+    )
+    return run(program, pair)
+
+
+def _what_it_is(image: BlockDevice, found: Recovered) -> str:
+    point = found.point
+    name = f" ({point.name})" if point.name else ""
+    text = f"{image.description} is point {point.sequence}{name} of {wall_time(point.time_ns)}"
+    return f"{text}; it was recovered before" if found.was_done else text
+
+
+def _tell_of_group(journals: Sequence[Journal], instant: Instant) -> None:
+    say(f"recovering {len(instant)} disks at {wall_time(instant[0].time_ns)}")
+    for journal, point in zip(journals, instant, strict=True):
+        if journal.superblock.state is not State.PROMOTED:
+            _tell(journal, point)
 
 
 def _tell(journal: Journal, point: Point) -> None:

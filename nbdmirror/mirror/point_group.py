@@ -7,6 +7,9 @@ A job that cannot take part now (`cut_run` is None) is left out, so that the lag
 small. Only a cut in which all jobs take part has a group's number: whoever finds the number in one
 journal finds the moment in the others, unless a point was broken on its way.
 
+An image becomes no later point than that of the newest moment that all far sides have, as long as
+its journal has room. So there is such a moment to be recovered, whatever is lost.
+
 On the event loop's thread.
 """
 
@@ -46,6 +49,9 @@ class CutRun(Protocol):
     """When the last cut began, by the loop's clock; -inf: there was none."""
     is_running: bool
     """Points are made."""
+    common_number: float
+    """The point of the newest moment that all far sides have: later ones are applied only if there
+    is no room. inf: there was no such moment yet; 0: perhaps in an earlier process."""
 
     @property
     def ledger(self) -> Ledger: ...
@@ -120,6 +126,11 @@ class PointGroup:
     def __init__(self, key: str = "") -> None:
         self.key = key
         self.members: list[PointMember] = []
+        self._is_waiting = False
+        """It is time, and not every run was free."""
+        self._moment = 0
+        self._numbers: dict[CutRun, int] = {}
+        """The points of that moment that are committed."""
 
     @property
     def is_common(self) -> bool:
@@ -140,13 +151,22 @@ class PointGroup:
         """Raise CommandError if a job of this interval cannot make its points with the others."""
         for member in self.members:
             if member.interval_s != interval_s:
-                text = f"expects {member.interval_s:g} seconds, as job '{member.id}' of its group"
+                text = f"expects {member.interval_s:g}, as job '{member.id}' of its group has"
                 raise CommandError(f"Parameter 'x-nbdmirror-interval' {text}")
 
-    def due(self, now_s: float) -> list[CutRun]:
+    def due(self, asking: CutRun, now_s: float) -> list[CutRun]:
         """The runs that are to make a point now, at one moment; none: it is not time yet. The
         interval counts from the last cut of any of them; a job that begins with points has its
-        first one at once."""
+        first one at once. `asking`: asks twenty times a second, and looks at the others only if it
+        has something itself, or another one waits for it."""
+        is_near = asking.has_changes and now_s >= asking.tried_s + asking.interval_s
+        if not (is_near or asking.is_asked or self._is_waiting):
+            return []
+        due = self._due(now_s)
+        self._is_waiting = bool(due)
+        return due
+
+    def _due(self, now_s: float) -> list[CutRun]:
         runs = [run for member in self.members if (run := member.cut_run) is not None]
         free = [run for run in runs if not run.is_held_up]
         if any(run.is_asked for run in runs):  # all of them are
@@ -156,8 +176,19 @@ class PointGroup:
         is_time = is_first or (bool(free) and now_s >= max(tries_s) + free[0].interval_s)
         return free if is_time and any(run.has_changes for run in free) else []
 
-    def is_whole(self, runs: Sequence[CutRun]) -> bool:
-        """`runs` are those of all jobs, of which there are several."""
+    def committed(self, run: CutRun, group: int, number: int) -> None:
+        """The far side of `run` has the point `number`, of the moment `group`."""
+        if group and group != self._moment:
+            self._moment, self._numbers = group, {}
+        if group:
+            self._numbers[run] = number
+            if all(member.run in self._numbers for member in self.members):
+                for one, its_number in self._numbers.items():
+                    one.common_number = its_number
+
+    def cutting(self, runs: Sequence[CutRun]) -> bool:
+        """`runs` are cut now. Whether these are all, and several."""
+        self._is_waiting = False
         return self.is_common and len(runs) == len(self.members)
 
     def ask(self, first: PointMember, name: str) -> PointRequest:

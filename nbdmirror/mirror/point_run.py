@@ -103,6 +103,7 @@ class PointRun(CutRun):
         self._requests = PointRequests()
         self._is_sending = self._is_busy_there = False
         self.tried_s = self._held_up_until_s = -math.inf
+        self.common_number = math.inf if window.is_empty else 0
         self._points = self._new_source(store)
 
     def _new_source(self, store: StoreOptions) -> PointSource:
@@ -287,9 +288,10 @@ class PointRun(CutRun):
             if self.is_idle and not self.is_applied:
                 self._follow(self._there.newest)
             return
-        due = self._owner.point_group.due(self._loop.clock())
+        due = self._owner.point_group.due(self, self._loop.clock())
         is_wanted = self in due and not self._is_sending
-        self._follow(self.window.next(self._there, self._wanted_bytes if is_wanted else 0))
+        until = self.common_number if self._owner.point_group.is_common else math.inf
+        self._follow(self.window.next(self._there, self._wanted_bytes if is_wanted else 0, until))
         if is_wanted and all(run.is_free for run in due):
             self._begin_cut(due)
 
@@ -327,8 +329,8 @@ class PointRun(CutRun):
 
     def _begin_cut(self, runs: Sequence[CutRun]) -> None:
         def moment() -> Moment:
-            is_whole = self._owner.point_group.is_whole(runs)
-            return Moment(self._wall_time_ns(), self._owner.new_group() if is_whole else 0)
+            is_common = self._owner.point_group.cutting(runs)
+            return Moment(self._wall_time_ns(), self._owner.new_group() if is_common else 0)
 
         CommonCut(runs, loop=self._loop, moment=moment).start()
 
@@ -373,6 +375,7 @@ class PointRun(CutRun):
         self.last = last = replace(self._point, sequence=self._there.newest)
         self.count += 1
         self.sent_bytes += last.changed_bytes
+        self._owner.point_group.committed(self, self._group, last.sequence)
         self._owner.point_committed(last)
         self._requests.ends(last)
         self._owner.run_advanced()

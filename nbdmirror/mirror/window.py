@@ -62,10 +62,16 @@ class Window:
         """How long ago the newest point was cut that `learn` told of; 0 if none was."""
         return self._clock() - self._cuts[-1][1] if self._cuts else 0.0
 
-    def next(self, journal: Journal, bytes_wanted: int) -> int:
+    @property
+    def is_empty(self) -> bool:
+        """No point is known."""
+        return not self._cuts
+
+    def next(self, journal: Journal, bytes_wanted: int, until: float = math.inf) -> int:
         """The number of the point that the image has to become now; 0: it stays as it is.
-        `bytes_wanted`: of the point that is to be made now, at most; 0: none is."""
-        number = self._due(journal.newest)
+        `bytes_wanted`: of the point that is to be made now, at most; 0: none is. `until`: the last
+        point that it may become, unless room is wanted."""
+        number = self._due(int(min(journal.newest, until)))
         if bytes_wanted:
             number = max(number, journal.in_the_way(bytes_wanted))
         return number if number > journal.base else 0
@@ -76,7 +82,7 @@ class Window:
         return 0.0 if at_s is None else max(0.0, self._clock() - at_s)
 
     def _due(self, newest: int) -> int:
-        """The newest point that is older than the window; 0: there is none."""
+        """The newest point, up to `newest`, that is older than the window; 0: there is none."""
         end_s = self._clock() - self.keep_s
         cuts = self._cuts
         while len(cuts) > 1 and cuts[1][0] <= newest and cuts[1][1] <= end_s:

@@ -22,7 +22,7 @@ from nbdmirror.points.format import (
 )
 from nbdmirror.points.ownership import RandomBytes, new_generation
 from nbdmirror.points.reader import DamagedData, Journal, read
-from nbdmirror.points.regions import read_map
+from nbdmirror.points.regions import RegionMap, read_map
 from nbdmirror.points.requests import Program, Read, Side
 from nbdmirror.points.superblocks import Superblocks, wall_time
 
@@ -32,7 +32,7 @@ def choose(journal: Journal, text: str | None) -> Point:
     (the newest point that is not later); None: the newest. Raises JournalError."""
     points = journal.points
     if not points:
-        raise JournalError(f"{journal.name}: {_why_none(journal)}")
+        raise JournalError(f"{journal.name}: {why_none(journal)}")
     first, last = points[0], points[-1]
     if text is None and journal.is_cut_short:
         text = f"{journal.damage[-1]}; the newest point before that is {last.sequence}"
@@ -60,7 +60,7 @@ def choose(journal: Journal, text: str | None) -> Point:
     return found[-1]
 
 
-def _why_none(journal: Journal) -> str:
+def why_none(journal: Journal) -> str:
     block = journal.superblock
     since = wall_time(block.since_ns)
     if block.state is State.EMPTY:
@@ -101,28 +101,69 @@ def recover(
     point = choose(journal, wanted)
     if journal.superblock.state is State.PROMOTED:
         return Recovered(point, was_done=True)
-    is_served = journal.superblock.state is State.SERVED
-    regions = (yield from read_map(journal.superblock)) if is_served else None
     try:
-        covered = yield from check(journal, headers_to(journal, point.sequence), regions)
+        yield from check_point(journal, point)
     except DamagedData as error:
         raise JournalError(f"{error}; {_advice(journal, error.sequence)}") from error
-    if not is_served:  # else guests may have changed what is compared
-        yield from check_image(journal, covered)
     on_point(journal, point)
-    superblocks = Superblocks(name, journal.found)
-    # The old source is refused from the first change on, and not only when the image is ready.
-    generation = new_generation(random_bytes)
-    first = {"generation": generation, "taken": journal.points[-1].sequence}
-    last = {
-        "generation": generation,
-        "taken": point.sequence,
-        "state": State.PROMOTED,
-        "since_ns": now_ns,
-        "newest": point.sequence,
-    }
-    yield from put(journal, superblocks, point.sequence, first=first, last=last, regions=regions)
+    yield from promote(Promotion(journal, point, now_ns, random_bytes))
     return Recovered(point, was_done=False)
+
+
+def check_point(journal: Journal, point: Point) -> Program[None]:
+    """Raise DamagedData if data is damaged that `point` needs, and JournalError if the image surely
+    does not belong to the journal. Changes nothing."""
+    regions = yield from _regions(journal)
+    covered = yield from check(journal, headers_to(journal, point.sequence), regions)
+    if regions is None:  # else guests may have changed what is compared
+        yield from check_image(journal, covered)
+
+
+def _regions(journal: Journal) -> Program[RegionMap | None]:
+    """What the image has already of the point that is served; None: no point is."""
+    if journal.superblock.state is not State.SERVED:
+        return None
+    return (yield from read_map(journal.superblock))
+
+
+class Promotion:
+    """What is needed to make an image the point `point` of `journal`, which was checked."""
+
+    def __init__(
+        self, journal: Journal, point: Point, now_ns: int, random_bytes: RandomBytes
+    ) -> None:
+        self.journal = journal
+        self.point = point
+        self.superblocks = Superblocks(journal.name, journal.found)
+        generation = new_generation(random_bytes)
+        self.first = {"generation": generation, "taken": journal.points[-1].sequence}
+        """The old source is refused from this change of the superblock on."""
+        self.last = {
+            "generation": generation,
+            "taken": point.sequence,
+            "state": State.PROMOTED,
+            "since_ns": now_ns,
+            "newest": point.sequence,
+        }
+
+
+def fence(plan: Promotion) -> Program[None]:
+    """Refuse the old source, before the image is changed. All points stay on offer. Raises
+    JournalTaken if the journal has changed since it was read."""
+    yield from plan.superblocks.update(**plan.first)
+
+
+def promote(plan: Promotion) -> Program[None]:
+    """The old source is refused from the first change on, and not only when the image is ready."""
+    regions = yield from _regions(plan.journal)
+    yield from put(
+        plan.journal,
+        plan.superblocks,
+        plan.point.sequence,
+        first=plan.first,
+        last=plan.last,
+        regions=regions,
+    )
 
 
 def _advice(journal: Journal, damaged: int) -> str:

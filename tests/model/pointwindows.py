@@ -7,6 +7,8 @@ takes. What PointWorld checks holds as well: each later point is on offer, whate
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 from model.pointmachine import PointMachine
@@ -108,8 +110,8 @@ class CountsFromABrokenPoint(Window):
 class MakesRoomInAnyCase(Window):
     """Points go before their time although the next one fits."""
 
-    def next(self, journal: Journal, bytes_wanted: int) -> int:
-        number = super().next(journal, bytes_wanted)
+    def next(self, journal: Journal, bytes_wanted: int, until: float = math.inf) -> int:
+        number = super().next(journal, bytes_wanted, until)
         is_one = bytes_wanted and journal.newest > journal.base
         return number or (journal.newest if is_one else 0)
 

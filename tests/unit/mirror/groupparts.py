@@ -23,6 +23,7 @@ from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions
 from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.point_plan import PointPlan
+from nbdmirror.mirror.point_run import LATE_PAUSE_S
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
@@ -282,6 +283,25 @@ def worlds_of(*names: str, **options: Any) -> list[PointsWorld]:
     return [PointsWorld(loop=loop, events=events, job_id=name, **options) for name in names]
 
 
+def taken_up(worlds: Sequence[PointsWorld], key: str) -> list[PointsWorld]:
+    """What another process makes of these, which does not know what the last points have."""
+    group, found = PointGroup(key), worlds_of(*(world.job.id for world in worlds), keep_s=0.0)
+    for old, new in zip(worlds, found, strict=True):
+        new.loop.now_s = max(old.loop.now_s, new.loop.now_s)
+        new.source.data[:] = old.source.data
+        new.target.data[:] = old.target.data
+        new.journal.data[:] = old.journal.data
+        new.disk_id, new.resources.has_begun = old.disk_id, True
+        new.job.share_points(group)
+    return found
+
+
+def take_up(world: PointsWorld) -> None:
+    restore = partial(world.job.restore, lambda: None, lambda dirty: dirty.mark_all())
+    world.job.take_up(restore, is_scanned=True, is_paused=False)
+    world.settle()
+
+
 def not_started(*names: str, **options: Any) -> list[PointsWorld]:
     """A group, of which no job was started."""
     worlds = worlds_of(*names, **options)
@@ -310,3 +330,36 @@ def started(worlds: list[PointsWorld]) -> list[PointsWorld]:
     worlds[0].pass_s(1.0)
     assert {world.status for world in worlds} == {"ready"}
     return worlds
+
+
+# What the far sides have.
+
+
+def common(*worlds: PointsWorld) -> list[int]:
+    """The numbers that all journals have, in order."""
+    first, *others = worlds
+    return [group for group in first.groups() if group and all(group in w.groups() for w in others)]
+
+
+def at(world: PointsWorld, group: int) -> bytes:
+    """The disk at the point of that number."""
+    (point,) = [point for point in world.points if point.group == group]
+    return world.content(point)
+
+
+def assert_last_points_are_the_disks(*worlds: PointsWorld) -> None:
+    """Let everything be sent, and compare."""
+    for world in worlds:
+        world.write(4096, b"%d" % (len(world.points) % 10))
+    worlds[0].pass_s(3 * INTERVAL_S + LATE_PAUSE_S)
+    for world in worlds:
+        assert world.content(world.last) == bytes(world.source.data)
+
+
+def assert_common_again(a: PointsWorld, b: PointsWorld) -> None:
+    before = common(a, b)[-1:]
+    a.count(77)
+    a.pass_s(2 * INTERVAL_S)
+    assert common(a, b)[-1:] != before
+    assert a.number(at(a, common(a, b)[-1])) == 77
+    assert_last_points_are_the_disks(a, b)

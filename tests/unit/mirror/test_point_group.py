@@ -11,7 +11,17 @@ from unittest.mock import patch
 
 import pytest
 from support.seeds import SEED, print_seed
-from unit.mirror.groupparts import INTERVAL_S, PointsWorld, kept, not_started, with_points
+from unit.mirror.groupparts import (
+    INTERVAL_S,
+    PointsWorld,
+    assert_common_again,
+    assert_last_points_are_the_disks,
+    at,
+    common,
+    kept,
+    not_started,
+    with_points,
+)
 from unit.mirror.jobparts import IO_ERROR
 
 from nbdmirror.errors import CommandError, DeviceError
@@ -21,27 +31,6 @@ from nbdmirror.mirror.point_group import CommonCut, CutRun, Moment, PointGroup
 from nbdmirror.mirror.point_run import LATE_PAUSE_S, PointRun
 
 WRITES = 120
-
-
-def common(*worlds: PointsWorld) -> list[int]:
-    """The numbers that all journals have, in order."""
-    first, *others = worlds
-    return [group for group in first.groups() if group and all(group in w.groups() for w in others)]
-
-
-def at(world: PointsWorld, group: int) -> bytes:
-    """The disk at the point of that number."""
-    (point,) = [point for point in world.points if point.group == group]
-    return world.content(point)
-
-
-def assert_last_points_are_the_disks(*worlds: PointsWorld) -> None:
-    """Let everything be sent, and compare."""
-    for world in worlds:
-        world.write(4096, b"%d" % (len(world.points) % 10))
-    worlds[0].pass_s(3 * INTERVAL_S + LATE_PAUSE_S)
-    for world in worlds:
-        assert world.content(world.last) == bytes(world.source.data)
 
 
 def test_points_are_of_one_moment_and_an_idle_disk_has_them_too() -> None:
@@ -161,15 +150,6 @@ def assert_left_out(a: PointsWorld, b: PointsWorld, count: int = 3) -> None:
     assert len(b.points) == others
 
 
-def assert_common_again(a: PointsWorld, b: PointsWorld) -> None:
-    before = common(a, b)
-    a.count(77)
-    a.pass_s(2 * INTERVAL_S)
-    assert len(common(a, b)) > len(before)
-    assert a.number(at(a, common(a, b)[-1])) == 77
-    assert_last_points_are_the_disks(a, b)
-
-
 def test_a_paused_job_is_left_out() -> None:
     a, b = with_points("a", "b")
     b.job.pause()
@@ -178,6 +158,14 @@ def test_a_paused_job_is_left_out() -> None:
     assert_left_out(a, b)
     b.job.resume()
     assert_common_again(a, b)
+
+
+def test_a_number_that_not_all_share_is_noticed() -> None:
+    with (
+        patch.object(PointGroup, "cutting", lambda self, runs: True),
+        pytest.raises(AssertionError),
+    ):
+        test_a_paused_job_is_left_out()
 
 
 def test_the_first_moment_of_all_is_when_all_have_ended_the_first_copy() -> None:
@@ -302,7 +290,7 @@ def test_a_job_that_stops_during_the_cut_does_not_hold_the_others() -> None:
 def test_jobs_of_a_group_have_the_same_interval() -> None:
     a, b = with_points("a", "b")
     a.job.point_group.check_interval(INTERVAL_S)
-    text = r"'x-nbdmirror-interval' expects 0\.5 seconds, as job 'a' of its group"
+    text = r"'x-nbdmirror-interval' expects 0\.5, as job 'a' of its group has"
     with pytest.raises(CommandError, match=text):
         a.job.point_group.check_interval(60.0)
     assert_last_points_are_the_disks(a, b)
@@ -366,8 +354,8 @@ def test_runs_of_some_jobs_are_not_the_whole_group() -> None:
     run: CutRun | None = a.job.cut_run
     assert run is not None
     group = a.job.point_group
-    assert not group.is_whole([run])
-    assert not PointGroup().is_whole([])
+    assert not group.cutting([run])
+    assert not PointGroup().cutting([])
     assert group.key and group.key == b.job.point_group.key
     assert not PointsWorld().job.point_group.key
     assert_last_points_are_the_disks(a, b)
