@@ -385,10 +385,9 @@ def main(argv: list[str] | None = None) -> int:
             say(f"nbdmirror: {error}")
         status = error.status
     except KeyboardInterrupt:
-        status = INTERRUPTED
-        if args.command in ("events", "web") or getattr(args, "watch", False):
-            status = DONE  # the normal end of these commands
-        else:
+        is_endless = args.command in ("events", "web") or getattr(args, "watch", False)
+        status = DONE if is_endless else INTERRUPTED
+        if not is_endless:
             say("nbdmirror: interrupted; nothing was undone")
     except OSError as error:
         if finish(DONE, failed=FAILED) == DONE and not isinstance(error, BrokenPipeError):

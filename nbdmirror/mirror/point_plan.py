@@ -14,7 +14,8 @@ from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
-from nbdmirror.mirror.point_run import PointRun, PointRunOwner
+from nbdmirror.mirror.point_owner import PointRunOwner
+from nbdmirror.mirror.point_run import PointRun
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.window import Window
 

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 from nbdmirror.devices.base import AsyncSource, Done
 from nbdmirror.disk.changes import Changes
@@ -23,8 +22,9 @@ from nbdmirror.errors import Error
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.far_side import FarSide, JournalRoom
 from nbdmirror.mirror.frozen_view import Chunk
-from nbdmirror.mirror.point_group import CommonCut, CutRun, Moment, PointGroup
+from nbdmirror.mirror.point_group import CommonCut, CutRun, Moment
 from nbdmirror.mirror.point_lag import PointLag
+from nbdmirror.mirror.point_owner import PointRunOwner
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest, PointRequests
 from nbdmirror.mirror.point_sender import PointSender
 from nbdmirror.mirror.point_source import NotedSource, PointSource, StoreOptions
@@ -32,28 +32,6 @@ from nbdmirror.mirror.window import Window
 
 LATE_PAUSE_S = 1.0
 """Pause after a cut that came too late, so that guests are not held most of the time."""
-
-
-class PointRunOwner(Protocol):
-    point_group: PointGroup
-
-    def new_group(self) -> int:
-        """A number for a cut that no other cut has."""
-
-    def point_committed(self, point: CommittedPoint) -> None:
-        """The far side has this point, whatever is lost from now on."""
-
-    def point_broken(self, error: BaseException, name: str) -> None:
-        """A point is given up; the next one has its content. `name`: what a user called it."""
-
-    def far_side_failed(self, error: BaseException) -> None:
-        """A request to the far side has failed."""
-
-    def source_failed(self, error: BaseException) -> None:
-        """The disk could not be read for a point."""
-
-    def run_advanced(self) -> None:
-        """Something has ended: look at the state again."""
 
 
 class PointRun(CutRun):
