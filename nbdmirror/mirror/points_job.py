@@ -28,6 +28,7 @@ from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_request import CommittedPoint
 from nbdmirror.mirror.point_run import PointRun
 from nbdmirror.mirror.points_view import PointsView
+from nbdmirror.mirror.rate_limit import Haste
 from nbdmirror.mirror.stopping import Stopping
 
 
@@ -283,6 +284,12 @@ class PointsJob(PointsView):
         else:
             self.log.warning("no point fits into the journal: the image is copied in place")
         self.release()
+
+    def _hurry(self) -> None:
+        if self._catches_up:  # at leisure a busy guest would always be ahead
+            self.copier.set_haste(Haste.STEADY)
+        else:
+            super()._hurry()
 
     def _advance_in_place(self) -> None:
         self._hurry()

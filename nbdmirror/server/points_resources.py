@@ -188,7 +188,7 @@ class PointsResources(JobResources):
     def _points_record(self) -> PointsRecord | None:
         if self.points is None:
             return None
-        job = self.journal.job
+        job = self.node.job
         assert isinstance(job, PointsJob)
         return points_record(
             self.points,
