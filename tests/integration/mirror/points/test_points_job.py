@@ -208,9 +208,9 @@ def test_with_the_command_line(
         guest.wait_for_requests(30)
         shown = nbdmirror("status", *control).stdout
         assert " points, " in shown and "lag " in shown and "point " in shown
-        refused = nbdmirror("copy-mode", "background", *control)
+        refused = nbdmirror("change", "--max-pause", "5", *control)
         assert refused.returncode == 1
-        assert "cannot change from copy mode 'points'" in refused.stderr
+        assert "Copy mode 'points' accepts no 'x-nbdmirror-max-pause'" in refused.stderr
         done = nbdmirror("complete", *control)
         assert done.returncode == 0, done.stderr
         guest.wait_for_requests(30)
