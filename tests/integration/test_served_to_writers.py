@@ -148,6 +148,7 @@ def settle(expected: bytearray, seen: bytes, last: tuple[int, bytes] | None) -> 
     assert seen == expected
 
 
+@pytest.mark.guarantee("A point is served at once")
 def test_a_server_that_is_killed_loses_nothing_that_was_answered(far: Far, start: Start) -> None:
     print_seed()
     expected = bytearray(far.source.contents[4])

@@ -17,6 +17,7 @@ EXAMPLES = 100
 MUTANT_EXAMPLES_MAX = 60
 
 
+@pytest.mark.guarantee("A point is the disk of one moment")
 @pytest.mark.timeout(240)
 def test_each_point_is_what_the_disk_was() -> None:
     hold(PointMachine, EXAMPLES)

@@ -216,6 +216,7 @@ class TwoDisks:
         wait_until(have_come, "there are moments of both disks")
 
 
+@pytest.mark.guarantee("Disks of one group have one moment")
 @pytest.mark.parametrize("keep_s", [0, 3600], ids=["last point", "history"])
 @pytest.mark.parametrize("kind", ["qemu-nbd", "nbdkit, one thread"])
 def test_both_disks_are_recovered_to_one_moment(

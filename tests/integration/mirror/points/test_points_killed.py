@@ -17,6 +17,7 @@ ROUNDS = 6
 WHICH = ("source", "far side", "both")
 
 
+@pytest.mark.guarantee("A point is the disk of one moment")
 @pytest.mark.parametrize("keep_s", [0, 3600], ids=["last point", "history"])
 def test_whatever_is_killed(start: Start, folder: Path, identical: Identical, keep_s: int) -> None:
     whatever_is_killed(start, folder, identical, keep_s, ROUNDS)
