@@ -21,7 +21,7 @@ CASES = {
     "nbdmirror mirror --copy-mode ": {"background", "write-blocking"},
     "nbdmirror mirror --sync f": {"full"},
     "nbdmirror wait --co": {"--concluded"},
-    "nbdmirror copy-mode ": {"background", "write-blocking"},
+    "nbdmirror copy-mode ": {"background", "write-blocking", "points"},
     "nbdmirror bitmap rem": {"remove"},
 }
 
