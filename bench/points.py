@@ -94,7 +94,7 @@ def age(lab: Lab, subject: str) -> Figures:
 def sent(lab: Lab, subject: str) -> Figures:
     """Bytes written to image and journal over bytes that the guest writes, 2,000 times 4 KiB a
     second at random places."""
-    image, counted = counting(lab, GiB)
+    image, counted = counting(lab, lab.disk_bytes)
     journal, journal_counted = counting(lab, GiB, "journal")
     with _ready(lab, image, journal) as server:
         before = server.copied_bytes("job0")

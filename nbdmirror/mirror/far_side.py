@@ -110,6 +110,9 @@ class PointsResources(MirrorResources, Protocol):
     def begin_in_place(self, state: JobState, done: Done) -> None:
         """There are no points until `begin_points`: write that down at the far side, and here."""
 
+    def keep_changes(self, done: Done) -> None:
+        """Keep what is dirty now for a later process, durably, where state is kept."""
+
     def drop_points(self) -> None:
         """The job makes no points any more. Nothing is in flight to the journal."""
 

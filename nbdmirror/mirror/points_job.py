@@ -43,9 +43,10 @@ class PointsJob(PointsView):
         self._catches_up = False
         """The job was READY, and what the target lacks is copied before points begin, or, without
         points, before the job is as every mirror that is READY."""
-        self._gives_up = False
-        """The copy mode was changed to another one, which begins when the image is the last
-        point."""
+        self._gives_up = self.plan is not None and not self._is_of_points
+        """The copy mode was changed to another one, perhaps in an earlier process. That begins when
+        the image is the last point."""
+        self._is_dropping = False
         self._far_resources = resources
         self._stopping = Stopping(self.copier, self._mode, self._timers, resources.give_up)
 
@@ -61,19 +62,14 @@ class PointsJob(PointsView):
     def change(self, copy_mode: CopyMode, **options: Any) -> None:
         """Also from points to another copy mode: the image becomes the last point first, and is
         copied in place from then on."""
-        if self._maker is None or copy_mode is CopyMode.POINTS:
+        is_as_before = copy_mode is CopyMode.POINTS and not self._gives_up
+        if self._maker is None or is_as_before:
             super().change(copy_mode, **options)
             return
-        check_verb(self.id, self.status, "change")
         self.check_settled()
         super().change(copy_mode, **options)
-        self.point_group.leave(self)
-        if self.run is not None:
-            self._gives_up = True
-            self.run.leave(DeviceError(f"the copy mode was changed to {copy_mode}"))
-            self.advance_soon()
-        else:
-            self._drop_points()
+        self._gives_up = True
+        self.advance_soon()
 
     def make_points(self, plan: PointPlan) -> None:
         """Change from another copy mode to points. The resources have the journal. `check_settled`
@@ -105,11 +101,23 @@ class PointsJob(PointsView):
             text = f"its copy mode cannot be changed now: it is {now}"
             raise CommandError(f"Job '{self.id}': {text}")
 
+    @property
+    def _is_of_points(self) -> bool:
+        return self.options.copy_mode is CopyMode.POINTS
+
     def _drop_points(self) -> None:
-        """No point is in progress, and nothing is in flight to the journal."""
+        """No point is in progress, and nothing is in flight to the journal. First what is in no
+        point must be kept as what is dirty: then nothing else says that it differs."""
+        if not self._is_dropping:
+            self._do(self._far_resources.keep_changes, self._dropped, "write")
+            self._is_dropping = True
+
+    def _dropped(self) -> None:
         self._maker, self._gives_up, self.in_place_since_ns = None, False, 0
+        self.point_group.leave(self)
         self._far_resources.drop_points()
-        self.changed()
+        self.log.info("makes no points any more: the image is copied in place")
+        self.release()
 
     # The run's owner.
 
@@ -196,6 +204,7 @@ class PointsJob(PointsView):
 
     def left(self, old: Activity) -> None:
         super().left(old)
+        self._is_dropping = False
         if self.run is not None and old.copies and not self.activity.copies:
             self.run.stop(DeviceError(f"the job is {self.activity.value}", errno.EINTR))
 
@@ -221,7 +230,11 @@ class PointsJob(PointsView):
             return
         if far.has_begun:  # an earlier process has not committed the first point
             self._points.plan.changes.hand_back(self.tracker.dirty)
-        super()._go_on()
+        if self._gives_up:
+            self.become(Activity.COPYING)
+            self.advance_soon()
+        else:
+            super()._go_on()
 
     def _become_ready(self) -> None:
         """The first copy is in sync, and flushed."""
@@ -240,6 +253,7 @@ class PointsJob(PointsView):
         self._timers.went_well()
         self._catches_up = False
         self.copier.stop()
+        assert self.disk.synchronous is None, "guests would change the image beside the points"
         self.run = self._points.begun()
         self.advance_soon()
 
@@ -264,7 +278,8 @@ class PointsJob(PointsView):
     def _leave_points(self, run: PointRun) -> None:
         self._points.hand_back(run)
         self._sent_bytes += run.sent_bytes
-        self.run, self._is_leaving, self._catches_up = None, True, True
+        self.run, self._is_leaving = None, True
+        self._catches_up = self.status is JobStatus.READY
         if not self._gives_up:
             self.in_place_since_ns = self._wall_time_ns()
             since_s = round(self.in_place_since_ns / 1e9, 3)
@@ -279,11 +294,10 @@ class PointsJob(PointsView):
     def _copy_in_place(self) -> None:
         self._is_leaving = False
         if self._gives_up:
-            self._drop_points()
-            self.log.info("makes no points any more: the image is copied in place")
+            self.advance_soon()
         else:
             self.log.warning("no point fits into the journal: the image is copied in place")
-        self.release()
+            self.release()
 
     def _hurry(self) -> None:
         if self._catches_up:  # at leisure a busy guest would always be ahead
@@ -304,6 +318,9 @@ class PointsJob(PointsView):
             run.start(far)
 
     def _advance_copying(self) -> None:
+        if self.run is None and self._gives_up and not self._is_leaving:
+            self._drop_points()
+            return
         if self.run is None and self._catches_up:
             self._advance_in_place()
             return
@@ -313,6 +330,8 @@ class PointsJob(PointsView):
         if not self.copier.is_idle:
             return  # what it writes must not come after the first point
         self._start_run()
+        if self._gives_up and not self.run.is_leaving:
+            self.run.leave(DeviceError(f"the copy mode was changed to {self.options.copy_mode}"))
         if self.run.has_left:
             self._leave_points(self.run)
         elif self._is_to_end and not self.run.is_leaving:

@@ -8,6 +8,7 @@ and the end.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,11 @@ from nbdmirror.points.ownership import RandomBytes, new_generation
 from nbdmirror.points.reader import Journal, read
 from nbdmirror.points.recovery import check_image, check_size, choose
 from nbdmirror.points.regions import RegionMap, read_map
-from nbdmirror.points.requests import Program
-from nbdmirror.points.superblocks import Superblocks
+from nbdmirror.points.requests import Devices, Program, Side, run
+from nbdmirror.points.superblocks import JournalTaken, Superblocks
+
+ATTEMPTS_MAX = 10
+"""How often the point is looked for again if the source changes the journal meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,30 @@ def take(found: Found, *, now_ns: int, random_bytes: RandomBytes) -> Program[Sup
         }
     yield from superblocks.update(**changes)
     return superblocks
+
+
+def looked_up(sides: Devices, wanted: str | None) -> Found:
+    """`look_up`, carried out."""
+    image, journal = sides[Side.IMAGE], sides[Side.JOURNAL]
+    program = look_up(journal.description, journal.size, image.size, wanted=wanted)
+    return run(program, sides)
+
+
+def taken(
+    found: Found, sides: Devices, wanted: str | None, *, now_ns: int
+) -> tuple[Found, Superblocks]:
+    """`take`, carried out, also if the source makes points meanwhile."""
+    for _ in range(ATTEMPTS_MAX):
+        try:
+            superblocks = run(take(found, now_ns=now_ns, random_bytes=secrets.token_bytes), sides)
+        except JournalTaken:
+            found = looked_up(sides, wanted)
+            continue
+        found = replace(found, journal=with_superblock(found.journal, superblocks))
+        if superblocks.current.state is State.SERVED:  # no other server changes it from now on
+            found = replace(found, regions=run(read_map(superblocks.current), sides))
+        return found, superblocks
+    raise JournalTaken(f"{found.journal.name}: another server writes to this journal")
 
 
 def finish(found: Found, superblocks: Superblocks) -> Program[None]:

@@ -155,6 +155,8 @@ def fence(plan: Promotion) -> Program[None]:
 
 def promote(plan: Promotion) -> Program[None]:
     """The old source is refused from the first change on, and not only when the image is ready."""
+    if plan.journal.superblock.state is State.SERVED:
+        yield from fence(plan)  # else the server of the point could change its map after this
     regions = yield from _regions(plan.journal)
     yield from put(
         plan.journal,

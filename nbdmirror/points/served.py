@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,15 +28,12 @@ from nbdmirror.devices.base import BlockDevice, BlockSize, Buffer, Extent, Wrapp
 from nbdmirror.errors import IO_ERRORS, DeviceError
 from nbdmirror.points.format import BLOCK_BYTES, JournalError
 from nbdmirror.points.index import Piece, Pieces
-from nbdmirror.points.promotion import Found, finish, look_up, take, with_superblock
+from nbdmirror.points.promotion import finish, looked_up, taken, with_superblock
 from nbdmirror.points.regions import RegionMap, write_map
 from nbdmirror.points.requests import Program, Side, run
 from nbdmirror.points.superblocks import JournalTaken, Superblocks, wall_time
 
 log = logging.getLogger("nbdmirror")
-
-ATTEMPTS_MAX = 10
-"""How often the point is looked for again if the source changes the journal meanwhile."""
 
 SAVE_BYTES = 64 << 20
 """What the helper thread copies before it makes that durable."""
@@ -51,6 +47,10 @@ STOP_S = 5.0
 """How long `close` waits for a request of the helper thread."""
 
 
+class Damaged(DeviceError):
+    """Data of the journal is not what was written."""
+
+
 class ServedPoint(Wrapper):
     """The disk at a point, for guests that read and write: a BlockDevice. Calls are for any thread;
     changes only after `start`."""
@@ -62,7 +62,7 @@ class ServedPoint(Wrapper):
         self._journal = journal
         self._wanted = wanted
         self._sides = {Side.IMAGE: image, Side.JOURNAL: journal}
-        self._found = self._look_up()
+        self._found = looked_up(self._sides, wanted)
         self.description = image.description
         self.size = self._found.journal.superblock.disk_bytes
         self.read_only = False
@@ -86,6 +86,8 @@ class ServedPoint(Wrapper):
         get the error that says that a copy is lost."""
         self._stopping = threading.Event()
         self._helper: threading.Thread | None = None
+        if not self.is_complete:
+            self._find_what_is_left()
 
     @property
     def is_complete(self) -> bool:
@@ -95,7 +97,9 @@ class ServedPoint(Wrapper):
     def start(self, *, now_ns: int) -> None:
         """Take the journal. Changes are allowed from now on. Raises JournalError and IO_ERRORS."""
         if not self.is_complete:
-            self._superblocks = self._take(now_ns)
+            self._found, self._superblocks = taken(
+                self._found, self._sides, self._wanted, now_ns=now_ns
+            )
         if self.is_complete:
             block, point = self._found.journal.superblock, self._found.point
             text = "%s is point %d since %s: the journal is not needed any more"
@@ -118,32 +122,18 @@ class ServedPoint(Wrapper):
         if not self._left.any():
             self._complete()
             return
-        count = max(1, SAVE_BYTES // self._found.regions.region_bytes)
+        count, damage = max(1, SAVE_BYTES // self._found.regions.region_bytes), None
         for region in self._left_in(0, len(self._left)):
             if not count or self._stopping.is_set():
                 break
-            count -= 1
-            self._bring(region)
-        self._save()
-
-    def _look_up(self) -> Found:
-        name, size = self._journal.description, self._journal.size
-        program = look_up(name, size, self.inner.size, wanted=self._wanted)
-        return run(program, self._sides)
-
-    def _take(self, now_ns: int) -> Superblocks:
-        for _ in range(ATTEMPTS_MAX):
             try:
-                program = take(self._found, now_ns=now_ns, random_bytes=secrets.token_bytes)
-                superblocks = run(program, self._sides)
-            except JournalTaken:  # or the source has made a point since it was read
-                self._found = self._look_up()
-                continue
-            self._found = replace(
-                self._found, journal=with_superblock(self._found.journal, superblocks)
-            )
-            return superblocks
-        raise JournalTaken(f"{self._journal.description}: another server writes to this journal")
+                self._bring(region)
+                count -= 1
+            except Damaged as error:  # the others can be brought
+                damage = error
+        self._save()
+        if damage is not None:
+            raise damage
 
     def _find_what_is_left(self) -> None:
         """Find out what the image lacks."""
@@ -225,7 +215,7 @@ class ServedPoint(Wrapper):
             data = self._pieces.read(self._found.journal.superblock, piece)
         if data is None:
             text = f"the data at {piece.start} of the disk, of point {self._found.point.sequence}"
-            raise DeviceError(f"{self._found.journal.name}: {text}, is damaged")
+            raise Damaged(f"{self._found.journal.name}: {text}, is damaged")
         return memoryview(data)[start - piece.start : start - piece.start + length]
 
     # Changes.
@@ -317,9 +307,10 @@ class ServedPoint(Wrapper):
 
     def _save(self) -> None:
         """Make what was copied durable, and write that down. Raises IO_ERRORS."""
-        superblocks, found = self._superblocks, self._found
+        superblocks = self._superblocks
         assert superblocks is not None
         with self._saving:
+            found = self._found  # behind the lock: each map has a serial number of its own
             with self._changed:
                 done = self._copied & self._left
             if not done.any():
@@ -330,6 +321,7 @@ class ServedPoint(Wrapper):
             new = RegionMap(found.regions.region_bytes, ~left, found.regions.serial + 1)
             self._run(superblocks.check())
             self._run(write_map(superblocks.current, new))
+            self._run(superblocks.check())  # nobody has read the map before, and takes it for all
             self._found = replace(found, regions=new)
             with self._changed:
                 self._left = left

@@ -185,6 +185,8 @@ def _journal(server: Server, job_id: str, name: str) -> Node:
 def _begin(server: Server, wanted: ChangeArguments, added: Node | None) -> None:
     job = find_block_job(server, wanted.id)
     job.check_settled()
+    if job.plan is not None:  # by another client, meanwhile
+        raise CommandError(f"Job '{wanted.id}' makes points already")
     try:
         if added is not None:
             if added.device.read_only:

@@ -122,7 +122,8 @@ class PointsResources(JobResources):
         record = state.definition.mirror
         assert record is not None and record.points is not None
         self.has_begun = record.points.has_begun
-        self.newest = 0 if state.problem else state.newest_point  # then all is sent again
+        is_known = not state.problem and record.points.key in state.bits
+        self.newest = state.newest_point if is_known else 0  # then all is sent again
         try:
             self.make_spill()
         except CommandError as error:
@@ -145,6 +146,7 @@ class PointsResources(JobResources):
         try:
             self.make_spill()
         except CommandError:
+            changes.end()
             self.points = self.changes = None
             raise
         self.has_begun, self.newest, self.far_side = False, 0, None
@@ -157,6 +159,19 @@ class PointsResources(JobResources):
         self._release_points()
         self.tracked.end()
         self.points = self.changes = self.far_side = None
+        self.has_begun, self.newest = False, 0
+
+    def keep_changes(self, done: Done) -> None:
+        def kept(failure: BaseException | None) -> None:
+            if not self._is_in_use:
+                done(DeviceLost("the job has ended"))
+            elif failure is None:
+                done(None)
+            else:  # the state directory fails, which is reported there
+                self.loop.call_later(LOST_AGAIN_S, partial(self.keep_changes, done))
+
+        saved = self.store.bits_saved()
+        saved.add_done_callback(lambda end: self.loop.call_soon(partial(kept, end.exception())))
 
     def _acquire_journal(self, job: PointsJob) -> None:
         self._has_journal = self.has_connected_once

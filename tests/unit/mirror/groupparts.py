@@ -119,7 +119,11 @@ class PointResources(FakeResources):
         assert self.far_side is not None
         self.far_side.begin_in_place(done)
 
+    def keep_changes(self, done: Done) -> None:
+        self._step("keep_changes", done)
+
     def drop_points(self) -> None:
+        self.has_begun = False
         self.calls.append("drop_points")
         self.world.plan.changes.end()
         self.far_side = None

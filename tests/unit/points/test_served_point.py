@@ -3,14 +3,16 @@ whatever ends at whatever moment."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from random import Random
 
 import pytest
+from model.pointexports import SECTOR
 from support.seeds import SEED, print_seed
 from unit.points.pointparts import SECOND_NS, FarSide
-from unit.points.servedparts import DISK_BYTES, Machine, far_side
+from unit.points.servedparts import DISK_BYTES, PIECE, Machine, far_side
 
 from nbdmirror.errors import DeviceError
 from nbdmirror.points import applier, served
@@ -169,3 +171,73 @@ def test_a_source_that_makes_points_meanwhile_does_not_prevent_the_start() -> No
     point.start(now_ns=SECOND_NS)
     assert content(point) == far.contents[max(far.contents)]
     assert far.contents[max(far.contents)] == bytes(far.disk)
+
+
+def test_guests_that_write_first_at_once_lose_nothing() -> None:
+    """Each map has a serial number of its own, and is never older than what was answered."""
+    print_seed()
+    for seed in range(SEED, SEED + 30):
+        random = Random(seed)
+        far = far_side(random)
+        point = start(far)
+        expected = bytearray(content(point))
+
+        def write(number: int, point: ServedPoint = point, model: bytearray = expected) -> None:
+            own = Random(number)
+            for _ in range(12):
+                at = own.randrange(DISK_BYTES // PIECE) * PIECE + number * SECTOR
+                data = own.randbytes(SECTOR)  # no two guests write to the same sector
+                point.pwrite(data, at)
+                model[at : at + SECTOR] = data
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert content(point) == expected
+        assert content(start(far)) == expected, "after a kill"
+
+
+def test_a_map_that_is_written_meanwhile_is_seen() -> None:
+    """Between the look at the point and its start the server before has answered a write."""
+    far = far_side(Random(5))
+    one = start(far)
+    two = ServedPoint(far.image, far.journal, wanted=None)
+    expected = bytearray(content(one))
+    one.pwrite(b"x" * DISK_BYTES, 0, True)
+    expected[:] = b"x" * DISK_BYTES
+    two.start(now_ns=SECOND_NS)
+    assert content(two) == expected
+    bring(two)
+    assert bytes(far.image.data) == expected
+
+
+def test_damage_does_not_keep_the_rest_out_of_the_image() -> None:
+    far = far_side(Random(6))
+    point = start(far)
+    expected = content(point)
+    piece = next(
+        piece
+        for _, _, piece in point._found.index.pieces(0, DISK_BYTES)
+        if piece is not None and not piece.is_zero
+    )
+    journal = far.read().superblock
+    ((at, _),) = journal.spans(piece.place, 1)
+    far.journal.data[at] ^= 1
+    again = start(far)
+    region = again._found.regions.region_bytes
+    for _ in range(DISK_BYTES // region):
+        with pytest.raises(DeviceError, match="is damaged"):
+            again.bring_some()
+    needing = {
+        number
+        for offset, length, one in again._found.index.pieces(0, DISK_BYTES)
+        if one is not None and one.place == piece.place
+        for number in range(offset // region, -(-(offset + length) // region))
+    }
+    assert set(again._left_in(0, DISK_BYTES // region)) == needing
+    for number in set(range(DISK_BYTES // region)) - needing:
+        part = slice(number * region, (number + 1) * region)
+        assert far.image.data[part] == expected[part]

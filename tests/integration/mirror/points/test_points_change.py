@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +17,14 @@ from integration.mirror.points.pointsparts import (
     wait_for_rest,
 )
 from integration.state.stateparts import End, ends
+from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import make_image
+from support.images import MiB, make_image
 from support.kept import Kept
-from support.processes import nbdmirror
-from support.servers import NbdkitTarget
-from support.waiting import wait_until
+from support.processes import ROOT, nbdmirror
+from support.servers import NbdkitTarget, QemuNbd
+from support.waiting import WAIT_S_MAX, wait_until
 
 BEHIND = {"x_nbdmirror_reconnect_delay": 60}
 
@@ -104,6 +109,91 @@ def test_a_server_that_starts_again_knows_the_mode(
     server.stop()
     far.stop()
     identical(guest, far.image)
+
+
+@ends
+def test_what_is_in_no_point_is_not_forgotten(
+    server: Kept, far: FarSide, folder: Path, identical: Identical, end: End
+) -> None:
+    """What was dirty as a part of no point is dirty as a part of the mirror, before the points
+    leave the state directory."""
+    begin(server, far)
+    change(server, "points", "--journal", far.journal_server.uri(), "--every", "1h")
+    server.qmp.wait_for_event("X_NBDMIRROR_POINT")
+    with connected(server.uri()) as client:
+        client.pwrite(b"n" * 4 * MiB, MiB)
+        client.flush()
+    # Saves all bits: those of the points have what was written, those of the mirror have not.
+    bitmap = {"node": "vda", "name": "b", "persistent": True}
+    server.qmp.execute("block-dirty-bitmap-add", **bitmap)
+    server.qmp.execute("block-job-set-speed", device="j", speed=1)
+    change(server, "background")
+    wait_until(lambda: not has_points(server), "the job makes no points")
+    end(server)
+    server.restart()
+    server.qmp.execute("block-job-set-speed", device="j", speed=0)
+    wait_until(lambda: server.qmp.job()["ready"], "the mirror continues")
+    server.qmp.complete()
+    server.stop()
+    far.stop()
+    identical(folder / "disk.img", far.image)
+
+
+@ends
+@pytest.mark.parametrize("mode", ["background", "write-blocking"])
+def test_a_change_that_was_answered_goes_on_after_a_restart(
+    server: Kept, far: FarSide, folder: Path, identical: Identical, end: End, mode: str
+) -> None:
+    begin(server, far)
+    change(server, "points", "--journal", far.journal_server.uri(), "--every", "100ms")
+    server.qmp.wait_for_event("X_NBDMIRROR_POINT")
+    for one in (far.image_server, far.journal_server):
+        os.kill(one.pid, signal.SIGSTOP)
+    with connected(server.uri()) as client:
+        client.pwrite(b"n" * MiB, MiB)
+    change(server, mode)
+    assert has_points(server)
+    end(server)
+    for one in (far.image_server, far.journal_server):
+        os.kill(one.pid, signal.SIGCONT)
+    server.restart()
+    wait_until(lambda: not has_points(server), "the job makes no points")
+    wait_until(lambda: server.qmp.job()["ready"], "the mirror continues")
+    assert server.job_status()["copy-mode"] == mode
+    guest = Guest(server.uri(), folder / "disk.img")
+    with guest:
+        guest.wait_for_requests(20)
+    server.qmp.complete()
+    server.stop()
+    far.stop()
+    identical(guest, far.image)
+
+
+def test_of_two_changes_at_once_one_is_refused(
+    server: Kept, far: FarSide, start: Start, folder: Path, identical: Identical
+) -> None:
+    begin(server, far)
+    (folder / "second").mkdir()
+    other = make_image(folder / "second" / "journal", 4 * MiB)
+    os.truncate(other, 0)
+    os.truncate(other, 4 * MiB)
+    second = start(QemuNbd(folder / "second", other))
+    os.kill(second.pid, signal.SIGSTOP)
+    argv = ("copy-mode", "points", "--journal", second.uri(), "--qmp", str(server.qmp_path))
+    slow = subprocess.Popen(
+        [sys.executable, "-m", "nbdmirror", *argv],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    change(server, "points", "--journal", far.journal_server.uri())
+    os.kill(second.pid, signal.SIGCONT)
+    _, said = slow.communicate(timeout=WAIT_S_MAX)
+    assert slow.returncode and "makes points already" in said
+    assert not any(other.read_bytes())
+    server.qmp.wait_for_event("X_NBDMIRROR_POINT")
+    wait_for_rest(server)
+    server.stop()
+    far.stop()
+    identical(folder / "disk.img", far.image)
 
 
 def test_what_is_refused_changes_nothing(
