@@ -16,9 +16,10 @@ from unit.points.servedparts import DISK_BYTES, PIECE, Machine, far_side
 
 from nbdmirror.errors import DeviceError
 from nbdmirror.points import applier, served
-from nbdmirror.points.format import JournalError, State
+from nbdmirror.points.format import JournalError, State, Superblock
 from nbdmirror.points.reader import Part
-from nbdmirror.points.regions import RegionMap
+from nbdmirror.points.regions import RegionMap, write_map
+from nbdmirror.points.requests import Program
 from nbdmirror.points.served import ServedPoint
 
 ROUNDS = 120
@@ -173,14 +174,22 @@ def test_a_source_that_makes_points_meanwhile_does_not_prevent_the_start() -> No
     assert far.contents[max(far.contents)] == bytes(far.disk)
 
 
-def test_guests_that_write_first_at_once_lose_nothing() -> None:
+def test_guests_that_write_first_at_once_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each map has a serial number of its own, and is never older than what was answered."""
     print_seed()
+    serials: list[int] = []
+
+    def noted(block: Superblock, regions: RegionMap) -> Program[None]:
+        serials.append(regions.serial)
+        return write_map(block, regions)
+
+    monkeypatch.setattr(served, "write_map", noted)
     for seed in range(SEED, SEED + 30):
         random = Random(seed)
         far = far_side(random)
         point = start(far)
         expected = bytearray(content(point))
+        serials.clear()
 
         def write(number: int, point: ServedPoint = point, model: bytearray = expected) -> None:
             own = Random(number)
@@ -196,6 +205,7 @@ def test_guests_that_write_first_at_once_lose_nothing() -> None:
         for thread in threads:
             thread.join(30)
             assert not thread.is_alive()
+        assert serials == list(range(1, len(serials) + 1))
         assert content(point) == expected
         assert content(start(far)) == expected, "after a kill"
 

@@ -48,8 +48,8 @@ def refused(server: Kept, mode: str, *options: str) -> str:
     return done.stderr
 
 
-def begin(server: Kept, far: FarSide) -> None:
-    server.qmp.start_mirror(far.image_server.uri(), device="vda", **BEHIND)
+def begin(server: Kept, far: FarSide, **options: int) -> None:
+    server.qmp.start_mirror(far.image_server.uri(), device="vda", **BEHIND, **options)
     server.qmp.wait_ready()
 
 
@@ -117,7 +117,7 @@ def test_what_is_in_no_point_is_not_forgotten(
 ) -> None:
     """What was dirty as a part of no point is dirty as a part of the mirror, before the points
     leave the state directory."""
-    begin(server, far)
+    begin(server, far, buf_size=1 << 16)  # what a limit of speed lets pass at first
     change(server, "points", "--journal", far.journal_server.uri(), "--every", "1h")
     server.qmp.wait_for_event("X_NBDMIRROR_POINT")
     with connected(server.uri()) as client:
