@@ -3,6 +3,7 @@ whatever ends at whatever moment."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from random import Random
 import pytest
 from model.pointexports import SECTOR
 from support.seeds import SEED, print_seed
+from support.waiting import WAIT_S_MAX
 from unit.points.pointparts import SECOND_NS, FarSide
 from unit.points.servedparts import DISK_BYTES, PIECE, Machine, far_side
 
@@ -184,6 +186,15 @@ def test_guests_that_write_first_at_once_lose_nothing(monkeypatch: pytest.Monkey
         return write_map(block, regions)
 
     monkeypatch.setattr(served, "write_map", noted)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        write_at_once(serials)
+    finally:
+        sys.setswitchinterval(interval_s)
+
+
+def write_at_once(serials: list[int]) -> None:
     for seed in range(SEED, SEED + 30):
         random = Random(seed)
         far = far_side(random)
@@ -191,8 +202,16 @@ def test_guests_that_write_first_at_once_lose_nothing(monkeypatch: pytest.Monkey
         expected = bytearray(content(point))
         serials.clear()
 
-        def write(number: int, point: ServedPoint = point, model: bytearray = expected) -> None:
+        together = threading.Barrier(6)
+
+        def write(
+            number: int,
+            point: ServedPoint = point,
+            model: bytearray = expected,
+            together: threading.Barrier = together,
+        ) -> None:
             own = Random(number)
+            together.wait(WAIT_S_MAX)
             for _ in range(12):
                 at = own.randrange(DISK_BYTES // PIECE) * PIECE + number * SECTOR
                 data = own.randbytes(SECTOR)  # no two guests write to the same sector
@@ -203,7 +222,7 @@ def test_guests_that_write_first_at_once_lose_nothing(monkeypatch: pytest.Monkey
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(WAIT_S_MAX)
             assert not thread.is_alive()
         assert serials == list(range(1, len(serials) + 1))
         assert content(point) == expected
