@@ -14,6 +14,7 @@ from unit.mirror.jobdevices import MemoryTarget, Requests, Source, StillLoop
 from unit.mirror.jobparts import GRANULARITY, FakeResources, JobWorld
 
 from nbdmirror.devices.base import BlockDevice, Done, ExtentsDone, MemoryDevice
+from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
@@ -99,6 +100,8 @@ class PointResources(FakeResources):
         self.has_begun = False
         self.far_side: JournalSide | None = None
         self.lost_exports: Sequence[str] = ()
+        self.kept: DirtyBitmap | None = None
+        """What was dirty when that was kept."""
 
     @property
     def is_idle(self) -> bool:
@@ -120,6 +123,7 @@ class PointResources(FakeResources):
         self.far_side.begin_in_place(done)
 
     def keep_changes(self, done: Done) -> None:
+        self.kept = self.world.job.tracker.may_differ()
         self._step("keep_changes", done)
 
     def drop_points(self) -> None:

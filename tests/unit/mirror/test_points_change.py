@@ -95,6 +95,41 @@ def test_points_end_when_the_image_is_the_last_one(mode: CopyMode) -> None:
     assert world.disk.has_moved
 
 
+@pytest.mark.parametrize("has_point", [False, True])
+def test_what_is_in_no_point_is_kept_before_points_are_dropped(has_point: bool) -> None:
+    """From then on nothing else says that it differs."""
+    if has_point:
+        world = with_points()
+    else:
+        (world,) = worlds_of("j")
+        world.target.requests.holds = {"write"}
+        world.job.start()
+        world.settle()
+    world.count(1)
+    world.job.change(CopyMode.BACKGROUND)
+    world.target.requests.answer_all()
+    world.pass_s(3.0)
+    calls = world.resources.calls
+    assert calls.index("keep_changes") < calls.index("drop_points")
+    assert world.resources.kept is not None and world.resources.kept.is_dirty(0, 512)
+    check_equal(world)
+
+
+def test_a_pause_while_points_are_dropped() -> None:
+    world = with_points()
+    world.resources.holds = {"keep_changes"}
+    world.job.change(CopyMode.BACKGROUND)
+    world.pass_s(2.0)
+    world.job.pause()
+    world.settle()
+    assert world.status == "standby" and world.job.plan is not None
+    world.resources.holds = set()
+    world.job.resume()
+    world.pass_s(3.0)
+    assert world.job.plan is None and world.resources.calls.count("drop_points") == 1
+    check_equal(world)
+
+
 def test_points_can_be_given_up_before_there_is_one() -> None:
     (world,) = worlds_of("j")
     world.target.requests.holds = {"write"}
