@@ -22,11 +22,12 @@ def _ready(lab: Lab, image: Target, journal: Target | None) -> Iterator[GuestSer
     """A server whose disk0 has a job that is READY: with points, or in background."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(image)
+        if journal is not None:
+            stack.enter_context(journal)
         server = stack.enter_context(Nbdmirror(lab.folder, [lab.image("source")]))
         server.add_target(image)
         options: dict[str, Any] = {}
         if journal is not None:
-            stack.enter_context(journal)
             server.add_target(journal, 1)
             options = {"copy_mode": "points", "x_nbdmirror_journal": "target1"}
             options["x_nbdmirror_interval"] = INTERVAL_S
