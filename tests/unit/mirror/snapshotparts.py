@@ -12,7 +12,7 @@ from nbdmirror.devices.base import Done
 from nbdmirror.disk.changes import Changes, Freeze
 from nbdmirror.disk.frozen import Frozen
 from nbdmirror.mirror.acknowledgements import Acknowledgements
-from nbdmirror.mirror.options import Ending
+from nbdmirror.mirror.options import CopyMode, Ending
 from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.resources import JobState
@@ -115,6 +115,7 @@ class SnapshotsWorld(JobWorld):
         self.snapshots: dict[int, bytes] = {}
         self.acked: Moment | None = None
         """The last cut that was acknowledged."""
+        options.setdefault("copy_mode", CopyMode.POINTS)
         super().__init__(**options)
         self.acks.write_down = self.resources.write_down
 
