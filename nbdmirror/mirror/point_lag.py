@@ -20,7 +20,6 @@ class PointLag(BaseLag):
     def __init__(self, changes: Changes, clock: Callable[[], float], began_s: float) -> None:
         super().__init__(clock, began_s)
         self._changes = changes
-        self._is_standing = False
         self._cut_s = began_s
         """The point in progress has every write that was answered before this time."""
         self._kept_s = began_s
@@ -29,13 +28,9 @@ class PointLag(BaseLag):
         self.is_kept = True
         """The last committed point is such a point."""
 
-    def stand_still(self) -> None:
-        """There are no points any more: from now on nothing is covered."""
-        self._is_standing = True
-
     def look(self) -> None:
         """Call this several times a second, whatever the job does."""
-        if self._ended_s is None and not self._is_standing:
+        if self._ended_s is None:
             now_s = self._clock()  # first: writes that are answered from here on do not count
             if self._changes.dirty.is_empty:
                 self._cut_s = now_s

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nbdmirror.errors import Error
 from nbdmirror.mirror.lag import round_up
@@ -103,7 +104,7 @@ def _when_all(futures: Mapping[str, Future[CommittedPoint]], whole: Future[Commi
             whole.set_result(first.result())
 
     for job_id, future in futures.items():
-        future.add_done_callback(lambda future, job_id=job_id: look(job_id, future))  # type: ignore[misc]
+        future.add_done_callback(partial(look, job_id))
 
 
 class PointRequests:

@@ -241,11 +241,10 @@ class PointRun(CutRun):
         self._requests.refuse(error)
 
     def close(self) -> None:
-        """After `leave`: nothing of this run is used any more, and `changes` is free. The lag grows
-        from now on."""
+        """After `leave`: nothing of this run is used any more, and `changes` is free. The lag of
+        this run is not right from now on."""
         assert self.has_left
         self.is_running = False
-        self.lag.stand_still()
 
     def ask(self, request: PointRequest) -> None:
         """Make a point for `request`, as soon as the one in progress has ended."""

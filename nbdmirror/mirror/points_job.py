@@ -78,9 +78,8 @@ class PointsJob(PointsView):
         self.options = replace(self.options, copy_mode=CopyMode.POINTS)
         self.throttle.release("the job was changed")
         self._adopt(plan)
-        if self.lag is not None:  # there is no point yet
-            self.lag = StandingLag(self._loop.clock, self._loop.clock() - self.lag.lag_s)
-            self.watch.end()
+        self._cover_nothing()
+        self.watch.end()
         self._catches_up = self.status is JobStatus.READY
         self.release()
         self.advance_soon()
@@ -275,7 +274,13 @@ class PointsJob(PointsView):
             self.become(Activity.COPYING)
         self.advance_soon()
 
+    def _cover_nothing(self) -> None:
+        """There is no point: what was covered until now is, and the lag grows."""
+        if self.lag is not None:
+            self.lag = StandingLag(self._loop.clock, self._loop.clock() - self.lag.lag_s)
+
     def _leave_points(self, run: PointRun) -> None:
+        self._cover_nothing()
         self._points.hand_back(run)
         self._sent_bytes += run.sent_bytes
         self.run, self._is_leaving = None, True

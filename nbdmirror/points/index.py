@@ -9,12 +9,12 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bitarray import bitarray
 
-from nbdmirror.devices.base import BlockDevice
+from nbdmirror.devices.base import BlockDevice, Extent, merge_extents
 from nbdmirror.points.applier import headers_to
 from nbdmirror.points.format import BLOCK_BYTES, Superblock
 from nbdmirror.points.reader import Journal, Part, fetch, newest_parts
@@ -22,6 +22,9 @@ from nbdmirror.points.requests import Program, Side, run
 
 CACHE_BYTES = 32 << 20
 """Data of the journal that was read and checked; an entry is read as a whole."""
+
+EXTENTS_MAX = 4096
+"""About so many extents are an answer."""
 
 _RECORD = struct.Struct(">QQQQQI?")  # big-endian: sorted by the first number
 
@@ -69,6 +72,25 @@ class Index:
 
     def _piece(self, number: int) -> Piece:
         return Piece(*_RECORD.unpack_from(self._records, number * _RECORD.size))
+
+
+def extents_of(
+    image: BlockDevice, ranges: Iterable[tuple[int, int, Piece | None]]
+) -> tuple[list[Extent], bool]:
+    """The extents of `ranges` of a disk, offsets and lengths in order, each with the piece that has
+    the content; None: the image has it. Also returns whether the image was asked."""
+    found: list[Extent] = []
+    was_asked = False
+    for start, span, piece in ranges:
+        if piece is not None:  # the same at any time, wherever it is read from
+            found.append(Extent(span, zero=piece.is_zero, hole=piece.is_zero))
+            continue
+        was_asked = True
+        extents = image.extents(start, span)
+        found += extents
+        if sum(extent.length for extent in extents) < span or len(found) >= EXTENTS_MAX:
+            break
+    return merge_extents(found), was_asked
 
 
 def index_to(journal: Journal, sequence: int) -> Program[tuple[Index, bitarray]]:

@@ -12,6 +12,8 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bitarray import bitarray
+
 from nbdmirror.points.applier import headers_to
 from nbdmirror.points.format import Point, State
 from nbdmirror.points.index import Index, index_to
@@ -35,6 +37,8 @@ class Found:
     index: Index
     regions: RegionMap
     """What the image has of it."""
+    needed: bitarray
+    """A bit for each region: 1: the journal has something of the point there."""
 
     @property
     def is_in_image(self) -> bool:
@@ -52,13 +56,13 @@ def look_up(
     point, block = choose(journal, wanted), journal.superblock
     regions = RegionMap.empty(block.disk_bytes)
     if block.state is State.PROMOTED:
-        return Found(journal, point, Index([]), regions)
+        return Found(journal, point, Index([]), regions, needed=regions.bits)
     index, changed = yield from index_to(journal, point.sequence)
     if block.state is State.SERVED:  # guests may have changed what the samples were
         regions = yield from read_map(block)
     else:
         yield from check_image(journal, changed)
-    return Found(journal, point, index, regions)
+    return Found(journal, point, index, regions, needed=regions.of_blocks(changed))
 
 
 def take(found: Found, *, now_ns: int, random_bytes: RandomBytes) -> Program[Superblocks]:

@@ -72,6 +72,17 @@ class RegionMap:
         """The first region of a range of the disk, and the one after its last."""
         return offset // self.region_bytes, -(-(offset + length) // self.region_bytes)
 
+    def of_blocks(self, blocks: bitarray) -> bitarray:
+        """The regions, a bit for each, in which one of `blocks` of the disk is set."""
+        found = bitarray(len(self.bits), "little")
+        found.setall(False)
+        count, at = self.region_bytes // BLOCK_BYTES, 0
+        while (at := blocks.find(True, at)) >= 0:
+            region = at // count
+            found[region] = True
+            at = (region + 1) * count
+        return found
+
     def runs(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The ranges within the range that the image may lack: offsets and lengths in bytes."""
         found, (at, end) = [], self.span(offset, length)

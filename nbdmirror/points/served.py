@@ -24,10 +24,10 @@ from dataclasses import replace
 from bitarray import bitarray
 
 from nbdmirror.backoff import Backoff
-from nbdmirror.devices.base import BlockDevice, BlockSize, Buffer, Extent, Wrapper, merge_extents
+from nbdmirror.devices.base import BlockDevice, BlockSize, Buffer, Extent, Wrapper
 from nbdmirror.errors import IO_ERRORS, DeviceError
 from nbdmirror.points.format import BLOCK_BYTES, JournalError
-from nbdmirror.points.index import Piece, Pieces
+from nbdmirror.points.index import Piece, Pieces, extents_of
 from nbdmirror.points.promotion import finish, looked_up, taken, with_superblock
 from nbdmirror.points.regions import RegionMap, write_map
 from nbdmirror.points.requests import Program, Side, run
@@ -37,8 +37,6 @@ log = logging.getLogger("nbdmirror")
 
 SAVE_BYTES = 64 << 20
 """What the helper thread copies before it makes that durable."""
-
-EXTENTS_MAX = 4096
 
 RETRY_S, RETRY_S_MAX = 1.0, 30.0
 """Pauses of the helper thread after an error."""
@@ -80,7 +78,6 @@ class ServedPoint(Wrapper):
         self._copying: set[int] = set()
         self._failures = 0
         """Flushes that have failed: they may have lost what was copied."""
-        self._total = 0
         self._saving = threading.Lock()
         """Held from a flush to the write of the map; and by guests' flushes, since one of those may
         get the error that says that a copy is lost."""
@@ -137,22 +134,14 @@ class ServedPoint(Wrapper):
 
     def _find_what_is_left(self) -> None:
         """Find out what the image lacks."""
-        regions, size = self._found.regions, self.size
-        left = ~regions.bits
-        wanted = bitarray(len(left), "little")
-        wanted.setall(False)
-        for start, length, piece in self._found.index.pieces(0, size):
-            if piece is not None:
-                first, end = regions.span(start, length)
-                wanted[first:end] = True
-        self._left = left & wanted
-        self._copied = bitarray(len(left), "little")
+        self._left = self._found.needed & ~self._found.regions.bits
+        self._copied = bitarray(len(self._left), "little")
         self._copied.setall(False)
-        self._total = wanted.count()
         self._describe()
 
     def _describe(self) -> None:
-        found, total, left = self._found, self._total, self._left.count()
+        found, left = self._found, self._left.count()
+        total = found.needed.count()
         point = f"point {found.point.sequence} of {wall_time(found.point.time_ns)}"
         percent = 100 * (total - left) // max(1, total)
         self.description = f"{self.inner.description}, which becomes {point} ({percent} %)"
@@ -170,16 +159,7 @@ class ServedPoint(Wrapper):
                 part[:] = self._data(piece, start, length)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        found: list[Extent] = []
-        for start, span, piece in self._ranges(offset, length):
-            if piece is not None:
-                found.append(Extent(span, zero=piece.is_zero, hole=piece.is_zero))
-                continue
-            extents = self.inner.extents(start, span)
-            found += extents
-            if sum(extent.length for extent in extents) < span or len(found) >= EXTENTS_MAX:
-                break
-        return merge_extents(found)
+        return extents_of(self.inner, self._ranges(offset, length))[0]
 
     def cache(self, offset: int, length: int) -> None:
         if not self._lacks(offset, length):
@@ -241,20 +221,18 @@ class ServedPoint(Wrapper):
             self.inner.trim(offset, length, fua=is_durable)
 
     def flush(self) -> None:
-        self._refuse_if_gone()
-        if self.is_complete:
-            self.inner.flush()
-            return
-        with self._saving, self._noting_failures():
-            self.inner.flush()
+        self._flush(self.inner.flush)
 
     def sync(self) -> None:
+        self._flush(self.inner.sync)
+
+    def _flush(self, flush: Callable[[], None]) -> None:
         self._refuse_if_gone()
         if self.is_complete:
-            self.inner.sync()
+            flush()
             return
         with self._saving, self._noting_failures():
-            self.inner.sync()
+            flush()
 
     @contextmanager
     def _change(self, offset: int, length: int, fua: bool) -> Iterator[bool]:

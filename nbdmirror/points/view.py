@@ -20,7 +20,7 @@ import errno
 import threading
 from dataclasses import dataclass
 
-from nbdmirror.devices.base import BlockDevice, BlockSize, Buffer, Extent, Wrapper, merge_extents
+from nbdmirror.devices.base import BlockDevice, BlockSize, Buffer, Extent, Wrapper
 from nbdmirror.errors import DeviceError
 from nbdmirror.points.applier import headers_to
 from nbdmirror.points.format import (
@@ -32,7 +32,7 @@ from nbdmirror.points.format import (
     State,
     Superblock,
 )
-from nbdmirror.points.index import Index, Piece, Pieces, index_to
+from nbdmirror.points.index import Index, Piece, Pieces, extents_of, index_to
 from nbdmirror.points.reader import Journal, fetch, read
 from nbdmirror.points.recovery import check_image, check_size, choose
 from nbdmirror.points.requests import Program, Side, run
@@ -40,8 +40,6 @@ from nbdmirror.points.superblocks import find, taken_text, wall_time
 
 ATTEMPTS_MAX = 10
 """How often the journal is read again if the source changes it meanwhile."""
-
-EXTENTS_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +128,10 @@ class PointView(Wrapper):
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         self._refuse_if_gone()
-        found: list[Extent] = []
-        is_of_image = False
-        for start, span, piece in self._index.pieces(offset, length):
-            if piece is not None:  # the same at any time, wherever it is read from
-                found.append(Extent(span, zero=piece.is_zero, hole=piece.is_zero))
-                continue
-            is_of_image = True
-            extents = self.inner.extents(start, span)
-            found += extents
-            if sum(extent.length for extent in extents) < span or len(found) >= EXTENTS_MAX:
-                break
+        found, is_of_image = extents_of(self.inner, self._index.pieces(offset, length))
         if is_of_image:
             self._look_again()
-        return merge_extents(found)
+        return found
 
     def _data(self, piece: Piece | None) -> bytes | None:
         """What the piece's entry has, whole; None: the image has the range."""

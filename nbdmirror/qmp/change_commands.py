@@ -12,8 +12,6 @@ from nbdmirror.events import Reply
 from nbdmirror.mirror.options import CopyMode
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.nbd_uri import is_uri
-from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
-from nbdmirror.qmp.addresses import target_uri
 from nbdmirror.qmp.arguments import (
     COPY_MODE,
     JOB_TYPE,
@@ -25,11 +23,15 @@ from nbdmirror.qmp.arguments import (
 )
 from nbdmirror.qmp.command import CommandTable, ask_loop, on_loop
 from nbdmirror.qmp.job_commands import find_block_job
-from nbdmirror.qmp.opening import in_thread, open_device
+from nbdmirror.qmp.journals import journal_node, open_journal
+from nbdmirror.qmp.opening import in_thread
 from nbdmirror.qmp.points_arguments import (
     MEMBERS_OF_CHANGE,
+    PROMISES,
     PointsArguments,
+    attribute,
     points_options,
+    refuse_promises,
 )
 from nbdmirror.qmp.saving import mirrors_saved
 from nbdmirror.qmp.schema import NUMBER, STR, UINT32, Struct, named, optional, struct
@@ -38,13 +40,6 @@ from nbdmirror.server.points_checks import check_new_journal
 from nbdmirror.server.server import Server
 
 COMMANDS = CommandTable()
-
-_PROMISES = (
-    "x-nbdmirror-max-pause",
-    "x-nbdmirror-may",
-    "x-nbdmirror-deadline",
-    "x-nbdmirror-on-deadline",
-)
 
 _CHANGE = Struct(
     "BlockJobChangeOptions",
@@ -95,10 +90,6 @@ class ChangeArguments:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def attribute(name: str) -> str:
-    return name.replace("-", "_")
-
-
 @COMMANDS.command("block-job-change", _CHANGE)
 async def block_job_change(server: Server, **arguments: Any) -> Reply:
     wanted = ChangeArguments(**arguments)
@@ -131,9 +122,7 @@ def _change(server: Server, wanted: ChangeArguments) -> None:
     more: dict[str, Any] = {}
     job = find_block_job(server, wanted.id)
     if wanted.mode is CopyMode.POINTS:
-        for name in _PROMISES:
-            if any(wanted.given([name]).values()):
-                raise CommandError(f"Copy mode 'points' accepts no '{name}'")
+        refuse_promises(wanted)
     if wanted.x_nbdmirror_max_pause is not None:
         more["max_pause_s"] = max_pause_s(wanted.x_nbdmirror_max_pause)
     if wanted.x_nbdmirror_may is not None:
@@ -159,27 +148,17 @@ async def _make_points(server: Server, wanted: ChangeArguments) -> Reply:
         raise
 
 
-async def _opened(server: Server, job_id: str, text: str) -> Node:
+async def _opened(server: Server, job_id: str, uri: str) -> Node:
     """A node that is not added yet."""
-    try:
-        job: PointsJob = await ask_loop(server, partial(find_block_job, server, job_id))
-        uri = target_uri(text)
-        await ask_loop(server, partial(server.nodes.check_uri, uri, job.disk.name))
-        device = await open_device(lambda: uri, CONNECT_TIMEOUT_S)
-    except CommandError as error:
-        raise CommandError(f"Journal: {error}") from error
+    job: PointsJob = await ask_loop(server, partial(find_block_job, server, job_id))
+    device = await open_journal(server, uri, job.disk.name)
     options = NodeOptions(reconnect_delay_s=job.options.reconnect_delay_s)
     return Node("", device, options, is_owned=True)
 
 
 def _journal(server: Server, job_id: str, name: str) -> Node:
     """Raises CommandError unless it may be looked into."""
-    node = server.nodes.find_target(find_block_job(server, job_id).disk, name)
-    if node is None or server.nodes.is_used(node):
-        raise CommandError(f"Journal: Node '{name}' is in use")
-    if node.device.is_lost:
-        raise CommandError(f"Journal: Node '{name}' has lost its connection")
-    return node
+    return journal_node(server, name, find_block_job(server, job_id).disk.name)
 
 
 def _begin(server: Server, wanted: ChangeArguments, added: Node | None) -> None:
@@ -198,7 +177,7 @@ def _begin(server: Server, wanted: ChangeArguments, added: Node | None) -> None:
             "x_nbdmirror_may": job.options.may,
             "x_nbdmirror_deadline": float(job.options.deadline_at_s is not None),
         }
-        given = wanted.given([*_PROMISES, *MEMBERS_OF_CHANGE])
+        given = wanted.given([*PROMISES, *MEMBERS_OF_CHANGE])
         arguments = PointsArguments(
             copy_mode=wanted.copy_mode, sync=job.options.sync, **(kept | given)
         )

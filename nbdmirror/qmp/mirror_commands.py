@@ -16,7 +16,6 @@ from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.names import default_job_id, is_wellformed_id
-from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmp.addresses import target_uri
 from nbdmirror.qmp.arguments import (
@@ -32,6 +31,7 @@ from nbdmirror.qmp.arguments import (
     on_deadline,
 )
 from nbdmirror.qmp.command import CommandTable, ask_loop, on_loop
+from nbdmirror.qmp.journals import journal_node, open_journal
 from nbdmirror.qmp.opening import in_thread, open_device
 from nbdmirror.qmp.points_arguments import POINTS_MEMBERS, PointsArguments, points_options
 from nbdmirror.qmp.saving import mirrors_saved
@@ -141,21 +141,9 @@ async def _open_again(server: Server, **arguments: Any) -> None:
         if not await ask_loop(server, partial(nodes.reopen, node, device)):
             device.close()
     if mirror.x_nbdmirror_journal is not None:
-        find = partial(_journal_node, server, mirror)
+        find = partial(journal_node, server, mirror.x_nbdmirror_journal, mirror.device)
         journal: Node = await ask_loop(server, find)
         await in_thread(partial(check_new_journal, journal.device))
-
-
-def _journal_node(server: Server, mirror: MirrorArguments) -> Node:
-    """The node of the journal, if it is one that may be looked into. Raises CommandError."""
-    assert mirror.x_nbdmirror_journal is not None
-    disk = server.nodes.find_disk(mirror.device)
-    node = server.nodes.find_target(disk, mirror.x_nbdmirror_journal)
-    if node is None or server.nodes.is_used(node):
-        raise CommandError(f"Journal: Node '{mirror.x_nbdmirror_journal}' is in use")
-    if node.device.is_lost:
-        raise CommandError(f"Journal: Node '{node.name}' has lost its connection")
-    return node
 
 
 @COMMANDS.action(
@@ -195,7 +183,7 @@ async def drive_mirror(
     added = [Node(node_name or "", device, options, is_owned=True)]
     try:
         if mirror.x_nbdmirror_journal is not None:
-            journal = await _open_journal(server, mirror)
+            journal = await open_journal(server, mirror.x_nbdmirror_journal, mirror.device)
             added.append(Node("", journal, options, is_owned=True))
             await in_thread(partial(check_new_journal, journal))
         reply = await on_loop(server, partial(_start, server, mirror, added))
@@ -205,15 +193,6 @@ async def drive_mirror(
         raise
     await mirrors_saved(server)
     return reply
-
-
-async def _open_journal(server: Server, mirror: MirrorArguments) -> NbdDevice:
-    try:
-        uri = target_uri(mirror.x_nbdmirror_journal or "")
-        await ask_loop(server, partial(server.nodes.check_uri, uri, mirror.device))
-        return await open_device(lambda: uri, CONNECT_TIMEOUT_S)
-    except CommandError as error:
-        raise CommandError(f"Journal: {error}") from error
 
 
 def _start(server: Server, mirror: MirrorArguments, added: list[Node]) -> None:

@@ -40,6 +40,14 @@ POINTS_MEMBERS: dict[str, Member] = named(
 )
 
 
+PROMISES = (
+    "x-nbdmirror-max-pause",
+    "x-nbdmirror-may",
+    "x-nbdmirror-deadline",
+    "x-nbdmirror-on-deadline",
+)
+"""About the end of a job."""
+
 MEMBERS_OF_CHANGE: dict[str, Member] = {
     name: member for name, member in POINTS_MEMBERS.items() if name != "x-nbdmirror-auto-point"
 }
@@ -67,21 +75,30 @@ class PointsArguments:
     x_nbdmirror_on_deadline: str | None = None
 
 
+def attribute(name: str) -> str:
+    """The name of an argument in Python."""
+    return name.replace("-", "_")
+
+
+def refuse_promises(given: object) -> None:
+    """Raise CommandError if the arguments `given` promise an end, which points do not."""
+    for key in PROMISES:
+        if getattr(given, attribute(key)):
+            raise CommandError(f"Copy mode 'points' accepts no '{key}'")
+
+
 def points_options(nodes: Nodes, disk: Disk, given: PointsArguments) -> PointsOptions | None:
     """What copy mode points is asked for; None: it is another mode. Raises CommandError."""
     name = given.x_nbdmirror_journal
     if CopyMode(given.copy_mode) is not CopyMode.POINTS:
         for key in POINTS_MEMBERS:
-            if getattr(given, key.replace("-", "_")) is not None:
+            if getattr(given, attribute(key)) is not None:
                 raise CommandError(f"Parameter '{key}' needs copy-mode 'points'")
         return None
     _check_far_side(given)
     if given.sync != "full":
         raise CommandError("Copy mode 'points' needs sync 'full'")
-    for key in ("max_pause", "may", "deadline", "on_deadline"):
-        if getattr(given, f"x_nbdmirror_{key}"):
-            key = key.replace("_", "-")
-            raise CommandError(f"Copy mode 'points' accepts no 'x-nbdmirror-{key}'")
+    refuse_promises(given)
     interval_s, keep_s, rpo_s = _times(given)
     store_bytes = given.x_nbdmirror_store_bytes
     if store_bytes is None:
@@ -115,10 +132,9 @@ def _check_far_side(given: PointsArguments) -> None:
     if given.x_nbdmirror_auto_point is not False:
         text = "needs 'x-nbdmirror-journal', or, for a target whose snapshots are the points"
         raise CommandError(f"Copy mode 'points' {text}, 'x-nbdmirror-auto-point' false")
-    for key in ("keep", "on_journal_full"):
-        if getattr(given, f"x_nbdmirror_{key}") is not None:
-            key = key.replace("_", "-")
-            raise CommandError(f"Parameter 'x-nbdmirror-{key}' needs 'x-nbdmirror-journal'")
+    for key in ("x-nbdmirror-keep", "x-nbdmirror-on-journal-full"):
+        if getattr(given, attribute(key)) is not None:
+            raise CommandError(f"Parameter '{key}' needs 'x-nbdmirror-journal'")
 
 
 def _times(given: PointsArguments) -> tuple[float, float, float]:

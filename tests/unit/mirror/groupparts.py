@@ -10,18 +10,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from unit.mirror.jobdevices import MemoryTarget, Requests, Source, StillLoop
+from unit.mirror.jobdevices import Requests, Source, StillLoop
 from unit.mirror.jobparts import GRANULARITY, FakeResources, JobWorld
 
 from nbdmirror.devices.base import BlockDevice, Done, ExtentsDone, MemoryDevice
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import Changes
-from nbdmirror.disk.disk import Disk
-from nbdmirror.disk.tracker import Tracker
 from nbdmirror.events import EventRing
-from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.group import Group
-from nbdmirror.mirror.options import CopyMode, Ending, MirrorOptions
+from nbdmirror.mirror.options import CopyMode, Ending
 from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_run import LATE_PAUSE_S
@@ -80,7 +77,7 @@ class Export:
         self.start_write(buf, offset, done)
 
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        effect = lambda: self.device.zero(offset, length, may_trim=may_trim)  # noqa: E731
+        effect = partial(self.device.zero, offset, length, may_trim=may_trim)
         self.requests.start("zero", effect, done)
 
     def start_trim(self, offset: int, length: int, done: Done) -> None:
@@ -166,8 +163,6 @@ class PointsWorld(JobWorld):
     def __init__(
         self,
         *,
-        loop: StillLoop | None = None,
-        events: EventRing | None = None,
         ring_bytes: int = RING_BYTES,
         interval_s: float = INTERVAL_S,
         keep_s: float = 3600.0,
@@ -176,58 +171,45 @@ class PointsWorld(JobWorld):
         new_group: Callable[[], int] = NUMBERS.__next__,
         **options: Any,
     ) -> None:
-        mode = CopyMode.POINTS if has_points else CopyMode.BACKGROUND
-        self.loop = loop or StillLoop()
-        self.events = events or EventRing(lambda: 0.0)
-        options.setdefault("job_id", "j")
-        self.source = self.busy = Busy(self.loop, SIZE)
-        self.source.data[:512] = bytes(512)
-        self.target = MemoryTarget(self.loop, SIZE)
         self.journal = MemoryDevice(RING_START + ring_bytes, description="journal")
+        created = create("journal", self.journal.size, disk_bytes=SIZE, now_ns=0)
+        self.disk_id = run(created, {Side.JOURNAL: self.journal}).disk_id
+        self._has_points = has_points
+        self._new_group = new_group
+        self._points: dict[str, Any] = {
+            "interval_s": interval_s,
+            "keep_s": keep_s,
+            "in_place": in_place,
+        }
+        mode = CopyMode.POINTS if has_points else CopyMode.BACKGROUND
+        super().__init__(size=SIZE, buffer_bytes=SIZE, copy_mode=mode, **options)
+
+    def new_source(self, size: int) -> Source:
+        self.busy = Busy(self.loop, size)
+        self.busy.data[:512] = bytes(512)
+        return self.busy
+
+    def new_resources(self) -> PointResources:
         self.exports = {
             Side.IMAGE: Export(self.target, self.loop),
             Side.JOURNAL: Export(self.journal, self.loop),
         }
-        created = create("journal", self.journal.size, disk_bytes=SIZE, now_ns=0)
-        self.disk_id = run(created, {Side.JOURNAL: self.journal}).disk_id
-        self.disk = Disk(options["job_id"], self.source)
-        self.resources = PointResources(self)
+        return PointResources(self)
+
+    def new_job(self, **parts: Any) -> PointsJob:
         self.plan = PointPlan(
             changes=Changes(self.disk, BLOCK_BYTES),
-            interval_s=interval_s,
-            keep_s=keep_s,
             rpo_s=0.0,
             store=StoreOptions(),
-            in_place=in_place,
+            **self._points,
         )
-        tracker = Tracker(SIZE, GRANULARITY)
-        loop_: Any = self.loop
-        self.job = PointsJob(
-            options=MirrorOptions(copy_mode=mode, **options),
-            disk=self.disk,
-            target=self.target,
-            tracker=tracker,
-            copier=lambda job: Copier(
-                source=self.source,
-                target=self.target,
-                tracker=tracker,
-                observer=job,
-                clock=self.loop.clock,
-                call_later=self.loop.call_later,
-                buffer_bytes=SIZE,
-                request_bytes_max=GRANULARITY,
-                load=None,
-                waits=job.waits,
-            ),
-            loop=loop_,
-            events=self.events,
-            resources=self.resources,
-            plan=self.plan if has_points else None,
+        return PointsJob(
+            plan=self.plan if self._has_points else None,
             source=self.source,
             wall_time_ns=self.wall_time_ns,
-            new_group=new_group,
+            new_group=self._new_group,
+            **parts,
         )
-        self.job.create()
 
     def renew(self) -> None:
         """Another journal, for a job that makes no points any more."""

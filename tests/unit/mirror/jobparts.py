@@ -125,7 +125,7 @@ class JobWorld:
         self.loop = loop or StillLoop()
         self.events = events or EventRing(lambda: 0.0)
         options.setdefault("job_id", "j")
-        self.source = Source(self.loop, size)
+        self.source = self.new_source(size)
         self.target = MemoryTarget(self.loop, size)
         self.disk = Disk(options["job_id"], self.source)
         self.resources = self.new_resources()
@@ -153,6 +153,9 @@ class JobWorld:
             resources=self.resources,
         )
         self.job.create()
+
+    def new_source(self, size: int) -> Source:
+        return Source(self.loop, size)
 
     def new_resources(self) -> FakeResources:
         return FakeResources(self)

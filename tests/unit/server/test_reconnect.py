@@ -67,9 +67,10 @@ def attempt(
         if errors:
             raise errors.pop(0)
 
+    device: Any = target
     begin = partial(
         reconnect,
-        target,  # type: ignore[arg-type]
+        device,
         loop,
         reconnect_timeout_s=timeout_s,
         is_wanted=lambda: True,
