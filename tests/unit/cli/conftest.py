@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.fakes import Fake
-from unit.cli.cliparts import Main
+from unit.cli.cliparts import Main, reached
 
 from nbdmirror.cli import jobs as cli_jobs
 from nbdmirror.cli import main as cli
@@ -18,11 +18,8 @@ from nbdmirror.cli import watch as cli_watch
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     monkeypatch.setattr(cli_jobs, "POLL_S", 0.01)
     monkeypatch.setattr(cli_watch, "LINES_S", 0.01)
-    fake = Fake(str(tmp_path / "qmp"))
-    monkeypatch.setenv("NBDMIRROR_QMP", fake.path)
-    fake.server.start()
-    yield fake
-    fake.server.stop()
+    with reached(Fake(str(tmp_path / "qmp")), monkeypatch) as fake:
+        yield fake
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPError
 from support.fakes import Fake
-from unit.cli.cliparts import Main, one_line
+from unit.cli.cliparts import Main, one_line, reached
 
 from nbdmirror.cli import jobs as cli_jobs
 from nbdmirror.cli import snapshots as cli_snapshots
@@ -58,11 +58,8 @@ class FakeWithPoints(Fake):
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWithPoints]:
     monkeypatch.setattr(cli_jobs, "POLL_S", 0.01)
     monkeypatch.setattr(cli_snapshots, "RETRY_S", 0.01)
-    fake = FakeWithPoints(str(tmp_path / "qmp"))
-    monkeypatch.setenv("NBDMIRROR_QMP", fake.path)
-    fake.server.start()
-    yield fake
-    fake.server.stop()
+    with reached(FakeWithPoints(str(tmp_path / "qmp")), monkeypatch) as fake:
+        yield fake
 
 
 def test_one_command_and_one_answer_for_each_point(

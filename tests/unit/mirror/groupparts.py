@@ -306,6 +306,16 @@ def with_points(*names: str, **options: Any) -> list[PointsWorld]:
     return started(not_started(*names, **options))
 
 
+def while_one_sends() -> list[PointsWorld]:
+    """Two jobs, of which the second one has begun a point and cannot write it to its journal."""
+    a, b = with_points("a", "b")
+    a.pass_s(5.0)
+    b.journal_requests.holds = {"write"}
+    b.count(1)
+    a.pass_s(INTERVAL_S)
+    return [a, b]
+
+
 def kept(*names: str, **options: Any) -> list[PointsWorld]:
     """As after a restart: the points belong together, and not the ends."""
     worlds, group = worlds_of(*names, **options), PointGroup("key")

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from unit.mirror.groupparts import INTERVAL_S, PointsWorld, not_started, with_points
+from unit.mirror.groupparts import (
+    INTERVAL_S,
+    PointsWorld,
+    not_started,
+    while_one_sends,
+    with_points,
+)
 
 from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.points_view import REQUEST_S_MAX
@@ -102,11 +108,7 @@ def test_the_first_copy_of_another_job_is_named() -> None:
 
 
 def test_no_job_makes_the_point_if_one_stops_before() -> None:
-    a, b = with_points("a", "b")
-    a.pass_s(5.0)
-    b.journal_requests.holds = {"write"}
-    b.count(1)
-    a.pass_s(INTERVAL_S)
+    a, b = while_one_sends()
     request = a.job.ask_for_point("nightly")
     a.pass_s(1.0)
     assert not request.taken.done()
@@ -122,11 +124,7 @@ def test_no_job_makes_the_point_if_one_stops_before() -> None:
 
 
 def test_no_job_makes_the_point_if_no_moment_is_found() -> None:
-    a, b = with_points("a", "b")
-    a.pass_s(5.0)
-    b.journal_requests.holds = {"write"}
-    b.count(1)
-    a.pass_s(INTERVAL_S)
+    a, b = while_one_sends()
     request = a.job.ask_for_point("nightly")
     a.pass_s(REQUEST_S_MAX)
     assert "no moment was found" in str(request.taken.exception(0))
@@ -159,11 +157,7 @@ def test_a_point_that_one_job_breaks_is_told() -> None:
 
 def test_a_request_to_all_is_not_for_a_job_alone() -> None:
     """The group is broken up between the command and the moment."""
-    a, b = with_points("a", "b")
-    a.pass_s(5.0)
-    b.journal_requests.holds = {"write"}
-    b.count(1)
-    a.pass_s(INTERVAL_S)
+    a, b = while_one_sends()
     request = a.job.ask_for_point("nightly")
     a.settle()
     for world in (a, b):
