@@ -155,6 +155,20 @@ class AsyncTarget(Protocol):
     def start_flush(self, done: Done) -> None: ...
 
 
+def all_of(count: int, done: Done) -> Done:
+    """For the ends of `count` requests, of which there is at least one: `done` is called after the
+    last of them, with the first error."""
+    first_error: BaseException | None = None
+
+    def ended(error: BaseException | None) -> None:
+        nonlocal count, first_error
+        count, first_error = count - 1, first_error or error
+        if not count:
+            done(first_error)
+
+    return ended
+
+
 def merge_extents(extents: list[Extent]) -> list[Extent]:
     """`extents`, with neighbours of one kind joined and without empty ones."""
     merged: list[Extent] = []
@@ -285,6 +299,10 @@ class MemoryDevice(BlockDevice):
         last = len(self.allocated) if end == self.size else end // self.BLOCK_BYTES
         if last > first:
             self.allocated[first:last] = bytes(last - first)
+
+
+Run = tuple[int, int, memoryview | None]
+"""Offset and length in bytes, and the data to write there; None for zeroes."""
 
 
 def pieces(offset: int, length: int, length_max: int) -> list[tuple[int, int]]:

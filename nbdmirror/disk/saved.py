@@ -135,15 +135,18 @@ class SavedGranules:
                 if not is_written:
                     self._failed[place] = len(record)
 
-    def take(self) -> Saved | None:
-        """Remove the oldest range in memory and return it; None if there is none. Its memory counts
-        as free from now on."""
+    def take(self, bytes_max: int) -> list[Saved]:
+        """Remove the oldest ranges in memory and return them, with content of `bytes_max` or a
+        little more. Their memory counts as free from now on."""
+        found: list[Saved] = []
+        taken_bytes = 0
         with self._lock:
-            if not self._entries:
-                return None
-            saved = self._entries.popleft()
-            self._free_bytes += ENTRY_BYTES + len(saved.content or b"")
-        return saved
+            while self._entries and taken_bytes < bytes_max:
+                saved = self._entries.popleft()
+                found.append(saved)
+                taken_bytes += ENTRY_BYTES + len(saved.content or b"")
+            self._free_bytes += taken_bytes
+        return found
 
     @property
     def may_read_spilled(self) -> bool:

@@ -21,10 +21,18 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
-from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, leading_bytes, round_out
+from nbdmirror.devices.base import (
+    AsyncSource,
+    AsyncTarget,
+    Done,
+    Extent,
+    Run,
+    leading_bytes,
+    round_out,
+)
 from nbdmirror.disk.claim import Claim, joined
 from nbdmirror.disk.tracker import Tracker
-from nbdmirror.mirror.buffers import Buffers, Run
+from nbdmirror.mirror.buffers import Buffers
 from nbdmirror.mirror.copy_in_flight import Copy, Observer
 from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad, Holes, InFlightWindow
 from nbdmirror.mirror.rate_limit import Haste, RateLimit

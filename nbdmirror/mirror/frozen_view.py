@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
-from nbdmirror.devices.base import AsyncSource, Extent, leading_bytes
+from nbdmirror.devices.base import AsyncSource, Extent, Run, leading_bytes
 from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.frozen import Frozen
 from nbdmirror.disk.saved import Saved
-from nbdmirror.mirror.buffers import Buffers, PageBuffer, Run
+from nbdmirror.mirror.buffers import Buffers, PageBuffer
 
 CHUNK_BYTES = 1 << 20
 """Largest chunk of data, if a granule is not larger."""
@@ -32,9 +32,11 @@ class Chunk:
     """A part of the point's content."""
 
     runs: list[Run]
-    """Offset and length in bytes, and the data; None for zeroes. Ascending."""
+    """Each range of the point once."""
+    memory_bytes: int = 0
+    """Of the data."""
     buffer: PageBuffer | None = None
-    """The memory of the data."""
+    """The memory of the data, if it can be used again."""
 
 
 class FrozenView:
@@ -63,7 +65,7 @@ class FrozenView:
     @property
     def is_settled(self) -> bool:
         """All of the point was given to `on_chunk`, and settled."""
-        return self._frozen.is_read and not self._reads and not self._unsettled
+        return not self._reads and not self._unsettled and self._frozen.is_read
 
     def read_next(self) -> bool:
         """Begin to read the next chunk. False if there is nothing to read now: everything was read,
@@ -71,8 +73,8 @@ class FrozenView:
         if self._frozen.error is not None:
             return False
         saved = self._frozen.saved
-        if (one := saved.take()) is not None:
-            self._give_saved(one)
+        if found := saved.take(self._chunk_bytes):
+            self._give_saved(found)
             return True
         if saved.may_read_spilled:
             self._reads += 1
@@ -93,8 +95,8 @@ class FrozenView:
     def settled(self, chunk: Chunk) -> None:
         """The far side has acknowledged a chunk: its memory is used again."""
         self._unsettled.remove(chunk)
+        self.in_flight_bytes -= chunk.memory_bytes
         if chunk.buffer is not None:
-            self.in_flight_bytes -= len(chunk.buffer.view)
             self._buffers.keep(chunk.buffer)
 
     def _have_extents(self, claim: Claim, extents: list[Extent] | None) -> None:
@@ -111,21 +113,23 @@ class FrozenView:
         parts = self._frozen.parts_of(claim)
         self._reads -= 1
         if self._frozen.read(claim):
-            self._give([(at, length, None) for at, length in parts], None)
+            self._give(Chunk([(at, length, None) for at, length in parts]))
 
     def _read(self, claim: Claim) -> None:
         self._frozen.shrink(claim, self._chunk_bytes)
         parts = self._frozen.parts_of(claim)
         start = parts[0][0]
         length = sum(parts[-1]) - start
-        buffer = self._in_flight(self._buffers.take(length))
+        buffer = self._buffers.take(length)
+        memory_bytes = len(buffer.view)
+        self.in_flight_bytes += memory_bytes
 
         def then(error: BaseException | None) -> None:
             if error is not None:
                 self._frozen.break_off(error)
             self._reads -= 1
             if self._frozen.read(claim):
-                self._give(_runs_of(buffer, parts), buffer)
+                self._give(Chunk(_runs_of(buffer, parts), memory_bytes, buffer))
 
         self._source.start_read(buffer.view[:length], start, then)
 
@@ -133,22 +137,22 @@ class FrozenView:
         self._reads -= 1
         if error is not None:
             self._frozen.break_off(error)
-        for saved in found if self._frozen.error is None else ():
-            self._give_saved(saved)
+        if self._frozen.error is None and found:
+            self._give_saved(found)
 
-    def _give_saved(self, saved: Saved) -> None:
-        if saved.content is None:
-            self._give([(at, length, None) for at, length in saved.parts], None)
-        else:
-            buffer = self._in_flight(PageBuffer.around(saved.content))
-            self._give(_runs_of(buffer, saved.parts), buffer)
+    def _give_saved(self, found: list[Saved]) -> None:
+        runs: list[Run] = []
+        memory_bytes = 0
+        for saved in found:
+            if saved.content is None:
+                runs += [(at, length, None) for at, length in saved.parts]
+            else:
+                runs += _runs_of(PageBuffer.around(saved.content), saved.parts)
+                memory_bytes += len(saved.content)
+        self.in_flight_bytes += memory_bytes
+        self._give(Chunk(runs, memory_bytes))
 
-    def _in_flight(self, buffer: PageBuffer) -> PageBuffer:
-        self.in_flight_bytes += len(buffer.view)
-        return buffer
-
-    def _give(self, runs: list[Run], buffer: PageBuffer | None) -> None:
-        chunk = Chunk(runs, buffer)
+    def _give(self, chunk: Chunk) -> None:
         self._unsettled.add(chunk)
         self._on_chunk(chunk)
 

@@ -8,10 +8,10 @@ On the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nbdmirror.devices.base import Done
+from nbdmirror.devices.base import Done, Run
 from nbdmirror.errors import Error
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.frozen_view import Chunk, FrozenView
@@ -29,9 +29,7 @@ class PointWriter(Protocol):
 
     def begin(self, time_ns: int, *, bytes_max: int, name: str = "", group: int = 0) -> object: ...
 
-    def start_write(self, buf: memoryview, offset: int, done: Done) -> None: ...
-
-    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None: ...
+    def put(self, runs: Sequence[Run], done: Done) -> None: ...
 
     def commit(self, done: Done) -> None: ...
 
@@ -97,24 +95,18 @@ class PointSender:
 
     def chunk(self, chunk: Chunk) -> None:
         """Send a chunk of the point."""
-        points, pending = self._points, len(chunk.runs)
+        points = self._points
         assert points is not None
         view = points.view
 
         def ended(error: BaseException | None) -> None:
-            nonlocal pending
-            pending -= 1
             if error is not None:
                 points.break_off(error)
-            elif not pending and view is not None and view is points.view:
+            elif view is not None and view is points.view:
                 view.settled(chunk)
                 self.pump()
 
-        for offset, length, content in chunk.runs:
-            if content is None:
-                self.writer.start_zero(offset, length, True, ended)
-            else:
-                self.writer.start_write(content, offset, ended)
+        self.writer.put(chunk.runs, ended)
 
     def broken(self, error: BaseException) -> None:
         """The point is given up on this side: nothing more of it is sent."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import nbd
 
-from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, ExtentsDone, pieces
+from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, ExtentsDone, all_of, pieces
 from nbdmirror.errors import DeviceLost
 from nbdmirror.nbdclient.block_status import LENGTH_MAX
 from nbdmirror.nbdclient.device import NbdDevice
@@ -87,16 +87,11 @@ class DurableExport(AsyncSource, AsyncTarget):
         """Start a request for each piece of `length` bytes. `done` with the first error."""
         if self._is_lost(done):
             return
+        if length <= length_max:
+            start(0, length, done)
+            return
         parts = pieces(0, length, length_max)
-        pending = len(parts)
-        first_error: BaseException | None = None
-
-        def ended(error: BaseException | None) -> None:
-            nonlocal pending, first_error
-            pending, first_error = pending - 1, first_error or error
-            if not pending:
-                done(first_error)
-
+        ended = all_of(len(parts), done)
         for at, span in parts:
             start(at, span, ended)
 

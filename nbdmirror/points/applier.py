@@ -3,6 +3,7 @@
 The order, in which each step is durable before the next:
 
     1. every byte that will be needed is read and checked; nothing is changed if one is damaged
+       (what this process has just written, and has in memory, is not read: last_batch.py)
     2. superblock: `applying` = the point
     3. the newest content of each range, from the base to the point, goes to the image
     4. the image is flushed
@@ -15,14 +16,24 @@ offer, and step 3 can be done again, as often as wanted, for this point or a lat
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bitarray import bitarray
 
+from nbdmirror.devices.base import Run
 from nbdmirror.points.format import SAMPLES_MAX, Header, Sample
-from nbdmirror.points.reader import DamagedData, Journal, Part, contents, groups, newest_parts
+from nbdmirror.points.reader import (
+    GROUP_BYTES,
+    DamagedData,
+    Journal,
+    Part,
+    contents,
+    groups,
+    newest_parts,
+)
 from nbdmirror.points.regions import RegionMap
 from nbdmirror.points.requests import Flush, Program, Request, Side, Write, Zero
 from nbdmirror.points.superblocks import Found, Superblocks
@@ -64,15 +75,29 @@ def put(
     further changes of the superblock, in steps 2 and 5. `regions`: what the image has already, and
     keeps. Raises IO_ERRORS and JournalTaken."""
     headers = headers_to(journal, sequence)
-    changes: dict[str, Any] = {}
-    if headers:
-        yield from superblocks.update(applying=sequence, **(first or {}))
-        samples: list[Sample] = []
 
+    def content(samples: list[Sample]) -> Program[None]:
         def write(parts: list[Part]) -> Program[None]:
             yield from _write(journal, _lacking(parts, regions), samples)
 
         yield from newest_parts(journal, headers, write)
+
+    yield from _put(superblocks, headers, content, first or {}, last or {})
+
+
+def _put(
+    superblocks: Superblocks,
+    headers: Sequence[Header],
+    content: Callable[[list[Sample]], Program[None]],
+    first: Mapping[str, Any],
+    last: Mapping[str, Any],
+) -> Program[None]:
+    """`content` writes step 3, and appends what was written where."""
+    changes: dict[str, Any] = {}
+    if headers:
+        yield from superblocks.update(applying=headers[-1].point.sequence, **first)
+        samples: list[Sample] = []
+        yield from content(samples)
         changes = {
             "base": headers[-1].point,
             "base_digest": headers[-1].digest,
@@ -82,7 +107,7 @@ def put(
             "samples": tuple(samples),
         }
     yield [Flush(Side.IMAGE)]
-    yield from superblocks.update(**changes, **(last or {}))
+    yield from superblocks.update(**changes, **last)
 
 
 def headers_to(journal: Journal, sequence: int) -> list[Header]:
@@ -99,8 +124,15 @@ def apply(
     found = Found(writer.superblocks.current, slot=0, damage=())
     headers = [h for h in writer.headers if h.place >= found.current.tail]
     journal = Journal(writer.name, found, tuple(headers), damage=(), unfinished="")
-    yield from check(journal, headers_to(journal, sequence))
-    yield from put(journal, writer.superblocks, sequence, last=last)
+    wanted = headers_to(journal, sequence)
+    runs = writer.last_batch.runs(wanted[0]) if wanted else None
+    if runs is None:
+        yield from check(journal, wanted)
+        yield from put(journal, writer.superblocks, sequence, last=last)
+    else:
+        content = partial(_write_runs, runs)
+        yield from _put(writer.superblocks, wanted, content, {}, last or {})
+        writer.last_batch.forget()
     yield from writer.free()
 
 
@@ -120,9 +152,27 @@ def _write(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Pr
     yield [Zero(Side.IMAGE, part.offset, part.length) for part in zeroes]
     for group in groups(part for part in parts if not part.entry.is_zero):
         found = yield from contents(journal, group)
-        writes: list[Request] = []
-        for part, data in zip(group, found, strict=True):
-            writes.append(Write(Side.IMAGE, data, part.offset))
-            if len(samples) < SAMPLES_MAX:
-                samples.append(Sample(part.offset, part.length, zlib.crc32(data)))
-        yield writes
+        yield [
+            _write_of(data, part.offset, samples) for part, data in zip(group, found, strict=True)
+        ]
+
+
+def _write_runs(runs: Sequence[Run], samples: list[Sample]) -> Program[None]:
+    requests: list[Request] = []
+    length = 0
+    for offset, span, data in runs:
+        if data is None:
+            requests.append(Zero(Side.IMAGE, offset, span))
+            continue
+        requests.append(_write_of(data, offset, samples))
+        length += span
+        if length >= GROUP_BYTES:
+            yield requests
+            requests, length = [], 0
+    yield requests
+
+
+def _write_of(data: memoryview, offset: int, samples: list[Sample]) -> Write:
+    if len(samples) < SAMPLES_MAX:
+        samples.append(Sample(offset, len(data), zlib.crc32(data)))
+    return Write(Side.IMAGE, data, offset)

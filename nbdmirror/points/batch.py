@@ -30,12 +30,12 @@ class Batch:
         self._gathered: list[Buffer] = []
         self._waiting: list[Done] = []
 
-    def gather(self, buf: Buffer, done: Done) -> None:
-        """Give data the next place. `buf` must stay as it is until `done`."""
-        self.next += len(buf)
-        self._gathered.append(buf)
+    def gather(self, data: list[Buffer], length: int, done: Done) -> None:
+        """Give data of `length` bytes the next place. It must stay as it is until `done`."""
+        self.next += length
+        self._gathered += data
         self._waiting.append(done)
-        self.gathered_bytes += len(buf)
+        self.gathered_bytes += length
 
     def take_gathered(self) -> tuple[int, Buffer, list[Done]]:
         """The place of the gathered data in the ring, the data, and who waits for the end."""

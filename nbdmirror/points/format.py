@@ -268,9 +268,15 @@ class Entry:
     """CRC-32 of these blocks."""
     is_zero: bool
 
-    def pack(self) -> bytes:
-        kind = _ZERO if self.is_zero else _DATA
-        return _ENTRY.pack(self.offset, self.length, self.place, self.crc, kind)
+
+def pack_data(offset: int, length: int, place: int, crc: int) -> bytes:
+    """An entry of the index: a range whose data is in the ring."""
+    return _ENTRY.pack(offset, length, place, crc, _DATA)
+
+
+def pack_zeroes(offset: int, length: int) -> bytes:
+    """An entry of the index: a range of zeroes."""
+    return _ENTRY.pack(offset, length, 0, 0, _ZERO)
 
 
 def unpack_entries(index: bytes | bytearray | memoryview, count: int) -> list[Entry]:

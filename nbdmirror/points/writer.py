@@ -3,7 +3,7 @@
 The life of a point:
 
     begin       checks that the point fits; writes nothing
-    start_write, start_zero     as on any AsyncTarget: data goes to the ring, beside it an index
+    put         ranges of the disk: data goes to the ring, beside it an index
     commit      index and header -> flush -> footer, durable: the point is there
 
 or, at any time before its footer is sent, `give_up`: what was written is no point, and its place in
@@ -34,22 +34,25 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nbdmirror.devices.base import Buffer, Done, pieces
+from nbdmirror.devices.base import Buffer, Done, Run, all_of, pieces
 from nbdmirror.errors import IO_ERRORS, DeviceError, DeviceLost
 from nbdmirror.names import POINT_BYTES_MAX
 from nbdmirror.points.batch import GATHER_BYTES, Batch
 from nbdmirror.points.format import (
     BLOCK_BYTES,
+    ENTRY_BYTES,
     ENTRY_BYTES_MAX,
-    Entry,
     Header,
     JournalError,
     Point,
     State,
     batch_bytes_max,
     blocks,
+    pack_data,
     pack_footer,
+    pack_zeroes,
 )
+from nbdmirror.points.last_batch import LastBatch
 from nbdmirror.points.requests import (
     Exports,
     Flush,
@@ -94,10 +97,7 @@ class Room:
 
 
 class JournalWriter:
-    """An AsyncTarget of the disk's size that appends what is written to the open point's batch.
-
-    Ranges are whole blocks of BLOCK_BYTES of the disk, except its odd end. A range that is written
-    twice in a point counts as it was written last."""
+    """Appends points, one after the other, to the journal of a disk."""
 
     def __init__(
         self,
@@ -125,6 +125,7 @@ class JournalWriter:
         self._digest = headers[-1].digest if headers else base.base_digest
         self._tail = base.tail
         self._clock = clock
+        self.last_batch = LastBatch()
         self._batch: Batch | None = None
         self._in_flight = 0
         self._committing = 0
@@ -207,44 +208,44 @@ class JournalWriter:
             raise JournalFull(text, needed - room.free_bytes)
         point = Point(self.newest.sequence + 1, time_ns, name, group)
         self._batch = Batch(point, self._head)
+        self.last_batch.begins()
         return point
 
-    def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
-        """Append data. `buf` must stay as it is until `done`."""
-        batch = self._open_batch(offset, len(buf))
-        padding = -len(buf) % BLOCK_BYTES
-        if padding:
-            buf = memoryview(bytes(buf) + bytes(padding))
-        place = batch.next
-        entries = b"".join(
-            Entry(
-                offset + start,
-                min(span, len(buf) - padding - start),
-                place + start,
-                zlib.crc32(buf[start : start + span]),
-                is_zero=False,
-            ).pack()
-            for start, span in pieces(0, len(buf), ENTRY_BYTES_MAX)
-        )
-        if not self._has_room(batch, len(buf), len(entries)):
-            self._refuse(batch, done)
+    def put(self, runs: Sequence[Run], done: Done) -> None:
+        """Append ranges of the disk, in whole blocks but for its odd end. The data must stay as it
+        is until `done`. Zeroes take an entry of the index alone. What is put twice in a point
+        counts as it was put last."""
+        batch = self._batch
+        assert batch is not None, "no point is open"
+        index: list[bytes] = []
+        data: list[Buffer] = []
+        place, size = batch.next, self.size
+        for offset, length, content in runs:
+            end = offset + length
+            assert not offset % BLOCK_BYTES and length > 0, "not whole blocks"
+            assert end == size or (end < size and not end % BLOCK_BYTES), "not whole blocks"
+            if content is None:
+                index.append(pack_zeroes(offset, length))
+                continue
+            if padding := -length % BLOCK_BYTES:
+                content = memoryview(bytes(content) + bytes(padding))
+            if length <= ENTRY_BYTES_MAX:
+                index.append(pack_data(offset, length, place, zlib.crc32(content)))
+            else:
+                index += _entries_of(content, offset, end, place)
+            data.append(content)
+            place += len(content)
+        length = place - batch.next
+        if not self._has_room(batch, length, len(index) * ENTRY_BYTES):
+            text = f"{self.name}: point {batch.point.sequence} does not fit"
+            batch.error = DeviceError(text, errno.ENOSPC)
+            done(batch.error)
             return
-        batch.index += entries
-        self._gather(batch, buf, done)
-
-    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        """Append zeroes, which take an entry of the index alone."""
-        batch = self._open_batch(offset, length)
-        entry = Entry(offset, length, 0, 0, is_zero=True).pack()
-        if not self._has_room(batch, 0, len(entry)):
-            self._refuse(batch, done)
-            return
-        batch.index += entry
-        done(None)
-
-    def start_flush(self, done: Done) -> None:
-        """Flush what the point has so far; `commit` does that by itself."""
-        self._export.start_flush(done)
+        batch.index += b"".join(index)
+        if data:
+            self._gather(batch, data, length, done)
+        else:
+            done(None)
 
     def commit(self, done: Done) -> None:
         """Make the open point last. All its writes were acknowledged. So were those of the image,
@@ -298,16 +299,17 @@ class JournalWriter:
             yield from self.superblocks.update(
                 state=State.OK, since_ns=header.point.time_ns, newest=number
             )
-            self._committed(header)
+            self._committed(header, index)
             return
-        self._committed(header)
+        self._committed(header, index)
         tell(None)
         yield from self.superblocks.note_newest(number)
 
-    def _committed(self, header: Header) -> None:
+    def _committed(self, header: Header, index: bytes) -> None:
         self._problem = None
         self._head, self._digest, self.newest = header.end, header.digest, header.point
         self.headers.append(header)
+        self.last_batch.committed(header, index)
         now_s = self._clock()
         self._commits.append((now_s, self._head))
         while len(self._commits) > 2 and now_s - self._commits[1][0] >= RATE_S:
@@ -327,37 +329,26 @@ class JournalWriter:
             done, self._on_idle = self._on_idle, None
             done(None)
 
-    def _open_batch(self, offset: int, length: int) -> Batch:
-        assert self._batch is not None, "no point is open"
-        end = offset + length
-        assert not offset % BLOCK_BYTES and length > 0, "not whole blocks"
-        assert end == self.size or (end < self.size and not end % BLOCK_BYTES), "not whole blocks"
-        return self._batch
-
     def _has_room(self, batch: Batch, data_bytes: int, index_bytes: int) -> bool:
         index = blocks(len(batch.index) + index_bytes)
         end = batch.next + data_bytes + index + BLOCK_BYTES
         return end - self._tail <= self.superblocks.current.ring_bytes
 
-    def _refuse(self, batch: Batch, done: Done) -> None:
-        text = f"{self.name}: point {batch.point.sequence} does not fit"
-        batch.error = DeviceError(text, errno.ENOSPC)
-        done(batch.error)
-
-    def _gather(self, batch: Batch, buf: Buffer, done: Done) -> None:
-        """Send a write now, or with others: what comes while a write is in flight waits for that
-        one's end, and goes as one request. So small writes are joined as far as the far side is
-        slower than the source, and a single one does not wait."""
-        if len(buf) >= GATHER_BYTES:
+    def _gather(self, batch: Batch, data: list[Buffer], length: int, done: Done) -> None:
+        """Send a write of `length` bytes now, or with others: what comes while a write is in flight
+        waits for that one's end, and goes as one request. So small writes are joined as far as the
+        far side is slower than the source, and a single one does not wait."""
+        if length >= GATHER_BYTES:
             self._send_gathered(batch)
-        batch.gather(buf, done)
+        batch.gather(data, length, done)
         if not batch.requests or batch.gathered_bytes >= GATHER_BYTES:
             self._send_gathered(batch)
 
     def _send_gathered(self, batch: Batch) -> None:
         if not batch.gathered_bytes:
             return
-        place, data, waiting = batch.take_gathered()
+        place, gathered, waiting = batch.take_gathered()
+        data = self.last_batch.keep(place, gathered)
         batch.requests += 1
 
         def ended(error: BaseException | None) -> None:
@@ -369,18 +360,14 @@ class JournalWriter:
         self._send(batch, self._writes(place, data), ended)
 
     def _send(self, batch: Batch, writes: Sequence[Request], done: Done) -> None:
-        pending = len(writes)
-
-        def ended(error: BaseException | None) -> None:
-            nonlocal pending
-            pending -= 1
+        def all_ended(error: BaseException | None) -> None:
             batch.error = batch.error or error
-            if not pending:
-                self._in_flight -= 1
-                done(batch.error)
-                self._look()
+            self._in_flight -= 1
+            done(batch.error)
+            self._look()
 
         self._in_flight += 1
+        ended = all_of(len(writes), all_ended)
         for write in writes:
             write.start(self._export, ended)
 
@@ -392,3 +379,16 @@ class JournalWriter:
                 found.append(Write(Side.JOURNAL, view[done : done + length], offset, is_durable))
                 done += length
         return found
+
+
+def _entries_of(content: memoryview, offset: int, end: int, place: int) -> list[bytes]:
+    """The entries of a long range that ends at `end` of the disk."""
+    return [
+        pack_data(
+            offset + start,
+            min(span, end - offset - start),
+            place + start,
+            zlib.crc32(content[start : start + span]),
+        )
+        for start, span in pieces(0, len(content), ENTRY_BYTES_MAX)
+    ]

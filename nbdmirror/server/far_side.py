@@ -6,9 +6,9 @@ On the event loop's thread.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from nbdmirror.devices.base import Done
+from nbdmirror.devices.base import Done, Run
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused
 from nbdmirror.points.applier import apply
@@ -113,11 +113,8 @@ class JournalSide(FarSide):
             self.error = DeviceError(str(error), errno.EIO)
         raise self.error
 
-    def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
-        self._writer.start_write(buf, offset, self._noting(done))
-
-    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        self._writer.start_zero(offset, length, may_trim, self._noting(done))
+    def put(self, runs: Sequence[Run], done: Done) -> None:
+        self._writer.put(runs, self._noting(done))
 
     def commit(self, done: Done) -> None:
         def committed(error: BaseException | None) -> None:

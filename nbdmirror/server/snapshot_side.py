@@ -9,7 +9,9 @@ thread.
 
 from __future__ import annotations
 
-from nbdmirror.devices.base import AsyncTarget, Done
+from collections.abc import Sequence
+
+from nbdmirror.devices.base import AsyncTarget, Done, Run, all_of
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.far_side import FarSide, JournalRoom
 
@@ -73,12 +75,13 @@ class SnapshotSide(FarSide):
     def begin(self, time_ns: int, *, bytes_max: int, name: str = "", group: int = 0) -> None:
         self._acks.begins()
 
-    def start_write(self, buf: memoryview, offset: int, done: Done) -> None:
-        self._image.start_write(buf, offset, self._counted(done))
-
-    def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        may_trim = may_trim and self._may_trim
-        self._image.start_zero(offset, length, may_trim, self._counted(done))
+    def put(self, runs: Sequence[Run], done: Done) -> None:
+        ended = all_of(len(runs), self._counted(done))
+        for offset, length, content in runs:
+            if content is None:
+                self._image.start_zero(offset, length, self._may_trim, ended)
+            else:
+                self._image.start_write(content, offset, ended)
 
     def commit(self, done: Done) -> None:
         def flushed(error: BaseException | None) -> None:

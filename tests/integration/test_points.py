@@ -75,7 +75,7 @@ def test_a_lost_connection_ends_the_writer(servers: list[Server]) -> None:
     device = source.devices[Side.JOURNAL]
     point = source.on_loop(lambda: source.writer.begin(1, bytes_max=4096))
     assert point.sequence == 2
-    source.wait(lambda done: source.writer.start_write(memoryview(bytes(4096)), 0, done))
+    source.wait(lambda done: source.writer.put([(0, 4096, memoryview(bytes(4096)))], done))
     device.pool.generation += 1  # as after a reconnect
     with pytest.raises(DeviceLost, match="the connection was lost meanwhile"):
         source.wait(source.writer.commit)

@@ -17,7 +17,7 @@ from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.frozen import Frozen
 from nbdmirror.disk.saved import Saved, SavedFull, SavedGranules
 from nbdmirror.mirror.cut import Cut
-from nbdmirror.mirror.frozen_view import FrozenView
+from nbdmirror.mirror.frozen_view import Chunk, FrozenView
 from nbdmirror.mirror.point_lag import PointLag
 from nbdmirror.mirror.point_source import PointSource
 
@@ -274,20 +274,21 @@ class BelievesTheSourceOfSaved(CutWorld):
     """Saved content comes from the store and not from the source."""
 
     class view_class(FrozenView):
-        def _give_saved(self, saved: Saved) -> None:
-            self._reads += 1
-            self._frozen._owned.append(claim := Claim(saved.offset, saved.length))
-            self._read(claim)
+        def _give_saved(self, found: list[Saved]) -> None:
+            for saved in found:
+                self._reads += 1
+                self._frozen._owned.append(claim := Claim(saved.offset, saved.length))
+                self._read(claim)
 
 
 class KeepsUsedMemory(CutWorld):
     """A chunk's memory is used again before it was acknowledged."""
 
     class view_class(FrozenView):
-        def _give(self, runs: Any, buffer: Any) -> None:
-            super()._give(runs, buffer)
-            if buffer is not None:
-                self._buffers.keep(buffer)
+        def _give(self, chunk: Chunk) -> None:
+            super()._give(chunk)
+            if chunk.buffer is not None:
+                self._buffers.keep(chunk.buffer)
 
 
 class CountsFromTheCommit(CutWorld):

@@ -13,12 +13,11 @@ import pytest
 from model.parts import Guest
 from model.world import World
 
-from nbdmirror.devices.base import Extent
+from nbdmirror.devices.base import Extent, Run
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
 from nbdmirror.disk.ledger import Ledger, Marked
 from nbdmirror.disk.tracker import Tracker
-from nbdmirror.mirror.buffers import Run
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.copy_in_flight import Copy as _Copy
 

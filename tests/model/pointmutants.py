@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from model.pointworld import PointWorld
 
-from nbdmirror.devices.base import Done
+from nbdmirror.devices.base import Done, Run
 from nbdmirror.points import applier, reader
 from nbdmirror.points.format import BLOCK_BYTES, State
 from nbdmirror.points.requests import Flush, Program, Request, Side, Trim, Write
@@ -163,8 +163,9 @@ class ForgetsZeroes(PointWorld):
     """A range of zeroes is a change as any other."""
 
     class writer_class(JournalWriter):
-        def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-            done(None)
+        def put(self, runs: Sequence[Run], done: Done) -> None:
+            data = [run for run in runs if run[2] is not None]
+            super().put(data, done)
 
 
 class LeavesTheSeedUnflushed(PointWorld):

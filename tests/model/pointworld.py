@@ -24,7 +24,7 @@ from model.pointrecovery import check_power_cuts
 import nbdmirror.points.format
 import nbdmirror.points.ownership
 from nbdmirror.errors import DeviceError
-from nbdmirror.points import applier, ownership
+from nbdmirror.points import applier, last_batch, ownership
 from nbdmirror.points.format import BLOCK_BYTES, RING_START, JournalError, State
 from nbdmirror.points.requests import Program, Side, run, start
 from nbdmirror.points.writer import JournalFull, JournalWriter
@@ -49,6 +49,8 @@ class PointWorld:
         for module in (nbdmirror.points.format, nbdmirror.points.ownership):
             self._patches.enter_context(patch.object(module, "RING_BYTES_MIN", ring))
         self._patches.enter_context(patch.object(ownership, "JournalWriter", self.writer_class))
+        if self.random.random() < 0.5:  # the image becomes each point by what the journal has
+            self._patches.enter_context(patch.object(last_batch, "KEPT_BYTES", 0))
         self.image = SlowExport("image", Disk(BLOCKS * BLOCK_BYTES, 0xEE))
         self.journal = SlowExport("journal", Disk(RING_START + ring))
         self.exports = {Side.IMAGE: self.image, Side.JOURNAL: self.journal}
@@ -180,11 +182,8 @@ class PointWorld:
             end += 1
         self.unsent -= set(range(first, end))
         offset, length = first * BLOCK_BYTES, (end - first) * BLOCK_BYTES
-        if cut[first] == 0:
-            self.writer.start_zero(offset, length, True, self.sent)
-        else:
-            data = b"".join(map(content, cut[first:end]))
-            self.writer.start_write(memoryview(data), offset, self.sent)
+        data = memoryview(b"".join(map(content, cut[first:end]))) if cut[first] else None
+        self.writer.put([(offset, length, data)], self.sent)
 
     def sent(self, error: BaseException | None) -> None:
         if error is not None and self.phase == "open":

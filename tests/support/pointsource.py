@@ -96,11 +96,8 @@ class Source:
         total = sum(length for _, length in ranges)
         point = self.on_loop(lambda: self.writer.begin(time.time_ns(), bytes_max=total))
         for offset, length in ranges:
-            data = memoryview(bytes(self.disk[offset : offset + length]))
-            if zero:
-                self.wait(partial(self.writer.start_zero, offset, length, True))
-            else:
-                self.wait(partial(self.writer.start_write, data, offset))
+            data = None if zero else memoryview(bytes(self.disk[offset : offset + length]))
+            self.wait(partial(self.writer.put, [(offset, length, data)]))
         self.wait(self.writer.commit)
         # The superblock is written after the point was announced.
         wait_until(lambda: self.on_loop(lambda: self.writer.is_idle), "the superblock is written")

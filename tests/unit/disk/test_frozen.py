@@ -90,8 +90,8 @@ def a_point(
 
 def saved(frozen: Frozen) -> list[Saved]:
     found = []
-    while (entry := frozen.saved.take()) is not None:
-        found.append(entry)
+    while entries := frozen.saved.take(1):
+        found += entries
     return found
 
 

@@ -16,11 +16,10 @@ from support.seeds import SEED, print_seed
 from unit.disk.ledgerthreads import WAIT_S, running
 from unit.mirror.pointparts import PointScene
 
-from nbdmirror.devices.base import BlockDevice, MemoryDevice
+from nbdmirror.devices.base import BlockDevice, MemoryDevice, Run
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import DeviceError
 from nbdmirror.event_loop import Loop
-from nbdmirror.mirror.buffers import Run
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.state.spill import SpillFile
 

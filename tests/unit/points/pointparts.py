@@ -116,10 +116,7 @@ class FarSide:
         """Send a range of the disk as it is."""
         errors: list[BaseException | None] = []
         data = memoryview(bytes(self.disk[offset : offset + length]))
-        if any(data):
-            self.writer.start_write(data, offset, errors.append)
-        else:
-            self.writer.start_zero(offset, length, True, errors.append)
+        self.writer.put([(offset, length, data if any(data) else None)], errors.append)
         (error,) = errors
         if error is not None:
             raise error

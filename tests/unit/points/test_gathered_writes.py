@@ -46,7 +46,7 @@ class Held:
 def send(far: FarSide, offset: int, length: int, done: Done) -> None:
     far.fill(offset, length)
     data = memoryview(bytes(far.disk[offset : offset + length]))
-    far.writer.start_write(data, offset, done)
+    far.writer.put([(offset, length, data)], done)
 
 
 def test_small_writes_are_joined_and_large_ones_are_not() -> None:

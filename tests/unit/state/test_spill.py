@@ -58,8 +58,8 @@ def put(saved: SavedGranules, granule: int, fill: bytes | None) -> None:
 def take_all(saved: SavedGranules, posted: Posted) -> dict[int, bytes]:
     """By granule, what was saved: from memory, then from the file."""
     found: list[Saved] = []
-    while (entry := saved.take()) is not None:
-        found.append(entry)
+    while entries := saved.take(1):
+        found += entries
     while saved.may_read_spilled:
         counts = [len(found)]
 
@@ -112,7 +112,27 @@ def test_memory_is_used_again() -> None:
         put(saved, granule, b"a")
         with pytest.raises(SavedFull):
             put(saved, granule, b"b")
-        assert saved.take() is not None
+        assert len(saved.take(1)) == 1
+
+
+def test_several_ranges_are_taken_together() -> None:
+    """About as much as is wanted, in the order in which they were saved; and their memory is free
+    then."""
+    saved = SavedGranules(3 * (ENTRY_BYTES + CONTENT_BYTES))
+    for granule in range(3):
+        put(saved, granule, b"a")
+    taken = saved.take(2 * (ENTRY_BYTES + CONTENT_BYTES))
+    assert [entry.offset for entry in taken] == [0, GRANULE]
+    put(saved, 3, b"a")
+    put(saved, 4, b"a")
+    with pytest.raises(SavedFull):
+        put(saved, 5, b"a")
+    assert [entry.offset for entry in saved.take(1 << 20)] == [
+        2 * GRANULE,
+        3 * GRANULE,
+        4 * GRANULE,
+    ]
+    assert saved.take(1 << 20) == []
 
 
 def test_zeroes_take_memory_as_well() -> None:
