@@ -80,7 +80,8 @@ class SharedConnection:
         widen(self._socket)
         with suppress(OSError, nbd.Error):  # it is lost again
             name, label = export_of(handle)
-            self.peer = Peer.of(self._socket, description, export=name, label=label)
+            size = int(handle.get_size())
+            self.peer = Peer.of(self._socket, description, export=name, label=label, size=size)
             self.is_wide = has_wide_lengths(handle)
             self.can_df = bool(handle.can_df())
         self._requests: set[Request] = set()

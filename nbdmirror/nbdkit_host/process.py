@@ -26,12 +26,12 @@ from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.errors import ConfigError, Error
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
-from nbdmirror.layers import layers_of, share_storage
 from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX
 from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
+from nbdmirror.nbdclient.pair import share_storage
 from nbdmirror.nbdkit_host import systemd
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
@@ -338,18 +338,10 @@ class PluginProcess:
             return
         for name, disk in self.disks.items():
             other = raw_device(disk.source)
-            if (
-                isinstance(device, NbdDevice)
-                and isinstance(other, NbdDevice)
-                and device.is_same_export(other)
-            ):
-                raise ConfigError(f"file={path}: is the same export as disk '{name}'")
-            if (
-                isinstance(device, FileDevice)
-                and isinstance(other, FileDevice)
-                and share_storage(layers_of(device.opened), layers_of(other.opened))
-            ):
-                raise ConfigError(f"file={path}: shares storage with disk '{name}'")
+            if share_storage(device, other):
+                is_export = isinstance(device, NbdDevice) and isinstance(other, NbdDevice)
+                what = "is the same export as" if is_export else "shares storage with"
+                raise ConfigError(f"file={path}: {what} disk '{name}'")
 
     def _start_mirror(self) -> None:
         """Start a mirror, as `drive-mirror` would. Errors are logged, since in the background no
