@@ -9,6 +9,7 @@ import asyncio
 import glob
 import json
 import os
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -69,14 +70,30 @@ async def _run(args: argparse.Namespace) -> int:
 def find() -> list[Found]:
     """All processes, and sockets whose process was not found."""
     processes = _processes()
-    known = {found.socket for found in processes}
-    patterns = [*PLACES, *filter(None, [os.environ.get("NBDMIRROR_QMP")])]
+    named = [*filter(None, [os.environ.get("NBDMIRROR_QMP")])]
     try:
-        patterns += default_qmp_paths()
+        named += default_qmp_paths()
     except CliError:
         pass  # this user has no default path
-    paths = dict.fromkeys(path for pattern in patterns for path in sorted(glob.glob(pattern)))
-    return processes + [Found(0, path) for path in paths if path not in known]
+    paths = [path for pattern in PLACES for path in sorted(glob.glob(pattern))]
+    paths += [os.path.abspath(path) for path in named if os.path.lexists(path)]
+    sockets = [found.socket for found in processes]
+    more = one_each([*filter(None, sockets), *paths])[len(one_each(filter(None, sockets))) :]
+    return processes + [Found(0, path) for path in more]
+
+
+def one_each(sockets: Iterable[str]) -> list[str]:
+    """The first path of each socket, which may have several. A socket that does not exist is known
+    by its path."""
+    found: dict[object, str] = {}
+    for path in sockets:
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.setdefault(path, path)
+        else:
+            found.setdefault((status.st_dev, status.st_ino), path)
+    return list(found.values())
 
 
 def _processes() -> list[Found]:
