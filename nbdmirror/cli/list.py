@@ -10,7 +10,7 @@ import glob
 import json
 import os
 from collections.abc import Iterable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,14 +111,20 @@ def _processes() -> list[Found]:
 
 
 def _socket(words: list[str], pid: str) -> str:
-    """The plugin's control socket; a relative path is relative to the process's first directory."""
+    """The plugin's control socket. A relative path was relative to the directory in which the
+    process was started; in the background it has another one, but its socket has the full path."""
     path = next((word[4:] for word in reversed(words) if word.startswith("qmp=")), "")
     if not path or os.path.isabs(path):
         return path
-    try:
-        return os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
-    except OSError:
-        return path
+    ending = "/" + os.path.normpath(path).split("../")[-1]
+    with suppress(OSError):
+        held = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        with open(f"/proc/{pid}/net/unix", encoding="utf-8", errors="surrogateescape") as table:
+            for row in table:  # proc(5): the inode is the seventh word, and a path follows
+                *_, inode, bound = [*row.rstrip("\n").split(maxsplit=7), ""][:8]
+                if f"socket:[{inode}]" in held and bound.endswith(ending):
+                    return bound
+    return path
 
 
 def _connect(found: Found) -> AbstractAsyncContextManager[Session]:
