@@ -124,6 +124,7 @@ def _socket(words: list[str], pid: str) -> str:
                 *_, inode, bound = [*row.rstrip("\n").split(maxsplit=7), ""][:8]
                 if f"socket:[{inode}]" in held and bound.endswith(ending):
                     return bound
+        return os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
     return path
 
 
