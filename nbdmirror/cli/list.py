@@ -9,7 +9,7 @@ import asyncio
 import glob
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +118,7 @@ def _socket(words: list[str], pid: str) -> str:
         return path
     ending = "/" + os.path.normpath(path).split("../")[-1]
     with suppress(OSError):
-        held = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        held = set(_links(f"/proc/{pid}/fd"))
         with open(f"/proc/{pid}/net/unix", encoding="utf-8", errors="surrogateescape") as table:
             for row in table:  # proc(5): the inode is the seventh word, and a path follows
                 *_, inode, bound = [*row.rstrip("\n").split(maxsplit=7), ""][:8]
@@ -126,6 +126,12 @@ def _socket(words: list[str], pid: str) -> str:
                     return bound
         return os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
     return path
+
+
+def _links(folder: str) -> Iterator[str]:
+    for name in os.listdir(folder):
+        with suppress(OSError):  # closed meanwhile
+            yield os.readlink(f"{folder}/{name}")
 
 
 def _connect(found: Found) -> AbstractAsyncContextManager[Session]:
