@@ -54,9 +54,10 @@ class Activated(OnAllAddresses):
 
 
 class InContainer(OnAllAddresses):
-    """The same in a network of its own, which has the address 10.213.77.2 here."""
+    """The same in a network of its own, with addresses that no test beside this one has."""
 
-    address = "10.213.77.2"
+    subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
+    address = f"{subnet}.2"
 
     @contextmanager
     def network(self) -> Iterator[None]:
@@ -65,7 +66,7 @@ class InContainer(OnAllAddresses):
         steps = [
             f"ip netns add {name}",
             f"ip link add {here} type veth peer name {there} netns {name}",
-            f"ip address add 10.213.77.1/30 dev {here}",
+            f"ip address add {self.subnet}.1/30 dev {here}",
             f"ip link set {here} up",
             f"ip -n {name} address add {self.address}/30 dev {there}",
             f"ip -n {name} link set {there} up",
