@@ -89,9 +89,18 @@ def _outlook(job: Job) -> str:
     if job.get("copy-bytes-per-s") is None:
         return "its end cannot be predicted yet"
     if (left_s := job.get("left-s")) is None:
-        return "the guest changes as much as is copied, so its end cannot be predicted"
+        return f"{_why_never(job)}, so its end cannot be predicted"
     at_most = " at most" if job.get("copied-bytes", 0) > job.get("written-bytes", 0) else ""
     return f"in sync in {duration(left_s)}{at_most} at this rate"
+
+
+def _why_never(job: Job) -> str:
+    """Why what is left does not become less, or not by data."""
+    if job.get("dirty-bytes-per-s", 1):
+        return "the guest changes as much as is copied"
+    if job.get("zero-bytes-per-s"):
+        return "the last seconds copied holes and no data"
+    return "nothing was copied in the last seconds"
 
 
 def shares(job: Job) -> dict[str, str]:

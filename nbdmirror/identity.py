@@ -11,6 +11,7 @@ For any thread. `same_place` may wait: it queries files, and with `resolves` add
 from __future__ import annotations
 
 import enum
+import itertools
 import os
 import socket
 import stat
@@ -19,11 +20,11 @@ import sys
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from nbdmirror import syscalls as linux
+from nbdmirror import local_servers
 from nbdmirror.errors import ConfigError
-from nbdmirror.layers import layers_of, layers_of_device, share_storage
+from nbdmirror.layers import Layer, share_storage
+from nbdmirror.local_servers import INIT, Storage
 from nbdmirror.nbd_uri import NbdUri, is_uri, parse
 
 LABEL = "nbdmirror"
@@ -38,8 +39,6 @@ HOME = "x-nbdmirror-home"
 _UCRED = struct.Struct("iII")  # unix(7): struct ucred
 _MAPPED = "::ffff:"
 _LISTENS = "0A"  # proc(5): /proc/net/tcp
-_INIT = 1
-"""A socket on which process 1 listens may belong to any server: systemd passes it on."""
 
 
 class Same(enum.Enum):
@@ -69,60 +68,6 @@ def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
     if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
         return one.st_rdev == other.st_rdev
     return os.path.samestat(one, other)
-
-
-def _writes_to(process: int, fd: int, opened: os.stat_result) -> bool:
-    """Whether a process of this host has a file or device open for writing that shares storage with
-    the one that is open here as `fd`, as far as this process may see. `opened`: the status of `fd`.
-    The kernel is queried, and a storage only if the inode's number is the same."""
-    here, layers = _OpenFile.of("/proc/self", fd), layers_of(opened)
-    files = [layer for layer in layers if layer.path]
-    below = {str(layer.thing[2]) for layer in files} | {layer.path for layer in files}
-    folder = f"/proc/{process}"
-    with suppress(OSError):
-        for other in os.listdir(f"{folder}/fd"):
-            with suppress(OSError):
-                there, name = _OpenFile.of(folder, int(other)), f"{folder}/fd/{other}"
-                if there.flags & os.O_ACCMODE == os.O_RDONLY:
-                    continue
-                if number := linux.block_number(name):
-                    found = layers_of_device(number)
-                elif there.inode == here.inode or there.inode in below:
-                    found = layers_of(os.stat(name))
-                else:
-                    continue
-                if share_storage(layers, found):
-                    return True
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
-    """A descriptor of a process, as the kernel shows it. (proc(5))"""
-
-    name: str
-    flags: int
-    inode: str
-    """The inode's number; the name if the kernel does not show the number (before 5.14)."""
-
-    @classmethod
-    def of(cls, folder: str, fd: int) -> _OpenFile:
-        name = os.readlink(f"{folder}/fd/{fd}")
-        lines = Path(f"{folder}/fdinfo/{fd}").read_text().splitlines()
-        info = dict(line.split(":", 1) for line in lines if ":" in line)
-        return cls(name, int(info["flags"], 8), info.get("ino", name).strip())
-
-
-def _process_of(listener: int) -> int:
-    """The process of this host that has the socket with this inode; 0 if not known."""
-    link = f"socket:[{listener}]"
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):  # ended, or not permitted
-            for fd in os.listdir(f"/proc/{process}/fd"):
-                with suppress(OSError):
-                    if os.readlink(f"/proc/{process}/fd/{fd}") == link and process != str(_INIT):
-                        return int(process)
-    return 0
 
 
 def same_place(one: str, other: str, *, resolves: bool = False) -> Same:
@@ -205,12 +150,18 @@ class Peer:
     export: str
     label: str = ""
     """The description by an nbdmirror; "" for other servers, whose descriptions are free texts."""
-    listener: int = 0
-    """The inode of the listening TCP socket of a server on this host, which may have several
-    addresses; 0 if not known."""
+    listeners: frozenset[int] = frozenset()
+    """The inodes of the listening TCP sockets of a server on this host, in a container too: one,
+    which may have several addresses, or several that share a port; empty if not known."""
+    holders: frozenset[int] = frozenset()
+    """The processes of this host that have these sockets."""
+    size: int = 0
+    """Bytes of the export; 0 if not known."""
 
     @classmethod
-    def of(cls, connected: socket.socket, uri: str, *, export: str, label: str) -> Peer:
+    def of(
+        cls, connected: socket.socket, uri: str, *, export: str, label: str, size: int = 0
+    ) -> Peer:
         """The peer of a connection to `uri`. Raises OSError if the connection is lost again."""
         label = label.removesuffix(TARGET_ONLY) if label.startswith(f"{LABEL} ") else ""
         name = connected.getpeername()
@@ -218,15 +169,17 @@ class Peer:
             host, port, *_ = name
             address = _plain_host(str(host)), port
             is_local = _plain_host(str(connected.getsockname()[0])) == address[0]
-            listener = _listener(*address) if is_local or address[0].startswith("127.") else 0
-            return cls(address, 0, export, label, listener)
+            is_local = is_local or address[0].startswith("127.")
+            networks = ["self"] if is_local else _networks_with(address[0])
+            found = frozenset[int]().union(*(_listeners(one, *address) for one in networks))
+            return cls(address, 0, export, label, found, local_servers.holders(found), size)
         said = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         process, *_ = _UCRED.unpack(said)
         server: tuple[object, ...] = (name, process)
         with suppress(OSError, ConfigError):
             file = os.stat(parse(uri).socket)
             server = (file.st_dev, file.st_ino)
-        return cls(server, process if process != _INIT else 0, export, label)
+        return cls(server, process if process != INIT else 0, export, label, size=size)
 
     def reached(self, uri: str) -> str:
         """`uri`, with the address that was reached in place of a name."""
@@ -235,11 +188,13 @@ class Peer:
             return uri
         return replace(where, host=str(self.server[0])).exact
 
-    def writes_to(self, fd: int, opened: os.stat_result) -> bool:
-        """Whether the server is a process of this host that writes to the file or device that is
-        open here as `fd`. `opened`: its status. For TCP servers all processes are examined."""
-        process = self.process or (_process_of(self.listener) if self.listener else 0)
-        return bool(process) and _writes_to(process, fd, opened)
+    def writes(self) -> list[Storage]:
+        """What the server, if it is a process of this host, has open for writing."""
+        return local_servers.written_by(self.holders or {self.process})
+
+    def writes_to(self, layers: list[Layer]) -> bool:
+        """Whether the server is a process of this host that writes to storage of these layers."""
+        return any(share_storage(layers, storage.layers) for storage in self.writes())
 
     @property
     def is_home(self) -> bool:
@@ -254,33 +209,63 @@ class Peer:
         """Whether both are the same export."""
         if self.label and other.label:
             return Same.YES if self.label == other.label else Same.NO
-        is_one_listener = bool(self.listener) and self.listener == other.listener
-        if self.server == other.server or is_one_listener:
-            return Same.YES if self.export == other.export else Same.UNKNOWN
-        if self.process and other.process and self.process != other.process:
+        is_one_server = self.server == other.server or self._shares_listener(other)
+        if is_one_server and self.export == other.export:
+            return Same.YES
+        if self._shares_storage(other):
+            return Same.YES
+        if not is_one_server and self.process and other.process and self.process != other.process:
             return Same.NO
         return Same.UNKNOWN
 
+    def _shares_listener(self, other: Peer) -> bool:
+        """Whether both lead to one server of this host, which may have a listening socket for each
+        address of its port."""
+        is_one_port = self.server[1:] == other.server[1:]
+        has_one_holder = not self.holders.isdisjoint(other.holders)
+        return not self.listeners.isdisjoint(other.listeners) or (is_one_port and has_one_holder)
 
-def _listener(host: str, port: int) -> int:
-    """The inode of the socket on this host that accepts connections to `host`; 0 if not known, or
-    if there are several."""
-    wildcards = ("::",) if ":" in host else ("0.0.0.0", "::")
-    exact, any_address = set(), set()
+    def _shares_storage(self, other: Peer) -> bool:
+        """Whether both are surely made of one file or device of this host: by two servers, or by
+        one under two names or ways."""
+        if not self.size or self.size != other.size:
+            return False
+        mine, its = (local_servers.sole(peer.writes(), self.size) for peer in (self, other))
+        return local_servers.is_one(mine, its)
+
+
+def _listeners(process: str, host: str, port: int) -> frozenset[int]:
+    """The inodes of the sockets in the network of `process` that accept connections to `host`. A
+    socket of an address takes them before one of all addresses, and one of IPv4 before one of
+    IPv6."""
+    preferred = [host, "::"] if ":" in host else [host, "0.0.0.0", "::"]
+    found: dict[str, set[int]] = {address: set() for address in preferred}
     for file in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/net/{file}", encoding="ascii") as table:
+        with suppress(OSError), open(f"/proc/{process}/net/{file}", encoding="ascii") as table:
             for row in list(table)[1:]:
                 _, local, _, state, *rest = row.split()
                 address, _, number = local.partition(":")
-                if state != _LISTENS or int(number, 16) != port:
-                    continue
-                address = _address_of(address)
-                if address == host:
-                    exact.add(int(rest[5]))
-                elif address in wildcards:
-                    any_address.add(int(rest[5]))
-    found = exact or any_address
-    return found.pop() if len(found) == 1 else 0
+                if state == _LISTENS and int(number, 16) == port:
+                    found.get(_address_of(address), set()).add(int(rest[5]))
+    return frozenset(next(filter(None, found.values()), ()))
+
+
+def _networks_with(host: str) -> list[str]:
+    """A process of each other network of this host, as containers have them, with this address."""
+    return [one for one in local_servers.other_networks() if host in _addresses_of(one)]
+
+
+def _addresses_of(process: str) -> set[str]:
+    """The addresses in the network of a process."""
+    found = set()
+    with suppress(OSError), open(f"/proc/{process}/net/fib_trie", encoding="ascii") as table:
+        lines = list(table)
+        local = (one for one, below in itertools.pairwise(lines) if "32 host LOCAL" in below)
+        found |= {line.split()[-1] for line in local}
+    with suppress(OSError), open(f"/proc/{process}/net/if_inet6", encoding="ascii") as table:
+        packed = (bytes.fromhex(row.split()[0]) for row in table)
+        found |= {socket.inet_ntop(socket.AF_INET6, address) for address in packed}
+    return found
 
 
 def _address_of(words: str) -> str:

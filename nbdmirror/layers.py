@@ -66,6 +66,14 @@ def layers_of_device(number: int) -> list[Layer]:
     return found
 
 
+def size_of_device(number: int) -> int:
+    """Bytes of the block device with this number; 0 if not known."""
+    with suppress(OSError, ValueError):
+        folder = DEVICES / f"{os.major(number)}:{os.minor(number)}"
+        return _number(folder / "size") * SECTOR_BYTES
+    return 0
+
+
 def share_storage(one: list[Layer], other: list[Layer]) -> bool | None:
     """Whether two lists of layers share storage; None if both lie on one device in unknown
     ranges."""

@@ -16,6 +16,11 @@ KEEPALIVE_S_MAX = 32767
 
 OPEN_TIMEOUT_S_MAX = 86400
 
+TARGET_TIMEOUT_S_MAX = 3600
+"""Longest time for a target's server to answer. A command that waits for that counts as a client
+(server.CLIENTS_MAX), even if its client has disconnected. So there are never more handshakes than
+clients are allowed."""
+
 RECONNECT_DELAY_S_MAX = 2**32 - 1
 """QEMU's type of the same option is uint32."""
 

@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+from dataclasses import dataclass
 from os import fstat
 
 # linux/falloc.h. KEEP_SIZE everywhere: no request may make a file longer.
@@ -32,10 +33,12 @@ _BLKSSZGET = 0x1268  # linux/fs.h
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
-_STATX_TYPE = 0x1  # linux/stat.h
+_STATX_BASIC = 0x7FF  # linux/stat.h
 _STATX_DIOALIGN = 0x2000
 _STATX_MODE_AT = 0x1C  # of struct statx
+_STATX_INODE_AT = 0x20
 _STATX_RDEV_AT = 0x80
+_STATX_DEV_AT = 0x88
 _STATX_DIO_OFFSET_ALIGN_AT = 0x9C
 _IN_MEMORY = (0x01021994, 0x858458F6)  # linux/magic.h: TMPFS_MAGIC, RAMFS_MAGIC
 _ANSWER_BYTES = 256
@@ -72,16 +75,31 @@ def node_of(number: int) -> str:
     return node if stat.S_ISBLK(status.st_mode) and status.st_rdev == number else ""
 
 
-def block_number(path: str) -> int:
-    """The number of the block device at `path`; 0 if it is not one, or not known. Uses only the
-    kernel's memory: no storage is queried."""
+@dataclass(frozen=True, slots=True)
+class KnownStatus:
+    """What the kernel's memory has of a file: the fields of os.stat_result."""
+
+    mode: int
+    device: int
+    inode: int
+    number: int
+    """Of a device (st_rdev)."""
+    size: int
+
+
+def known_status(path: str) -> KnownStatus | None:
+    """The status of the file at `path`; None if not known. Uses only the kernel's memory: no
+    storage is queried."""
     answer = ctypes.create_string_buffer(_ANSWER_BYTES)
     name = os.fsencode(path)
-    if _libc.statx(_AT_FDCWD, name, _AT_STATX_DONT_SYNC, _STATX_TYPE, answer) != 0:
-        return 0
+    if _libc.statx(_AT_FDCWD, name, _AT_STATX_DONT_SYNC, _STATX_BASIC, answer) != 0:
+        return None
     (mode,) = struct.unpack_from("H", answer, _STATX_MODE_AT)
-    number = os.makedev(*struct.unpack_from("II", answer, _STATX_RDEV_AT))
-    return number if stat.S_ISBLK(mode) else 0
+    inode, size = struct.unpack_from("QQ", answer, _STATX_INODE_AT)
+    number, device = (
+        os.makedev(*struct.unpack_from("II", answer, at)) for at in (_STATX_RDEV_AT, _STATX_DEV_AT)
+    )
+    return KnownStatus(mode, device, inode, number, size)
 
 
 def is_in_memory(fd: int) -> bool:

@@ -19,7 +19,14 @@ from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, TIMED_OUT, USAGE, CliError
 from nbdmirror.cli.jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
 from nbdmirror.cli.progress import JsonDisplay, Meter, PlainDisplay, open_display
-from nbdmirror.cli.session import Job, Session, connect, run_interruptible, server_path
+from nbdmirror.cli.session import (
+    REPLY_S_MAX,
+    Job,
+    Session,
+    connect,
+    run_interruptible,
+    server_path,
+)
 from nbdmirror.names import default_job_id
 
 PAUSE_S_MAX = 10.0
@@ -27,6 +34,9 @@ PAUSE_S_MAX = 10.0
 answer."""
 RESUME_S_MAX = 5.0
 """How long to wait for the first progress of a resumed job."""
+CONNECTS = 4
+"""A mirror's start connects to the target, perhaps to its old side's second export, and to a
+journal likewise."""
 OUTLOOK_S_MAX = 2.0
 """How long a last query of a job may take when its command stops waiting."""
 
@@ -143,6 +153,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
     session.job, session.is_starting = job, True
     await session.execute(
         "drive-mirror",
+        limit_s=REPLY_S_MAX + CONNECTS * (args.open_timeout or 0),
         device=device,
         target=args.target,
         mode="existing",
@@ -153,6 +164,7 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
         granularity=args.granularity,
         buf_size=args.buf_size,
         speed=args.speed,
+        x_nbdmirror_open_timeout=args.open_timeout,
         x_nbdmirror_reconnect_delay=args.reconnect_delay,
         on_source_error=args.on_source_error,
         on_target_error=args.on_target_error,

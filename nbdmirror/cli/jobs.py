@@ -125,9 +125,8 @@ class Watch:
             for job in disk.get("jobs") or []:
                 if job["device"] == self._job:
                     self._disk, found = disk, job
-            is_last = (disk.get("last-job") or {}).get("id") == self._job
-            if not found and (is_last or disk.get("name") == self._disk.get("name")):
-                self._disk = disk
+        if not found:
+            self._disk = self._disk_of_last(status.get("disks", []))
         heard, self._heard = [*self._heard, *self._session.events.clear()], []
         for event in heard:
             self._hear(event, found or {})
@@ -136,6 +135,15 @@ class Watch:
         elif self.end and not is_second:  # it ended after the answer: query again
             return await self.look(is_second=True)
         return found
+
+    def _disk_of_last(self, disks: list[dict[str, Any]]) -> dict[str, Any]:
+        """The disk of the job, which exists no more. Jobs of other disks may have had its ID: if
+        this job was never seen, the last one that has ended counts."""
+        if self._disk:
+            name = self._disk.get("name")
+            return next((disk for disk in disks if disk.get("name") == name), self._disk)
+        ended = [disk for disk in disks if (disk.get("last-job") or {}).get("id") == self._job]
+        return max(ended, key=lambda disk: disk["last-job"].get("ended-at-s", 0), default={})
 
     def check_not_ended(self) -> None:
         """Raise CliError, with the job's result, if the last query found a concluded job."""
@@ -157,12 +165,12 @@ class Watch:
 
     def _hear(self, event: Any, job: Job) -> None:
         name, data = event["event"], event.get("data") or {}
-        if self._job not in (data.get("device"), data.get("id")):
+        if data.get("id", data.get("device")) != self._job:  # with an ID, "device" is the disk
             return
         self._display.heard(event)
         if name == "X_NBDMIRROR_SIZES_DIFFER":
             self._sizes = data.get("size", 0), data.get("target-size", 0)
-        elif name == cli_status.PIVOTED and data.get("id", self._job) == self._job:
+        elif name == cli_status.PIVOTED:
             self.pivoted = True
             self._result = {**self._result, "pause-ms": data.get("pause-ms")}
         elif name == "BLOCK_JOB_READY":

@@ -9,7 +9,8 @@ import asyncio
 import glob
 import json
 import os
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +70,30 @@ async def _run(args: argparse.Namespace) -> int:
 def find() -> list[Found]:
     """All processes, and sockets whose process was not found."""
     processes = _processes()
-    known = {found.socket for found in processes}
-    patterns = [*PLACES, *filter(None, [os.environ.get("NBDMIRROR_QMP")])]
+    named = [*filter(None, [os.environ.get("NBDMIRROR_QMP")])]
     try:
-        patterns += default_qmp_paths()
+        named += default_qmp_paths()
     except CliError:
         pass  # this user has no default path
-    paths = dict.fromkeys(path for pattern in patterns for path in sorted(glob.glob(pattern)))
-    return processes + [Found(0, path) for path in paths if path not in known]
+    paths = [path for pattern in PLACES for path in sorted(glob.glob(pattern))]
+    paths += [os.path.abspath(path) for path in named if os.path.lexists(path)]
+    sockets = [found.socket for found in processes]
+    more = one_each([*filter(None, sockets), *paths])[len(one_each(filter(None, sockets))) :]
+    return processes + [Found(0, path) for path in more]
+
+
+def one_each(sockets: Iterable[str]) -> list[str]:
+    """The first path of each socket, which may have several. A socket that does not exist is known
+    by its path."""
+    found: dict[object, str] = {}
+    for path in sockets:
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.setdefault(path, path)
+        else:
+            found.setdefault((status.st_dev, status.st_ino), path)
+    return list(found.values())
 
 
 def _processes() -> list[Found]:
@@ -94,14 +111,27 @@ def _processes() -> list[Found]:
 
 
 def _socket(words: list[str], pid: str) -> str:
-    """The plugin's control socket; a relative path is relative to the process's first directory."""
+    """The plugin's control socket. A relative path was relative to the directory in which the
+    process was started; in the background it has another one, but its socket has the full path."""
     path = next((word[4:] for word in reversed(words) if word.startswith("qmp=")), "")
     if not path or os.path.isabs(path):
         return path
-    try:
+    ending = "/" + os.path.normpath(path).split("../")[-1]
+    with suppress(OSError):
+        held = set(_links(f"/proc/{pid}/fd"))
+        with open(f"/proc/{pid}/net/unix", encoding="utf-8", errors="surrogateescape") as table:
+            for row in table:  # proc(5): the inode is the seventh word, and a path follows
+                *_, inode, bound = [*row.rstrip("\n").split(maxsplit=7), ""][:8]
+                if f"socket:[{inode}]" in held and bound.endswith(ending):
+                    return bound
         return os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
-    except OSError:
-        return path
+    return path
+
+
+def _links(folder: str) -> Iterator[str]:
+    for name in os.listdir(folder):
+        with suppress(OSError):  # closed meanwhile
+            yield os.readlink(f"{folder}/{name}")
 
 
 def _connect(found: Found) -> AbstractAsyncContextManager[Session]:

@@ -33,6 +33,7 @@ from nbdmirror.limits import (
     OPEN_TIMEOUT_S_MAX,
     PORT_MAX,
     RECONNECT_DELAY_S_MAX,
+    TARGET_TIMEOUT_S_MAX,
     THREADS_MAX,
     whole_number,
 )
@@ -45,8 +46,6 @@ _ANSWERS = ("status", "explain", "list", "points", "events", "plugin-path")
 """Commands whose only purpose is their output."""
 _POLICIES = ("report", "ignore", "enospc", "stop", "auto")
 _SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
-
-
 SLOW_BYTES_PER_S = 64 << 10
 
 
@@ -183,8 +182,7 @@ def _add_timeout(command: argparse.ArgumentParser) -> None:
 def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add = mirror.add_argument
     add("target", metavar="TARGET_URI", help="NBD URI of the target, of the disk's size")
-    device = "the disk to mirror (default: the only one)"
-    add("--device", metavar="NAME", help=device)
+    add("--device", metavar="NAME", help="the disk to mirror (default: the only one)")
     add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
     mode = "write-blocking: the guest's writes wait for the target (default: background)"
     add("--copy-mode", choices=cli_parsers.COPY_MODES, help=mode)
@@ -192,6 +190,8 @@ def _add_mirror(mirror: argparse.ArgumentParser) -> None:
     add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
     add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
     add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
+    text = "seconds for the target's server to answer, at each connect (default: 10)"
+    add("--open-timeout", type=_number(1, TARGET_TIMEOUT_S_MAX), metavar="S", help=text)
     delay = "seconds to wait for a lost target before an error is reported"
     add("--reconnect-delay", type=_number(0, RECONNECT_DELAY_S_MAX), metavar="S", help=delay)
     for side in ("source", "target"):
@@ -224,8 +224,7 @@ def _add_handover(handover: argparse.ArgumentParser) -> None:
         required=True,
         help="where a QEMU waits for the guest, as for QEMU's migrate: tcp:HOST:PORT",
     )
-    disk = "the guest's disk (default: the only one)"
-    add("--device", metavar="NAME", help=disk)
+    add("--device", metavar="NAME", help="the guest's disk (default: the only one)")
     text = "undo the handover if the guest is not stopped for the pivot after S seconds"
     add("--timeout", type=_seconds, metavar="S", help=text)
 

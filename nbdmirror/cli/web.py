@@ -16,7 +16,7 @@ from typing import Any
 from qemu.qmp import QMPError
 
 from nbdmirror.cli.common import DONE, NO_SERVER, CliError
-from nbdmirror.cli.list import find
+from nbdmirror.cli.list import find, one_each
 from nbdmirror.cli.places import bound
 from nbdmirror.cli.session import Session, connect, no_socket, run_interruptible
 from nbdmirror.cli.status import event_text
@@ -117,7 +117,7 @@ class Places:
                 found += _in_directory(path, depth=2)
             else:
                 found.append(path)
-        return found
+        return one_each(found)
 
 
 def _in_directory(folder: str, depth: int) -> list[str]:

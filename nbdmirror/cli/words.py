@@ -97,7 +97,7 @@ _REFUSALS = (
         "the server has no state directory: start it with --state-dir for persistent bitmaps",
     ),
     (
-        r"Parameter '(?:x-nbdmirror-)?([a-z-]*-size|granularity|speed|reconnect-delay)' (.*)",
+        r"Parameter '(?:x-nbdmirror-)?([a-z-]*-(?:size|delay|timeout)|granularity|speed)' (.*)",
         r"--\1 \2",
     ),
     (

@@ -25,6 +25,7 @@ from nbdmirror.devices.base import (
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.identity import Same, same_place
+from nbdmirror.layers import layers_of
 from nbdmirror.nbdclient import tls
 from nbdmirror.nbdclient.block_status import LENGTH_MAX, collector, status_method
 from nbdmirror.nbdclient.handshake import DEPTH_CONTEXT, ExportInfo
@@ -289,11 +290,11 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         peer = self.pool.shared.peer
         return self.uri if peer is None else peer.reached(self.uri)
 
-    def is_of_file(self, fd: int, opened: os.stat_result) -> bool:
-        """Whether the server is a process of this host that writes to the file or device that is
-        open here as `fd`."""
+    def is_of_file(self, opened: os.stat_result) -> bool:
+        """Whether the server is a process of this host that writes to a file or device with this
+        status."""
         peer = self.pool.shared.peer
-        return peer is not None and peer.writes_to(fd, opened)
+        return peer is not None and peer.writes_to(layers_of(opened))
 
     # Asynchronous, on the loop's thread, while `pool` is attached to the loop.
 

@@ -1,13 +1,16 @@
-"""An image and its journal, each a raw file, a block device or an NBD URI."""
+"""Two disks that must be two: an image and its journal, the disks of a server, a disk and a target.
+Each is a raw file, a block device or an NBD export."""
 
 from __future__ import annotations
 
 import os
 
+from nbdmirror import layers
 from nbdmirror.devices.base import BlockDevice
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, is_same_file, same_place
+from nbdmirror.layers import layers_of
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 
@@ -24,15 +27,21 @@ def are_same(one: str, other: str) -> bool:
         return False  # opening it says more
 
 
+def share_storage(one: BlockDevice, other: BlockDevice) -> bool:
+    """Whether what is written to one of them changes the other, as far as that can be seen."""
+    if isinstance(one, NbdDevice) and isinstance(other, NbdDevice):
+        return one.is_same_export(other)
+    if isinstance(one, FileDevice) and isinstance(other, FileDevice):
+        return bool(layers.share_storage(layers_of(one.opened), layers_of(other.opened)))
+    for export, file in ((one, other), (other, one)):
+        if isinstance(export, NbdDevice) and isinstance(file, FileDevice):
+            return export.is_of_file(file.opened)
+    return False
+
+
 def check_pair(image: BlockDevice, journal: BlockDevice) -> None:
-    """Raise ConfigError if both are the same storage, as far as that can be seen."""
-    same = False
-    if isinstance(image, NbdDevice) and isinstance(journal, NbdDevice):
-        same = image.is_same_export(journal)
-    for one, other in ((image, journal), (journal, image)):
-        if isinstance(one, NbdDevice) and isinstance(other, FileDevice):
-            same = same or one.is_of_file(other.fd, other.opened)
-    if same:
+    """Raise ConfigError if both share storage."""
+    if share_storage(image, journal):
         raise ConfigError(f"{journal.description}: is the same disk as {image.description}")
 
 

@@ -74,13 +74,16 @@ class SharedConnection:
         self.can_df = False
         """The server can be asked for a read in one piece, without parts left out."""
         self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
-        # Of our own, since libnbd closes its descriptor when it finds the connection broken.
+        # Of our own, since libnbd closes its descriptor when it finds the connection broken: then
+        # that number may be another connection's.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
+        self._own_fd = self._socket.fileno()
         self.watch = TcpWatch(self._socket)
         widen(self._socket)
         with suppress(OSError, nbd.Error):  # it is lost again
             name, label = export_of(handle)
-            self.peer = Peer.of(self._socket, description, export=name, label=label)
+            size = int(handle.get_size())
+            self.peer = Peer.of(self._socket, description, export=name, label=label, size=size)
             self.is_wide = has_wide_lengths(handle)
             self.can_df = bool(handle.can_df())
         self._requests: set[Request] = set()
@@ -94,7 +97,7 @@ class SharedConnection:
         self._poll = select.poll()
         self._poll.register(self._wake_fd, select.POLLIN)
         if not self.is_lost:
-            self._poll.register(self._fd, 0)
+            self._poll.register(self._own_fd, 0)
 
     @classmethod
     def open(cls, uri: str, timeout_s: float, *, to_mirror: bool = False) -> SharedConnection:
@@ -157,8 +160,8 @@ class SharedConnection:
                 request.finish()
             if done is not None and self._loop is not None:
                 self._loop.call_soon(self._after_ready)
-        if done is None and not self.is_lost and self._handle_state.direction() & _WRITE:
-            self._wake_driver()  # it may be waiting to read only
+        if done is None and not self.is_lost and self._handle_state.direction() != _READ:
+            self._wake_driver()  # it may wait to read only; or the handle has just died, for it too
         return request
 
     def call(self, method: Callable[..., int], *arguments: Any, flags: int = 0) -> None:
@@ -353,7 +356,7 @@ class SharedConnection:
 
     def _drive(self) -> None:
         """One wait and what came of it; by the leader."""
-        self._poll.modify(self._fd, _MASKS[self._handle_state.direction()])
+        self._poll.modify(self._own_fd, _MASKS[self._handle_state.direction()])
         for fd, mask in self._poll.poll():
             if fd == self._wake_fd:
                 try:

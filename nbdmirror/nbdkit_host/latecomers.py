@@ -25,12 +25,17 @@ HANDSHAKE_S_MAX = 60
 that a server that accepts and does not answer is tried more than once."""
 
 
+def handshake_s(timeout_s: int) -> int:
+    """The time of one attempt, if attempts are repeated for `timeout_s`."""
+    return max(int(CONNECT_TIMEOUT_S), min(timeout_s, HANDSHAKE_S_MAX))
+
+
 class Opening:
     """Opens all disks of a server, within one time limit."""
 
     def __init__(self, timeout_s: int) -> None:
         """QEMU's `open-timeout`: attempts are repeated for `timeout_s` seconds; 0: one attempt."""
-        self._handshake_s = max(CONNECT_TIMEOUT_S, min(timeout_s, HANDSHAKE_S_MAX))
+        self._handshake_s = handshake_s(timeout_s)
         self._deadline_s = time.monotonic() + timeout_s
 
     def open(self, uri: str) -> NbdDevice:

@@ -23,19 +23,19 @@ from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
-from nbdmirror.errors import ConfigError, Error
+from nbdmirror.errors import ConfigError, Error, Unreachable
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
-from nbdmirror.layers import layers_of, share_storage
 from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX
 from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
+from nbdmirror.nbdclient.pair import share_storage
 from nbdmirror.nbdkit_host import systemd
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
-from nbdmirror.nbdkit_host.latecomers import Opening
+from nbdmirror.nbdkit_host.latecomers import RETRY_S, Opening, handshake_s
 from nbdmirror.nbdkit_host.parameters import absolute_of, boolean_of, number_of, record_id_of
 from nbdmirror.nbdkit_host.point_disk import Wanted, begin
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
@@ -338,18 +338,10 @@ class PluginProcess:
             return
         for name, disk in self.disks.items():
             other = raw_device(disk.source)
-            if (
-                isinstance(device, NbdDevice)
-                and isinstance(other, NbdDevice)
-                and device.is_same_export(other)
-            ):
-                raise ConfigError(f"file={path}: is the same export as disk '{name}'")
-            if (
-                isinstance(device, FileDevice)
-                and isinstance(other, FileDevice)
-                and share_storage(layers_of(device.opened), layers_of(other.opened))
-            ):
-                raise ConfigError(f"file={path}: shares storage with disk '{name}'")
+            if share_storage(device, other):
+                is_export = isinstance(device, NbdDevice) and isinstance(other, NbdDevice)
+                what = "is the same export as" if is_export else "shares storage with"
+                raise ConfigError(f"file={path}: {what} disk '{name}'")
 
     def _start_mirror(self) -> None:
         """Start a mirror, as `drive-mirror` would. Errors are logged, since in the background no
@@ -363,11 +355,23 @@ class PluginProcess:
             "target": self._mirror_to,
             "mode": "existing",
             "sync": "full",
+            "x-nbdmirror-open-timeout": handshake_s(self._open_timeout_s),
         }
-        try:
-            asyncio.run(dispatch(self._server, "drive-mirror", arguments))
-        except Error as error:
-            log.error("mirror-to: %s; the disk is served without a mirror", error)
+        deadline_s, is_told = time.monotonic() + self._open_timeout_s, False
+        while not self._is_stopped:
+            try:
+                asyncio.run(dispatch(self._server, "drive-mirror", arguments))
+                return
+            except Error as error:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or not isinstance(error.__cause__, Unreachable):
+                    log.error("mirror-to: %s; the disk is served without a mirror", error)
+                    return
+                if not is_told:
+                    text = "mirror-to: %s; trying again for %.0f s (open-timeout)"
+                    log.warning(text, error, left_s)
+                    is_told = True
+                time.sleep(min(RETRY_S, left_s))
 
 
 def _allow_many_files() -> None:

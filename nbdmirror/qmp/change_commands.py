@@ -12,6 +12,7 @@ from nbdmirror.events import Reply
 from nbdmirror.mirror.options import CopyMode
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.nbd_uri import is_uri
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.arguments import (
     COPY_MODE,
     JOB_TYPE,
@@ -151,7 +152,9 @@ async def _make_points(server: Server, wanted: ChangeArguments) -> Reply:
 async def _opened(server: Server, job_id: str, uri: str) -> Node:
     """A node that is not added yet."""
     job: PointsJob = await ask_loop(server, partial(find_block_job, server, job_id))
-    device = await open_journal(server, uri, job.disk.name)
+    target = job.target
+    assert isinstance(target, NbdDevice)
+    device = await open_journal(server, uri, job.disk.name, target.pool.timeout_s)
     options = NodeOptions(reconnect_delay_s=job.options.reconnect_delay_s)
     return Node("", device, options, is_owned=True)
 

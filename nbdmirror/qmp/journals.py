@@ -6,7 +6,6 @@ from functools import partial
 
 from nbdmirror.errors import CommandError
 from nbdmirror.nbdclient.device import NbdDevice
-from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmp.addresses import target_uri
 from nbdmirror.qmp.command import ask_loop
 from nbdmirror.qmp.opening import open_device
@@ -14,12 +13,13 @@ from nbdmirror.server.nodes import Node
 from nbdmirror.server.server import Server
 
 
-async def open_journal(server: Server, text: str, disk: str) -> NbdDevice:
-    """Connect to the journal at the URI `text`, for the disk of this name. Raises CommandError."""
+async def open_journal(server: Server, text: str, disk: str, timeout_s: float) -> NbdDevice:
+    """Connect to the journal at the URI `text`, for the disk of this name, within `timeout_s`.
+    Raises CommandError."""
     try:
         uri = target_uri(text)
         await ask_loop(server, partial(server.nodes.check_uri, uri, disk))
-        return await open_device(lambda: uri, CONNECT_TIMEOUT_S)
+        return await open_device(lambda: uri, timeout_s)
     except CommandError as error:
         raise CommandError(f"Journal: {error}") from error
 

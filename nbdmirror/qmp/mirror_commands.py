@@ -16,7 +16,6 @@ from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.names import default_job_id, is_wellformed_id
-from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmp.addresses import target_uri
 from nbdmirror.qmp.arguments import (
     BITMAP_MODE,
@@ -32,7 +31,7 @@ from nbdmirror.qmp.arguments import (
 )
 from nbdmirror.qmp.command import CommandTable, ask_loop, on_loop
 from nbdmirror.qmp.journals import journal_node, open_journal
-from nbdmirror.qmp.opening import in_thread, open_device
+from nbdmirror.qmp.opening import in_thread, open_device, open_timeout_s
 from nbdmirror.qmp.points_arguments import POINTS_MEMBERS, PointsArguments, points_options
 from nbdmirror.qmp.saving import mirrors_saved
 from nbdmirror.qmp.schema import BOOL, INT, NUMBER, STR, UINT32, Member, Struct, named, optional
@@ -93,6 +92,7 @@ _DRIVE_MIRROR = Struct(
             mode=optional(NEW_IMAGE_MODE),
             format=optional(STR),
             node_name=optional(STR),
+            x_nbdmirror_open_timeout=optional(UINT32),
             x_nbdmirror_reconnect_delay=optional(UINT32),
         ),
     },
@@ -160,6 +160,7 @@ async def drive_mirror(
     mode: str = "absolute-paths",
     format: str = "raw",
     node_name: str | None = None,
+    x_nbdmirror_open_timeout: int = 0,
     x_nbdmirror_reconnect_delay: int = 0,
     **arguments: Any,
 ) -> Reply:
@@ -179,11 +180,13 @@ async def drive_mirror(
     uri = target_uri(mirror.target)
     await ask_loop(server, partial(nodes.check_uri, uri, mirror.device))
     options = NodeOptions(reconnect_delay_s=x_nbdmirror_reconnect_delay)
-    device = await open_device(lambda: uri, CONNECT_TIMEOUT_S)
+    timeout_s = open_timeout_s("x-nbdmirror-open-timeout", x_nbdmirror_open_timeout)
+    device = await open_device(lambda: uri, timeout_s)
     added = [Node(node_name or "", device, options, is_owned=True)]
     try:
         if mirror.x_nbdmirror_journal is not None:
-            journal = await open_journal(server, mirror.x_nbdmirror_journal, mirror.device)
+            name = mirror.x_nbdmirror_journal
+            journal = await open_journal(server, name, mirror.device, timeout_s)
             added.append(Node("", journal, options, is_owned=True))
             await in_thread(partial(check_new_journal, journal))
         reply = await on_loop(server, partial(_start, server, mirror, added))

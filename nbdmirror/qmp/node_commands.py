@@ -8,20 +8,15 @@ from typing import Any
 
 from nbdmirror.errors import CommandError
 from nbdmirror.events import Reply
-from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmp.addresses import nbd_uri
 from nbdmirror.qmp.arguments import NODE
 from nbdmirror.qmp.command import Arguments, CommandTable, ask_loop, by_name, on_loop
-from nbdmirror.qmp.opening import open_device
+from nbdmirror.qmp.opening import open_device, open_timeout_s
 from nbdmirror.qmp.schema import BOOL, STR, optional, struct
 from nbdmirror.server.nodes import Node, NodeOptions
 from nbdmirror.server.server import Server
 
 COMMANDS = CommandTable()
-
-OPEN_TIMEOUT_S_MAX = 3600
-"""A command that waits for a handshake counts as a client (server.CLIENTS_MAX), even if its client
-has disconnected. So there are never more handshakes than clients are allowed."""
 
 _INHERITED = ("read_only", "auto_read_only", "discard", "detect_zeroes", "cache")
 """Options that a node passes on to the node that is created with it."""
@@ -99,10 +94,7 @@ async def blockdev_add(server: Server, /, **arguments: Any) -> Reply:
 async def _connect(name: str, new: NodeArguments) -> Node:
     """Connect, and return a new node of the driver `nbd`. Raises CommandError."""
     options = new.options()
-    timeout_s = new.open_timeout or CONNECT_TIMEOUT_S
-    if timeout_s > OPEN_TIMEOUT_S_MAX:
-        raise CommandError(f"Parameter 'open-timeout' expects at most {OPEN_TIMEOUT_S_MAX}")
-    device = await open_device(new.uri, timeout_s)
+    device = await open_device(new.uri, open_timeout_s("open-timeout", new.open_timeout))
     if device.read_only and not (new.read_only or new.auto_read_only):
         device.close()
         raise CommandError("Could not open image: Permission denied")

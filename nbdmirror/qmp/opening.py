@@ -9,9 +9,18 @@ from contextlib import suppress
 from typing import TypeVar
 
 from nbdmirror.errors import CommandError, ConfigError
+from nbdmirror.limits import TARGET_TIMEOUT_S_MAX
 from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 
 Result = TypeVar("Result")
+
+
+def open_timeout_s(parameter: str, given: int) -> float:
+    """The time for a connection and its handshake; `given` 0: the default. Raises CommandError."""
+    if given > TARGET_TIMEOUT_S_MAX:
+        raise CommandError(f"Parameter '{parameter}' expects at most {TARGET_TIMEOUT_S_MAX}")
+    return given or CONNECT_TIMEOUT_S
 
 
 async def open_device(uri: Callable[[], str], timeout_s: float) -> NbdDevice:

@@ -257,8 +257,7 @@ class MirrorJobs:
                 raise CommandError(f"Node '{journal.name}' is in use")
             self._nodes.check_left(journal.device.uri, journal.device)
             check_journal(disk, journal, options)
-            if user := self._nodes.user_of(journal.device):
-                raise CommandError(f"'{journal.device.uri}' is in use: '{user}' is the same export")
+            self._nodes.check_unused(journal.device)
         except CommandError as error:
             raise CommandError(f"Journal: {error}") from error
 
@@ -277,5 +276,7 @@ class MirrorJobs:
             raise CommandError(f"Job ID '{options.job_id}' already in use")
         self._nodes.check_left(node.device.uri, node.device)
         check_target(disk, node, options)
-        if user := self._nodes.user_of(node.device):
-            raise CommandError(f"Target '{node.device.uri}' is in use: '{user}' is the same export")
+        try:
+            self._nodes.check_unused(node.device)
+        except CommandError as error:
+            raise CommandError(f"Target {error}") from error

@@ -17,6 +17,7 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.names import is_wellformed_id
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
+from nbdmirror.nbdclient.pair import share_storage
 
 NODES_MAX = 256
 """Most targets of all kinds. Each has a connection and three descriptors; QEMU has no such
@@ -131,18 +132,19 @@ class Nodes:
         """The node that `disk` is served from since a pivot."""
         return next((node for node in self if node.disk is disk), None)
 
-    def user_of(self, device: NbdDevice) -> str:
-        """The name of the disk or node that uses the export that `device` is connected to; "" if
-        none is known."""
+    def check_unused(self, device: NbdDevice) -> None:
+        """Raise CommandError if a disk or a node uses the export that `device` is connected to, or
+        the storage below the export."""
         sources = {disk.name: disk.source for disk in self._disks.values()}
         busy = {node.name: node.device for node in self if node.job or node.disk}
-        for name, other in {**sources, **busy}.items():
-            other = raw_device(other)
-            if not isinstance(other, NbdDevice) or other is device:
+        for name, user in {**sources, **busy}.items():
+            other = raw_device(user)
+            if other is device or not share_storage(device, other):
                 continue
-            if device.is_same_export(other):
-                return name
-        return ""
+            what = f"'{name}' is the same export"
+            if not isinstance(other, NbdDevice):
+                what = f"its server writes to '{other.description}', which is '{name}'"
+            raise CommandError(f"'{device.uri}' is in use: {what}")
 
     def leave(self, device: NbdDevice) -> None:
         """A mirror to `device` has ended. Its requests in flight are given up; until the server has

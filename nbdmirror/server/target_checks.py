@@ -33,7 +33,7 @@ def check_target(disk: Disk, node: Node, options: MirrorOptions) -> None:
         raise CommandError(f"Target '{target.uri}' is the disk itself")
     if not node.is_active:
         raise CommandError("Permission 'write' unavailable on inactive node")
-    if isinstance(source, FileDevice) and target.is_of_file(source.fd, source.opened):
+    if isinstance(source, FileDevice) and target.is_of_file(source.opened):
         raise CommandError(
             f"The server of target '{target.uri}' writes to '{source.description}' itself"
         )

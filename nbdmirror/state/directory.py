@@ -223,17 +223,22 @@ class StateDirectory:
 
     def _size(self, name: str, identity: DiskIdentity, pivoted: PivotRecord | None) -> int:
         """The disk's size in bytes. The disk keeps its size on a larger device: guests know that
-        size, and a mirror home fits only with it."""
+        size, and a mirror home fits only with it. Raises ConfigError if the device is smaller: a
+        part of the disk is missing, and a guest that repairs the rest would lose it."""
         if pivoted is None:
             return identity.size
         kept = pivoted.size or last_size(self._folder, name, identity.source)
         if kept > identity.size:
-            text = "%s has %d bytes, but the disk had %d"
-            disk_log(name).error(text, identity.source, identity.size, kept)
+            files = names(name)
+            raise ConfigError(
+                f"{identity.source}: has {identity.size} bytes, and the disk has {kept}: its end is"
+                f" missing; serve all of it, or, if the disk is to be smaller, first remove "
+                f"{files['pivoted']} and {files['definition']} in {self._folder.path}"
+            )
         elif 0 < kept < identity.size:
             text = "keeps its size of %d bytes, though %s has %d"
             disk_log(name).info(text, kept, identity.source, identity.size)
-        return min(kept or identity.size, identity.size)
+        return kept or identity.size
 
     def _examine(
         self, name: str, identity: DiskIdentity, pivoted: PivotRecord | None

@@ -3,10 +3,12 @@ test_device_contract, integration/test_nbd_source, and the tests with lost serve
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from functools import partial
@@ -18,8 +20,8 @@ from support.fixtures import Start
 from support.images import MiB, make_noise
 from support.late import Holding
 from support.processes import freeze
-from support.servers import QemuNbd
-from support.waiting import InThread, wait_until
+from support.servers import OnTcp, QemuNbd
+from support.waiting import WAIT_S_MAX, InThread, wait_until
 
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.event_loop import Loop
@@ -46,6 +48,54 @@ def test_a_leader_that_is_late_leaves_the_loops_replies_to_the_loop(
     loop.run_once(1.0)
     assert told == [None]
     assert buffer == image.read_bytes()[:512]
+    connection.close()
+
+
+def write_on(connection: SharedConnection) -> None:
+    """Until that fails: over TCP the first write may find nothing wrong yet."""
+    while True:
+        connection.write(bytes(512), 0)
+
+
+class LatePoll:
+    """A connection's poll, whose user is held before he waits."""
+
+    def __init__(self, poll: select.poll) -> None:
+        self.modify = poll.modify
+        self.is_about = threading.Event()
+        self.may_go_on = threading.Event()
+        self._poll = poll
+
+    def poll(self) -> list[tuple[int, int]]:
+        self.is_about.set()
+        assert self.may_go_on.wait(WAIT_S_MAX)
+        return self._poll.poll()
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_driver_whose_connection_another_thread_finds_broken(
+    start: Start, folder: Path, tcp: bool
+) -> None:
+    """The driver's request has failed with that; libnbd's descriptor is another connection's then,
+    and nothing ever comes there."""
+    image = make_noise(folder / "disk.img", MiB)
+    server = start(OnTcp(folder, image) if tcp else QemuNbd(folder, image))
+    connection = SharedConnection.open(server.uri(), 5.0)
+    poll = LatePoll(connection._poll)
+    connection._poll = poll  # type: ignore[assignment]
+    freeze(server.pid)
+    first = InThread(lambda: connection.read(memoryview(bytearray(512)), 0))
+    assert poll.is_about.wait(WAIT_S_MAX)
+    server.kill()
+    with pytest.raises(DeviceLost):
+        InThread(lambda: write_on(connection)).result(5.0)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            for end in socket.socketpair():
+                stack.enter_context(end)
+        poll.may_go_on.set()
+        with pytest.raises(DeviceLost):
+            first.result(5.0)
     connection.close()
 
 

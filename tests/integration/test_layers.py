@@ -58,8 +58,13 @@ def test_loop_devices(tmp_path: Path) -> None:
         node = tmp_path / "node"
         os.mknod(node, stat.S_IFBLK | 0o600, os.stat(above).st_rdev)
         assert shared(disk, node) is True
-        assert linux.block_number(str(node)) == os.stat(above).st_rdev
-        assert linux.block_number(str(disk)) == linux.block_number(str(tmp_path / "none")) == 0
+        known, file = linux.known_status(str(node)), os.stat(disk)
+        assert known is not None and known.number == os.stat(above).st_rdev
+        assert layers.size_of_device(known.number) == SIZE
+        known = linux.known_status(str(disk))
+        assert known is not None and (known.number, known.size) == (0, SIZE)
+        assert (known.mode, known.device, known.inode) == (file.st_mode, file.st_dev, file.st_ino)
+        assert linux.known_status(str(tmp_path / "none")) is None
 
 
 def test_parts_of_a_file(tmp_path: Path) -> None:

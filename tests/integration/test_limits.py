@@ -22,9 +22,9 @@ from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
 from nbdmirror.disk.bitmap import BITS_BYTES_MAX
+from nbdmirror.limits import TARGET_TIMEOUT_S_MAX
 from nbdmirror.nbd_uri import URI_BYTES_MAX
 from nbdmirror.qmp.mirror_commands import BUFFER_BYTES_MAX, JOB_ID_LENGTH_MAX
-from nbdmirror.qmp.node_commands import OPEN_TIMEOUT_S_MAX
 from nbdmirror.qmp.server import CLIENTS_MAX
 from nbdmirror.qmp.transaction import ACTIONS_MAX
 from nbdmirror.server.bitmaps import BITMAPS_MAX, BYTES_MAX, NAME_BYTES_MAX
@@ -160,7 +160,7 @@ def test_names_and_numbers(start: Start, folder: Path, server: Nbdmirror) -> Non
     node = {"driver": "nbd", "server": address}
     long = "n" * (NAME_LENGTH_MAX + 1)
     assert "too long" in qmp.refusal("blockdev-add", node_name=long, **node)
-    late = {"open_timeout": OPEN_TIMEOUT_S_MAX + 1}
+    late = {"open_timeout": TARGET_TIMEOUT_S_MAX + 1}
     assert "'open-timeout' expects" in qmp.refusal("blockdev-add", node_name="n", **node, **late)
     export = {"export": "x" * URI_BYTES_MAX}
     assert "at most" in qmp.refusal("blockdev-add", node_name="n", **node, **export)
@@ -201,7 +201,7 @@ def test_handshakes_that_never_end_hold_up_their_clients_alone(start: Start, dis
         for number in range(CLIENTS_MAX - 1):
             client = stack.enter_context(Qmp(server.qmp_path))
             options = {"driver": "nbd", "node-name": f"n{number}", "server": address}
-            ask(client, "blockdev-add", **options, **{"open-timeout": OPEN_TIMEOUT_S_MAX})
+            ask(client, "blockdev-add", **options, **{"open-timeout": TARGET_TIMEOUT_S_MAX})
             stack.enter_context(listener.accept()[0])
         guest.wait_for_requests(50)
         last = stack.enter_context(Qmp(server.qmp_path))

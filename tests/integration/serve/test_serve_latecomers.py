@@ -14,6 +14,8 @@ from support.processes import nbdmirror
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import START_S_MAX, WAIT_S_MAX, wait_until
 
+from nbdmirror.nbdkit_host.latecomers import HANDSHAKE_S_MAX, handshake_s
+
 
 def waiting(folder: Path, *uris: str, seconds: int) -> Nbdmirror:
     return Nbdmirror(folder, *uris, options=("--open-timeout", str(seconds)))
@@ -112,3 +114,55 @@ def test_whoever_does_not_want_to_wait(folder: Path) -> None:
         assert not server.qmp_path.exists()
     finally:
         server.kill()
+
+
+# The target of --mirror-to
+
+
+def test_a_target_that_starts_later(folder: Path, disk: Path) -> None:
+    """The disk is served meanwhile."""
+    target = QemuNbd(folder, make_image(folder / "target.img", disk.stat().st_size, 7))
+    options = ("--mirror-to", target.uri(), "--open-timeout", "600")
+    with Nbdmirror(folder, f"vda={disk}", options=options) as server:
+        wait_until(lambda: "trying again" in server.stderr, "it has tried")
+        with connected(server.uri()) as guest:
+            guest.pwrite(b"meanwhile", 0)
+            guest.flush()
+        with target:
+            assert server.qmp.wait_ready("vda")["type"] == "mirror"
+            server.qmp.complete("vda")
+            assert_identical(disk, target.image)
+            server.stop()
+        assert server.stderr.count("mirror-to") == 1
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_target_that_never_comes(folder: Path, disk: Path, seconds: int) -> None:
+    uri = f"nbd+unix:///?socket={folder}/never"
+    options = ("--mirror-to", uri, "--open-timeout", str(seconds))
+    with Nbdmirror(folder, disk, options=options) as server:
+        server.allowed = ["ERROR: mirror-to"]
+        wait_until(lambda: "served without a mirror" in server.stderr, "it gives up")
+        assert server.stderr.count("mirror-to") == 1 + seconds
+        assert_identical(disk, server.uri())
+
+
+def test_a_target_that_takes_its_time_to_answer(folder: Path, disk: Path) -> None:
+    """It is waited for as long as was said, by each way to say it."""
+    place = folder / "silent"
+    uri = f"nbd+unix:///?socket={place}"
+    with socket.socket(socket.AF_UNIX) as listener, Nbdmirror(folder, disk) as server:
+        listener.bind(str(place))
+        listener.listen()
+        done = nbdmirror("mirror", uri, "--open-timeout", "1", "--qmp", server.qmp_path)
+        assert done.returncode == 1
+        assert f"{uri}: no answer from the NBD server within 1 s" in done.stderr
+        for seconds in ("0", "3601"):
+            done = nbdmirror("mirror", uri, "--open-timeout", seconds, "--qmp", server.qmp_path)
+            assert (done.returncode, "from 1 to 3600" in done.stderr) == (2, True)
+        mirror = {"device": "disk0", "sync": "full", "mode": "existing"}
+        text = server.qmp.refusal(
+            "drive-mirror", target=uri, x_nbdmirror_open_timeout=3601, **mirror
+        )
+        assert "'x-nbdmirror-open-timeout' expects at most 3600" in text
+    assert [handshake_s(seconds) for seconds in (0, 30, 600)] == [10, 30, HANDSHAKE_S_MAX]

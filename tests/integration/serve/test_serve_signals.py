@@ -18,7 +18,7 @@ from support.clients import connected
 from support.fixtures import Start
 from support.guests import Guest
 from support.images import MiB, assert_identical, make_image
-from support.processes import ROOT, nbdmirror_environment, patched
+from support.processes import ROOT, nbdmirror, nbdmirror_environment, patched
 from support.servers import Nbdmirror
 from support.waiting import START_S_MAX, STOP_S_MAX, WAIT_S_MAX, wait_until
 
@@ -308,3 +308,22 @@ def test_a_log_that_nobody_reads_any_more(folder: Path) -> None:
         server._close_qmp()
         server.process.terminate()
         assert server.process.wait(STOP_S_MAX) == 0
+
+
+def test_a_daemon_whose_control_socket_was_named_in_another_directory(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nbdkit goes to the root directory; `list` finds the socket that the process has."""
+    daemon = Daemon(disk.parent, disk, bare=True)
+    socket_ = daemon.qmp_path
+    (disk.parent / "below").mkdir()
+    monkeypatch.chdir(disk.parent / "below")
+    words = [word.replace(f"qmp={socket_}", f"qmp=.././{socket_.name}") for word in daemon.argv()]
+    null = subprocess.DEVNULL
+    subprocess.run(words, env=daemon.environment(), stdout=null, stderr=null, check=True)
+    pid = daemon.wait()
+    try:
+        monkeypatch.chdir("/")
+        assert f"{socket_}  process {pid}\n  disk0  " in nbdmirror("list").stdout
+    finally:
+        daemon.end()

@@ -4,6 +4,7 @@ not of the number that its device had; and a disk keeps its size on a larger tar
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from integration.state.test_state_bitmaps import add, bitmaps
 from support.clients import connected
 from support.fixtures import Start
 from support.images import MiB, assert_identical, make_empty, make_image
-from support.kept import Kept, power_cut
+from support.kept import Kept, power_cut, refusal
 from support.mounts import ON_DISK, loop_device
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
@@ -244,6 +245,33 @@ def test_a_second_pivot_and_restart_keeps_it_too(start: Start, folder: Path, ser
     server.disks = [f"vda={third.uri()}"]
     server.restart()
     assert size_of(server) == SIZE
+
+
+def test_a_target_that_has_become_smaller_is_refused(
+    start: Start, folder: Path, server: Kept
+) -> None:
+    """The disk's end is missing. The refusal says what to do if that is meant."""
+    add(server.qmp)
+    larger = pivot_to_larger(start, folder, server)
+    server.stop()
+    larger.stop()
+    for size, is_served in ((SIZE - MiB, False), (SIZE, True), (SIZE - MiB, False)):
+        os.truncate(larger.image, size)
+        with larger:
+            if is_served:
+                server.restart()
+                assert size_of(server) == SIZE
+                server.stop()
+            else:
+                text = refusal(server)
+                assert f"has {size} bytes, and the disk has {SIZE}: its end is missing" in text
+    for name in ("vda.pivoted", "vda.json"):
+        assert name in text
+        (server.state / name).unlink()
+    with larger:
+        server.restart()
+        assert size_of(server) == SIZE - MiB
+        server.stop()
 
 
 @pytest.mark.parametrize("has_bitmap", [True, False])

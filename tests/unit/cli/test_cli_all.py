@@ -13,7 +13,8 @@ from support.fakes import Fake, FakeQemu, QmpFake
 from unit.cli.cliparts import Main, one_line
 
 from nbdmirror.cli import list as cli_list
-from nbdmirror.cli.common import DONE, NO_SERVER, TIMED_OUT, USAGE
+from nbdmirror.cli import web
+from nbdmirror.cli.common import DONE, NO_SERVER, TIMED_OUT, USAGE, default_qmp_paths
 
 Add = Callable[[str], Path]
 
@@ -129,3 +130,40 @@ def test_servers_are_queried_side_by_side(
 def test_what_all_does_not_go_with(run: Main, other: list[str]) -> None:
     status, _, err = run("status", "--all", *other)
     assert (status, "not allowed with argument --" in one_line(err)) == (USAGE, True)
+
+
+def test_a_server_is_shown_once_whatever_its_socket_is_called(
+    add: Add, run: Main, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a link, a hard link, a relative path, and beside the process that was found."""
+    path = add("a")
+    hard, soft = host / "b.qmp", host / "c.qmp"
+    hard.hardlink_to(path)
+    soft.symlink_to(path)
+    monkeypatch.chdir(host)
+    for named in ("a.qmp", str(soft), str(hard), f"{host}/../{host.name}//a.qmp"):
+        monkeypatch.setenv("NBDMIRROR_QMP", named)
+        for found in ([], [cli_list.Found(7, str(soft))]):
+            monkeypatch.setattr(cli_list, "_processes", lambda found=found: found)
+            _, out, _ = run("list", "--json")
+            (server,) = json.loads(out)
+            assert server["qmp"] == (str(soft) if found else str(path))
+    assert web.Places([str(soft), str(host), "a.qmp"]).sockets() == [str(soft)]
+
+
+@pytest.mark.parametrize("variable", ["NBDMIRROR_QMP", "XDG_RUNTIME_DIR"])
+def test_a_name_with_a_pattern_is_a_name(
+    run: Main, host: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    folder = host / "vm[1]*"
+    folder.mkdir()
+    server = Fake(str(folder / "nbdmirror.qmp"))
+    server.server.start()
+    monkeypatch.setattr(cli_list, "default_qmp_paths", default_qmp_paths)
+    name = folder if variable == "XDG_RUNTIME_DIR" else folder / "nbdmirror.qmp"
+    monkeypatch.setenv(variable, str(name))
+    try:
+        _, out, _ = run("list", "--json")
+    finally:
+        server.server.stop()
+    assert [one["qmp"] for one in json.loads(out)] == [str(folder / "nbdmirror.qmp")]

@@ -89,6 +89,31 @@ def test_another_disks_pivot_is_not_this_ones(fake: Fake, run: Main, ready: dict
     assert out == f"job j ended; {URI} is a consistent copy; disk disk0 is served from a.img\n"
 
 
+def test_what_happens_to_another_disk_of_the_jobs_name(
+    fake: Fake, run: Main, ready: dict[str, Any]
+) -> None:
+    """A job's ID may be the name of another disk, or that of another disk's earlier job."""
+
+    def cancel(arguments: dict[str, Any]) -> Any:
+        sizes = {"size": 1, "target-size": 2}
+        fake.ring.append("X_NBDMIRROR_SIZES_DIFFER", {"device": "j", "id": "other", **sizes})
+        fake.end("j", "BLOCK_JOB_COMPLETED")
+        return {}
+
+    def status(arguments: dict[str, Any]) -> Any:
+        found = query(arguments)
+        earlier = {"id": "j", "result": "failed", "reason": "long ago", "ended-at-s": 1.0}
+        found["disks"].append({"name": "other", "source": "b.img", "last-job": earlier})
+        return found
+
+    query = fake.do_x_nbdmirror_query_status
+    fake.do_x_nbdmirror_query_status = status  # type: ignore[method-assign]
+    fake.do_block_job_cancel = cancel  # type: ignore[method-assign]
+    status_, out, _ = run("cancel")
+    assert status_ == common.DONE
+    assert out == f"job j ended; {URI} is a consistent copy; disk disk0 is served from a.img\n"
+
+
 # Commands that stop waiting
 
 

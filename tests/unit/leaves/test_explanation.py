@@ -63,6 +63,14 @@ def test_a_job_that_is_young() -> None:
     [
         ({"copied-bytes": 1 << 31, "written-bytes": 1 << 30}, "in sync in 2:10 at most"),
         ({"left-s": None}, "the guest changes as much as is copied"),
+        (
+            {"left-s": None, "dirty-bytes-per-s": 0, "zero-bytes-per-s": 0},
+            "nothing was copied in the last seconds, so its end cannot be predicted",
+        ),
+        (
+            {"left-s": None, "dirty-bytes-per-s": 0, "zero-bytes-per-s": MiB},
+            "the last seconds copied holes and no data, so its end cannot be predicted",
+        ),
         ({"copy-bytes-per-s": None}, "its end cannot be predicted yet"),
         ({"status": "ready", "ready": True}, "the target follows the source, and the job can be"),
     ],

@@ -21,7 +21,7 @@ from nbdmirror.events import EVENTS_KEPT_MAX
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S
-from nbdmirror.qmp import json_stream, mirror_commands, node_commands, transaction
+from nbdmirror.qmp import json_stream, mirror_commands, transaction
 from nbdmirror.qmp import server as qmp_server
 from nbdmirror.server import bitmaps, mirror_jobs, nodes
 
@@ -48,7 +48,7 @@ NUMBERS = (
     ("security.md", "| errors in a row | {} |", qmp_server.ERRORS_IN_A_ROW_MAX),
     ("security.md", "client does not read | {} MiB |", qmp_server.OUTPUT_BYTES_MAX >> 20),
     ("security.md", "| events that a client has not got yet | {} |", EVENTS_KEPT_MAX),
-    ("security.md", "`open-timeout` {} s at most", node_commands.OPEN_TIMEOUT_S_MAX),
+    ("security.md", "`open-timeout` {} s at most", limits.TARGET_TIMEOUT_S_MAX),
     ("security.md", "| nodes | {} |", nodes.NODES_MAX),
     ("security.md", "concluded ones included | {} |", mirror_jobs.JOBS_MAX),
     ("security.md", "| actions of a transaction | {} |", transaction.ACTIONS_MAX),
