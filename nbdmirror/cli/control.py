@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,7 +21,14 @@ from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, TIMED_OUT, USAGE, CliError
 from nbdmirror.cli.jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
 from nbdmirror.cli.progress import JsonDisplay, Meter, PlainDisplay, open_display
-from nbdmirror.cli.session import Job, Session, connect, run_interruptible, server_path
+from nbdmirror.cli.session import (
+    Job,
+    Session,
+    connect,
+    forget_interrupt,
+    run_interruptible,
+    server_path,
+)
 from nbdmirror.names import default_job_id
 
 PAUSE_S_MAX = 10.0
@@ -33,14 +42,17 @@ OUTLOOK_S_MAX = 2.0
 
 def run(args: argparse.Namespace) -> int:
     if getattr(args, "watch", False):
-        return run_interruptible(cli_watch.watch(args.json, server_path(args)))
+        command = cli_watch.watch(args.json, server_path(args))
+        return run_interruptible(command, [signal.SIGINT])  # the others have nothing to tell
     return run_interruptible(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> int:
-    async with connect(server_path(args)) as session:
+    limit_s = getattr(args, "timeout", None)
+    path, patience_s = server_path(args), math.inf if limit_s is None else limit_s
+    async with connect(path, limit_s=patience_s) as session:
         try:
-            async with asyncio.timeout(getattr(args, "timeout", None)):
+            async with asyncio.timeout(limit_s):
                 return await _COMMANDS[args.command](session, args)
         except TimeoutError as error:
             text = f"timed out after {args.timeout:g} s; {await _outlook(session)}"
@@ -48,6 +60,7 @@ async def _run(args: argparse.Namespace) -> int:
         except asyncio.CancelledError:
             if not session.job:
                 raise
+            forget_interrupt()
             raise CliError(f"interrupted; {await _outlook(session)}", INTERRUPTED) from None
 
 
@@ -99,6 +112,7 @@ async def _complete(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
+        await watch.look()
         await session.execute("job-complete", id=job)
         await watch.until(ready=False)
     return await watch.report(verb="complete")
@@ -114,6 +128,7 @@ async def _cancel(session: Session, args: argparse.Namespace) -> int:
         )
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
+        await watch.look()
         if args.force:
             await session.execute("job-cancel", id=job)
         else:  # job-cancel has no soft cancel
