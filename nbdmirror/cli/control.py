@@ -26,6 +26,7 @@ from nbdmirror.cli.session import (
     Session,
     connect,
     forget_interrupt,
+    jobs_of,
     run_interruptible,
     server_path,
 )
@@ -72,13 +73,14 @@ async def _outlook(session: Session) -> str:
         return f"job {session.job} may still start when its target answers; see: nbdmirror status"
     try:
         async with asyncio.timeout(OUTLOOK_S_MAX):
-            job = (await session.jobs()).get(session.job)
+            status = await session.status()
     except (CliError, TimeoutError):
         return f"the state of job {session.job} is not known; see: nbdmirror status"
-    if job is None:
+    if (job := jobs_of(status).get(session.job)) is None:
         return f"job {session.job} has ended; see: nbdmirror status"
     parts = [f"job {Meter(time.monotonic).update(job)}"]
     parts += [remark.text for remark in cli_words.remarks(job)]
+    parts += cli_words.server_troubles(status)
     if job.get("ending", "none") != "none":
         parts.append("stop that with: nbdmirror cancel --force")
     return "; ".join(parts)

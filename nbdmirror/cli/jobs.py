@@ -94,6 +94,8 @@ class Watch:
         self._disk: dict[str, Any] = {}
         self._heard: list[Any] = []
         self._told: set[str] = set()
+        self._troubles: list[str] = []
+        """What is wrong with the server, beside the job."""
         self._earlier: dict[str, Any] = {}
         """The result of an earlier job of this name, while this one runs."""
 
@@ -124,6 +126,7 @@ class Watch:
         """Query the job's state, and read the events so far. None: the job does not exist any
         more."""
         status = await self._session.status()
+        self._troubles = cli_words.server_troubles(status)
         found = None
         for disk in status.get("disks", []):
             for job in disk.get("jobs") or []:
@@ -192,11 +195,13 @@ class Watch:
             self.end = dict(event)
 
     def _tell(self, job: Job) -> None:
-        """Print the remarks on the job; each kind once while it lasts."""
+        """Print the remarks on the job, and what is wrong with its server; each kind once while it
+        lasts."""
         silent = {"error", "retry", "failure"}  # events report these
         if job.get("ending-for-s", 0) < cli_words.SILENT_S and job.get("status") != "standby":
             silent.add("ending")  # the user has requested it
         remarks = [one for one in cli_words.remarks(job) if one.kind not in silent]
+        remarks += [cli_words.Remark("server", text) for text in self._troubles]
         for remark in remarks:
             if remark.kind not in self._told:
                 self._display.note(f"{self._job}: {remark.text}")

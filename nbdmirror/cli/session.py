@@ -184,8 +184,7 @@ class Session:
 
     async def jobs(self) -> dict[str, Job]:
         """The jobs, by their IDs."""
-        disks = (await self.status()).get("disks", [])
-        return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
+        return jobs_of(await self.status())
 
     async def status(self) -> dict[str, Any]:
         found = await self.execute("x-nbdmirror-query-status")
@@ -205,6 +204,12 @@ class Session:
     async def closed(self) -> None:
         """Wait until the connection has ended."""
         await self._client.runstate_changed()
+
+
+def jobs_of(status: dict[str, Any]) -> dict[str, Job]:
+    """The jobs of a server's status, by their IDs."""
+    disks = status.get("disks", [])
+    return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
 
 
 @contextlib.asynccontextmanager

@@ -58,7 +58,7 @@ def test_each_signal_that_ends_a_command(stuck: Fake, number: signal.Signals) ->
     process.send_signal(number)
     _, err = process.communicate(timeout=WAIT_S_MAX)
     assert process.returncode == common.INTERRUPTED
-    assert err == "nbdmirror: interrupted; job j: ready, 100.0%, 0 B left\n"
+    assert err.splitlines()[-1] == "nbdmirror: interrupted; job j: ready, 100.0%, 0 B left"
 
 
 def test_what_was_ignored_at_the_start_stays_ignored(stuck: Fake) -> None:
@@ -145,17 +145,20 @@ def test_an_earlier_jobs_end_is_not_this_ones(stuck: Fake, run: Main) -> None:
     """The server ends, and the mirror goes on when it is started again: no result is kept."""
     stuck.last = dict(EARLIER)
 
-    def end() -> None:
-        for _ in range(2):  # the command has heard the event, and asks once more for its last line
-            stuck.queried.wait(WAIT_S_MAX)
-            stuck.queried.clear()
-        stuck.server.stop()
+    query, queries = stuck.do_x_nbdmirror_query_status, 0
+
+    def queried(arguments: dict[str, Any]) -> Any:
+        nonlocal queries
+        queries += "j" not in stuck.jobs
+        if queries == 2:  # the command has heard the event, and asks once more for its last line
+            threading.Thread(target=stuck.server.stop).start()
+        return query(arguments)
+
+    stuck.do_x_nbdmirror_query_status = queried  # type: ignore[method-assign]
 
     def cancel(arguments: dict[str, Any]) -> Any:
         del stuck.jobs["j"]
         stuck.ring.append("BLOCK_JOB_CANCELLED", {"device": "j", "len": 400, "offset": 400})
-        stuck.queried.clear()
-        threading.Thread(target=end).start()
         return {}
 
     stuck.do_job_complete = cancel  # type: ignore[method-assign]
@@ -178,3 +181,18 @@ def test_a_job_that_was_replaced_meanwhile(stuck: Fake, run: Main) -> None:
     status, _, err = run("complete")
     assert status == common.FAILED
     assert f"job j failed: {URI}: No space left on device" in err.splitlines()[-1]
+
+
+def test_a_server_that_cannot_save_its_state(stuck: Fake, run: Main) -> None:
+    """A pivot waits for its record: whoever waits for the pivot is told, once."""
+    query = stuck.do_x_nbdmirror_query_status
+    trouble = "the last write has not ended for 0:07"
+    stuck.do_x_nbdmirror_query_status = (  # type: ignore[method-assign]
+        lambda arguments: query(arguments) | {"state-error": trouble}
+    )
+    status, _, err = run("wait", "--concluded", "--timeout", "0.2")
+    assert status == common.TIMED_OUT
+    *notes, last = err.splitlines()
+    text = f"the state directory cannot be written: {trouble}"
+    assert sum(text in line for line in notes) == 1
+    assert text in last
