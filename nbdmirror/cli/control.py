@@ -12,6 +12,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from qemu.qmp import QMPError
+
 from nbdmirror.cli import bitmaps as cli_bitmaps
 from nbdmirror.cli import explain as cli_explain
 from nbdmirror.cli import point as cli_point
@@ -66,17 +68,18 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 async def _outlook(session: Session) -> str:
-    """What the job is about to do, by a last query, when the command stops waiting for it."""
+    """What the job is about to do, by a last query, when the command stops waiting for it. In
+    another conversation: a server answers the commands of one client one after the other."""
     if not session.job:
         return "jobs on the server continue"
-    if session.is_starting:  # the server answers a client's commands one after the other
-        return f"job {session.job} may still start when its target answers; see: nbdmirror status"
     try:
-        async with asyncio.timeout(OUTLOOK_S_MAX):
-            status = await session.status()
-    except (CliError, TimeoutError):
+        async with asyncio.timeout(OUTLOOK_S_MAX), connect(session.path) as other:
+            status = await other.status()
+    except (CliError, QMPError, TimeoutError):
         return f"the state of job {session.job} is not known; see: nbdmirror status"
     if (job := jobs_of(status).get(session.job)) is None:
+        if session.is_starting:
+            return f"job {session.job} may still start; see: nbdmirror status"
         return f"job {session.job} has ended; see: nbdmirror status"
     parts = [f"job {Meter(time.monotonic).update(job)}"]
     parts += [remark.text for remark in cli_words.remarks(job)]

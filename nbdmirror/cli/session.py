@@ -135,6 +135,8 @@ class Session:
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
+        self.path = ""
+        """The server's control socket."""
         self.job = ""
         """The job that the command is about, when known."""
         self.is_starting = False
@@ -221,6 +223,7 @@ async def connect(
     limit_s = min(CONNECT_S_MAX, max(GREETING_S, limit_s))
     client = QMPClient("nbdmirror")
     session = Session(client)
+    session.path = path
     try:
         async with asyncio.timeout(limit_s):
             await client.connect(path)

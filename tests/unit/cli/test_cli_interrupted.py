@@ -3,6 +3,7 @@ in another way. The last line is so, and comes within a bound."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -196,3 +197,19 @@ def test_a_server_that_cannot_save_its_state(stuck: Fake, run: Main) -> None:
     text = f"the state directory cannot be written: {trouble}"
     assert sum(text in line for line in notes) == 1
     assert text in last
+
+
+def test_an_answer_that_takes_long_does_not_hide_the_jobs_state(stuck: Fake, run: Main) -> None:
+    """The journal hangs, and so does the command; the server answers everybody else."""
+    text = "the target has not answered for 0:09"
+    stuck.jobs["j"]["target-silent-for-s"] = 9.0
+    dispatch = stuck.dispatch
+
+    async def slow(name: str, arguments: dict[str, Any]) -> Any:
+        if name == "x-nbdmirror-point":
+            await asyncio.sleep(WAIT_S_MAX)
+        return await dispatch(name, arguments)
+
+    stuck.server._dispatch = slow
+    status, _, err = run("point", "--wait", "--timeout", "0.3")
+    assert (status, text in one_line(err)) == (common.TIMED_OUT, True)
