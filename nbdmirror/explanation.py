@@ -313,7 +313,10 @@ def _of_the_servers(job: Job) -> list[Remark]:
         found.append(Remark("target", f"{text}check its server, {give_up}"))
     for side in ("source", "target"):
         if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:
-            text = f"the {side} has not answered for {duration(silent_s)}; check it, {give_up}"
+            who = f"the {side}"
+            if side == "target" and "journal-bytes" in job.get("x-nbdmirror-points", {}):
+                who = "the target, or its journal,"
+            text = f"{who} has not answered for {duration(silent_s)}; check it, {give_up}"
             found.append(Remark(side, text))
     error = job.get("last-error") or {}
     if error.get("action") == "ignore" and error.get("ago-s", RETRIED_S) < RETRIED_S:

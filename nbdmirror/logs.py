@@ -4,15 +4,14 @@ In the foreground the log goes to stderr. If stderr is the journal, each line be
 priority for journald, `<3>` for an error (sd-daemon(3)); otherwise lines have the time. In the
 background nbdkit has closed stderr and writes to syslog, and so does nbdmirror.
 
-With the format "json" each line is a JSON object instead, and so are nbdkit's lines: these come
-through the relay (quiet_log.py), since nbdkit has no such format.
+With the format "json" each line is a JSON object instead, and so are nbdkit's lines, which come
+through the relay (quiet_log.py).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import os
 import sys
 import time
@@ -22,7 +21,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from nbdmirror.errors import ConfigError
-from nbdmirror.quiet_log import STDERR, CallbackErrors, Quiet, QuietFilter, Relay
+from nbdmirror.log_lines import LineHandler, Stream, Syslog
+from nbdmirror.quiet_log import (
+    STDERR,
+    CallbackErrors,
+    Quiet,
+    QuietFilter,
+    Relay,
+    admits_nbdkits,
+)
 
 SYSLOG_SOCKET = "/dev/log"
 
@@ -31,6 +38,8 @@ FORMATS = "plain", "json"
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 """Levels of logging, and syslog's priorities for them and higher ones."""
 _DEBUG = 7
+_DAEMON = 3 << 3
+"""Syslog's facility."""
 
 _NBDKIT = "nbdkit: "
 """The beginning of nbdkit's lines."""
@@ -59,8 +68,11 @@ def goes_to_journal(fd: int = STDERR, environ: Mapping[str, str] = os.environ) -
 
 def with_priority(text: str, level: int) -> str:
     """`text`, with the priority before each line, since journald treats each line as a message."""
-    priority = next((number for least, number in _PRIORITIES if level >= least), _DEBUG)
-    return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+    return "\n".join(f"<{_priority(level)}>{line}" for line in text.split("\n"))
+
+
+def _priority(level: int) -> int:
+    return next((number for least, number in _PRIORITIES if level >= least), _DEBUG)
 
 
 def print_startup_error(text: str, level: int = logging.ERROR) -> None:
@@ -93,15 +105,12 @@ class Log:
         self._handler = _handler(in_background)
         self._quiet = Quiet(self._emit)
         self._handler.addFilter(QuietFilter(self._quiet))
-        if in_background or _is_json:
-            # In the background stderr is /dev/null; with --log=stderr nbdkit writes there, and not
-            # to syslog.
-            self._relay = Relay(self._pass_on)
-            with suppress(OSError, RuntimeError):
-                self._relay.start()
-        else:
-            self._relay = Relay()
-            self._quiet.on_calm.append(self._relay.stop)
+        self._is_raw = not (in_background or _is_json)
+        """nbdkit's lines are logged as nbdkit has written them."""
+        # With --log=stderr nbdkit writes there in the background too, where stderr is /dev/null.
+        self._relay = Relay(self._pass_on)
+        with suppress(OSError, RuntimeError):
+            self._relay.start()
         self._callbacks = CallbackErrors(self._quiet, self._relay)
         root = logging.getLogger("nbdmirror")
         root.addHandler(self._handler)
@@ -117,6 +126,7 @@ class Log:
         """Write counts of omitted lines, and stop."""
         self._quiet.stop()
         self._relay.stop()
+        self._handler.stop()
 
     def _emit(self, level: int, text: str) -> None:
         """Log without the filter."""
@@ -126,22 +136,22 @@ class Log:
 
     def _pass_on(self, lines: bytes) -> None:
         for line in lines.decode(errors="backslashreplace").splitlines():
-            is_debug = line.startswith(_NBDKIT) and ": debug: " in line
-            self._emit(logging.DEBUG if is_debug else logging.ERROR, line)
+            if not admits_nbdkits(self._quiet, line):
+                continue
+            if self._is_raw:
+                self._handler.write(line)
+            else:
+                is_debug = line.startswith(_NBDKIT) and ": debug: " in line
+                self._emit(logging.DEBUG if is_debug else logging.ERROR, line)
 
 
-def _handler(in_background: bool) -> logging.Handler:
-    handler: logging.Handler
+def _handler(in_background: bool) -> LineHandler:
     if in_background and os.path.exists(SYSLOG_SOCKET):
-        handler = logging.handlers.SysLogHandler(
-            SYSLOG_SOCKET, facility=logging.handlers.SysLogHandler.LOG_DAEMON
-        )
-        form: logging.Formatter = _JsonFormatter() if _is_json else logging.Formatter("%(message)s")
-        handler.ident, handler.formatter = f"nbdmirror[{os.getpid()}]: ", form
+        handler = LineHandler(Syslog(SYSLOG_SOCKET), end=b"\0")
+        handler.setFormatter(_SyslogFormatter())
     else:
         # A separate one: the relay's pipe that replaces stderr may be full.
-        stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8", errors="backslashreplace")
-        handler = logging.StreamHandler(stream)
+        handler = LineHandler(Stream(STDERR))
         plain = _JsonFormatter() if _is_json else _PlainFormatter()
         handler.setFormatter(_JournalFormatter() if goes_to_journal() else plain)
     return handler
@@ -163,6 +173,14 @@ class _JournalFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = _JsonFormatter().format(record) if _is_json else super().format(record)
         return with_priority(text, record.levelno)
+
+
+class _SyslogFormatter(logging.Formatter):
+    """With priority, name and process, and without the time: syslog has that."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = _JsonFormatter().format(record) if _is_json else super().format(record)
+        return f"<{_DAEMON | _priority(record.levelno)}>nbdmirror[{os.getpid()}]: {text}"
 
 
 class _JsonFormatter(logging.Formatter):

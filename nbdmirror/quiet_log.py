@@ -1,10 +1,11 @@
 """A quiet log: the first lines of one lasting cause, then a count from time to time.
 
-`Quiet` decides. nbdmirror's log lines pass through it (`QuietFilter`). nbdkit's lines about failed
-callbacks do not: its Python plugin writes a line for each exception, and cannot be configured. But
-it asks Python for the text just before it writes. So an unwanted line is marked there, and while
-there are marked lines nbdkit's stderr is a pipe (`Relay`), which forwards all other lines. The pipe
-never blocks: nbdkit writes to it with the GIL held, which the pipe's reader needs.
+`Quiet` decides. nbdmirror's log lines pass through it (`QuietFilter`). nbdkit's lines do not: it
+writes them itself, and cannot be configured. So its stderr is a pipe (`Relay`), whose reader asks
+`Quiet` (`admits_nbdkits`). The lines about failed callbacks have a better cause: nbdkit's Python
+plugin asks Python for the text just before it writes, so an unwanted line is marked there
+(`CallbackErrors`). The pipe never blocks: nbdkit writes to it with the GIL held, which the pipe's
+reader needs.
 
 For any thread. A request that succeeds uses none of this.
 """
@@ -39,6 +40,9 @@ _READ_BYTES = 1 << 16
 _ATTENDED = re.compile(rb"\(one of many\)(\x1b\[0m)?\s*$")
 _NUMBER = re.compile(r"(?<![\w./:-])\d+(?![\w./-])")
 _QUOTED = re.compile(r"'[^']*'")
+_ANY_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
+_NBDKIT = "nbdkit: "
+_CALLBACK = "nbdmirror-plugin.py: "
 
 Tell = Callable[[int, str], None]
 
@@ -56,8 +60,6 @@ class Quiet:
     """Decides which lines are logged. `tell` logs the counts."""
 
     def __init__(self, tell: Tell, clock: Callable[[], float] = time.monotonic) -> None:
-        self.on_calm: list[Callable[[], None]] = []
-        """Called when no cause has omitted lines any more."""
         self._tell = tell
         self._clock = clock
         self._causes: dict[str, _Cause] = {}
@@ -93,9 +95,6 @@ class Quiet:
                 self._start_timer()
         for level, text, number in counted:
             self._tell(level, f"{text} ({number} more within {PERIOD_S:g} s)")
-        if not counted:
-            for call in self.on_calm:
-                call()
 
     def stop(self) -> None:
         """Log the remaining counts, and nothing later."""
@@ -139,6 +138,15 @@ class QuietFilter(logging.Filter):
         text = record.getMessage()
         cause = str(record.msg) if record.exc_info else _NUMBER.sub("#", text)
         return self._quiet.admits(cause, record.levelno, text)
+
+
+def admits_nbdkits(quiet: Quiet, line: str) -> bool:
+    """Whether a line that nbdkit has written is logged: about a client that is no guest, or that is
+    refused, or a request that makes no sense. All others are: of the end of a traceback, of
+    debugging, and of callbacks, which were decided on before."""
+    if not line.startswith(_NBDKIT) or ": debug: " in line or _CALLBACK in line:
+        return True
+    return quiet.admits(_ANY_NUMBER.sub("#", line), logging.ERROR, line)
 
 
 class Relay:
@@ -227,7 +235,7 @@ class CallbackErrors:
         if self._quiet.admits(cause, logging.ERROR, f"a guest's request failed: {line}"):
             return text
         try:
-            self._relay.start()
+            self._relay.start()  # if that failed before
         except (OSError, RuntimeError):
             return text
         return MARK

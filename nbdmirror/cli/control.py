@@ -6,9 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from qemu.qmp import QMPError
 
 from nbdmirror.cli import bitmaps as cli_bitmaps
 from nbdmirror.cli import explain as cli_explain
@@ -24,6 +28,8 @@ from nbdmirror.cli.session import (
     Job,
     Session,
     connect,
+    forget_interrupt,
+    jobs_of,
     run_interruptible,
     server_path,
 )
@@ -43,14 +49,17 @@ OUTLOOK_S_MAX = 2.0
 
 def run(args: argparse.Namespace) -> int:
     if getattr(args, "watch", False):
-        return run_interruptible(cli_watch.watch(args.json, server_path(args)))
+        command = cli_watch.watch(args.json, server_path(args))
+        return run_interruptible(command, [signal.SIGINT])  # the others have nothing to tell
     return run_interruptible(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> int:
-    async with connect(server_path(args)) as session:
+    limit_s = getattr(args, "timeout", None)
+    path, patience_s = server_path(args), math.inf if limit_s is None else limit_s
+    async with connect(path, limit_s=patience_s) as session:
         try:
-            async with asyncio.timeout(getattr(args, "timeout", None)):
+            async with asyncio.timeout(limit_s):
                 return await _COMMANDS[args.command](session, args)
         except TimeoutError as error:
             text = f"timed out after {args.timeout:g} s; {await _outlook(session)}"
@@ -58,24 +67,27 @@ async def _run(args: argparse.Namespace) -> int:
         except asyncio.CancelledError:
             if not session.job:
                 raise
+            forget_interrupt()
             raise CliError(f"interrupted; {await _outlook(session)}", INTERRUPTED) from None
 
 
 async def _outlook(session: Session) -> str:
-    """What the job is about to do, by a last query, when the command stops waiting for it."""
+    """What the job is about to do, by a last query, when the command stops waiting for it. In
+    another conversation: a server answers the commands of one client one after the other."""
     if not session.job:
         return "jobs on the server continue"
-    if session.is_starting:  # the server answers a client's commands one after the other
-        return f"job {session.job} may still start when its target answers; see: nbdmirror status"
     try:
-        async with asyncio.timeout(OUTLOOK_S_MAX):
-            job = (await session.jobs()).get(session.job)
-    except (CliError, TimeoutError):
+        async with asyncio.timeout(OUTLOOK_S_MAX), connect(session.path) as other:
+            status = await other.status()
+    except (CliError, QMPError, TimeoutError):
         return f"the state of job {session.job} is not known; see: nbdmirror status"
-    if job is None:
+    if (job := jobs_of(status).get(session.job)) is None:
+        if session.is_starting:
+            return f"job {session.job} may still start; see: nbdmirror status"
         return f"job {session.job} has ended; see: nbdmirror status"
     parts = [f"job {Meter(time.monotonic).update(job)}"]
     parts += [remark.text for remark in cli_words.remarks(job)]
+    parts += cli_words.server_troubles(status)
     if job.get("ending", "none") != "none":
         parts.append("stop that with: nbdmirror cancel --force")
     return "; ".join(parts)
@@ -109,6 +121,7 @@ async def _complete(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
+        await watch.look()
         await session.execute("job-complete", id=job)
         await watch.until(ready=False)
     return await watch.report(verb="complete")
@@ -124,6 +137,7 @@ async def _cancel(session: Session, args: argparse.Namespace) -> int:
         )
     with open_display(time.monotonic) as display:
         watch = Watch(session, job, display)
+        await watch.look()
         if args.force:
             await session.execute("job-cancel", id=job)
         else:  # job-cancel has no soft cancel

@@ -13,11 +13,13 @@ from typing import Any
 
 from nbdmirror.cli import status as cli_status
 from nbdmirror.cli import words as cli_words
-from nbdmirror.cli.common import DONE, CliError
+from nbdmirror.cli.common import DONE, NO_SERVER, CliError
 from nbdmirror.cli.progress import Display
 from nbdmirror.cli.session import Job, Session
 
 POLL_S = 0.5
+SERVER_END_S_MAX = 5.0
+"""How long a server that cancels its jobs because it ends may take to end its conversations."""
 
 
 class NoJob(CliError):
@@ -92,6 +94,10 @@ class Watch:
         self._disk: dict[str, Any] = {}
         self._heard: list[Any] = []
         self._told: set[str] = set()
+        self._troubles: list[str] = []
+        """What is wrong with the server, beside the job."""
+        self._earlier: dict[str, Any] = {}
+        """The result of an earlier job of this name, while this one runs."""
 
     async def until(self, *, ready: bool) -> None:
         """Return when the job has ended, or, if `ready`, when it is ready."""
@@ -120,6 +126,7 @@ class Watch:
         """Query the job's state, and read the events so far. None: the job does not exist any
         more."""
         status = await self._session.status()
+        self._troubles = cli_words.server_troubles(status)
         found = None
         for disk in status.get("disks", []):
             for job in disk.get("jobs") or []:
@@ -132,8 +139,13 @@ class Watch:
             self._hear(event, found or {})
         if found is None or found.get("status") == "concluded":
             self._see_the_end(found)
-        elif self.end and not is_second:  # it ended after the answer: query again
+        elif not self.end:
+            self._earlier = self._last_job
+        elif not is_second:  # it ended after the answer: query again
             return await self.look(is_second=True)
+        else:  # this is another job of that name
+            self._see_the_end(None)
+            return None
         return found
 
     def _disk_of_last(self, disks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,6 +157,12 @@ class Watch:
         ended = [disk for disk in disks if (disk.get("last-job") or {}).get("id") == self._job]
         return max(ended, key=lambda disk: disk["last-job"].get("ended-at-s", 0), default={})
 
+    @property
+    def _last_job(self) -> dict[str, Any]:
+        """The disk's last job, if it had this name."""
+        last: dict[str, Any] = self._disk.get("last-job") or {}
+        return last if last.get("id") == self._job else {}
+
     def check_not_ended(self) -> None:
         """Raise CliError, with the job's result, if the last query found a concluded job."""
         if self.end:
@@ -153,8 +171,8 @@ class Watch:
             raise CliError(f"{text}; remove it with: nbdmirror dismiss")
 
     def _see_the_end(self, job: Job | None) -> None:
-        last = self._disk.get("last-job") or {}
-        if last.get("id") == self._job:
+        last = self._last_job
+        if last and last != self._earlier:
             self._result = last
             self.pivoted = bool(last.get("pivoted"))
         if self.end is None and (job or self._result):
@@ -185,11 +203,13 @@ class Watch:
             self.end = dict(event)
 
     def _tell(self, job: Job) -> None:
-        """Print the remarks on the job; each kind once while it lasts."""
+        """Print the remarks on the job, and what is wrong with its server; each kind once while it
+        lasts."""
         silent = {"error", "retry", "failure"}  # events report these
         if job.get("ending-for-s", 0) < cli_words.SILENT_S and job.get("status") != "standby":
             silent.add("ending")  # the user has requested it
         remarks = [one for one in cli_words.remarks(job) if one.kind not in silent]
+        remarks += [cli_words.Remark("server", text) for text in self._troubles]
         for remark in remarks:
             if remark.kind not in self._told:
                 self._display.note(f"{self._job}: {remark.text}")
@@ -224,11 +244,26 @@ class Watch:
         name, source = self._disk.get("name"), self._disk.get("source")
         return f"; disk {name} is served from {source}" if source else ""
 
+    async def _check_server(self) -> None:
+        """Raise CliError if the job was cancelled because the server ends: there is no result then
+        if the mirror is to continue."""
+        if self._result or not self.end or self.end["event"] != "BLOCK_JOB_CANCELLED":
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SERVER_END_S_MAX):
+                await self._session.closed()
+            text = "the server has ended; with --state-dir the mirror continues at its next start"
+            raise CliError(f"job {self._job}: {text}", NO_SERVER)
+
     async def report(self, *, verb: str) -> int:
         """Print how the job ended, for the command `verb`, and what the disk is served from now.
         Returns the exit status."""
         state = await self.look()
+        await self._check_server()
         self.raise_failure(verb=verb)
+        if self.end and verb == "pause":
+            how = "completed" if self.pivoted else "ended"
+            raise CliError(f"job {self._job} {how} meanwhile: it was not paused{self._served}")
         if not self.end:
             state_text = cli_words.state(state or {})
             if state_text == "ready":

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.control import Control
@@ -53,6 +53,25 @@ _LOOKS = {
 dirty cells the height says how much of the cell is dirty."""
 
 
+class _Lasting:
+    """A terminal that may end (a connection that is lost): a command goes on without it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 class _Screen:
     """A part of a terminal that is redrawn in place."""
 
@@ -68,21 +87,11 @@ class _Screen:
         )
 
     def __enter__(self) -> Self:
-        with contextlib.suppress(RuntimeError, ValueError):  # no loop, or not the main thread
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
         self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
-        with contextlib.suppress(RuntimeError, ValueError):
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
-
-    def _end(self) -> None:
-        """SIGTERM: leave the terminal as it was, and end as without this handler."""
-        self._live.stop()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
 
     @property
     def map_cells(self) -> int:
@@ -223,7 +232,8 @@ class JobView(_LiveView):
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock`: monotonic seconds."""
-        super().__init__(_Screen(sys.stderr, is_transient=True))
+        stream = cast(TextIO, _Lasting(sys.stderr))
+        super().__init__(_Screen(stream, is_transient=True))
         self._meter = Meter(clock)
 
     def update(self, job: dict[str, Any], job_map: dict[str, Any] | None = None) -> None:
@@ -245,6 +255,17 @@ class HostView(_LiveView):
     def __init__(self) -> None:
         super().__init__(_Screen(sys.stdout, is_transient=False))
         self._meters: dict[str, Meter] = {}
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(RuntimeError, ValueError):  # no loop, or not the main thread
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
+        return super().__enter__()
+
+    def _end(self) -> None:
+        """SIGTERM: leave the terminal as it was, and end as without this handler."""
+        self.__exit__()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def show(
         self, status: dict[str, Any], maps: dict[str, dict[str, Any]], trouble: str = ""

@@ -7,10 +7,11 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import stat
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from qemu.qmp import (
@@ -27,6 +28,8 @@ from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import FAILED, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 
 CONNECT_S_MAX = 10.0
+GREETING_S = 1.0
+"""How long a server may take to greet at least, also if --timeout is less."""
 REPLY_S_MAX = 60.0
 """For commands that answer at once. Commands that may wait for the target's network use events."""
 DISCONNECT_S_MAX = 2.0
@@ -44,13 +47,19 @@ _KINDS = (
 Job = dict[str, Any]
 
 
-def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
-    """Run a command to its end. SIGINT cancels it, and then raises KeyboardInterrupt."""
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; timeout(1) and a supervisor; a terminal or an ssh connection that ends."""
+
+
+def run_interruptible(
+    command: Coroutine[Any, Any, int], signals: Sequence[signal.Signals] = INTERRUPTS
+) -> int:
+    """Run a command to its end. `signals` cancel it, and then raise KeyboardInterrupt."""
     # This program reports the errors itself.
     logging.getLogger("qemu").addHandler(logging.NullHandler())
     logging.getLogger("qemu").propagate = False
     try:
-        return asyncio.run(_interruptible(command))
+        return asyncio.run(_interruptible(command, signals))
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
     except QMPError as error:
@@ -58,14 +67,27 @@ def run_interruptible(command: Coroutine[Any, Any, int]) -> int:
         raise CliError(text, NO_SERVER) from error
 
 
-async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
-    """Run a command that SIGINT cancels. asyncio's handler turns a second SIGINT into a traceback;
-    here it only cancels again, and the rest of the command is bounded."""
+async def _interruptible(
+    command: Coroutine[Any, Any, int], signals: Sequence[signal.Signals]
+) -> int:
+    """Run a command that `signals` cancel, those that are not ignored: a script's background
+    ignores SIGINT, and nohup SIGHUP. asyncio's handler turns a second SIGINT into a traceback; here
+    it only cancels again, and the rest of the command is bounded."""
     task = asyncio.current_task()
     assert task
     with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+        for number in signals:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     return await command
+
+
+def forget_interrupt() -> None:
+    """The command has heard that it is interrupted, and goes on for a moment: limits of time do
+    not work in a task that is being cancelled."""
+    task = asyncio.current_task()
+    assert task
+    task.uncancel()
 
 
 def server_path(args: argparse.Namespace) -> str:
@@ -113,6 +135,8 @@ class Session:
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
+        self.path = ""
+        """The server's control socket."""
         self.job = ""
         """The job that the command is about, when known."""
         self.is_starting = False
@@ -162,8 +186,7 @@ class Session:
 
     async def jobs(self) -> dict[str, Job]:
         """The jobs, by their IDs."""
-        disks = (await self.status()).get("disks", [])
-        return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
+        return jobs_of(await self.status())
 
     async def status(self) -> dict[str, Any]:
         found = await self.execute("x-nbdmirror-query-status")
@@ -185,18 +208,30 @@ class Session:
         await self._client.runstate_changed()
 
 
+def jobs_of(status: dict[str, Any]) -> dict[str, Job]:
+    """The jobs of a server's status, by their IDs."""
+    disks = status.get("disks", [])
+    return {job["device"]: job for disk in disks for job in disk.get("jobs") or []}
+
+
 @contextlib.asynccontextmanager
 async def connect(
-    path: str, *, program: str = OURS, advice: str = SERVER_ADVICE
+    path: str, *, program: str = OURS, advice: str = SERVER_ADVICE, limit_s: float = math.inf
 ) -> AsyncIterator[Session]:
     """A conversation with the `program` that listens at `path`. Raises CliError if another program
-    or none listens there; `advice`: what to do then."""
+    or none listens there; `advice`: what to do then. `limit_s`: the user's limit of time."""
+    limit_s = min(CONNECT_S_MAX, max(GREETING_S, limit_s))
     client = QMPClient("nbdmirror")
     session = Session(client)
+    session.path = path
     try:
-        async with asyncio.timeout(CONNECT_S_MAX):
+        async with asyncio.timeout(limit_s):
             await client.connect(path)
-    except (ConnectError, TimeoutError) as error:
+    except TimeoutError as error:
+        text = f"the process that listens at {path} does not answer within {limit_s:g} s:"
+        text += " it hangs, or is stopped, or is another program"
+        raise CliError(text, TIMED_OUT) from error
+    except ConnectError as error:
         what = "server" if program == OURS else program
         reason = getattr(error, "exc", None)
         if isinstance(reason, GreetingError):

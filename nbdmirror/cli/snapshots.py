@@ -49,10 +49,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    task = asyncio.current_task()
-    assert task
-    with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     path = server_path(args)
     with contextlib.closing(_Turn(path)) as turn:
         async with connect(path) as session:  # what is wrong is an error now, and not later

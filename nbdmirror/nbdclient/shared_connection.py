@@ -126,8 +126,12 @@ class SharedConnection:
         return bool(self._requests)
 
     @property
+    def pending(self) -> frozenset[Request]:
+        """The requests in flight. On the loop's thread, while attached."""
+        return frozenset(self._requests)
+
+    @property
     def unanswered(self) -> int:
-        """Requests in flight."""
         return len(self._requests)
 
     # Requests, from any thread.

@@ -49,17 +49,17 @@ async def _saved(server: Server, save: Callable[[StateStore], Future[None]]) -> 
     futures: list[Future[None]] = await ask_loop(server, saves)
     deadline_s = time.monotonic() + SAVED_S_MAX
     for future in futures:
-        await _ended(asyncio.wrap_future(future), deadline_s)
+        await _ended(server, asyncio.wrap_future(future), deadline_s)
 
 
-async def _ended(save: asyncio.Future[None], deadline_s: float) -> None:
+async def _ended(server: Server, save: asyncio.Future[None], deadline_s: float) -> None:
     """Wait for the save. Raises OSError if it failed, or has not ended by `deadline_s`."""
     save.add_done_callback(
         lambda future: future.cancelled() or future.exception()
     )  # retrieves the exception
     await asyncio.wait([save], timeout=max(0.0, deadline_s - time.monotonic()))
     if not save.done():
-        raise TimeoutError("guests' writes in flight do not end")
+        raise TimeoutError(server.state_problem or "guests' writes in flight do not end")
     try:
         save.result()
     except OSError as error:

@@ -46,8 +46,8 @@ def query_status(server: Server) -> dict[str, Any]:
         "started-at-s": server.started_at_s,
         "disks": [_disk(server, disk) for disk in server.disks.values()],
     }
-    if error := next((writer.error for writer in server.writers.values() if writer.error), ""):
-        info["state-error"] = error
+    if problem := server.state_problem:
+        info["state-error"] = problem
     return info
 
 

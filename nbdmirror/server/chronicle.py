@@ -7,7 +7,7 @@ On the event loop's thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,10 +23,14 @@ from nbdmirror.mirror.options import CopyMode, Ending
 from nbdmirror.mirror.outlook import Prediction
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.rates import Meter, Rates, Sample
 from nbdmirror.state.job_results import Result
 
 LOOK_S = 1.0
+
+FarSide = Callable[[], Sequence[NbdDevice]]
+"""Returns the target, and the journal if there is one."""
 
 
 NEEDED, NEEDED_S = 3.0, 30.0
@@ -48,11 +52,32 @@ class Lost:
     target: str
 
 
+class Silence:
+    """For how long none of an export's requests in flight was answered."""
+
+    def __init__(self) -> None:
+        self._pending: frozenset[object] = frozenset()
+        self._since_s = 0.0
+
+    def look(self, pending: frozenset[object], now_s: float) -> None:
+        """`pending`: the requests in flight."""
+        if not pending or self._pending - pending:
+            self._since_s = now_s
+        self._pending = pending
+
+    def time_s(self, now_s: float) -> float:
+        return now_s - self._since_s if self._pending else 0.0
+
+
 class Course:
     """Observations of one job while it runs."""
 
     def __init__(
-        self, job: MirrorJob, clock: Callable[[], float], time_s: Callable[[], float]
+        self,
+        job: MirrorJob,
+        clock: Callable[[], float],
+        time_s: Callable[[], float],
+        far_side: FarSide,
     ) -> None:
         """`time_s` returns seconds since 1970."""
         self.lost: Lost | None = None
@@ -68,6 +93,8 @@ class Course:
         self._ending_since_s: float | None = None
         self._answers: tuple[int, ...] = ()
         self._answered_s = clock()
+        self._far_side = far_side
+        self._silences: dict[str, Silence] = {}
         self._error: JobError | None = None
         self._error_s = 0.0
         self._late_since_s: float | None = None
@@ -114,6 +141,9 @@ class Course:
         answers = job.copier.answers, job.copier.copied_bytes, job.tracker.written_bytes
         if answers != self._answers or not self._waits_for("read") | self._waits_for("write"):
             self._answers, self._answered_s = answers, now_s
+        for device in self._far_side():
+            silence = self._silences.setdefault(device.description, Silence())
+            silence.look(device.pool.shared.pending, now_s)
         if job.options.copy_mode is not self._mode:
             self._mode = job.options.copy_mode
             job.log.info("copy mode %s", job.options.copy_mode)
@@ -201,7 +231,11 @@ class Course:
     def silent_for_s(self, operation: str) -> float:
         """Seconds that requests have waited for an answer: of the source ("read") or of the target
         ("write"); exact to LOOK_S, 0 if no request waits."""
-        silent_s = self._clock() - self._answered_s
+        now_s = self._clock()
+        if operation == "write" and not self._job.copier.is_running:  # points, or a reconnect
+            times_s = [silence.time_s(now_s) for silence in self._silences.values()]
+            return max((time_s for time_s in times_s if time_s >= LOOK_S), default=0.0)
+        silent_s = now_s - self._answered_s
         return silent_s if silent_s >= LOOK_S and self._waits_for(operation) else 0.0
 
     def _waits_for(self, operation: str) -> bool:
@@ -246,9 +280,9 @@ class Chronicle:
         self._keep = keep
         self._is_looking = False
 
-    def begin(self, job: MirrorJob) -> None:
+    def begin(self, job: MirrorJob, far_side: FarSide = tuple) -> None:
         """Observe a job from its start to its end."""
-        course = self.courses[job.id] = Course(job, self._loop.clock, self._time_s)
+        course = self.courses[job.id] = Course(job, self._loop.clock, self._time_s, far_side)
         job.when_ended(partial(self._ended, job))
         names = course.disk, course.source, course.target
         text = "mirrors disk %s (%s) to %s, sync %s, %s"

@@ -21,6 +21,7 @@ from nbdmirror.mirror.options import MirrorOptions
 from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
+from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.mirror_record import node_of, options_of, points_of
@@ -196,7 +197,7 @@ class MirrorJobs:
 
     def begin(self, job: MirrorJob) -> None:
         """Start the job; with unequal sizes it fails at once, as in QEMU."""
-        self._chronicle.begin(job)
+        self._observe(job)
         size, other = job.disk.size, job.target.size
         if size == other or (job.options.allow_larger and other > size):
             job.start()
@@ -208,6 +209,15 @@ class MirrorJobs:
                 "X_NBDMIRROR_SIZES_DIFFER",
                 {"device": job.disk.name, "id": job.id, "size": size, "target-size": other},
             )
+
+    def _observe(self, job: MirrorJob) -> None:
+        resources = self._resources[job.id]
+
+        def far_side() -> list[NbdDevice]:
+            journal = resources.points.journal if resources.points is not None else None
+            return [node.device for node in (resources.node, journal) if node is not None]
+
+        self._chronicle.begin(job, far_side)
 
     def take_up(self, disk: Disk, found: RecoveredState, bitmaps: Bitmaps) -> None:
         """Continue the mirror of an earlier process. Raises StateError if the target's size does
@@ -228,7 +238,7 @@ class MirrorJobs:
             self._nodes.add_again(points.journal)
         job = self._make(disk, node, options, bitmap, granularity, key, points=points, found=found)
         job.log.info("continues where the previous process ended")
-        self._chronicle.begin(job)
+        self._observe(job)
         restore = partial(found.restore_mirror, job.tracker, key)
         if points is not None:
             assert isinstance(job, PointsJob)

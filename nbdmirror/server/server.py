@@ -102,12 +102,19 @@ class Server:
             self.loop.call_soon(store.start)
             self.loop.call_soon(partial(self._heartbeats.add, store))
         self.files.start()
-        self.loop.call_soon(self._look_at_peers)
+        self.loop.call_soon(self._look)
 
-    def _look_at_peers(self) -> None:
+    def _look(self) -> None:
         for device in self._remote_devices():
             device.pool.look_at_peers(self.loop.clock())
-        self.loop.call_later(tcpwatch.LOOK_S, self._look_at_peers)
+        for writer in self.writers.values():
+            writer.look()
+        self.loop.call_later(tcpwatch.LOOK_S, self._look)
+
+    @property
+    def state_problem(self) -> str:
+        """Why saved state is out of date; empty if it is not. For any thread."""
+        return next(filter(None, (writer.problem for writer in self.writers.values())), "")
 
     def _keep_result(self, disk: str, result: Result) -> None:
         if (store := self._disk_stores.get(disk)) is not None:
@@ -212,15 +219,21 @@ class Server:
         for device in self._remote_devices():
             device.pool.detach()
         deadline_s = self.loop.clock() + END_S_MAX
-        ends = {name: threading.Thread(target=self._end, args=(name,)) for name in self.disks}
+        closed: set[str] = set()
+        ends = {
+            name: threading.Thread(target=self._end, args=(name, closed)) for name in self.disks
+        }
         for thread in ends.values():
             thread.daemon = True
             thread.start()
         for name, thread in ends.items():
             thread.join(max(0.0, deadline_s - self.loop.clock()))
             if thread.is_alive():
-                what = "does not answer and is not flushed"
-                disk_log(name).error("%s: %s", self.disks[name].source.description, what)
+                source = self.disks[name].source.description
+                what = f"{source}: does not answer and is not flushed"
+                if name in closed:
+                    what = "the state directory does not answer: its state is not saved"
+                disk_log(name).error("%s", what)
         for device in (*(node.device for node in self.nodes), *self.nodes.left):
             device.pool.abandon()
         wait_for_handshakes()
@@ -231,9 +244,9 @@ class Server:
         devices = [*sources, *(node.device for node in self.nodes), *self.nodes.left]
         return [device for device in devices if isinstance(device, NbdDevice)]
 
-    def _end(self, name: str) -> None:
+    def _end(self, name: str, closed: set[str]) -> None:
         """Flush and close one disk, on its own thread, so that only this thread waits for its
-        storage."""
+        storage. `closed` gets its name then; its state is saved after that."""
         disk = self.disks[name]
         try:
             if not disk.read_only:
@@ -241,6 +254,7 @@ class Server:
             disk.source.close()
         except IO_ERRORS as error:
             disk_log(name).error("flush at the end failed: %s", error)
+        closed.add(name)
         if name in self._disk_stores and self.writers[name].stop(END_S_MAX):
             try:
                 self._disk_stores[name].finish()

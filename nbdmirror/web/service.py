@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 import time
 from types import FrameType
@@ -60,9 +61,15 @@ def _config(app: ASGIApp) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ignores_interrupts = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        """As in the background of a script."""
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal is the way this is meant to end: it is not raised again afterwards."""
-        self.end()
+        if sig != signal.SIGINT or not self._ignores_interrupts:
+            self.end()
 
     def end(self) -> None:
         """Also from a signal's handler."""

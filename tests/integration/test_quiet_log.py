@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import nbd
@@ -109,3 +110,44 @@ def test_in_the_background(folder: Path, source: NbdkitTarget, trouble: Path) ->
         wait_until(lambda: not os.path.exists(server.qmp_path), "it ends")
     assert count("\n".join(said)) == REQUESTS
     assert len(said) < 40
+
+
+def speak(server: Nbdmirror, words: bytes) -> None:
+    """Be a client that is none, or hang up too early."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(server.socket))
+        client.recv(18)
+        with suppress(OSError):
+            client.sendall(words)
+            client.recv(100)
+
+
+NOT_NBD = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+HUGE_OPTION = b"\0\0\0\1IHAVEOPT\0\0\0\x63\xff\xff\xff\xff"
+
+
+@pytest.mark.parametrize("form", ["plain", "json"])
+@pytest.mark.parametrize(
+    ("words", "line"), [(NOT_NBD, "unexpected flags"), (HUGE_OPTION, "data too long")]
+)
+def test_lines_that_nbdkit_writes_by_itself(
+    start: Start, folder: Path, form: str, words: bytes, line: str
+) -> None:
+    """Of clients that are no guests; those of requests that make no sense follow."""
+    options = ("--log-format", form)
+    server = start(Nbdmirror(folder, make_image(folder / "disk.img", MiB), options=options))
+    server.allowed = [line, "are out of range"]
+    for _ in range(100):
+        speak(server, words)
+    with connected(server.uri()) as guest:
+        guest.set_strict_mode(0)
+        for number in range(100):
+            with pytest.raises(nbd.Error):
+                guest.pread(512, (1 << 40) + 512 * number)
+    server.stop()
+    said = server.stderr
+    for text in (line, "are out of range"):
+        lines = [one for one in said.splitlines() if text in one]
+        counts = [int(n) for one in lines for n in re.findall(r"\((\d+) more within", one)]
+        assert len(lines) - len(counts) + sum(counts) == 100
+    assert len(said.splitlines()) < 40

@@ -136,6 +136,19 @@ def test_it_ends_at_once_with_clients(folder: Path, start: Start, number: signal
     assert len(web.stderr.splitlines()) == 1
 
 
+def test_in_a_scripts_background_it_is_not_ended_by_ctrl_c(folder: Path, start: Start) -> None:
+    """What was ignored at the start stays ignored; SIGTERM ends it, as the fixture does."""
+    web = Web(folder, folder / "none.qmp")
+    web.inside = ("sh", "-c", 'trap "" INT HUP; exec "$@"', "sh")
+    start(web)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        os.kill(web.pid, number)
+        for _ in range(10):
+            assert web.get("/healthz")[0] in (200, 503)
+    assert web.process is not None
+    assert web.process.poll() is None
+
+
 # Bad input
 
 

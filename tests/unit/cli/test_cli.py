@@ -61,7 +61,7 @@ def test_a_server_that_is_not_qmp(run: Main, tmp_path: Path, monkeypatch: Any) -
     monkeypatch.setattr(cli_session, "CONNECT_S_MAX", 0.2)
     with sockets.bind_unix_socket(str(tmp_path / "s")):
         status, _, err = run("status", "--qmp", str(tmp_path / "s"))
-        assert (status, "does not answer" in one_line(err)) == (common.NO_SERVER, True)
+        assert (status, "does not answer" in one_line(err)) == (common.TIMED_OUT, True)
 
 
 def test_default_paths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,12 +319,41 @@ def test_the_pivot_cannot_be_given_up(
     assert (qemu.guest, qemu.migration) == ("finish-migrate", "pre-switchover")
 
 
-def test_an_interrupt_at_the_pivot_waits_for_the_outcome(fake: Fake, handover: Handover) -> None:
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+"""Ctrl-C, timeout(1), and an ssh connection that is lost."""
+
+
+@pytest.mark.guarantee("A guest that is handed over has one disk at a time")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_before_the_pivot_undoes_all(
+    fake: Fake, qemu: FakeQemu, handover: Handover, number: signal.Signals
+) -> None:
+    """Else QEMU would stop the guest for a pivot that never comes."""
+    add_ready_job(fake)
+    qemu.plan["steps"] = {"setup": "active"}
+    query = qemu.do_query_migrate
+
+    def queried(arguments: dict[str, Any]) -> Any:
+        if qemu.migration == "active":
+            os.kill(os.getpid(), number)
+        return query(arguments)
+
+    qemu.do_query_migrate = queried  # type: ignore[method-assign]
+    status, _, line = handover()
+    assert status == common.INTERRUPTED
+    assert "interrupted; the guest continues here; its disk is a.img" in line
+    assert is_undone(qemu)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_at_the_pivot_waits_for_the_outcome(
+    fake: Fake, handover: Handover, number: signal.Signals
+) -> None:
     add_ready_job(fake)
     complete = fake.do_job_complete
 
     def completes(arguments: dict[str, Any]) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return complete(arguments)
 
     fake.do_job_complete = completes  # type: ignore[method-assign]

@@ -281,3 +281,24 @@ def test_the_end_waits_for_no_storage_longer_than_for_its_share(
     assert time.monotonic() - began_s < WAIT_S
     assert flushed.is_set()
     assert "disk hangs: memory: does not answer" in caplog.text
+
+
+def test_the_end_names_a_state_directory_that_hangs_and_not_the_disk(
+    hanging: Hanging, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk was flushed and closed: nobody says that it was not."""
+    monkeypatch.setattr(server_module, "END_S_MAX", 0.2)
+
+    class HungWriter:
+        def stop(self, timeout_s: float) -> bool:
+            hanging.answers.wait(3 * WAIT_S)
+            return False
+
+    server = Server(
+        {"d": Disk("d", MemoryDevice(SIZE))}, EventRing(time.time), Loop(time.monotonic)
+    )
+    server._disk_stores = {"d": object()}  # type: ignore[dict-item]
+    server.writers = {"d": HungWriter()}  # type: ignore[dict-item]
+    server.stop()
+    assert "disk d: the state directory does not answer: its state is not saved" in caplog.text
+    assert "not flushed" not in caplog.text

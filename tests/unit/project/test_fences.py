@@ -65,10 +65,10 @@ ONLY_IN = {
     "nbd": "nbdclient.*",
     "nbdkit": "plugin/*",
     "asyncio": "qmp.* cli.* nbdkit_host.process web.*",
-    "socket": "nbdclient.* nbdkit_host.* qmp.server cli.* identity nbd_uri unix_sockets"
+    "socket": "nbdclient.* nbdkit_host.* qmp.server cli.* identity nbd_uri unix_sockets log_lines"
     " web.service",
     "socketserver": "",
-    "select": "event_loop nbdclient.* cli.*",
+    "select": "event_loop nbdclient.* cli.* log_lines",
     "selectors": "event_loop nbdclient.*",
     "qemu": "cli.*",
     "rich": "cli.*",

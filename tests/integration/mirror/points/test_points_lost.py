@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.mirror.points.pointsparts import FarSide, wait_for_points
 from support.fixtures import Identical, Start
 from support.guests import Guest
+from support.processes import freeze
 from support.servers import Nbdmirror
+from support.waiting import wait_until
 
 
 @pytest.mark.parametrize("which", ["image", "journal", "both"])
@@ -73,3 +78,29 @@ def test_a_far_side_that_goes_and_comes_in_parts(
         server.qmp.complete()
         guest.wait_for_requests(30)
     assert guest.longest_s < 5.0
+
+
+@pytest.mark.parametrize("which", ["image", "journal"])
+def test_a_far_side_that_hangs_is_told(
+    identical: Identical, server: Nbdmirror, far: FarSide, disk: Path, which: str
+) -> None:
+    """The copier has stopped long before: its silence says nothing."""
+    hung = far.image_server if which == "image" else far.journal_server
+    with Guest(server.uri(), disk) as guest:
+        identical(guest, far.image_server.uri())
+        far.start_mirror(server)
+        server.qmp.wait_ready()
+        wait_for_points(server, 1)
+        freeze(hung.pid)
+        try:
+            wait_until(lambda: job_of(server).get("target-silent-for-s"), "that it hangs is seen")
+        finally:
+            os.kill(hung.pid, signal.SIGCONT)
+        wait_until(lambda: "target-silent-for-s" not in job_of(server), "that it answers is seen")
+        server.qmp.complete()
+    assert guest.longest_s < 5.0
+
+
+def job_of(server: Nbdmirror) -> dict[str, Any]:
+    (job,) = server.qmp.execute("x-nbdmirror-query-status")["disks"][0]["jobs"]
+    return dict(job)
