@@ -229,10 +229,10 @@ def _check_tls(args: argparse.Namespace) -> None:
         raise CliError(f"--tls {args.tls} needs --tls-certificates or --tls-psk", USAGE)
     if args.tls_verify_peer and not args.tls_certificates:
         raise CliError("--tls-verify-peer needs --tls-certificates", USAGE)
-    from nbdmirror.nbdclient import tls  # and with it ssl, which plugin-path does not need
-
     for option, path in (("certificates", args.tls_certificates), ("psk", args.tls_psk)):
         if path and args.tls != "off":
+            from nbdmirror.nbdclient import tls  # and with it ssl, which only keys need
+
             try:
                 found = tls.check_server_keys(**{option: os.path.abspath(path)})
             except ConfigError as error:

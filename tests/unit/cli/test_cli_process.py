@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,6 +218,18 @@ def test_on_a_terminal(fake: Fake, argv: list[str]) -> None:
         assert b"pivot held the guest" in drawn
 
 
+def imported_by(*argv: str) -> tuple[int, set[str]]:
+    """The exit status of a command, and the modules that it has imported."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "nbdmirror", *argv],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S_MAX,
+        check=False,
+    )
+    return done.returncode, set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+
+
 def test_what_help_imports() -> None:
     for argv, status in (
         (["--help"], 0),
@@ -225,14 +238,14 @@ def test_what_help_imports() -> None:
         (["mirror", "--help"], 0),
         (["plugin-path"], None),
     ):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "nbdmirror", *argv],
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S_MAX,
-            check=False,
-        )
-        assert status in (done.returncode, None)
-        imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+        returned, imported = imported_by(*argv)
+        assert status in (returned, None)
         assert "argparse" in imported
         assert not imported & {"nbd", "nbdkit", "rich", "qemu", "qemu.qmp", "asyncio", "bitarray"}
+
+
+def test_what_a_server_without_keys_imports_before_it_becomes_nbdkit(tmp_path: Path) -> None:
+    returned, imported = imported_by("serve", str(tmp_path / "none"), "--socket", "guest.sock")
+    assert returned == common.FAILED
+    assert "nbdmirror.cli.places" in imported
+    assert not imported & {"ssl", "asyncio", "logging.handlers", "nbd", "bitarray"}
