@@ -102,7 +102,7 @@ class LagWorld(World):
             return
         for offset in range(0, self.size, self.unit):
             part = slice(offset, offset + self.unit)
-            if durable[part] in (content[part] for content in reversed(moment.contents)):
+            if any(durable[part] == content[part] for content in reversed(moment.contents)):
                 continue  # as each of its bytes
             for at in range(offset, min(offset + self.unit, self.size)):
                 assert any(durable[at] == content[at] for content in moment.contents) or any(
