@@ -21,6 +21,7 @@ life cycle.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -39,6 +40,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import nbdkit
 
+gc.disable()  # until the server starts: what imports make is no garbage
 try:
     from nbdmirror import startup_error as startup
     from nbdmirror.disk.disk import Disk

@@ -7,6 +7,7 @@ control socket. Threads start only in `start`, after the fork.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -247,6 +248,10 @@ class PluginProcess:
             threading.Thread(target=self._start_mirror, daemon=True).start()
         # nbdkit has already bound its sockets: clients that connect now are served.
         status.start()
+        # What exists by now is there until the end. The collector begins here, and passes over
+        # that: while guests are served, and when the interpreter ends.
+        gc.freeze()
+        gc.enable()
         startup.tell(startup.READY)
 
     def _log_what_is_served(self) -> None:
