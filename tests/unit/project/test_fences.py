@@ -162,13 +162,27 @@ def imports_from_outside(tree: ast.AST) -> set[str]:
     return {name.split(".")[0] for name in imports(tree)} - {"nbdmirror"}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in FREE])
-def test_rooms_import_from_rooms_below_them(name: str) -> None:
+ROOMS = pytest.mark.parametrize("room", sorted({room_of(name) for name in FILES}))
+"""A test looks at all modules of a room: a thousand tests of a module each took seconds."""
+
+
+def modules_of(room: str) -> list[str]:
+    return [name for name in FILES if room_of(name) == room]
+
+
+def check_imports_from_us(name: str) -> None:
     room = room_of(name)
     assert room in MAY_IMPORT, f"{room} is new here: give it a row in MAY_IMPORT"
     for used in sorted(imports_from_us(TREES[name])):
         allowed = room_of(used) == room or {room_of(used), used} & set(MAY_IMPORT[room])
         assert allowed, f"{name} must not import {used}; rooms below it: {MAY_IMPORT[room]}"
+
+
+@ROOMS
+def test_rooms_import_from_rooms_below_them(room: str) -> None:
+    for name in modules_of(room):
+        if name not in FREE:
+            check_imports_from_us(name)
 
 
 def test_rooms_say_what_they_are_for_and_nothing_else() -> None:
@@ -178,8 +192,7 @@ def test_rooms_say_what_they_are_for_and_nothing_else() -> None:
             assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_from_outside_stay_behind_their_fences(name: str) -> None:
+def check_imports_from_outside(name: str) -> None:
     used = imports_from_outside(TREES[name])
     for module in sorted(used & ONLY_IN.keys()):
         assert matches(name, ONLY_IN[module]), f"{name} imports {module}: only {ONLY_IN[module]}"
@@ -187,12 +200,17 @@ def test_imports_from_outside_stay_behind_their_fences(name: str) -> None:
         assert not matches(name, NOT_IN[module]), f"{name} imports {module}: have it injected"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_modules_stay_short(name: str) -> None:
-    lines = len(FILES[name].read_text().splitlines())
-    assert lines < MODULE_LINES_MAX or name in LONG_MODULES, (
-        f"{name} has {lines} lines: is there a room of its own in it?"
-    )
+@ROOMS
+def test_imports_from_outside_stay_behind_their_fences(room: str) -> None:
+    for name in modules_of(room):
+        check_imports_from_outside(name)
+
+
+@ROOMS
+def test_modules_stay_short(room: str) -> None:
+    lines = {name: len(FILES[name].read_text().splitlines()) for name in modules_of(room)}
+    long = {name for name, count in lines.items() if count >= MODULE_LINES_MAX} - set(LONG_MODULES)
+    assert not long, "is there a room of its own in each?"
 
 
 def test_tests_and_tools_stay_short() -> None:
@@ -211,10 +229,11 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
             yield node
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_functions_stay_short(name: str) -> None:
+@ROOMS
+def test_functions_stay_short(room: str) -> None:
     lengths = {
         f"{name}:{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for name in modules_of(room)
         for node in functions(TREES[name])
     }
     too_long = {
@@ -295,7 +314,7 @@ def breaks(check: Callable[[str], None], name: str, source: str) -> bool:
     ],
 )
 def test_the_table_bites(name: str, source: str, broken: bool) -> None:
-    assert breaks(test_rooms_import_from_rooms_below_them, name, source) is broken
+    assert breaks(check_imports_from_us, name, source) is broken
 
 
 @pytest.mark.parametrize(
@@ -311,4 +330,4 @@ def test_the_table_bites(name: str, source: str, broken: bool) -> None:
     ],
 )
 def test_the_fences_bite(name: str, source: str, broken: bool) -> None:
-    assert breaks(test_imports_from_outside_stay_behind_their_fences, name, source) is broken
+    assert breaks(check_imports_from_outside, name, source) is broken
