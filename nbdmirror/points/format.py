@@ -68,6 +68,8 @@ class State(Enum):
     """The image becomes the point `applying` while guests write to it (regions.py)."""
 
 
+_KNOWN_STATES = {state.value: state for state in State}
+
 IN_USE = (State.PROMOTED, State.SERVED)
 """The states in which nobody but a user's guests may change the image."""
 
@@ -161,7 +163,7 @@ class Superblock:
             raise JournalError(text)
         if disk_bytes < 0 or ring_bytes < RING_BYTES_MIN or ring_bytes % BLOCK_BYTES:
             raise JournalError("is damaged: its sizes are impossible")
-        if state > max(known.value for known in State):
+        if state not in _KNOWN_STATES:
             raise JournalError(f"has the state {state}, which this nbdmirror does not know")
         at = _SUPERBLOCK.size + _POINT.size
         first = at + DIGEST_BYTES
@@ -172,7 +174,7 @@ class Superblock:
             ring_bytes=ring_bytes,
             generation=generation,
             taken=taken,
-            state=State(state),
+            state=_KNOWN_STATES[state],
             since_ns=since_ns,
             base=Point.unpack(block[_SUPERBLOCK.size : at]),
             base_digest=block[at:first],
