@@ -2,7 +2,8 @@
 
 Jobs append events; each reader keeps the number of its next event and pulls. `subscribe` only
 reports new events, by a callback that must not block and is called without a lock: callbacks that
-work under locks are how such servers deadlock.
+work under locks are how such servers deadlock. Readers are called after the step that appends:
+their threads would compete for the GIL with a pivot while guests' writes are held.
 """
 
 from __future__ import annotations
@@ -39,8 +40,16 @@ class Reply:
 class EventRing:
     """Thread-safe. The lock guards `_events` and `_next`; nothing is called under it."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        call_soon: Callable[[Callable[[], None]], None] = lambda call: call(),
+    ) -> None:
+        """`call_soon`: runs a call after the present step, as a loop does; else at once."""
         self._clock = clock
+        self._call_soon = call_soon
+        self._is_told = False
+        """Readers are about to be called."""
         self._lock = threading.Lock()
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT_MAX)
         self._next = 0
@@ -55,6 +64,12 @@ class EventRing:
         with self._lock:
             self._events.append(Event(self._next, name, data, self._clock()))
             self._next += 1
+        if not self._is_told:
+            self._is_told = True
+            self._call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._is_told = False  # before the readers pull: later events call them again
         for wake in self._wakers:
             wake()
 
@@ -66,7 +81,8 @@ class EventRing:
             return list(self._events)[-behind:] if behind > 0 else []
 
     def subscribe(self, wake: Callable[[], None]) -> Callable[[], None]:
-        """Call `wake` after each event, on any thread. Returns a function that ends this."""
+        """Call `wake` after new events, on any thread; once for those of one step. Returns a
+        function that ends this."""
         with self._lock:
             self._wakers = (*self._wakers, wake)
 

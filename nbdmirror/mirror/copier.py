@@ -52,6 +52,9 @@ class Copier:
 
     `pump` starts new claims. Guest writes call nothing, so `pump` must be called regularly."""
 
+    on_settled: Callable[[], None] | None = None
+    """Called when a claim has ended while others are in flight; else the observer is."""
+
     def __init__(
         self,
         *,
@@ -376,6 +379,8 @@ class Copier:
             self.pump()
             if not self._copies:
                 self.observer.copy_settled()
+            elif self.on_settled is not None:
+                self.on_settled()
 
     def flush(self, done: Done) -> None:
         """Flush the target: also data from before this mirror, which the mirror may rely on.

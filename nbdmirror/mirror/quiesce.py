@@ -105,6 +105,7 @@ class Quiesce(Attempt):
         self._since_s = loop.clock()
         self._closed_at_s = 0.0
         self._timer: Timer | None = None
+        copier.on_settled = self._copy_settled
 
     def advance(self) -> None:
         self._copier.pump()
@@ -127,6 +128,7 @@ class Quiesce(Attempt):
 
     def release(self) -> float | None:
         step, self.step = self.step, Step.OPEN
+        self._copier.on_settled = None
         if self._timer is None or step is Step.OPEN:
             return None
         self._timer.cancel()
@@ -150,6 +152,14 @@ class Quiesce(Attempt):
 
     def _is_late(self, patience_s: float) -> bool:
         return self._loop.clock() - self._since_s >= patience_s
+
+    def _copy_settled(self) -> None:
+        """Other copies are in flight, so that something is left: perhaps little enough by now. In
+        the first moments of catching up the target is mostly level soon, and guests are held for a
+        shorter time then."""
+        is_long = self.step is Step.CATCHING_UP and self._is_late(LEVEL_STEP_S)
+        if is_long or self.step is Step.CONVERGING:
+            self.advance()
 
     def _flushed_ahead(self, error: BaseException | None) -> None:
         if self.step is not Step.FLUSHING_AHEAD:

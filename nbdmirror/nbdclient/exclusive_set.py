@@ -2,9 +2,10 @@
 
 A server has a limited number of places for clients, and does not report the number. Other clients
 need places too: the host that a guest moves to, a backup, a user who examines the disk. So there is
-no link at first. A link is opened when a request had to wait for another one, up to a bound. Then
-the set checks for room for one more, and gives places back if there is none. Links that were not
-used for a while are closed.
+no link at first. The first one is opened when guests are at work (demand.py). More are opened, up
+to a bound, while requests wait for each other on those that there are. After each one the set
+checks for room for one more, and gives places back if there is none. Links that were not used for a
+while are closed.
 
 A helper thread opens links; it runs as long as it has work. No request waits for it.
 """

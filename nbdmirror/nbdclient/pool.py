@@ -25,6 +25,7 @@ import nbd
 from nbdmirror.backoff import Backoff
 from nbdmirror.errors import ConfigError, DeviceLost
 from nbdmirror.event_loop import Loop
+from nbdmirror.nbdclient.demand import Demand
 from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, ExclusiveSet
 from nbdmirror.nbdclient.exclusive_unix import ExclusiveUnixConnection
@@ -59,9 +60,6 @@ LEFT_LOOK_S = 0.05
 
 _LEFT = "%s: %d requests are not answered; no other connection writes there until they are"
 
-REQUESTS_ALONE = 64
-"""A guest that has sent so many requests on the shared connection is at work, and gets a link."""
-
 
 class ConnectionPool:
     """Begins with one connection to an export that is as `announced`. `attach`, `detach` and
@@ -90,8 +88,7 @@ class ConnectionPool:
         """The same for links."""
         self.links = ExclusiveSet(uri, self._connect_link, is_wanted=self._may_link)
         self.limit(CONNECTIONS_DEFAULT)
-        self._alone = 0
-        """Number of requests on the shared connection, for lack of a link."""
+        self._demand = Demand()
         self._turns = itertools.count()
         self._sticky = threading.local()
         self._loop: Loop | None = None
@@ -145,9 +142,7 @@ class ConnectionPool:
         shared = self.shared
         if shared.is_lost:
             return self._reconnect(shared)
-        self._alone += 1
-        if shared.is_busy or self._alone > REQUESTS_ALONE:
-            self._alone = 0
+        if self._demand.grows(is_in_use=shared.is_busy, is_detour=self._loop is not None):
             self.links.ask()
         return shared
 

@@ -230,7 +230,8 @@ class PluginProcess:
         self._end_on_signal(guests, shut_down)
         if self._keepalive_s:
             Watch(guests, self._keepalive_s, is_exact=self._is_keepalive_said).start()
-        loop, events = Loop(time.monotonic), EventRing(time.time)
+        loop = Loop(time.monotonic)
+        events = EventRing(time.time, loop.call_soon)
         status = systemd.Status(self.disks, events)  # also of jobs that continue
         self._server = Server(self.disks, events, loop, self._stores, connections=self._connections)
         self.exports.server = self._server

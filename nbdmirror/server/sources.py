@@ -34,7 +34,8 @@ class Sources:
         return self._files.setdefault(disk.source, new)
 
     def retire(self, device: BlockDevice, disk: Disk) -> None:
-        """Close `device`, the old source of `disk`, after its reads in progress have ended."""
+        """Close `device`, the old source of `disk`, after its reads in progress have ended. Not in
+        this step: guests' first requests after a pivot would wait for the thread that closes it."""
         reads = disk.ledger.reads()
 
         def look() -> None:
@@ -50,4 +51,4 @@ class Sources:
                     if node.device is raw and node.is_owned:
                         self._nodes.forget(node)
 
-        look()
+        self._loop.call_soon(look)

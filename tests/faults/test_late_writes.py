@@ -19,13 +19,13 @@ from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
-from nbdmirror.nbdclient.pool import REQUESTS_ALONE
+from nbdmirror.nbdclient.demand import REQUESTS
 
 CANCEL = "block-job-cancel"
 SIZE = 4 * MiB
 FORCE_S_MAX = 3.0
 """Of a forced cancel; it takes 0.3 s."""
-LINKED = 2 * REQUESTS_ALONE
+LINKED = 2 * REQUESTS
 OLD, NEW = b"1" * 4096, b"2" * 4096
 
 IMPATIENT = """

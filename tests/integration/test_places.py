@@ -75,6 +75,24 @@ def test_an_idle_guest_takes_one_place(start: Start, folder: Path) -> None:
         assert connections(server.socket) == 1
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_guest_with_little_to_do_takes_one_place(start: Start, folder: Path, number: int) -> None:
+    """So many requests come at once, a hundred times, each of which takes 5 ms: the server shows a
+    new client its disk, and lets others wait meanwhile."""
+    slow = NbdkitTarget(folder, "memory", str(SIZE), "rdelay=5ms", filters=("delay",))
+    server = start(slow)
+
+    def read(device: NbdDevice) -> None:
+        device.pread(memoryview(bytearray(BLOCK)), 0)
+
+    with opened(server.uri()) as device:
+        for _ in range(100):
+            for request in [InThread(lambda: read(device)) for _ in range(number)]:
+                request.result()
+        assert not [one for one in threading.enumerate() if one.name == "nbdmirror-links"]
+        assert connections(server.socket) == 1
+
+
 def test_a_busy_one_has_a_connection_a_thread_and_gives_them_back(
     start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

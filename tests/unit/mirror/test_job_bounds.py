@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 from unit.mirror.jobparts import (
+    GRANULARITY,
     IO_ERROR,
     KIB,
     MIB,
@@ -16,7 +17,13 @@ from unit.mirror.jobparts import (
 
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.mirror.options import Policy
-from nbdmirror.mirror.quiesce import CATCH_UP_S, CONVERGE_S, LIMIT_S
+from nbdmirror.mirror.quiesce import (
+    CATCH_UP_S,
+    CONVERGE_S,
+    LEVEL_BYTES,
+    LEVEL_STEP_S,
+    LIMIT_S,
+)
 from nbdmirror.mirror.target_watch import RECONNECT_PAUSE_S
 from nbdmirror.mirror.timers import RETRY_S
 
@@ -235,3 +242,29 @@ def test_a_lost_target_with_nothing_in_flight_is_noticed() -> None:
     world.settle()
     assert world.status == "standby"
     assert len(world.told("BLOCK_JOB_ERROR")) == 1
+
+
+def test_an_ending_notices_what_is_left_while_a_guest_writes_on() -> None:
+    """A copy is in flight at each moment, and time stands still: nobody looks but the copies."""
+    world = JobWorld(size=8 * MIB, buffer_bytes=8 * MIB).ready()
+    requests = world.target.requests
+    requests.holds = {"write"}
+    for offset in range(0, LEVEL_BYTES + MIB, GRANULARITY):
+        world.write(offset)
+    world.job.complete()
+    world.settle()
+    before = requests.started.count("flush")
+    for _ in range(MIB // GRANULARITY):
+        assert requests.started.count("flush") == before and not world.is_held
+        requests.answer("write")
+    assert requests.started.count("flush") == before + 1, "the target is flushed ahead"
+    while len(requests.held) > 3:
+        requests.answer("write")
+    world.pass_s(1.5 * LEVEL_STEP_S)
+    assert not world.is_held
+    world.write()
+    requests.answer("write")
+    assert world.is_held, "the rest is little"
+    requests.answer_all()
+    assert world.job.pivoted and world.job.copier.on_settled is None, "nobody looks any more"
+    world.assert_identical()
