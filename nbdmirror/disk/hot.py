@@ -64,7 +64,10 @@ class HotGranules:
         start, stop = first >> REGION_SHIFT, -(-end >> REGION_SHIFT)
         if first >= end or stop - start > REGIONS_MAX:
             return
+        touched, used = self._dirty._touched, self._dirty._is_used
         for region in range(start, stop):
+            if not (touched[region] or used[region] or region in self._pages):
+                continue  # nothing is dirty there, or has just become so
             base = region << REGION_SHIFT
             bits = self._dirty._page(region)
             self._look_at(region, bits, max(first - base, 0), min(end - base, len(bits)))

@@ -31,6 +31,10 @@ from collections import deque
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.hot import HotGranules
 
+LOOK_READY_S = 1.0
+"""How often what was passed is looked at after READY, where each look is one at the whole disk: it
+takes up to 2 ms where guests write all over 512 GiB."""
+
 AGE_S_MIN = 0.5
 PART = 1 / 16
 """What has become dirty again after this part of the time that the rest takes is hot, but after
@@ -74,6 +78,7 @@ class HotLast:
         self._stalled: tuple[int, float, int] | None = None
         """How many rounds have stalled; since when, and what was left then."""
         self._rested_s = 0.0
+        self._looked_s = -math.inf
         self._cursor = 0
         self._passed: deque[tuple[float, int, int]] = deque(maxlen=PASSED_MAX)
         """Times, and the ranges that the copier passed then, from begin to end."""
@@ -81,6 +86,9 @@ class HotLast:
     def look(self, now_s: float, cursor: int, bytes_per_s: float | None) -> None:
         """The copier works, and takes `cursor` next. `bytes_per_s`: what it takes, if that is
         known. Call this several times a second."""
+        if self.is_ready and now_s - self._looked_s < LOOK_READY_S:
+            return
+        self._looked_s = now_s
         before, self._cursor = self._cursor, cursor
         if cursor != before:
             if cursor < before:
