@@ -19,6 +19,9 @@ SILENT_S = 5.0
 RETRIED_S = 10.0
 """Ignored errors are retried more often than this."""
 
+LEAST_SHARE = 0.001
+"""A smaller share of guests' time is not told as a number."""
+
 MINUTE_S = 65.0
 """The shares of the last minute are those of so much time at most."""
 
@@ -42,7 +45,8 @@ _SAYS_IT_ALL = frozenset(
 
 def explanation(job: Job) -> list[str]:
     """All sentences about a job."""
-    return [text for text in (doing(job), *(remark.text for remark in remarks(job))) if text]
+    found = [doing(job), *(remark.text for remark in remarks(job)), _cost(job)]
+    return [text for text in found if text]
 
 
 def doing(job: Job) -> str:
@@ -239,7 +243,23 @@ def _of_the_end(job: Job) -> list[Remark]:
     return found
 
 
+def _cost(job: Job) -> str:
+    """What guests have paid for the job; empty if not known."""
+    if (share := job.get("guests-wait-share")) is None:
+        return ""
+    if not share:
+        return "no write, trim or flush of a guest has waited for the mirror"
+    part = f"{share:.1%}".replace("%", " %") if share >= LEAST_SHARE else "less than 0.1 %"
+    return f"guests' writes, trims and flushes spent {part} of their time waiting for the mirror"
+
+
 def _of_the_throttle(job: Job) -> list[Remark]:
+    if (hot_bytes := job.get("blocking-bytes")) is not None:
+        text = f"guests' writes to the {size(hot_bytes)} that they change again and again wait for"
+        text += (
+            " the target, so that the mirror ends; end that with: nbdmirror change --may nothing"
+        )
+        return [Remark("blocking", text)]
     if (allowed := job.get("throttle-bytes-per-s")) is None:
         return []
     text = f"the guest is throttled, so that the mirror ends: it may make {size(allowed)}/s dirty"

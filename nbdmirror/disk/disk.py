@@ -19,6 +19,7 @@ from nbdmirror.devices.base import BlockDevice, Buffer, Extent
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
 from nbdmirror.disk.frozen import Frozen
+from nbdmirror.disk.hot import HotGranules
 from nbdmirror.disk.latency import SAMPLED, Held, Kind, Latency
 from nbdmirror.disk.ledger import Ledger
 from nbdmirror.disk.tracker import Tracker
@@ -36,7 +37,7 @@ class Disk:
         self.read_only = source.read_only
         self.ledger = Ledger()
         self.synchronous: SynchronousWrites | None = None
-        """Set while a mirror's copy mode is write-blocking."""
+        """Set while guests' writes, or some of them, wait for a mirror's target."""
         self.frozen: Frozen | None = None
         """The point that is being read, as of its cut; set behind a closed gate (changes.py)."""
         self.has_moved = False
@@ -106,7 +107,7 @@ class Disk:
         try:
             if (frozen := self.frozen) is not None:
                 frozen.before_change(self._source, offset, len(buf))
-            if synchronous is None:
+            if synchronous is None or not synchronous.takes(offset, len(buf)):
                 source = self._source
                 if fua or source.write_part(buf, offset) != len(buf):
                     source.pwrite(buf, offset, fua)
@@ -130,7 +131,7 @@ class Disk:
         try:
             if (frozen := self.frozen) is not None:
                 frozen.before_change(self._source, offset, length)
-            if synchronous is None:
+            if synchronous is None or not synchronous.takes(offset, length):
                 self._source.zero(offset, length, may_trim=may_trim, fua=fua, fast=fast)
             elif fast:
                 # Two devices are not faster than a write, and one alone would not be synchronous.
@@ -240,9 +241,18 @@ class SynchronousWrites:
         self._target = target
         self._whole_granules = whole_granules
         self._on_error = on_error
+        self.only: HotGranules | None = None
+        """Only requests that touch these granules are synchronous; None: all are. A request looks
+        once, when it begins (rule 11). The others are as in copy mode background: they mark at
+        their end, so the invariant does not depend on who looks when."""
         self._is_over = False
         self._at_source: dict[Claim, bool] = {}
         self._at_target: set[object] = set()
+
+    def takes(self, offset: int, length: int) -> bool:
+        """Whether a guest's change of this range is synchronous."""
+        only = self.only
+        return only is None or only.is_hot(offset, length)
 
     def give_up(self) -> bool:
         """Let no further request use the target. Returns whether none uses it any more; call
@@ -278,7 +288,10 @@ class SynchronousWrites:
         return self._both(offset, length, fua, to_source, to_target)
 
     def flush(self) -> None:
-        """Flush the target: an acknowledged flush is durable on both sides (rule 45)."""
+        """Flush the target: an acknowledged flush is durable on both sides (rule 45). Not where
+        only some writes are synchronous: the others are not on the target anyway."""
+        if self.only is not None:
+            return
         began_ns = self._latency.clock_ns()
         self._fails(object(), self._target.flush, flushes=True)
         self._latency.waited(Held.TARGET, self._latency.clock_ns() - began_ns)

@@ -14,6 +14,7 @@ import enum
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 SAMPLED = 251
@@ -21,6 +22,9 @@ SAMPLED = 251
 
 NOTES_MAX = 4096
 """With so many notes the guest that leaves the next one counts them."""
+
+TIMED_MIN = 20
+"""A share is not told of fewer requests."""
 
 BUCKETS = 25
 """The first bucket has times of less than 1 microsecond, each other one those of less than twice
@@ -74,6 +78,23 @@ class Histogram:
                 self.sum_ns += ns
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What guests' changes and flushes have taken so far."""
+
+    own_ns: int
+    """Without waits for a mirror. Writes are reckoned by those that were timed."""
+    waits_ns: int
+    timed: int
+    """How many were."""
+
+    def share_since(self, then: Cost) -> float | None:
+        """The part that waits for a mirror had since then; None: too few requests were timed."""
+        waits_ns, own_ns = self.waits_ns - then.waits_ns, self.own_ns - then.own_ns
+        is_known = self.timed - then.timed >= TIMED_MIN and waits_ns + own_ns > 0
+        return waits_ns / (waits_ns + own_ns) if is_known else None
+
+
 class _Share(threading.local):
     """Of the request that this thread serves."""
 
@@ -103,6 +124,19 @@ class Latency:
             ns = self.clock_ns() - began_ns
             self.took[kind].add(ns)
             self.own[kind].add(max(0, ns - share.ns))
+
+    @property
+    def cost(self) -> Cost:
+        """Reads are no part of it: they wait for no mirror."""
+        own_ns = timed = 0
+        for kind, times in self.own.items():
+            if kind is not Kind.READ:
+                times.count()
+                own_ns += times.sum_ns * (SAMPLED if kind is Kind.WRITE else 1)
+                timed += sum(times.buckets)
+        for waits in self.held.values():
+            waits.count()
+        return Cost(own_ns, sum(waits.sum_ns for waits in self.held.values()), timed)
 
     def waited(self, cause: Held, ns: int) -> None:
         """The request that this thread serves has waited for so long."""

@@ -16,6 +16,7 @@ from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.cells import Cells, DiskMap, Zeroes
 from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.fine import FineBitmap
+from nbdmirror.disk.hot import HotGranules
 from nbdmirror.disk.ledger import Ledger
 from nbdmirror.disk.remainder import Remainder, SentParts
 
@@ -118,12 +119,15 @@ class Tracker:
         with self._lock:
             return self._is_in_sync() and self.unflushed.is_empty and not self._flushing
 
-    def claim(self, offset: int, length_max: int) -> Claim | None:
+    def claim(
+        self, offset: int, length_max: int, left_out: HotGranules | None = None
+    ) -> Claim | None:
         """Take the first dirty run at or after `offset` that is not owned, of at most `length_max`
         bytes (at least one granule). Its bits are clear, and the copy owns it until `settle`. None
-        if there is no such run."""
+        if there is no such run. `left_out`: these granules stay dirty."""
+        runs = self.dirty if left_out is None else left_out
         with self._lock:
-            while run := self.dirty.next_run(offset, length_max):
+            while run := runs.next_run(offset, length_max):
                 claim = Claim(*run)
                 if taken := self._in_the_way_of(claim):
                     start = min(c.offset for c in taken)

@@ -34,6 +34,7 @@ from nbdmirror.disk.claim import Claim, joined
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.buffers import Buffers
 from nbdmirror.mirror.copy_in_flight import Copy, Observer
+from nbdmirror.mirror.hot_last import HotLast
 from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad, Holes, InFlightWindow
 from nbdmirror.mirror.rate_limit import Haste, RateLimit
 from nbdmirror.mirror.waits import Cause, Waits
@@ -73,8 +74,7 @@ class Copier:
         """`load`: shared by all copiers of this loop."""
         self.source = source
         self.target = target
-        self.tracker = tracker
-        self.observer = observer
+        self.tracker, self.observer = tracker, observer
         self.unmap = unmap
         self.is_running = self._is_pumping = False
         self.copied_bytes = 0
@@ -101,6 +101,7 @@ class Copier:
         )
         self._rate_limit = RateLimit(clock, call_later, self.pump, tracker.dirty)
         self._holes = Holes(self._request_bytes)
+        self.hot = HotLast(tracker.dirty)
         self._buffers = Buffers()
         self._copies: set[Copy] = set()
         self._in_flight_bytes = self._piece_bytes = self._data_until = self.cursor = 0
@@ -197,11 +198,19 @@ class Copier:
         length_max = self._holes.claim_bytes if is_hole else self._next_bytes
         length_max = min(length_max, self._rate_limit.claim_bytes_max or length_max)
         length_max = max(granularity, length_max)
-        claim = self.tracker.claim(self.cursor, length_max) if self.cursor else None
+        hot, claim = self.hot, None
+        if self.cursor:
+            claim = self.tracker.claim(self.cursor, length_max, hot.held)
         if claim is None:
+            if self.cursor:
+                hot.end_round(self._clock())
             self.cursor = self._data_until = 0
-            if self._rate_limit.may_begin_round():
-                claim = self.tracker.claim(0, length_max)
+            if self._rate_limit.may_begin_round(hot.rest_until_s):
+                hot.begin_round(is_hurried=self._rate_limit.haste is not Haste.LAG)
+                claim = self.tracker.claim(0, length_max, hot.held)
+                if claim is None and hot.held is not None:
+                    hot.release()
+                    claim = self.tracker.claim(0, length_max)
             if claim is not None:
                 self._window.begin_round(is_kept_in_sync=self._rate_limit.haste is Haste.LAG)
         if claim is not None:

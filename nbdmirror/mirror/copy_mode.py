@@ -12,6 +12,7 @@ from functools import partial
 
 from nbdmirror.devices.base import BlockDevice
 from nbdmirror.disk.disk import Disk, SynchronousWrites
+from nbdmirror.disk.hot import HotGranules
 from nbdmirror.disk.tracker import Tracker
 
 
@@ -42,11 +43,13 @@ class CopyModeSwitch:
         self._leaving: frozenset[int] = frozenset()
         self._is_actively_synced = False
 
-    def turn(self, *, synchronous: bool) -> None:
-        """Switch the copy mode for requests that begin from now on."""
-        if synchronous != (self._disk.synchronous is not None):
+    def turn(self, *, synchronous: bool, hot: HotGranules | None = None) -> None:
+        """Switch the copy mode for requests that begin from now on. `hot`: only those that touch
+        these granules are synchronous."""
+        if synchronous != (self._disk.synchronous is not None) or hot is not self._writes.only:
             if synchronous and self._is_given_up:
                 self._writes, self._is_given_up = self._new_writes(), False
+            self._writes.only = hot
             self._disk.synchronous = self._writes if synchronous else None
             self._leaving = self._disk.ledger.writes()
             self._is_actively_synced = False
@@ -64,12 +67,20 @@ class CopyModeSwitch:
     def note_in_sync(self) -> None:
         """Nothing is dirty or in flight. When older requests have ended, this lasts."""
         self.has_drained()
-        if self._disk.synchronous is not None and not self._leaving:
+        is_all = self._disk.synchronous is not None and self._writes.only is None
+        if is_all and not self._leaving:
             self._is_actively_synced = True
 
     def note_error(self) -> None:
         """A write on the target has failed: not actively synced any more."""
         self._is_actively_synced = False
+
+    @property
+    def hot_bytes(self) -> int | None:
+        """Only writes to so many bytes, which are hot, are synchronous; None: all writes, or
+        none."""
+        hot = self._writes.only
+        return None if hot is None or self._disk.synchronous is None else hot.size
 
     @property
     def is_background(self) -> bool:

@@ -39,14 +39,18 @@ class Place:
     dirty: int
     age_s: float | None
     """Since the copier was here; None: it was not yet, or more became dirty than guests change."""
+    left_out: int = 0
+    """What the copier left dirty then (hot_last.py)."""
 
     def factor(self, working_set: WorkingSet, granularity: int) -> float:
         """How much more often than the average guests change this part."""
         if self.age_s is None:
             return 1.0
-        granules = self.length / granularity
+        length = self.length - self.left_out
+        granules = length / granularity
         usual = working_set.hazard(self.age_s) * granules
-        return (hazard(self.dirty / self.length) * granules + SURE) / (usual + SURE)
+        found = hazard(max(0, self.dirty - self.left_out) / length) if length else 0.0
+        return (found * granules + SURE) / (usual + SURE)
 
     def dirty_in(self, later_s: float, working_set: WorkingSet, factor: float) -> float:
         """How much is dirty so much later, if the copier does not come before."""

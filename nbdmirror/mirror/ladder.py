@@ -8,8 +8,10 @@ Then the guest is throttled: what it may make dirty is a part of what the copy t
 and less is left. How large a part, the deadline says. The throttle ends when the mirror is READY
 and nobody wants its end yet, and before guests are held for a pivot.
 
-Last the copy mode is changed to write-blocking, in which less and less is left to copy, however
-slow the target becomes. It stays until the mirror ends, or a user changes it.
+Last guests' writes wait for the target. First only those to what is hot (disk/hot.py), if that is
+most of what is left, and not most of the disk: the copier then brings the rest to its end. If that
+is not enough, the copy mode is changed to write-blocking, in which less and less is left to copy,
+however slow the target becomes. It stays until the mirror ends, or a user changes it.
 
 Pure: no clock, no I/O.
 """
@@ -40,6 +42,13 @@ more than the largest part a copy that is a little slower than expected comes no
 
 HALVED_S = 10.0
 """A throttle that is not enough for a pivot after so much time is halved."""
+
+HOT_LEFT, HOT_DISK = 0.75, 0.5
+"""Writes to what is hot wait alone if that is this part of what is left, at least, and this part of
+the disk, at most. Otherwise nothing would be gained, or nobody spared."""
+
+HOT_S = 10.0
+"""So much time they get at least, and a deadline must leave twice as much."""
 
 CHANGE = 0.25
 """A throttle is changed by this part of itself, or of what the copy gains, or more: each change is
@@ -73,6 +82,10 @@ class Situation:
     throttle: float | None = None
     """What guests may make dirty in a second; None: there is no throttle."""
     throttled_s: float = 0.0
+    hot_bytes: int = 0
+    disk_bytes: int = 0
+    blocked_s: float | None = None
+    """For how long guests' writes to what is hot have waited for the target; None: they do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +96,47 @@ class Step:
     reason: str
     bytes_per_s: float | None = None
     """Of a throttle; None: release it."""
+    hot_bytes: int | None = None
+    """Of write-blocking: only writes to so much wait, which is what is hot; None: all do."""
 
 
 def next_step(options: MirrorOptions, now: Situation) -> Step | None:
     """None: go on as before."""
     if options.copy_mode is CopyMode.WRITE_BLOCKING:
         return None
+    if now.blocked_s is not None:
+        return _after_hot(now, now.blocked_s)
     if now.throttle is not None:
         if now.is_ready and not now.is_ending:
             return Step(Rung.THROTTLE, "the mirror is ready, and its end was not requested")
         is_vain = now.never or (now.is_ready and now.pivot_waits_s > 0)
         if Rung.WRITE_BLOCKING in options.may and is_vain and now.throttled_s >= NEVER_S:
-            vain = f"the throttle was not enough for {now.throttled_s:.0f} s"
-            return Step(Rung.WRITE_BLOCKING, vain)
+            return _blocking(now, f"the throttle was not enough for {now.throttled_s:.0f} s")
         return _changed(now, now.throttle)
     if (reason := _reason(now)) is None:
         return None
     if Rung.THROTTLE in options.may and (wanted := _allowed(now)) is not None:
         return Step(Rung.THROTTLE, reason, wanted)
     if Rung.WRITE_BLOCKING in options.may:
-        return Step(Rung.WRITE_BLOCKING, reason)
+        return _blocking(now, reason)
     return None
+
+
+def _blocking(now: Situation, reason: str) -> Step:
+    is_soon = now.deadline_left_s is not None and now.deadline_left_s < 2 * HOT_S
+    least, most = HOT_LEFT * now.left_bytes, HOT_DISK * now.disk_bytes
+    is_enough = now.hot_bytes > 0 and least <= now.hot_bytes <= most
+    return Step(
+        Rung.WRITE_BLOCKING, reason, hot_bytes=now.hot_bytes if is_enough and not is_soon else None
+    )
+
+
+def _after_hot(now: Situation, blocked_s: float) -> Step | None:
+    """Writes to what is hot wait: all others wait too, if that was not enough."""
+    if (reason := _reason(now)) is None or blocked_s < (NEVER_S if now.never else HOT_S):
+        return None
+    text = f"that writes to what is hot wait was not enough for {blocked_s:.0f} s: {reason}"
+    return Step(Rung.WRITE_BLOCKING, text)
 
 
 def _reason(now: Situation) -> str | None:

@@ -74,7 +74,7 @@ class MirrorJob(MirrorView):
         self.pivot_pause = PivotPause(self, loop)
         self.is_scanned = options.sync == "none" or bitmap is not None
         """The dirty bitmap is complete. If not, the source's extents are queried first."""
-        self._mode = CopyModeSwitch(
+        self.mode = CopyModeSwitch(
             disk=disk,
             tracker=tracker,
             target=target,
@@ -82,7 +82,7 @@ class MirrorJob(MirrorView):
             # Synchronous: after this write is answered, no later write may reach the target.
             on_error=lambda error: loop.call(partial(self.copy_failed, "write", error), HOLD_S),
         )
-        self._stopping = Stopping(self.copier, self._mode, self._timers, target.give_up)
+        self._stopping = Stopping(self.copier, self.mode, self._timers, target.give_up)
         self._poll = Poll(
             timers=self._timers,
             loop=loop,
@@ -134,21 +134,21 @@ class MirrorJob(MirrorView):
         if copy_mode is CopyMode.WRITE_BLOCKING or Rung.THROTTLE not in self.options.may:
             self.throttle.release("the job was changed")
         if self.copier.is_running:
-            self._mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
+            self.mode.turn(synchronous=copy_mode is CopyMode.WRITE_BLOCKING)
         self._poll.wake()
         self.changed()
 
     @property
     def is_actively_synced(self) -> bool:
         """Each answered write of a guest is on the target (write-blocking only)."""
-        return self._mode.is_actively_synced
+        return self.mode.is_actively_synced
 
     # The copier's observer. `operation` is "read" for the source, "write" for the target.
 
     def copy_failed(self, operation: str, error: BaseException) -> None:
         """Rules 20 and 21. The range is already dirty again. After the policy has decided on an
         error, errors of requests that were in flight with the first one are ignored."""
-        self._mode.note_error()
+        self.mode.note_error()
         if not self.activity.hears_errors:
             return
         if isinstance(error, DeviceLost) and self._may_reconnect(operation):
@@ -203,7 +203,7 @@ class MirrorJob(MirrorView):
         if old.copies and not self.activity.copies:
             self.copier.stop()
             self.throttle.release(f"the job is {self.activity.value}")
-            self._mode.turn(synchronous=False)
+            self.mode.turn(synchronous=False)
         if old.may_hold_guests and not self.activity.may_hold_guests:
             self._release_guest()
 
@@ -249,7 +249,7 @@ class MirrorJob(MirrorView):
     def _go_on(self) -> None:
         if self.is_scanned:
             self.become(Activity.COPYING)
-            self._mode.turn(synchronous=self.options.copy_mode is CopyMode.WRITE_BLOCKING)
+            self.mode.turn(synchronous=self.options.copy_mode is CopyMode.WRITE_BLOCKING)
             self._hurry()
             self.copier.start()
         else:
@@ -271,7 +271,7 @@ class MirrorJob(MirrorView):
         if in_sync:
             if self.status is JobStatus.READY and not self.may_end:
                 self._timers.went_well()  # else there is a flush to come, which may fail again
-            self._mode.note_in_sync()
+            self.mode.note_in_sync()
         if self.activity is not Activity.COPYING:
             return
         if self.status is JobStatus.RUNNING and in_sync:
@@ -368,7 +368,7 @@ class MirrorJob(MirrorView):
     def detach(self) -> None:
         self.watch.end()
         self._poll.end()
-        self._mode.turn(synchronous=False)
+        self.mode.turn(synchronous=False)
         self.disk.ledger.detach(self.tracker.dirty)
         self._release_guest()
         self.copier.close()
@@ -390,7 +390,7 @@ class MirrorJob(MirrorView):
     def _is_at_rest(self) -> bool:
         """Only a guest, or one that calls, changes what there is to do."""
         follows = self.status is JobStatus.READY and self.activity is Activity.COPYING
-        is_idle = follows and not self.may_end and self._mode.is_background
+        is_idle = follows and not self.may_end and self.mode.is_background
         return is_idle and self.watch.is_at_rest
 
     def _look(self) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.mirror.forecast import Forecast, Place, forecast
+from nbdmirror.mirror.hot_last import HotLast
 from nbdmirror.mirror.working_set import WorkingSet
 
 PLACES = 64
@@ -35,7 +37,8 @@ NEVER_S = 40.0
 Guests work by turns: most mirrors end while a guest is quiet."""
 
 CLOSER = 0.99
-"""A mirror has come closer if less than this part is left of what was left at the best moment."""
+"""A mirror has come closer if less than this part is left of what was left at the best moment, by
+more than chance: where guests change some thousand granules at random, their root is chance."""
 
 SPREAD_MIN = 0.05
 """Least relative error of a prediction."""
@@ -53,6 +56,12 @@ class Prediction:
     """How many seconds of copying the mirror will stay behind, if it does not get in sync."""
     never: bool
     """It does not get in sync, and has not come closer for NEVER_S."""
+
+    def after(self, passed_s: float) -> Prediction:
+        """The same so much later."""
+        ends = self.end_s, self.end_s_min, self.end_s_max
+        likely, least, most = (None if at is None else max(0.0, at - passed_s) for at in ends)
+        return Prediction(likely, least, most, self.behind_s, self.never)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,9 @@ class Outlook:
         edges = [index * granules // count * dirty.granularity for index in range(count)]
         self._starts, self._ends = edges, [*edges[1:], dirty.size]
         self._visited_s: list[float | None] = [None] * count
+        self._is_left_out = [False] * count
+        """The last visit has left out what is hot: not all of the place was clean then."""
+        self._hot: HotLast | None = None
         self._cursor, self._cursor_s = 0, math.nan
         self._entered_s = math.nan
         """When the copier entered the place that it is in."""
@@ -85,12 +97,22 @@ class Outlook:
         None: not known."""
         self._least_left = math.inf
         self._closer_s = 0.0
-        self._predicted_s = -math.inf
+        self._predicted_s = self._said_s = -math.inf
+        """For which look at the disk there is a prediction, and when it was made."""
         self._prediction: Prediction | None = None
 
-    def look(self, now_s: float, cursor: int, sent_bytes: int, again_bytes: int) -> None:
+    def look(
+        self,
+        now_s: float,
+        cursor: int,
+        sent_bytes: int,
+        again_bytes: int,
+        hot: HotLast | None = None,
+    ) -> None:
         """The copier works, and takes `cursor` next; it has sent so much data. `again_bytes` became
-        dirty without a guest. Call this often; it does something every LOOK_S."""
+        dirty without a guest. `hot`: what the copier leaves for last, if it does. Call this often;
+        it does something every LOOK_S."""
+        self._hot = hot
         if again_bytes != self._again:
             self._again = again_bytes
             self._visited_s = [None] * len(self._visited_s)
@@ -106,12 +128,15 @@ class Outlook:
             self._note(now_s - fresh.time_s, fresh.offset, fresh.length)
         if now_s - self._counted_s >= COUNT_S:
             self._count(now_s)
-            if (left := self._dirty.dirty_bytes) < CLOSER * self._least_left:
+            left = self._dirty.dirty_granules
+            if left + math.sqrt(left) < CLOSER * self._least_left:
                 self._least_left, self._closer_s = left, now_s
-            self._sent.append((now_s, sent_bytes))
-            while now_s - self._sent[0][0] > RATE_S:
+            work_s = now_s - hot.rested_s(now_s) if hot is not None else now_s
+            if not self._sent or work_s > self._sent[-1][0]:
+                self._sent.append((work_s, sent_bytes))
+            while work_s - self._sent[0][0] > RATE_S:
                 self._sent.popleft()
-            if (span_s := now_s - self._sent[0][0]) >= COUNT_S:
+            if (span_s := work_s - self._sent[0][0]) >= COUNT_S:
                 self.rate = (sent_bytes - self._sent[0][1]) / span_s
 
     def start_over(self) -> None:
@@ -121,10 +146,12 @@ class Outlook:
         self._least_left = math.inf
 
     def predict(self, now_s: float) -> Prediction | None:
-        """None: not enough is known. Exact to COUNT_S."""
+        """None: not enough is known. Predicted anew every COUNT_S."""
         if self._predicted_s != self._counted_s:
             self._predicted_s, self._prediction = self._counted_s, self._predict(now_s)
-        return self._prediction
+            self._said_s = now_s
+        found = self._prediction
+        return None if found is None else found.after(now_s - self._said_s)
 
     def _predict(self, now_s: float) -> Prediction | None:
         if not self._sent or self._sent[-1][0] - self._sent[0][0] < RATE_S_MIN:
@@ -145,6 +172,10 @@ class Outlook:
         index = sum(end <= self._cursor for end in self._ends[:-1])
         return forecast(places, index, rate, self.working_set, self._dirty.granularity)
 
+    @property
+    def _is_held(self) -> bool:
+        return self._hot is not None and self._hot.held is not None
+
     def _spread(self, rate: float) -> float:
         """The standard error of the rate, relative."""
         steps = [
@@ -160,9 +191,13 @@ class Outlook:
                 end - start,
                 self._dirty.bytes_in(start, end - start),
                 None if visited_s is None else now_s - visited_s,
+                self._hot.found.bytes_in(start, end - start) if self._hot and is_left_out else 0,
             )
-            for start, end, visited_s in zip(self._starts, self._ends, self._visited_s, strict=True)
+            for start, end, visited_s, is_left_out in self._visits()
         ]
+
+    def _visits(self) -> Iterator[tuple[int, int, float | None, bool]]:
+        return zip(self._starts, self._ends, self._visited_s, self._is_left_out, strict=True)
 
     def _moved(self, now_s: float, cursor: int) -> None:
         """The copier went on, perhaps past the disk's end and on from its start."""
@@ -181,8 +216,9 @@ class Outlook:
                 break
             left_s = since_s + (now_s - since_s) * (end - before) / way
             self._visited_s[index] = (self._entered_s + left_s) / 2
+            self._is_left_out[index] = self._is_held
             self._entered_s = left_s
-        if not is_around:
+        if not is_around and not self._is_held:
             start = -(-before // self._dirty.granularity) * self._dirty.granularity
             if cursor > start:
                 self._fresh.append(_Fresh(start, cursor - start, (since_s + now_s) / 2))
@@ -191,8 +227,8 @@ class Outlook:
         if not math.isinf(self._counted_s):
             self.working_set.fade(now_s - self._counted_s)
         self._counted_s = now_s
-        for start, end, visited_s in zip(self._starts, self._ends, self._visited_s, strict=True):
-            if visited_s is not None:
+        for start, end, visited_s, is_left_out in self._visits():
+            if visited_s is not None and not is_left_out:
                 self._note(now_s - visited_s, start, end - start)
 
     def _note(self, age_s: float, offset: int, length: int) -> None:

@@ -48,7 +48,7 @@ class PointsJob(PointsView):
         the image is the last point."""
         self._is_dropping = False
         self._far_resources = resources
-        self._stopping = Stopping(self.copier, self._mode, self._timers, resources.give_up)
+        self._stopping = Stopping(self.copier, self.mode, self._timers, resources.give_up)
 
     # Commands.
 

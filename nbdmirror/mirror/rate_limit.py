@@ -15,6 +15,10 @@ SLICE_S = 0.1
 """With a speed limit no claim is larger than the limit allows in this time (QEMU's
 BLOCK_JOB_SLICE_TIME)."""
 
+LATE_S = 0.01
+"""A claim that begins late, as its timer did, is made up for within so much time. Small claims are
+limited hundreds of times a second, and would lose a fifth of the limit."""
+
 ROUND_S_MIN, ROUND_S_MAX = 0.05, 0.25
 """Least time of a round after READY: how far the target may lag behind, beside the time that copies
 take. QEMU's is 0.1 s. In a long round, regions that guests write again and again are sent less
@@ -104,7 +108,7 @@ class RateLimit:
     def account(self, length: int) -> None:
         """`length` bytes are being copied."""
         if self.speed_bytes_per_s:
-            start_s = max(self._next_start_s, self._clock())
+            start_s = max(self._next_start_s, self._clock() - LATE_S)
             self._next_start_s = start_s + length / self.speed_bytes_per_s
 
     def may_start(self) -> bool:
@@ -128,10 +132,13 @@ class RateLimit:
             self._tick_began_s = now_s
         return self._due_granules > 0 or not self._must_wait(self._tick_began_s + tick_s)
 
-    def may_begin_round(self) -> bool:
-        """Whether a round over the disk may begin now; if so, it begins."""
-        if self.haste is not Haste.LAG:
+    def may_begin_round(self, not_before_s: float) -> bool:
+        """Whether a round over the disk may begin now; if so, it begins. `not_before_s`: the copier
+        rests, unless guests wait."""
+        if self.haste is Haste.GUESTS_WAIT:
             return True
+        if self.haste is Haste.STEADY:
+            return not self._must_wait(not_before_s)
         if self._must_wait(self._round_not_before_s):
             return False
         part = min(1.0, self._carried_bytes / ROUND_BYTES)

@@ -100,6 +100,7 @@ class TargetWatch:
         """The mirror is READY, and its target was just flushed: begin to measure the lag. `alarm`:
         set while the mirror is at rest."""
         self._flush_not_before_s = self._clock() + READY_FLUSH_S
+        self._copier.hot.is_ready = True
         self._lag = Lag(self._tracker, self._clock, self._began_s, alarm)
         return self._lag
 
@@ -127,11 +128,13 @@ class TargetWatch:
             self._lag.look()
         if not self._copier.is_running:
             self.outlook.start_over()
+            self._copier.hot.start_over(self._copier.cursor)
             return
-        now_s = self._clock()
+        now_s, cursor, hot = self._clock(), self._copier.cursor, self._copier.hot
         if self._lag is None:
             sent_bytes = self._copier.written_bytes + self._copier.spared_bytes
-            self.outlook.look(now_s, self._copier.cursor, sent_bytes, self._tracker.again_bytes)
+            self.outlook.look(now_s, cursor, sent_bytes, self._tracker.again_bytes, hot)
+        hot.look(now_s, cursor, self.outlook.rate)
         if self._copier.is_idle or self._copier.answers != self._answers:
             if self._answers >= 0 and not self._copier.is_idle:
                 self._longest_s = max(self._longest_s, now_s - self._answered_s)

@@ -208,7 +208,8 @@ _JOB_STATUS_INFO = Struct(
         **named(sent_bytes=optional(INT), changed_bytes=optional(INT)),
         **named(again_bytes=INT, pause_ms=optional(NUMBER), quiesce_timeouts=INT),
         **named(max_pause_ms=optional(NUMBER), pause_predicted_ms=optional(NUMBER), may=MAY),
-        **named(throttle_bytes_per_s=optional(INT)),
+        **named(throttle_bytes_per_s=optional(INT), blocking_bytes=optional(INT)),
+        **named(guests_wait_share=optional(NUMBER)),
         **named(
             ending=Enum("JobEnding", ("none", "complete", "cancel")),
             ending_for_s=optional(NUMBER),
@@ -329,6 +330,7 @@ EVENTS: dict[str, Struct] = {
         rung=MAY.of,
         reason=STR,
         bytes_per_s=optional(INT),
+        hot_bytes=optional(INT),
     ),
     "X_NBDMIRROR_DEADLINE": struct(
         "DeadlinePassed",

@@ -146,6 +146,8 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     if (allowed_s := job.options.max_pause_s) is not None:
         info["max-pause-ms"] = round(allowed_s * 1000, 3)
     info["may"] = list(job.options.may)
+    if (hot_bytes := job.mode.hot_bytes) is not None:
+        info["blocking-bytes"] = hot_bytes
     is_tracked = job.is_ready and job.options.copy_mode is not CopyMode.POINTS
     if is_tracked and (pause_s := job.pivot_pause.predicted_s) is not None:
         info["pause-predicted-ms"] = round(pause_s * 1000, 3)
@@ -199,6 +201,8 @@ def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
         info["falling-behind"] = rates.falls_behind
         if rates.left_s is not None:
             info["left-s"] = round(rates.left_s, 3)
+    if (share := course.guests_wait_share) is not None:
+        info["guests-wait-share"] = round(share, 5)
     if (throttle := course.throttle) is not None:
         info["throttle-bytes-per-s"] = round(throttle)
     if (prediction := course.prediction) is not None:

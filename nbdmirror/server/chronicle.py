@@ -97,16 +97,23 @@ class Course:
         self._silences: dict[str, Silence] = {}
         self._error: JobError | None = None
         self._error_s = 0.0
+        self._cost = job.disk.ledger.latency.cost
         self._late_since_s: float | None = None
         self._throttled_since_s: float | None = None
         """Since when there is a throttle, as was told; None: there is none."""
+        self._blocked_since_s: float | None = None
+        """The same of writes to what is hot, which wait for the target."""
 
     def take(self, step: Step) -> None:
         """Do it; the caller says why."""
         if step.rung is Rung.WRITE_BLOCKING:
-            self._mode = CopyMode.WRITE_BLOCKING
             self._job.throttle.release("guests wait for the target from now on")
-            self._job.change(self._mode)
+            if step.hot_bytes:
+                self._job.mode.turn(synchronous=True, hot=self._job.copier.hot.found.copy())
+                self._blocked_since_s = self._clock()
+            else:
+                self._mode, self._blocked_since_s = CopyMode.WRITE_BLOCKING, None
+                self._job.change(self._mode)
         elif step.bytes_per_s is None:
             self._job.throttle.release(step.reason)
             self._throttled_since_s = None
@@ -116,8 +123,13 @@ class Course:
                 self._throttled_since_s = self._clock()
 
     def released(self) -> Step | None:
-        """The job has released its throttle, by itself, since the last call."""
+        """The job has released its throttle, or the writes that waited for the target, by itself,
+        since the last call."""
         throttle = self._job.throttle
+        if self._blocked_since_s is not None and self._job.mode.hot_bytes is None:
+            self._blocked_since_s = None
+            if self._job.options.copy_mode is not CopyMode.WRITE_BLOCKING:
+                return Step(Rung.WRITE_BLOCKING, "the job was changed, or has stopped", hot_bytes=0)
         if self._throttled_since_s is None or throttle.bytes_per_s is not None:
             return None
         self._throttled_since_s = None
@@ -187,6 +199,7 @@ class Course:
         now_s, rates = self._clock(), self.rates
         rate = job.watch.outlook.rate or (rates.copy_bytes_per_s if rates is not None else None)
         late_since_s, throttled_since_s = self._late_since_s, self._throttled_since_s
+        blocked_since_s = self._blocked_since_s
         return next_step(
             job.options,
             Situation(
@@ -200,6 +213,9 @@ class Course:
                 left_bytes=job.tracker.remaining_bytes,
                 throttle=self.throttle,
                 throttled_s=0.0 if throttled_since_s is None else now_s - throttled_since_s,
+                hot_bytes=job.copier.hot.found.size,
+                disk_bytes=job.disk.size,
+                blocked_s=None if blocked_since_s is None else now_s - blocked_since_s,
             ),
         )
 
@@ -216,6 +232,12 @@ class Course:
         if not rate:
             return False
         return left_s <= NEEDED * job.tracker.remaining_bytes / rate + NEEDED_S
+
+    @property
+    def guests_wait_share(self) -> float | None:
+        """The part of the time of guests' changes since the job began that they have waited for
+        it; None: not known."""
+        return self._job.disk.ledger.latency.cost.share_since(self._cost)
 
     @property
     def ending_for_s(self) -> float:
@@ -308,6 +330,12 @@ class Chronicle:
         """Something is done from now on so that the job ends, or is not done any more."""
         about: dict[str, object] = {"rung": str(step.rung), "reason": step.reason}
         what = "copy mode write-blocking from now on"
+        if step.hot_bytes is not None:
+            what = "no write waits for the target any more"
+            if step.hot_bytes:
+                what = f"writes to {size(step.hot_bytes)} that guests change again and again"
+                what += " wait for the target from now on"
+            about["hot-bytes"] = step.hot_bytes
         if step.rung is Rung.THROTTLE:
             what = "the guest is not throttled any more"
             if step.bytes_per_s is not None:

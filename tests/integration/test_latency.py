@@ -21,6 +21,10 @@ def by(name: str, found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {one[name]: one for one in found}
 
 
+def job_of(server: Nbdmirror) -> dict[str, Any]:
+    return dict(disk_of(server)["jobs"][0])
+
+
 def requests(server: Nbdmirror) -> dict[str, dict[str, Any]]:
     return by("kind", disk_of(server)["requests"])
 
@@ -46,6 +50,10 @@ def test_requests_and_waits(
             return bool(write["own-seconds"] < write["seconds"])
 
         wait_until(is_share_seen, "a write that waits for the target is timed")
+        wait_until(lambda: job_of(server).get("guests-wait-share"), "enough requests are timed")
+        job = job_of(server)
+        assert 0 < job["guests-wait-share"] < 1
+        assert "of their time waiting for the mirror" in job["explanation"][-1]
         server.qmp.complete()
         guest.wait_for_requests(20)
     found = disk_of(server)

@@ -9,6 +9,7 @@ from model.world import World
 import nbdmirror.disk.fine as fine
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim, Range
+from nbdmirror.disk.hot import HotGranules
 from nbdmirror.disk.ledger import Ledger
 from nbdmirror.disk.tracker import Tracker
 
@@ -178,9 +179,11 @@ class UnflushedInParts(World):
     """What was sent since the last flush is known by whole granules, a filled gap included."""
 
     class tracker_class(Tracker):
-        def claim(self, offset: int, length_max: int) -> Claim | None:
+        def claim(
+            self, offset: int, length_max: int, left_out: HotGranules | None = None
+        ) -> Claim | None:
             before = self.unflushed.copy()
-            claim = super().claim(offset, length_max)
+            claim = super().claim(offset, length_max, left_out)
             if claim is not None and claim.parts is not None:
                 self.unflushed.clear_all()
                 self.unflushed.merge(before)

@@ -252,6 +252,7 @@ class MirrorMachine(RuleBasedStateMachine):
     )
     def time_passes(self, elapsed_s: float, coarseness_bytes: int, extents_max: int) -> None:
         self.w.loop.turn(elapsed_s)
+        self.w.copier.hot.look(self.w.loop.clock(), self.w.copier.cursor, None)
         self.w.devices.coarseness_bytes = coarseness_bytes
         self.w.devices.extents_max = extents_max
 

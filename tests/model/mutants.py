@@ -16,6 +16,7 @@ from model.world import World
 from nbdmirror.devices.base import Extent, Run
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
+from nbdmirror.disk.hot import HotGranules
 from nbdmirror.disk.ledger import Ledger, Marked
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.copier import Copier
@@ -89,10 +90,12 @@ class ClaimsTwice(World):
     checks_overlap = False
 
     class tracker_class(Tracker):
-        def claim(self, offset: int, length_max: int) -> Claim | None:
+        def claim(
+            self, offset: int, length_max: int, left_out: HotGranules | None = None
+        ) -> Claim | None:
             copies, self._copies = self._copies, []
             try:
-                return super().claim(offset, length_max)
+                return super().claim(offset, length_max, left_out)
             finally:
                 self._copies = copies + self._copies
 
@@ -102,8 +105,10 @@ class ClearsAtSettle(World):
     """L3; M3 "clear the bit, then look at the source"."""
 
     class tracker_class(Tracker):
-        def claim(self, offset: int, length_max: int) -> Claim | None:
-            claim = super().claim(offset, length_max)
+        def claim(
+            self, offset: int, length_max: int, left_out: HotGranules | None = None
+        ) -> Claim | None:
+            claim = super().claim(offset, length_max, left_out)
             if claim is not None:
                 self.dirty.mark(claim.offset, claim.length)
             return claim
@@ -208,9 +213,11 @@ class UnflushedWhenItEnds(World):
     """M39: a copy in flight at a crash may be on the target or not."""
 
     class tracker_class(Tracker):
-        def claim(self, offset: int, length_max: int) -> Claim | None:
+        def claim(
+            self, offset: int, length_max: int, left_out: HotGranules | None = None
+        ) -> Claim | None:
             before = self.unflushed.copy()
-            claim = super().claim(offset, length_max)
+            claim = super().claim(offset, length_max, left_out)
             self.unflushed.clear_all()
             self.unflushed.merge(before)
             return claim

@@ -385,7 +385,7 @@ class World:
                 self.devices.end(request, "well")
                 self.check()
             self.copier.pump()
-            self.loop.turn()
+            self.loop.turn(0.1)  # the copier may rest, for a bounded time
             self.check()
         self.answer_what_is_left()
         assert not self.guests, "a guest waits for ever"

@@ -15,7 +15,16 @@ from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk, SynchronousWrites
 from nbdmirror.disk.fine import FineBitmap
 from nbdmirror.disk.frozen import Frozen
-from nbdmirror.disk.latency import BUCKETS, NOTES_MAX, SAMPLED, Held, Histogram, Kind, Latency
+from nbdmirror.disk.latency import (
+    BUCKETS,
+    NOTES_MAX,
+    SAMPLED,
+    TIMED_MIN,
+    Held,
+    Histogram,
+    Kind,
+    Latency,
+)
 from nbdmirror.disk.saved import SavedGranules
 from nbdmirror.disk.throttle import Throttle
 from nbdmirror.disk.tracker import Tracker
@@ -237,3 +246,21 @@ def test_a_throttle_is_a_mirrors_doing(clock: Clock) -> None:
     assert (count, held_ns) == (20, clock.now_ns - 20 * 5 * MS)
     sampled = found.took[Kind.WRITE], found.own[Kind.WRITE]
     assert nothing_else(found, found.held[Held.THROTTLE], *sampled)
+
+
+def test_what_a_mirror_costs_is_a_part_of_all_the_time() -> None:
+    """Of writes one in SAMPLED is timed, of the others each, and each wait."""
+    found = Latency()
+    before = found.cost
+    assert before.share_since(before) is None
+    for _ in range(TIMED_MIN):
+        found.own[Kind.WRITE].add(3 * MS)
+        found.own[Kind.FLUSH].add(MS)
+        found.own[Kind.READ].add(1000 * MS)
+    after = found.cost
+    assert after.share_since(before) == 0
+    own_ns = TIMED_MIN * (3 * SAMPLED + 1) * MS
+    found.held[Held.THROTTLE].add(own_ns)
+    found.held[Held.PIVOT].add(2 * own_ns)
+    assert found.cost.share_since(before) == pytest.approx(0.75)
+    assert found.cost.share_since(after) is None, "no request was timed since then"

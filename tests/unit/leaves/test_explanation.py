@@ -81,6 +81,26 @@ def test_whether_it_will_end(known: dict[str, Any], words: str) -> None:
     assert f"; {words}" in said
 
 
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.0, "no write, trim or flush of a guest has waited"),
+        (0.0004, "spent less than 0.1 % of their time waiting for the mirror"),
+        (0.123, "spent 12.3 % of their time waiting for the mirror"),
+    ],
+)
+def test_what_it_costs_the_guest(share: float, words: str) -> None:
+    job = COPYING | {"waits": waits("target-write")}
+    assert words in explanation(job | {"guests-wait-share": share})[-1]
+    assert len(explanation(job)) == 1, "not known"
+
+
+def test_writes_to_what_is_hot_wait() -> None:
+    said = explanation(COPYING | {"waits": waits("target-write"), "blocking-bytes": 20 * MiB})
+    assert "to the 20 MiB that they change again and again wait" in said[1]
+    assert "nbdmirror change --may nothing" in said[1]
+
+
 BEHIND = COPYING | {
     "falling-behind": True,
     "copy-bytes-per-s": 110 * MiB,

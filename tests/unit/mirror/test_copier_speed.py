@@ -36,6 +36,24 @@ def test_speed_limit(speed: int) -> None:
         assert started >= 0.85 * min(16 * MIB, speed * clock.now_s) - claim
 
 
+def test_a_limit_is_reached_with_small_claims_and_late_timers() -> None:
+    """Each timer is a millisecond late, and each claim takes two."""
+    clock = Clock()
+    devices = Devices(data(16 * MIB))
+    copier, tracker, _ = a_copier(devices, clock=clock)
+    tracker.dirty.clear_all()
+    for granule in range(0, 256, 2):  # no neighbours
+        tracker.dirty.mark(granule * 64 * KIB, 1)
+    speed = 32 * MIB
+    copier.set_speed(speed)
+    copier.start()
+    while clock.now_s < 0.2:
+        clock.advance(min(at_s for at_s, _ in clock.timers) - clock.now_s + 0.001)
+        started = sum(length for _, length in devices.of("read"))
+        assert started <= speed * clock.now_s + 64 * KIB
+    assert started >= 0.95 * speed * clock.now_s
+
+
 def test_speed_limit_wakes_itself() -> None:
     clock = Clock()
     devices = Devices(data(MIB))

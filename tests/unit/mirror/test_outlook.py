@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.mirror.hot_last import HotLast
 from nbdmirror.mirror.outlook import Outlook, Prediction
 
 GRANULARITY = 1 << 16
@@ -48,17 +49,31 @@ def by_turns(guest: Guest, busy_s: float, idle_s: float) -> Guest:
     return lambda rng, at_s: guest(rng, at_s) if at_s % (busy_s + idle_s) < busy_s else []
 
 
-class World:
-    """`rate`: granules a second, by time."""
+def both(*guests: Guest) -> Guest:
+    return lambda rng, at_s: [granule for guest in guests for granule in guest(rng, at_s)]
 
-    def __init__(self, guest: Guest, rate: Callable[[float], float] = lambda _: RATE) -> None:
+
+class World:
+    """`rate`: granules a second, by time. `leaves_hot`: what is hot is copied last."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        rate: Callable[[float], float] = lambda _: RATE,
+        *,
+        leaves_hot: bool = True,
+    ) -> None:
         self.dirty = DirtyBitmap(GRANULES * GRANULARITY, GRANULARITY)
         self.dirty.mark_all()
         self.outlook = Outlook(self.dirty)
+        self.hot = HotLast(self.dirty)
         self.now_s = 0.0
         self.said: list[tuple[float, Prediction]] = []
         self._guest, self._rate, self._rng = guest, rate, random.Random(SEED)
-        self._cursor, self._room, self._sent = 0, 0.0, 0
+        self._cursor, self._room, self.sent = 0, 0.0, 0
+        self._leaves_hot = leaves_hot
+        self.copied_s = [0.0] * GRANULES
+        """When each granule was copied last."""
 
     def step(self) -> bool:
         """Whether the mirror is in sync at the end of the step."""
@@ -66,18 +81,30 @@ class World:
             self.dirty.mark(granule * GRANULARITY, GRANULARITY)
         self._room += self._rate(self.now_s) * STEP_S
         while self._room >= 1:
-            run = self.dirty.next_run(self._cursor, GRANULARITY)
-            if run is None and self._cursor:
+            run = None
+            if self._cursor:
+                run = (self.hot.held or self.dirty).next_run(self._cursor, GRANULARITY)
+            if run is None:
+                if self._cursor and self._leaves_hot:
+                    self.hot.end_round(self.now_s)
                 self._cursor = 0
-                continue
+                if self.now_s < self.hot.rest_until_s:
+                    self._room = 0.0
+                    break
+                self.hot.begin_round(is_hurried=self._leaves_hot)
+                run = (self.hot.held or self.dirty).next_run(0, GRANULARITY)
+                run = run or self.dirty.next_run(0, GRANULARITY)
             if run is None:
                 return True
             self.dirty.clear(*run)
             self._cursor = sum(run)
-            self._sent += GRANULARITY
+            self.copied_s[run[0] // GRANULARITY] = self.now_s
+            self.sent += GRANULARITY
             self._room -= 1
         self.now_s += STEP_S
-        self.outlook.look(self.now_s, self._cursor, self._sent, 0)
+        hot = self.hot if self._leaves_hot else None
+        self.outlook.look(self.now_s, self._cursor, self.sent, 0, hot)
+        self.hot.look(self.now_s, self._cursor, self.outlook.rate)
         return False
 
     def run(self, most_s: float) -> float | None:
