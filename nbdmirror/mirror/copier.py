@@ -19,33 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 
-from nbdmirror.devices.base import (
-    AsyncSource,
-    AsyncTarget,
-    Done,
-    Extent,
-    Run,
-    leading_bytes,
-    round_out,
-)
+from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, Run, leading_bytes
 from nbdmirror.disk.claim import Claim, joined
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.mirror.buffers import Buffers
 from nbdmirror.mirror.copy_in_flight import Copy, Observer
 from nbdmirror.mirror.hot_last import HotLast
 from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad, Holes, InFlightWindow
+from nbdmirror.mirror.options import BUFFER_BYTES_DEFAULT
 from nbdmirror.mirror.rate_limit import Haste, RateLimit
 from nbdmirror.mirror.waits import Cause, Waits
 
 REQUEST_BYTES_MAX = 1 << 20
 """Largest read and write (QEMU's MAX_IO_BYTES), except the one of in_flight.OPENING_BYTES. Larger
 requests are not faster on a local socket."""
-
-BUFFER_BYTES_DEFAULT = 64 << 20
-"""Default of buf-size. QEMU's is 16 MiB, which over a link of 20 ms is 800 MB/s. A near target gets
-at most in_flight.QUICK_BYTES, so the rest is never allocated for such a target."""
 
 
 class Copier:
@@ -88,7 +76,7 @@ class Copier:
         self._clock = clock
         self._call_later = call_later
         # At least one granule, as in QEMU; a larger one than a request goes in several pieces.
-        buffer_bytes = round_out(0, buffer_bytes, tracker.granularity)[1]
+        buffer_bytes = -(-buffer_bytes // tracker.granularity) * tracker.granularity
         self._request_bytes = min(buffer_bytes, request_bytes_max, REQUEST_BYTES_MAX)
         self._load = load or CopierLoad(clock, lambda: 0)
         self._waits = waits or Waits(clock)
@@ -329,8 +317,8 @@ class Copier:
             if error is not None:
                 self._piece_ended(copy, error)
             else:
-                runs = [buffer.runs(at, span, at - offset) for at, span in parts]
-                self._write(copy, list(chain.from_iterable(runs)), end, start_s)
+                runs = [run for at, span in parts for run in buffer.runs(at, span, at - offset)]
+                self._write(copy, runs, end, start_s)
 
         self.source.start_read(buffer.view[:length], offset, then)
 

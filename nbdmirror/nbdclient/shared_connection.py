@@ -67,22 +67,19 @@ class SharedConnection:
         self.on_lost: Callable[[], None] | None = None
         """Called on the loop's thread when the connection broke while attached."""
         self.peer: Peer | None = None
-        """What is at the other end (rule 44). It is known when the connection has broken, too; None
-        if there never was one."""
+        """What is at the other end (rule 44), also once the connection is broken; None: never."""
         self.is_wide = False
         """Lengths have 64 bits."""
         self.can_df = False
         """The server can be asked for a read in one piece, without parts left out."""
         self._fd: int = -1 if self.is_lost else handle.aio_get_fd()
-        # Of our own, since libnbd closes its descriptor when it finds the connection broken: then
-        # that number may be another connection's.
+        # Of our own: libnbd closes its own when the connection is broken, and the number is reused.
         self._socket = socket.socket() if self.is_lost else socket.socket(fileno=os.dup(self._fd))
         self._own_fd = self._socket.fileno()
         self.watch = TcpWatch(self._socket)
         widen(self._socket)
         with suppress(OSError, nbd.Error):  # it is lost again
-            name, label = export_of(handle)
-            size = int(handle.get_size())
+            name, label, size = *export_of(handle), int(handle.get_size())
             self.peer = Peer.of(self._socket, description, export=name, label=label, size=size)
             self.is_wide = has_wide_lengths(handle)
             self.can_df = bool(handle.can_df())

@@ -11,10 +11,9 @@ from nbdmirror.disk.bitmap import check_granularity
 from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError
 from nbdmirror.events import Reply
-from nbdmirror.mirror.copier import BUFFER_BYTES_DEFAULT
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
-from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
+from nbdmirror.mirror.options import BUFFER_BYTES_DEFAULT, CopyMode, MirrorOptions, Policy
 from nbdmirror.names import default_job_id, is_wellformed_id
 from nbdmirror.qmp.addresses import target_uri
 from nbdmirror.qmp.arguments import (

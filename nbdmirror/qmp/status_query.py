@@ -31,7 +31,7 @@ from nbdmirror.qmp.queries import block_job_info, dirty_bitmap, named_bitmaps
 from nbdmirror.qmp.results import JOB_MAP, STATUS
 from nbdmirror.qmp.schema import INT, STR, struct
 from nbdmirror.server.bitmaps import Place
-from nbdmirror.server.chronicle import Course
+from nbdmirror.server.course import Course
 from nbdmirror.server.server import Server
 from nbdmirror.state.job_results import Result
 

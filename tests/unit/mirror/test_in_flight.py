@@ -10,7 +10,7 @@ from unit.mirror.copierparts import KIB, MIB, Clock, Devices, a_copier, buffers_
 
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.mirror.buffers import ZERO_UNIT_BYTES
-from nbdmirror.mirror.copier import BUFFER_BYTES_DEFAULT, REQUEST_BYTES_MAX
+from nbdmirror.mirror.copier import REQUEST_BYTES_MAX
 from nbdmirror.mirror.in_flight import (
     GROWTH,
     LOOK_S,
@@ -23,6 +23,7 @@ from nbdmirror.mirror.in_flight import (
     CopierLoad,
     InFlightWindow,
 )
+from nbdmirror.mirror.options import BUFFER_BYTES_DEFAULT
 
 QUICK_MAX = QUICK_BYTES // REQUEST_BYTES_MAX
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from unit.mirror.jobparts import KIB, JobWorld
 
-from nbdmirror.server.chronicle import Chronicle, Course
+from nbdmirror.server.chronicle import Chronicle
+from nbdmirror.server.course import Course
 
 STEP_S = 0.05
 
