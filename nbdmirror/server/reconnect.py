@@ -21,8 +21,8 @@ from nbdmirror.subject_log import SubjectLog
 
 log = logging.getLogger(__name__)
 
-PAUSE_S = 0.1, 5.0
-"""First and longest pause between attempts."""
+PAUSE_S = 0.1, 1.0
+"""First and longest pause between attempts: what a target that is back waits for at most."""
 
 
 def reconnect(

@@ -2,6 +2,7 @@
 # The guest's only program. It mounts its disk and does what the console tells it, a word a line:
 #
 #   write    write files in the background, without pause, until `pause`
+#   record   write records into a database in the background, a transaction each, until `pause`
 #   pause    let the writers finish the file that they are at
 #   verify   forget what is cached, and compare each file with the checksum that memory has of it
 #   unmount  leave the disk consistent
@@ -13,6 +14,7 @@
 #   disk=vda       the disk, or
 #   nbd=HOST,PORT  connect the kernel's own NBD client to the default export there
 #   options=...    for mount
+#   journal=...    of the database: delete or wal
 
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -38,6 +40,7 @@ main() {
     while read -r word; do
         case $word in
             write) write ;;
+            record) record ;;
             pause) pause && say paused ;;
             verify) verify ;;
             unmount) pause && umount /mnt && say unmounted ;;
@@ -109,6 +112,27 @@ write_files() {
         [ $((n % 10)) -ne 0 ] || fstrim /mnt || say "FAILED to trim"
     done
     echo "$n" >"/tmp/at$1"
+}
+
+# A record's content is made of its number. Each transaction is on the disk when it is told of.
+record() {
+    rm -f /tmp/pause
+    mkdir -p /mnt/records
+    { records | sqlite3 -batch -bail /mnt/records/db || say "FAILED to record"; } &
+    pids=$!
+}
+
+records() {
+    echo "PRAGMA journal_mode = $journal; PRAGMA synchronous = extra;"
+    echo "CREATE TABLE records (number INTEGER PRIMARY KEY, content TEXT);"
+    echo "CREATE TABLE last (number INTEGER); INSERT INTO last VALUES (0);"
+    n=0
+    while [ ! -e /tmp/pause ]; do
+        n=$((n + 1))
+        echo "BEGIN; UPDATE last SET number = $n;"
+        echo "INSERT INTO records VALUES ($n, replace(hex(zeroblob(99)), '00', '$n '));"
+        echo "COMMIT; SELECT 'guest: recorded $n';"
+    done
 }
 
 verify() {

@@ -44,6 +44,9 @@ MODULES = (
 """In the order in which they need one another. Some kernels have some of these built in; all have
 ext4 and the serial console."""
 
+HOST_PROGRAMS = ("nbd-client", "sqlite3")
+"""Programs of the host's that a guest needs, and which busybox has not."""
+
 KERNEL_PARTS = re.compile(r"linux-(image|base|binary|modules)-\d\S*")
 """Of which packages a kernel of one version consists: of the first alone, or of all."""
 
@@ -156,20 +159,20 @@ def _initramfs(unpacked: Path) -> bytes:
     files += [
         (f"modules/{name}", unpacked / name) for name in modules if (unpacked / name).exists()
     ]
-    files += _nbd_client()
-    for name, path in files:
+    programs = dict(file for name in HOST_PROGRAMS for file in _program(name))
+    for name, path in [*files, *programs.items()]:
         archive.append(_entry(name, stat.S_IFREG | 0o755, path.read_bytes()))
     return b"".join([*archive, _entry("TRAILER!!!", 0)])
 
 
-def _nbd_client() -> Iterable[tuple[str, Path]]:
-    """The host's nbd-client, which busybox has not, and the libraries that it loads."""
+def _program(name: str) -> Iterable[tuple[str, Path]]:
+    """One of those, and the libraries that it loads."""
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    client = shutil.which("nbd-client", path=search)
-    if not client:
-        raise GuestPartsError("nbd-client is missing; ./run setup installs it")
-    libraries = re.findall(r"(?:=> |^\s*)(/\S+) \(", command("ldd", client, folder=ROOT), re.M)
-    yield "bin/nbd-client", Path(client)
+    program = shutil.which(name, path=search)
+    if not program:
+        raise GuestPartsError(f"{name} is missing; ./run setup installs it")
+    libraries = re.findall(r"(?:=> |^\s*)(/\S+) \(", command("ldd", program, folder=ROOT), re.M)
+    yield f"bin/{name}", Path(program)
     for library in libraries:
         # The loader has one place, and looks into the others by default.
         yield (

@@ -103,3 +103,14 @@ def test_the_error_is_told_when_the_time_is_over(loop: Loop, error: BaseExceptio
     failure = attempt(loop, target, [error], timeout_s=0)
     assert isinstance(failure, DeviceError) and str(error) in str(failure)
     assert target.is_lost and target.opened[0].is_closed
+
+
+def test_a_target_that_was_away_for_long_is_found_soon(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses_s: list[float] = []
+    monkeypatch.setattr("nbdmirror.server.reconnect.time", SimpleNamespace(sleep=pauses_s.append))
+    target = LostTarget()
+    errors: list[BaseException] = [OSError(errno.ECONNREFUSED, "Connection refused")] * 20
+    assert attempt(loop, target, errors, timeout_s=3600) is None
+    assert pauses_s == [0.1, 0.2, 0.4, 0.8] + [1.0] * 16
