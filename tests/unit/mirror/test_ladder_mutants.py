@@ -20,7 +20,7 @@ from nbdmirror.mirror.ladder import Situation, Step, next_step
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions, OnDeadline
 from nbdmirror.mirror.quiesce import Quiesce
-from nbdmirror.server import chronicle
+from nbdmirror.server import course
 
 
 def allowed_or_not(options: MirrorOptions, now: Situation) -> Step | None:
@@ -94,7 +94,7 @@ MUTANTS = [
     ),
     Mutant(
         "a guest is throttled who did not allow it",
-        chronicle,
+        course,
         "next_step",
         allowed_or_not,
         rungs.test_nobody_is_throttled_who_did_not_allow_it,
