@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     host, port = args.listen
     listeners = _listen(host, port)
     say(f"nbdmirror: serving http://{f'[{host}]' if ':' in host else host}:{port}/")
-    return run_interruptible(_run(args.sockets, listeners))
+    return run_interruptible(_run(args.sockets, listeners), ())  # the web server hears of signals
 
 
 async def _run(places: list[str], listeners: list[socket.socket]) -> int:

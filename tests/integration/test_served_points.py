@@ -67,7 +67,7 @@ def test_a_point_is_served_until_a_later_one_is_applied(
     with pytest.raises(DeviceError):
         read(device)
     device.close()
-    assert "point 4 cannot be served any more: the image is being made point 5" in server.stderr
+    server.wait_to_say("point 4 cannot be served any more: the image is being made point 5")
     again = start(Nbdmirror(folder, f"vda={far.image}", options=far.options()))
     device = NbdDevice.open(again.uri("vda"))
     assert read(device) == source.contents[6]
@@ -84,7 +84,7 @@ def test_a_recovery_ends_what_is_served(far: Far, start: Start, folder: Path) ->
     with pytest.raises(DeviceError):
         read(device)
     device.close()
-    assert "point 4 was recovered at " in server.stderr
+    server.wait_to_say("point 4 was recovered at ")
     line = far.refused(far.image, *far.options())
     assert "point 4 was recovered from this journal at " in line
     assert "serve the image without its journal" in line
@@ -142,4 +142,4 @@ def test_a_damaged_point_is_no_data(far: Far, start: Start, folder: Path) -> Non
         read(device, 7 << 20, 4096)
     assert read(device, 1 << 20, 4096) == far.source.contents[5][1 << 20 :][:4096]
     device.close()
-    assert f"the data at {7 << 20} of the disk, of point 5, is damaged" in server.stderr
+    server.wait_to_say(f"the data at {7 << 20} of the disk, of point 5, is damaged")

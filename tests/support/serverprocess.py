@@ -64,6 +64,10 @@ class Server:
     def stderr(self) -> str:
         return self._stderr_path.read_text(errors="replace")
 
+    def wait_to_say(self, text: str) -> None:
+        """For lines of nbdkit's own, which come by way of nbdmirror's log, a moment later."""
+        wait_until(lambda: text in self.stderr, f"{self.name} says: {text}")
+
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start the process; `wait_ready` waits for it."""
         with self._stderr_path.open("ab") as stderr:
