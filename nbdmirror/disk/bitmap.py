@@ -1,7 +1,8 @@
 """DirtyBitmap: a set of granules. No locks, no I/O, no clock.
 
 A granule is `granularity` bytes (a power of two) of the disk, the last one possibly short. All
-arguments and results are in bytes; granule numbers never leave this module.
+arguments and results are in bytes; granule numbers are known here alone, and in what is built of
+these bits: fine.py and hot.py.
 
 Threads: `mark` and each clear are one C call on the bit array, which is atomic under the GIL. So
 guest threads can mark without a lock while the copier clears: each bit is set or cleared, never

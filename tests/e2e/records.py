@@ -18,12 +18,15 @@ from pathlib import Path
 
 from e2e.guest import DISK_BYTES, Machine, make_disk, nbd_drive
 from integration.mirror.points.killrounds import Lag
-from integration.mirror.points.pointsparts import FarSide
+from integration.mirror.points.pointsparts import (
+    FarSide,
+    recovered,
+    wait_until_points_continue,
+)
 from support.fixtures import Start
 from support.images import MiB
 from support.kept import Kept
-from support.processes import freeze, nbdmirror, run
-from support.serverprocess import Server
+from support.processes import freeze, run
 from support.waiting import wait_until
 
 RECORDED = re.compile(r"guest: recorded (\d+)\n")
@@ -112,19 +115,20 @@ class RecordRounds:
         if which == "guest and all":
             self.guest.kill()
         if which == "far side first":
-            for one in self._far_servers():
+            for one in self.far.servers(self.rng):
                 freeze(one.pid)  # so that points that were begun go no further
             self.recorder.wait_for(self.rng.randint(1, 50))
         promised = self._promised()
         self.server.kill()
-        for one in self._far_servers():
+        for one in self.far.servers(self.rng):
             if which == "server":
                 one.stop()  # what was sent may still be under way there
             else:
                 one.kill()
         has_ended.set()
         watcher.join()
-        found, last = recorded(self._recovered()), recorded(self.disk)
+        found = recorded(recovered(self.far.image, self.far.journal))
+        last = recorded(self.disk)
         assert promised <= found <= last, f"{promised} promised, {found} of {last} recovered"
         if which != "guest and all":
             assert self.recorder.look() <= last, "told of, and not on the disk"
@@ -143,22 +147,7 @@ class RecordRounds:
         )
 
     def _go_on(self) -> None:
-        for one in self._far_servers():
+        for one in self.far.servers(self.rng):
             one.start()
         self.server.restart()
-        qmp = self.server.qmp
-        wait_until(lambda: qmp.job()["ready"] and not qmp.job()["paused"], "points continue")
-
-    def _far_servers(self) -> list[Server]:
-        servers = [self.far.image_server, self.far.journal_server]
-        self.rng.shuffle(servers)
-        return servers
-
-    def _recovered(self) -> Path:
-        """From copies, as somebody would have it who has nothing else."""
-        copies = [path.with_suffix(".copy") for path in (self.far.image, self.far.journal)]
-        for path, copy in zip((self.far.image, self.far.journal), copies, strict=True):
-            run("cp", "--sparse=always", path, copy)
-        done = nbdmirror("recover", "--image", str(copies[0]), "--journal", str(copies[1]))
-        assert done.returncode == 0, done.stderr
-        return copies[0]
+        wait_until_points_continue(self.server)

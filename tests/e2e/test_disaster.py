@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from e2e.guest import ALL_FILES, DISK_BYTES, WRITERS, Machine, check_disk, make_disk, nbd_drive
 from e2e.hosts import NBD_PORT, Host, Hosts, NbdmirrorAt, QemuNbdAt, two_hosts
+from integration.mirror.points.pointsparts import recovered
 from support.fixtures import Start
 from support.images import make_noise
 from support.processes import nbdmirror, run
@@ -154,16 +155,6 @@ def test_a_site_with_copies(folder: Path, hosts: Hosts, start: Start) -> None:
     guest.say("write")
     guest.wait_for_files(ALL_FILES)
     check_disk(one.image, guest.shut_down())
-
-
-def recovered(image: Path, journal: Path) -> Path:
-    """A copy of the image, made the last point."""
-    copies = [file.with_name(f"{file.name}.copy") for file in (image, journal)]
-    for file, copy in zip((image, journal), copies, strict=True):
-        run("cp", "--sparse=always", file, copy)
-    done = nbdmirror("recover", "--image", str(copies[0]), "--journal", str(copies[1]))
-    assert done.returncode == 0, done.stderr
-    return copies[0]
 
 
 def test_a_site_with_points(folder: Path, hosts: Hosts, start: Start) -> None:

@@ -24,7 +24,8 @@ class FioLoad:
         self._argv = [
             "fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", "--norandommap",
             "--randrepeat=0", "--time_based", f"--runtime={LONG_S}", "--log_unix_epoch=1",
-            f"--write_lat_log={self._log}", "--output=/dev/null", *options,
+            "--disable_clat=1", "--disable_slat=1", f"--write_lat_log={self._log}",
+            "--output=/dev/null", *options,
         ]  # fmt: skip
         self._popen: subprocess.Popen[bytes] | None = None
         self.writes: list[tuple[float, float]] = []
@@ -32,7 +33,7 @@ class FioLoad:
 
     def __enter__(self) -> Self:
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir()
+        self._folder.mkdir(parents=True)
         # fio leaves state files in its working directory.
         self._popen = subprocess.Popen(
             self._argv, cwd=self._folder, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
@@ -55,7 +56,7 @@ class FioLoad:
         assert self._popen.poll() is None, f"fio has ended: {self._popen.communicate()[0]!r}"
         self._popen.send_signal(signal.SIGINT)
         self._popen.communicate(timeout=STOP_S_MAX)
-        log = Path(f"{self._log}_clat.1.log")
+        log = Path(f"{self._log}_lat.1.log")
         for line in log.read_text().splitlines() if log.exists() else ():
             ended_ms, latency_ns, direction = (int(word) for word in line.split(",")[:3])
             if direction == 1:
@@ -64,8 +65,15 @@ class FioLoad:
 
     def longest_s(self, start_s: float, end_s: float) -> float:
         """Of the writes that were in flight between these moments; 0 if there was none."""
-        found = [took for at, took in self.writes if at >= start_s and at - took <= end_s]
-        return max(found, default=0.0)
+        return max(self._between(start_s, end_s), default=0.0)
+
+    def p999_s(self, start_s: float, end_s: float) -> float:
+        """The 99.9th percentile of the same; there must be some."""
+        found = sorted(self._between(start_s, end_s))
+        return found[min(len(found) - 1, len(found) * 999 // 1000)]
+
+    def _between(self, start_s: float, end_s: float) -> list[float]:
+        return [took for at, took in self.writes if at >= start_s and at - took <= end_s]
 
     def longest_besides_s(self, windows: list[tuple[float, float]]) -> float:
         """Of the writes that were in flight in none of these."""

@@ -9,70 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from integration.mirror.points.pointsparts import FarSide, left_bytes
+from integration.mirror.points.pointsparts import FarSide, left_bytes, recovered
+from stress.fioload import FioLoad
 from support.clients import connected
 from support.images import KiB, MiB
-from support.processes import freeze, nbdmirror, resources
+from support.processes import freeze, resources
 from support.servers import Nbdmirror
 from support.waiting import WAIT_S_MAX
-
-from bench.load import latencies_s
 
 OUTAGE_S = float(os.environ.get("NBDMIRROR_OUTAGE_S", "20"))
 BEFORE_S = max(10.0, OUTAGE_S / 4)
 AFTER_S = 10.0
 WARM_UP_S = 2.0
-LOAD_S = WARM_UP_S + BEFORE_S + OUTAGE_S + AFTER_S + 5
 IOPS = 1000
 BLOCK = 4 * KiB
 LOOK_S = 0.25
 PROBE_BYTES = 32 * MiB
 """Written while the job is paused, every other block, to see how fast a point goes."""
 
-
-class Load:
-    """fio, with a line in its log for each request. `folder` is its own."""
-
-    def __init__(self, folder: Path, uri: str) -> None:
-        folder.mkdir()
-        self._log = folder / "guest_lat.1.log"
-        self._output = folder / "output"
-        argv = [
-            "fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite",
-            "--random_distribution=zipf:1.2", f"--bs={BLOCK}", "--iodepth=4", "--thinktime=0",
-            f"--rate_iops={IOPS}", "--norandommap", "--randrepeat=0", "--refill_buffers",
-            "--time_based", f"--runtime={round(LOAD_S)}s", "--write_lat_log=guest",
-            "--disable_clat=1", "--disable_slat=1", "--log_unix_epoch=1",
-        ]  # fmt: skip
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(
-                argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-    def wait(self) -> None:
-        assert self._process.wait(LOAD_S + WAIT_S_MAX) == 0, self._output.read_text()
-
-    def p999_s(self, start_s: float, end_s: float) -> float:
-        """Of the requests between two moments of time.time()."""
-        found = sorted(latencies_s(self._log, start_s, end_s))
-        return found[min(len(found) - 1, len(found) * 999 // 1000)]
+OPTIONS = (
+    "--rw=randwrite", "--random_distribution=zipf:1.2", f"--bs={BLOCK}", "--iodepth=4",
+    "--thinktime=0", f"--rate_iops={IOPS}", "--refill_buffers",
+)  # fmt: skip
+"""Of fio."""
 
 
 @dataclass
@@ -126,7 +92,7 @@ class Outage:
         self.figures.rate = self._measured_rate()
         with contextlib.ExitStack() as stack:
             loads = [
-                stack.enter_context(Load(self.server.folder / f"fio-{one.number}", one.uri()))
+                stack.enter_context(FioLoad(one.folder / f"load-{one.number}", one.uri(), OPTIONS))
                 for one in (self.server, self.neighbour)
             ]
             time.sleep(WARM_UP_S)
@@ -140,7 +106,7 @@ class Outage:
             times["after"] = self._look("after", AFTER_S)
             latencies = (self.figures.p999_s, self.figures.neighbour_p999_s)
             for load, found in zip(loads, latencies, strict=True):
-                load.wait()
+                load.stop()
                 found.update({when: load.p999_s(*time_) for when, time_ in times.items()})
 
     def recovered(self) -> Path:
@@ -148,16 +114,10 @@ class Outage:
         qmp = self.server.qmp
         point = qmp.execute("x-nbdmirror-point", id="j", wait=True)
         self._pause()  # so that both files are of one moment
-        copies = []
-        for path in (self.far.image, self.far.journal):
-            copies.append(path.with_suffix(".copy"))
-            shutil.copyfile(path, copies[-1])
-        files = ("--image", str(copies[0]), "--journal", str(copies[1]))
-        done = nbdmirror("recover", *files, "--point", str(point["sequence"]))
-        assert done.returncode == 0, done.stderr
+        found = recovered(self.far.image, self.far.journal, "--point", str(point["sequence"]))
         qmp.execute("block-job-resume", device="j")
         qmp.wait_status("ready")
-        return copies[0]
+        return found
 
     def _pause(self) -> None:
         self.server.qmp.execute("block-job-pause", device="j")

@@ -8,20 +8,21 @@ not where write n goes: the places are random, so that a write that is missing s
 from __future__ import annotations
 
 import random
-import shutil
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import nbd
-from integration.mirror.points.pointsparts import FarSide
+from integration.mirror.points.pointsparts import (
+    FarSide,
+    recovered,
+    wait_until_points_continue,
+)
 from support.clients import connected
 from support.images import KiB, assert_identical
 from support.kept import Kept
-from support.processes import nbdmirror
 from support.qmpclient import Qmp
-from support.serverprocess import Server
 from support.waiting import wait_until
 
 BLOCK = 4 * KiB
@@ -134,35 +135,20 @@ class Rounds:
             self.server.kill()
         promised_s = self.lag.promised_s
         if which != "source":
-            for one in self._far_servers():
+            for one in self.far.servers(self.rng):
                 one.kill()
         if which != "far side" and not is_both_in_order:
             self.server.kill()
         has_ended.set()
         watcher.join()
         if which == "source":  # what it has sent may still be under way there
-            for one in self._far_servers():
+            for one in self.far.servers(self.rng):
                 one.stop()
         self.guest.stop()
-        self.guest.check(self._recovered(), answered_before_s=promised_s)
-        for one in self._far_servers():
+        found = recovered(self.far.image, self.far.journal).read_bytes()
+        self.guest.check(found, answered_before_s=promised_s)
+        for one in self.far.servers(self.rng):
             one.start()
         if which != "far side":
             self.server.restart()
-        qmp = self.server.qmp
-        wait_until(lambda: qmp.job()["ready"] and not qmp.job()["paused"], "points continue")
-
-    def _far_servers(self) -> list[Server]:
-        servers = [self.far.image_server, self.far.journal_server]
-        self.rng.shuffle(servers)
-        return servers
-
-    def _recovered(self) -> bytes:
-        """From copies, as somebody would have it who has nothing else."""
-        copies = []
-        for path in (self.far.image, self.far.journal):
-            copies.append(path.with_suffix(".copy"))
-            shutil.copyfile(path, copies[-1])
-        done = nbdmirror("recover", "--image", str(copies[0]), "--journal", str(copies[1]))
-        assert done.returncode == 0, done.stderr
-        return copies[0].read_bytes()
+        wait_until_points_continue(self.server)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from support.fixtures import Start
 from support.images import MiB, make_noise
-from support.processes import nbdmirror
+from support.processes import nbdmirror, run
 from support.serverprocess import Server
 from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 from support.waiting import wait_until
@@ -57,6 +58,10 @@ class FarSide:
             **({"x_nbdmirror_interval": INTERVAL_S} | arguments),
         )
 
+    def servers(self, rng: random.Random) -> list[Server]:
+        """Of image and journal, in any order."""
+        return rng.sample([self.image_server, self.journal_server], 2)
+
     def stop(self) -> None:
         self.image_server.stop()
         self.journal_server.stop()
@@ -67,6 +72,22 @@ class FarSide:
         done = nbdmirror("recover", *argv)
         assert done.returncode == 0, done.stderr
         return self.image.read_bytes()
+
+
+def recovered(image: Path, journal: Path, *point: str) -> Path:
+    """A copy of the image, made the last point, or the given one; from copies, as somebody would
+    have it who has nothing else."""
+    copies = [path.with_name(f"{path.name}.copy") for path in (image, journal)]
+    for path, copy in zip((image, journal), copies, strict=True):
+        run("cp", "--sparse=always", path, copy)
+    done = nbdmirror("recover", "--image", str(copies[0]), "--journal", str(copies[1]), *point)
+    assert done.returncode == 0, done.stderr
+    return copies[0]
+
+
+def wait_until_points_continue(server: Nbdmirror) -> None:
+    qmp = server.qmp
+    wait_until(lambda: qmp.job()["ready"] and not qmp.job()["paused"], "points continue")
 
 
 def last_point(server: Nbdmirror) -> int:
