@@ -33,7 +33,7 @@ from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 from nbdmirror.nbdclient.pair import share_storage
-from nbdmirror.nbdkit_host import systemd
+from nbdmirror.nbdkit_host import placement, systemd
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
 from nbdmirror.nbdkit_host.latecomers import RETRY_S, Opening, handshake_s
@@ -247,6 +247,7 @@ class PluginProcess:
             self._qmp.start()
         if self._mirror_to:
             threading.Thread(target=self._start_mirror, daemon=True).start()
+        placement.start(self.disks)
         # nbdkit has already bound its sockets: clients that connect now are served.
         status.start()
         # What exists by now is there until the end. The collector begins here, and passes over
