@@ -156,9 +156,10 @@ class Placement:
                 self._place(False)
                 self._others = 0
                 continue
-            if not self._is_bound:
+            is_due = self._is_due(rate)
+            if not self._is_bound and (is_due or self._is_better):
                 self._binding.aim()
-            if self._is_due(rate):
+            if is_due:
                 yield from self._try()
             else:
                 self._place(self._is_better)
@@ -202,4 +203,7 @@ class Placement:
 
 
 def _threads() -> list[int]:
-    return [int(name) for name in os.listdir("/proc/self/task")]
+    try:
+        return [int(name) for name in os.listdir("/proc/self/task")]
+    except OSError:  # no /proc: then nothing is bound, and `has_choice` says so
+        return []

@@ -208,3 +208,18 @@ def test_threads_that_were_placed_by_hand_are_noticed(allowed: frozenset[int]) -
     assert binding.has_choice
     os.sched_setaffinity(0, allowed)
     assert not binding.has_choice
+
+
+def test_a_process_without_proc_is_left_alone(
+    allowed: frozenset[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(path: str) -> list[str]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "listdir", missing)
+    binding = ProcessorBinding()
+    binding.aim()
+    binding.bind()
+    assert binding.has_choice is (len(allowed) == 1), "nothing was bound"
+    monkeypatch.undo()
+    assert places() == {allowed}
