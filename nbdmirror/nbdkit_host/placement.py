@@ -23,7 +23,7 @@ from typing import Protocol
 
 from nbdmirror.disk.disk import Disk
 
-LOOK_S = 0.25
+LOOK_S = 0.1
 """Between two looks at the rate."""
 
 RATE_MIN = 4000
