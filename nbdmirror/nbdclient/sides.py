@@ -30,6 +30,7 @@ from nbdmirror.identity import HOME, LABEL, SERVER_ID
 from nbdmirror.nbd_uri import parse
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ AGAIN_S = 1.0
 
 SIDE, MOVED_HERE = "x-nbdmirror-side", "x-nbdmirror-moved-here"
 
-_telling: set[threading.Thread] = set()
+_telling: set[threading.Event] = set()
 _is_end = threading.Event()
 
 
@@ -123,10 +124,7 @@ def when_whole(device: NbdDevice, loop: Loop, done: Done, *, writes_all: bool) -
     if not writes_all:  # the target became an old side after the mirror began
         done(ConfigError(not_whole(device)))
         return
-    try:
-        threading.Thread(target=check, name="nbdmirror-side", daemon=True).start()
-    except RuntimeError as error:  # no more threads
-        done(error)
+    start_thread(check, "nbdmirror-side")
 
 
 def tell_moved(device: NbdDevice) -> None:
@@ -135,17 +133,13 @@ def tell_moved(device: NbdDevice) -> None:
     answered, or this server ends."""
     if not is_old_side(device):
         return
-    thread = threading.Thread(target=_tell, args=(device.uri,), name="nbdmirror-side", daemon=True)
-    _telling.add(thread)
-    try:
-        thread.start()
-        thread.join(TOLD_S)
-    except RuntimeError as error:  # no more threads
-        _telling.discard(thread)
-        log.error("%s: %s", device.uri, _not_told(error))
+    has_ended = threading.Event()
+    _telling.add(has_ended)
+    start_thread(partial(_tell, device.uri, has_ended), "nbdmirror-side")
+    has_ended.wait(TOLD_S)
 
 
-def _tell(uri: str) -> None:
+def _tell(uri: str, has_ended: threading.Event) -> None:
     told = ""
     try:
         while True:
@@ -163,7 +157,8 @@ def _tell(uri: str) -> None:
                 return
             _is_end.wait(AGAIN_S)
     finally:
-        _telling.discard(threading.current_thread())
+        _telling.discard(has_ended)
+        has_ended.set()
 
 
 def _not_told(why: object) -> str:
@@ -177,8 +172,8 @@ def wait_until_told() -> None:
     """At the server's end: wait for `tell_moved` in progress, within a bound."""
     _is_end.set()
     deadline_s = time.monotonic() + ANSWER_S_MAX
-    for thread in tuple(_telling):
-        thread.join(max(0.0, deadline_s - time.monotonic()))
+    for has_ended in tuple(_telling):
+        has_ended.wait(max(0.0, deadline_s - time.monotonic()))
 
 
 def is_old_side(device: NbdDevice) -> bool:

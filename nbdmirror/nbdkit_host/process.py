@@ -48,6 +48,7 @@ from nbdmirror.state.directory import StateDirectory
 from nbdmirror.state.journaled_disk import JournaledDisk
 from nbdmirror.state.store import DiskStore
 from nbdmirror.subject_log import disk_log
+from nbdmirror.threads import start_thread
 from nbdmirror.unix_sockets import bind_unix_socket, lock_pidfile, remove_socket
 
 log = logging.getLogger("nbdmirror")
@@ -275,9 +276,7 @@ class PluginProcess:
             if self._server is not None:
                 self._server.end_jobs()  # a guest's write may wait for a target that hangs
                 for delay_s, call in ((GIVE_UP_S, self._server.give_up), (LEAVE_S, self._leave)):
-                    timer = threading.Timer(delay_s, call)
-                    timer.daemon = True
-                    timer.start()
+                    start_thread(partial(_call_later, delay_s, call), "nbdmirror-end")
             shut_down()
             guests.hang_up(self._leave_guests)
 
@@ -378,6 +377,11 @@ class PluginProcess:
                     log.warning(text, error, left_s)
                     is_told = True
                 time.sleep(min(RETRY_S, left_s))
+
+
+def _call_later(delay_s: float, call: Callable[[], None]) -> None:
+    time.sleep(delay_s)
+    call()
 
 
 def _allow_many_files() -> None:
