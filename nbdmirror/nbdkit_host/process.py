@@ -32,7 +32,7 @@ from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
-from nbdmirror.nbdclient.pair import share_storage
+from nbdmirror.nbdclient.pair import reserve_disk, share_storage
 from nbdmirror.nbdkit_host import systemd
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
@@ -172,6 +172,8 @@ class PluginProcess:
             if self._wanted is not None:
                 source = self._wanted.on(source, opening)
             self._check_other_disks(path, source)
+            if not self._is_read_only and self._wanted is None:  # a point may be tried
+                reserve_disk(raw_device(source), f"file={path}:")
             if not source.size:
                 logs.print_startup_error(f"warning: {path}: has 0 bytes; guests get an empty disk")
             disk = self.disks[name] = Disk(name, source)

@@ -15,6 +15,7 @@ from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.pair import reserve_disk
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.subject_log import SubjectLog
 from nbdmirror.threads import NO_THREAD, start_thread
@@ -115,6 +116,7 @@ def _reopen(
     """Raises ConfigError or IO_ERRORS."""
     connection = device.pool.reopen()
     try:
+        reserve_disk(device, connection=connection)
         offset = difference(connection)
     except BaseException:
         connection.close()
