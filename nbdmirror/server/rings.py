@@ -16,6 +16,7 @@ from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.sides import ANSWER_S_MAX, Way, leads_to
+from nbdmirror.server.detour import ITSELF
 from nbdmirror.threads import start_thread
 
 
@@ -27,7 +28,7 @@ def check_ring(disk: Disk, target: NbdDevice, loop: Loop, done: Done) -> None:
     def look() -> None:
         error = None
         if leads_to(target, Way.to(disk.name)):
-            text = f"{target.uri}: is itself mirrored to disk '{disk.name}': end that mirror first"
+            text = f"{target.uri}: {ITSELF} '{disk.name}', or is mirrored to that"
             error = DeviceError(text, errno.EINVAL)
         loop.call_soon(partial(done, error))
 

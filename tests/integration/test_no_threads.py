@@ -1,5 +1,5 @@
-"""No thread can be started for a while: the user's limit, or the unit's, counts guests' threads too.
-What needs one waits, and goes on when there is one; nothing fails or hangs for good because of it."""
+"""No thread can be started for a while: the user's limit, or the unit's, counts guests' threads
+too. What needs one waits, and goes on when there is one; nothing fails or hangs for good."""
 
 from __future__ import annotations
 

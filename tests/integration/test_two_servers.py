@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import MiB, assert_identical, make_empty, make_image, make_noise
+from support.images import MiB, assert_identical, make_image, make_noise
 from support.kept import Kept, refusal
 from support.mounts import loop_device
 from support.servers import NbdkitTarget, Nbdmirror, OnTcp, QemuNbd
@@ -194,12 +194,12 @@ def test_a_ring(start: Start, identical: Identical, one: Nbdmirror, other: Nbdmi
     one.layer, other.layer = 3, 2
     one.qmp.start_mirror(other.uri("vdb"), device="vda")
     one.qmp.wait_ready()
-    assert "is itself mirrored to disk 'vdb'" in failed(other, "vdb", one.uri("vda"))
+    assert "'vdb', or is mirrored to that" in failed(other, "vdb", one.uri("vda"))
     other.qmp.start_mirror(third.uri("vdc"), device="vdb", job_id="k")
     other.qmp.wait_ready("k")
-    assert "is itself mirrored to disk 'vdc'" in failed(third, "vdc", one.uri("vda"))
+    assert "'vdc', or is mirrored to that" in failed(third, "vdc", one.uri("vda"))
     one.qmp.complete()
-    assert "is itself mirrored to disk 'vdc'" in failed(third, "vdc", one.uri("vda")), "it is there"
+    assert "'vdc', or is mirrored to that" in failed(third, "vdc", one.uri("vda")), "it is there"
     other.qmp.complete("k")
     identical(one.folder / "one.img", one.folder / "other.img")
     identical(one.folder / "one.img", one.folder / "third.img")
@@ -207,7 +207,7 @@ def test_a_ring(start: Start, identical: Identical, one: Nbdmirror, other: Nbdmi
 
 def failed(server: Nbdmirror, device: str, target: str) -> str:
     """Why the mirror has failed, before anything was written."""
-    server.allowed.append("is itself mirrored")
+    server.allowed.append("leads back")
     server.qmp.start_mirror(target, device=device)
     server.qmp.wait_for_event("BLOCK_JOB_COMPLETED", device="j")
     server.qmp.forget()
