@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import socket
 import threading
 import time
@@ -34,6 +33,7 @@ from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
 from nbdmirror.nbdclient.pair import reserve_disk, share_storage
 from nbdmirror.nbdkit_host import systemd
+from nbdmirror.nbdkit_host.descriptors import Descriptors
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
 from nbdmirror.nbdkit_host.latecomers import RETRY_S, Opening, handshake_s
@@ -60,10 +60,6 @@ LEAVE_S = 8.0
 """How long nbdkit may wait, at the end, for guests' requests on a file that does not answer; after
 that the process ends without them."""
 
-FILES_MAX = 65536
-"""Limit of descriptors to set. The usual soft limit of 1,024 is for programs that use select(2);
-without free descriptors nbdkit answers no client any more."""
-
 
 class PluginProcess:
     def __init__(self) -> None:
@@ -87,6 +83,7 @@ class PluginProcess:
         self._server: Server | None = None
         self._qmp: QmpServer | None = None
         self._pid = os.getpid()
+        self.descriptors = Descriptors()
         self._signals = Signals()
         self._pidfile = ""
         self._made: dict[str, os.stat_result] = {}
@@ -164,7 +161,7 @@ class PluginProcess:
     def open(self) -> None:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
         behind."""
-        _allow_many_files()
+        self.descriptors.raise_limit()
         self._inherited = frozenset(unix_listeners())
         opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
@@ -384,10 +381,3 @@ class PluginProcess:
 def _call_later(delay_s: float, call: Callable[[], None]) -> None:
     time.sleep(delay_s)
     call()
-
-
-def _allow_many_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
