@@ -23,6 +23,7 @@ from nbdmirror.nbd_uri import NbdUri, parse
 from nbdmirror.nbdclient import tls
 from nbdmirror.nbdclient.handle_state import HandleState
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
+from nbdmirror.threads import NO_THREAD
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
 """qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more the backing files."""
@@ -269,7 +270,10 @@ def _cut_off_at(moment_s: float, fd: int) -> Iterator[None]:
 
         timer = threading.Timer(max(0.0, moment_s - time.monotonic()), cut)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError as error:
+            raise Unreachable(NO_THREAD) from error
         try:
             yield
         finally:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from nbdmirror.disk.disk import Disk
+from nbdmirror.threads import start_thread
 
 LOOK_S = 0.1
 """Between two looks at the rate."""
@@ -61,7 +62,7 @@ def start(disks: Mapping[str, Disk]) -> None:
         return sum(disk.ledger.begun for disk in disks.values())
 
     placement = Placement(ProcessorBinding(), requests, time.monotonic)
-    threading.Thread(target=placement.run, name="nbdmirror-placement", daemon=True).start()
+    start_thread(placement.run, "nbdmirror-placement")
 
 
 class Binding(Protocol):

@@ -24,6 +24,7 @@ from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
+from nbdmirror.nbdclient.reservations import release
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.points.format import JournalError
 from nbdmirror.points.ownership import create, take_over
@@ -195,6 +196,7 @@ class PointsResources(JobResources):
         device = self.journal.device
         self.journal.job = None
         self.nodes.leave(device)
+        release(device)
         device.pool.detach()
         if self.journal.is_owned:
             self.nodes.forget(self.journal)

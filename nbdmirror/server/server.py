@@ -36,6 +36,7 @@ from nbdmirror.state.sealed_files import StateError
 from nbdmirror.state.store import DiskStore
 from nbdmirror.state.writer import Writer
 from nbdmirror.subject_log import disk_log
+from nbdmirror.threads import start_threads_on
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Server:
         """Start the loop's thread, and continue bitmaps and mirrors of an earlier process. After
         nbdkit has forked, and before guests connect."""
         self.loop.start()
+        start_threads_on(self.loop)
         for name, store in self._disk_stores.items():
             disk = self.disks[name]
             store.begin(self.writers[name], disk.sync)
@@ -214,6 +216,7 @@ class Server:
         thread but the loop's. The jobs have ended, and no guest request is in progress, or they are
         given up."""
         self.files.stop()
+        start_threads_on(None)
         self.loop.stop(STOP_S_MAX)
         # A job that did not end has left its disks attached to the stopped loop.
         for device in self._remote_devices():
@@ -223,11 +226,15 @@ class Server:
         ends = {
             name: threading.Thread(target=self._end, args=(name, closed)) for name in self.disks
         }
-        for thread in ends.values():
-            thread.daemon = True
-            thread.start()
         for name, thread in ends.items():
-            thread.join(max(0.0, deadline_s - self.loop.clock()))
+            thread.daemon = True
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads
+                self._end(name, closed)
+        for name, thread in ends.items():
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline_s - self.loop.clock()))
             if thread.is_alive():
                 source = self.disks[name].source.description
                 what = f"{source}: does not answer and is not flushed"
