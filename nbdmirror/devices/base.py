@@ -265,11 +265,12 @@ class MemoryDevice(BlockDevice):
         end = offset + length
         while offset < end:
             block = offset // self.BLOCK_BYTES
-            step = min(end, (block + 1) * self.BLOCK_BYTES) - offset
-            hole = not self.allocated[block]
-            found.append(Extent(step, zero=hole, hole=hole))
-            offset += step
-        return merge_extents(found)
+            is_hole = not self.allocated[block]
+            other = self.allocated.find(is_hole, block)
+            until = min(end, other * self.BLOCK_BYTES) if other >= 0 else end
+            found.append(Extent(until - offset, zero=is_hole, hole=is_hole))
+            offset = until
+        return found
 
     def cache(self, offset: int, length: int) -> None:
         self._check(offset, length)
