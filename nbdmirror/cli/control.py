@@ -9,22 +9,23 @@ import json
 import math
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from qemu.qmp import QMPError
 
 from nbdmirror.cli import bitmaps as cli_bitmaps
 from nbdmirror.cli import explain as cli_explain
+from nbdmirror.cli import mirror as cli_mirror
 from nbdmirror.cli import point as cli_point
 from nbdmirror.cli import status as cli_status
 from nbdmirror.cli import watch as cli_watch
 from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, FAILED, INTERRUPTED, TIMED_OUT, USAGE, CliError
-from nbdmirror.cli.jobs import NoJob, Watch, disk_names, find_job, last_jobs, only_disk
+from nbdmirror.cli.jobs import NoJob, Watch, find_job, find_jobs, last_jobs, one_by_one
 from nbdmirror.cli.progress import JsonDisplay, Meter, PlainDisplay, open_display
 from nbdmirror.cli.session import (
-    REPLY_S_MAX,
     Job,
     Session,
     connect,
@@ -33,18 +34,18 @@ from nbdmirror.cli.session import (
     run_interruptible,
     server_path,
 )
-from nbdmirror.names import default_job_id
+from nbdmirror.cli.together import apart, each
 
 PAUSE_S_MAX = 10.0
 """A pause takes effect when the requests in flight have ended: within seconds, if their servers
 answer."""
 RESUME_S_MAX = 5.0
 """How long to wait for the first progress of a resumed job."""
-CONNECTS = 4
-"""A mirror's start connects to the target, perhaps to its old side's second export, and to a
-journal likewise."""
 OUTLOOK_S_MAX = 2.0
 """How long a last query of a job may take when its command stops waiting."""
+
+Step = tuple[str, dict[str, Any]]
+"""A command, and its arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,148 +66,133 @@ async def _run(args: argparse.Namespace) -> int:
             text = f"timed out after {args.timeout:g} s; {await _outlook(session)}"
             raise CliError(text, TIMED_OUT) from error
         except asyncio.CancelledError:
-            if not session.job:
+            if not session.watched:
                 raise
             forget_interrupt()
             raise CliError(f"interrupted; {await _outlook(session)}", INTERRUPTED) from None
 
 
 async def _outlook(session: Session) -> str:
-    """What the job is about to do, by a last query, when the command stops waiting for it. In
+    """What the jobs are about to do, by a last query, when the command stops waiting for them. In
     another conversation: a server answers the commands of one client one after the other."""
-    if not session.job:
+    jobs = session.watched
+    if not jobs:
         return "jobs on the server continue"
     try:
         async with asyncio.timeout(OUTLOOK_S_MAX), connect(session.path) as other:
             status = await other.status()
     except (CliError, QMPError, TimeoutError):
-        return f"the state of job {session.job} is not known; see: nbdmirror status"
-    if (job := jobs_of(status).get(session.job)) is None:
-        if session.is_starting:
-            return f"job {session.job} may still start; see: nbdmirror status"
-        return f"job {session.job} has ended; see: nbdmirror status"
-    parts = [f"job {Meter(time.monotonic).update(job)}"]
-    parts += [remark.text for remark in cli_words.remarks(job)]
-    parts += cli_words.server_troubles(status)
-    if job.get("ending", "none") != "none":
+        what = "state of job {} is" if len(jobs) == 1 else "states of jobs {} are"
+        return f"the {what.format(', '.join(jobs))} not known; see: nbdmirror status"
+    parts: list[str] = []
+    found = {job: jobs_of(status).get(job) for job in jobs}
+    for job, state in found.items():
+        parts += _outlook_of(job, state, is_starting=session.is_starting)
+    if any(state is not None for state in found.values()):
+        parts += cli_words.server_troubles(status)
+    if any(state.get("ending", "none") != "none" for state in found.values() if state):
         parts.append("stop that with: nbdmirror cancel --force")
     return "; ".join(parts)
+
+
+def _outlook_of(job: str, state: Job | None, *, is_starting: bool) -> list[str]:
+    if state is not None:
+        remarks = [remark.text for remark in cli_words.remarks(state)]
+        return [f"job {Meter(time.monotonic).update(state)}", *remarks]
+    what = "may still start" if is_starting else "has ended"
+    return [f"job {job} {what}; see: nbdmirror status"]
 
 
 # Waiting
 
 
 async def _wait(session: Session, args: argparse.Namespace) -> int:
-    try:
-        job = await find_job(session, args)
-    except NoJob as error:
-        return await _report_last(session, args, str(error))
-    with open_display(time.monotonic, as_json=args.json) as display:
-        watch = Watch(session, job, display)
-        await watch.until(ready=args.ready)
-    return await watch.report(verb="wait")
+    wanted = one_by_one(args)
+
+    async def follow(one: Session, name: str) -> int:
+        try:
+            job = await find_job(one, wanted[name])
+        except NoJob as error:
+            return await _report_last(one, wanted[name], str(error), as_json=args.json)
+        is_alone = len(wanted) == 1
+        with open_display(time.monotonic, as_json=args.json, is_alone=is_alone) as display:
+            watch = Watch(one, job, display)
+            await watch.until(ready=args.ready)
+        return await watch.report(verb="wait")
+
+    return await each(apart(session, [*wanted]), follow)
 
 
-async def _report_last(session: Session, args: argparse.Namespace, what: str) -> int:
+async def _report_last(
+    session: Session, wanted: argparse.Namespace, what: str, *, as_json: bool
+) -> int:
     """There is no job: report how the last matching job ended."""
-    lasts = last_jobs(await session.status(), args)
+    lasts = last_jobs(await session.status(), wanted)
     if len(lasts) != 1:
         raise CliError(what)
-    kind = JsonDisplay if args.json else PlainDisplay
+    kind = JsonDisplay if as_json else PlainDisplay
     watch = Watch(session, str(lasts[0]["id"]), kind(time.monotonic))
     return await watch.report(verb="wait")
 
 
 async def _complete(session: Session, args: argparse.Namespace) -> int:
-    job = await find_job(session, args)
-    with open_display(time.monotonic) as display:
-        watch = Watch(session, job, display)
-        await watch.look()
-        await session.execute("job-complete", id=job)
-        await watch.until(ready=False)
-    return await watch.report(verb="complete")
+    jobs = await find_jobs(session, args)
+    steps = [("job-complete", {"id": job}) for job in jobs]
+    return await _end(session, jobs, steps, verb="complete")
 
 
 async def _cancel(session: Session, args: argparse.Namespace) -> int:
-    job = await find_job(session, args)
-    state = (await session.jobs()).get(job, {})
-    if (state.get("status"), state.get("ending"), args.force) == ("ready", "complete", False):
-        raise CliError(
-            f"job {job} is already being completed, and only a forced cancel stops that:"
-            " nbdmirror cancel --force (the target is left unusable)"
-        )
-    with open_display(time.monotonic) as display:
-        watch = Watch(session, job, display)
-        await watch.look()
-        if args.force:
-            await session.execute("job-cancel", id=job)
-        else:  # job-cancel has no soft cancel
-            await session.execute("block-job-cancel", device=job)
-        await watch.until(ready=False)
-    return await watch.report(verb="cancel")
+    jobs = await find_jobs(session, args)
+    states = await session.jobs()
+    for job in jobs:
+        state = states.get(job, {})
+        if (state.get("status"), state.get("ending"), args.force) == ("ready", "complete", False):
+            raise CliError(
+                f"job {job} is already being completed, and only a forced cancel stops that:"
+                " nbdmirror cancel --force (the target is left unusable)"
+            )
+    steps: list[Step] = [("block-job-cancel", {"device": job}) for job in jobs]
+    if args.force and len(jobs) == 1:
+        steps = [("job-cancel", {"id": jobs[0]})]  # which has no soft cancel
+    elif args.force:
+        steps = [(name, {**arguments, "force": True}) for name, arguments in steps]
+    return await _end(session, jobs, steps, verb="cancel")
+
+
+async def _end(session: Session, jobs: list[str], steps: Sequence[Step], *, verb: str) -> int:
+    """End `jobs` with `steps`, all or none, and watch them until they have ended."""
+    sessions = apart(session, jobs)
+    followed: dict[str, tuple[Watch, ExitStack]] = {}
+
+    async def follow(_: Session, job: str) -> int:
+        watch, shown = followed[job]
+        with shown:
+            await watch.until(ready=False)
+        return await watch.report(verb=verb)
+
+    with ExitStack() as all_shown:
+        for job, one in sessions.items():
+            shown = all_shown.enter_context(ExitStack())
+            display = open_display(time.monotonic, is_alone=len(jobs) == 1)
+            watch = Watch(one, job, shown.enter_context(display))
+            await watch.look()
+            followed[job] = watch, shown
+        await _all_or_none(session, steps)
+        return await each(sessions, follow)
 
 
 async def _finalize(session: Session, args: argparse.Namespace) -> int:
     job = await find_job(session, args)
-    with open_display(time.monotonic) as display:
-        watch = Watch(session, job, display)
-        await watch.look()
-        await session.execute("job-finalize", id=job)
-        await watch.until(ready=False)
-    return await watch.report(verb="finalize")
+    return await _end(session, [job], [("job-finalize", {"id": job})], verb="finalize")
 
 
-# Starting
-
-
-async def _mirror(session: Session, args: argparse.Namespace) -> int:
-    cli_point.check(args)
-    device = args.device or await only_disk(session)
-    job = args.job or default_job_id(device, await disk_names(session))
-    session.events.clear()  # drop events of an earlier job with this name
-    session.job, session.is_starting = job, True
-    await session.execute(
-        "drive-mirror",
-        limit_s=REPLY_S_MAX + CONNECTS * (args.open_timeout or 0),
-        device=device,
-        target=args.target,
-        mode="existing",
-        sync=args.sync,
-        job_id=args.job,
-        copy_mode="points" if args.journal or args.snapshots else args.copy_mode,
-        **cli_point.options(args),
-        granularity=args.granularity,
-        buf_size=args.buf_size,
-        speed=args.speed,
-        x_nbdmirror_open_timeout=args.open_timeout,
-        x_nbdmirror_reconnect_delay=args.reconnect_delay,
-        on_source_error=args.on_source_error,
-        on_target_error=args.on_target_error,
-        **_promises(args),
-        bitmap=args.bitmap,
-        unmap=False if args.no_unmap else None,
-        target_is_zero=args.target_is_zero or None,
-        x_nbdmirror_target_cluster_size=args.target_cluster_size,
-        x_nbdmirror_allow_larger_target=args.allow_larger_target or None,
-    )
-    session.is_starting = False
-    if not args.wait:
-        watch = Watch(session, job, PlainDisplay(time.monotonic))
-        state = await watch.look()  # an immediate failure is known by now
-        if watch.end or not state:
-            return await watch.report(verb="mirror")
-        text = "; ".join([cli_words.state(state), *cli_words.deadline(state)])
-        print(f"job {job} mirrors {device} to {args.target}: {text}; see: nbdmirror status")
-        return DONE
-    with open_display(time.monotonic, as_json=args.json) as display:
-        watch = Watch(session, job, display)
-        await watch.until(ready=True)
-        verb = "mirror"
-        if args.wait == "completed" and not watch.end:
-            verb = "complete"
-            await session.execute("job-complete", id=job)
-            await watch.until(ready=False)
-    return await watch.report(verb=verb)
+async def _all_or_none(session: Session, steps: Sequence[Step]) -> None:
+    if len(steps) == 1:
+        name, arguments = steps[0]
+        await session.execute(name, **arguments)
+    else:
+        actions = [{"type": name, "data": arguments} for name, arguments in steps]
+        await session.execute("transaction", actions=actions)
 
 
 # The small ones
@@ -281,7 +267,7 @@ async def _set_speed(session: Session, args: argparse.Namespace) -> int:
 async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
     cli_point.check_change(args)
     job = await find_job(session, args)
-    points = cli_point.options_of_journal(args)
+    points = cli_point.options_of_journal(args, args.journal)
     await session.execute("block-job-change", id=job, type="mirror", copy_mode=args.mode, **points)
     state = await _state_of(session, job)
     text = f"job {job}: copy mode {cli_words.mode(state)}"
@@ -295,19 +281,8 @@ async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
     return DONE
 
 
-def _promises(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments about how a job may end; None: not given."""
-    may = None if args.may is None else [word for word in args.may.split(",") if word != "nothing"]
-    return {
-        "x_nbdmirror_max_pause": args.max_pause,
-        "x_nbdmirror_may": may,
-        "x_nbdmirror_deadline": args.deadline,
-        "x_nbdmirror_on_deadline": args.on_deadline,
-    }
-
-
 async def _change(session: Session, args: argparse.Namespace) -> int:
-    how = _promises(args)
+    how = cli_mirror.promises(args)
     if all(value is None for value in how.values()):
         options = "--max-pause, --may, --deadline or --on-deadline"
         raise CliError(f"nothing to change: give {options}", USAGE)
@@ -355,7 +330,7 @@ async def _events(session: Session, args: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, Callable[[Session, argparse.Namespace], Awaitable[int]]] = {
-    "mirror": _mirror,
+    "mirror": cli_mirror.run,
     "status": _status,
     "explain": cli_explain.run,
     "point": cli_point.run,

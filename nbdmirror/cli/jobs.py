@@ -48,6 +48,20 @@ async def find_job(session: Session, args: argparse.Namespace) -> str:
     return str(next(iter(jobs)))
 
 
+def one_by_one(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """For commands that take several: for each --device or --job, by its value, arguments with it
+    alone. Without any: one with none."""
+    if args.device:
+        return {one: argparse.Namespace(device=one, job=None) for one in args.device}
+    return {one: argparse.Namespace(device=None, job=one or None) for one in args.job or [""]}
+
+
+async def find_jobs(session: Session, args: argparse.Namespace) -> list[str]:
+    """Those that are given, each once."""
+    found = [await find_job(session, one) for one in one_by_one(args).values()]
+    return list(dict.fromkeys(found))
+
+
 def _no_job(what: str, status: dict[str, Any], args: argparse.Namespace) -> NoJob:
     last = [f"the last job {cli_status.result_text(one)}" for one in last_jobs(status, args)]
     others = [str(job["device"]) for disk in status["disks"] for job in disk.get("jobs") or []]

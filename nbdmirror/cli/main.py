@@ -7,7 +7,6 @@ command runs: serve.py for the server, control.py for nearly all commands over Q
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,15 +26,13 @@ from nbdmirror.cli.common import (
     absolute_uri,
 )
 from nbdmirror.cli.streams import finish, open_streams, output_error, say
+from nbdmirror.cli.values import migration_uri, rate, seconds, whole
 from nbdmirror.limits import (
     CONNECTIONS_MAX,
     KEEPALIVE_S_MAX,
     OPEN_TIMEOUT_S_MAX,
     PORT_MAX,
-    RECONNECT_DELAY_S_MAX,
-    TARGET_TIMEOUT_S_MAX,
     THREADS_MAX,
-    whole_number,
 )
 
 _EPILOG = """\
@@ -44,73 +41,12 @@ exit status: 0 done; 1 the job failed or was cancelled, or the command was refus
 The server is named by --qmp or NBDMIRROR_QMP. Sizes take K, M, G, T (powers of 1024)."""
 _ANSWERS = ("status", "explain", "list", "points", "events", "plugin-path")
 """Commands whose only purpose is their output."""
-_POLICIES = ("report", "ignore", "enospc", "stop", "auto")
-_SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
-SLOW_BYTES_PER_S = 64 << 10
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         say(f"nbdmirror: {message} (see: {self.prog} --help)")
         sys.exit(USAGE)
-
-
-def parse_size(text: str) -> int:
-    """A size in bytes: a number with an optional K, M, G or T, powers of 1024. KB and the like are
-    refused, since some people read them as powers of 1000."""
-    match = re.fullmatch(
-        r"([0-9]+)(?:\.([0-9]+))?([KMGT]?)(?:(?<=[KMGTkmgt])iB)?", text, re.IGNORECASE
-    )
-    if not match:
-        text = f"{text!r} is not a size (examples: 65536, 64K, 1.5G, 10MiB, 2T; powers of 1024)"
-        raise argparse.ArgumentTypeError(text)
-    whole, part, unit = match.groups(default="")
-    scale: int = 1024 ** " KMGT".index(unit.upper() or " ")
-    size, rest = divmod(int(whole + part) * scale, int("1" + "0" * len(part)))
-    if rest:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
-    if size >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than 8 EiB")
-    return size
-
-
-def _rate(text: str) -> int:
-    """Bytes per second; a rate that is implausibly low gets a warning."""
-    rate = parse_size(text)
-    if 0 < rate < SLOW_BYTES_PER_S:
-        word = f"{text} means {rate} bytes per second; 1M is one MiB per second"
-        say(f"nbdmirror: warning: {word}")
-    return rate
-
-
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,9})?", text):
-        text = f"{text!r} is not a number of seconds (0 or more; examples: 30, 0.5)"
-        raise argparse.ArgumentTypeError(text)
-    return float(text)
-
-
-def _number(least: int, most: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        if (number := whole_number(text, least, most)) is None:
-            text = f"{text!r} is not a whole number from {least} to {most}"
-            raise argparse.ArgumentTypeError(text)
-        return number
-
-    return parse
-
-
-def _migration_uri(text: str) -> str:
-    kind, colon, where = text.partition(":")
-    if not (re.fullmatch("[a-z]+", kind) and colon and where):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an address (example: tcp:HOST:4444)")
-    address = where.partition(",")[0]
-    port = address.rpartition(":")[2]
-    if kind == "tcp" and whole_number(port, 1, PORT_MAX) is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: the port is not a number from 1 to {PORT_MAX}")
-    return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _add_serve(add("serve", "serve disks over NBD (runs nbdkit)"))
-    _add_mirror(add("mirror", "start to mirror a disk to an NBD target"))
+    cli_parsers.add_mirror(add("mirror", "start to mirror disks to NBD targets"))
     _add_handover(add("handover", "move a running QEMU guest to another host, memory and disk"))
     status = add("status", "show disks and jobs")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -162,55 +98,14 @@ def _add_job_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     cancel = add("cancel", "end a job and keep the source (after READY: target consistent)")
     cancel.add_argument("--force", action="store_true", help="end now; the target is left unusable")
     for command in (wait, complete, cancel):
-        _add_timeout(command)
+        cli_parsers.add_timeout(command)
     speed = add("set-speed", "limit the copying of a job")
-    speed.add_argument("rate", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
+    speed.add_argument("rate", type=rate, metavar="RATE", help="bytes per second; 0: no limit")
     pause, resume = add("pause", "pause a job"), add("resume", "resume a paused job")
-    more = cli_parsers.add_commands(add, parse_size=parse_size, add_timeout=_add_timeout)
-    for command in (wait, complete, cancel, pause, resume, speed, *more):
-        which = command.add_mutually_exclusive_group()
-        disk = "choose the job of this disk"
-        which.add_argument("--device", metavar="NAME", help=disk)
-        which.add_argument("--job", metavar="ID", help="the job (default: the only one)")
-
-
-def _add_timeout(command: argparse.ArgumentParser) -> None:
-    text = "stop waiting after S seconds; the job continues (default: no limit)"
-    command.add_argument("--timeout", type=_seconds, metavar="S", help=text)
-
-
-def _add_mirror(mirror: argparse.ArgumentParser) -> None:
-    add = mirror.add_argument
-    add("target", metavar="TARGET_URI", help="NBD URI of the target, of the disk's size")
-    add("--device", metavar="NAME", help="the disk to mirror (default: the only one)")
-    add("--sync", choices=_SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
-    mode = "write-blocking: the guest's writes wait for the target (default: background)"
-    add("--copy-mode", choices=cli_parsers.COPY_MODES, help=mode)
-    cli_parsers.add_points_of_mirror(add)
-    add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
-    add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
-    add("--speed", type=_rate, metavar="RATE", help="bytes per second; 0: no limit")
-    text = "seconds for the target's server to answer, at each connect (default: 10)"
-    add("--open-timeout", type=_number(1, TARGET_TIMEOUT_S_MAX), metavar="S", help=text)
-    delay = "seconds to wait for a lost target before an error is reported"
-    add("--reconnect-delay", type=_number(0, RECONNECT_DELAY_S_MAX), metavar="S", help=delay)
-    for side in ("source", "target"):
-        policy = f"what to do if the {side} fails (default: report, which ends the job)"
-        add(f"--on-{side}-error", choices=_POLICIES, help=policy)
-    add("--bitmap", metavar="NAME", help="for --sync bitmap or incremental")
-    cluster = "cluster size of a target whose backing file is attached later"
-    add("--target-cluster-size", type=parse_size, metavar="SIZE", help=cluster)
-    add("--no-unmap", action="store_true", help="write zeroes rather than trim the target")
-    zero = "assume that the target reads as zeroes (not checked)"
-    add("--target-is-zero", action="store_true", help=zero)
-    larger = "allow a larger target; what lies past the disk's end is not written"
-    add("--allow-larger-target", action="store_true", help=larger)
-    add("--job", metavar="ID", help="a name for the job (default: the disk's)")
-    cli_parsers.add_promises(add)
-    wait = "wait until then; completed: complete the job when it is ready"
-    add("--wait", choices=("ready", "completed"), help=wait)
-    add("--json", action="store_true", help="with --wait: print JSON lines")
-    _add_timeout(mirror)
+    for command in (wait, complete, cancel):
+        cli_parsers.add_job(command, is_several=True)
+    for command in (pause, resume, speed, *cli_parsers.add_commands(add)):
+        cli_parsers.add_job(command)
 
 
 def _add_handover(handover: argparse.ArgumentParser) -> None:
@@ -219,14 +114,14 @@ def _add_handover(handover: argparse.ArgumentParser) -> None:
     add("--qemu", metavar="PATH", required=True, help="QMP socket of the QEMU that runs the guest")
     add(
         "--to",
-        type=_migration_uri,
+        type=migration_uri,
         metavar="URI",
         required=True,
         help="where a QEMU waits for the guest, as for QEMU's migrate: tcp:HOST:PORT",
     )
     add("--device", metavar="NAME", help="the guest's disk (default: the only one)")
     text = "undo the handover if the guest is not stopped for the pivot after S seconds"
-    add("--timeout", type=_seconds, metavar="S", help=text)
+    add("--timeout", type=seconds, metavar="S", help=text)
 
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:
@@ -237,23 +132,23 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="serve on a Unix socket")
     where.add_argument("--address", metavar="HOST", help="listen there (default: 127.0.0.1)")
-    add("--port", type=_number(1, PORT_MAX), metavar="N", help="TCP port (default: 10809)")
+    add("--port", type=whole(1, PORT_MAX), metavar="N", help="TCP port (default: 10809)")
     add("--tls", choices=("off", "on", "require"), help="default: require with keys, else off")
     add("--tls-certificates", metavar="DIR", help="X.509 certificates and the server's key")
     add("--tls-psk", metavar="FILE", help="pre-shared keys")
     add("--tls-verify-peer", action="store_true", help="require a certificate from guests")
     text = "repeat attempts to connect to disks' NBD servers for S seconds (default: 0)"
-    add("--open-timeout", type=_number(0, OPEN_TIMEOUT_S_MAX), metavar="S", help=text)
+    add("--open-timeout", type=whole(0, OPEN_TIMEOUT_S_MAX), metavar="S", help=text)
     text = "disconnect TCP guests that are silent for S seconds (default: 300; 0: never)"
-    add("--keepalive", type=_number(0, KEEPALIVE_S_MAX), metavar="S", help=text)
+    add("--keepalive", type=whole(0, KEEPALIVE_S_MAX), metavar="S", help=text)
     add("--read-only", action="store_true", help="refuse writes of guests")
     cli_parsers.add_point(serve)
     threads = f"requests of one connection at once (default: {THREADS_DEFAULT}; with --cache none "
     threads += f"{THREADS_DIRECT_DEFAULT}; with several disks and nbdkit before 1.34 1)"
-    add("--threads", type=_number(1, THREADS_MAX), metavar="N", help=threads)
+    add("--threads", type=whole(1, THREADS_MAX), metavar="N", help=threads)
     add("--cache", choices=("writeback", "none"), default="writeback", help="none: O_DIRECT")
     connections = "most connections to an NBD server (default: 9)"
-    add("--connections", type=_number(1, CONNECTIONS_MAX), metavar="N", help=connections)
+    add("--connections", type=whole(1, CONNECTIONS_MAX), metavar="N", help=connections)
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there across restarts")
     accept = "serve the old side of a pivot; the refusal shows the ID of that pivot"
     add("--accept-old-side", action="append", default=[], metavar="ID", help=accept)
@@ -274,13 +169,12 @@ def _run(args: argparse.Namespace) -> int:
             return cli_serve.serve(args)
         print(cli_serve.plugin_path())
         return DONE
-    if hasattr(args, "target"):
-        args.target = absolute_uri(args.target)
-    if args.command in ("mirror", "copy-mode") and args.journal:
+    if args.command == "copy-mode" and args.journal:
         args.journal = absolute_uri(args.journal, "--journal: ")
     if args.command == "handover":
         from nbdmirror.cli import handover as cli_handover
 
+        args.target = absolute_uri(args.target)
         return cli_handover.run(args)
     if args.command == "list" or getattr(args, "all", False):
         from nbdmirror.cli import list as cli_list
@@ -290,6 +184,10 @@ def _run(args: argparse.Namespace) -> int:
         return _web(args)
     if args.command in ("points", "recover"):
         return _points(args)
+    if args.command == "mirror":
+        from nbdmirror.cli import mirror as cli_mirror
+
+        cli_mirror.check(args)
     from nbdmirror.cli import control as cli_control
 
     return cli_control.run(args)
@@ -341,7 +239,8 @@ def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 def _called(name: str) -> str:
     """The name of an argument as the user types it."""
     option = f"--{name.replace('_', '-')}"
-    words = {"disks": "DISK", "target": "TARGET_URI", "names": "NAME", "sockets": "SOCKET"}
+    words = {"disks": "DISK", "names": "NAME", "sockets": "SOCKET"}
+    words |= dict.fromkeys(("target", "targets"), "TARGET_URI")
     words["journal_uri"] = "JOURNAL"
     return words.get(name, option)
 
@@ -352,7 +251,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         cut = argv.index("--")
         argv, extra = argv[:cut], argv[cut + 1 :]
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "mirror" and not any(word.startswith("-") for word in rest):
+        args.targets += rest  # of several, each may have its journal behind it
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for option in ("timeout", "json") if args.command == "mirror" and not args.wait else ():
         if getattr(args, option) not in (None, False):
             parser.error(f"--{option}: needs --wait")

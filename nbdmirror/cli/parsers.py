@@ -1,5 +1,5 @@
-"""Arguments of further commands: the end of a job that waits for a user, bitmaps, and the list of
-servers. Imports only argparse, as main.py does."""
+"""Arguments of commands: a mirror, the end of a job that waits for a user, bitmaps, points, and the
+list of servers. Imports only argparse, as main.py does."""
 
 from __future__ import annotations
 
@@ -8,22 +8,41 @@ import re
 from collections.abc import Callable
 from typing import NoReturn
 
-from nbdmirror.limits import DEADLINE_S_MAX, MAX_PAUSE_MS_MAX, PORT_MAX, whole_number
+from nbdmirror.cli.values import duration, parse_size, rate, seconds, whole
+from nbdmirror.limits import (
+    DEADLINE_S_MAX,
+    MAX_PAUSE_MS_MAX,
+    PORT_MAX,
+    RECONNECT_DELAY_S_MAX,
+    TARGET_TIMEOUT_S_MAX,
+    whole_number,
+)
 
 COPY_MODES = ("background", "write-blocking")
 MAY = ("nothing", "throttle", "write-blocking", "throttle,write-blocking")
 ON_DEADLINE = ("report", "cancel", "complete")
+POLICIES = ("report", "ignore", "enospc", "stop", "auto")
+SYNC_MODES = ("full", "top", "none", "incremental", "bitmap")
 BITMAP_ACTIONS = ("list", "add", "remove", "clear", "enable", "disable", "merge")
 
 Add = Callable[..., argparse.ArgumentParser]
 
 
-def add_commands(
-    add: Add,
-    *,
-    parse_size: Callable[[str], int],
-    add_timeout: Callable[[argparse.ArgumentParser], None],
-) -> list[argparse.ArgumentParser]:
+def add_job(command: argparse.ArgumentParser, *, is_several: bool = False) -> None:
+    """Which job a command is about. `is_several`: or which jobs."""
+    which = command.add_mutually_exclusive_group()
+    action, more = ("append", "; may be repeated") if is_several else ("store", "")
+    disk, job = f"choose the job of this disk{more}", f"the job (default: the only one){more}"
+    which.add_argument("--device", metavar="NAME", action=action, help=disk)
+    which.add_argument("--job", metavar="ID", action=action, help=job)
+
+
+def add_timeout(command: argparse.ArgumentParser) -> None:
+    text = "stop waiting after S seconds; the job continues (default: no limit)"
+    command.add_argument("--timeout", type=seconds, metavar="S", help=text)
+
+
+def add_commands(add: Add) -> list[argparse.ArgumentParser]:
     """Add the commands. Returns the parsers that take --device or --job."""
     copy_mode = add("copy-mode", "change whether the guest's writes wait for the target")
     copy_mode.add_argument(
@@ -32,12 +51,13 @@ def add_commands(
         help="background: they do not; write-blocking: they do, so that the mirror keeps up;"
         " points: they do not, and the far side has one moment of the disk",
     )
-    _add_journal(copy_mode.add_argument)
+    text = "write points to this export, an empty one (copy mode points)"
+    _add_journal(copy_mode.add_argument, text, metavar="URI")
     change = add("change", "change how a job may end")
     add_promises(change.add_argument)
     finalize = add("finalize", "end a pending job, one that was started with auto-finalize off")
     dismiss = add("dismiss", "remove an ended job, one that was started with auto-dismiss off")
-    _add_bitmap(add("bitmap", "named dirty bitmaps of a disk"), parse_size)
+    _add_bitmap(add("bitmap", "named dirty bitmaps of a disk"))
     explain = add("explain", "explain what a job waits for, and whether it will end")
     explain.add_argument("--json", action="store_true", help="print JSON")
     servers = add("list", "list the servers of this host", qmp=False)
@@ -49,6 +69,51 @@ def add_commands(
     point.add_argument("--wait", action="store_true", help="wait until the far side has the point")
     add_timeout(point)
     return [copy_mode, change, finalize, dismiss, explain, point]
+
+
+def add_mirror(mirror: argparse.ArgumentParser) -> None:
+    mirror.usage = "nbdmirror mirror TARGET_URI|NAME=TARGET_URI ... [options]"
+    add = mirror.add_argument
+    text = "NBD URI of the target, of the disk's size; with several disks NAME=TARGET_URI for each:"
+    text += " their jobs end together, and their points are of the same moments"
+    add("targets", metavar="[NAME=]TARGET_URI", nargs="+", help=text)
+    add("--device", metavar="NAME", help="the disk to mirror (default: the only one)")
+    add("--sync", choices=SYNC_MODES, default="full", help="what to copy (default: %(default)s)")
+    mode = "write-blocking: the guest's writes wait for the target (default: background)"
+    add("--copy-mode", choices=COPY_MODES, help=mode)
+    text = "points are snapshots of the target, which: nbdmirror points --exec makes (copy mode"
+    add("--snapshots", action="store_true", help=f"{text} points)")
+    _add_journal(
+        add,
+        "write points to this export, an empty one (copy mode points); with several"
+        " disks one for each",
+        metavar="[NAME=]URI",
+        action="append",
+    )
+    add("--granularity", type=parse_size, metavar="SIZE", help="unit of the dirty bitmap")
+    add("--buf-size", type=parse_size, metavar="SIZE", help="bytes in flight at most")
+    add("--speed", type=rate, metavar="RATE", help="bytes per second; 0: no limit")
+    text = "seconds for the target's server to answer, at each connect (default: 10)"
+    add("--open-timeout", type=whole(1, TARGET_TIMEOUT_S_MAX), metavar="S", help=text)
+    delay = "seconds to wait for a lost target before an error is reported"
+    add("--reconnect-delay", type=whole(0, RECONNECT_DELAY_S_MAX), metavar="S", help=delay)
+    for side in ("source", "target"):
+        policy = f"what to do if the {side} fails (default: report, which ends the job)"
+        add(f"--on-{side}-error", choices=POLICIES, help=policy)
+    add("--bitmap", metavar="NAME", help="for --sync bitmap or incremental")
+    cluster = "cluster size of a target whose backing file is attached later"
+    add("--target-cluster-size", type=parse_size, metavar="SIZE", help=cluster)
+    add("--no-unmap", action="store_true", help="write zeroes rather than trim the target")
+    zero = "assume that the target reads as zeroes (not checked)"
+    add("--target-is-zero", action="store_true", help=zero)
+    larger = "allow a larger target; what lies past the disk's end is not written"
+    add("--allow-larger-target", action="store_true", help=larger)
+    add("--job", metavar="ID", help="a name for the job (default: the disk's)")
+    add_promises(add)
+    wait = "wait until then; completed: complete the job when it is ready"
+    add("--wait", choices=("ready", "completed"), help=wait)
+    add("--json", action="store_true", help="with --wait: print JSON lines")
+    add_timeout(mirror)
 
 
 def add_promises(add: Callable[..., object]) -> None:
@@ -76,31 +141,13 @@ def _max_pause(text: str) -> int:
 
 
 def _deadline(text: str) -> float:
-    if (seconds := duration(text)) > DEADLINE_S_MAX:
+    if (found := duration(text)) > DEADLINE_S_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is more than {DEADLINE_S_MAX // 86400} days")
-    return seconds
+    return found
 
 
-def duration(text: str) -> float:
-    """Seconds: a number with an optional unit."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|)", text)
-    if not match:
-        text = f"{text!r} is not a time (examples: 1s, 500ms, 0.5, 5m)"
-        raise argparse.ArgumentTypeError(text)
-    number, unit = match.groups()
-    return float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "": 1}[unit]
-
-
-def add_points_of_mirror(add: Callable[..., object]) -> None:
-    """The options of `nbdmirror mirror` for points."""
-    text = "points are snapshots of the target, which: nbdmirror points --exec makes (copy mode"
-    add("--snapshots", action="store_true", help=f"{text} points)")
-    _add_journal(add)
-
-
-def _add_journal(add: Callable[..., object]) -> None:
-    text = "write points to this export, an empty one (copy mode points)"
-    add("--journal", metavar="URI", help=text)
+def _add_journal(add: Callable[..., object], text: str, **journal: str) -> None:
+    add("--journal", help=text, **journal)
     text = "with points: time from one point to the next (default: 1s)"
     add("--every", type=duration, metavar="TIME", help=text)
     text = "with --journal: keep points for so long, and recover any of them (default: 0)"
@@ -159,7 +206,7 @@ def check_points(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
             error(f"{option}: not allowed with {'--exec' if args.exec is not None else 'JOURNAL'}")
 
 
-def _add_bitmap(bitmap: argparse.ArgumentParser, parse_size: Callable[[str], int]) -> None:
+def _add_bitmap(bitmap: argparse.ArgumentParser) -> None:
     bitmap.usage = (
         "nbdmirror bitmap ACTION [NAME] [FROM ...] [--device NAME] [--granularity SIZE]"
         " [--persistent] [--disabled] [--json] [--qmp PATH]"

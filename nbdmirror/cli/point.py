@@ -43,7 +43,7 @@ def check_change(args: argparse.Namespace) -> None:
         if not args.journal:
             raise CliError("points: needs --journal", USAGE)
         return
-    for name, value in options_of_journal(args).items():
+    for name, value in options_of_journal(args, args.journal).items():
         if value is not None:
             option = _OPTIONS[name]
             raise CliError(f"{option}: needs the copy mode points", USAGE)
@@ -58,16 +58,16 @@ _OPTIONS = {
 }
 
 
-def options(args: argparse.Namespace) -> dict[str, Any]:
+def options(args: argparse.Namespace, journal: str | None) -> dict[str, Any]:
     """The arguments of a mirror with points; None: not given."""
     snapshots = {"x_nbdmirror_auto_point": False if args.snapshots else None}
-    return options_of_journal(args) | snapshots
+    return options_of_journal(args, journal) | snapshots
 
 
-def options_of_journal(args: argparse.Namespace) -> dict[str, Any]:
+def options_of_journal(args: argparse.Namespace, journal: str | None) -> dict[str, Any]:
     """Those of points in a journal; None: not given."""
     return {
-        "x_nbdmirror_journal": args.journal,
+        "x_nbdmirror_journal": journal,
         "x_nbdmirror_interval": args.every,
         "x_nbdmirror_keep": args.keep,
         "x_nbdmirror_rpo": args.rpo,

@@ -206,11 +206,13 @@ class JsonDisplay(PlainDisplay):
         print(json.dumps(line), flush=True)
 
 
-def open_display(clock: Callable[[], float], *, as_json: bool = False) -> Display:
-    """`clock`: monotonic seconds."""
+def open_display(
+    clock: Callable[[], float], *, as_json: bool = False, is_alone: bool = True
+) -> Display:
+    """`clock`: monotonic seconds. `is_alone`: the command is about no other job."""
     if as_json:
         return JsonDisplay(clock)
-    if is_live(sys.stderr):
+    if is_alone and is_live(sys.stderr):
         from nbdmirror.cli.live import JobView
 
         return JobView(clock)

@@ -145,20 +145,31 @@ class Session:
         """The server's control socket."""
         self.job = ""
         """The job that the command is about, when known."""
+        self._parts: list[Session] = []
         self.is_starting = False
         """The job was requested, and the answer has not come yet."""
         self.events = Events()
         client.events.event_filter = _nothing  # the library's listener, which cannot be removed
         client.register_listener(self.events)
 
+    def beside(self) -> Session:
+        """The same conversation, about another job, with events of its own from now on."""
+        other = Session(self._client)
+        other.path = self.path
+        self._parts.append(other)
+        return other
+
+    @property
+    def watched(self) -> list[str]:
+        """The jobs that the command is about, as far as they are known."""
+        return [one.job for one in (self, *self._parts) if one.job]
+
     async def execute(
         self, command: str, *, limit_s: float | None = REPLY_S_MAX, **arguments: Any
     ) -> Any:
         """Execute a QMP command. Arguments that are None are left out; '_' stands for '-'. Raises
         CliError if the server refuses. `limit_s`: how long the answer may take."""
-        given = {
-            name.replace("_", "-"): value for name, value in arguments.items() if value is not None
-        }
+        given = as_arguments(**arguments)
         try:
             async with asyncio.timeout(limit_s) as limit:
                 return await self._client.execute(command, given or None)
@@ -212,6 +223,11 @@ class Session:
     async def closed(self) -> None:
         """Wait until the connection has ended."""
         await self._client.runstate_changed()
+
+
+def as_arguments(**given: Any) -> dict[str, Any]:
+    """QMP's arguments: those that are None are left out; '_' stands for '-'."""
+    return {name.replace("_", "-"): value for name, value in given.items() if value is not None}
 
 
 def jobs_of(status: dict[str, Any]) -> dict[str, Job]:

@@ -189,6 +189,7 @@ class _Follower:
             "SEQUENCE": point["sequence"],
             "TIME": _time(point),
             "NAME": point.get("name", ""),
+            "GROUP": point.get("group", ""),
             "ID": self.job,
             "DEVICE": self._device,
             "BYTES": point["bytes"],

@@ -31,6 +31,8 @@ class CommittedPoint:
     changed_bytes: int
     """What it has of the disk, in bytes."""
     name: str = ""
+    group: int = 0
+    """The number of the moment that all jobs of its group have; 0: there is none."""
 
     def told(self, lag_s: float) -> dict[str, float]:
         """As the event X_NBDMIRROR_POINT has it, without the name. `lag_s`: how old it is."""
@@ -39,6 +41,7 @@ class CommittedPoint:
             "time-s": round(self.time_ns / 1e9, 3),
             "bytes": self.changed_bytes,
             "lag-s": round_up(lag_s),
+            **({"group": self.group} if self.group else {}),
         }
 
 

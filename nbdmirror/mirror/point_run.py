@@ -77,7 +77,6 @@ class PointRun(CutRun):
         self._cut: CommonCut | None = None
         self._point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
-        self._group = 0  # of that one
         self._requests = PointRequests()
         self._is_sending = self._is_busy_there = False
         self.tried_s = self._held_up_until_s = -math.inf
@@ -320,18 +319,18 @@ class PointRun(CutRun):
             self._first()
             self._first = None
         self._points.take()
-        self._point, self._group = CommittedPoint(0, moment.time_ns, 0), moment.group
+        self._point = CommittedPoint(0, moment.time_ns, 0, group=moment.group)
 
     def taken(self, *, is_common: bool) -> None:
         self._cut = None
         self._is_sending = True
         frozen = self.changes.frozen
         assert frozen is not None
-        name = self._requests.take(is_common=is_common)
-        self._point = CommittedPoint(0, self._point.time_ns, frozen.covered.dirty_bytes, name)
+        name, changed_bytes = self._requests.take(is_common=is_common), frozen.covered.dirty_bytes
+        self._point = point = replace(self._point, changed_bytes=changed_bytes, name=name)
         number = self._there.newest + 1
         self.window.cut(number)
-        self._sending.begin(self._points, self._point.time_ns, name=name, group=self._group)
+        self._sending.begin(self._points, point.time_ns, name=name, group=point.group)
         if frozen.error is None:
             self._requests.begins(self._point, number)
 
@@ -352,7 +351,7 @@ class PointRun(CutRun):
         self.last = last = replace(self._point, sequence=self._there.newest)
         self.count += 1
         self.sent_bytes += last.changed_bytes
-        self._owner.point_group.committed(self, self._group, last.sequence)
+        self._owner.point_group.committed(self, last.group, last.sequence)
         self._owner.point_committed(last)
         self._requests.ends(last)
         self._owner.run_advanced()

@@ -82,21 +82,27 @@ def take_over(
     *,
     disk_id: bytes,
     clock: Callable[[], float],
+    before: JournalWriter | None = None,
     random_bytes: RandomBytes = secrets.token_bytes,
 ) -> Program[JournalWriter]:
     """Become the writer of the journal of the disk `disk_id`. An earlier writer is refused from now
-    on. At a server's start, and after each lost connection.
+    on. At a server's start, and after each lost connection: `before` is the writer until then.
 
-    Raises JournalError if the journal is another disk's, JournalTaken if a point was recovered from
-    it. The caller compares the writer's `newest` with the point that it counts changes from: if the
-    journal ends earlier, it is damaged, and the image must be seeded again (`JournalWriter.seed`).
-    """
+    Raises JournalError if the journal is another disk's, or is not what `before` has left;
+    JournalTaken if a point was recovered from it, or another process has written to it since
+    `before`. Nothing was changed then. A caller without `before` compares the writer's `newest`
+    with the point that it counts changes from: if the journal ends earlier, it is damaged, and the
+    image must be seeded again (`JournalWriter.seed`)."""
     name = exports[Side.JOURNAL].description
     # What a server that has lost its cache still shows must not vanish later.
     yield [Flush(Side.JOURNAL)]
-    journal = yield from read(name, exports[Side.JOURNAL].size)
+    known = before.headers if before is not None else ()
+    journal = yield from read(name, exports[Side.JOURNAL].size, known)
     _check(journal, disk_id)
-    superblocks = Superblocks(name, journal.found)
+    if before is not None:
+        _check_continues(journal, before)
+    written = before.superblocks.written if before is not None else None
+    superblocks = Superblocks(name, journal.found, written)
     headers = journal.headers
     newest = headers[-1].point.sequence if headers else journal.superblock.base.sequence
     yield from superblocks.update(
@@ -115,3 +121,22 @@ def _check(journal: Journal, disk_id: bytes) -> None:
         raise JournalError(f"{journal.name}: is the journal of another disk")
     if block.state in IN_USE:
         raise JournalTaken(taken_text(journal.name, block))
+
+
+def _check_continues(journal: Journal, before: JournalWriter) -> None:
+    """What a process adds is what has changed since its last point. So after a lost connection this
+    point must be there, and no points of another process."""
+    block, last = journal.superblock, before.superblocks.current
+    # Both superblocks have the same, but for a number: one that is damaged costs one serial.
+    if block.serial + len(journal.found.damage) < last.serial:
+        raise JournalError(f"{journal.name}: is an older copy of what was written to it")
+    before.superblocks.check_ours(block)
+    number = before.newest.sequence
+    digests = {header.point.sequence: header.digest for header in journal.headers}
+    digests.setdefault(block.base.sequence, block.base_digest)
+    newest = max(digests)
+    if newest < number:
+        text = f"it ends with point {newest}, and point {number} was committed"
+        raise JournalError(f"{journal.name}: has lost points: {text}")
+    if digests.get(number) != before.digest:
+        raise JournalError(f"{journal.name}: has another point {number} than was committed")

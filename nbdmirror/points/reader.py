@@ -4,6 +4,15 @@ The chain begins at the superblock's tail, after its base. Each batch names the 
 before. The chain ends where the next batch has no sound footer: that batch was never committed, or
 was damaged since. A superblock that knows of a later point shows which of the two.
 
+A process that has lost its connection knows the chain already. It could begin behind the last batch
+that it knows; but that is not safe. What a process knows was durable, as the server has said. A
+server that has lost its cache in spite of that may have lost any block, and so may a journal that
+was copied back: the footer of an old batch and not that of the last one. For whoever recovers, the
+chain ends there. The process would go on to announce points that nobody can have. So all is read
+again, and all is checked again: what is believed does not depend on what was known. `known` says
+where batches are, and no more. So they are read many at a time, instead of one after the other,
+each a round trip.
+
 These programs read, and change nothing.
 """
 
@@ -43,6 +52,11 @@ ATTEMPTS_MAX = 10
 GROUP_BYTES = 16 << 20
 """Data that is in memory at once."""
 
+AHEAD_MAX = 256
+AHEAD_BYTES = 4 << 20
+"""Batches whose indexes and footers are read at once, if it is known where they are; and the bytes
+of that. More would hold the event loop for longer than 10 ms."""
+
 
 @dataclass(frozen=True, slots=True)
 class Journal:
@@ -80,23 +94,24 @@ class Journal:
         return base + [h.point for h in self.headers if h.point.sequence >= block.applying]
 
 
-def read(name: str, export_bytes: int) -> Program[Journal]:
+def read(name: str, export_bytes: int, known: Sequence[Header] = ()) -> Program[Journal]:
     """Read the journal `name`, on an export of `export_bytes`. Raises JournalError if it is none.
-    Damage is no error: the points before it are sound.
+    Damage is no error: the points before it are sound. `known`: batches that may be there, in
+    order; what is found is the same without them.
 
     A server may write to the journal meanwhile: what looks damaged is read again, until it looks
     the same twice."""
-    journal = yield from _read(name, export_bytes)
+    journal = yield from _read(name, export_bytes, known)
     for _ in range(ATTEMPTS_MAX):
         if not journal.damage:
             break
-        before, journal = journal, (yield from _read(name, export_bytes))
+        before, journal = journal, (yield from _read(name, export_bytes, known))
         if journal.damage == before.damage:
             break
     return journal
 
 
-def _read(name: str, export_bytes: int) -> Program[Journal]:
+def _read(name: str, export_bytes: int, known: Sequence[Header]) -> Program[Journal]:
     if export_bytes < RING_START:
         raise JournalError(f"{name}: is not a journal: it has only {export_bytes} bytes")
     found = yield from find(name)
@@ -108,21 +123,21 @@ def _read(name: str, export_bytes: int) -> Program[Journal]:
     damage = list(found.damage)
     unfinished = ""
     if block.state is not State.PROMOTED:
-        unfinished = yield from _walk(block, headers)
+        unfinished = yield from _walk(block, headers, _Ahead(block, known))
         last = headers[-1].point.sequence if headers else block.base.sequence
-        known = max(block.newest, block.applying)
-        if last < known:
-            lost = (
-                f"point {last + 1} is" if known == last + 1 else f"points {last + 1} to {known} are"
-            )
+        announced = max(block.newest, block.applying)
+        if last < announced:
+            lost = f"points {last + 1} to {announced} are"
+            if announced == last + 1:
+                lost = f"point {announced} is"
             damage.append(f"{lost} lost: {unfinished or 'the header is damaged'}")
     return Journal(name, found, tuple(headers), tuple(damage), unfinished)
 
 
-def _walk(block: Superblock, headers: list[Header]) -> Program[str]:
+def _walk(block: Superblock, headers: list[Header], ahead: _Ahead) -> Program[str]:
     """Append the chain's headers. Returns what is wrong with the batch after it, if one began."""
     place, sequence, digest = block.tail, block.base.sequence + 1, block.base_digest
-    data = yield from fetch(block, place, BLOCK_BYTES)
+    data: bytes | bytearray = yield from fetch(block, place, BLOCK_BYTES)
     while True:
         try:
             header = Header.unpack(bytes(data))
@@ -136,18 +151,54 @@ def _walk(block: Superblock, headers: list[Header]) -> Program[str]:
         is_owners = sequence <= block.taken or header.generation == block.generation
         if not (is_next and is_owners and header.end - block.tail <= block.ring_bytes):
             return ""
-        index, data = hashlib.sha256(), bytearray()
-        for start, span in pieces(header.index_place, header.index_bytes, READ_BYTES_MAX):
-            index.update((yield from fetch(block, start, span)))
-        if index.digest() != header.index_digest:
+        index_digest, data = yield from ahead.rest_of(header)
+        if index_digest != header.index_digest:
             return f"the index of point {sequence} is damaged, or was never whole"
-        # With the header of the next batch, which saves a round trip for each point.
-        data = yield from fetch(block, header.footer_place, 2 * BLOCK_BYTES)
         if data[:BLOCK_BYTES] != pack_footer(header):
             return f"the footer of point {sequence} is damaged, or was never written"
         headers.append(header)
         place, sequence, digest = header.end, sequence + 1, header.digest
         data = data[BLOCK_BYTES:]
+
+
+class _Ahead:
+    """What follows the headers of batches. Known batches are read together with those after
+    them."""
+
+    def __init__(self, block: Superblock, known: Sequence[Header]) -> None:
+        self._block = block
+        self._known = {h.place: h for h in known if h.index_bytes <= READ_BYTES_MAX}
+        self._read: dict[int, bytearray] = {}
+        """By the places of indexes: the index and all after it."""
+
+    def rest_of(self, header: Header) -> Program[tuple[bytes, bytes | bytearray]]:
+        """The digest of the batch's index; and the footer, with the header of the next batch, which
+        saves a round trip for each point."""
+        place, length = header.index_place, header.index_bytes
+        if length > READ_BYTES_MAX:
+            index = hashlib.sha256()
+            for start, span in pieces(place, length, READ_BYTES_MAX):
+                index.update((yield from fetch(self._block, start, span)))
+            data = yield from fetch(self._block, header.footer_place, 2 * BLOCK_BYTES)
+            return index.digest(), data
+        if len(self._read.get(place, b"")) != length + 2 * BLOCK_BYTES:
+            yield from self._read_together(header)
+        data = self._read.pop(place)
+        return hashlib.sha256(memoryview(data)[:length]).digest(), data[length:]
+
+    def _read_together(self, header: Header) -> Program[None]:
+        """What `header` says of itself, and what is known of those after it."""
+        self._read = {}
+        reads: list[Read] = []
+        one: Header | None = header
+        length = 0
+        while one is not None and len(self._read) < AHEAD_MAX and length < AHEAD_BYTES:
+            buf = bytearray(one.index_bytes + 2 * BLOCK_BYTES)
+            reads += _reads(self._block, one.index_place, memoryview(buf))
+            self._read[one.index_place] = buf
+            length += len(buf)
+            one = self._known.get(one.end)
+        yield reads
 
 
 def fetch(block: Superblock, place: int, length: int) -> Program[bytearray]:

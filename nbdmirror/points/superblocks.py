@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbdmirror.points.format import BLOCK_BYTES, MAGIC, SLOTS, JournalError, State, Superblock
@@ -55,25 +55,38 @@ def find(name: str, beside: Sequence[Request] = ()) -> Program[Found]:
     return Found(current, slot, tuple(problems))
 
 
+@dataclass(slots=True)
+class Written:
+    """What this process has tried to write, or has read before. Over lost connections too: whether
+    a request that was lost with one was carried out is not known."""
+
+    serial: int = 0
+    """The greatest."""
+    generations: set[int] = field(default_factory=set)
+
+
 class Superblocks:
     """The superblock of a journal that this process writes to. All changes go through `update`."""
 
-    def __init__(self, name: str, found: Found) -> None:
-        """`name`: the journal's description, for messages."""
+    def __init__(self, name: str, found: Found, written: Written | None = None) -> None:
+        """`name`: the journal's description, for messages. `written`: until a connection was
+        lost."""
         self.current = found.current
+        self.written = Written() if written is None else written
         self._name = name
         self._slot = found.slot
-        self._serial = found.current.serial
-        """The greatest that this process has tried to write."""
-        self._generations = {found.current.generation}
-        """Those that this process has read or tried to write."""
+        self._note(found.current)
         self._turns = Turns()
+
+    def _note(self, block: Superblock) -> None:
+        self.written.serial = max(self.written.serial, block.serial)
+        self.written.generations.add(block.generation)
 
     def check(self, beside: Sequence[Request] = ()) -> Program[None]:
         """Raise JournalTaken if the journal is another process's by now. Does the requests `beside`
         at the same time."""
         found = yield from find(self._name, beside)
-        self._check(found)
+        self.check_ours(found.current)
 
     def update(self, **changes: Any) -> Program[None]:
         """Change fields of both superblocks; the change is durable at the end. One at a time. So
@@ -97,17 +110,17 @@ class Superblocks:
 
     def _write(self, changes: Mapping[str, Any]) -> Program[None]:
         new = replace(self.current, serial=self.current.serial + 1, **changes)
-        slot, self._serial = 1 - self._slot, new.serial
-        self._generations.add(new.generation)
+        slot = 1 - self._slot
+        self._note(new)
         yield [Write(Side.JOURNAL, new.pack(), SLOTS[slot], is_durable=True)]
         self.current, self._slot = new, slot
 
-    def _check(self, found: Found) -> None:
-        other = found.current
-        is_ours = other.generation in self._generations and other.serial <= self._serial
-        if is_ours:
-            return
-        raise JournalTaken(taken_text(self._name, other))
+    def check_ours(self, other: Superblock) -> None:
+        """Raise JournalTaken if `other` was written by another process since."""
+        ours = self.written
+        is_ours = other.generation in ours.generations and other.serial <= ours.serial
+        if not is_ours:
+            raise JournalTaken(taken_text(self._name, other))
 
 
 def taken_text(name: str, other: Superblock) -> str:

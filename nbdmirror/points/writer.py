@@ -121,8 +121,9 @@ class JournalWriter:
         base = superblocks.current
         self.newest = headers[-1].point if headers else base.base
         """The last point that is committed."""
+        self.digest = headers[-1].digest if headers else base.base_digest
+        """Of the last point's header, or of the base's."""
         self._head = headers[-1].end if headers else base.tail
-        self._digest = headers[-1].digest if headers else base.base_digest
         self._tail = base.tail
         self._clock = clock
         self.last_batch = LastBatch()
@@ -177,7 +178,7 @@ class JournalWriter:
             state=State.SEEDING if is_first else State.TORN,
             since_ns=since_ns,
             base=self.newest,
-            base_digest=self._digest,
+            base_digest=self.digest,
             is_base_offered=False,
             tail=self._head,
             applying=0,
@@ -287,7 +288,7 @@ class JournalWriter:
         superblock = self.superblocks.current
         assert superblock.state in (State.SEEDING, State.OK, State.TORN), superblock.state
         is_first = superblock.state is not State.OK
-        header = batch.header(superblock.generation, self._digest)
+        header = batch.header(superblock.generation, self.digest)
         index, block = bytes(batch.index), header.pack()
         yield [*self._writes(header.index_place, index), *self._writes(header.place, block)]
         flushes = [Flush(Side.JOURNAL), *([Flush(Side.IMAGE)] if is_first else [])]
@@ -307,7 +308,7 @@ class JournalWriter:
 
     def _committed(self, header: Header, index: bytes) -> None:
         self._problem = None
-        self._head, self._digest, self.newest = header.end, header.digest, header.point
+        self._head, self.digest, self.newest = header.end, header.digest, header.point
         self.headers.append(header)
         self.last_batch.committed(header, index)
         now_s = self._clock()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from nbdmirror.errors import CommandError
 from nbdmirror.events import Reply
 from nbdmirror.qmp.schema import NOTHING, Struct, Type
 from nbdmirror.server.bitmaps import Change
@@ -21,6 +23,7 @@ from nbdmirror.server.server import Server
 Arguments = dict[str, Any]
 Handler = Callable[..., Any]
 Wait = Callable[[Server], Awaitable[None]]
+Prepare = Callable[..., Awaitable[tuple[Any, ...]]]
 _AnyHandler = TypeVar("_AnyHandler", bound=Handler)
 _ChangeHandler = TypeVar("_ChangeHandler", bound=Callable[..., Change])
 
@@ -31,9 +34,11 @@ class Action:
     arguments by name."""
 
     change: Callable[..., Change]
-    """Runs in one step of the event loop. Raises CommandError; then nothing has changed."""
-    prepare: Callable[..., Awaitable[None]] | None = None
-    """Slow work before `change`; awaited on the QMP server's thread."""
+    """Runs in one step of the event loop. Raises CommandError; then nothing has changed. Takes,
+    after the server, what `prepare` has returned."""
+    prepare: Prepare | None = None
+    """Slow work before `change`; awaited on the QMP server's thread. Takes, after the server, a
+    stack for what is to be undone if the command fails."""
     starts_job: bool = False
     """The action is allowed in a grouped transaction: `change` takes the job's `group` as well."""
 
@@ -94,7 +99,7 @@ class CommandTable(dict[str, Command]):
         name: str,
         arguments: Struct,
         *,
-        prepare: Callable[..., Awaitable[None]] | None = None,
+        prepare: Prepare | None = None,
         starts_job: bool = False,
         then: Wait | None = None,
         is_deprecated: bool = False,
@@ -103,19 +108,39 @@ class CommandTable(dict[str, Command]):
         transaction of this one action. It is answered when `then` is done."""
 
         def add(change: _ChangeHandler) -> _ChangeHandler:
+            action = Action(change, prepare, starts_job)
+
             async def run(server: Server, /, **arguments: Any) -> Reply:
-                if prepare is not None:
-                    await prepare(server, **arguments)
-                reply = await on_loop(server, lambda: change(server, **arguments).commit())
+                def step(prepared: list[tuple[Any, ...]]) -> None:
+                    change(server, *prepared[0], **arguments).commit()
+
+                reply = await carried_out(server, [(action, arguments)], step)
                 if then is not None:
                     await then(server)
                 return reply
 
-            action = Action(change, prepare, starts_job)
             self.command(name, arguments, action=action, is_deprecated=is_deprecated)(run)
             return change
 
         return add
+
+
+async def carried_out(
+    server: Server,
+    steps: list[tuple[Action, Arguments]],
+    change: Callable[[list[tuple[Any, ...]]], None],
+) -> Reply:
+    """Prepare all `steps`, in order; then call `change` with what each has returned, in one step on
+    the event loop's thread. Raises CommandError; then nothing has changed."""
+    undo, found = ExitStack(), []
+    try:
+        for action, arguments in steps:
+            prepare = action.prepare
+            found.append(() if prepare is None else await prepare(server, undo, **arguments))
+        return await on_loop(server, partial(change, found))
+    except CommandError:
+        undo.close()
+        raise
 
 
 def by_name(arguments: Arguments) -> Arguments:

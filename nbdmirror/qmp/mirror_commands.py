@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from nbdmirror.disk.bitmap import check_granularity
 from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError
-from nbdmirror.events import Reply
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import BUFFER_BYTES_DEFAULT, CopyMode, MirrorOptions, Policy
@@ -28,7 +28,7 @@ from nbdmirror.qmp.arguments import (
     max_pause_s,
     on_deadline,
 )
-from nbdmirror.qmp.command import CommandTable, ask_loop, on_loop
+from nbdmirror.qmp.command import CommandTable, ask_loop
 from nbdmirror.qmp.journals import journal_node, open_journal
 from nbdmirror.qmp.opening import in_thread, open_device, open_timeout_s
 from nbdmirror.qmp.points_arguments import POINTS_MEMBERS, PointsArguments, points_options
@@ -121,10 +121,15 @@ class MirrorArguments(PointsArguments):
     x_nbdmirror_target_cluster_size: int = 0
     x_nbdmirror_may: Sequence[str] = ()
     filter_node_name: str | None = None
-    """Only of blockdev-mirror."""
+    """Only of blockdev-mirror. The following are only of drive-mirror."""
+    mode: str = "absolute-paths"
+    format: str = "raw"
+    node_name: str | None = None
+    x_nbdmirror_open_timeout: int = 0
+    x_nbdmirror_reconnect_delay: int = 0
 
 
-async def _open_again(server: Server, **arguments: Any) -> None:
+async def _open_again(server: Server, undo: ExitStack, /, **arguments: Any) -> tuple[()]:
     """Connect the closed node of a target that was the source before a pivot, or that an earlier
     job has lost."""
     mirror, nodes = MirrorArguments(**arguments), server.nodes
@@ -143,80 +148,72 @@ async def _open_again(server: Server, **arguments: Any) -> None:
         find = partial(journal_node, server, mirror.x_nbdmirror_journal, mirror.device)
         journal: Node = await ask_loop(server, find)
         await in_thread(partial(check_new_journal, journal.device))
+    return ()
 
 
 @COMMANDS.action(
     "blockdev-mirror", _BLOCKDEV_MIRROR, prepare=_open_again, starts_job=True, then=mirrors_saved
 )
-def blockdev_mirror(server: Server, group: Group | None = None, **arguments: Any) -> Change:
+def blockdev_mirror(server: Server, /, group: Group | None = None, **arguments: Any) -> Change:
     job = create_mirror(server, MirrorArguments(**arguments), group)
     return Change(job.discard, partial(server.mirrors.begin, job))
 
 
-@COMMANDS.command("drive-mirror", _DRIVE_MIRROR)
-async def drive_mirror(
-    server: Server,
-    mode: str = "absolute-paths",
-    format: str = "raw",
-    node_name: str | None = None,
-    x_nbdmirror_open_timeout: int = 0,
-    x_nbdmirror_reconnect_delay: int = 0,
-    **arguments: Any,
-) -> Reply:
+async def _open_new(server: Server, undo: ExitStack, /, **arguments: Any) -> tuple[list[Node]]:
+    """Connect to the target, and to the journal if there is one."""
     mirror, nodes = MirrorArguments(**arguments), server.nodes
-    if mode != "existing":
+    if mirror.mode != "existing":
         raise CommandError("drive-mirror needs mode 'existing': the target is an NBD export")
-    if format not in ("raw", "nbd"):
+    if (form := mirror.format) not in ("raw", "nbd"):
         raise CommandError(
-            f"drive-mirror writes the format 'raw' only: for '{format}' serve the image with "
-            f"qemu-nbd --format={format}"
+            f"drive-mirror writes the format 'raw' only: for '{form}' serve the image with "
+            f"qemu-nbd --format={form}"
         )
     await ask_loop(server, partial(nodes.find_disk, mirror.device))
-    if node_name is not None:
-        await ask_loop(server, partial(nodes.check_name, node_name))
+    if mirror.node_name is not None:
+        await ask_loop(server, partial(nodes.check_name, mirror.node_name))
     elif mirror.replaces is not None:
         raise CommandError("a node-name must be provided when replacing a named node of the graph")
     uri = target_uri(mirror.target)
     await ask_loop(server, partial(nodes.check_uri, uri, mirror.device))
-    options = NodeOptions(reconnect_delay_s=x_nbdmirror_reconnect_delay)
-    timeout_s = open_timeout_s("x-nbdmirror-open-timeout", x_nbdmirror_open_timeout)
+    options = NodeOptions(reconnect_delay_s=mirror.x_nbdmirror_reconnect_delay)
+    timeout_s = open_timeout_s("x-nbdmirror-open-timeout", mirror.x_nbdmirror_open_timeout)
     device = await open_device(lambda: uri, timeout_s)
-    added = [Node(node_name or "", device, options, is_owned=True)]
-    try:
-        if mirror.x_nbdmirror_journal is not None:
-            name = mirror.x_nbdmirror_journal
-            journal = await open_journal(server, name, mirror.device, timeout_s)
-            added.append(Node("", journal, options, is_owned=True))
-            await in_thread(partial(check_new_journal, journal))
-        reply = await on_loop(server, partial(_start, server, mirror, added))
-    except CommandError:
-        for node in added:
-            node.device.close()
-        raise
-    await mirrors_saved(server)
-    return reply
+    undo.callback(device.close)
+    opened = [Node(mirror.node_name or "", device, options, is_owned=True)]
+    if mirror.x_nbdmirror_journal is not None:
+        name = mirror.x_nbdmirror_journal
+        journal = await open_journal(server, name, mirror.device, timeout_s)
+        undo.callback(journal.close)
+        opened.append(Node("", journal, options, is_owned=True))
+        await in_thread(partial(check_new_journal, journal))
+    return (opened,)
 
 
-def _start(server: Server, mirror: MirrorArguments, added: list[Node]) -> None:
-    """Start a mirror to new nodes, of the target and perhaps of the journal. Raises
-    CommandError."""
-    nodes = server.nodes
-    for what, node in zip(("Target", "Journal"), added, strict=False):
+@COMMANDS.action(
+    "drive-mirror", _DRIVE_MIRROR, prepare=_open_new, starts_job=True, then=mirrors_saved
+)
+def drive_mirror(
+    server: Server, opened: list[Node], /, group: Group | None = None, **arguments: Any
+) -> Change:
+    """`opened`: the new nodes, of the target and perhaps of the journal."""
+    mirror, nodes = MirrorArguments(**arguments), server.nodes
+    for what, node in zip(("Target", "Journal"), opened, strict=False):
         if node.device.read_only:
             raise CommandError(f"{what} '{node.device.uri}' is read-only")
     try:
-        for node in added:
+        for node in opened:
             nodes.add(node)
-        names = [node.name for node in added]
+        names = [node.name for node in opened]
         mirror = replace(mirror, target=names[0])
         if len(names) > 1:
             mirror = replace(mirror, x_nbdmirror_journal=names[1])
-        job = create_mirror(server, mirror)
+        job = create_mirror(server, mirror, group)
     except CommandError:
-        for node in added:
+        for node in opened:
             nodes.forget(node)
         raise
-    server.mirrors.begin(job)
+    return Change(job.discard, partial(server.mirrors.begin, job))
 
 
 def create_mirror(server: Server, mirror: MirrorArguments, group: Group | None = None) -> MirrorJob:

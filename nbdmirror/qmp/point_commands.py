@@ -37,6 +37,8 @@ async def make_point(server: Server, id: str, name: str | None = None, wait: boo
     except (Error, OSError) as error:
         raise CommandError(f"Job '{id}' has not made the point: {error}") from error
     found = {"sequence": point.sequence, "time-s": round(point.time_ns / 1e9, 3)}
+    if point.group:
+        found["group"] = point.group
     return Reply(found, server.events.next_number)
 
 

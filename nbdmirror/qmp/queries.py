@@ -96,6 +96,8 @@ def _point_info(point: CommittedPoint) -> dict[str, Any]:
     }
     if point.name:
         info["name"] = point.name
+    if point.group:
+        info["group"] = point.group
     return info
 
 

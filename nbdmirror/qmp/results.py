@@ -73,6 +73,7 @@ _POINTS = struct(
     time_s=optional(NUMBER),
     bytes=optional(INT),
     name=optional(STR),
+    group=optional(INT),
     awaited=optional(
         struct(
             "AwaitedPoint",
@@ -80,6 +81,7 @@ _POINTS = struct(
             time_s=NUMBER,
             bytes=INT,
             name=optional(STR),
+            group=optional(INT),
             since_s=NUMBER,
         )
     ),
@@ -95,7 +97,7 @@ _DEADLINE = struct(
 
 POINT_ACKNOWLEDGED = struct("PointAcknowledged", repeated=BOOL)
 
-POINT_TAKEN = struct("PointTaken", sequence=INT, time_s=NUMBER)
+POINT_TAKEN = struct("PointTaken", sequence=INT, time_s=NUMBER, group=optional(INT))
 
 _MIRROR_INFO = struct(
     "BlockJobInfoMirror",
@@ -353,6 +355,7 @@ EVENTS: dict[str, Struct] = {
         time_s=NUMBER,
         bytes=INT,
         lag_s=NUMBER,
+        group=optional(INT),
         name=optional(STR),
         ack=optional(BOOL),
     ),

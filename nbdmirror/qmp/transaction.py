@@ -10,7 +10,7 @@ from nbdmirror.errors import CommandError
 from nbdmirror.events import Reply
 from nbdmirror.mirror.group import Group
 from nbdmirror.qmp import bitmap_commands, job_commands, mirror_commands
-from nbdmirror.qmp.command import Action, Arguments, CommandTable, by_name, on_loop
+from nbdmirror.qmp.command import Action, Arguments, CommandTable, by_name, carried_out
 from nbdmirror.qmp.saving import all_saved
 from nbdmirror.qmp.schema import NOTHING, Array, Enum, Struct, named, optional, struct
 from nbdmirror.server.bitmaps import Change
@@ -74,18 +74,21 @@ async def transaction(
         raise CommandError(f"Parameter 'actions' expects at most {ACTIONS_MAX} actions")
     mode = (properties or {}).get("completion-mode", "individual")
     steps = [_Step(one["type"], _ACTIONS[one["type"]][1], by_name(one["data"])) for one in actions]
-    for step in steps:
-        if step.action.prepare is not None:
-            await step.action.prepare(server, **step.arguments)
-    reply = await on_loop(server, partial(_transact, server, steps, is_grouped=mode == "grouped"))
+    reply = await carried_out(
+        server,
+        [(step.action, step.arguments) for step in steps],
+        partial(_transact, server, steps, is_grouped=mode == "grouped"),
+    )
     with suppress(OSError):
         await all_saved(server)
     return reply
 
 
-def _transact(server: Server, steps: list[_Step], *, is_grouped: bool) -> None:
-    """Carry out all actions in order, in one step of the event loop. If one action fails, the
-    earlier ones are undone and its error is raised."""
+def _transact(
+    server: Server, steps: list[_Step], prepared: list[tuple[Any, ...]], *, is_grouped: bool
+) -> None:
+    """Carry out all actions in order, each with what was `prepared` for it, in one step of the
+    event loop. If one action fails, the earlier ones are undone and its error is raised."""
     more = {"group": Group()} if is_grouped else {}
     for step in steps:
         if is_grouped and not step.action.starts_job:  # only jobs can end together
@@ -95,8 +98,8 @@ def _transact(server: Server, steps: list[_Step], *, is_grouped: bool) -> None:
             )
     done: list[Change] = []
     try:
-        for step in steps:
-            change = step.action.change(server, **step.arguments, **more)
+        for step, found in zip(steps, prepared, strict=True):
+            change = step.action.change(server, *found, **step.arguments, **more)
             done.append(change)
     except CommandError:
         for change in reversed(done):

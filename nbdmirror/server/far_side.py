@@ -30,7 +30,7 @@ class JournalSide(FarSide):
         on_committed: Callable[[int], None],
     ) -> None:
         self.error: BaseException | None = None
-        self._writer = writer
+        self.writer = writer
         self._exports = exports
         self._wall_time_ns = wall_time_ns
         self._on_committed = on_committed
@@ -38,22 +38,22 @@ class JournalSide(FarSide):
 
     @property
     def is_idle(self) -> bool:
-        return not self._programs and self._writer.is_idle
+        return not self._programs and self.writer.is_idle
 
     @property
     def newest(self) -> int:
-        return self._writer.newest.sequence
+        return self.writer.newest.sequence
 
     @property
     def base(self) -> int:
-        return self._writer.superblocks.current.base.sequence
+        return self.writer.superblocks.current.base.sequence
 
     @property
     def oldest(self) -> int:
-        current = self._writer.superblocks.current
+        current = self.writer.superblocks.current
         if current.applying or current.is_base_offered:
             return current.applying or current.base.sequence
-        return self._writer.headers[0].point.sequence if self._writer.headers else 0
+        return self.writer.headers[0].point.sequence if self.writer.headers else 0
 
     @property
     def is_applied(self) -> bool:
@@ -63,12 +63,12 @@ class JournalSide(FarSide):
 
     @property
     def is_handed_over(self) -> bool:
-        return self._writer.superblocks.current.state is State.PROMOTED
+        return self.writer.superblocks.current.state is State.PROMOTED
 
     @property
     def samples(self) -> tuple[Sample, ...]:
         """What the image reads as; none while points are applied."""
-        current = self._writer.superblocks.current
+        current = self.writer.superblocks.current
         return () if current.applying else current.samples
 
     @property
@@ -79,12 +79,12 @@ class JournalSide(FarSide):
         pass  # a commit waits for the journal alone
 
     def room(self) -> JournalRoom:
-        room, oldest = self._writer.room(), self.oldest
+        room, oldest = self.writer.room(), self.oldest
         points = self.newest - oldest + 1 if oldest else 0
         return JournalRoom(room.ring_bytes, room.used_bytes, points, room.lasts_s)
 
     def in_the_way(self, bytes_max: int) -> int:
-        room, headers = self._writer.room(), self._writer.headers
+        room, headers = self.writer.room(), self.writer.headers
         missing_bytes = batch_bytes_max(bytes_max) - room.free_bytes
         if not 0 < missing_bytes <= room.used_bytes:
             return 0
@@ -98,14 +98,14 @@ class JournalSide(FarSide):
         return {point.sequence: point.time_ns for point in self._points() if point.sequence}
 
     def _points(self) -> list[Point]:
-        base = self._writer.superblocks.current.base
-        return [base, *(header.point for header in self._writer.headers)]
+        base = self.writer.superblocks.current.base
+        return [base, *(header.point for header in self.writer.headers)]
 
     def begin(self, time_ns: int, *, bytes_max: int, name: str = "", group: int = 0) -> object:
         try:
-            return self._writer.begin(time_ns, bytes_max=bytes_max, name=name, group=group)
+            return self.writer.begin(time_ns, bytes_max=bytes_max, name=name, group=group)
         except JournalFull as error:
-            is_final = error.missing_bytes > self._writer.room().used_bytes
+            is_final = error.missing_bytes > self.writer.room().used_bytes
             self.error = NoRoom(str(error), is_final=is_final)
         except JournalTaken as error:
             self.error = PointsRefused(str(error))
@@ -114,7 +114,7 @@ class JournalSide(FarSide):
         raise self.error
 
     def put(self, runs: Sequence[Run], done: Done) -> None:
-        self._writer.put(runs, self._noting(done))
+        self.writer.put(runs, self._noting(done))
 
     def commit(self, done: Done) -> None:
         def committed(error: BaseException | None) -> None:
@@ -122,20 +122,20 @@ class JournalSide(FarSide):
                 self._on_committed(self.newest)
             done(error)
 
-        self._writer.commit(self._noting(committed))
+        self.writer.commit(self._noting(committed))
 
     def give_up(self, done: Done) -> None:
-        self._writer.give_up(done)
+        self.writer.give_up(done)
 
     def apply(self, done: Done, *, until: int = 0, hands_over: bool = False) -> None:
         last = {"state": State.PROMOTED, "since_ns": self._wall_time_ns()} if hands_over else None
-        self._start(apply(self._writer, until or self.newest, last=last), done)
+        self._start(apply(self.writer, until or self.newest, last=last), done)
 
     def begin_in_place(self, done: Done) -> None:
-        self._start(self._writer.seed(self._wall_time_ns()), done)
+        self._start(self.writer.seed(self._wall_time_ns()), done)
 
     def take_back(self, done: Done) -> None:
-        superblocks = self._writer.superblocks
+        superblocks = self.writer.superblocks
         base = superblocks.current.base
         self._start(superblocks.update(state=State.OK, since_ns=base.time_ns), done)
 

@@ -363,5 +363,6 @@ class Nodes:
             raise CommandError(f"Failed to find node with node-name='{name}'")
 
     def forget(self, node: Node) -> None:
-        """Remove a node that was created for one job."""
-        self._nodes.pop(node.name, None)
+        """Remove a node that was created for one job. Has no effect on one that was not added."""
+        if self._nodes.get(node.name) is node:
+            del self._nodes[node.name]

@@ -346,7 +346,9 @@ class PointsResources(JobResources):
                 now_ns=time.time_ns(),
                 disk_id=self.wanted.disk_id,
             )
-        writer = yield from take_over(exports, disk_id=self.wanted.disk_id, clock=self.loop.clock)
+        before = self.far_side.writer if isinstance(self.far_side, JournalSide) else None
+        disk_id, clock = self.wanted.disk_id, self.loop.clock
+        writer = yield from take_over(exports, disk_id=disk_id, clock=clock, before=before)
         there = writer.newest.sequence
         if there < self.newest:
             text = f"ends with point {there}, and point {self.newest} was committed"

@@ -40,6 +40,7 @@ OWN = {
     "drive-mirror on-cbw-error": "of points, as the filter copy-before-write has it",
     "drive-mirror target-is-zero": "as blockdev-mirror has it",
     "transaction actions [] type=blockdev-mirror": "several disks begin together",
+    "transaction actions [] type=drive-mirror": "the same",
     "transaction actions [] type=job-complete": "several disks end together",
     "transaction actions [] type=block-job-complete": "the same",
     "transaction actions [] type=block-job-cancel": "the same",
@@ -145,7 +146,8 @@ class Comparison:
                 self.extra.append(case)
 
 
-OWN_VALUES = {"blockdev-mirror", "job-complete", "block-job-complete", "block-job-cancel"}
+OWN_VALUES = {"blockdev-mirror", "drive-mirror", "job-complete"}
+OWN_VALUES |= {"block-job-complete", "block-job-cancel"}
 """The transaction's actions, as in OWN."""
 
 

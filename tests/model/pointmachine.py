@@ -105,7 +105,7 @@ class PointMachine(RuleBasedStateMachine):
         if how:
             self.w.end_all(but=how)
 
-    @rule(trouble=st.sampled_from(("fail", "give up", "kill", "power", "seed", "create")))
+    @rule(trouble=st.sampled_from(("fail", "give up", "kill", "power", "link", "seed", "create")))
     def something_goes_wrong(self, trouble: str) -> None:
         w = self.w
         if trouble == "fail":
@@ -116,6 +116,8 @@ class PointMachine(RuleBasedStateMachine):
             w.kill()
         elif trouble == "power":
             w.lose_power()
+        elif trouble == "link":
+            w.lose_link()
         elif trouble == "seed":
             w.finish()
             w.end_all()

@@ -94,8 +94,9 @@ class PointWorld:
     def sides(self) -> dict[Side, DiskDevice]:
         return {side: DiskDevice(export.disk) for side, export in self.exports.items()}
 
-    def take_over(self) -> None:
-        """A new process, or a new connection. What was under way is over."""
+    def take_over(self, before: JournalWriter | None = None) -> None:
+        """A new process, or a new connection of the one that has the writer `before`. What was
+        under way is over."""
         self.phase = "closed"
         self.is_applying = False
         for export in self.exports.values():
@@ -104,6 +105,7 @@ class PointWorld:
             self.exports,
             disk_id=self.disk_id,
             clock=lambda: 0.0,
+            before=before,
             random_bytes=self.random.randbytes,
         )
         self.writer = self.now(opening)
@@ -345,7 +347,14 @@ class PointWorld:
             export.break_off(self.random)
             export.disk.data[:] = export.disk.lose(self.random.choice).data
             export.disk.unflushed.clear()
-        self.take_over()
+        self.take_over(self.writer)
+
+    def lose_link(self) -> None:
+        """To both exports; nothing else."""
+        self.phase = "closed"
+        for export in self.exports.values():
+            export.break_off(self.random)
+        self.take_over(self.writer)
 
     # What must hold.
 

@@ -13,8 +13,7 @@ from support.fakes import URI, Fake
 from unit.cli.cliparts import WAIT_S_MAX, Main, one_line
 
 from nbdmirror import unix_sockets as sockets
-from nbdmirror.cli import common
-from nbdmirror.cli import main as cli
+from nbdmirror.cli import common, values
 from nbdmirror.cli import session as cli_session
 
 COMPLETED = (
@@ -88,13 +87,13 @@ def test_default_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli.parse_size(text) == size
+    assert values.parse_size(text) == size
 
 
 def test_a_size_that_no_server_takes(run: Main) -> None:
     status, _, err = run("set-speed", "8388608T")
     assert (status, "8 EiB" in one_line(err)) == (common.USAGE, True)
-    assert cli.parse_size("8388607T") < 2**63
+    assert values.parse_size("8388607T") < 2**63
 
 
 # Mirroring

@@ -9,7 +9,7 @@ import re
 import pytest
 from unit.cli.cliparts import Main, one_line
 
-from nbdmirror.cli import common
+from nbdmirror.cli import common, values
 from nbdmirror.cli import main as cli
 
 
@@ -44,7 +44,7 @@ def test_a_rate_that_nobody_means_gets_a_word(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for text, words in (("100", "100 means 100 bytes per second"), ("64K", ""), ("0", "")):
-        assert cli.build_parser().parse_args(["set-speed", text]).rate == cli.parse_size(text)
+        assert cli.build_parser().parse_args(["set-speed", text]).rate == values.parse_size(text)
         assert words in (err := capsys.readouterr().err)
         assert bool(err) == bool(words)
 

@@ -140,6 +140,27 @@ def test_a_cut_that_is_not_of_one_moment_is_noticed(broken: Callable[[CommonCut]
 # A job that cannot take part.
 
 
+def test_the_number_of_the_moment_is_told() -> None:
+    """In events, as in the journals; and by no point that has none."""
+    a, b = with_points("a", "b")
+    b.job.pause()
+    a.settle()
+    a.count(1)
+    a.pass_s(2 * INTERVAL_S)
+    b.job.resume()
+    a.count(2)
+    a.pass_s(2 * INTERVAL_S)
+    for world in (a, b):
+        told = {data["sequence"]: data for data in world.told("X_NBDMIRROR_POINT")}
+        assert {n: data.get("group") for n, data in told.items()} == {
+            point.sequence: point.group or None for point in world.points
+        }
+        assert world.job.run is not None and world.job.run.last is not None
+        assert world.job.run.last.group == world.last.group
+    assert 0 in a.groups() and a.last.group == b.last.group != 0
+    assert_last_points_are_the_disks(a, b)
+
+
 def assert_left_out(a: PointsWorld, b: PointsWorld, count: int = 3) -> None:
     """Points of `a` are made, and have no number; `b` has none."""
     before, others = len(a.points), len(b.points)

@@ -43,23 +43,19 @@ def shapes(type_: Struct) -> Iterator[tuple[set[str], set[str]]]:
 
 def misfits(command: Command, function: Callable[..., Any]) -> list[str]:
     """Arguments that the schema lets pass and `function` does not take, or that it lacks."""
-    classes: list[Callable[..., Any]] = [function]
+    _, *found = inspect.signature(function).parameters.values()
     if command.name in IN_ONE:
-        classes.append(IN_ONE[command.name])
-    parameters = [
-        parameter
-        for one in classes
-        for parameter in inspect.signature(one).parameters.values()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ][1:]
+        found += inspect.signature(IN_ONE[command.name]).parameters.values()
+    others = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY
+    parameters = [parameter for parameter in found if parameter.kind not in others]
     needed = {one.name for one in parameters if one.default is one.empty}
     taken = {one.name for one in parameters}
-    found = []
+    misfits = []
     for required, more in shapes(command.arguments):
         always, sometimes = set(by_name(dict.fromkeys(required))), set(by_name(dict.fromkeys(more)))
-        found += [f"{name} is not taken" for name in sorted((always | sometimes) - taken)]
-        found += [f"{name} may be missing" for name in sorted(needed - always)]
-    return found
+        misfits += [f"{name} is not taken" for name in sorted((always | sometimes) - taken)]
+        misfits += [f"{name} may be missing" for name in sorted(needed - always)]
+    return misfits
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.mirror.points.pointsparts import FarSide, wait_for_points
+from integration.mirror.points.pointsparts import SIZE, FarSide, last_point, wait_for_points
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.processes import freeze
 from support.servers import Nbdmirror
 from support.waiting import wait_until
+
+from nbdmirror.devices.base import MemoryDevice
+from nbdmirror.points.format import BLOCK_BYTES, RING_START
+from nbdmirror.points.ownership import create
+from nbdmirror.points.reader import read
+from nbdmirror.points.requests import Side, run
 
 
 @pytest.mark.parametrize("which", ["image", "journal", "both"])
@@ -77,6 +84,60 @@ def test_a_far_side_that_goes_and_comes_in_parts(
         wait_for_points(server, 2)
         server.qmp.complete()
         guest.wait_for_requests(30)
+    assert guest.longest_s < 5.0
+
+
+def torn(journal: Path, before: bytes) -> str:
+    """In its middle: the footer of an old point is lost, and all later ones are there."""
+    content = journal.read_bytes()
+    device = MemoryDevice(len(content))
+    device.data[:] = content
+    _, header, *later = run(read("journal", device.size), {Side.JOURNAL: device}).headers
+    assert len(later) > 3
+    with journal.open("r+b") as file:
+        file.seek(RING_START + header.footer_place)
+        file.write(bytes(BLOCK_BYTES))
+    last, newest = header.point.sequence - 1, later[-1].point.sequence
+    return f"has lost points: it ends with point {last}, and point {newest} was committed"
+
+
+def older(journal: Path, before: bytes) -> str:
+    journal.write_bytes(before)
+    return "is an older copy of what was written to it"
+
+
+def foreign(journal: Path, before: bytes) -> str:
+    """As good as the one before, and another disk's."""
+    device = MemoryDevice(len(before))
+    run(create("journal", len(before), disk_bytes=SIZE, now_ns=0), {Side.JOURNAL: device})
+    journal.write_bytes(device.data)
+    return "is the journal of another disk"
+
+
+@pytest.mark.guarantee("A point is the disk of one moment")
+@pytest.mark.parametrize("change", [torn, older, foreign])
+def test_a_journal_that_comes_back_and_is_not_what_it_was(
+    server: Nbdmirror, far: FarSide, disk: Path, change: Callable[[Path, bytes], str]
+) -> None:
+    """No further point is announced, which nobody could have. Guests do not notice."""
+    with Guest(server.uri(), disk) as guest:
+        far.start_mirror(server, x_nbdmirror_reconnect_delay=60, x_nbdmirror_keep=3600)
+        server.qmp.wait_ready()
+        wait_for_points(server, 3)
+        before = far.journal.read_bytes()
+        wait_for_points(server, 4)
+        far.journal_server.kill()
+        server.qmp.wait_for_event("X_NBDMIRROR_TARGET_LOST")
+        text, number = change(far.journal, before), last_point(server)
+        changed = far.journal.read_bytes()
+        far.journal_server.start()
+        wait_until(lambda: not server.qmp.execute("query-jobs"), "the job has ended")
+        guest.wait_for_requests(30)
+    status = server.qmp.execute("x-nbdmirror-query-status")
+    assert text in status["disks"][0]["last-job"]["reason"]
+    told = [e["data"] for e in server.qmp.events if e["event"] == "X_NBDMIRROR_POINT"]
+    assert told[-1]["sequence"] == number
+    assert far.journal.read_bytes() == changed
     assert guest.longest_s < 5.0
 
 

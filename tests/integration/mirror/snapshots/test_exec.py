@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from integration.mirror.points.pointsparts import points_of
+from integration.mirror.points.pointsparts import SIZE, points_of
 from integration.mirror.snapshots.snapshotsparts import (
     Exec,
     SnapshotFarSide,
@@ -18,8 +19,8 @@ from integration.mirror.snapshots.snapshotsparts import (
     wait_for_awaited,
 )
 from support.clients import connected
-from support.fixtures import Identical
-from support.images import KiB, MiB, assert_identical
+from support.fixtures import Identical, Start
+from support.images import KiB, MiB, assert_identical, make_image
 from support.processes import nbdmirror, nbdmirror_environment
 from support.servers import Nbdmirror
 from support.waiting import WAIT_S_MAX, wait_until
@@ -62,6 +63,7 @@ def test_what_the_command_is_told(server: Nbdmirror, far: SnapshotFarSide, folde
             >= {
                 "NBDMIRROR_SEQUENCE": "2",
                 "NBDMIRROR_NAME": "before upgrade",
+                "NBDMIRROR_GROUP": "",
                 "NBDMIRROR_ID": "j",
                 "NBDMIRROR_DEVICE": "disk0",
                 "NBDMIRROR_BYTES": str(64 * KiB),
@@ -71,6 +73,50 @@ def test_what_the_command_is_told(server: Nbdmirror, far: SnapshotFarSide, folde
         assert f"job j: point 2 of {time}: acknowledged\n" in command.out
         server.qmp.complete()
         assert command.wait() == 0, command.err
+
+
+def test_snapshots_of_two_disks_are_of_the_same_moments(start: Start, folder: Path) -> None:
+    """Their numbers say so: in the commands, in events and in queries."""
+    disks = {name: make_image(folder / f"{name}.img", SIZE, n) for n, name in enumerate("ab")}
+    fars = {}
+    for name in disks:
+        (folder / name).mkdir()
+        fars[name] = SnapshotFarSide(start, folder / name)
+    server = start(Nbdmirror(folder, *(f"{name}={disk}" for name, disk in disks.items())))
+    server.qmp.execute("query-version")  # hears events from now on
+    targets = [f"{name}={far.server.uri()}" for name, far in fars.items()]
+    done = nbdmirror(
+        "mirror", *targets, "--snapshots", "--every", "500ms", "--qmp", server.qmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    notes = {name: folder / f"noted-{name}" for name in disks}
+
+    def common() -> set[str]:
+        noted = [set(note.read_text().splitlines()) for note in notes.values() if note.exists()]
+        return {line for line in set.intersection(*noted) if not line.startswith(" ")}
+
+    def wait_for_more(count: int) -> None:
+        wait_until(lambda: len(common()) > count, "snapshots of one moment")
+
+    with ExitStack() as stack:
+        for name, far in fars.items():
+            command = f"{far.command}; echo $NBDMIRROR_GROUP $NBDMIRROR_TIME >>{notes[name]}"
+            stack.enter_context(Exec(server, command, "--job", name))
+        guest = stack.enter_context(connected(server.uri("a")))
+        wait_until(lambda: all(note.exists() for note in notes.values()), "there are snapshots")
+        for number in range(1, 4):
+            before = len(common())
+            guest.pwrite(bytes([number]) * 4096, 0)
+            wait_for_more(before)
+    found = common()
+    points = [job["x-nbdmirror-points"] for job in server.qmp.execute("query-block-jobs")]
+    events = [e["data"] for e in server.qmp.events if e["event"] == "X_NBDMIRROR_POINT"]
+    for line in found:
+        group = int(line.split()[0])
+        told = [event for event in events if event.get("group") == group]
+        assert sorted(event["id"] for event in told) == ["a", "b"]
+        assert len({event["time-s"] for event in told}) == 1
+    assert {point["group"] for point in points} <= {int(line.split()[0]) for line in found}
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -1,0 +1,393 @@
+"""A journal whose connection was lost comes back: as it was, with what was in flight or without;
+torn; an older copy; or another one. What is known of it makes reading it quick, and decides
+nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from support.seeds import SEED, print_seed
+from unit.points.pointparts import JOURNAL_BYTES, FarSide, with_points
+
+from nbdmirror.devices.base import MemoryDevice
+from nbdmirror.errors import DeviceLost
+from nbdmirror.points import ownership
+from nbdmirror.points.format import BLOCK_BYTES, RING_START, SLOTS, Header, JournalError
+from nbdmirror.points.reader import AHEAD_MAX, READ_BYTES_MAX, Journal, read
+from nbdmirror.points.requests import Devices, Program, Read, Side, run
+from nbdmirror.points.superblocks import JournalTaken
+from nbdmirror.points.writer import JournalWriter
+
+
+def reconnected(far: FarSide) -> Program[JournalWriter]:
+    return ownership.take_over(
+        far.exports, disk_id=far.disk_id, clock=lambda: far.now_s, before=far.writer
+    )
+
+
+def reconnect(far: FarSide) -> None:
+    far.writer = far.run(reconnected(far))
+
+
+def check_goes_on(far: FarSide) -> None:
+    """Each point that is on offer is what the disk was, and so is the next one."""
+    far.point((0, BLOCK_BYTES))
+    for point in far.read().points:
+        other = copy.deepcopy(far)
+        other.recover(str(point.sequence))
+        assert bytes(other.image.data) == far.contents[point.sequence]
+
+
+# Reading it.
+
+
+def rounds(program: Program[Journal], far: FarSide) -> tuple[Journal, int]:
+    """What is found, and how many times something was waited for."""
+    count, journal = 0, far.journal
+    try:
+        while True:
+            for request in next(program):
+                assert isinstance(request, Read)
+                request.run(journal)
+            count += 1
+    except StopIteration as end:
+        found: Journal = end.value
+        return found, count
+
+
+def test_known_batches_are_read_many_at_a_time() -> None:
+    far = FarSide(journal_bytes=16 << 20)
+    far.seed()
+    for _ in range(600):
+        far.point((0, BLOCK_BYTES))
+    known = far.writer.headers
+    alone, alone_rounds = rounds(read("journal", far.journal.size), far)
+    found, found_rounds = rounds(read("journal", far.journal.size, known), far)
+    assert found == alone and len(found.headers) == 600
+    assert alone_rounds == 602, "the superblocks, a header, and what follows each header"
+    assert found_rounds <= 2 + 600 // AHEAD_MAX + 1
+    part, part_rounds = rounds(read("journal", far.journal.size, known[:590]), far)
+    assert part == alone and part_rounds <= found_rounds + 10
+
+
+def test_an_index_that_is_larger_than_a_request() -> None:
+    entries = READ_BYTES_MAX // 32 + 1
+    far = FarSide(2 * entries * BLOCK_BYTES, RING_START + (512 << 20))
+    far.seed()
+    far.writer.begin(1, bytes_max=entries * BLOCK_BYTES)
+    for number in range(entries):
+        far.writer.put([(2 * number * BLOCK_BYTES, BLOCK_BYTES, None)], lambda error: None)
+    far.commit()
+    assert far.writer.headers[0].index_bytes > READ_BYTES_MAX
+    for known in ([], far.writer.headers):
+        journal = far.run(read("journal", far.journal.size, known))
+        assert [header.entries for header in journal.headers] == [entries]
+
+
+class Life:
+    """A journal in the course of time. `known`: what was known of it at any time."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.far = FarSide()
+        self.far.seed()
+        self.known: list[list[Header]] = [[]]
+
+    def step(self) -> None:
+        far, chance = self.far, self.chance
+        kind = chance.choice(("point", "point", "point", "apply", "seed", "take over", "give up"))
+        ranges = [(chance.randrange(8) * 2 * BLOCK_BYTES, BLOCK_BYTES) for _ in range(2)]
+        if far.writer.room().free_bytes < 20 * BLOCK_BYTES:
+            kind = "apply"
+        if kind == "point":
+            far.point(*ranges[: chance.randrange(3)])
+        elif kind == "apply" and far.writer.headers:
+            far.apply(chance.choice(far.writer.headers).point.sequence)
+        elif kind == "seed" and chance.random() < 0.2:
+            far.seed()
+        elif kind == "take over":
+            far.connect()
+        elif kind == "give up":  # leaves data in the ring
+            far.begin(BLOCK_BYTES)
+            far.send(*ranges[0])
+            far.writer.give_up(lambda error: None)
+        self.known.append(list(far.writer.headers))
+
+    def damage(self, journal: bytearray) -> None:
+        """Or none: a block is torn, overwritten, or what it was long ago."""
+        chance = self.chance
+        used = self.far.writer.superblocks.current.tail % (JOURNAL_BYTES - RING_START)
+        for _ in range(chance.randrange(3)):
+            near = RING_START + (used + chance.randrange(64) * BLOCK_BYTES) % (1 << 20)
+            at = chance.choice((near, near, chance.choice(SLOTS)))
+            length = chance.choice((1, 512, BLOCK_BYTES))
+            journal[at : at + length] = chance.choice(
+                (bytes(length), chance.randbytes(length), self.old[at : at + length])
+            )
+
+    old = bytes(JOURNAL_BYTES)
+
+
+def found_in(sides: Devices, known: Sequence[Header]) -> Journal | str:
+    """What is there, or why it is no journal."""
+    try:
+        return run(read("journal", JOURNAL_BYTES, known), sides)
+    except JournalError as error:
+        return str(error)
+
+
+def test_a_batch_with_another_index_than_the_known_one() -> None:
+    """At the same place, with the same data before it."""
+    one = with_points(2)
+    other = copy.deepcopy(one)
+    one.point((0, BLOCK_BYTES))
+    zeroes = [(n * BLOCK_BYTES, BLOCK_BYTES, None) for n in range(1, 16)] * 20
+    other.begin(16 * BLOCK_BYTES)
+    other.send(0, BLOCK_BYTES)
+    other.writer.put(zeroes, lambda error: None)
+    other.commit()
+    for far, known in ((one, other), (other, one)):
+        assert far.run(read("journal", JOURNAL_BYTES, known.writer.headers)) == far.read()
+        assert len(far.read().headers) == 3
+    sizes = {far.writer.headers[2].index_bytes for far in (one, other)}
+    assert (
+        len(sizes) == 2 and one.writer.headers[2].index_place == other.writer.headers[2].index_place
+    )
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_what_is_found_does_not_depend_on_what_is_known(number: int) -> None:
+    """Whatever has become of the journal since, and whatever is damaged."""
+    print_seed()
+    life = Life(random.Random(f"{SEED}-{number}"))
+    lengths = set()
+    for step in range(60):
+        life.step()
+        journal = MemoryDevice(JOURNAL_BYTES, description="journal")
+        journal.data[:] = life.far.journal.data
+        life.damage(journal.data)
+        if not step % 10:
+            life.old = bytes(life.far.journal.data)
+        sides = {Side.JOURNAL: journal}
+        for known in (life.known[-1], life.chance.choice(life.known)):
+            alone, found = (found_in(sides, some) for some in ([], known))
+            assert found == alone
+            if isinstance(alone, Journal):
+                lengths.add((len(alone.headers), bool(alone.damage)))
+    assert len(lengths) > 5, "too little to say anything"
+
+
+# It comes back as it was.
+
+
+def test_it_goes_on_after_what_was_committed() -> None:
+    far = with_points(5)
+    far.apply(2)
+    for _ in range(3):
+        reconnect(far)
+        assert far.writer.newest.sequence == len(far.contents)
+        check_goes_on(far)
+
+
+def test_it_goes_on_without_a_point_and_without_a_batch() -> None:
+    far = FarSide()
+    reconnect(far)
+    far.seed()
+    reconnect(far)
+    far.point((0, BLOCK_BYTES))
+    far.apply(1)
+    reconnect(far)
+    assert not far.writer.headers and far.writer.newest.sequence == 1
+    far.seed()
+    reconnect(far)
+    check_goes_on(far)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_outcome_of_a_commit_becomes_known(is_there: bool) -> None:
+    far = with_points()
+    far.fill(0, BLOCK_BYTES)
+    far.begin(BLOCK_BYTES)
+    far.send(0, BLOCK_BYTES)
+    journal = far.exports[Side.JOURNAL]
+    write = journal.start_durable_write
+
+    def lost(buf: memoryview, offset: int, done: Callable[..., None]) -> None:
+        if is_there:
+            write(buf, offset, lambda error: None)
+        done(DeviceLost("the connection is lost"))
+
+    journal.start_durable_write = lost  # type: ignore[method-assign]
+    with pytest.raises(DeviceLost):
+        far.commit()
+    journal.start_durable_write = write  # type: ignore[method-assign]
+    if is_there:
+        far.contents[4] = bytes(far.disk)
+    reconnect(far)
+    assert far.writer.newest.sequence == (4 if is_there else 3)
+    check_goes_on(far)
+
+
+@pytest.mark.parametrize("until", range(1, 12))
+def test_the_connection_is_lost_again_while_it_is_taken_over(until: int) -> None:
+    """What was lost with it may have been carried out: it is no other server's."""
+    far = with_points()
+    program, done = reconnected(far), 0
+    try:
+        while done < until:
+            for request in next(program):
+                done += 1
+                if done <= until:
+                    request.run(far.sides[request.side])
+        program.close()
+    except StopIteration:
+        pass
+    reconnect(far)
+    check_goes_on(far)
+
+
+def test_it_is_lost_while_a_point_is_applied() -> None:
+    for until in range(1, 30):
+        far = with_points(5)
+        writes = 0
+
+        def dies(kind: str, device: MemoryDevice, limit: int = until) -> None:
+            write = getattr(device, kind)
+
+            def counted(*arguments: object, **options: object) -> None:
+                nonlocal writes
+                writes += 1
+                if writes > limit:
+                    raise DeviceLost("the connection is lost")
+                write(*arguments, **options)
+
+            setattr(device, kind, counted)
+
+        originals = far.image, far.journal
+        far.image, far.journal = copy.copy(originals[0]), copy.copy(originals[1])
+        for device in (far.image, far.journal):
+            for kind in ("pwrite", "flush", "trim"):
+                dies(kind, device)
+        try:
+            far.apply(4)
+            is_whole = True
+        except DeviceLost:
+            is_whole = False
+        far.image, far.journal = originals
+        reconnect(far)
+        check_goes_on(far)
+        if is_whole:
+            return
+    raise AssertionError("it never ends")
+
+
+# It comes back, and is not what it was.
+
+
+def refused(far: FarSide, text: str, kind: type[JournalError] = JournalError) -> None:
+    """Nothing was changed."""
+    before = bytes(far.journal.data)
+    with pytest.raises(kind, match=text):
+        far.run(reconnected(far))
+    assert far.journal.data == before
+
+
+PARTS: dict[str, Callable[[Header], int]] = {
+    "header": lambda header: header.place,
+    "index": lambda header: header.index_place,
+    "footer": lambda header: header.footer_place,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_torn_one_is_refused_wherever_it_is_torn(part: str, number: int) -> None:
+    """A server has lost its cache, though it has flushed. Whoever recovers gets nothing that is
+    later, also if all that is later is whole."""
+    far = with_points(5)
+    at = RING_START + PARTS[part](far.writer.headers[number - 1])
+    far.journal.data[at : at + 512] = bytes(512)
+    refused(far, f"has lost points: it ends with point {number - 1}, and point 5 was committed")
+
+
+def test_an_older_copy_is_refused() -> None:
+    far = with_points(2)
+    copies = [bytes(far.journal.data)]
+    far.point((0, BLOCK_BYTES))
+    copies.append(bytes(far.journal.data))  # has all points, and not what the image is
+    far.apply(3)
+    for one in copies:
+        far.journal.data[:] = one
+        refused(far, "journal: is an older copy of what was written to it")
+
+
+def test_a_damaged_superblock_makes_no_older_copy() -> None:
+    for slot in SLOTS:
+        for is_noted in (True, False):
+            far = with_points(3)
+            if not is_noted:
+                far.apply(2)
+            far.journal.data[slot + 100] ^= 1
+            reconnect(far)
+            assert far.writer.damage
+            check_goes_on(far)
+
+
+def test_an_older_copy_from_before_this_process_is_refused() -> None:
+    far = with_points(2)
+    old = bytes(far.journal.data)
+    far.connect()
+    far.journal.data[:] = old
+    refused(far, "is an older copy")
+
+
+def test_another_disks_is_refused() -> None:
+    far = with_points(3)
+    far.journal.data[:] = with_points(3).journal.data
+    refused(far, "is the journal of another disk")
+
+
+def test_an_empty_one_and_one_that_is_none_are_refused() -> None:
+    far = with_points(3)
+    far.journal.data[:] = bytes(JOURNAL_BYTES)
+    refused(far, "is not a journal: it is empty")
+    far.journal.data[:] = random.Random(1).randbytes(JOURNAL_BYTES)
+    refused(far, "is not a journal: it holds something else")
+
+
+@pytest.mark.parametrize("points", [0, 1, 3])
+def test_one_that_another_server_has_written_to_is_refused(points: int) -> None:
+    """A copy of the source's host: it has the same disk, and its changes are others."""
+    far = with_points(3)
+    other = copy.deepcopy(far)
+    other.connect()
+    for _ in range(points):
+        other.point((4 * BLOCK_BYTES, BLOCK_BYTES))
+    far.journal.data[:] = other.journal.data
+    refused(far, "another server writes to this journal", JournalTaken)
+    far.connect()  # a new process cannot know
+
+
+def test_one_that_was_recovered_is_refused() -> None:
+    far = with_points(3)
+    other = copy.deepcopy(far)
+    other.recover("2")
+    far.journal.data[:] = other.journal.data
+    refused(far, "point 2 was recovered from this journal", JournalTaken)
+
+
+@pytest.mark.parametrize("is_applied", [False, True])
+def test_other_points_of_the_same_numbers_are_refused(is_applied: bool) -> None:
+    """By a copy of this process's memory: a virtual machine that was resumed twice."""
+    far = with_points(2)
+    other = copy.deepcopy(far)
+    far.point((0, BLOCK_BYTES))
+    other.point((8 * BLOCK_BYTES, BLOCK_BYTES))
+    if is_applied:
+        for one in (far, other):
+            one.apply(3)
+    far.journal.data[:] = other.journal.data
+    refused(far, "has another point 3 than was committed")
