@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.waiting import POLL_S, WAIT_S_MAX, wait_until
 
 from nbdmirror.web import service
-from nbdmirror.web.host import NoAnswer
+from nbdmirror.web.host import News, NoAnswer
 
 _PARTS = {
     "source-read": 0.1,
@@ -180,6 +180,9 @@ class Made:
         """By the jobs' names."""
         self.asked_maps: list[str] = []
         self.unread: list[str] = []
+        self.routine: set[str] = set()
+        """Those of `unread` that are."""
+        self.is_listened_to = False
 
     async def status(self) -> Any:
         self.asked += 1
@@ -192,10 +195,14 @@ class Made:
         self.asked_maps.append(job)
         return self.maps.get(job, {})
 
-    async def events(self) -> list[str]:
-        await until(lambda: bool(self.unread))
+    async def events(self) -> list[News]:
+        self.is_listened_to = True
+        try:
+            await until(lambda: bool(self.unread))
+        finally:
+            self.is_listened_to = False
         unread, self.unread = self.unread, []
-        return unread
+        return [News(text, text in self.routine) for text in unread]
 
 
 class Serving:

@@ -22,8 +22,8 @@ OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
 LAST = {"id": "vda", "target": "nbd://b", "result": "failed", "ended-at-s": 1.7e9, "reason": "?"}
 
 
-def text_of(*reports: Report, accept: str = "") -> str:
-    return rendered(reports, accept)[0].decode()
+def text_of(*reports: Report, accept: str = "", now_s: float = 0.0) -> str:
+    return rendered(reports, accept, now_s)[0].decode()
 
 
 def values(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -92,6 +92,15 @@ def test_what_they_say() -> None:
     assert sum(v for (name, _), v in found.items() if name == "nbdmirror_job_state") == 1
     assert found["nbdmirror_disk_last_job_result", ("vda", "failed", "/run/a.qmp")] == 1
     assert ("nbdmirror_job_end_timestamp_seconds", job) not in found
+
+
+def test_a_lag_is_one_of_now() -> None:
+    """The target may not have got anything since the server was asked: the lag is as much larger
+    now, and is never told too small."""
+    asked = Report("a", 1.7e9, status(disk("vda", JOB)), asked_s=100.0)
+    lag = ("nbdmirror_job_lag_seconds", ("vda", "vda", "a"))
+    assert values(text_of(asked, now_s=100.0))[lag] == 0.25
+    assert values(text_of(asked, now_s=106.5))[lag] == 6.75
 
 
 def test_what_they_say_of_promises_and_points() -> None:

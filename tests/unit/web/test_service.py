@@ -32,10 +32,10 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
 
 
 def test_what_is_where(serving: Serving) -> None:
-    assert serving.json("/status") == [
-        {"qmp": "/a", **status(disk("vda", JOB))},
-        {"qmp": "/b", "error": "no server at /b"},
-    ]
+    first, second = serving.json("/status")
+    assert 0 <= first.pop("age-s") < WAIT_S_MAX
+    assert first == {"qmp": "/a", **status(disk("vda", JOB))}
+    assert second == {"qmp": "/b", "error": "no server at /b"}
     assert serving.json("/healthz") == {
         "status": "ok",
         "servers": 2,
@@ -139,6 +139,26 @@ def test_an_event_has_the_server_asked(serving: Serving, monkeypatch: pytest.Mon
     server.says = status(disk("changed"))
     server.unread.append("JOB_STATUS_CHANGE status=ready")
     wait_until(lambda: "changed" in serving.get("/status")[1], "the news is there")
+
+
+def test_a_point_made_in_time_is_no_reason_to_ask(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each lag that is shown would be the one right after a point, the smallest."""
+    monkeypatch.setattr(web_host, "INTERVAL_S", 3600.0)
+    server, point = serving.servers["/a"], "X_NBDMIRROR_POINT sequence=1"
+    server.unread.append("BEGIN")
+    wait_until(lambda: "BEGIN" in serving.get("/")[1], "what was under way has ended")
+    wait_until(lambda: server.is_listened_to, "it was asked")
+    before = server.asked
+    server.routine = {point}
+    server.unread.append(point)
+    wait_until(lambda: not server.unread, "it was heard")
+    server.unread.append("X_NBDMIRROR_RPO kept=false")
+    wait_until(lambda: server.asked > before, "that is news")
+    assert server.asked == before + 1
+    text = serving.get("/")[1]
+    assert "X_NBDMIRROR_RPO" in text and "X_NBDMIRROR_POINT" not in text
 
 
 @pytest.mark.parametrize(
