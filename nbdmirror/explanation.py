@@ -33,6 +33,7 @@ _WAITS = {
     "target-flush": "waits for the target to flush",
     "speed-limit": "waits for its speed limit",
     "yielding": "leaves room for guests' requests, and is slower for that",
+    "acknowledgement": "waits for the acknowledgement of a point",
     "nothing-to-do": "has nothing to do",
 }
 """What a job that copies does now."""

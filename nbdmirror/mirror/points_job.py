@@ -114,6 +114,7 @@ class PointsJob(PointsView):
     def _dropped(self) -> None:
         self._maker, self._gives_up, self.in_place_since_ns = None, False, 0
         self.point_group.leave(self)
+        self.point_traffic.follow(None)
         self._far_resources.drop_points()
         self.log.info("makes no points any more: the image is copied in place")
         self.release()
@@ -126,6 +127,7 @@ class PointsJob(PointsView):
         self.tell_point(point)
         self.lag, self.in_place_since_ns = self.run.lag, 0
         if self.status is JobStatus.RUNNING:
+            self.count_traffic()
             self.to(JobStatus.READY, "the first point is committed")
             self.tell("BLOCK_JOB_READY")
 

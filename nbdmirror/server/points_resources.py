@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nbdmirror.devices.base import Done
+from nbdmirror.disk.cells import Zeroes
 from nbdmirror.disk.changes import Changes, MayDiffer
 from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.far_side import FarSide
@@ -22,6 +23,7 @@ from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
+from nbdmirror.mirror.watched import WatchedExport
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
 from nbdmirror.nbdclient.shared_connection import SharedConnection
@@ -319,10 +321,8 @@ class PointsResources(JobResources):
             self.loop.call_later(WAIT_S, partial(self._open, is_wanted, done))
             return
         self._is_opening = True
-        exports = {
-            Side.IMAGE: DurableExport(self.node.device),
-            Side.JOURNAL: DurableExport(self.journal.device),
-        }
+        journal = DurableExport(self.journal.device)
+        exports: Exports = {Side.IMAGE: self._image(), Side.JOURNAL: self._watched(journal)}
 
         def opened(writer: JournalWriter | None, error: BaseException | None) -> None:
             self._is_opening = False
@@ -332,6 +332,14 @@ class PointsResources(JobResources):
             done(None if error is None else refusal_of(error))
 
         start(self._take_over(exports), exports, opened)
+
+    def _image(self) -> WatchedExport:
+        return self._watched(DurableExport(self.node.device), self.tracker.zeroes)
+
+    def _watched(self, export: DurableExport, zeroes: Zeroes | None = None) -> WatchedExport:
+        job = self.node.job
+        assert isinstance(job, PointsJob)
+        return WatchedExport(export, job.waits, job.point_traffic, zeroes)
 
     def _take_over(self, exports: Exports) -> Program[JournalWriter]:
         journal = exports[Side.JOURNAL]
