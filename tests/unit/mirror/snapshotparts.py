@@ -79,7 +79,8 @@ class FakeSnapshotsResources(FakeResources):
                 self.world.loop.call_later(0.02, lambda: is_back(None))
                 return
             if error is None:
-                job, target = self.world.job, self.world.target
+                job = self.world.job
+                target: Any = self.world.target
                 image = WatchedExport(target, job.waits, job.point_traffic, job.tracker.zeroes)
                 self.far_side = SnapshotSide(image, self.world.acks, may_trim=True)
             done(error)
