@@ -191,13 +191,9 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
     )
     session.is_starting = False
     if not args.wait:
-        watch = Watch(session, job, PlainDisplay(time.monotonic))
-        state = await watch.look()  # an immediate failure is known by now
-        if watch.end or not state:
-            return await watch.report(verb="mirror")
-        text = "; ".join([cli_words.state(state), *cli_words.deadline(state)])
-        print(f"job {job} mirrors {device} to {args.target}: {text}; see: nbdmirror status")
-        return DONE
+        return await _has_begun(session, args, job, device)
+    if args.journal and not args.json:
+        await cli_point.tell_of_outage(session, job)
     with open_display(time.monotonic, as_json=args.json) as display:
         watch = Watch(session, job, display)
         await watch.until(ready=True)
@@ -207,6 +203,18 @@ async def _mirror(session: Session, args: argparse.Namespace) -> int:
             await session.execute("job-complete", id=job)
             await watch.until(ready=False)
     return await watch.report(verb=verb)
+
+
+async def _has_begun(session: Session, args: argparse.Namespace, job: str, device: str) -> int:
+    watch = Watch(session, job, PlainDisplay(time.monotonic))
+    state = await watch.look()  # an immediate failure is known by now
+    if watch.end or not state:
+        return await watch.report(verb="mirror")
+    text = "; ".join([cli_words.state(state), *cli_words.deadline(state)])
+    print(f"job {job} mirrors {device} to {args.target}: {text}; see: nbdmirror status")
+    if args.journal:
+        await cli_point.tell_of_outage(session, job)
+    return DONE
 
 
 # The small ones
@@ -292,6 +300,8 @@ async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
     elif args.mode == "write-blocking" and not state.get("actively-synced"):
         text += "; nbdmirror status shows when it is"
     print(text)
+    if args.mode == "points":
+        await cli_point.tell_of_outage(session, job)
     return DONE
 
 

@@ -13,6 +13,7 @@ from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.outage import Outage
 from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.point_plan import PointPlan, RunMaker
 from nbdmirror.mirror.point_promises import PointPromises
@@ -73,7 +74,11 @@ class PointsView(MirrorJob):
         self._maker = self._new_maker(plan)
         self.point_traffic.follow(plan.changes)
         self.promises = PointPromises(
-            rpo_s=plan.rpo_s, keep_s=plan.keep_s, tell=self._tell_of_points
+            rpo_s=plan.rpo_s,
+            keep_s=plan.keep_s,
+            outage=Outage(plan.changes, self._loop.clock),
+            tell=self._tell_of_points,
+            log=self.log,
         )
         self.share_points(self.group.points)
 

@@ -81,7 +81,6 @@ def take_over(
     exports: Exports,
     *,
     disk_id: bytes,
-    clock: Callable[[], float],
     random_bytes: RandomBytes = secrets.token_bytes,
 ) -> Program[JournalWriter]:
     """Become the writer of the journal of the disk `disk_id`. An earlier writer is refused from now
@@ -104,7 +103,7 @@ def take_over(
         taken=newest,
         newest=max(newest, journal.superblock.newest),
     )
-    writer = JournalWriter(exports, superblocks, headers=headers, clock=clock)
+    writer = JournalWriter(exports, superblocks, headers=headers)
     writer.damage = journal.damage
     return writer
 

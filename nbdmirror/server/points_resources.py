@@ -352,7 +352,7 @@ class PointsResources(JobResources):
                 now_ns=time.time_ns(),
                 disk_id=self.wanted.disk_id,
             )
-        writer = yield from take_over(exports, disk_id=self.wanted.disk_id, clock=self.loop.clock)
+        writer = yield from take_over(exports, disk_id=self.wanted.disk_id)
         there = writer.newest.sequence
         if there < self.newest:
             text = f"ends with point {there}, and point {self.newest} was committed"

@@ -241,6 +241,17 @@ JOB_METRICS: tuple[Metric, ...] = (
         _of_points("journal-used-bytes"),
     ),
     Metric(
+        "nbdmirror_job_journal_lasts_seconds",
+        "How long an outage of the far side may last until the next point does not fit into the"
+        " journal.",
+        _of_points("journal-lasts-s"),
+    ),
+    Metric(
+        "nbdmirror_job_journal_enough",
+        "Whether points take less than half of the journal (1) or not (0).",
+        _of_points("journal-enough"),
+    ),
+    Metric(
         "nbdmirror_job_in_place_timestamp_seconds",
         "Since when there is no point, since the image is copied in place; seconds since 1970.",
         _of_points("in-place-since-s"),

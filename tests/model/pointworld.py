@@ -103,7 +103,6 @@ class PointWorld:
         opening = ownership.take_over(
             self.exports,
             disk_id=self.disk_id,
-            clock=lambda: 0.0,
             random_bytes=self.random.randbytes,
         )
         self.writer = self.now(opening)

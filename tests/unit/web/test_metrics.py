@@ -113,6 +113,8 @@ def test_what_they_say_of_promises_and_points() -> None:
     assert found["nbdmirror_job_deadline_outlook", ("vda", "vda", "can-be-kept", "a")] == 1
     assert found["nbdmirror_job_deadline_outlook", ("vda", "vda", "passed", "a")] == 0
     assert found["nbdmirror_job_points_kept", vdb] == 1
+    assert found["nbdmirror_job_journal_lasts_seconds", vdb] == 900.9
+    assert found["nbdmirror_job_journal_enough", vdb] == 1
     assert found["nbdmirror_job_point_timestamp_seconds", vdb] == 1.7e9 - 1
     assert ("nbdmirror_job_rpo_seconds", vda) not in found
 

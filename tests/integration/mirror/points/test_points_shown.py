@@ -5,13 +5,22 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.mirror.points.pointsparts import SIZE, FarSide, wait_for_rest
+from integration.mirror.points.pointsparts import (
+    RING_BYTES,
+    SIZE,
+    FarSide,
+    wait_for_points,
+    wait_for_rest,
+)
 from support.clients import connected
 from support.fixtures import Identical
+from support.guests import Guest
 from support.images import KiB, MiB
 from support.processes import nbdmirror
 from support.servers import Nbdmirror
@@ -103,3 +112,36 @@ def test_a_far_side_that_hangs_is_what_the_job_waits_for(
     assert math.isclose(sum(shares.values()), 1, abs_tol=1e-3)
     ready.qmp.complete()
     identical(far.image_server.uri(), ready.uri())
+
+
+def test_how_long_an_outage_the_journal_survives(
+    server: Nbdmirror, far: FarSide, disk: Path, identical: Identical
+) -> None:
+    """It is said at the start, while the first copy is under way as well, and an event comes when
+    the next point takes much of the journal."""
+    with Guest(server.uri(), disk) as guest:
+        identical(guest, far.image_server.uri())
+        argv = ("mirror", far.image_server.uri(), "--journal", far.journal_server.uri())
+        begun = nbdmirror(*argv, "--job", "j", "--speed", "64K", "--qmp", server.qmp_path)
+        assert begun.returncode == 0
+        pattern = (
+            r"the journal of job j: it has room for an outage of \d+:\d\d while guests change .*/s"
+        )
+        assert re.fullmatch(pattern, begun.stderr.rstrip())
+        assert "running" in begun.stdout
+        nbdmirror("set-speed", "0", "--qmp", server.qmp_path)
+        server.qmp.wait_ready()
+        os.kill(far.journal_server.pid, signal.SIGSTOP)
+        try:
+            small = server.qmp.wait_for_event("X_NBDMIRROR_JOURNAL")
+        finally:
+            os.kill(far.journal_server.pid, signal.SIGCONT)
+        assert small["enough"] is False
+        assert small["point-bytes"] >= small["left-bytes"] > small["point-bytes"] / 2
+        points = job_of(server)["x-nbdmirror-points"]
+        assert points["journal-point-bytes"] == small["point-bytes"] < RING_BYTES
+        assert points["journal-enough"] is False and points["change-bytes-per-s"] > 0
+        wait_for_points(server, 1)
+        server.qmp.complete()
+    server.wait_to_say("INFO: job j: waiting -> pending")
+    assert re.search("job j: the next point takes .* of the .* that the journal", server.stderr)
