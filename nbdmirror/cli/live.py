@@ -31,6 +31,7 @@ from nbdmirror.cli.status import (
     disk_text,
     event_text,
     forget_meters,
+    is_routine,
     job_parts,
     last_text,
 )
@@ -199,7 +200,8 @@ class _Events:
         self._texts: deque[str] = deque(maxlen=EVENTS_MAX)
 
     def add(self, event: Mapping[str, Any]) -> None:
-        self._texts.append(event_text(dict(event)))
+        if not is_routine(dict(event)):
+            self._texts.append(event_text(dict(event)))
 
     def lines(self, screen: _Screen) -> list[RenderableType]:
         return [screen.text(text, _QUIET) for text in self._texts]

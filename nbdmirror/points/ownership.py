@@ -81,7 +81,6 @@ def take_over(
     exports: Exports,
     *,
     disk_id: bytes,
-    clock: Callable[[], float],
     before: JournalWriter | None = None,
     random_bytes: RandomBytes = secrets.token_bytes,
 ) -> Program[JournalWriter]:
@@ -110,7 +109,7 @@ def take_over(
         taken=newest,
         newest=max(newest, journal.superblock.newest),
     )
-    writer = JournalWriter(exports, superblocks, headers=headers, clock=clock)
+    writer = JournalWriter(exports, superblocks, headers=headers)
     writer.damage = journal.damage
     return writer
 

@@ -66,7 +66,10 @@ _POINTS = struct(
     late_cuts=optional(INT),
     journal_bytes=optional(INT),
     journal_used_bytes=optional(INT),
+    journal_point_bytes=optional(INT),
+    journal_enough=optional(BOOL),
     journal_lasts_s=optional(NUMBER),
+    change_bytes_per_s=optional(INT),
     points=optional(INT),
     reaches_s=optional(NUMBER),
     sequence=optional(INT),
@@ -343,6 +346,15 @@ EVENTS: dict[str, Struct] = {
         reason=STR,
     ),
     "X_NBDMIRROR_IN_PLACE": struct("PointsInPlace", device=STR, id=STR, since_s=NUMBER, bytes=INT),
+    "X_NBDMIRROR_JOURNAL": struct(
+        "JournalEnough",
+        device=STR,
+        id=STR,
+        left_bytes=INT,
+        point_bytes=INT,
+        lasts_s=optional(NUMBER),
+        enough=BOOL,
+    ),
     "X_NBDMIRROR_KEEP": struct(
         "PointsKept", device=STR, id=STR, keep_s=NUMBER, reaches_s=NUMBER, kept=BOOL
     ),

@@ -60,7 +60,7 @@ def query_job_map(server: Server, id: str, cells: int) -> dict[str, list[int]]:
         raise CommandError(f"Parameter 'cells' expects a value in range [1, {CELLS_MAX}]")
     if job.is_over:
         raise CommandError(f"Job '{id}' in state '{job.status}' has no map")
-    found = job.tracker.map(cells)
+    found = job.map(cells)
     return {
         "lengths": found.lengths,
         "dirty": found.dirty,
@@ -130,7 +130,7 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["reconnect-delay-s"] = float(job.options.reconnect_delay_s)
     info["granularity"] = job.tracker.granularity
     info["dirty-bytes"] = 0 if job.is_over else dirty_bitmap(job).dirty_bytes
-    info["in-flight-bytes"] = job.tracker.in_flight_bytes
+    info["in-flight-bytes"] = job.in_flight_bytes
     info["unflushed-bytes"] = 0 if job.is_over else job.tracker.unflushed_bytes
     info["copied-bytes"] = job.copier.copied_bytes
     info["written-bytes"] = job.copier.written_bytes

@@ -64,6 +64,8 @@ class Server:
     socket: str
     package: str
     since: str
+    moment: str
+    """Of the status: what is behind may be further behind since."""
     trouble: list[str]
     disks: list[Disk]
 
@@ -100,7 +102,7 @@ def _shown(report: Report, history: History) -> Server:
         return _server(report, history)
     except Exception as error:  # noqa: BLE001 - the others are to be shown nevertheless
         text = f"the server's answer cannot be understood: {error!r}"
-        return Server(report.socket, "", "", [text], [])
+        return Server(report.socket, "", "", "", [text], [])
 
 
 def _server(report: Report, history: History) -> Server:
@@ -110,6 +112,7 @@ def _server(report: Report, history: History) -> Server:
         socket=report.socket,
         package=_text(status.get("package")),
         since="" if since is None else _moment(since, "%Y-%m-%d %H:%M:%S"),
+        moment="" if report.error else _moment(report.time_s),
         trouble=[*([report.error] if report.error else []), *words.server_troubles(status)],
         disks=[
             _disk(disk, [_job(*job, history, report) for job in report.jobs(disk)])
@@ -205,9 +208,7 @@ def _rows(job: Record, progress: Progress, now_s: float) -> list[tuple[str, str]
 
 
 def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f} s" if value < 60 else words.duration(value)
+    return "-" if value is None else words.age(value)
 
 
 def _moment(time_s: float, form: str = "%H:%M:%S") -> str:

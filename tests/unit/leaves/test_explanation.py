@@ -197,7 +197,11 @@ def test_no_two_sentences_contradict_each_other() -> None:
         assert len(re.findall("waits for the target to", said)) <= 1
 
 
-@given(st.lists(st.floats(0, 1), min_size=9, max_size=9).filter(lambda parts: sum(parts) > 0))
+@given(
+    st.lists(st.floats(0, 1), min_size=len(Cause), max_size=len(Cause)).filter(
+        lambda parts: sum(parts) > 0
+    )
+)
 def test_per_cents_add_up(parts: list[float]) -> None:
     whole = sum(parts)
     found = {cause: part / whole for cause, part in zip(map(str, Cause), parts, strict=True)}

@@ -75,7 +75,6 @@ class FarSide:
         self.journal = MemoryDevice(journal_bytes, description="journal")
         self.disk = bytearray(disk_bytes)
         self.contents: dict[int, bytes] = {}
-        self.now_s = 0.0
         self.stamps = itertools.count(1)
         program = ownership.create("journal", journal_bytes, disk_bytes=disk_bytes, now_ns=0)
         self.disk_id = self.run(program).disk_id
@@ -91,7 +90,7 @@ class FarSide:
     def connect(self) -> None:
         """A new process takes the journal over."""
         self.exports = {side: PromptExport(device) for side, device in self.sides.items()}
-        program = ownership.take_over(self.exports, disk_id=self.disk_id, clock=lambda: self.now_s)
+        program = ownership.take_over(self.exports, disk_id=self.disk_id)
         self.writer: JournalWriter = self.run(program)
 
     def seed(self) -> None:

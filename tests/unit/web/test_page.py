@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from html.parser import HTMLParser
 from typing import Any
 
@@ -78,9 +79,10 @@ def test_what_it_shows() -> None:
         report(disk("vda", JOB), disk("vdb", last_job=LAST), disk("vdc", read_only=True)),
         Report("/run/b.qmp", 1.7e9, error="no answer within 5 s"),
     ).text
+    moment = time.strftime("%H:%M:%S", time.localtime(1.7e9))
     for part in (
-        "/run/a.qmp", "nbdmirror 0.1.0", "vda 1 GiB, read-write", "/srv/vda.img",
-        "Job vda: ready", "nbd://backup/vda", "The target is behind by 0.2 s",
+        "/run/a.qmp", "nbdmirror 0.1.0", f"status of {moment}", "vda 1 GiB, read-write",
+        "/srv/vda.img", "Job vda: ready", "nbd://backup/vda", "The target is behind by 0.3 s",
         "Left to copy 192 KiB", "Dirty 64 KiB", "In flight 128 KiB", "Copied 5 MiB/s",
         "Changed by guests 4 MiB/s", "12 MiB for 10 MiB (1.20)", "Copy mode background",
         "has nothing to do (70 % of the last minute); the target follows the source",
@@ -102,6 +104,15 @@ def test_what_it_shows() -> None:
 )
 def test_trouble_is_shown_as_status_shows_it(trouble: dict[str, Any], text: str) -> None:
     assert text in whole(report(disk("vda", JOB | trouble))).text
+
+
+@pytest.mark.parametrize(
+    ("lag_s", "text"), [(0.0, "0.0 s"), (0.001, "0.1 s"), (0.9, "0.9 s"), (89.2, "1:30")]
+)
+def test_a_lag_is_never_shown_too_small(lag_s: float, text: str) -> None:
+    shown = whole(report(disk("vda", JOB | {"lag-s": lag_s}))).text
+    assert f"The target is behind by {text} " in shown
+    assert f"behind: {text}" in shown
 
 
 def shown_map(**kinds: list[int]) -> dict[str, list[int]]:
