@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from nbdmirror.amounts import size
+from nbdmirror.errors import CommandError, TargetRefused
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.failure import Cancelled
