@@ -33,6 +33,7 @@ from nbdmirror.nbdclient.sides import tell_moved, when_whole
 from nbdmirror.server.bitmaps import NamedBitmap
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.detour import check_detour
+from nbdmirror.server.history import check_history
 from nbdmirror.server.mirror_record import mirror_record
 from nbdmirror.server.nodes import Node, Nodes
 from nbdmirror.server.reconnect import copy_all, reconnect, reconnect_source
@@ -203,7 +204,7 @@ class JobResources:
             if has_copied:
                 done(None)
             else:  # nothing was written to the target yet
-                self._check_ways(device, done)
+                self._check_content(device, done)
             return
         attempt = self._attempt = object()  # earlier attempts, before a pause, give up
 
@@ -234,10 +235,16 @@ class JobResources:
             done=ended,
         )
 
-    def _check_ways(self, device: NbdDevice, done: Done) -> None:
-        """Whether the target leads back to the disk, in either way."""
+    def _check_content(self, device: NbdDevice, done: Done) -> None:
+        """Whether the target leads back to the disk, in either way, or is a journal."""
 
         def no_ring(error: BaseException | None) -> None:
+            if error is not None:
+                done(error)
+            elif self._is_in_use:
+                check_history(device, self.loop, no_journal)
+
+        def no_journal(error: BaseException | None) -> None:
             if error is not None:
                 done(error)
             elif self._is_in_use:

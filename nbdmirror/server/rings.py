@@ -5,13 +5,12 @@ Only nbdmirrors can be asked, one after the other. A chain of mirrors is no ring
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from functools import partial
 
 from nbdmirror.devices.base import Done, raw_device
 from nbdmirror.disk.disk import Disk
-from nbdmirror.errors import DeviceError
+from nbdmirror.errors import TargetRefused
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient.device import NbdDevice
@@ -21,7 +20,7 @@ from nbdmirror.threads import start_thread
 
 
 def check_ring(disk: Disk, target: NbdDevice, loop: Loop, done: Done) -> None:
-    """Call `done` with a DeviceError if `target` leads to `disk`, else with None. On the loop's
+    """Call `done` with TargetRefused if `target` leads to `disk`, else with None. On the loop's
     thread."""
     peer = target.pool.shared.peer
 
@@ -29,7 +28,7 @@ def check_ring(disk: Disk, target: NbdDevice, loop: Loop, done: Done) -> None:
         error = None
         if leads_to(target, Way.to(disk.name)):
             text = f"{target.uri}: {ITSELF} '{disk.name}', or is mirrored to that"
-            error = DeviceError(text, errno.EINVAL)
+            error = TargetRefused(text)
         loop.call_soon(partial(done, error))
 
     if peer is not None and peer.label:
