@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbdmirror import __version__
-from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.devices.base import BlockDevice, Passing, raw_device
 from nbdmirror.disk.cells import CELLS_MAX
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.latency import Histogram, Latency
@@ -25,8 +25,6 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import CopyMode
 from nbdmirror.mirror.waits import Cause, Shares
 from nbdmirror.nbdclient.device import NbdDevice
-from nbdmirror.points.served import ServedPoint
-from nbdmirror.points.view import PointView
 from nbdmirror.qmp.command import CommandTable
 from nbdmirror.qmp.job_commands import find_job
 from nbdmirror.qmp.queries import block_job_info, dirty_bitmap, named_bitmaps
@@ -87,7 +85,7 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         info["target-only"] = disk.source.truth
     if problem := server.files.changes.get(disk.name):
         info["problem"] = problem
-    if isinstance(disk.source, PointView | ServedPoint) and disk.source.gone:
+    if isinstance(disk.source, Passing) and disk.source.gone:
         info["point-gone"] = disk.source.gone
     info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]
     if (result := server.chronicle.results.get(disk.name)) is not None:
