@@ -159,6 +159,8 @@ def disk_troubles(disk: dict[str, Any]) -> list[str]:
         found.append(f"target only: the disk is served from {disk['target-only']}")
     if disk.get("problem"):
         found.append(str(disk["problem"]))
+    if disk.get("point-gone"):
+        found.append(f"all reads fail: {disk['point-gone']}")
     return found
 
 

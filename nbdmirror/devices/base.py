@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nbdmirror.errors import DeviceError
 
@@ -127,6 +127,14 @@ Done = Callable[[BaseException | None], None]
 
 ExtentsDone = Callable[[list[Extent] | None, BaseException | None], None]
 """Called once, with the extents or with the error."""
+
+
+@runtime_checkable
+class Passing(Protocol):
+    """A disk that may go away for good, as a point of a journal does. `gone`: why it has; empty if
+    it has not, as far as is known."""
+
+    gone: str
 
 
 class AsyncSource(Protocol):

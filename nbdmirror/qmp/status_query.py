@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbdmirror import __version__
-from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.devices.base import BlockDevice, Passing, raw_device
 from nbdmirror.disk.cells import CELLS_MAX
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.latency import Histogram, Latency
@@ -85,6 +85,8 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         info["target-only"] = disk.source.truth
     if problem := server.files.changes.get(disk.name):
         info["problem"] = problem
+    if isinstance(disk.source, Passing) and disk.source.gone:
+        info["point-gone"] = disk.source.gone
     info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]
     if (result := server.chronicle.results.get(disk.name)) is not None:
         info["last-job"] = _result(result)

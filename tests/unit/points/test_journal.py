@@ -309,21 +309,36 @@ def test_a_long_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "content", "message"),
+    ("size", "content", "at", "message"),
     [
-        (JOURNAL_BYTES - 1, b"", "is too small: it has"),
-        (JOURNAL_BYTES, b"\xeb\x63\x90", "is not empty"),
-        (0, b"", "is too small"),
+        (JOURNAL_BYTES - 1, b"", 0, "is too small: it has"),
+        (JOURNAL_BYTES, b"\xeb\x63\x90", 0, "is not empty"),
+        (JOURNAL_BYTES, b"\1CD001", 32 << 10, "is not empty"),  # of ISO 9660, zeroes before it
+        (JOURNAL_BYTES, b"\1", RING_START - 1, "is not empty"),
+        (0, b"", 0, "is too small"),
     ],
 )
-def test_where_no_journal_is_created(size: int, content: bytes, message: str) -> None:
+def test_where_no_journal_is_created(size: int, content: bytes, at: int, message: str) -> None:
     device = MemoryDevice(size)
-    device.data[: len(content)] = content
+    device.data[at : at + len(content)] = content
     before = bytes(device.data)
     program = ownership.create("nbd://b/j", size, disk_bytes=1 << 20, now_ns=0)
     with pytest.raises(JournalError, match=f"nbd://b/j: {message}"):
         run(program, {Side.JOURNAL: device})
     assert bytes(device.data) == before
+
+
+def test_a_journal_is_known_as_one_before_it_is_called_rubbish() -> None:
+    """Whoever reads this may be about to overwrite the only copy."""
+    far = with_points(2)
+    program = ownership.create("j", far.journal.size, disk_bytes=1 << 20, now_ns=0)
+    text = "is the journal of a disk of 64 KiB, with points up to 2; if nobody needs them"
+    with pytest.raises(JournalError, match=text):
+        far.run(program)
+    far.recover()
+    program = ownership.create("j", far.journal.size, disk_bytes=1 << 20, now_ns=0)
+    with pytest.raises(JournalError, match="a disk of 64 KiB, whose image is in use since 19"):
+        far.run(program)
 
 
 def test_an_image_that_is_copied_in_place_has_no_point() -> None:
