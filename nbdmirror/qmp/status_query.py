@@ -83,8 +83,9 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
     info["requests"], info["held"] = _times(disk.ledger.latency)
     if isinstance(disk.source, TargetOnly):
         info["target-only"] = disk.source.truth
-    if problem := server.files.changes.get(disk.name):
-        info["problem"] = problem
+    problems = server.files.changes.get(disk.name, ""), server.waiting.problem(disk)
+    if any(problems):
+        info["problem"] = "; ".join(filter(None, problems))
     if isinstance(disk.source, Passing) and disk.source.gone:
         info["point-gone"] = disk.source.gone
     info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]

@@ -27,6 +27,7 @@ from nbdmirror.server.file_watch import FileWatch
 from nbdmirror.server.mirror_jobs import MirrorJobs
 from nbdmirror.server.nodes import Nodes
 from nbdmirror.server.old_side import OldSides
+from nbdmirror.server.waiting import Waiting
 from nbdmirror.state.heartbeat import Heartbeats
 from nbdmirror.state.job_results import Result
 from nbdmirror.state.journaled_disk import JournaledDisk
@@ -78,6 +79,7 @@ class Server:
         self.nodes = Nodes(disks, connections)
         self.bitmaps = Bitmaps(self.stores)
         self.files = FileWatch(disks, events)
+        self.waiting = Waiting(loop, disks.values())
         self._heartbeats = Heartbeats(loop)
         self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
         self.sides = OldSides(self._disk_stores, self.writers, self._have_bitmaps)
@@ -111,6 +113,7 @@ class Server:
             device.pool.look_at_peers(self.loop.clock())
         for writer in self.writers.values():
             writer.look()
+        self.waiting.look()
         self.loop.call_later(tcpwatch.LOOK_S, self._look)
 
     @property

@@ -320,8 +320,9 @@ def test_a_journal_is_no_target(start: Start, far: FarSide, server: Nbdmirror, d
     server.qmp.wait_for_event("BLOCK_JOB_CANCELLED")
     server.allowed.append("is a journal")
     before = far.journal.read_bytes()
-    larger = {"x_nbdmirror_allow_larger_target": True}
-    for options in ({}, {"target_is_zero": True}, {"sync": "none"}):
+    larger: dict[str, Any] = {"x_nbdmirror_allow_larger_target": True}
+    kinds: tuple[dict[str, Any], ...] = ({}, {"target_is_zero": True}, {"sync": "none"})
+    for options in kinds:
         server.qmp.forget()
         server.qmp.start_mirror(far.journal_server.uri(), **options, **larger)
         server.qmp.wait_for_event("BLOCK_JOB_COMPLETED")
