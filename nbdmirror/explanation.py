@@ -47,7 +47,7 @@ _SAYS_IT_ALL = frozenset(
 
 def explanation(job: Job) -> list[str]:
     """All sentences about a job."""
-    found = [doing(job), *(remark.text for remark in remarks(job)), _cost(job)]
+    found = [doing(job), *(remark.text for remark in remarks(job)), cost(job)]
     return [text for text in found if text]
 
 
@@ -145,6 +145,8 @@ class Remark:
 
     kind: str
     text: str
+    is_trouble: bool = True
+    """Not what a user has asked for, or what comes by itself."""
 
 
 def remarks(job: Job) -> list[Remark]:
@@ -153,9 +155,10 @@ def remarks(job: Job) -> list[Remark]:
     is_paused = state(job).split()[0] in ("paused", "standby")
     if is_paused and job.get("io-status", "ok") == "ok" and job.get("ending", "none") == "none":
         text = "copies nothing while it is paused; continue with: nbdmirror resume"
-        found.append(Remark("paused", text))
+        found.append(Remark("paused", text, is_trouble=False))
     if state(job) == "pausing":
-        found.append(Remark("pausing", "will pause when its requests in flight have ended"))
+        text = "will pause when its requests in flight have ended"
+        found.append(Remark("pausing", text, is_trouble=False))
     found += [Remark(kind, text) for kind, text in of_promises(job)]
     is_copying = state(job) in ("running", "ready")
     if job.get("falling-behind") and is_copying and not _kinds(found) & _SAYS_IT_ALL:
@@ -195,12 +198,13 @@ def _of_the_end(job: Job) -> list[Remark]:
     status, found = job.get("status"), []
     if status == "pending" and not job.get("auto-finalize"):
         text = "has finished its work; end the job with: nbdmirror finalize"
-        found.append(Remark("pending", text))
+        found.append(Remark("pending", text, is_trouble=False))
     elif status == "waiting":
         text = "has finished its work and waits for the other jobs of its group"
-        found.append(Remark("waiting", text))
+        found.append(Remark("waiting", text, is_trouble=False))
     elif status == "concluded" and not job.get("auto-dismiss"):
-        found.append(Remark("concluded", "has ended; remove the job with: nbdmirror dismiss"))
+        text = "has ended; remove the job with: nbdmirror dismiss"
+        found.append(Remark("concluded", text, is_trouble=False))
     elif status not in ("pending", "concluded") and job.get("ending", "none") != "none":
         ending = job["ending"]
         since = duration(job.get("ending-for-s", 0))
@@ -210,13 +214,13 @@ def _of_the_end(job: Job) -> list[Remark]:
         text = f"{what} for {since}: the job will {then} as soon as possible"
         if status == "standby":
             text = f"will {'complete' if ending == 'complete' else 'end'} after: nbdmirror resume"
-        if vain := job.get("quiesce-timeouts"):
+        if vain := job.get("quiesce-timeouts", 0):
             text += f"; guest writes were held {vain} times without success"
-        found.append(Remark("ending", text))
+        found.append(Remark("ending", text, is_trouble=bool(vain)))
     return found
 
 
-def _cost(job: Job) -> str:
+def cost(job: Job) -> str:
     """What guests have paid for the job; empty if not known."""
     if (share := job.get("guests-wait-share")) is None:
         return ""
@@ -254,6 +258,7 @@ _AT_THE_DEADLINE = {
     "cancel": "it is cancelled then",
     "complete": "it is completed then",
 }
+_NOT_READY = "it is not ready; give it up with: nbdmirror cancel"
 _AFTER_THE_DEADLINE = {
     "report": "end it with: nbdmirror complete, or with: nbdmirror cancel",
     "cancel": "it is cancelled",
@@ -270,7 +275,8 @@ def _of_the_time(job: Job) -> list[Remark]:
     if outlook == "passed":
         text = "its deadline has passed"
         if job.get("ending", "none") == "none":
-            text += f"; {_AFTER_THE_DEADLINE[action]}"
+            is_left = action == "report" and not job.get("ready")
+            text += f"; {_NOT_READY if is_left else _AFTER_THE_DEADLINE[action]}"
     elif outlook == "not-known":
         is_copying = job.get("copy-bytes-per-s") is not None
         text = f"whether {name} can be kept is not known {'yet' if is_copying else 'now'}"
@@ -281,7 +287,8 @@ def _of_the_time(job: Job) -> list[Remark]:
     else:
         text = f"{name} {'may be missed' if outlook == 'may-be-missed' else 'cannot be kept'}"
         text += f": {_why_late(job)}"
-    return [Remark("deadline", text)]
+    is_kept = outlook in ("not-known", "can-be-kept")
+    return [Remark("deadline", text, is_trouble=not is_kept)]
 
 
 def _why_late(job: Job) -> str:

@@ -140,7 +140,9 @@ class _Screen:
         lines = filter(None, (moves, job_parts(job)))
         found = [row, *(self.text(", ".join(parts), indent=2) for parts in lines)]
         found += [self.text(sentence, indent=2) for sentence in [doing(job)] if sentence]
-        found += [self.text(remark.text, _WARNING, indent=2) for remark in remarks(job)]
+        for remark in remarks(job):
+            style = _WARNING if remark.is_trouble else ""
+            found.append(self.text(remark.text, style, indent=2))
         if job_map and (picture := disk_map.picture(job_map)):
             found.append(self._map(picture))
         return found

@@ -11,6 +11,7 @@ from nbdmirror.amounts import duration, size
 from nbdmirror.explanation import (
     SILENT_S,
     Remark,
+    cost,
     doing,
     explanation,
     last_error,
@@ -23,6 +24,7 @@ __all__ = [
     "SILENT_S",
     "Remark",
     "age",
+    "cost",
     "deadline",
     "disk_troubles",
     "doing",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.madeservers import JOB, any_status, disk, status
+from support.madeservers import JOB, POINTS, any_status, disk, status
 
 from nbdmirror.web import history as web_history
 from nbdmirror.web import page as web_page
@@ -104,6 +104,30 @@ def test_what_it_shows() -> None:
 )
 def test_trouble_is_shown_as_status_shows_it(trouble: dict[str, Any], text: str) -> None:
     assert text in whole(report(disk("vda", JOB | trouble))).text
+
+
+def test_what_is_asked_for_is_no_trouble() -> None:
+    deadline = {"outlook": "can-be-kept", "on-deadline": "report", "left-s": 90.0, "at-s": 1e9}
+    seen = whole(report(disk("vda", JOB | {"x-nbdmirror-deadline": deadline})))
+    assert "its deadline in 1:30 can be kept" in seen.text
+    assert not [one for one in seen.all("p") if one[0].get("class") == "trouble"]
+
+
+def test_points_and_what_guests_pay() -> None:
+    lines = whole(report(disk("vda", JOB | POINTS | {"guests-wait-share": 0.03}))).text
+    moment = time.strftime("%H:%M:%S", time.localtime(1_699_999_999))
+    for part in (
+        f"Last point 812, of {moment}", "Points to recover 60, back to 1:00 ago",
+        "Journal 1 MiB of 1 GiB used", "An outage may last 15:00",
+        "Promised to be behind by 10.0 s at most", "3.0 % of their time waiting for the mirror",
+    ):  # fmt: skip
+        assert part in lines, part
+
+
+def test_a_plot_of_nothing_is_not_drawn() -> None:
+    nothing = {"copy-bytes-per-s": None, "dirty-bytes-per-s": None}
+    text = whole(report(disk("vda", JOB | nothing))).text
+    assert "copied: -" not in text and "behind: 0.3 s" in text
 
 
 @pytest.mark.parametrize(
