@@ -170,7 +170,7 @@ class PluginProcess:
                 source = self._wanted.on(source, opening)
             self._check_other_disks(path, source)
             if not self._is_read_only and self._wanted is None:  # a point may be tried
-                reserve_disk(raw_device(source), f"file={path}:")
+                _reserve(raw_device(source), path)
             if not source.size:
                 logs.print_startup_error(f"warning: {path}: has 0 bytes; guests get an empty disk")
             disk = self.disks[name] = Disk(name, source)
@@ -377,6 +377,17 @@ class PluginProcess:
                     log.warning(text, error, left_s)
                     is_told = True
                 time.sleep(min(RETRY_S, left_s))
+
+
+def _reserve(device: BlockDevice, path: str) -> None:
+    """A file is refused if another nbdmirror uses the same. An export may have two servers while a
+    guest moves from one to the other."""
+    try:
+        reserve_disk(device, f"file={path}:")
+    except ConfigError as error:
+        if not isinstance(device, NbdDevice):
+            raise
+        logs.print_startup_error(f"warning: {error}: guests of one server alone may write")
 
 
 def _call_later(delay_s: float, call: Callable[[], None]) -> None:
