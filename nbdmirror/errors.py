@@ -7,7 +7,8 @@
     │   ├── CommandNotFound     no such command (QMP class CommandNotFound)
     │   └── DeviceNotActive     no such block job (QMP class DeviceNotActive)
     └── DeviceError             an I/O request failed on one device; carries errno
-        └── DeviceLost          the connection is lost; requests in flight have an unknown outcome
+        ├── DeviceLost          the connection is lost; requests in flight have an unknown outcome
+        └── TargetRefused       a mirror must not write there, and has not
 
 Errors of a raw file or block device stay the operating system's `OSError`. `errno_of` maps either
 kind to the errno for a guest.
@@ -59,6 +60,13 @@ class DeviceError(Error):
 
 class DeviceLost(DeviceError):
     """The device's connection is dead. Each request in flight has an unknown outcome."""
+
+
+class TargetRefused(DeviceError):
+    """A target is something else than a target. Nothing was written to it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, _errno.EINVAL)
 
 
 IO_ERRORS = (OSError, DeviceError)

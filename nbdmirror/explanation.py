@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdmirror.amounts import duration, size
+from nbdmirror.point_sentences import fits, of_points, of_promises
 
 SILENT_S = 5.0
 """A server that answers nothing for so long is reported."""
@@ -33,6 +34,7 @@ _WAITS = {
     "target-flush": "waits for the target to flush",
     "speed-limit": "waits for its speed limit",
     "yielding": "leaves room for guests' requests, and is slower for that",
+    "acknowledgement": "waits for the acknowledgement of a point",
     "nothing-to-do": "has nothing to do",
 }
 """What a job that copies does now."""
@@ -45,7 +47,7 @@ _SAYS_IT_ALL = frozenset(
 
 def explanation(job: Job) -> list[str]:
     """All sentences about a job."""
-    found = [doing(job), *(remark.text for remark in remarks(job)), _cost(job)]
+    found = [doing(job), *(remark.text for remark in remarks(job)), cost(job)]
     return [text for text in found if text]
 
 
@@ -59,18 +61,9 @@ def doing(job: Job) -> str:
         text = f"waits for the acknowledgement of point {awaited['sequence']}"
         return f"{text}: nothing is written to the target until there is a snapshot of the point"
     if "sequence" in points and job.get("ready"):
-        return _of_points(points)
+        return of_points(points)
     parts = [_waits_for(job), "" if kinds & {"behind", "ending", "pause"} else _outlook(job)]
     return "; ".join(part for part in parts if part)
-
-
-def _of_points(points: Mapping[str, Any]) -> str:
-    """What the far side has, and for how long there is room for more."""
-    if "journal-bytes" not in points:
-        return f"point {points['sequence']} is safe: it was acknowledged"
-    text = f"the far side has point {points['sequence']}, whatever is lost"
-    used_bytes, room_bytes = points["journal-used-bytes"], points["journal-bytes"]
-    return f"{text}; {size(used_bytes)} of {size(room_bytes)} of its journal are used"
 
 
 def _waits_for(job: Job) -> str:
@@ -152,6 +145,8 @@ class Remark:
 
     kind: str
     text: str
+    is_trouble: bool = True
+    """Not what a user has asked for, or what comes by itself."""
 
 
 def remarks(job: Job) -> list[Remark]:
@@ -160,33 +155,14 @@ def remarks(job: Job) -> list[Remark]:
     is_paused = state(job).split()[0] in ("paused", "standby")
     if is_paused and job.get("io-status", "ok") == "ok" and job.get("ending", "none") == "none":
         text = "copies nothing while it is paused; continue with: nbdmirror resume"
-        found.append(Remark("paused", text))
+        found.append(Remark("paused", text, is_trouble=False))
     if state(job) == "pausing":
-        found.append(Remark("pausing", "will pause when its requests in flight have ended"))
-    found += _of_promises(job)
+        text = "will pause when its requests in flight have ended"
+        found.append(Remark("pausing", text, is_trouble=False))
+    found += [Remark(kind, text) for kind, text in of_promises(job)]
     is_copying = state(job) in ("running", "ready")
     if job.get("falling-behind") and is_copying and not _kinds(found) & _SAYS_IT_ALL:
         found.append(Remark("behind", _behind(job)))
-    return found
-
-
-def _of_promises(job: Job) -> list[Remark]:
-    """Of a job with points: the lag, and how far back its points reach."""
-    found, points = [], job.get("x-nbdmirror-points", {})
-    rpo_s, lag_s = points.get("rpo-s"), job.get("lag-s", 0)
-    if rpo_s is not None and lag_s > rpo_s:
-        text = f"the lag is larger than the {rpo_s:g} s of --rpo"
-        help_ = "check the far side, and the link to it"
-        if "awaited" in points:
-            help_ = "snapshots are made by: nbdmirror points --exec"
-        found.append(Remark("rpo", f"{text}; {help_}"))
-    if "in-place-since-s" in points:
-        text = "the far side has no point until the next one is made: what was changed did not fit"
-        found.append(Remark("in-place", f"{text} into the journal, and is copied in place"))
-    if points.get("kept") is False:
-        text = f"the points reach back {duration(points['reaches-s'])}, and --keep asks for"
-        text = f"{text} {duration(points['keep-s'])}: the journal is too small for that"
-        found.append(Remark("keep", text))
     return found
 
 
@@ -222,12 +198,13 @@ def _of_the_end(job: Job) -> list[Remark]:
     status, found = job.get("status"), []
     if status == "pending" and not job.get("auto-finalize"):
         text = "has finished its work; end the job with: nbdmirror finalize"
-        found.append(Remark("pending", text))
+        found.append(Remark("pending", text, is_trouble=False))
     elif status == "waiting":
         text = "has finished its work and waits for the other jobs of its group"
-        found.append(Remark("waiting", text))
+        found.append(Remark("waiting", text, is_trouble=False))
     elif status == "concluded" and not job.get("auto-dismiss"):
-        found.append(Remark("concluded", "has ended; remove the job with: nbdmirror dismiss"))
+        text = "has ended; remove the job with: nbdmirror dismiss"
+        found.append(Remark("concluded", text, is_trouble=False))
     elif status not in ("pending", "concluded") and job.get("ending", "none") != "none":
         ending = job["ending"]
         since = duration(job.get("ending-for-s", 0))
@@ -237,13 +214,13 @@ def _of_the_end(job: Job) -> list[Remark]:
         text = f"{what} for {since}: the job will {then} as soon as possible"
         if status == "standby":
             text = f"will {'complete' if ending == 'complete' else 'end'} after: nbdmirror resume"
-        if vain := job.get("quiesce-timeouts"):
+        if vain := job.get("quiesce-timeouts", 0):
             text += f"; guest writes were held {vain} times without success"
-        found.append(Remark("ending", text))
+        found.append(Remark("ending", text, is_trouble=bool(vain)))
     return found
 
 
-def _cost(job: Job) -> str:
+def cost(job: Job) -> str:
     """What guests have paid for the job; empty if not known."""
     if (share := job.get("guests-wait-share")) is None:
         return ""
@@ -281,6 +258,7 @@ _AT_THE_DEADLINE = {
     "cancel": "it is cancelled then",
     "complete": "it is completed then",
 }
+_NOT_READY = "it is not ready; give it up with: nbdmirror cancel"
 _AFTER_THE_DEADLINE = {
     "report": "end it with: nbdmirror complete, or with: nbdmirror cancel",
     "cancel": "it is cancelled",
@@ -297,7 +275,8 @@ def _of_the_time(job: Job) -> list[Remark]:
     if outlook == "passed":
         text = "its deadline has passed"
         if job.get("ending", "none") == "none":
-            text += f"; {_AFTER_THE_DEADLINE[action]}"
+            is_left = action == "report" and not job.get("ready")
+            text += f"; {_NOT_READY if is_left else _AFTER_THE_DEADLINE[action]}"
     elif outlook == "not-known":
         is_copying = job.get("copy-bytes-per-s") is not None
         text = f"whether {name} can be kept is not known {'yet' if is_copying else 'now'}"
@@ -308,7 +287,8 @@ def _of_the_time(job: Job) -> list[Remark]:
     else:
         text = f"{name} {'may be missed' if outlook == 'may-be-missed' else 'cannot be kept'}"
         text += f": {_why_late(job)}"
-    return [Remark("deadline", text)]
+    is_kept = outlook in ("not-known", "can-be-kept")
+    return [Remark("deadline", text, is_trouble=not is_kept)]
 
 
 def _why_late(job: Job) -> str:
@@ -334,7 +314,8 @@ def _of_the_servers(job: Job) -> list[Remark]:
     for side in ("source", "target"):
         if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:
             who = f"the {side}"
-            if side == "target" and "journal-bytes" in job.get("x-nbdmirror-points", {}):
+            points = job.get("x-nbdmirror-points", {})
+            if side == "target" and "sequence" in points and "journal-bytes" in points:
                 who = "the target, or its journal,"
             text = f"{who} has not answered for {duration(silent_s)}; check it, {give_up}"
             found.append(Remark(side, text))
@@ -343,8 +324,12 @@ def _of_the_servers(job: Job) -> list[Remark]:
         text = f"{error['operation']} error: {error.get('reason')}; trying again"
         found.append(Remark("retry", text))
     if job.get("io-status", "ok") != "ok":
-        text = "I/O error ({}): {}; try again with: nbdmirror resume"
-        found.append(Remark("error", text.format(job["io-status"], last_error(job))))
+        text = f"I/O error ({job['io-status']}): {last_error(job)}"
+        help_ = "try again with: nbdmirror resume"
+        if job["io-status"] == "nospace" and not fits(job):
+            help_ = "the points before it stay; cancel the job with --force,"
+            help_ += " and begin anew with a larger journal"
+        found.append(Remark("error", f"{text}; {help_}"))
     if job.get("error"):
         found.append(Remark("failure", f"error: {job['error']}"))
     return found

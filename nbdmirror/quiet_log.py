@@ -41,7 +41,8 @@ _ATTENDED = re.compile(rb"\(one of many\)(\x1b\[0m)?\s*$")
 _NUMBER = re.compile(r"(?<![\w./:-])\d+(?![\w./-])")
 _QUOTED = re.compile(r"'[^']*'")
 _ANY_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
-_NBDKIT = "nbdkit: "
+_NBDKIT = "nbdkit: ", "pthread_create: ", "accept: "
+"""The last ones are perror's."""
 _CALLBACK = "nbdmirror-plugin.py: "
 
 Tell = Callable[[int, str], None]

@@ -9,6 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from nbdmirror.threads import start_thread
+
 IDLE_S = 2.0
 """How long a thread waits for more work."""
 
@@ -52,7 +54,7 @@ class Workers:
     def _see_to_calls(self) -> None:
         if len(self._calls) > self._idle and self._threads < self._count:
             self._threads += 1
-            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            start_thread(self._run, self._name)
         self._changed.notify_all()
 
     def _see_to_last(self) -> None:

@@ -155,6 +155,10 @@ def cleanup() -> None:
     process.stop()
 
 
+def preconnect(readonly: bool) -> None:
+    process.descriptors.check_room()
+
+
 def list_exports(readonly: bool, is_tls: bool) -> list[str]:
     return list(process.disks)
 

@@ -278,6 +278,8 @@ async def _copy_mode(session: Session, args: argparse.Namespace) -> int:
     elif args.mode == "write-blocking" and not state.get("actively-synced"):
         text += "; nbdmirror status shows when it is"
     print(text)
+    if args.mode == "points":
+        await cli_point.tell_of_outage(session, job)
     return DONE
 
 

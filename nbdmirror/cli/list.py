@@ -26,7 +26,10 @@ PLUGIN = "nbdmirror-plugin.py"
 ANSWER_S_MAX = 5.0
 AT_ONCE_MAX = 16
 """So many servers are queried at a time: one that hangs delays few others."""
-ADVICE = "the server has just ended, or runs in a container with other files"
+ADVICE = (
+    "the server has just ended, or its control socket was removed (SIGTERM ends it in order), "
+    "or it runs in a container with other files"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,15 @@ def _socket(words: list[str], pid: str) -> str:
     return path
 
 
+def _numbers(pid: int) -> list[int]:
+    """The numbers of a process, which has another one in a container; [] if they are not known."""
+    with suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("NSpid:"):
+                return list(map(int, line.split()[1:]))
+    return []
+
+
 def _links(folder: str) -> Iterator[str]:
     for name in os.listdir(folder):
         with suppress(OSError):  # closed meanwhile
@@ -161,7 +173,12 @@ async def _ask(found: Found) -> Answer:
         return refused("the server has no control socket", NO_SERVER)
     try:
         async with asyncio.timeout(ANSWER_S_MAX), _connect(found) as session:
-            return Answer({**server, "package": session.package, **await session.status()})
+            status = await session.status()
+            numbers, answered = _numbers(found.pid), status.get("pid")
+            if numbers and answered is not None and answered not in numbers:
+                text = f"the control socket was removed, and process {answered} has its place now"
+                return refused(f"{text}; SIGTERM ends this one in order", NO_SERVER)
+            return Answer({**server, "package": session.package, **status})
     except CliError as error:
         return refused(str(error), error.status)
     except TimeoutError:

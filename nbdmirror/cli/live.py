@@ -31,6 +31,7 @@ from nbdmirror.cli.status import (
     disk_text,
     event_text,
     forget_meters,
+    is_routine,
     job_parts,
     last_text,
 )
@@ -139,7 +140,9 @@ class _Screen:
         lines = filter(None, (moves, job_parts(job)))
         found = [row, *(self.text(", ".join(parts), indent=2) for parts in lines)]
         found += [self.text(sentence, indent=2) for sentence in [doing(job)] if sentence]
-        found += [self.text(remark.text, _WARNING, indent=2) for remark in remarks(job)]
+        for remark in remarks(job):
+            style = _WARNING if remark.is_trouble else ""
+            found.append(self.text(remark.text, style, indent=2))
         if job_map and (picture := disk_map.picture(job_map)):
             found.append(self._map(picture))
         return found
@@ -199,7 +202,8 @@ class _Events:
         self._texts: deque[str] = deque(maxlen=EVENTS_MAX)
 
     def add(self, event: Mapping[str, Any]) -> None:
-        self._texts.append(event_text(dict(event)))
+        if not is_routine(dict(event)):
+            self._texts.append(event_text(dict(event)))
 
     def lines(self, screen: _Screen) -> list[RenderableType]:
         return [screen.text(text, _QUIET) for text in self._texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import time
 from collections.abc import Sequence
@@ -171,11 +172,14 @@ async def run(session: Session, args: argparse.Namespace) -> int:
         await session.execute("transaction", limit_s=limit_s, actions=actions, properties=how)
     session.is_starting = False
     if not args.wait:
-        return await _tell(sessions, [place.target for place in places], devices)
+        targets = [place.target for place in places]
+        return await _tell(sessions, targets, devices, has_journals=bool(args.journal))
     return await each(sessions, partial(_wait, args))
 
 
-async def _tell(sessions: Sessions, targets: Sequence[str], devices: Sequence[str]) -> int:
+async def _tell(
+    sessions: Sessions, targets: Sequence[str], devices: Sequence[str], *, has_journals: bool
+) -> int:
     """An immediate failure is known by now. It ends all jobs."""
     watches = {job: Watch(one, job, PlainDisplay(time.monotonic)) for job, one in sessions.items()}
     states = {job: await watch.look() for job, watch in watches.items()}
@@ -190,10 +194,14 @@ async def _tell(sessions: Sessions, targets: Sequence[str], devices: Sequence[st
         assert state is not None
         text = "; ".join([cli_words.state(state), *cli_words.deadline(state)])
         print(f"job {job} mirrors {device} to {target}: {text}; see: nbdmirror status")
+    if has_journals:
+        await asyncio.gather(*(cli_point.tell_of_outage(one, job) for job, one in sessions.items()))
     return DONE
 
 
 async def _wait(args: argparse.Namespace, session: Session, job: str) -> int:
+    if args.journal and not args.json:
+        await cli_point.tell_of_outage(session, job)
     is_alone = len(args.places) == 1
     with open_display(time.monotonic, as_json=args.json, is_alone=is_alone) as display:
         watch = Watch(session, job, display)

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from typing import Any
 
 from nbdmirror.cli.common import DONE, USAGE, CliError
 from nbdmirror.cli.jobs import find_job
-from nbdmirror.cli.session import Session
+from nbdmirror.cli.session import Session, jobs_of
+from nbdmirror.cli.streams import say
+from nbdmirror.point_sentences import outage
+
+OUTAGE_S_MAX = 3.0
+"""How long a command waits until it is known how much guests change."""
+
+POLL_S = 0.25
+
+
+async def tell_of_outage(session: Session, job: str) -> None:
+    """Say for how long the journal of a job that has just begun will do, once that is known."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + OUTAGE_S_MAX
+    while loop.time() < end_s:
+        points = (jobs_of(await session.status()).get(job) or {}).get("x-nbdmirror-points") or {}
+        if text := outage(points):
+            say(f"the journal of job {job}: {text}")
+        if text or not points:
+            return
+        await asyncio.sleep(POLL_S)
 
 
 async def run(session: Session, args: argparse.Namespace) -> int:

@@ -181,8 +181,11 @@ def _recover_one(pair: Devices, wanted: str | None) -> Recovered:
 def _what_it_is(image: BlockDevice, found: Recovered) -> str:
     point = found.point
     name = f" ({point.name})" if point.name else ""
-    text = f"{image.description} is point {point.sequence}{name} of {wall_time(point.time_ns)}"
-    return f"{text}; it was recovered before" if found.was_done else text
+    text = f"point {point.sequence}{name} of {wall_time(point.time_ns)}"
+    if found.was_done:  # what guests have done to it since is not known here
+        at = wall_time(found.done_ns)
+        return f"{image.description} was made {text} before, at {at}: nothing was changed now"
+    return f"{image.description} is {text}"
 
 
 def _tell_of_group(journals: Sequence[Journal], instant: Instant) -> None:

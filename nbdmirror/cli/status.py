@@ -99,5 +99,13 @@ def event_text(event: dict[str, Any]) -> str:
     return " ".join([f"{moment}.{stamp.get('microseconds', 0):06}", event["event"], *pairs])
 
 
+def is_routine(event: dict[str, Any]) -> bool:
+    """A point that was made in time, without a name, and with nobody who has to do anything: the
+    status has its number, and there may be one each second."""
+    data = event.get("data") or {}
+    is_point = event.get("event") == "X_NBDMIRROR_POINT"
+    return is_point and not data.get("name") and not data.get("ack")
+
+
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

@@ -19,10 +19,10 @@ from nbdmirror.cli.common import DONE, NO_SERVER, CliError
 from nbdmirror.cli.list import find, one_each
 from nbdmirror.cli.places import bound
 from nbdmirror.cli.session import Session, connect, no_socket, run_interruptible
-from nbdmirror.cli.status import event_text
+from nbdmirror.cli.status import event_text, is_routine
 from nbdmirror.cli.streams import say
 from nbdmirror.errors import ConfigError
-from nbdmirror.web.host import NoAnswer
+from nbdmirror.web.host import News, NoAnswer
 from nbdmirror.web.service import serve
 
 BACKLOG = 128
@@ -72,10 +72,10 @@ class _Conversation:
     async def job_map(self, job: str, cells: int) -> dict[str, Any]:
         return await self._session.job_map(job, cells)
 
-    async def events(self) -> list[str]:
+    async def events(self) -> list[News]:
         first = await self._session.events.get()
-        events = (first, *self._session.events.clear())
-        return [event_text(dict(event)).partition(" ")[2] for event in events]
+        events = [dict(event) for event in (first, *self._session.events.clear())]
+        return [News(event_text(one).partition(" ")[2], is_routine(one)) for one in events]
 
 
 def _check(place: str) -> None:

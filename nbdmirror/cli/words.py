@@ -11,6 +11,7 @@ from nbdmirror.amounts import duration, size
 from nbdmirror.explanation import (
     SILENT_S,
     Remark,
+    cost,
     doing,
     explanation,
     last_error,
@@ -22,6 +23,8 @@ from nbdmirror.explanation import (
 __all__ = [
     "SILENT_S",
     "Remark",
+    "age",
+    "cost",
     "deadline",
     "disk_troubles",
     "doing",
@@ -122,13 +125,18 @@ def lag(job: dict[str, Any]) -> list[str]:
 
 def _lag(job: dict[str, Any]) -> list[str]:
     if (lag_s := job.get("lag-s")) is not None:
-        tenths = math.ceil(lag_s * 10)  # never too small
-        parts = [f"lag {tenths / 10} s" if tenths < 600 else f"lag {duration(-(-tenths // 10))}"]
+        parts = [f"lag {age(lag_s)}"]
         if unflushed := job.get("unflushed-bytes"):
             parts.append(f"{size(unflushed)} not flushed")
         return parts
     is_copying = job.get("status") in ("running", "paused") and "unflushed-bytes" in job
     return ["no copy yet"] if is_copying else []
+
+
+def age(seconds: float) -> str:
+    """Rounded up: never too small."""
+    tenths = math.ceil(seconds * 10)
+    return f"{tenths / 10} s" if tenths < 600 else duration(-(-tenths // 10))
 
 
 def deadline(job: dict[str, Any]) -> list[str]:
@@ -153,6 +161,8 @@ def disk_troubles(disk: dict[str, Any]) -> list[str]:
         found.append(f"target only: the disk is served from {disk['target-only']}")
     if disk.get("problem"):
         found.append(str(disk["problem"]))
+    if disk.get("point-gone"):
+        found.append(f"all reads fail: {disk['point-gone']}")
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nbdmirror.errors import DeviceError
 
@@ -127,6 +127,14 @@ Done = Callable[[BaseException | None], None]
 
 ExtentsDone = Callable[[list[Extent] | None, BaseException | None], None]
 """Called once, with the extents or with the error."""
+
+
+@runtime_checkable
+class Passing(Protocol):
+    """A disk that may go away for good, as a point of a journal does. `gone`: why it has; empty if
+    it has not, as far as is known."""
+
+    gone: str
 
 
 class AsyncSource(Protocol):
@@ -265,11 +273,12 @@ class MemoryDevice(BlockDevice):
         end = offset + length
         while offset < end:
             block = offset // self.BLOCK_BYTES
-            step = min(end, (block + 1) * self.BLOCK_BYTES) - offset
-            hole = not self.allocated[block]
-            found.append(Extent(step, zero=hole, hole=hole))
-            offset += step
-        return merge_extents(found)
+            is_hole = not self.allocated[block]
+            other = self.allocated.find(is_hole, block)
+            until = min(end, other * self.BLOCK_BYTES) if other >= 0 else end
+            found.append(Extent(until - offset, zero=is_hole, hole=is_hole))
+            offset = until
+        return found
 
     def cache(self, offset: int, length: int) -> None:
         self._check(offset, length)

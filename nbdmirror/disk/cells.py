@@ -79,32 +79,57 @@ class Cells:
         return ((unit + 1) * self._count - 1) // self._units
 
 
+def map_of(
+    cells: Cells,
+    *,
+    dirty: DirtyBitmap,
+    in_flight: list[int],
+    unflushed: Iterable[DirtyBitmap] = (),
+    zeroes: Zeroes,
+) -> DiskMap:
+    """`in_flight`: a number for each cell."""
+    return DiskMap(
+        lengths=cells.lengths,
+        dirty=cells.sum_of((dirty,)),
+        in_flight=in_flight,
+        unflushed=cells.sum_of(unflushed),
+        zero=zeroes.in_cells(cells),
+    )
+
+
 class Zeroes:
     """Where the target was zeroed and nothing else was written there since, as far as that fits
-    into a bounded number of granules. Used under Tracker's lock."""
+    into a bounded number of granules. Used under Tracker's lock, or while the tracker has nothing
+    in flight."""
 
     def __init__(self, size: int, granularity: int) -> None:
         while size // granularity > ZERO_GRANULES_MAX:
             granularity *= 2
-        self._bits = DirtyBitmap(size, granularity)
+        self._size = size
+        self._granularity = granularity
+        self._bits: DirtyBitmap | None = None
+        """None: nothing was zeroed."""
 
     def add(self, offset: int, length: int) -> None:
         """The range was zeroed; whole granules of it count."""
-        granularity, end = self._bits.granularity, offset + length
+        granularity, end = self._granularity, offset + length
         start = -(-offset // granularity) * granularity
-        if end < self._bits.size:
+        if end < self._size:
             end -= end % granularity
         if start < end:
+            self._bits = self._bits or DirtyBitmap(self._size, granularity)
             self._bits.mark(start, end - start)
 
     def remove(self, offset: int, length: int) -> None:
         """The range may be anything."""
-        if self._bits.is_dirty(offset, length):
-            start = offset - offset % self._bits.granularity
-            end = -(-(offset + length) // self._bits.granularity) * self._bits.granularity
+        if self._bits is not None and self._bits.is_dirty(offset, length):
+            start = offset - offset % self._granularity
+            end = -(-(offset + length) // self._granularity) * self._granularity
             self._bits.clear(start, end - start)
 
     def in_cells(self, cells: Cells) -> list[int]:
+        if self._bits is None:
+            return [0] * len(cells.ends)
         found = self._bits.bytes_in_cells(cells.ends, 0)
         # A granule may be longer than a cell's last part.
         return [min(one, length) for one, length in zip(found, cells.lengths, strict=True)]

@@ -110,6 +110,13 @@ class Changes:
         self.dirty.merge(self.frozen.covered)  # before they leave the frozen set
         self.committed()
 
+    @property
+    def noted_bytes(self) -> int:
+        """Bytes that guests have written, each as often as it was written."""
+        frozen = self.frozen.covered if self.frozen is not None else None
+        found = (self.dirty, self._next, frozen)
+        return sum(bitmap.noted_bytes for bitmap in found if bitmap is not None)
+
     def may_differ(self) -> DirtyBitmap:
         """A copy of everything in which the disk may differ from the last committed point."""
         found = self.dirty.copy()

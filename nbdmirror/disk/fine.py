@@ -156,6 +156,7 @@ class FineBitmap(DirtyBitmap):
         self._coarse_looks = other._coarse_looks
 
     def clear_used(self) -> None:
+        self.noted_bytes += sum(length for _, length in self._notes or ())
         self._coarsen()
         self._coarse_looks = None
         super().clear_used()

@@ -13,7 +13,7 @@ from itertools import chain
 from nbdmirror.devices.base import round_out
 from nbdmirror.disk.backlog import Backlog
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.disk.cells import Cells, DiskMap, Zeroes
+from nbdmirror.disk.cells import Cells, DiskMap, Zeroes, map_of
 from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.fine import FineBitmap
 from nbdmirror.disk.hot import HotGranules
@@ -64,8 +64,8 @@ class Tracker:
         self._backlog = Backlog(size, granularity)
         self._remainder = remainder
         self._sent = SentParts()
-        self._zeroes: Zeroes | None = None
-        """For the map alone. None: nothing was zeroed."""
+        self.zeroes = Zeroes(size, granularity)
+        """For the map alone."""
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # for those in `_waiting`, and only then
         self._copies: list[Claim] = []
@@ -139,8 +139,7 @@ class Tracker:
                 claim.parts = self.dirty.take(claim.offset, claim.length)
                 self._sent.add_claim(claim)
                 self._backlog.took(claim, claim.offset, claim.length)
-                if self._zeroes is not None:
-                    self._zeroes.remove(claim.offset, claim.length)
+                self.zeroes.remove(claim.offset, claim.length)
                 self._copies.append(claim)
                 return claim
         return None
@@ -164,8 +163,7 @@ class Tracker:
                 if self._repeated is not None:
                     self._repeated.clear(claim.offset, claim.length)
                 if claim.is_zero:
-                    self._zeroes = self._zeroes or Zeroes(self.size, self.granularity)
-                    self._zeroes.add(claim.offset, claim.length)
+                    self.zeroes.add(claim.offset, claim.length)
             self._copies.remove(claim)
             self._backlog.left(claim)
             self._tell_waiting()
@@ -197,8 +195,7 @@ class Tracker:
             self._sent.add(((offset, length),))
             self.dirty.clear(offset, length)
             self._backlog.took(claim, offset, length)
-            if self._zeroes is not None:
-                self._zeroes.remove(offset, length)
+            self.zeroes.remove(offset, length)
         return claim
 
     def end_write(self, claim: Claim, *, failed: bool) -> None:
@@ -331,13 +328,8 @@ class Tracker:
         with self._lock:
             claims = [*self._copies, *self._writes]
             sent = (self.unflushed, *self._flushing)
-        return DiskMap(
-            lengths=cells.lengths,
-            dirty=cells.sum_of((self.dirty,)),
-            in_flight=cells.bytes_of(claims),
-            unflushed=cells.sum_of(sent),
-            zero=self._zeroes.in_cells(cells) if self._zeroes else [0] * len(cells.ends),
-        )
+        in_flight, zeroes = cells.bytes_of(claims), self.zeroes
+        return map_of(cells, dirty=self.dirty, in_flight=in_flight, unflushed=sent, zeroes=zeroes)
 
     def close(self) -> None:
         """The mirror has ended, and no guest marks its bitmap any more."""

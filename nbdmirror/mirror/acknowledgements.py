@@ -32,6 +32,8 @@ class Acknowledgements:
         """The last point that counts as committed was acknowledged, or there is none."""
         self.on_awaited: Callable[[], None] = lambda: None
         """Tells users that the point `awaited` is whole."""
+        self.on_over: Callable[[], None] = lambda: None
+        """It is not awaited any more."""
         self.is_needed: Callable[[], bool] = lambda: True
         """False: nothing but the image is to have the points."""
         self.write_down: Callable[[Done], None] = lambda done: done(None)
@@ -104,4 +106,5 @@ class Acknowledgements:
     def _end(self, error: BaseException | None) -> None:
         done, self._done, self.awaited = self._done, None, 0
         if done is not None:
+            self.on_over()
             done(error)

@@ -36,9 +36,8 @@ class JournalRoom:
     used_bytes: int
     points: int
     """How many points can be recovered."""
-    lasts_s: float | None
-    """Seconds until the journal is full at the present rate if nothing is applied; None if that is
-    unknown."""
+    point_bytes: int
+    """What one point can have of the disk, if all others make room for it."""
 
 
 class FarSide(PointWriter, Journal, Protocol):

@@ -36,7 +36,6 @@ from nbdmirror.mirror.resources import JobState, MirrorResources, Target
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
 from nbdmirror.mirror.timers import RETRY, JobTimers
-from nbdmirror.mirror.traffic import Traffic
 
 
 class MirrorJob(MirrorView):
@@ -293,7 +292,7 @@ class MirrorJob(MirrorView):
         self.become(Activity.COPYING)
         self._timers.went_well()
         self.tracker.refine()
-        self.traffic = Traffic(self.copier, self.tracker)
+        self.count_traffic()
         self.lag = self.watch.follow(self._poll.alarm)
 
     def _do(self, step: Callable[[Done], None], then: Callable[[], None], operation: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nbdmirror.disk.bitmap import DirtyBitmap
+from nbdmirror.disk.cells import DiskMap
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.throttle import Throttle
 from nbdmirror.disk.tracker import Tracker
@@ -13,6 +14,7 @@ from nbdmirror.mirror.job import Job
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.options import MirrorOptions
 from nbdmirror.mirror.resources import Target
+from nbdmirror.mirror.traffic import Traffic
 from nbdmirror.subject_log import job_log
 
 
@@ -46,6 +48,24 @@ class MirrorView(Job):
         if self.status is JobStatus.READY:
             return self.copier.in_flight > 0 or self.activity.waits_to_try_again
         return self.status is JobStatus.RUNNING
+
+    def count_traffic(self) -> None:
+        """The job is READY: from now on."""
+        self.traffic = self.traffic or Traffic(self.copier, self.tracker)
+
+    @property
+    def makes_points(self) -> bool:
+        """Points are made now, and there was one: what is sent is theirs."""
+        return False
+
+    def map(self, cells_max: int) -> DiskMap:
+        """As Tracker.map."""
+        return self.tracker.map(cells_max)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """On its way to the target's storage."""
+        return self.tracker.in_flight_bytes
 
     @property
     def offset(self) -> int:

@@ -20,7 +20,7 @@ from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.ledger import Ledger
 from nbdmirror.errors import Error
 from nbdmirror.event_loop import Loop
-from nbdmirror.mirror.far_side import FarSide, JournalRoom
+from nbdmirror.mirror.far_side import FarSide
 from nbdmirror.mirror.frozen_view import Chunk
 from nbdmirror.mirror.point_group import CommonCut, CutRun, Moment
 from nbdmirror.mirror.point_lag import PointLag
@@ -141,11 +141,6 @@ class PointRun(CutRun):
     def point(self) -> CommittedPoint:
         """The one in progress; without its number."""
         return self._point
-
-    @property
-    def room(self) -> JournalRoom | None:
-        """How full the journal is; None before `start`, or if there is none."""
-        return None if self._far is None else self._far.room()
 
     @property
     def reaches_s(self) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.activity import Activity
-from nbdmirror.mirror.far_side import FarSide, NoRoom, PointsRefused, PointsResources
+from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused, PointsResources
 from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.lag import StandingLag
 from nbdmirror.mirror.last_point import LastPoint
@@ -114,9 +114,17 @@ class PointsJob(PointsView):
     def _dropped(self) -> None:
         self._maker, self._gives_up, self.in_place_since_ns = None, False, 0
         self.point_group.leave(self)
+        self.promises.outage.end()
+        self.point_traffic.follow(None)
         self._far_resources.drop_points()
         self.log.info("makes no points any more: the image is copied in place")
         self.release()
+
+    @property
+    def journal_room(self) -> JournalRoom | None:
+        """None: there is no journal, or none yet."""
+        far = self._far_resources.far_side
+        return far.room() if far is not None else None
 
     # The run's owner.
 
@@ -126,6 +134,7 @@ class PointsJob(PointsView):
         self.tell_point(point)
         self.lag, self.in_place_since_ns = self.run.lag, 0
         if self.status is JobStatus.RUNNING:
+            self.count_traffic()
             self.to(JobStatus.READY, "the first point is committed")
             self.tell("BLOCK_JOB_READY")
 
@@ -210,6 +219,8 @@ class PointsJob(PointsView):
     def detach(self) -> None:
         super().detach()
         self.point_group.leave(self)
+        if self._maker is not None:
+            self.promises.outage.end()
         if self.run is not None:
             self.run.end()
         elif self._maker is not None:  # which an earlier process may have begun
@@ -376,4 +387,6 @@ class PointsJob(PointsView):
             self.promises.look_at_lag(self.lag)
             if self.run is not None and self.ending is Ending.NONE:
                 self.promises.look_at_window(self.run)
+        if self._maker is not None:
+            self.promises.look_at_journal(self.run, self.journal_room)
         super()._look()

@@ -8,15 +8,19 @@ from functools import partial
 from typing import Any
 
 from nbdmirror.devices.base import AsyncSource
+from nbdmirror.disk.cells import Cells, DiskMap, map_of
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.mirror_job import MirrorJob
+from nbdmirror.mirror.outage import Outage
 from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.point_plan import PointPlan, RunMaker
 from nbdmirror.mirror.point_promises import PointPromises
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_run import PointRun
+from nbdmirror.mirror.traffic import PointTraffic, Traffic
+from nbdmirror.mirror.watched import WatchedSource
 
 REQUEST_S_MAX = 30.0
 """A point that was asked for, and could not be begun for so long, is not made: a guest whose file
@@ -53,12 +57,13 @@ class PointsView(MirrorJob):
         self._wall_time_ns = wall_time_ns
         self._sent_bytes = 0
         """Of earlier runs."""
+        self.point_traffic = PointTraffic()
         self._new_maker = partial(
             RunMaker,
             owner=self,  # type: ignore[arg-type]  # PointsJob is one
             disk=self.disk,
             tracker=self.tracker,
-            source=source,
+            source=WatchedSource(source, self.waits),
             loop=self._loop,
             wall_time_ns=wall_time_ns,
         )
@@ -67,8 +72,13 @@ class PointsView(MirrorJob):
 
     def _adopt(self, plan: PointPlan) -> None:
         self._maker = self._new_maker(plan)
+        self.point_traffic.follow(plan.changes)
         self.promises = PointPromises(
-            rpo_s=plan.rpo_s, keep_s=plan.keep_s, tell=self._tell_of_points
+            rpo_s=plan.rpo_s,
+            keep_s=plan.keep_s,
+            outage=Outage(plan.changes, self._loop.clock),
+            tell=self._tell_of_points,
+            log=self.log,
         )
         self.share_points(self.group.points)
 
@@ -94,6 +104,30 @@ class PointsView(MirrorJob):
         if self.run is not None and self.status is JobStatus.READY:
             return not self.run.is_idle or self.activity.waits_to_try_again
         return super().is_busy
+
+    @property
+    def makes_points(self) -> bool:
+        run = self.run
+        return run is not None and run.is_running and self.traffic is not None
+
+    def map(self, cells_max: int) -> DiskMap:
+        """A point that is on its way is in flight, as a whole. What is sent is durable then."""
+        if self.run is None:
+            return super().map(cells_max)
+        changes = self.run.changes
+        cells = Cells(changes.size, changes.granularity, cells_max)
+        frozen = changes.frozen
+        in_flight = cells.sum_of([frozen.covered] if frozen is not None else [])
+        zeroes = self.tracker.zeroes
+        return map_of(cells, dirty=changes.dirty, in_flight=in_flight, zeroes=zeroes)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        frozen = self.run.changes.frozen if self.run is not None else None
+        return super().in_flight_bytes + (frozen.covered.dirty_bytes if frozen is not None else 0)
+
+    def count_traffic(self) -> None:
+        self.traffic = self.traffic or Traffic(self.copier, self.tracker, self.point_traffic)
 
     @property
     def offset(self) -> int:

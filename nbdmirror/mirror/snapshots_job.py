@@ -15,6 +15,7 @@ image is the last one. On the event loop's thread.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nbdmirror.errors import CommandError
@@ -22,6 +23,7 @@ from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.options import Ending
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.points_job import PointsJob
+from nbdmirror.mirror.waits import Cause
 
 
 class SnapshotsJob(PointsJob):
@@ -31,6 +33,7 @@ class SnapshotsJob(PointsJob):
         super().__init__(**points)
         self.acks = acks
         acks.on_awaited, acks.is_needed = self._awaited, self._needs_acks
+        acks.on_over = partial(self.waits.ends, Cause.ACKNOWLEDGEMENT)
         self.awaited: CommittedPoint | None = None
         """The last point that was announced."""
         self.awaited_since_ns = 0
@@ -59,6 +62,7 @@ class SnapshotsJob(PointsJob):
     def _awaited(self) -> None:
         """A point is whole, and waits for its acknowledgement."""
         assert self.run is not None
+        self.waits.begins(Cause.ACKNOWLEDGEMENT)
         self.awaited_since_ns = self._wall_time_ns()
         self.awaited = replace(self.run.point, sequence=self.acks.awaited)
         self.acks.awaited_ns = self.awaited.time_ns

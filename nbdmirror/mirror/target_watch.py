@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable
 
 from nbdmirror.disk.alarm import Alarm
@@ -15,6 +14,7 @@ from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.lag import Lag
 from nbdmirror.mirror.outlook import Outlook
 from nbdmirror.mirror.resources import Target
+from nbdmirror.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class TargetWatch:
             self._answered_s, self._asked_s = self._clock(), None
             self._target.give_up()
 
-        threading.Thread(target=work, name="nbdmirror-life", daemon=True).start()
+        start_thread(work, "nbdmirror-life")
 
     def _flush(self) -> None:
         """A flush takes longer the more data it covers. After a long flush the next one comes after

@@ -7,7 +7,9 @@ Each moment belongs to the first of these that applies:
      to guests' requests (`hold`). Requests may be in flight meanwhile; they are not the reason.
   3. Requests are in flight: source, target's writes and target's flushes, in proportion to their
      numbers. A copier keeps its slots full, so most copies are where a copy takes longest: the
-     numbers are to each other as these times are (Little's law).
+     numbers are to each other as these times are (Little's law). Points have no copier: their
+     requests to disk, image and journal count one by one (`begins`), and so does the wait for an
+     acknowledgement.
   4. Nothing is in flight: nothing to do. What is dirty may not be due yet: after READY a copier
      spreads its work (rate_limit.py).
 
@@ -46,6 +48,8 @@ class Cause(enum.StrEnum):
     SPEED_LIMIT = "speed-limit"
     YIELDING = "yielding"
     """Few requests are in flight, so that guests' requests are not delayed."""
+    ACKNOWLEDGEMENT = "acknowledgement"
+    """Of a point: somebody makes a snapshot, and nothing may be written until there is one."""
     NOTHING_TO_DO = "nothing-to-do"
     PAUSED = "paused"
     ERROR = "error"
@@ -97,9 +101,16 @@ class Waits:
         self.last_flush_s = 0.0
         """How long the last flush took."""
         self._flush_began_s = 0.0
+        self._others = [0] * len(Cause)
+        """What else is waited for, by the index of its cause."""
+        self._count = 0
+        """The sum of these."""
+        self.answers = 0
+        """How much of that has ended."""
         self._copies_s = self._writes_s = self._flushes_s = 0.0
         """The time of these requests since the last division: each subtracts the time when it
         begins, and adds the time when it ends. For those in flight, the present time is missing."""
+        self._others_s = [0.0] * len(Cause)
         self._looks: deque[tuple[float, tuple[float, ...]]] = deque()
         self.look()
 
@@ -121,14 +132,14 @@ class Waits:
     def copy_begins(self) -> None:
         """A claim is on its way, at the source first."""
         now_s = self._clock()
-        if not (self._copies or self._flushes):
+        if not (self._copies or self._flushes or self._count):
             self._divide(now_s)
         self._copies += 1
         self._copies_s -= now_s
 
     def copy_ends(self) -> None:
         now_s = self._clock()
-        if self._copies == 1 and not self._flushes:
+        if self._copies == 1 and not (self._flushes or self._count):
             self._divide(now_s)
         self._copies -= 1
         self._copies_s += now_s
@@ -157,6 +168,24 @@ class Waits:
         self._flushes -= 1
         self._flushes_s += now_s
 
+    def begins(self, cause: Cause) -> None:
+        """A request that is no copy's, or something else that is waited for, until `ends`."""
+        now_s, index = self._clock(), _INDEX[cause]
+        if not (self._copies or self._flushes or self._count):
+            self._divide(now_s)
+        self._count += 1
+        self._others[index] += 1
+        self._others_s[index] -= now_s
+
+    def ends(self, cause: Cause) -> None:
+        now_s, index = self._clock(), _INDEX[cause]
+        if self._count == 1 and not (self._copies or self._flushes):
+            self._divide(now_s)
+        self._count -= 1
+        self._others[index] -= 1
+        self._others_s[index] += now_s
+        self.answers += 1
+
     # What queries show.
 
     @property
@@ -167,7 +196,13 @@ class Waits:
     @property
     def is_at_target(self) -> bool:
         """A write or a flush waits for the target's answer."""
-        return self._flushes > 0 or self._writes > 0
+        others = self._others[_WRITE] + self._others[_FLUSH]
+        return self._flushes > 0 or self._writes > 0 or others > 0
+
+    @property
+    def is_at_source(self) -> bool:
+        """A read that is no copy's waits for the source's answer."""
+        return self._others[_READ] > 0
 
     def look(self) -> None:
         """Call this about once a second."""
@@ -212,22 +247,26 @@ class Waits:
         copies_s = self._copies_s + self._copies * now_s
         writes_s = self._writes_s + self._writes * now_s
         flushes_s = self._flushes_s + self._flushes * now_s
+        others_s = [s + n * now_s for s, n in zip(self._others_s, self._others, strict=True)]
         self._copies_s -= copies_s
         self._writes_s -= writes_s
         self._flushes_s -= flushes_s
+        self._others_s = [s - of_s for s, of_s in zip(self._others_s, others_s, strict=True)]
         if self._is_over:
             return
         self._divided_s = now_s
-        seconds, all_s = self._seconds, copies_s + flushes_s
+        seconds, all_s = self._seconds, copies_s + flushes_s + sum(others_s)
         if (cause := self._activity or self._hold) is not None:
             seconds[_INDEX[cause]] += passed_s
         elif all_s <= 0:
             seconds[_NOTHING] += passed_s
         else:
-            target_s, flush_s = passed_s * writes_s / all_s, passed_s * flushes_s / all_s
-            seconds[_WRITE] += target_s
-            seconds[_FLUSH] += flush_s
-            seconds[_READ] += max(0.0, passed_s - target_s - flush_s)
+            parts_s = others_s
+            parts_s[_WRITE] += writes_s
+            parts_s[_FLUSH] += flushes_s
+            parts_s[_READ] += max(0.0, copies_s - writes_s)
+            for index, part_s in enumerate(parts_s):
+                seconds[index] += passed_s * part_s / all_s
 
 
 def _as_shares(spent: Mapping[Cause, float], at_once: Cause) -> dict[Cause, float]:

@@ -31,6 +31,7 @@ from nbdmirror.nbdclient.block_status import LENGTH_MAX, collector, status_metho
 from nbdmirror.nbdclient.handshake import DEPTH_CONTEXT, ExportInfo
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S, AnyConnection, ConnectionPool
 from nbdmirror.nbdclient.request import Parts
+from nbdmirror.nbdclient.reservations import release
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 
 log = logging.getLogger(__name__)
@@ -257,6 +258,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
                 return link
 
     def close(self) -> None:
+        release(self)
         self.pool.close()
 
     def is_server_there(self) -> bool:

@@ -20,6 +20,7 @@ from contextlib import suppress
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.nbdclient.exclusive_connection import ExclusiveConnection
+from nbdmirror.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class ExclusiveSet:
         self._connect = connect
         self._is_wanted = is_wanted
         self._lock = threading.Lock()  # guards changes of `open`, and the thread
-        self._thread: threading.Thread | None = None
+        self._has_thread = False
         self._asked = threading.Event()
         self._generation = 0
         self._epoch = 0
@@ -91,9 +92,9 @@ class ExclusiveSet:
                 self.may_grow = False
                 return
             self._asked.set()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=_NAME, daemon=True)
-                self._thread.start()
+            if not self._has_thread:
+                self._has_thread = True
+                start_thread(self._run, _NAME)
 
     def begin_anew(self, generation: int) -> tuple[ExclusiveConnection, ...]:
         """Begin the pool's next generation without links. Returns the old links; the caller closes
@@ -138,7 +139,7 @@ class ExclusiveSet:
                     self._full_until_s, self.may_grow = 0.0, True
                 is_done = not self.open and not self._full_until_s and not self._asked.is_set()
                 if is_done or self._is_closed:
-                    self._thread = None
+                    self._has_thread = False
                     return
 
     def _grow(self) -> None:

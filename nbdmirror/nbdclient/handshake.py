@@ -22,7 +22,9 @@ from nbdmirror.identity import home_of, is_old_side
 from nbdmirror.nbd_uri import NbdUri, parse
 from nbdmirror.nbdclient import tls
 from nbdmirror.nbdclient.handle_state import HandleState
+from nbdmirror.nbdclient.resolver import addresses_of
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
+from nbdmirror.threads import NO_THREAD
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
 """qemu-nbd -A: 0 is unallocated, 1 the top layer, 2 and more the backing files."""
@@ -165,7 +167,7 @@ def _connect(uri: str, timeout_s: float, *, for_data_alone: bool) -> nbd.NBD:
     where = parse(uri)
     keys = tls.client_keys(uri, nbd.NBD().get_version())
     deadline_s = time.monotonic() + timeout_s
-    waiting = _addresses(where)
+    waiting = _addresses(uri, where, timeout_s)
     attempts: list[_Attempt] = []
     why, next_s = "", 0.0
     while waiting or attempts:
@@ -269,7 +271,10 @@ def _cut_off_at(moment_s: float, fd: int) -> Iterator[None]:
 
         timer = threading.Timer(max(0.0, moment_s - time.monotonic()), cut)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError as error:
+            raise Unreachable(NO_THREAD) from error
         try:
             yield
         finally:
@@ -277,16 +282,20 @@ def _cut_off_at(moment_s: float, fd: int) -> Iterator[None]:
             timer.join()
 
 
-def _addresses(where: NbdUri) -> list[str]:
+def _addresses(uri: str, where: NbdUri, timeout_s: float) -> list[str]:
     """A URI for each address of a server's name. With certificates libnbd needs the name, to
-    compare it, and tries the addresses itself (`_hasten`)."""
-    if where.transport != "tcp" or _has_to_know_name(where):
+    compare it, and tries the addresses itself (`_hasten`); the resolver answers at least. Raises
+    Unreachable if it does not."""
+    if where.transport != "tcp":
         return [where.exact]
     try:
-        found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
+        hosts = addresses_of(where.host, where.port, timeout_s)
+    except Unreachable as error:
+        raise Unreachable(f"{uri}: {error}") from error
     except (OSError, UnicodeError):
         return [where.exact]  # libnbd reports the error
-    hosts = dict.fromkeys(_host(address) for *_, address in found)
+    if _has_to_know_name(where):
+        return [where.exact]
     return [replace(where, host=host).exact for host in hosts]
 
 
@@ -300,13 +309,6 @@ def _hasten(handle: nbd.NBD) -> None:
     with socket.socket(fileno=os.dup(handle.aio_get_fd())) as own:
         if own.family in (socket.AF_INET, socket.AF_INET6):
             own.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
-
-
-def _host(address: tuple[Any, ...]) -> str:
-    """A numeric host, with the interface of a link-local address, which getaddrinfo leaves out."""
-    host = str(address[0])
-    has_zone = len(address) > 3 and address[3] and "%" not in host
-    return f"{host}%{socket.if_indextoname(address[3])}" if has_zone else host
 
 
 def export_of(handle: nbd.NBD) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from nbdmirror.identity import Same, is_same_file, same_place
 from nbdmirror.layers import layers_of
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.reservations import places_of_file, places_of_peer, reserve
+from nbdmirror.nbdclient.shared_connection import SharedConnection
 
 
 def are_same(one: str, other: str) -> bool:
@@ -37,6 +39,20 @@ def share_storage(one: BlockDevice, other: BlockDevice) -> bool:
         if isinstance(export, NbdDevice) and isinstance(file, FileDevice):
             return export.is_of_file(file.opened)
     return False
+
+
+def reserve_disk(
+    disk: BlockDevice, path: str = "", connection: SharedConnection | None = None
+) -> None:
+    """Keep what is written to `disk` from other nbdmirrors of this host, until `release` or the
+    disk's end. `path`: what users call a file. `connection`: the one to an export that is about to
+    be used. Raises ConfigError if another nbdmirror uses it."""
+    if isinstance(disk, NbdDevice):
+        peer = (connection or disk.pool.shared).peer
+        if peer is not None:
+            reserve(disk, places_of_peer(peer), f"'{disk.uri}'")
+    elif isinstance(disk, FileDevice):
+        reserve(disk, places_of_file(disk.opened), path)
 
 
 def check_pair(image: BlockDevice, journal: BlockDevice) -> None:

@@ -31,6 +31,7 @@ from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, ExclusiveSet
 from nbdmirror.nbdclient.exclusive_unix import ExclusiveUnixConnection
 from nbdmirror.nbdclient.handshake import ExportInfo, connect
 from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class ConnectionPool:
         self._loop: Loop | None = None
         self._on_lost: Callable[[], None] | None = None
         self._changed = threading.Condition()  # guards what follows
-        self._reconnector: threading.Thread | None = None
+        self._is_reconnecting = False
         self._lost_at_s = 0.0
         self.reconnect_timeout_s = RECONNECT_TIMEOUT_S
         self.timeout_s = timeout_s
@@ -177,7 +178,7 @@ class ConnectionPool:
 
     def _may_link(self) -> bool:
         """Not while it is unknown whether the server is still the same."""
-        return not self._closing.is_set() and not self.shared.is_lost and self._reconnector is None
+        return not self._closing.is_set() and not self.shared.is_lost and not self._is_reconnecting
 
     def _connect_link(self) -> ExclusiveConnection:
         timeout_s = max(LINK_TIMEOUT_S, LINK_PATIENCE * self.shared.handshake_s)
@@ -301,19 +302,17 @@ class ConnectionPool:
                 return self.shared  # closed as idle, or all were replaced
             if self._on_lost is not None:
                 raise DeviceLost(f"{self._uri}: connection lost")
-            if self._reconnector is None:
+            if not self._is_reconnecting:
                 self._lost_at_s = time.monotonic()
-                self._reconnector = threading.Thread(
-                    target=self._connect_again, name="nbdmirror-reconnect", daemon=True
-                )
+                self._is_reconnecting = True
                 self._leaving += self.links.begin_anew(self.generation)
-                self._reconnector.start()
+                start_thread(self._connect_again, "nbdmirror-reconnect")
             self._wait_for_reconnect()
             return self.shared
 
     def _wait_for_reconnect(self) -> None:
         """Wait until `shared` works; it may work already. Raises DeviceLost."""
-        while self.shared.is_lost and self._reconnector is not None and not self._closing.is_set():
+        while self.shared.is_lost and self._is_reconnecting and not self._closing.is_set():
             left_s = self._lost_at_s + self.reconnect_timeout_s - time.monotonic()
             if left_s <= 0:
                 break
@@ -339,7 +338,7 @@ class ConnectionPool:
         if connection is not None:
             self._adopt(connection)
         with self._changed:
-            self._reconnector = None
+            self._is_reconnecting = False
             self._changed.notify_all()
         while not self._see_off() and not self._closing.wait(LEFT_LOOK_S):
             pass

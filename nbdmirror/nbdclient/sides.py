@@ -4,6 +4,8 @@ such a name, or describe something else: then the answer is unknown.
 
     x-nbdmirror-side/SERVER/NAME         what is the disk NAME there?
     x-nbdmirror-moved-here/SERVER/NAME   it has moved from here to you: what is it now?
+    x-nbdmirror-leads-to/SERVER/HOPS/DISK/NAME
+                                         is what is written there passed on to DISK here? (rings.py)
 
 SERVER is the ID of the process that asks (identity.SERVER_ID). A third name is not a question but
 the export of a target only, for requests of the server that has the disk (exports.py):
@@ -19,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 
@@ -30,6 +32,7 @@ from nbdmirror.identity import HOME, LABEL, SERVER_ID
 from nbdmirror.nbd_uri import parse
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +45,14 @@ AGAIN_S = 1.0
 """Pause between attempts to notify it."""
 
 SIDE, MOVED_HERE = "x-nbdmirror-side", "x-nbdmirror-moved-here"
+LEADS_TO = "x-nbdmirror-leads-to"
 
-_telling: set[threading.Thread] = set()
+HOPS_MAX = 8
+"""Most servers that are asked one after the other. A ring without the asking server has no end."""
+
+YES, NO = "yes", "no"
+
+_telling: set[threading.Event] = set()
 _is_end = threading.Event()
 
 
@@ -65,23 +74,67 @@ def split_name(export: str) -> tuple[str, str, str]:
     ("", "", export) for an ordinary export."""
     what, _, rest = export.partition("/")
     server, slash, name = rest.partition("/")
-    return (what, server, name) if slash and what in (SIDE, MOVED_HERE, HOME) else ("", "", export)
+    is_known = slash and what in (SIDE, MOVED_HERE, LEADS_TO, HOME)
+    return (what, server, name) if is_known else ("", "", export)
 
 
 def ask(question: str, uri: str) -> tuple[Side, str] | None:
     """The answer of the server of the export `uri`, and the server's ID; None if the answer is
     unknown. Raises ConfigError if the server cannot be reached, or is not an nbdmirror of this
     version or newer."""
-    where = parse(uri)
-    export = f"{question}/{SERVER_ID}/{where.export}"
-    connection = SharedConnection.open(replace(where, export=export).exact, ANSWER_S_MAX)
+    answer, server = _answer(f"{question}/{SERVER_ID}/{parse(uri).export}", uri)
+    return next(((side, server) for side in Side if side == answer), None)
+
+
+def _answer(export: str, uri: str) -> tuple[str, str]:
+    """The answer to the question `export`, "" if there is none, and the server's ID."""
+    where = replace(parse(uri), export=export)
+    connection = SharedConnection.open(where.exact, ANSWER_S_MAX)
     try:
         said = connection.peer.label.split(" ") if connection.peer is not None else []
     finally:
         connection.close()
     if len(said) != 4 or said[0] != LABEL or said[2] != export:
-        return None
-    return next(((side, said[1]) for side in Side if side == said[3]), None)
+        return "", ""
+    return said[3], said[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What a server wants to know the way to: a disk of its own."""
+
+    server: str
+    disk: str
+    hops: int = 0
+    """Servers that have been asked so far."""
+
+    @classmethod
+    def to(cls, disk: str) -> Way:
+        return cls(SERVER_ID, disk)
+
+    @classmethod
+    def of(cls, server: str, words: str) -> tuple[Way, str]:
+        """The way in a question's name, after the server's ID, and the disk that the question is
+        about. Raises ValueError."""
+        hops, disk, about = words.split("/", 2)
+        return cls(server, disk, int(hops)), about
+
+
+def leads_to(device: NbdDevice, way: Way) -> bool:
+    """Whether what is written to `device` arrives at the disk of `way`, as far as nbdmirrors say.
+    Blocks for the questions."""
+    peer = device.pool.shared.peer
+    said = peer.label.split(" ") if peer is not None else []
+    if len(said) != 3 or way.hops == HOPS_MAX:
+        return False
+    _, server, disk = said
+    if (server, disk) == (way.server, way.disk):
+        return True
+    question = f"{LEADS_TO}/{way.server}/{way.hops + 1}/{way.disk}/{disk}"
+    try:
+        return _answer(question, device.uri)[0] == YES
+    except (ConfigError, *IO_ERRORS):
+        return False
 
 
 def look(uri: str) -> tuple[Side, str] | None:
@@ -123,10 +176,7 @@ def when_whole(device: NbdDevice, loop: Loop, done: Done, *, writes_all: bool) -
     if not writes_all:  # the target became an old side after the mirror began
         done(ConfigError(not_whole(device)))
         return
-    try:
-        threading.Thread(target=check, name="nbdmirror-side", daemon=True).start()
-    except RuntimeError as error:  # no more threads
-        done(error)
+    start_thread(check, "nbdmirror-side")
 
 
 def tell_moved(device: NbdDevice) -> None:
@@ -135,17 +185,13 @@ def tell_moved(device: NbdDevice) -> None:
     answered, or this server ends."""
     if not is_old_side(device):
         return
-    thread = threading.Thread(target=_tell, args=(device.uri,), name="nbdmirror-side", daemon=True)
-    _telling.add(thread)
-    try:
-        thread.start()
-        thread.join(TOLD_S)
-    except RuntimeError as error:  # no more threads
-        _telling.discard(thread)
-        log.error("%s: %s", device.uri, _not_told(error))
+    has_ended = threading.Event()
+    _telling.add(has_ended)
+    start_thread(partial(_tell, device.uri, has_ended), "nbdmirror-side")
+    has_ended.wait(TOLD_S)
 
 
-def _tell(uri: str) -> None:
+def _tell(uri: str, has_ended: threading.Event) -> None:
     told = ""
     try:
         while True:
@@ -163,7 +209,8 @@ def _tell(uri: str) -> None:
                 return
             _is_end.wait(AGAIN_S)
     finally:
-        _telling.discard(threading.current_thread())
+        _telling.discard(has_ended)
+        has_ended.set()
 
 
 def _not_told(why: object) -> str:
@@ -177,8 +224,8 @@ def wait_until_told() -> None:
     """At the server's end: wait for `tell_moved` in progress, within a bound."""
     _is_end.set()
     deadline_s = time.monotonic() + ANSWER_S_MAX
-    for thread in tuple(_telling):
-        thread.join(max(0.0, deadline_s - time.monotonic()))
+    for has_ended in tuple(_telling):
+        has_ended.wait(max(0.0, deadline_s - time.monotonic()))
 
 
 def is_old_side(device: NbdDevice) -> bool:

@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import socket
 import threading
 import time
@@ -32,8 +31,9 @@ from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
-from nbdmirror.nbdclient.pair import share_storage
-from nbdmirror.nbdkit_host import systemd
+from nbdmirror.nbdclient.pair import reserve_disk, share_storage
+from nbdmirror.nbdkit_host import placement, systemd
+from nbdmirror.nbdkit_host.descriptors import Descriptors
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
 from nbdmirror.nbdkit_host.latecomers import RETRY_S, Opening, handshake_s
@@ -48,6 +48,7 @@ from nbdmirror.state.directory import StateDirectory
 from nbdmirror.state.journaled_disk import JournaledDisk
 from nbdmirror.state.store import DiskStore
 from nbdmirror.subject_log import disk_log
+from nbdmirror.threads import start_thread
 from nbdmirror.unix_sockets import bind_unix_socket, lock_pidfile, remove_socket
 
 log = logging.getLogger("nbdmirror")
@@ -58,10 +59,6 @@ GIVE_UP_S = 5.0
 LEAVE_S = 8.0
 """How long nbdkit may wait, at the end, for guests' requests on a file that does not answer; after
 that the process ends without them."""
-
-FILES_MAX = 65536
-"""Limit of descriptors to set. The usual soft limit of 1,024 is for programs that use select(2);
-without free descriptors nbdkit answers no client any more."""
 
 
 class PluginProcess:
@@ -86,6 +83,7 @@ class PluginProcess:
         self._server: Server | None = None
         self._qmp: QmpServer | None = None
         self._pid = os.getpid()
+        self.descriptors = Descriptors()
         self._signals = Signals()
         self._pidfile = ""
         self._made: dict[str, os.stat_result] = {}
@@ -163,7 +161,7 @@ class PluginProcess:
     def open(self) -> None:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
         behind."""
-        _allow_many_files()
+        self.descriptors.raise_limit()
         self._inherited = frozenset(unix_listeners())
         opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
@@ -171,6 +169,8 @@ class PluginProcess:
             if self._wanted is not None:
                 source = self._wanted.on(source, opening)
             self._check_other_disks(path, source)
+            if not self._is_read_only and self._wanted is None:  # a point may be tried
+                _reserve(raw_device(source), path)
             if not source.size:
                 logs.print_startup_error(f"warning: {path}: has 0 bytes; guests get an empty disk")
             disk = self.disks[name] = Disk(name, source)
@@ -247,6 +247,7 @@ class PluginProcess:
             self._qmp.start()
         if self._mirror_to:
             threading.Thread(target=self._start_mirror, daemon=True).start()
+        placement.start(self.disks)
         # nbdkit has already bound its sockets: clients that connect now are served.
         status.start()
         # What exists by now is there until the end. The collector begins here, and passes over
@@ -275,9 +276,7 @@ class PluginProcess:
             if self._server is not None:
                 self._server.end_jobs()  # a guest's write may wait for a target that hangs
                 for delay_s, call in ((GIVE_UP_S, self._server.give_up), (LEAVE_S, self._leave)):
-                    timer = threading.Timer(delay_s, call)
-                    timer.daemon = True
-                    timer.start()
+                    start_thread(partial(_call_later, delay_s, call), "nbdmirror-end")
             shut_down()
             guests.hang_up(self._leave_guests)
 
@@ -380,8 +379,17 @@ class PluginProcess:
                 time.sleep(min(RETRY_S, left_s))
 
 
-def _allow_many_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+def _reserve(device: BlockDevice, path: str) -> None:
+    """A file is refused if another nbdmirror uses the same. An export may have two servers while a
+    guest moves from one to the other."""
+    try:
+        reserve_disk(device, f"file={path}:")
+    except ConfigError as error:
+        if not isinstance(device, NbdDevice):
+            raise
+        logs.print_startup_error(f"warning: {error}: guests of one server alone may write")
+
+
+def _call_later(delay_s: float, call: Callable[[], None]) -> None:
+    time.sleep(delay_s)
+    call()

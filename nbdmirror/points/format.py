@@ -302,6 +302,12 @@ def batch_bytes_max(data_bytes: int) -> int:
     return 2 * BLOCK_BYTES + data_bytes + blocks(data_bytes // BLOCK_BYTES * ENTRY_BYTES)
 
 
+def data_bytes_max(ring_bytes: int) -> int:
+    """How much data a batch can have that takes all of the ring: `batch_bytes_max` of that fits."""
+    whole = max(0, ring_bytes // BLOCK_BYTES - 2)
+    return whole * BLOCK_BYTES // (BLOCK_BYTES + ENTRY_BYTES) * BLOCK_BYTES
+
+
 def sealed(content: bytes) -> bytes:
     content = content.ljust(BLOCK_BYTES - _CRC.size, b"\0")
     return content + _CRC.pack(zlib.crc32(content))

@@ -64,7 +64,10 @@ def recover_group(
         _run(fence(plan), sides)
     for sides, plan in plans:
         _run(promote(plan), sides)
-    return [Recovered(point, was_done=_is_promoted(journal)) for _, journal, point in parts]
+    return [
+        Recovered(point, journal.superblock.since_ns if _is_promoted(journal) else 0)
+        for _, journal, point in parts
+    ]
 
 
 def _run(program: Program[Result], sides: Devices) -> Result:

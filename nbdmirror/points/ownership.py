@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 
+from nbdmirror.amounts import size
 from nbdmirror.points.format import (
     BLOCK_BYTES,
     DIGEST_BYTES,
@@ -19,7 +20,7 @@ from nbdmirror.points.format import (
 )
 from nbdmirror.points.reader import Journal, read
 from nbdmirror.points.requests import Exports, Flush, Program, Read, Side, Write
-from nbdmirror.points.superblocks import JournalTaken, Superblocks, taken_text
+from nbdmirror.points.superblocks import JournalTaken, Superblocks, find, taken_text, wall_time
 from nbdmirror.points.writer import JournalWriter
 
 RandomBytes = Callable[[int], bytes]
@@ -37,12 +38,28 @@ def check_empty(name: str, export_bytes: int) -> Program[int]:
     if ring_bytes < RING_BYTES_MIN:
         text = f"has {export_bytes} bytes, and a journal needs {RING_START + RING_BYTES_MIN}"
         raise JournalError(f"{name}: is too small: it {text}")
-    bufs = [bytearray(BLOCK_BYTES) for _ in SLOTS]
-    yield [Read(Side.JOURNAL, memoryview(buf), at) for buf, at in zip(bufs, SLOTS, strict=True)]
-    if any(map(any, bufs)):
-        text = "holds something; zero its first 128 KiB if it may become a journal"
+    head = bytearray(RING_START)
+    yield [Read(Side.JOURNAL, memoryview(head), 0)]
+    if any(head):
+        what = yield from _what_is_there(name)
+        text = f"{what}, zero its first {size(RING_START)}"
         raise JournalError(f"{name}: is not empty: it {text}")
     return ring_bytes
+
+
+def _what_is_there(name: str) -> Program[str]:
+    """And when it may be overwritten."""
+    try:
+        block = (yield from find(name)).current
+    except JournalError:
+        return "holds something; if nobody needs that"
+    of = f"is the journal of a disk of {size(block.disk_bytes)}"
+    if block.state is State.PROMOTED:
+        since = wall_time(block.since_ns)
+        return f"{of}, whose image is in use since {since}; if the journal is not needed any more"
+    return (
+        f"{of}, with points up to {block.newest}; if nobody needs them, and no server writes there"
+    )
 
 
 def create(
@@ -81,7 +98,6 @@ def take_over(
     exports: Exports,
     *,
     disk_id: bytes,
-    clock: Callable[[], float],
     before: JournalWriter | None = None,
     random_bytes: RandomBytes = secrets.token_bytes,
 ) -> Program[JournalWriter]:
@@ -114,7 +130,7 @@ def take_over(
         taken=newest,
         newest=max(newest, journal.superblock.newest),
     )
-    writer = JournalWriter(exports, superblocks, headers=headers, clock=clock)
+    writer = JournalWriter(exports, superblocks, headers=headers)
     writer.damage = journal.damage
     return writer
 

@@ -77,8 +77,13 @@ class Recovered:
     """What a recovery did."""
 
     point: Point
-    was_done: bool
-    """An earlier recovery had made the image this point."""
+    done_ns: int = 0
+    """Since this wall time, in nanoseconds since 1970, the image is in use: an earlier recovery had
+    made it this point. 0: this recovery has."""
+
+    @property
+    def was_done(self) -> bool:
+        return bool(self.done_ns)
 
 
 def recover(
@@ -100,14 +105,14 @@ def recover(
     check_size(journal, image_bytes)
     point = choose(journal, wanted)
     if journal.superblock.state is State.PROMOTED:
-        return Recovered(point, was_done=True)
+        return Recovered(point, journal.superblock.since_ns)
     try:
         yield from check_point(journal, point)
     except DamagedData as error:
         raise JournalError(f"{error}; {_advice(journal, error.sequence)}") from error
     on_point(journal, point)
     yield from promote(Promotion(journal, point, now_ns, random_bytes))
-    return Recovered(point, was_done=False)
+    return Recovered(point)
 
 
 def check_point(journal: Journal, point: Point) -> Program[None]:

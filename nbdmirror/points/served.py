@@ -67,8 +67,8 @@ class ServedPoint(Wrapper):
         self.block_size = BlockSize(1, max(BLOCK_BYTES, image.block_size.preferred))
         self._pieces = Pieces(journal)
         self._superblocks: Superblocks | None = None
-        self._gone = ""
-        """Why the image belongs to somebody else by now."""
+        self.gone = ""
+        """Why the image belongs to somebody else by now, as far as that was noticed."""
         self._changed = threading.Condition()
         """Guards what follows; no request is made under it."""
         self._left = bitarray()
@@ -320,7 +320,7 @@ class ServedPoint(Wrapper):
     def _bring_all(self, on_complete: Callable[[], None]) -> None:
         """On the helper thread."""
         pause = Backoff(RETRY_S, RETRY_S_MAX)
-        while not self._stopping.is_set() and not self._gone:
+        while not self._stopping.is_set() and not self.gone:
             if self.is_complete:
                 on_complete()
                 return
@@ -328,7 +328,7 @@ class ServedPoint(Wrapper):
                 self.bring_some()
                 pause.reset()
             except IO_ERRORS as error:
-                if not self._gone:
+                if not self.gone:
                     log.warning("the point is not put into the image yet: %s", error)
                     self._stopping.wait(pause.next_s())
 
@@ -349,15 +349,15 @@ class ServedPoint(Wrapper):
         try:
             run(program, self._sides)
         except JournalTaken as error:
-            self._gone = str(error)
+            self.gone = str(error)
             log.error("the disk is not served any more: %s", error)
             raise DeviceError(str(error)) from error
         except JournalError as error:
             raise DeviceError(str(error)) from error
 
     def _refuse_if_gone(self) -> None:
-        if self._gone:
-            raise DeviceError(self._gone, errno.EIO)
+        if self.gone:
+            raise DeviceError(self.gone, errno.EIO)
 
     def close(self) -> None:
         self._stopping.set()

@@ -104,8 +104,8 @@ class PointView(Wrapper):
         self._digest = headers[-1].digest if headers else block.base_digest
         self._block = block
         """The superblock, as it was read last."""
-        self._gone = ""
-        """Why the point cannot be served any more."""
+        self.gone = ""
+        """Why the point cannot be served any more; only a read notices that."""
         self._lock = threading.Lock()
 
     # Reading.
@@ -152,9 +152,8 @@ class PointView(Wrapper):
     # Whether the point is still there.
 
     def _refuse_if_gone(self) -> None:
-        if self._gone:
-            text = f"point {self.point.sequence} cannot be served any more"
-            raise DeviceError(f"{self._name}: {text}: {self._gone}")
+        if self.gone:
+            raise DeviceError(self.gone)
 
     def _look_again(self) -> None:
         """Read the superblock again. Raise DeviceError if what was read of the image may be of a
@@ -165,7 +164,8 @@ class PointView(Wrapper):
                 break
             seen = block
         if problem:
-            self._gone = problem
+            text = f"point {self.point.sequence} cannot be served any more"
+            self.gone = f"{self._name}: {text}: {problem}"
         self._refuse_if_gone()
         with self._lock:
             if block.serial > self._block.serial:

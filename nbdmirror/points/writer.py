@@ -30,8 +30,7 @@ from __future__ import annotations
 
 import errno
 import zlib
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbdmirror.devices.base import Buffer, Done, Run, all_of, pieces
@@ -68,9 +67,6 @@ from nbdmirror.points.superblocks import JournalTaken, Superblocks
 REQUEST_BYTES_MAX = 32 << 20
 """NBD's limit of a request to a server that announces none."""
 
-RATE_S = 60.0
-"""The journal's filling is averaged over so many seconds."""
-
 
 class JournalFull(JournalError):
     """A point does not fit. Nothing was written; `missing_bytes` are needed beside what is free."""
@@ -82,14 +78,10 @@ class JournalFull(JournalError):
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How full a journal is. Bytes, but for `lasts_s`."""
+    """How full a journal is, in bytes."""
 
     ring_bytes: int
     used_bytes: int
-    bytes_per_s: int
-    """At which points fill it; 0 if that is not known yet."""
-    lasts_s: float | None
-    """Seconds until it is full at that rate, if nothing is applied meanwhile; None if unknown."""
 
     @property
     def free_bytes(self) -> int:
@@ -105,10 +97,9 @@ class JournalWriter:
         superblocks: Superblocks,
         *,
         headers: Sequence[Header],
-        clock: Callable[[], float],
     ) -> None:
         """`exports`: the journal, and the image beside it. `headers`: of the batches after the
-        superblock's base, in order. `clock`: monotonic seconds. `take_over` knows all these."""
+        superblock's base, in order. `take_over` knows all these."""
         self.size = superblocks.current.disk_bytes
         self.headers = list(headers)
         """Of the batches that are committed and not freed, in order."""
@@ -125,25 +116,17 @@ class JournalWriter:
         """Of the last point's header, or of the base's."""
         self._head = headers[-1].end if headers else base.tail
         self._tail = base.tail
-        self._clock = clock
         self.last_batch = LastBatch()
         self._batch: Batch | None = None
         self._in_flight = 0
         self._committing = 0
         self._problem: JournalError | None = None
         self._on_idle: Done | None = None
-        self._commits: deque[tuple[float, int]] = deque([(clock(), self._head)])
 
     # Room.
 
     def room(self) -> Room:
-        """How full the journal is, and for how long it will do."""
-        ring_bytes, used_bytes = self.superblocks.current.ring_bytes, self._head - self._tail
-        (then_s, then), (_, now) = self._commits[0], self._commits[-1]
-        span_s = self._clock() - then_s
-        rate = int((now - then) / span_s) if span_s > 0 else 0
-        lasts_s = (ring_bytes - used_bytes) / rate if rate else None
-        return Room(ring_bytes, used_bytes, rate, lasts_s)
+        return Room(self.superblocks.current.ring_bytes, self._head - self._tail)
 
     def free(self) -> Program[None]:
         """Trim the batches before the superblock's tail, and use their space again. A failed trim
@@ -311,10 +294,6 @@ class JournalWriter:
         self._head, self.digest, self.newest = header.end, header.digest, header.point
         self.headers.append(header)
         self.last_batch.committed(header, index)
-        now_s = self._clock()
-        self._commits.append((now_s, self._head))
-        while len(self._commits) > 2 and now_s - self._commits[1][0] >= RATE_S:
-            self._commits.popleft()
 
     def give_up(self, done: Done) -> None:
         """The open point is none. `done` when nothing of it is in flight any more."""

@@ -27,6 +27,7 @@ from nbdmirror.qmp import (
     transaction,
 )
 from nbdmirror.qmp.command import Arguments, CommandTable
+from nbdmirror.qmp.opening import in_thread
 from nbdmirror.qmp.schema import BOOL, INT, STR, Array, Enum, struct
 from nbdmirror.server.server import Server
 
@@ -100,6 +101,6 @@ def query_version(server: Server) -> dict[str, Any]:
 @COMMANDS.command("quit")
 async def quit_(server: Server) -> Reply:
     """Send the jobs' last events, then the answer, then end as with SIGTERM."""
-    await asyncio.to_thread(server.end_jobs)
+    await in_thread(server.end_jobs)
     asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
     return Reply({}, server.events.next_number)

@@ -119,13 +119,15 @@ class JsonStream:
         return 0
 
     def _check_limits(self, size: int) -> None:
-        for what, number, limit in (
-            ("nesting depth", len(self._open), DEPTH_MAX),  # in the order of passing
-            ("token size", size, VALUE_BYTES_MAX),
-            ("token count", self._tokens, VALUE_TOKENS_MAX),
-        ):
-            if number > limit:
-                raise ParseError(f"JSON {what} limit exceeded", fatal=True)
+        if len(self._open) > DEPTH_MAX:
+            what = "nesting depth"
+        elif size > VALUE_BYTES_MAX:
+            what = "token size"
+        elif self._tokens > VALUE_TOKENS_MAX:
+            what = "token count"
+        else:
+            return
+        raise ParseError(f"JSON {what} limit exceeded", fatal=True)
 
 
 def _parse(value: bytearray) -> Any:

@@ -12,6 +12,7 @@ from nbdmirror.errors import CommandError, ConfigError
 from nbdmirror.limits import TARGET_TIMEOUT_S_MAX
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
+from nbdmirror.threads import NO_THREAD
 
 Result = TypeVar("Result")
 
@@ -60,7 +61,10 @@ async def in_thread(
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(report, found, failure)
 
-    threading.Thread(target=work, name="nbdmirror-open", daemon=True).start()
+    try:
+        threading.Thread(target=work, name="nbdmirror-open", daemon=True).start()
+    except RuntimeError as error:
+        raise CommandError(f"{NO_THREAD}; try later") from error
     try:
         return await done
     except ConfigError as error:

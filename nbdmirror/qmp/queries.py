@@ -70,15 +70,19 @@ def _points_info(job: PointsJob) -> dict[str, Any]:
         info["rpo-s"] = job.promises.rpo_s
     if job.in_place_since_ns:
         info["in-place-since-s"] = round(job.in_place_since_ns / 1e9, 3)
-    run = job.run
-    room = run.room if run is not None else None
+    run, room, outage = job.run, job.journal_room, job.promises.outage
+    if room is not None:
+        info["journal-bytes"], info["journal-used-bytes"] = room.total_bytes, room.used_bytes
+        info["journal-point-bytes"] = room.point_bytes
+        info["journal-enough"] = job.promises.is_journal_enough
+        if (rate := outage.bytes_per_s) is not None:
+            info["change-bytes-per-s"] = round(rate)
+        if (lasts_s := outage.lasts_s(run, room)) is not None:
+            info["journal-lasts-s"] = round(lasts_s, 3)
     if run is None or (room is None and info["auto-point"]):
         return info
     info["late-cuts"] = run.late_cuts
     if room is not None:
-        info["journal-bytes"], info["journal-used-bytes"] = room.total_bytes, room.used_bytes
-        if room.lasts_s is not None:
-            info["journal-lasts-s"] = round(room.lasts_s, 3)
         info["points"], info["reaches-s"] = room.points, round(run.reaches_s, 3)
     if run.last is not None:
         info |= _point_info(run.last)

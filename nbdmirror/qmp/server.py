@@ -157,6 +157,11 @@ def _file_at(path: str) -> os.stat_result | None:
         return None
 
 
+def _log_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """asyncio's own errors, mostly that it cannot accept a client, in our log; asyncio goes on."""
+    _log.error("qmp: %s: %s", context["message"], context.get("exception"))
+
+
 class QmpServer:
     """Serves `listener` to up to CLIENTS_MAX clients, and owns it from here on."""
 
@@ -185,6 +190,7 @@ class QmpServer:
     def start(self) -> None:
         """Start the thread, after nbdkit has forked."""
         self._loop = asyncio.new_event_loop()  # not earlier: its descriptors must not be forked
+        self._loop.set_exception_handler(_log_error)
         self._thread = threading.Thread(
             target=self._run, args=(self._loop,), name="qmp", daemon=True
         )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbdmirror import __version__
-from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.devices.base import BlockDevice, Passing, raw_device
 from nbdmirror.disk.cells import CELLS_MAX
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.latency import Histogram, Latency
@@ -60,7 +60,7 @@ def query_job_map(server: Server, id: str, cells: int) -> dict[str, list[int]]:
         raise CommandError(f"Parameter 'cells' expects a value in range [1, {CELLS_MAX}]")
     if job.is_over:
         raise CommandError(f"Job '{id}' in state '{job.status}' has no map")
-    found = job.tracker.map(cells)
+    found = job.map(cells)
     return {
         "lengths": found.lengths,
         "dirty": found.dirty,
@@ -83,8 +83,11 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
     info["requests"], info["held"] = _times(disk.ledger.latency)
     if isinstance(disk.source, TargetOnly):
         info["target-only"] = disk.source.truth
-    if problem := server.files.changes.get(disk.name):
-        info["problem"] = problem
+    problems = server.files.changes.get(disk.name, ""), server.waiting.problem(disk)
+    if any(problems):
+        info["problem"] = "; ".join(filter(None, problems))
+    if isinstance(disk.source, Passing) and disk.source.gone:
+        info["point-gone"] = disk.source.gone
     info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]
     if (result := server.chronicle.results.get(disk.name)) is not None:
         info["last-job"] = _result(result)
@@ -130,7 +133,7 @@ def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
     info["reconnect-delay-s"] = float(job.options.reconnect_delay_s)
     info["granularity"] = job.tracker.granularity
     info["dirty-bytes"] = 0 if job.is_over else dirty_bitmap(job).dirty_bytes
-    info["in-flight-bytes"] = job.tracker.in_flight_bytes
+    info["in-flight-bytes"] = job.in_flight_bytes
     info["unflushed-bytes"] = 0 if job.is_over else job.tracker.unflushed_bytes
     info["copied-bytes"] = job.copier.copied_bytes
     info["written-bytes"] = job.copier.written_bytes

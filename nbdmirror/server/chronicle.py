@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from nbdmirror.amounts import size
+from nbdmirror.errors import CommandError, TargetRefused
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.failure import Cancelled
@@ -168,5 +169,8 @@ class Chronicle:
             state = f"is behind its journal, which has point {point.sequence}" if point else ""
             if isinstance(job, SnapshotsJob) and (number := job.acks.last):
                 state = f"is of no moment; the last point that was acknowledged is {number}"
-            names = course.target, state or "is unusable", course.disk, course.source
+            if not state:
+                is_untouched = isinstance(failure, (TargetRefused, CommandError))
+                state = "was not written to" if is_untouched else "is unusable"
+            names = course.target, state, course.disk, course.source
             log(text, kind, result.reason, *names, about=about)

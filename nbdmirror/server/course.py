@@ -78,6 +78,8 @@ class Course:
         self._mode = job.options.copy_mode
         self._clock = clock
         self._meter = Meter()
+        self._of_points = False
+        """The meter's samples are."""
         self._ending_since_s: float | None = None
         self._answers: tuple[int, ...] = ()
         self._answered_s = clock()
@@ -138,7 +140,8 @@ class Course:
             self._ending_since_s = None
         elif self._ending_since_s is None:
             self._ending_since_s = now_s
-        answers = job.copier.answers, job.copier.copied_bytes, job.tracker.written_bytes
+        copier, waits = job.copier, job.waits
+        answers = copier.answers, copier.copied_bytes, job.tracker.written_bytes, waits.answers
         if answers != self._answers or not self._waits_for("read") | self._waits_for("write"):
             self._answers, self._answered_s = answers, now_s
         for device in self._far_side():
@@ -150,15 +153,21 @@ class Course:
         if job.last_error is not self._error:
             self._error, self._error_s = job.last_error, now_s
         self._late_since_s = (self._late_since_s or now_s) if self._is_late else None
-        if job.copier.is_running:
-            self._meter.add(self._sample())
-        else:
+        if job.makes_points is not self._of_points or not self._is_sending:
+            self._of_points = job.makes_points
             self._meter.start_over()
+        if self._is_sending:
+            self._meter.add(self._sample())
+
+    @property
+    def _is_sending(self) -> bool:
+        return self._job.copier.is_running or self._job.makes_points
 
     @property
     def rates(self) -> Rates | None:
-        """None while nothing is copied, and before enough is known."""
-        return self._meter.rates(self._sample()) if self._job.copier.is_running else None
+        """None while nothing is sent, and before enough is known."""
+        is_known = self._is_sending and self._job.makes_points is self._of_points
+        return self._meter.rates(self._sample()) if is_known else None
 
     @property
     def prediction(self) -> Prediction | None:
@@ -253,10 +262,14 @@ class Course:
         copier, waits = self._job.copier, self._job.waits
         is_synchronous = not copier.in_flight and self._job.tracker.in_flight_bytes > 0
         is_writing = waits.is_at_target or is_synchronous
-        return is_writing if operation == "write" else copier.in_flight > 0 and not is_writing
+        is_reading = copier.in_flight > 0 or waits.is_at_source
+        return is_writing if operation == "write" else is_reading and not is_writing
 
     def _sample(self) -> Sample:
         job, tracker = self._job, self._job.tracker
+        traffic = job.traffic.since_ready if job.traffic is not None else None
+        if job.makes_points:  # what is left waits for its point: it does not say who is faster
+            return Sample(self._clock(), 0, 0, 0, 0, 0, traffic)
         return Sample(
             time_s=self._clock(),
             offset=job.offset,
@@ -264,5 +277,5 @@ class Course:
             left=job.tracker.remaining_bytes,
             in_flight=tracker.in_flight_bytes,
             again=tracker.again_bytes,
-            traffic=job.traffic.since_ready if job.traffic is not None else None,
+            traffic=traffic,
         )

@@ -10,12 +10,11 @@ one that does not answer within ANSWER_S_MAX. On the event loop's thread."""
 
 from __future__ import annotations
 
-import errno
 import random
 
 from nbdmirror.devices.base import AsyncSource, Done, Extent
 from nbdmirror.disk.disk import Disk
-from nbdmirror.errors import DeviceError
+from nbdmirror.errors import DeviceError, TargetRefused
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice
 
@@ -103,7 +102,7 @@ class _Search:
                 self._end(None)
             elif (rounds := self._rounds + 1) == ROUNDS:
                 text = f"{self._target.uri}: {ITSELF} '{self._disk.name}'"
-                self._end(DeviceError(text, errno.EINVAL))
+                self._end(TargetRefused(text))
             else:
                 self._rounds, self._tries = rounds, 0
                 self.begin_round()

@@ -19,7 +19,8 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.errors import DeviceError
 from nbdmirror.identity import HOME, TARGET_ONLY
-from nbdmirror.nbdclient.sides import split_name
+from nbdmirror.nbdclient.sides import LEADS_TO, NO, YES, Way, split_name
+from nbdmirror.server.rings import is_on
 
 if TYPE_CHECKING:
     from nbdmirror.server.server import Server
@@ -73,6 +74,11 @@ class OldSideExport:
         return self._disk
 
 
+def _answer(question: str, answer: str) -> Disk:
+    """The export whose description is the answer."""
+    return Disk(f"{question} {answer}", MemoryDevice(0, read_only=True))
+
+
 class Exports:
     """The exports of a server's disks, by name; the first disk is also the default export, ""."""
 
@@ -87,13 +93,21 @@ class Exports:
         """The disk of an export name. The answer to another server's question is an empty disk with
         the answer as its name. Raises DeviceError: ENOENT, or EPERM for a refused server."""
         what, server, name = split_name(export)
+        if self.server is not None and what == LEADS_TO:
+            return _answer(export, self._leads_to(server, name, self.server))
         disk = self._find_disk(name)
         if self.server is not None and what == HOME:
             self.server.sides.let_in(server, disk)
         elif self.server is not None and what:
-            side = self.server.sides.answer(what, server, disk)
-            return Disk(f"{export} {side}", MemoryDevice(0, read_only=True))
+            return _answer(export, self.server.sides.answer(what, server, disk))
         return OldSideExport(disk, server) if isinstance(disk.source, TargetOnly) else disk
+
+    def _leads_to(self, server: str, words: str, here: Server) -> str:
+        try:
+            way, name = Way.of(server, words)
+        except ValueError:
+            raise DeviceError(f"'{words}' is no question", errno.ENOENT) from None
+        return YES if is_on(way, self._find_disk(name), here.mirrors.of, here.loop) else NO
 
     def _find_disk(self, name: str) -> Disk:
         if not name:

@@ -12,7 +12,14 @@ from nbdmirror.devices.base import Done, Run
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused
 from nbdmirror.points.applier import apply
-from nbdmirror.points.format import JournalError, Point, Sample, State, batch_bytes_max
+from nbdmirror.points.format import (
+    JournalError,
+    Point,
+    Sample,
+    State,
+    batch_bytes_max,
+    data_bytes_max,
+)
 from nbdmirror.points.requests import Exports, Program, start
 from nbdmirror.points.superblocks import JournalTaken
 from nbdmirror.points.writer import JournalFull, JournalWriter
@@ -81,7 +88,8 @@ class JournalSide(FarSide):
     def room(self) -> JournalRoom:
         room, oldest = self.writer.room(), self.oldest
         points = self.newest - oldest + 1 if oldest else 0
-        return JournalRoom(room.ring_bytes, room.used_bytes, points, room.lasts_s)
+        point_bytes = data_bytes_max(room.ring_bytes)
+        return JournalRoom(room.ring_bytes, room.used_bytes, points, point_bytes)
 
     def in_the_way(self, bytes_max: int) -> int:
         room, headers = self.writer.room(), self.writer.headers

@@ -27,14 +27,17 @@ from nbdmirror.mirror.scan import is_no_hole, is_not_zero, scan
 from nbdmirror.mirror.spot_check import find_mismatch
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
+from nbdmirror.nbdclient.reservations import release
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.nbdclient.sides import tell_moved, when_whole
 from nbdmirror.server.bitmaps import NamedBitmap
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.detour import check_detour
+from nbdmirror.server.history import check_history
 from nbdmirror.server.mirror_record import mirror_record
 from nbdmirror.server.nodes import Node, Nodes
 from nbdmirror.server.reconnect import copy_all, reconnect, reconnect_source
+from nbdmirror.server.rings import check_ring
 from nbdmirror.server.sources import Sources
 from nbdmirror.state.disk_record import MirrorRecord, PointsRecord
 from nbdmirror.state.null_store import StateStore
@@ -169,6 +172,7 @@ class JobResources:
             self.sources.retire(self._retired, self.disk)
             return
         self.nodes.leave(node.device)
+        release(node.device)
         node.device.pool.detach()
         if node.is_owned:
             self.nodes.forget(node)
@@ -200,7 +204,7 @@ class JobResources:
             if has_copied:
                 done(None)
             else:  # nothing was written to the target yet
-                check_detour(self.disk, self.source, device, self.loop, done)
+                self._check_content(device, done)
             return
         attempt = self._attempt = object()  # earlier attempts, before a pause, give up
 
@@ -230,6 +234,23 @@ class JobResources:
             came_back=came_back,
             done=ended,
         )
+
+    def _check_content(self, device: NbdDevice, done: Done) -> None:
+        """Whether the target leads back to the disk, in either way, or is a journal."""
+
+        def no_ring(error: BaseException | None) -> None:
+            if error is not None:
+                done(error)
+            elif self._is_in_use:
+                check_history(device, self.loop, no_journal)
+
+        def no_journal(error: BaseException | None) -> None:
+            if error is not None:
+                done(error)
+            elif self._is_in_use:
+                check_detour(self.disk, self.source, device, self.loop, done)
+
+        check_ring(self.disk, device, self.loop, no_ring)
 
     def _difference(self) -> Callable[[SharedConnection], int | None]:
         """The check whether a target is the same as before. Only in a full copy clean means equal,

@@ -22,6 +22,7 @@ from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.reservations import release
 from nbdmirror.server.bitmaps import Bitmaps, NamedBitmap, Place
 from nbdmirror.server.chronicle import Chronicle
 from nbdmirror.server.mirror_record import node_of, options_of, points_of
@@ -99,12 +100,18 @@ class MirrorJobs:
         """A job that can be started (`begin`) or discarded; `points`: with copy mode points. Raises
         CommandError; then no job exists and nothing has changed."""
         self._check(disk, node, options)
-        if points is not None:
-            self._check_points(disk, node, options, points)
-        granularity = granularity_of(disk, node.device, options, bitmap)
-        check_bits(disk.size, granularity)
-        key = f"mirror-{uuid.uuid4().hex}"
-        return self._make(disk, node, options, bitmap, granularity, key, points=points)
+        used = [node, *([points.journal] if points is not None and points.journal else [])]
+        try:
+            if points is not None:
+                self._check_points(disk, node, options, points)
+            granularity = granularity_of(disk, node.device, options, bitmap)
+            check_bits(disk.size, granularity)
+            key = f"mirror-{uuid.uuid4().hex}"
+            return self._make(disk, node, options, bitmap, granularity, key, points=points)
+        except CommandError:
+            for one in used:
+                release(one.device)
+            raise
 
     def _make(
         self,
@@ -188,12 +195,17 @@ class MirrorJobs:
         nothing has changed."""
         resources, disk = self._resources[job.id], job.disk
         self._check_points(disk, resources.node, job.options, points)
-        job.group.points.check_interval(points.interval_s)
-        new_bitmap = self._stores[disk].new_bitmap(points.key)
-        granularity = job.tracker.granularity
-        unit = unit_of(disk, resources.node.device, job.options, granularity)
-        changes = changes_of(disk, job.options, granularity, unit, new_bitmap)
-        job.make_points(resources.add_points(job, points, changes))
+        try:
+            job.group.points.check_interval(points.interval_s)
+            new_bitmap = self._stores[disk].new_bitmap(points.key)
+            granularity = job.tracker.granularity
+            unit = unit_of(disk, resources.node.device, job.options, granularity)
+            changes = changes_of(disk, job.options, granularity, unit, new_bitmap)
+            job.make_points(resources.add_points(job, points, changes))
+        except CommandError:
+            if points.journal is not None:
+                release(points.journal.device)
+            raise
 
     def begin(self, job: MirrorJob) -> None:
         """Start the job; with unequal sizes it fails at once, as in QEMU."""
@@ -268,6 +280,7 @@ class MirrorJobs:
             self._nodes.check_left(journal.device.uri, journal.device)
             check_journal(disk, journal, options)
             self._nodes.check_unused(journal.device)
+            self._nodes.reserve(journal.device)
         except CommandError as error:
             raise CommandError(f"Journal: {error}") from error
 
@@ -288,5 +301,6 @@ class MirrorJobs:
         check_target(disk, node, options)
         try:
             self._nodes.check_unused(node.device)
+            self._nodes.reserve(node.device)
         except CommandError as error:
             raise CommandError(f"Target {error}") from error

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.disk import Disk
-from nbdmirror.errors import CommandError
+from nbdmirror.errors import CommandError, ConfigError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.names import is_wellformed_id
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
-from nbdmirror.nbdclient.pair import share_storage
+from nbdmirror.nbdclient.pair import reserve_disk, share_storage
 
 NODES_MAX = 256
 """Most targets of all kinds. Each has a connection and three descriptors; QEMU has no such
@@ -145,6 +145,14 @@ class Nodes:
             if not isinstance(other, NbdDevice):
                 what = f"its server writes to '{other.description}', which is '{name}'"
             raise CommandError(f"'{device.uri}' is in use: {what}")
+
+    def reserve(self, device: NbdDevice) -> None:
+        """Keep the export for a job of this server. Raises CommandError if another nbdmirror of
+        this host uses it."""
+        try:
+            reserve_disk(device)
+        except ConfigError as error:
+            raise CommandError(str(error)) from error
 
     def leave(self, device: NbdDevice) -> None:
         """A mirror to `device` has ended. Its requests in flight are given up; until the server has

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nbdmirror.devices.base import Done
+from nbdmirror.disk.cells import Zeroes
 from nbdmirror.disk.changes import Changes, MayDiffer
 from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.far_side import FarSide
@@ -22,8 +23,10 @@ from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
+from nbdmirror.mirror.watched import WatchedExport
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
+from nbdmirror.nbdclient.reservations import release
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.points.format import JournalError
 from nbdmirror.points.ownership import create, take_over
@@ -195,6 +198,7 @@ class PointsResources(JobResources):
         device = self.journal.device
         self.journal.job = None
         self.nodes.leave(device)
+        release(device)
         device.pool.detach()
         if self.journal.is_owned:
             self.nodes.forget(self.journal)
@@ -319,10 +323,8 @@ class PointsResources(JobResources):
             self.loop.call_later(WAIT_S, partial(self._open, is_wanted, done))
             return
         self._is_opening = True
-        exports = {
-            Side.IMAGE: DurableExport(self.node.device),
-            Side.JOURNAL: DurableExport(self.journal.device),
-        }
+        journal = DurableExport(self.journal.device)
+        exports: Exports = {Side.IMAGE: self._image(), Side.JOURNAL: self._watched(journal)}
 
         def opened(writer: JournalWriter | None, error: BaseException | None) -> None:
             self._is_opening = False
@@ -332,6 +334,14 @@ class PointsResources(JobResources):
             done(None if error is None else refusal_of(error))
 
         start(self._take_over(exports), exports, opened)
+
+    def _image(self) -> WatchedExport:
+        return self._watched(DurableExport(self.node.device), self.tracker.zeroes)
+
+    def _watched(self, export: DurableExport, zeroes: Zeroes | None = None) -> WatchedExport:
+        job = self.node.job
+        assert isinstance(job, PointsJob)
+        return WatchedExport(export, job.waits, job.point_traffic, zeroes)
 
     def _take_over(self, exports: Exports) -> Program[JournalWriter]:
         journal = exports[Side.JOURNAL]
@@ -345,8 +355,7 @@ class PointsResources(JobResources):
                 disk_id=self.wanted.disk_id,
             )
         before = self.far_side.writer if isinstance(self.far_side, JournalSide) else None
-        disk_id, clock = self.wanted.disk_id, self.loop.clock
-        writer = yield from take_over(exports, disk_id=disk_id, clock=clock, before=before)
+        writer = yield from take_over(exports, disk_id=self.wanted.disk_id, before=before)
         there = writer.newest.sequence
         if there < self.newest:
             text = f"ends with point {there}, and point {self.newest} was committed"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +15,10 @@ from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.pair import reserve_disk
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.subject_log import SubjectLog
+from nbdmirror.threads import NO_THREAD, start_thread
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def reconnect(
             came_back()
             done(None)
 
-    threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
+    if not start_thread(work, "nbdmirror-reconnect"):
+        device.reconnect_problem = NO_THREAD
 
 
 def reconnect_source(device: NbdDevice, loop: Loop, done: Done) -> None:
@@ -79,7 +81,7 @@ def reconnect_source(device: NbdDevice, loop: Loop, done: Done) -> None:
             failure = DeviceError(str(error), errno.EIO)
         loop.call_soon(partial(done, failure))
 
-    threading.Thread(target=work, name="nbdmirror-reconnect", daemon=True).start()
+    start_thread(work, "nbdmirror-reconnect")
 
 
 def _connect(
@@ -114,6 +116,7 @@ def _reopen(
     """Raises ConfigError or IO_ERRORS."""
     connection = device.pool.reopen()
     try:
+        reserve_disk(device, connection=connection)
         offset = difference(connection)
     except BaseException:
         connection.close()

@@ -27,6 +27,7 @@ from nbdmirror.server.file_watch import FileWatch
 from nbdmirror.server.mirror_jobs import MirrorJobs
 from nbdmirror.server.nodes import Nodes
 from nbdmirror.server.old_side import OldSides
+from nbdmirror.server.waiting import Waiting
 from nbdmirror.state.heartbeat import Heartbeats
 from nbdmirror.state.job_results import Result
 from nbdmirror.state.journaled_disk import JournaledDisk
@@ -36,6 +37,7 @@ from nbdmirror.state.sealed_files import StateError
 from nbdmirror.state.store import DiskStore
 from nbdmirror.state.writer import Writer
 from nbdmirror.subject_log import disk_log
+from nbdmirror.threads import start_threads_on
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Server:
         self.nodes = Nodes(disks, connections)
         self.bitmaps = Bitmaps(self.stores)
         self.files = FileWatch(disks, events)
+        self.waiting = Waiting(loop, disks.values())
         self._heartbeats = Heartbeats(loop)
         self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
         self.sides = OldSides(self._disk_stores, self.writers, self._have_bitmaps)
@@ -90,6 +93,7 @@ class Server:
         """Start the loop's thread, and continue bitmaps and mirrors of an earlier process. After
         nbdkit has forked, and before guests connect."""
         self.loop.start()
+        start_threads_on(self.loop)
         for name, store in self._disk_stores.items():
             disk = self.disks[name]
             store.begin(self.writers[name], disk.sync)
@@ -109,6 +113,7 @@ class Server:
             device.pool.look_at_peers(self.loop.clock())
         for writer in self.writers.values():
             writer.look()
+        self.waiting.look()
         self.loop.call_later(tcpwatch.LOOK_S, self._look)
 
     @property
@@ -214,6 +219,7 @@ class Server:
         thread but the loop's. The jobs have ended, and no guest request is in progress, or they are
         given up."""
         self.files.stop()
+        start_threads_on(None)
         self.loop.stop(STOP_S_MAX)
         # A job that did not end has left its disks attached to the stopped loop.
         for device in self._remote_devices():
@@ -223,11 +229,15 @@ class Server:
         ends = {
             name: threading.Thread(target=self._end, args=(name, closed)) for name in self.disks
         }
-        for thread in ends.values():
-            thread.daemon = True
-            thread.start()
         for name, thread in ends.items():
-            thread.join(max(0.0, deadline_s - self.loop.clock()))
+            thread.daemon = True
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads
+                self._end(name, closed)
+        for name, thread in ends.items():
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline_s - self.loop.clock()))
             if thread.is_alive():
                 source = self.disks[name].source.description
                 what = f"{source}: does not answer and is not flushed"

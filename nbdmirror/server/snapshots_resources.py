@@ -15,7 +15,6 @@ from nbdmirror.devices.base import Done
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.spot_check import find_mismatch
-from nbdmirror.nbdclient.durable import DurableExport
 from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.server.job_resources import JobResources
 from nbdmirror.server.points_resources import WAIT_S, PointsResources
@@ -87,8 +86,7 @@ class SnapshotsResources(PointsResources):
         JobResources.reconnect(self, has_copied, is_there)
 
     def _new_side(self) -> SnapshotSide:
-        image = DurableExport(self.node.device)
-        return SnapshotSide(image, self.acks, may_trim=self.options.unmap)
+        return SnapshotSide(self._image(), self.acks, may_trim=self.options.unmap)
 
     def _difference(self) -> Callable[[SharedConnection], int | None]:
         """What neither guests nor a point in progress have changed is the same on both sides."""

@@ -10,6 +10,7 @@ from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.disk import Disk
 from nbdmirror.event_loop import Loop
 from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.reservations import release
 from nbdmirror.server.nodes import Nodes
 
 RETIRE_POLL_S = 0.005
@@ -46,6 +47,7 @@ class Sources:
             else:
                 self._files.pop(device, device).close()
                 raw = raw_device(device)
+                release(raw)
                 # As in QEMU a node that the user added stays, closed, until blockdev-del.
                 for node in self._nodes:
                     if node.device is raw and node.is_owned:

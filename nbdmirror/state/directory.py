@@ -17,7 +17,7 @@ from nbdmirror.identity import Same, same_place
 from nbdmirror.nbdclient.sides import Side, look
 from nbdmirror.state.disk_file import DiskIdentity
 from nbdmirror.state.disk_record import DiskRecord
-from nbdmirror.state.intent_log import SLOTS, disk_ids, slot_bytes
+from nbdmirror.state.intent_log import DISK_BYTES_MAX, SLOTS, disk_ids, slot_bytes
 from nbdmirror.state.pivots import forget
 from nbdmirror.state.recovery import (
     OTHER_VERSION,
@@ -95,7 +95,9 @@ class StateDirectory:
                     identity = replace(identity, source=pivoted.truth)
                 identity = replace(identity, size=self._size(name, identity, pivoted))
                 found = self._examine(name, identity, pivoted)
-            size = identity.size
+            if (size := identity.size) > DISK_BYTES_MAX:
+                text = f"has {size} bytes: with a state directory it may have {DISK_BYTES_MAX}"
+                raise ConfigError(f"state-dir: disk {name} {text} (1 PiB)")
             slots = self._folder.slots(files["intents"], slot_bytes(size), SLOTS)
             status = os.stat(where / files["intents"])
             self._take_away_what_is_left(files, slots, found)

@@ -29,6 +29,9 @@ REGION_BYTES_MIN, REGION_BYTES_MAX = 1 << 20, 64 << 20
 REGIONS_WANTED = 1024
 """A disk has at most so many regions, within the bounds above."""
 
+DISK_BYTES_MAX = 1 << 50
+"""Of a larger disk the log would be some megabytes, and be written for each new region."""
+
 _MAGIC = b"NBMI"
 _HEAD = struct.Struct("<4sHH16sQQdQ")
 _CHECKSUM = struct.Struct("<I")

@@ -195,7 +195,13 @@ class DiskFolder(Folder):
     def _open(self, name: str, flags: int) -> int:
         """Open a file. A file that root creates gets the directory's owner, as whom the server may
         continue."""
-        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        try:
+            fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        except FileNotFoundError as error:
+            if not flags & os.O_CREAT:
+                raise
+            text = "the directory was removed, and has to be there when the server is started again"
+            raise OSError(errno.EIO, text, str(self.path)) from error
         if flags & os.O_CREAT and os.geteuid() == 0:
             os.fchown(fd, self._status.st_uid, self._status.st_gid)
         return fd

@@ -35,11 +35,13 @@ def application(host: Host, *, is_loopback: bool) -> ASGIApp:
     """`is_loopback`: only this machine can connect."""
 
     async def metrics(request: Request) -> Response:
-        content, content_type = rendered(host.reports, request.headers.get("accept", ""))
+        accept = request.headers.get("accept", "")
+        content, content_type = rendered(host.reports, accept, host.clock())
         return Response(content, headers={"Content-Type": content_type})
 
     async def status(request: Request) -> Response:
-        return JSONResponse([report.as_json for report in host.reports])
+        now_s = host.clock()
+        return JSONResponse([report.as_json | report.age(now_s) for report in host.reports])
 
     async def healthz(request: Request) -> Response:
         found = host.reports

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from nbdmirror.web.history import History
 from nbdmirror.web.records import Record, Report, plain, records
@@ -40,8 +40,16 @@ class Conversation(Protocol):
     def job_map(self, job: str, cells: int) -> Awaitable[Any]:
         """The map of a job's disk; empty if there is none."""
 
-    def events(self) -> Awaitable[list[str]]:
+    def events(self) -> Awaitable[list[News]]:
         """Those that have come since the last call, one at least: waits for it."""
+
+
+class News(NamedTuple):
+    """An event. `is_routine`: it comes again and again, as planned, and says no more than the next
+    status does."""
+
+    text: str
+    is_routine: bool = False
 
 
 Find = Callable[[], Iterable[str]]
@@ -49,16 +57,23 @@ Connect = Callable[[str], AbstractAsyncContextManager[Conversation]]
 
 
 class Host:
-    """`find` gives the control sockets that there are now; `time_s` seconds since 1970. A report is
-    replaced, and never changed."""
+    """`find` gives the control sockets that there are now; `time_s` seconds since 1970, `clock`
+    monotonic ones. A report is replaced, and never changed."""
 
-    def __init__(self, find: Find, connect: Connect, time_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        find: Find,
+        connect: Connect,
+        time_s: Callable[[], float],
+        clock: Callable[[], float],
+    ) -> None:
         self.left_out = 0
         self.history = History(time_s)
         self.version = 0
         """Higher whenever anything has changed."""
         self._find = find
         self._connect = connect
+        self.clock = clock
         self._time_s = time_s
         self._reports: dict[str, Report] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
@@ -120,17 +135,26 @@ class Host:
                 server = await stack.enter_async_context(self._connect(socket))
             maps: dict[str, Record] = {}
             while True:
+                asked = self._time_s(), self.clock()
                 async with asyncio.timeout(ANSWER_S_MAX):
                     status = await server.status()
                     if not isinstance(status, dict):
                         raise NoAnswer("the server does not answer as an nbdmirror does")
                     maps = await _newer(maps, status, server)
-                self._report(socket, plain(status), maps=maps)
+                self._report(socket, plain(status), maps=maps, asked=asked)
                 await asyncio.sleep(INTERVAL_S_MIN)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(INTERVAL_S - INTERVAL_S_MIN):
-                        for text in await server.events():
-                            self._tell(socket, text)
+                        while not self._tell_all(socket, await server.events()):
+                            pass
+
+    def _tell_all(self, socket: str, news: list[News]) -> bool:
+        """Whether there is any that has the server asked at once. One that is asked after each
+        point would always be seen when its lag is smallest."""
+        told = [one.text for one in news if not one.is_routine]
+        for text in told:
+            self._tell(socket, text)
+        return bool(told)
 
     def _report(
         self,
@@ -138,12 +162,14 @@ class Host:
         status: dict[str, Any] | None = None,
         error: str = "",
         maps: dict[str, Record] | None = None,
+        asked: tuple[float, float] | None = None,
     ) -> None:
-        """Unless the server is there no more."""
+        """Unless the server is there no more. `asked`: when, by both clocks; None: just now."""
         if asyncio.current_task() is not self._watching.get(socket):
             return
         before = self._reports.get(socket)
-        report = Report(plain(socket), self._time_s(), status or {}, plain(error), maps or {})
+        time_s, asked_s = asked or (self._time_s(), self.clock())
+        report = Report(plain(socket), time_s, status or {}, plain(error), maps or {}, asked_s)
         self._reports[socket] = report
         self.history.add(report)
         if before and before.error != report.error:

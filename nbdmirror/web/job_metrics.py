@@ -20,6 +20,13 @@ def _end(job: Record) -> float | None:
     return None if left_s is None or job.get("ready") else job["time-s"] + left_s
 
 
+def _lag(job: Record) -> float | None:
+    """The server's lag is of when the server was asked. Now it may be as much larger as that is
+    ago."""
+    lag_s, age_s = number(job.get("lag-s")), number(job.get("age-s"))
+    return None if lag_s is None else lag_s + (age_s or 0.0)
+
+
 def _moment(name: str) -> Callable[[Record], float | None]:
     """A moment that is so many seconds from the answer."""
 
@@ -51,9 +58,9 @@ JOB_METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "nbdmirror_job_lag_seconds",
-        "The age, at most, of the oldest answered write that is not on the target's storage;"
-        " from READY on.",
-        key("lag-s"),
+        "The age, at most, of the oldest answered write that is not on the target's storage at the"
+        " moment of the scrape; from READY on.",
+        _lag,
     ),
     Metric(
         "nbdmirror_job_length_bytes",
@@ -232,6 +239,17 @@ JOB_METRICS: tuple[Metric, ...] = (
         "nbdmirror_job_journal_used_bytes",
         "What points take of the journal.",
         _of_points("journal-used-bytes"),
+    ),
+    Metric(
+        "nbdmirror_job_journal_lasts_seconds",
+        "How long an outage of the far side may last until the next point does not fit into the"
+        " journal.",
+        _of_points("journal-lasts-s"),
+    ),
+    Metric(
+        "nbdmirror_job_journal_enough",
+        "Whether points take less than half of the journal (1) or not (0).",
+        _of_points("journal-enough"),
     ),
     Metric(
         "nbdmirror_job_in_place_timestamp_seconds",

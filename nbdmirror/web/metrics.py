@@ -137,17 +137,19 @@ METRICS: dict[str, tuple[Metric | Times, ...]] = {
 of each job."""
 
 
-def rendered(reports: Iterable[Report], accept: str) -> tuple[bytes, str]:
-    """The metrics in the format that the client accepts, and that format's content type."""
+def rendered(reports: Iterable[Report], accept: str, now_s: float) -> tuple[bytes, str]:
+    """The metrics in the format that the client accepts, and that format's content type. `now_s`:
+    by the clock of Report.asked_s."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Reports(reports))
+    registry.register(_Reports(reports, now_s))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
 class _Reports(Collector):
-    def __init__(self, reports: Iterable[Report]) -> None:
+    def __init__(self, reports: Iterable[Report], now_s: float) -> None:
         self._reports = list(reports)
+        self._now_s = now_s
 
     def describe(self) -> list[Family]:
         return []
@@ -166,7 +168,7 @@ class _Reports(Collector):
         if level == "host":
             yield (), {}
         for report in self._reports:
-            time = {"time-s": report.time_s}
+            time = {"time-s": report.time_s, **report.age(self._now_s)}
             if level == "any server":
                 yield (report.socket,), report.as_json
             elif level == "server" and not report.error:

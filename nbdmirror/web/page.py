@@ -38,10 +38,11 @@ class Job:
     mood: str
     target: str
     percent: float
-    doing: str
+    facts: list[str]
     rows: list[tuple[str, str]]
     """Names, and values with their units."""
-    remarks: list[str]
+    remarks: list[tuple[str, str]]
+    """Classes of the style sheet, and texts."""
     picture: picture.DiskPicture | None
     rates: Plot
     lag: Plot
@@ -64,6 +65,8 @@ class Server:
     socket: str
     package: str
     since: str
+    moment: str
+    """Of the status: what is behind may be further behind since."""
     trouble: list[str]
     disks: list[Disk]
 
@@ -100,7 +103,7 @@ def _shown(report: Report, history: History) -> Server:
         return _server(report, history)
     except Exception as error:  # noqa: BLE001 - the others are to be shown nevertheless
         text = f"the server's answer cannot be understood: {error!r}"
-        return Server(report.socket, "", "", [text], [])
+        return Server(report.socket, "", "", "", [text], [])
 
 
 def _server(report: Report, history: History) -> Server:
@@ -110,6 +113,7 @@ def _server(report: Report, history: History) -> Server:
         socket=report.socket,
         package=_text(status.get("package")),
         since="" if since is None else _moment(since, "%Y-%m-%d %H:%M:%S"),
+        moment="" if report.error else _moment(report.time_s),
         trouble=[*([report.error] if report.error else []), *words.server_troubles(status)],
         disks=[
             _disk(disk, [_job(*job, history, report) for job in report.jobs(disk)])
@@ -138,7 +142,9 @@ def _job(key: Key, job: Record, history: History, report: Report) -> Job:
     progress = Meter(time.monotonic).update(job)
     samples = history.samples(key)
     times_s = [sample.time_s for sample in samples]
-    remarks = [remark.text for remark in words.remarks(job)]
+    remarks = [
+        ("trouble" if remark.is_trouble else "note", remark.text) for remark in words.remarks(job)
+    ]
     now_s = report.time_s
     return Job(
         name=_text(job.get("device")),
@@ -146,7 +152,7 @@ def _job(key: Key, job: Record, history: History, report: Report) -> Job:
         mood=_mood(job),
         target=_text(job.get("target")),
         percent=min(100.0, max(0.0, progress.percent)),
-        doing=words.doing(job),
+        facts=[text for text in (words.doing(job), words.cost(job)) if text],
         rows=_rows(job, progress, now_s),
         remarks=remarks,
         picture=picture.disk_picture(report.maps.get(str(job.get("device", "")), {})),
@@ -196,18 +202,36 @@ def _rows(job: Record, progress: Progress, now_s: float) -> list[tuple[str, str]
     if changed and sent is not None:
         text = f"{words.size(sent)} for {words.size(changed)} ({sent / changed:.2f})"
         found.append(("Sent since READY, for what guests changed", text))
+    found += _of_points(member(job, "x-nbdmirror-points"))
     if mode := words.mode(job):
         found.append(("Copy mode", mode))
     if speed := number(job.get("speed")):
         found.append(("Speed limit", f"{words.size(speed)}/s"))
-    found += [(f"Time {period}", text) for period, text in words.shares(job).items()]
+    for period, text in words.shares(job).items():
+        found.append((f"Time {period}", text.replace(" %", "\N{NO-BREAK SPACE}%")))
+    return found
+
+
+def _of_points(points: Record) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    time_s, sequence = number(points.get("time-s")), number(points.get("sequence"))
+    if time_s is not None and sequence is not None:
+        found.append(("Last point", f"{sequence:.0f}, of {_moment(time_s)}"))
+    count, reaches_s = number(points.get("points")), number(points.get("reaches-s"))
+    if count is not None and reaches_s is not None:
+        found.append(("Points to recover", f"{count:.0f}, back to {words.duration(reaches_s)} ago"))
+    used, room = number(points.get("journal-used-bytes")), number(points.get("journal-bytes"))
+    if used is not None and room is not None:
+        found.append(("Journal", f"{words.size(used)} of {words.size(room)} used"))
+    if (lasts_s := number(points.get("journal-lasts-s"))) is not None:
+        found.append(("An outage may last", words.duration(int(lasts_s))))
+    if (rpo_s := number(points.get("rpo-s"))) is not None:
+        found.append(("Promised to be behind by", f"{words.age(rpo_s)} at most"))
     return found
 
 
 def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f} s" if value < 60 else words.duration(value)
+    return "-" if value is None else words.age(value)
 
 
 def _moment(time_s: float, form: str = "%H:%M:%S") -> str:

@@ -14,7 +14,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A server's status at `time_s`, in seconds since 1970, or the reason why there is none."""
+    """A server's status as of `time_s`, in seconds since 1970, or the reason why there is none."""
 
     socket: str
     time_s: float
@@ -24,6 +24,8 @@ class Report:
     maps: dict[str, Record] = field(default_factory=dict)
     """Answers to x-nbdmirror-query-job-map, by the jobs' names; not all jobs have one, and not each
     is of now."""
+    asked_s: float = 0.0
+    """`time_s` by a monotonic clock. Lags may have grown since then."""
 
     @property
     def disks(self) -> list[Record]:
@@ -35,6 +37,10 @@ class Report:
         return [
             ((self.socket, name, str(job.get("device", ""))), job) for job in records(disk, "jobs")
         ]
+
+    def age(self, now_s: float) -> Record:
+        """How old the status is at most, as a member of it."""
+        return {} if self.error else {"age-s": round(max(0.0, now_s - self.asked_s), 3)}
 
     @property
     def as_json(self) -> Record:

@@ -31,7 +31,7 @@ async def serve(
     sockets: list[socket.socket], *, find: Find, connect: Connect, is_loopback: bool
 ) -> None:
     """Serve on sockets that listen, until SIGINT or SIGTERM."""
-    host = Host(find, connect, time.time)
+    host = Host(find, connect, time.time, time.monotonic)
     watching = asyncio.ensure_future(host.run())
     server = _Server(_config(application(host, is_loopback=is_loopback)))
     watching.add_done_callback(lambda _: server.end())

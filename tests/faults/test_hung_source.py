@@ -114,6 +114,22 @@ def test_a_pause_and_what_follows(
     identical(source.uri(), target.image)
 
 
+def test_a_guest_that_waits_is_told(source: Lossy, server: Nbdmirror) -> None:
+    """No mirror reads the disk, so nothing else shows it."""
+    source.stall()
+    read = requested(server.uri("src"), lambda guest: guest.pread(GRANULE, 0))
+
+    def problem() -> str:
+        (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
+        return str(disk.get("problem", ""))
+
+    wait_until(problem, "the status says so")
+    assert f"a guest's request has waited for {source.uri()} for 0:0" in problem()
+    go_on(source)
+    read.result()
+    assert not problem()
+
+
 @pytest.mark.parametrize("ending", ["pause", "cancel"])
 def test_a_guests_synchronous_write(
     source: Lossy, server: Nbdmirror, target: QemuNbd, identical: Identical, ending: str

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.fixtures import Identical, Start
-from support.images import MiB
+from support.images import MiB, make_image
 from support.processes import Finished, freeze, nbdmirror, run
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
@@ -154,6 +154,24 @@ def test_a_mirror_from_a_bitmap(
         identical_now = disk.read_bytes() == target.image.read_bytes()
     assert identical_now
     identical(disk, target.image)
+
+
+def test_a_server_whose_control_socket_was_removed(
+    start: Start, server: Nbdmirror, disk: Path
+) -> None:
+    """It is not taken for the one that has the place now."""
+    server.qmp_path.unlink()
+    gone = f"{server.qmp_path}  process {server.pid}\n  no server at {server.qmp_path} "
+    listed = nbdmirror("list").stdout
+    assert gone in listed
+    assert "its control socket was removed (SIGTERM ends it in order)" in listed
+    other = Nbdmirror(disk.parent, f"vdb={make_image(disk.parent / 'other.img', MiB)}")
+    other.qmp_path = server.qmp_path
+    with other:
+        listed = nbdmirror("list").stdout
+        text = f"the control socket was removed, and process {other.pid} has its place now"
+        assert f"{server.qmp_path}  process {server.pid}\n  {text}" in listed
+        assert f"{server.qmp_path}  process {other.pid}\n  vdb  1 MiB" in listed
 
 
 def test_the_servers_of_this_host(server: Nbdmirror, disk: Path) -> None:

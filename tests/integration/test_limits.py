@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, assert_identical, make_empty, make_image, make_noise
@@ -254,6 +255,37 @@ def test_descriptors(start: Start, disk: Path) -> None:
     lines = Path(f"/proc/{server.pid}/limits").read_text().splitlines()
     soft = next(line.split()[3] for line in lines if line.startswith("Max open files"))
     assert int(soft) == min(hard, 65536)
+
+
+def test_guests_do_not_get_the_last_descriptors(
+    start: Start, identical: Identical, disk: Path
+) -> None:
+    """They are refused, with a line in the log now and then. All others are served, and the mirror
+    goes on, over its pivot."""
+    target = start(QemuNbd(disk.parent, make_noise(disk.parent / "target.img", MiB)))
+    server = Nbdmirror(disk.parent, disk)
+    server.inside = ("prlimit", "--nofile=96:96")
+    server.allowed = ["no room for another guest", "nbdkit: "]
+    start(server)
+    with Guest(server.uri(), disk) as guest, contextlib.ExitStack() as stack:
+        refused = 0
+        for _ in range(300):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(20)
+            client.connect(str(server.socket))
+            refused += client.recv(8) != b"NBDMAGIC"
+        assert refused > 200
+        for _ in range(5):
+            with Qmp(server.qmp_path) as qmp:
+                qmp.execute("query-jobs")
+        server.qmp.start_mirror(target.uri())
+        server.qmp.wait_ready()
+        server.qmp.complete()
+        guest.wait_for_requests(20)
+        assert server.stderr.count("no room for another guest") < 10
+    identical(guest, target.image)
+    with connected(server.uri()) as late:
+        assert late.pread(SIZE, 0) == guest.model
 
 
 def test_a_client_that_was_gone_before_its_answer_leaves_its_place(server: Nbdmirror) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from support.fixtures import Start
 from support.images import KiB, MiB, make_image
 from support.processes import free_port
 from support.servers import NbdkitTarget, QemuNbd
-from support.waiting import wait_until
+from support.waiting import InThread, wait_until
 
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.nbdclient import pool, tls
@@ -178,3 +179,60 @@ def test_all_addresses_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ConfigError, match="Connection refused"):
             connect(f"nbd://a-name:{port}", 60.0)
         assert time.monotonic() - began_s < 30.0
+
+
+# A resolver that does not answer.
+
+
+@contextmanager
+def silent_resolver(monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[threading.Event]:
+    """No name is answered before the event; then it is that of SECOND."""
+    answers = threading.Event()
+
+    def resolve(host: str, *_: Any, flags: int = 0, **__: Any) -> list[Any]:
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror("not an address")
+        assert answers.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (SECOND, port))]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nbdmirror.nbdclient.resolver.socket.getaddrinfo", resolve)
+        try:
+            yield answers
+        finally:
+            answers.set()
+            name = "nbdmirror-resolver"
+            wait_until(lambda: not threads_named(name), "the resolver's thread ends")
+
+
+def threads_named(name: str) -> int:
+    return sum(thread.name == name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("has_keys", [False, True], ids=["plain", "certificates"])
+def test_a_resolver_that_does_not_answer_takes_no_longer_than_a_server(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, has_keys: bool
+) -> None:
+    port = free_port()
+    keys = f"?tls-certificates={folder}" if has_keys else ""
+    monkeypatch.setattr(tls, "client_keys", lambda *_: None)
+    with silent_resolver(monkeypatch, port):
+        for _ in range(3):
+            with pytest.raises(ConfigError, match=r"'a-name' has no address after 0.1 s"):
+                connect(f"nbd{'s' if keys else ''}://a-name:{port}{keys}", 0.1)
+            assert threads_named("nbdmirror-resolver") == 1, "they wait for one answer"
+
+
+def test_a_resolver_that_answers_late(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    server = NbdkitTarget(folder, "memory", "1M")
+    server.argv = lambda: ["nbdkit", "-f", "-i", SECOND, "-p", str(port), "memory", "1M"]  # type: ignore[method-assign]
+    server.uri = lambda export="": f"nbd://{SECOND}:{port}/{export}"  # type: ignore[method-assign]
+    start(server)
+    with silent_resolver(monkeypatch, port) as answers:
+        attempt = InThread(lambda: connect(f"nbd://a-name:{port}", 30.0).shutdown())
+        wait_until(lambda: threads_named("nbdmirror-resolver") == 1, "the name is asked for")
+        answers.set()
+        attempt.result()

@@ -63,10 +63,13 @@ def test_a_point_is_served_until_a_later_one_is_applied(
     source.point((0, 7 << 20))  # where the points before were: the ring has 16 MiB
     is_right = read(device) == expected
     assert is_right, "the point has changed"
+    assert "all reads fail" not in nbdmirror("status", "--qmp", str(server.qmp_path)).stdout
     source.run(apply(source.writer, 5))
     with pytest.raises(DeviceError):
         read(device)
     device.close()
+    shown = nbdmirror("status", "--qmp", str(server.qmp_path)).stdout
+    assert f"all reads fail: {far.journal}: point 4 cannot be served any more" in shown
     server.wait_to_say("point 4 cannot be served any more: the image is being made point 5")
     again = start(Nbdmirror(folder, f"vda={far.image}", options=far.options()))
     device = NbdDevice.open(again.uri("vda"))

@@ -104,7 +104,6 @@ class PointWorld:
         opening = ownership.take_over(
             self.exports,
             disk_id=self.disk_id,
-            clock=lambda: 0.0,
             before=before,
             random_bytes=self.random.randbytes,
         )

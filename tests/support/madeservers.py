@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.waiting import POLL_S, WAIT_S_MAX, wait_until
 
 from nbdmirror.web import service
-from nbdmirror.web.host import NoAnswer
+from nbdmirror.web.host import News, NoAnswer
 
 _PARTS = {
     "source-read": 0.1,
@@ -23,6 +23,7 @@ _PARTS = {
     "target-flush": 0.0,
     "speed-limit": 0.0,
     "yielding": 0.0,
+    "acknowledgement": 0.0,
     "nothing-to-do": 0.7,
     "paused": 0.0,
     "error": 0.0,
@@ -94,7 +95,10 @@ POINTS: dict[str, Any] = {
         "late-cuts": 2,
         "journal-bytes": 1 << 30,
         "journal-used-bytes": 1 << 20,
-        "journal-lasts-s": 900.0,
+        "journal-point-bytes": 1 << 29,
+        "journal-enough": True,
+        "journal-lasts-s": 900.9,
+        "change-bytes-per-s": 1 << 19,
         "points": 60,
         "reaches-s": 59.5,
         "sequence": 812,
@@ -146,18 +150,26 @@ _JSON = st.recursive(
 )
 _KEYS = sorted({*status(), *disk(), *JOB, "last-job", "problem", "state-error", "last-error"})
 _TIMES = ("kind", "seconds", "buckets", "own-seconds", "own-buckets")
+_STRANGE = st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4)
+_STRANGE_TIMES = st.dictionaries(st.sampled_from(_TIMES), _JSON)
+_AS_USUAL = object()
+_LIST = st.just(_AS_USUAL) | _JSON
 
 
 @st.composite
 def any_status(draw: st.DrawFn) -> dict[str, Any]:
     """A server's, in which anything may be something else."""
-    strange = st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4)
-    job, one = JOB | draw(strange), disk() | draw(strange)
-    one["jobs"] = draw(st.just([job]) | _JSON)
-    times = disk()["requests"][0] | draw(st.dictionaries(st.sampled_from(_TIMES), _JSON))
-    one["requests"] = draw(st.just([times, times]) | _JSON)
-    said = status() | draw(strange)
-    said["disks"] = draw(st.just([one]) | _JSON)
+
+    def perhaps(usual: Any) -> Any:
+        found = draw(_LIST)
+        return usual if found is _AS_USUAL else found
+
+    job, one = JOB | draw(_STRANGE), disk() | draw(_STRANGE)
+    one["jobs"] = perhaps([job])
+    times = disk()["requests"][0] | draw(_STRANGE_TIMES)
+    one["requests"] = perhaps([times, times])
+    said = status() | draw(_STRANGE)
+    said["disks"] = perhaps([one])
     return said
 
 
@@ -180,6 +192,9 @@ class Made:
         """By the jobs' names."""
         self.asked_maps: list[str] = []
         self.unread: list[str] = []
+        self.routine: set[str] = set()
+        """Those of `unread` that are."""
+        self.is_listened_to = False
 
     async def status(self) -> Any:
         self.asked += 1
@@ -192,10 +207,14 @@ class Made:
         self.asked_maps.append(job)
         return self.maps.get(job, {})
 
-    async def events(self) -> list[str]:
-        await until(lambda: bool(self.unread))
+    async def events(self) -> list[News]:
+        self.is_listened_to = True
+        try:
+            await until(lambda: bool(self.unread))
+        finally:
+            self.is_listened_to = False
         unread, self.unread = self.unread, []
-        return unread
+        return [News(text, text in self.routine) for text in unread]
 
 
 class Serving:

@@ -75,7 +75,7 @@ class Source:
             create("j", size, disk_bytes=DISK_BYTES, now_ns=time.time_ns()),
             {Side.JOURNAL: self.devices[Side.JOURNAL]},
         )
-        program = take_over(self.exports, disk_id=block.disk_id, clock=time.monotonic)
+        program = take_over(self.exports, disk_id=block.disk_id)
         self.writer: JournalWriter = self.run(program)
 
     def seed(self) -> None:

@@ -8,6 +8,7 @@ caught.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ Shown = dict[str, dict[int | str, list[str]]]
 """`rule` and `guarantee` -> a number or a name -> tests as pytest calls them."""
 
 
+@functools.cache
 def shown() -> Shown:
     found: Shown = {"rule": defaultdict(list), "guarantee": defaultdict(list)}
     for path in sorted(TESTS.rglob("*.py")):

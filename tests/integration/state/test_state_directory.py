@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from integration.state.stateparts import SIZE, TOLD, begin, finish, settle
+from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import MiB, make_image
+from support.images import MiB, make_empty, make_image
 from support.kept import Kept, power_cut, refusal
 from support.mounts import mounted
 from support.processes import patched
@@ -184,3 +186,38 @@ def test_a_forced_cancel_does_not_wait_for_a_state_directory_that_fails(
     qmp.wait_for_event("BLOCK_JOB_CANCELLED", 5, device="j")
     server.flag.unlink()
     wait_until(lambda: not (server.state / "vda.json").exists(), "it is tried again")
+
+
+def test_a_state_directory_that_is_removed(
+    identical: Identical, start: Start, folder: Path, target: QemuNbd, disk: Path
+) -> None:
+    """A new one in its place is another one: no pivot could be recorded for the next start."""
+    server = start(Kept(folder, disk))
+    begin(server, target).wait_ready()
+    removed = folder / "removed"
+    server.state.rename(removed)
+    shutil.rmtree(removed)
+    server.state.mkdir()
+    server.allowed.append(TOLD + "|state cannot be saved")
+    with Guest(server.uri(), disk) as guest:
+        server.qmp.execute("block-job-complete", device="j")
+        reason = server.qmp.wait_for_event("X_NBDMIRROR_STATE_ERROR")["reason"]
+        assert "the directory was removed, and has to be there when the server" in reason
+        assert str(server.state) in reason
+        assert server.job_status()["status"] != "concluded"
+        guest.wait_for_requests(50)
+        server.qmp.execute("block-job-cancel", device="j", force=True)
+        server.qmp.wait_for_event("BLOCK_JOB_CANCELLED")
+        guest.wait_for_requests(50)
+    identical(guest, disk)
+
+
+def test_a_disk_that_is_too_large(folder: Path) -> None:
+    """Its log would be as large as a disk. It is served without one."""
+    with mounted("tmpfs", "size=1M") as place:
+        huge = make_empty(place / "huge.img", 7 << 60)
+        server = Kept(folder, huge)
+        assert "disk vda has 8070450532247928832 bytes: with a state directory" in refusal(server)
+        server.options = ()
+        with server, connected(server.uri()) as guest:
+            assert guest.get_size() == 7 << 60

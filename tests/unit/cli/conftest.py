@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from nbdmirror.cli import jobs as cli_jobs
 from nbdmirror.cli import main as cli
 from nbdmirror.cli import watch as cli_watch
 
+parser = functools.cache(cli.build_parser)
+"""The same for all commands here: to make it takes longer than most commands."""
+
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
@@ -23,7 +27,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Main:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
+    monkeypatch.setattr(cli, "build_parser", parser)
+
     def run(*argv: str) -> tuple[int, str, str]:
         try:
             status = cli.main(list(argv))

@@ -89,6 +89,20 @@ def test_the_same_while_a_command_waits(fake: Fake) -> None:
         assert terminal.has_cursor
 
 
+def test_points_made_in_time_are_no_news(half: Fake) -> None:
+    """There may be one each second: what happens between them stays on the screen."""
+    point = {"device": "disk0", "id": "j", "time-s": 1.7e9, "bytes": 4096, "lag-s": 0.1}
+    with on_terminal(half, WATCH) as terminal:
+        terminal.wait_for("50.0%")
+        half.ring.append("X_NBDMIRROR_RPO", {"device": "disk0", "id": "j", "kept": False})
+        news: list[dict[str, Any]] = [*10 * [{}], {"name": "nightly"}, {"ack": True}]
+        for number, more in enumerate(news):
+            half.ring.append("X_NBDMIRROR_POINT", {**point, "sequence": number, **more})
+        terminal.wait_for("sequence=11")
+        assert "X_NBDMIRROR_RPO" in terminal.text and "nightly" in terminal.text
+        assert "sequence=9" not in terminal.text
+
+
 def test_a_window_that_changes(half: Fake) -> None:
     """Nothing is left of the old picture, and what does not fit is said."""
     with on_terminal(half, WATCH) as terminal:

@@ -81,7 +81,9 @@ def test_a_point_is_recovered(places: Places, run: Main, which: str | None) -> N
     assert places.image.read_bytes() == places.far.contents[sequence]
     status, out, err = places.recover(run)
     assert (status, err) == (0, "")
-    assert out.endswith("; it was recovered before\n")
+    assert out.startswith(f"{places.image} was made point {sequence} (n{sequence}) of {at} before")
+    assert out.endswith(": nothing was changed now\n")
+    assert " is point" not in out, "guests may have written to it since"
     status, out, err = run("points", str(places.journal))
     assert status == 0
     assert "recovered at" in out and "point" in out

@@ -51,7 +51,7 @@ def test_the_newest_moment_is_recovered_and_said(files: Files, run: Main) -> Non
     assert err.startswith(f"recovering 2 disks at {at}\nrecovering point 4 of {at}, ")
     assert files.images == files.guest.moments[13]
     status, out, err = files.recover(run)
-    assert status == 0 and out.count("; it was recovered before\n") == 2
+    assert status == 0 and out.count(": nothing was changed now\n") == 2
     assert err == f"recovering 2 disks at {at}\n"
 
 

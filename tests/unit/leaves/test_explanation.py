@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.images import MiB
 from support.madeservers import JOB, WAITS
 
-from nbdmirror.explanation import _percents, doing, explanation, shares
+from nbdmirror.explanation import _percents, doing, explanation, remarks, shares
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.waits import RECENT_S, Cause
 
@@ -197,7 +197,11 @@ def test_no_two_sentences_contradict_each_other() -> None:
         assert len(re.findall("waits for the target to", said)) <= 1
 
 
-@given(st.lists(st.floats(0, 1), min_size=9, max_size=9).filter(lambda parts: sum(parts) > 0))
+@given(
+    st.lists(st.floats(0, 1), min_size=len(Cause), max_size=len(Cause)).filter(
+        lambda parts: sum(parts) > 0
+    )
+)
 def test_per_cents_add_up(parts: list[float]) -> None:
     whole = sum(parts)
     found = {cause: part / whole for cause, part in zip(map(str, Cause), parts, strict=True)}
@@ -235,7 +239,7 @@ def deadline(outlook: str, action: str = "report", left_s: float = 90.0) -> dict
         ),
         (
             deadline("passed", left_s=0.0),
-            "its deadline has passed; end it with: nbdmirror complete, or with: nbdmirror cancel",
+            "its deadline has passed; it is not ready; give it up with: nbdmirror cancel",
         ),
         (
             deadline("passed", "complete", left_s=0.0),
@@ -262,6 +266,28 @@ def test_the_deadline_of_a_ready_job(action: str, words: str) -> None:
     said = explanation(JOB | deadline("may-be-missed", action))
     assert said[-1].endswith("may be missed: a pivot would hold guests' writes for too long now")
     assert not [line for line in explanation(JOB) if "deadline" in line]
+    said = explanation(JOB | deadline("passed", left_s=0.0))
+    assert said[-1].endswith("passed; end it with: nbdmirror complete, or with: nbdmirror cancel")
+
+
+@pytest.mark.parametrize(
+    ("known", "is_trouble"),
+    [
+        (deadline("can-be-kept"), False),
+        (deadline("not-known"), False),
+        (deadline("may-be-missed"), True),
+        (deadline("passed"), True),
+        ({"ending": "complete", "ending-for-s": 1.0}, False),
+        ({"ending": "complete", "ending-for-s": 9.0, "quiesce-timeouts": 2}, True),
+        ({"status": "standby", "paused": True}, False),
+        ({"status": "standby", "paused": True, "io-status": "failed"}, True),
+        ({"target-silent-for-s": 9.0}, True),
+    ],
+)
+def test_what_is_trouble(known: dict[str, Any], is_trouble: bool) -> None:
+    """And what was asked for, or comes by itself: it is not shown in red."""
+    (remark,) = remarks(JOB | known)
+    assert remark.is_trouble is is_trouble
 
 
 def test_a_guest_that_is_throttled() -> None:

@@ -174,6 +174,8 @@ def buffers_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def data(size: int) -> MemoryDevice:
     """No zeroes anywhere."""
-    device = MemoryDevice(size)
-    device.pwrite((bytes(range(1, 252)) * (size // 251 + 1))[:size], 0)
+    device = MemoryDevice(0)
+    device.size, device.data = size, bytearray(range(1, 252)) * (size // 251 + 1)
+    del device.data[size:]
+    device.allocated = bytearray(b"\1") * -(-size // device.BLOCK_BYTES)
     return device

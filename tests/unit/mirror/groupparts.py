@@ -147,7 +147,7 @@ class PointResources(FakeResources):
     def _open(self) -> None:
         world = self.world
         sides: dict[Side, BlockDevice] = {Side.IMAGE: world.target, Side.JOURNAL: world.journal}
-        program = take_over(world.exports, disk_id=world.disk_id, clock=world.loop.clock)
+        program = take_over(world.exports, disk_id=world.disk_id)
         writer = run(program, sides)
         if not writer.newest.sequence:
             run(writer.seed(world.wall_time_ns()), sides)

@@ -17,6 +17,7 @@ from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.resources import JobState
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
+from nbdmirror.mirror.watched import WatchedExport
 from nbdmirror.server.snapshot_side import SnapshotSide
 
 BLOCK = 4096
@@ -78,7 +79,10 @@ class FakeSnapshotsResources(FakeResources):
                 self.world.loop.call_later(0.02, lambda: is_back(None))
                 return
             if error is None:
-                self.far_side = SnapshotSide(self.world.target, self.world.acks, may_trim=True)
+                job = self.world.job
+                target: Any = self.world.target
+                image = WatchedExport(target, job.waits, job.point_traffic, job.tracker.zeroes)
+                self.far_side = SnapshotSide(image, self.world.acks, may_trim=True)
             done(error)
 
         super().reconnect(has_copied, is_back)

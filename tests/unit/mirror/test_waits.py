@@ -12,6 +12,7 @@ from support.seeds import SEED
 from unit.mirror.copierparts import Clock
 from unit.mirror.jobdevices import StillLoop
 from unit.mirror.jobparts import GRANULARITY, NO_SPACE, SIZE, JobWorld
+from unit.mirror.snapshotparts import INTERVAL_S, SnapshotsWorld
 
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.in_flight import CopierLoad
@@ -270,6 +271,43 @@ def test_synchronous_writes_need_no_copier() -> None:
         world.write()
         assert spent(world, 1.0) == {"nothing-to-do": 1.0}
     world.assert_identical()
+
+
+@pytest.mark.parametrize(
+    ("delays", "cause"),
+    [
+        ({"read": 0.4}, "source-read"),
+        ({"write": 0.4}, "target-write"),
+        ({"flush": 0.4}, "target-flush"),
+    ],
+)
+def test_a_point_that_takes_its_time(delays: dict[str, float], cause: str) -> None:
+    """Also one whose request hangs: nothing else may be said than what is waited for."""
+    world = SnapshotsWorld().ready_with_points()
+    assert spent(world, 5) == {"nothing-to-do": 5}
+    delayed(world, **delays)
+    world.write()
+    found = spent(world, 4)
+    assert found.pop("acknowledgement") + found.pop("nothing-to-do", 0) == pytest.approx(3.6)
+    assert found == {cause: pytest.approx(0.4)}
+    world.ack()
+    delayed(world, **dict.fromkeys(delays, math.inf))
+    world.write()
+    world.pass_s(INTERVAL_S + 1)
+    assert spent(world, 100) == {cause: 100}
+    assert world.job.waits.shares.now == cause
+
+
+def test_a_point_that_waits_for_its_acknowledgement() -> None:
+    world = SnapshotsWorld().ready_with_points()
+    world.write()
+    world.awaits()
+    assert spent(world, 100) == {"acknowledgement": 100}
+    world.job.acknowledge(world.acks.awaited, "no room")
+    world.settle()
+    world.awaits()
+    world.ack()
+    assert spent(world, 100) == {"nothing-to-do": 100}
 
 
 def test_the_time_after_the_end_does_not_count() -> None:

@@ -75,7 +75,6 @@ class FarSide:
         self.journal = MemoryDevice(journal_bytes, description="journal")
         self.disk = bytearray(disk_bytes)
         self.contents: dict[int, bytes] = {}
-        self.now_s = 0.0
         self.stamps = itertools.count(1)
         program = ownership.create("journal", journal_bytes, disk_bytes=disk_bytes, now_ns=0)
         self.disk_id = self.run(program).disk_id
@@ -91,7 +90,7 @@ class FarSide:
     def connect(self) -> None:
         """A new process takes the journal over."""
         self.exports = {side: PromptExport(device) for side, device in self.sides.items()}
-        program = ownership.take_over(self.exports, disk_id=self.disk_id, clock=lambda: self.now_s)
+        program = ownership.take_over(self.exports, disk_id=self.disk_id)
         self.writer: JournalWriter = self.run(program)
 
     def seed(self) -> None:
@@ -102,10 +101,7 @@ class FarSide:
     def fill(self, offset: int, length: int) -> None:
         """A guest's write of bytes that occur nowhere else."""
         stamp = b"%d" % next(self.stamps)
-        found = bytearray()
-        for number in range(-(-length // 32)):
-            found += hashlib.sha256(stamp + b" %d" % number).digest()
-        self.disk[offset : offset + length] = found[:length]
+        self.disk[offset : offset + length] = hashlib.shake_128(stamp).digest(length)
 
     def begin(self, length: int, **options: object) -> Point:
         sequence = self.writer.newest.sequence + 1

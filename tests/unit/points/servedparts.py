@@ -102,6 +102,8 @@ class Guest:
         for sector in range(len(seen) // SECTOR):
             at = sector * SECTOR
             found, kept = seen[at : at + SECTOR], self.content[at : at + SECTOR]
+            if found == kept and sector not in self.doubtful:
+                continue
             allowed = {bytes(kept)}
             if power_cut or sector in self.doubtful:
                 allowed |= set(self.versions.get(sector, ()))

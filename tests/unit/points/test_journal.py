@@ -17,6 +17,8 @@ from nbdmirror.points.format import (
     RING_START,
     JournalError,
     State,
+    batch_bytes_max,
+    data_bytes_max,
 )
 from nbdmirror.points.requests import Side, run, start
 from nbdmirror.points.superblocks import JournalTaken
@@ -174,17 +176,21 @@ def test_space_is_used_again_when_the_image_holds_its_points() -> None:
     assert bytes(far.image.data) == far.contents[3]
 
 
-def test_how_full_it_is_and_for_how_long_it_will_do() -> None:
+def test_how_full_it_is() -> None:
     far = with_points(0)
-    assert far.writer.room().lasts_s is None
     for _ in range(8):
-        far.now_s += 10.0
         far.point((0, 5 * BLOCK_BYTES))
     room = far.writer.room()
     assert room.used_bytes == 8 * 8 * BLOCK_BYTES
     assert room.free_bytes == RING_BYTES_MIN - room.used_bytes
-    assert room.bytes_per_s == 8 * BLOCK_BYTES // 10
-    assert room.lasts_s == pytest.approx(room.free_bytes / (8 * BLOCK_BYTES / 10), rel=1e-3)
+
+
+@pytest.mark.parametrize("blocks", [3, 4, 5, 6, 127, 128, 129, 130, 131, 132, 133, 1000, 1 << 20])
+def test_the_largest_batch_fits_and_no_larger_one(blocks: int) -> None:
+    ring_bytes = blocks * BLOCK_BYTES
+    most = data_bytes_max(ring_bytes)
+    assert not most % BLOCK_BYTES
+    assert batch_bytes_max(most) <= ring_bytes < batch_bytes_max(most + BLOCK_BYTES)
 
 
 # Order, errors, owners.
@@ -203,7 +209,7 @@ def test_the_footer_comes_last() -> None:
 def test_what_a_killed_source_left_in_a_cache_is_flushed_before_it_counts() -> None:
     """Its last footer may be on the far side, and not on the storage: a power cut takes it back."""
     far = with_points(1)
-    program = ownership.take_over(far.exports, disk_id=far.disk_id, clock=lambda: 0.0)
+    program = ownership.take_over(far.exports, disk_id=far.disk_id)
     log = far.exports[Side.JOURNAL].log
     log.clear()
     start(program, far.exports, lambda writer, error: None)
@@ -303,21 +309,36 @@ def test_a_long_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "content", "message"),
+    ("size", "content", "at", "message"),
     [
-        (JOURNAL_BYTES - 1, b"", "is too small: it has"),
-        (JOURNAL_BYTES, b"\xeb\x63\x90", "is not empty"),
-        (0, b"", "is too small"),
+        (JOURNAL_BYTES - 1, b"", 0, "is too small: it has"),
+        (JOURNAL_BYTES, b"\xeb\x63\x90", 0, "is not empty"),
+        (JOURNAL_BYTES, b"\1CD001", 32 << 10, "is not empty"),  # of ISO 9660, zeroes before it
+        (JOURNAL_BYTES, b"\1", RING_START - 1, "is not empty"),
+        (0, b"", 0, "is too small"),
     ],
 )
-def test_where_no_journal_is_created(size: int, content: bytes, message: str) -> None:
+def test_where_no_journal_is_created(size: int, content: bytes, at: int, message: str) -> None:
     device = MemoryDevice(size)
-    device.data[: len(content)] = content
+    device.data[at : at + len(content)] = content
     before = bytes(device.data)
     program = ownership.create("nbd://b/j", size, disk_bytes=1 << 20, now_ns=0)
     with pytest.raises(JournalError, match=f"nbd://b/j: {message}"):
         run(program, {Side.JOURNAL: device})
     assert bytes(device.data) == before
+
+
+def test_a_journal_is_known_as_one_before_it_is_called_rubbish() -> None:
+    """Whoever reads this may be about to overwrite the only copy."""
+    far = with_points(2)
+    program = ownership.create("j", far.journal.size, disk_bytes=1 << 20, now_ns=0)
+    text = "is the journal of a disk of 64 KiB, with points up to 2; if nobody needs them"
+    with pytest.raises(JournalError, match=text):
+        far.run(program)
+    far.recover()
+    program = ownership.create("j", far.journal.size, disk_bytes=1 << 20, now_ns=0)
+    with pytest.raises(JournalError, match="a disk of 64 KiB, whose image is in use since 19"):
+        far.run(program)
 
 
 def test_an_image_that_is_copied_in_place_has_no_point() -> None:

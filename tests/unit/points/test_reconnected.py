@@ -24,9 +24,7 @@ from nbdmirror.points.writer import JournalWriter
 
 
 def reconnected(far: FarSide) -> Program[JournalWriter]:
-    return ownership.take_over(
-        far.exports, disk_id=far.disk_id, clock=lambda: far.now_s, before=far.writer
-    )
+    return ownership.take_over(far.exports, disk_id=far.disk_id, before=far.writer)
 
 
 def reconnect(far: FarSide) -> None:

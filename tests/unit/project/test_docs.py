@@ -19,6 +19,7 @@ from support.processes import ROOT
 from support.qmpsignatures import signature
 from support.recipes import ran, script_of
 from support.shown import shown
+from support.sources import in_one_worker, tree
 from support.staterecords import FILES, PLACES, Steps, path_of
 
 from nbdmirror.cli.main import build_parser
@@ -323,19 +324,19 @@ def test_every_module_has_its_place_in_the_design() -> None:
     assert told == there
 
 
+@in_one_worker
 def test_every_test_that_is_named_is_there() -> None:
     named = [
         one for path in DOCS for one in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text())
     ]
     assert named
     for file, test in named:
-        tree = ast.parse((ROOT / file).read_text())
         kinds = ast.FunctionDef | ast.ClassDef
-        assert test in {node.name for node in tree.body if isinstance(node, kinds)}, (
-            f"{file}::{test}"
-        )
+        there = {node.name for node in tree(ROOT / file).body if isinstance(node, kinds)}
+        assert test in there, f"{file}::{test}"
 
 
+@in_one_worker
 def test_every_rule_has_its_tests() -> None:
     """Functions, and mutants that are in the list of those which must be caught, have its mark."""
     numbers = re.findall(r"^(\d+)\. ", text_of("rules.md"), flags=re.MULTILINE)
@@ -343,6 +344,7 @@ def test_every_rule_has_its_tests() -> None:
     assert set(shown()["rule"]) == set(range(1, RULES + 1))
 
 
+@in_one_worker
 def test_every_guarantee_has_its_tests() -> None:
     page = text_of("guarantees.md").partition("\n## What is not promised")[0]
     bold = re.findall(r"^- \*\*(.+?)\*\*", page, flags=re.MULTILINE | re.DOTALL)
@@ -351,6 +353,7 @@ def test_every_guarantee_has_its_tests() -> None:
     assert set(shown()["guarantee"]) == set(names)
 
 
+@in_one_worker
 def test_what_has_a_mark_is_run() -> None:
     for tests_of in shown().values():
         for tests in tests_of.values():
@@ -362,7 +365,7 @@ def test_what_has_a_mark_is_run() -> None:
 def names_in(file: str) -> set[str]:
     """Names of a file's test functions, and of its mutants."""
     found: set[str] = set()
-    for node in ast.parse((ROOT / file).read_text()).body:
+    for node in tree(ROOT / file).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             found.add(node.name)
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MUTANTS":

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import ast
 import functools
-import io
 import re
-import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.processes import ROOT
+from support.sources import comments, in_one_worker, nodes_of
 
 from nbdmirror import limits, nbd_uri
 from nbdmirror.cli import common
@@ -61,6 +59,7 @@ NUMBERS = (
 )
 """A page, what stands around a number there ({}), and the number in the code."""
 WORDS = {2: "two", 9: "nine"}
+VARIABLE = "NBDMIRROR_[A-Z_]+"
 
 
 @functools.cache
@@ -72,17 +71,6 @@ def files() -> frozenset[str]:
     return frozenset(found)
 
 
-def comments_of(path: Path) -> Iterator[str]:
-    """Docstrings, and the strings below constants, and comments."""
-    source = path.read_text()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            yield str(node.value.value)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.string
-
-
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in PAGES])
 def test_files_that_a_page_names_exist(path: Path) -> None:
     pattern = rf"\b(?:{'|'.join(FOLDERS)})/[\w/.-]*\w\.(?:py|md|sh|toml|service)\b"
@@ -90,37 +78,45 @@ def test_files_that_a_page_names_exist(path: Path) -> None:
     assert named <= files(), sorted(named - files())
 
 
+@in_one_worker
 def test_files_that_docstrings_and_comments_name_exist() -> None:
     for path in SOURCES:
-        for text in comments_of(path):
+        for text in comments(path):
             for name in re.findall(r"(?<![\w/-])(?:[\w-]+/)*[\w-]+\.(?:py|md)\b", text):
                 assert name in files() or Path(name).name in files(), f"{path}: {name}"
 
 
+@in_one_worker
 def test_what_docstrings_name_in_modules_exists() -> None:
     """As `tracker.Tracker` or `in_flight.ANSWER_S`."""
     contents: dict[str, set[str]] = {}
     for path in SOURCES:
         names = contents.setdefault(path.stem, set())
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 names.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names.add(node.id)
     for path in SOURCES:
-        for text in comments_of(path):
+        for text in comments(path):
             for module, name in re.findall(r"(?<![\w./])([a-z_]+)\.([A-Z]\w+)\b(?!\.)", text):
                 is_there = name in contents.get(module, ()) or f"{module}.{name}" in OTHERS
                 assert is_there, f"{path}: {module}.{name}"
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in PAGES])
-def test_environment_variables_of_pages_exist(path: Path) -> None:
-    named = set(re.findall(r"(?<!X_)\bNBDMIRROR_[A-Z_]+\b", path.read_text()))
+@functools.cache
+def variables_there() -> set[str]:
+    """Environment variables that programs and tests name."""
     others = [*(ROOT / "bench").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
     places = [ROOT / "run", *others, *SOURCES]
-    there = "".join(place.read_text() for place in places)
-    assert not {name for name in named if name not in there}
+    return {name for place in places for name in re.findall(VARIABLE, place.read_text())}
+
+
+@in_one_worker
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in PAGES])
+def test_environment_variables_of_pages_exist(path: Path) -> None:
+    named = set(re.findall(rf"(?<!X_)\b{VARIABLE}\b", path.read_text()))
+    assert not named - variables_there()
 
 
 @pytest.mark.parametrize(("page", "around", "number"), NUMBERS)

@@ -97,6 +97,7 @@ ORDINARY = {
         "nbdmirror_job_rpo_seconds": {JOB: "10x480"},
         "nbdmirror_job_points_kept": {JOB: "1x480"},
     },
+    "a large point": READY | {"nbdmirror_job_journal_enough": {JOB: "1x60 0 1x420"}},
     "a deadline that is kept": READY
     | {
         "nbdmirror_job_deadline_outlook": {
@@ -121,6 +122,7 @@ TROUBLE = {
     "NbdmirrorRpo": changed(job_lag_seconds="0.2x60 90x420")
     | {"nbdmirror_job_rpo_seconds": {JOB: "10x480"}},
     "NbdmirrorPointsNotKept": READY | {"nbdmirror_job_points_kept": {JOB: "1x60 0x420"}},
+    "NbdmirrorJournal": READY | {"nbdmirror_job_journal_enough": {JOB: "1x60 0x420"}},
     "NbdmirrorDeadline": READY
     | {
         "nbdmirror_job_deadline_outlook": {

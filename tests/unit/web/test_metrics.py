@@ -22,8 +22,8 @@ OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
 LAST = {"id": "vda", "target": "nbd://b", "result": "failed", "ended-at-s": 1.7e9, "reason": "?"}
 
 
-def text_of(*reports: Report, accept: str = "") -> str:
-    return rendered(reports, accept)[0].decode()
+def text_of(*reports: Report, accept: str = "", now_s: float = 0.0) -> str:
+    return rendered(reports, accept, now_s)[0].decode()
 
 
 def values(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -94,6 +94,15 @@ def test_what_they_say() -> None:
     assert ("nbdmirror_job_end_timestamp_seconds", job) not in found
 
 
+def test_a_lag_is_one_of_now() -> None:
+    """The target may not have got anything since the server was asked: the lag is as much larger
+    now, and is never told too small."""
+    asked = Report("a", 1.7e9, status(disk("vda", JOB)), asked_s=100.0)
+    lag = ("nbdmirror_job_lag_seconds", ("vda", "vda", "a"))
+    assert values(text_of(asked, now_s=100.0))[lag] == 0.25
+    assert values(text_of(asked, now_s=106.5))[lag] == 6.75
+
+
 def test_what_they_say_of_promises_and_points() -> None:
     made = status(disk("vda", JOB | PROMISES), disk("vdb", JOB | POINTS | {"device": "vdb"}))
     found = values(text_of(Report("a", 1.7e9, made)))
@@ -104,6 +113,8 @@ def test_what_they_say_of_promises_and_points() -> None:
     assert found["nbdmirror_job_deadline_outlook", ("vda", "vda", "can-be-kept", "a")] == 1
     assert found["nbdmirror_job_deadline_outlook", ("vda", "vda", "passed", "a")] == 0
     assert found["nbdmirror_job_points_kept", vdb] == 1
+    assert found["nbdmirror_job_journal_lasts_seconds", vdb] == 900.9
+    assert found["nbdmirror_job_journal_enough", vdb] == 1
     assert found["nbdmirror_job_point_timestamp_seconds", vdb] == 1.7e9 - 1
     assert ("nbdmirror_job_rpo_seconds", vda) not in found
 

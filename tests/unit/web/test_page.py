@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.madeservers import JOB, any_status, disk, status
+from support.madeservers import JOB, POINTS, any_status, disk, status
 
 from nbdmirror.web import history as web_history
 from nbdmirror.web import page as web_page
@@ -78,9 +79,10 @@ def test_what_it_shows() -> None:
         report(disk("vda", JOB), disk("vdb", last_job=LAST), disk("vdc", read_only=True)),
         Report("/run/b.qmp", 1.7e9, error="no answer within 5 s"),
     ).text
+    moment = time.strftime("%H:%M:%S", time.localtime(1.7e9))
     for part in (
-        "/run/a.qmp", "nbdmirror 0.1.0", "vda 1 GiB, read-write", "/srv/vda.img",
-        "Job vda: ready", "nbd://backup/vda", "The target is behind by 0.2 s",
+        "/run/a.qmp", "nbdmirror 0.1.0", f"status of {moment}", "vda 1 GiB, read-write",
+        "/srv/vda.img", "Job vda: ready", "nbd://backup/vda", "The target is behind by 0.3 s",
         "Left to copy 192 KiB", "Dirty 64 KiB", "In flight 128 KiB", "Copied 5 MiB/s",
         "Changed by guests 4 MiB/s", "12 MiB for 10 MiB (1.20)", "Copy mode background",
         "has nothing to do (70 % of the last minute); the target follows the source",
@@ -102,6 +104,39 @@ def test_what_it_shows() -> None:
 )
 def test_trouble_is_shown_as_status_shows_it(trouble: dict[str, Any], text: str) -> None:
     assert text in whole(report(disk("vda", JOB | trouble))).text
+
+
+def test_what_is_asked_for_is_no_trouble() -> None:
+    deadline = {"outlook": "can-be-kept", "on-deadline": "report", "left-s": 90.0, "at-s": 1e9}
+    seen = whole(report(disk("vda", JOB | {"x-nbdmirror-deadline": deadline})))
+    assert "its deadline in 1:30 can be kept" in seen.text
+    assert not [one for one in seen.all("p") if one[0].get("class") == "trouble"]
+
+
+def test_points_and_what_guests_pay() -> None:
+    lines = whole(report(disk("vda", JOB | POINTS | {"guests-wait-share": 0.03}))).text
+    moment = time.strftime("%H:%M:%S", time.localtime(1_699_999_999))
+    for part in (
+        f"Last point 812, of {moment}", "Points to recover 60, back to 1:00 ago",
+        "Journal 1 MiB of 1 GiB used", "An outage may last 15:00",
+        "Promised to be behind by 10.0 s at most", "3.0 % of their time waiting for the mirror",
+    ):  # fmt: skip
+        assert part in lines, part
+
+
+def test_a_plot_of_nothing_is_not_drawn() -> None:
+    nothing = {"copy-bytes-per-s": None, "dirty-bytes-per-s": None}
+    text = whole(report(disk("vda", JOB | nothing))).text
+    assert "copied: -" not in text and "behind: 0.3 s" in text
+
+
+@pytest.mark.parametrize(
+    ("lag_s", "text"), [(0.0, "0.0 s"), (0.001, "0.1 s"), (0.9, "0.9 s"), (89.2, "1:30")]
+)
+def test_a_lag_is_never_shown_too_small(lag_s: float, text: str) -> None:
+    shown = whole(report(disk("vda", JOB | {"lag-s": lag_s}))).text
+    assert f"The target is behind by {text} " in shown
+    assert f"behind: {text}" in shown
 
 
 def shown_map(**kinds: list[int]) -> dict[str, list[int]]:

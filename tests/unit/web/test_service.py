@@ -8,34 +8,21 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator
 
 import pytest
 from support.madeservers import JOB, Made, Serving, disk, status
 from support.waiting import WAIT_S_MAX, wait_until
 
 from nbdmirror.errors import Error
-from nbdmirror.web import host as web_host
 from nbdmirror.web import live, service
 from nbdmirror.web.host import NoAnswer
 
 
-@pytest.fixture
-def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
-    """Two servers, one of which cannot be asked."""
-    monkeypatch.setattr(web_host, "INTERVAL_S", 0.1)
-    monkeypatch.setattr(web_host, "INTERVAL_S_MIN", 0.05)
-    servers = {"/a": Made(status(disk("vda", JOB))), "/b": Made(NoAnswer("no server at /b"))}
-    with Serving(servers) as one:
-        wait_until(lambda: one.json("/healthz")["servers"] == 2, "both were asked")
-        yield one
-
-
 def test_what_is_where(serving: Serving) -> None:
-    assert serving.json("/status") == [
-        {"qmp": "/a", **status(disk("vda", JOB))},
-        {"qmp": "/b", "error": "no server at /b"},
-    ]
+    first, second = serving.json("/status")
+    assert 0 <= first.pop("age-s") < WAIT_S_MAX
+    assert first == {"qmp": "/a", **status(disk("vda", JOB))}
+    assert second == {"qmp": "/b", "error": "no server at /b"}
     assert serving.json("/healthz") == {
         "status": "ok",
         "servers": 2,
@@ -43,27 +30,6 @@ def test_what_is_where(serving: Serving) -> None:
     }
     assert 'nbdmirror_server_up{server="/a"} 1.0' in serving.get("/metrics")[1]
     assert serving.get("/nothing")[0] == 404
-
-
-def test_maps_are_asked_for_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few at a time, however many jobs there are, and never of a job that has ended."""
-    monkeypatch.setattr(web_host, "INTERVAL_S", 0.1)
-    monkeypatch.setattr(web_host, "INTERVAL_S_MIN", 0.05)
-    jobs = [JOB | {"device": f"j{number}"} for number in range(10)]
-    server = Made(status(disk("vda", *jobs, JOB | {"device": "over", "status": "concluded"})))
-    cells = {"lengths": [1], "dirty": [1], "in-flight": [0], "unflushed": [0], "zero": [0]}
-    server.maps = {f"j{number}": cells for number in range(10)}
-    with Serving({"/a": server}) as one:
-        wait_until(lambda: len(server.asked_maps) >= 20, "each was asked for twice")
-        asked, rounds = server.asked_maps[:20], server.asked
-        assert sorted(asked) == sorted(2 * [f"j{number}" for number in range(10)])
-        assert len(server.asked_maps) <= web_host.MAPS_MAX * (rounds + 1)
-        text = "Map of the disk of job j{}, 1 B: 0 B in flight, 1 B dirty"
-        page = one.get("/")[1]
-        assert all(text.format(number) in page for number in range(10)), "all are kept"
-        server.says = status(disk("vda", jobs[0]))
-        wait_until(lambda: "job j1," not in one.get("/")[1], "those of jobs that are gone are not")
-        assert text.format(0) in one.get("/")[1]
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/status", "/healthz"])
@@ -101,46 +67,6 @@ def test_a_service_for_others_has_names() -> None:
         assert one.get("/status", Host="monitoring.example.com")[0] == 200
 
 
-def test_a_server_is_not_asked_more_often_for_more_clients(serving: Serving) -> None:
-    server = serving.servers["/a"]
-    before, began_s = server.asked, time.monotonic()
-    for _ in range(300):
-        assert serving.get("/metrics")[0] == 200
-    took_s = time.monotonic() - began_s
-    assert server.asked - before <= 2 + took_s / web_host.INTERVAL_S_MIN
-
-
-def test_one_that_does_not_answer_holds_up_no_other(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(web_host, "ANSWER_S_MAX", 0.2)
-    silent = serving.servers["/c"] = Made(status())
-    silent.is_silent = True
-    wait_until(lambda: "/c" in serving.json("/healthz")["not-answering"], "it was given up")
-    before = serving.servers["/a"].asked
-    wait_until(lambda: serving.servers["/a"].asked > before + 3, "the other is asked on")
-    assert serving.json("/healthz")["not-answering"]["/c"] == "no answer within 0.2 s"
-    silent.is_silent = False
-    wait_until(lambda: "/c" not in serving.json("/healthz")["not-answering"], "it is back")
-
-
-def test_servers_come_and_go(serving: Serving) -> None:
-    serving.servers["/c"] = Made(status(disk("new")))
-    wait_until(lambda: "new" in serving.get("/status")[1], "it appears")
-    del serving.servers["/a"], serving.servers["/c"]
-    wait_until(lambda: len(serving.json("/status")) == 1, "they disappear")
-    assert "/a" not in serving.get("/metrics")[1]
-
-
-def test_an_event_has_the_server_asked(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_host, "INTERVAL_S", 3600.0)
-    server = serving.servers["/a"]
-    wait_until(lambda: not server.unread, "what is under way has ended")
-    server.says = status(disk("changed"))
-    server.unread.append("JOB_STATUS_CHANGE status=ready")
-    wait_until(lambda: "changed" in serving.get("/status")[1], "the news is there")
-
-
 @pytest.mark.parametrize(
     "says",
     [None, [], 7, {"disks": {"a": 1}}, {"disks": [1, None, {}]}, Error("a bug"), {"x": 1e999}],
@@ -152,12 +78,6 @@ def test_a_strange_answer_is_that_servers_alone(serving: Serving, says: object) 
         code, text = serving.get(path)
         assert (code, "/a" in text or path == "/healthz") == (200, True)
         assert "NaN" not in text and "Infinity" not in text
-
-
-def test_too_many_servers_are_said(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_host, "SERVERS_MAX", 1)
-    wait_until(lambda: serving.json("/healthz").get("left-out") == 1, "one is left out")
-    assert [one["qmp"] for one in serving.json("/status")] == ["/a"]
 
 
 # Clients

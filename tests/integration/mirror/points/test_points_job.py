@@ -310,3 +310,31 @@ def test_a_journal_that_was_recovered_from_takes_nothing_more(
 
 def _recovered(image: str, journal: str) -> bool:
     return nbdmirror("recover", "--image", image, "--journal", journal).returncode == 0
+
+
+def test_a_journal_is_no_target(start: Start, far: FarSide, server: Nbdmirror, disk: Path) -> None:
+    """Neither for a plain mirror, nor with image and journal confused: its points stay."""
+    far.start_mirror(server)
+    server.qmp.wait_ready()
+    server.qmp.execute("block-job-cancel", device="j", force=True)
+    server.qmp.wait_for_event("BLOCK_JOB_CANCELLED")
+    server.allowed.append("is a journal")
+    before = far.journal.read_bytes()
+    larger: dict[str, Any] = {"x_nbdmirror_allow_larger_target": True}
+    kinds: tuple[dict[str, Any], ...] = ({}, {"target_is_zero": True}, {"sync": "none"})
+    for options in kinds:
+        server.qmp.forget()
+        server.qmp.start_mirror(far.journal_server.uri(), **options, **larger)
+        server.qmp.wait_for_event("BLOCK_JOB_COMPLETED")
+        (shown,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
+        assert "is a journal, and holds points of a disk" in shown["last-job"]["reason"]
+    text = "was not written to; disk disk0 is served"
+    wait_until(lambda: text in server.stderr, "the log says what the target is")
+    assert far.journal.read_bytes() == before
+    with far.journal.open("r+b") as file:
+        file.write(bytes(128 * KiB))
+    server.qmp.forget()
+    server.qmp.start_mirror(far.journal_server.uri(), **larger)
+    server.qmp.wait_ready()
+    server.qmp.complete()
+    assert_identical(disk, far.journal.read_bytes()[: disk.stat().st_size])

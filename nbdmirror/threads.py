@@ -1,0 +1,83 @@
+"""Threads that start late rather than never.
+
+A process may have no thread left for a while: its user's limit, or its unit's (TasksMax), counts
+the threads of guests too. What waits for a thread then would wait for ever, or fail without need.
+So a thread that cannot be started is started later, by the event loop.
+
+For any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 0.5
+"""Pause between attempts."""
+
+NO_THREAD = "no thread can be started: its user's limit, or its unit's, is reached (TasksMax)"
+
+
+class Later(Protocol):
+    """An event loop, which is always there."""
+
+    def call_soon(self, call: Callable[[], None]) -> None: ...
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> object: ...
+
+
+class Starter:
+    """Starts threads. Without a loop, before a server starts and after its end, a thread that
+    cannot be started is an error."""
+
+    def __init__(self) -> None:
+        self._loop: Later | None = None
+        self._waiting: deque[tuple[Callable[[], None], str]] = deque()
+        self._is_trying = False
+
+    def use(self, loop: Later | None) -> None:
+        """Start what could not be started on the thread of `loop`, from now on."""
+        self._loop = loop
+
+    def start(self, target: Callable[[], None], name: str) -> bool:
+        """Run `target` on a new thread, a daemon, now or later. Returns whether it runs now. Raises
+        RuntimeError if no thread is left and there is no loop."""
+        try:
+            _start(target, name)
+        except RuntimeError:
+            if (loop := self._loop) is None:
+                raise
+            log.error("%s; trying again", NO_THREAD)
+            self._waiting.append((target, name))
+            loop.call_soon(lambda: self._try_later(loop))
+            return False
+        return True
+
+    def _try_later(self, loop: Later) -> None:
+        """On the loop's thread."""
+        if not self._is_trying:
+            self._is_trying = True
+            loop.call_later(AGAIN_S, lambda: self._try_again(loop))
+
+    def _try_again(self, loop: Later) -> None:
+        self._is_trying = False
+        try:
+            while self._waiting:
+                _start(*self._waiting[0])
+                self._waiting.popleft()
+        except RuntimeError:
+            self._try_later(loop)
+
+
+def _start(target: Callable[[], None], name: str) -> None:
+    threading.Thread(target=target, name=name, daemon=True).start()
+
+
+_starter = Starter()
+start_threads_on = _starter.use
+start_thread = _starter.start
