@@ -160,13 +160,9 @@ class RunResources(FakeResources):
         }
         exports: Any = {Side.IMAGE: world.image, Side.JOURNAL: world.journal}
         before = self.far_side.writer if self.far_side is not None else None
-        clock, draw = world.loop.clock, world.random.randbytes
-        writer = run(
-            take_over(
-                exports, disk_id=world.disk_id, clock=clock, before=before, random_bytes=draw
-            ),
-            sides,
-        )
+        draw = world.random.randbytes
+        program = take_over(exports, disk_id=world.disk_id, before=before, random_bytes=draw)
+        writer = run(program, sides)
         there = writer.newest.sequence
         if there < self.newest:
             raise JournalError(f"journal: has lost points: {there} < {self.newest}")
@@ -211,10 +207,15 @@ class Member(JobWorld):
         """The number of the last point that was announced; 0: none, or it was given up."""
         self.numbers: set[int] = kept.numbers if kept else set()
         """The numbers of all points that were announced."""
-        self.cut_s: dict[int, float] = kept.cut_s if kept else {}
-        """When the points of these numbers were cut that were announced."""
+        was_ending = kept is not None and kept.job.ending is not Ending.NONE
+        self.cut_s: dict[int, float] = {} if kept is None or was_ending else kept.cut_s
+        """When the points were cut that were announced, by their numbers: those that the window
+        keeps. An end keeps none but the last one."""
         self.tokens: list[tuple[int, int]] = []
         """Of guests' requests in progress, and the block that each changes."""
+        self.is_handed_over = False
+        """The journal said so, when this process was killed."""
+        self.was_handed_over = kept is not None and kept.is_handed_over
         self.gate: object = None
         """The one that guests were held at, at the last look, since `held_since_s`."""
         self.held_since_s = 0.0
@@ -356,8 +357,8 @@ class Member(JobWorld):
             pending = [one for device in self.devices for one in device.export.pending]
             assert not pending, "lost: something is still written when the job has ended"
 
-    def state(self) -> State:
-        """What the journal says, after a power cut."""
-        left = self.journal.export.left(lambda kept: kept[0])
+    def state(self, *, is_lost: bool = True) -> State:
+        """What the journal says. `is_lost`: after a power cut."""
+        left = self.journal.export.left(lambda kept: kept[0 if is_lost else -1])
         program = read("journal", len(left.data))
         return run(program, {Side.JOURNAL: DiskDevice(left)}).superblock.state

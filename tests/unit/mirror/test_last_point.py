@@ -1,5 +1,5 @@
-"""The last point of a job that ends (last_point.py): what the image has then, and how long guests are
-held for it."""
+"""The last point of a job that ends (last_point.py): what the image has then, and who is held for
+it."""
 
 from __future__ import annotations
 

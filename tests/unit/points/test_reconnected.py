@@ -283,6 +283,25 @@ def test_it_is_lost_while_a_point_is_applied() -> None:
     raise AssertionError("it never ends")
 
 
+def test_an_image_that_is_between_two_points_becomes_the_later_one() -> None:
+    """It may have parts of that one, so it can be no earlier one any more, whoever asks for it."""
+    far = with_points(5)
+    program = apply(far.writer, 4)
+    requests = next(program)
+    while not (requests and requests[0].side is Side.IMAGE):
+        for request in requests:
+            request.run(far.sides[request.side])
+        requests = next(program)
+    requests[0].run(far.sides[Side.IMAGE])
+    program.close()
+    reconnect(far)
+    assert [point.sequence for point in far.read().points] == [4, 5]
+    far.apply(1)
+    assert far.read().superblock.base.sequence == 4
+    assert far.image.data == far.contents[4]
+    check_goes_on(far)
+
+
 def test_it_is_lost_while_the_image_is_handed_over() -> None:
     """This process is not refused, as others are, and takes the image back."""
     far = with_points(3)
