@@ -6,8 +6,10 @@
     converging -> level                                             (cancel)
 
 With a pivot guests are held from the last cut on, so that the image has all that they have changed.
-Without one the last point is as good as any before, and nobody is held. As Quiesce, the attempt has
-a bound: then guests continue, and `on_timeout` is called. On the event loop's thread.
+Without one nobody is held, and the last point has all that was answered before the attempt began: a
+guest may have been shut down before. So a point that is in progress then is not the last one: it
+was cut before. As Quiesce, the attempt has a bound: then guests continue, and `on_timeout` is
+called. On the event loop's thread.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ class LastPoint(Attempt):
         run: PointRun,
         loop: Loop,
         hands_over: bool,
+        is_cut: bool = False,
         on_level: Callable[[], None],
         on_timeout: Callable[[], None],
     ) -> None:
-        """`hands_over`: the job pivots to the image."""
+        """`hands_over`: the job pivots to the image. `is_cut`: the point in progress is the last
+        one, if there is no pivot."""
         self.step = LastStep.CONVERGING
         self._ledger = ledger
         self._run = run
@@ -55,7 +59,8 @@ class LastPoint(Attempt):
         self._on_level = on_level
         self._on_timeout = on_timeout
         self._since_s = loop.clock()
-        self._count = run.count
+        self._count = run.count if is_cut else None
+        """Of the points that were committed before the last one; None: one may be in progress."""
         self._closed_at_s = 0.0
         self._timer: Timer | None = None
 
@@ -86,6 +91,8 @@ class LastPoint(Attempt):
 
     def _converge(self) -> None:
         run = self._run
+        if self._count is None:
+            self._count = run.count
         has_point = run.count > self._count or not run.has_changes
         if not self._hands_over:
             if has_point and run.is_applied and run.is_quiet:

@@ -195,7 +195,7 @@ class PointGroup:
         """Ask `first`, and with it all others, for points of one moment with this name. Raises
         CommandError; then nothing has changed."""
         runs: dict[str, CutRun] = {}
-        for member in sorted(self.members, key=lambda one: one is not first):
+        for member in (first, *(one for one in self.members if one is not first)):
             try:
                 runs[member.id] = run_for_point(member, name)
             except CommandError as error:

@@ -365,10 +365,16 @@ class PointsJob(PointsView):
             run=self.run,
             loop=self._loop,
             hands_over=self.ending is Ending.COMPLETE,
+            is_cut=self._is_last_cut,
             on_level=self._on_level,
             on_timeout=self._on_quiesce_timeout,
         )
         self._quiesce.advance()
+
+    @property
+    def _is_last_cut(self) -> bool:
+        """The point in progress is the last one of a job that does not pivot."""
+        return False
 
     def _is_at_rest(self) -> bool:
         """Not with points: they and their lag go by time, also while guests write nothing."""

@@ -76,6 +76,10 @@ class SnapshotsJob(PointsJob):
         if self.ending is not Ending.COMPLETE or not self.acks.awaited:
             super()._advance_copying()
 
+    @property
+    def _is_last_cut(self) -> bool:
+        return bool(self.acks.awaited)
+
     def _begin_quiesce(self) -> None:
         super()._begin_quiesce()
         if self.ending is not Ending.COMPLETE:

@@ -10,7 +10,8 @@ The order, in which each step is durable before the next:
     5. superblock: `base` = the point, `applying` = 0
 
 A process that ends in between loses nothing: from step 2 on the points before this one are not on
-offer, and step 3 can be done again, as often as wanted, for this point or a later one.
+offer, and step 3 can be done again, as often as wanted, for this point or a later one. Not for an
+earlier one: the image may have parts of this one by then.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def _put(
     """`content` writes step 3, and appends what was written where."""
     changes: dict[str, Any] = {}
     if headers:
+        assert headers[-1].point.sequence >= superblocks.current.applying, "not on offer"
         yield from superblocks.update(applying=headers[-1].point.sequence, **first)
         samples: list[Sample] = []
         yield from content(samples)
@@ -119,8 +121,10 @@ def apply(
     writer: JournalWriter, sequence: int, *, last: Mapping[str, Any] | None = None
 ) -> Program[None]:
     """By the writer of the journal: make the image the point `sequence`, one of the writer's, and
-    use the space of the points up to it again. `last`: as for `put`. Raises DamagedData with
-    nothing changed, IO_ERRORS and JournalTaken."""
+    use the space of the points up to it again; or a later point, if that was begun before, and the
+    image is between both. `last`: as for `put`. Raises DamagedData with nothing changed, IO_ERRORS
+    and JournalTaken."""
+    sequence = max(sequence, writer.superblocks.current.applying)
     found = Found(writer.superblocks.current, slot=0, damage=())
     headers = [h for h in writer.headers if h.place >= found.current.tail]
     journal = Journal(writer.name, found, tuple(headers), damage=(), unfinished="")

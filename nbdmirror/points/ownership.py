@@ -106,7 +106,8 @@ def take_over(
 
     Raises JournalError if the journal is another disk's, or is not what `before` has left;
     JournalTaken if a point was recovered from it, or another process has written to it since
-    `before`. Nothing was changed then. A caller without `before` compares the writer's `newest`
+    `before`. Nothing was changed then. An image that `before` was handing over stays handed over:
+    the caller knows whether it still was. A caller without `before` compares the writer's `newest`
     with the point that it counts changes from: if the journal ends earlier, it is damaged, and the
     image must be seeded again (`JournalWriter.seed`)."""
     name = exports[Side.JOURNAL].description
@@ -114,9 +115,12 @@ def take_over(
     yield [Flush(Side.JOURNAL)]
     known = before.headers if before is not None else ()
     journal = yield from read(name, exports[Side.JOURNAL].size, known)
-    _check(journal, disk_id)
+    if journal.superblock.disk_id != disk_id:
+        raise JournalError(f"{name}: is the journal of another disk")
     if before is not None:
         _check_continues(journal, before)
+    elif journal.superblock.state in IN_USE:
+        raise JournalTaken(taken_text(name, journal.superblock))
     written = before.superblocks.written if before is not None else None
     superblocks = Superblocks(name, journal.found, written)
     headers = journal.headers
@@ -129,14 +133,6 @@ def take_over(
     writer = JournalWriter(exports, superblocks, headers=headers)
     writer.damage = journal.damage
     return writer
-
-
-def _check(journal: Journal, disk_id: bytes) -> None:
-    block = journal.superblock
-    if block.disk_id != disk_id:
-        raise JournalError(f"{journal.name}: is the journal of another disk")
-    if block.state in IN_USE:
-        raise JournalTaken(taken_text(journal.name, block))
 
 
 def _check_continues(journal: Journal, before: JournalWriter) -> None:

@@ -223,6 +223,20 @@ class AppliesBeforeItSaysSo(Patched):
         yield patch.object(Superblocks, "update", lazy)
 
 
+class AppliesAnEarlierPointInstead(Patched):
+    """A2: the image may have parts of the point that was begun."""
+
+    def patches(self) -> Iterator[AbstractContextManager[Any]]:
+        apply = applier.apply
+
+        def forgetful(writer: JournalWriter, *arguments: Any, **options: Any) -> Program[None]:
+            block = writer.superblocks.current
+            writer.superblocks.current = replace(block, applying=0)
+            return apply(writer, *arguments, **options)
+
+        yield patch.object(applier, "apply", forgetful)
+
+
 class MovesBaseBeforeFlush(Patched):
     """A4: the image's last writes may be in its cache."""
 
@@ -288,6 +302,7 @@ POINT_MUTANTS = (
     SeedsInSilence,
     AppliesInSilence,
     AppliesBeforeItSaysSo,
+    AppliesAnEarlierPointInstead,
     MovesBaseBeforeFlush,
     OldestContentWins,
     OverwritesOneSuperblock,

@@ -238,9 +238,8 @@ class PointWorld:
         if self.writer.superblocks.current.state is not State.OK:
             return
         sequence = headers[-1 - back].point.sequence
-        if sequence < self.applied:
-            return
-        self.applied, self.is_applying = sequence, True
+        # A later one may have been begun, and not ended.
+        self.applied, self.is_applying = max(self.applied, sequence), True
         writer = self.writer
 
         def ended(_: None, error: BaseException | None) -> None:

@@ -126,7 +126,7 @@ class JobWorld:
         self.events = events or EventRing(lambda: 0.0)
         options.setdefault("job_id", "j")
         self.source = self.new_source(size)
-        self.target = MemoryTarget(self.loop, size)
+        self.target = self.new_target(size)
         self.disk = Disk(options["job_id"], self.source)
         self.resources = self.new_resources()
         tracker = Tracker(size, GRANULARITY)
@@ -156,6 +156,9 @@ class JobWorld:
 
     def new_source(self, size: int) -> Source:
         return Source(self.loop, size)
+
+    def new_target(self, size: int) -> MemoryTarget:
+        return MemoryTarget(self.loop, size)
 
     def new_resources(self) -> FakeResources:
         return FakeResources(self)

@@ -155,6 +155,16 @@ def test_a_point_that_one_job_breaks_is_told() -> None:
     assert_points_go_on(a, b)
 
 
+def test_a_job_that_has_ended_makes_none() -> None:
+    """It was not dismissed yet."""
+    (world,) = with_points("j", auto_dismiss=False)
+    world.job.cancel(force=False)
+    world.pass_s(1.0)
+    assert world.status == "concluded"
+    with pytest.raises(CommandError, match="in state 'concluded' cannot accept command verb 'po"):
+        world.job.ask_for_point("nightly")
+
+
 def test_a_request_to_all_is_not_for_a_job_alone() -> None:
     """The group is broken up between the command and the moment."""
     a, b = while_one_sends()

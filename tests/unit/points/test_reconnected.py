@@ -15,7 +15,8 @@ from unit.points.pointparts import JOURNAL_BYTES, FarSide, with_points
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.errors import DeviceLost
 from nbdmirror.points import ownership
-from nbdmirror.points.format import BLOCK_BYTES, RING_START, SLOTS, Header, JournalError
+from nbdmirror.points.applier import apply
+from nbdmirror.points.format import BLOCK_BYTES, RING_START, SLOTS, Header, JournalError, State
 from nbdmirror.points.reader import AHEAD_MAX, READ_BYTES_MAX, Journal, read
 from nbdmirror.points.requests import Devices, Program, Read, Side, run
 from nbdmirror.points.superblocks import JournalTaken
@@ -280,6 +281,38 @@ def test_it_is_lost_while_a_point_is_applied() -> None:
         if is_whole:
             return
     raise AssertionError("it never ends")
+
+
+def test_an_image_that_is_between_two_points_becomes_the_later_one() -> None:
+    """It may have parts of that one, so it can be no earlier one any more, whoever asks for it."""
+    far = with_points(5)
+    program = apply(far.writer, 4)
+    requests = next(program)
+    while not (requests and requests[0].side is Side.IMAGE):
+        for request in requests:
+            request.run(far.sides[request.side])
+        requests = next(program)
+    requests[0].run(far.sides[Side.IMAGE])
+    program.close()
+    reconnect(far)
+    assert [point.sequence for point in far.read().points] == [4, 5]
+    far.apply(1)
+    assert far.read().superblock.base.sequence == 4
+    assert far.image.data == far.contents[4]
+    check_goes_on(far)
+
+
+def test_it_is_lost_while_the_image_is_handed_over() -> None:
+    """This process is not refused, as others are, and takes the image back."""
+    far = with_points(3)
+    promoted = {"state": State.PROMOTED, "since_ns": 1}
+    far.run(apply(far.writer, 3, last=promoted))
+    with pytest.raises(JournalTaken, match="point 3 was recovered from this journal"):
+        copy.deepcopy(far).connect()
+    reconnect(far)
+    assert far.writer.superblocks.current.state is State.PROMOTED
+    far.run(far.writer.superblocks.update(state=State.OK, since_ns=2))
+    check_goes_on(far)
 
 
 # It comes back, and is not what it was.
