@@ -146,18 +146,26 @@ _JSON = st.recursive(
 )
 _KEYS = sorted({*status(), *disk(), *JOB, "last-job", "problem", "state-error", "last-error"})
 _TIMES = ("kind", "seconds", "buckets", "own-seconds", "own-buckets")
+_STRANGE = st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4)
+_STRANGE_TIMES = st.dictionaries(st.sampled_from(_TIMES), _JSON)
+_AS_USUAL = object()
+_LIST = st.just(_AS_USUAL) | _JSON
 
 
 @st.composite
 def any_status(draw: st.DrawFn) -> dict[str, Any]:
     """A server's, in which anything may be something else."""
-    strange = st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4)
-    job, one = JOB | draw(strange), disk() | draw(strange)
-    one["jobs"] = draw(st.just([job]) | _JSON)
-    times = disk()["requests"][0] | draw(st.dictionaries(st.sampled_from(_TIMES), _JSON))
-    one["requests"] = draw(st.just([times, times]) | _JSON)
-    said = status() | draw(strange)
-    said["disks"] = draw(st.just([one]) | _JSON)
+
+    def perhaps(usual: Any) -> Any:
+        found = draw(_LIST)
+        return usual if found is _AS_USUAL else found
+
+    job, one = JOB | draw(_STRANGE), disk() | draw(_STRANGE)
+    one["jobs"] = perhaps([job])
+    times = disk()["requests"][0] | draw(_STRANGE_TIMES)
+    one["requests"] = perhaps([times, times])
+    said = status() | draw(_STRANGE)
+    said["disks"] = perhaps([one])
     return said
 
 
