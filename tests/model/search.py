@@ -5,11 +5,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 STEPS = 40
 MUTANT_SEARCHES_MAX = 20
+QUICK = 10
+
+
+def in_parts(examples: int) -> pytest.MarkDecorator:
+    """For a test that takes `examples`: a search with a tenth of them, which takes a second, for
+    `./run test --unit`, and one with the others."""
+    quick = examples // QUICK
+    slow = pytest.param(examples - quick, id="others", marks=pytest.mark.slow)
+    return pytest.mark.parametrize("examples", [pytest.param(quick, id="some"), slow])
 
 
 def hold(machine: type, examples: int) -> None:

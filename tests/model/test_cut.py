@@ -8,16 +8,17 @@ from model.cutmachine import CutMachine
 from model.cutmutants import CUT_MUTANTS
 from model.cutpower import CUT_POWER_MUTANTS, CutPowerMachine, CutPowerWorld
 from model.cutworld import CutWorld
-from model.search import hold, search
+from model.search import hold, in_parts, search
 
 EXAMPLES = 200
 MUTANT_EXAMPLES_MAX = 100
 
 
 @pytest.mark.timeout(240)
+@in_parts(EXAMPLES)
 @pytest.mark.parametrize("machine", [CutMachine, CutPowerMachine])
-def test_a_point_is_the_content_of_its_cut(machine: type[CutMachine]) -> None:
-    hold(machine, EXAMPLES)
+def test_a_point_is_the_content_of_its_cut(machine: type[CutMachine], examples: int) -> None:
+    hold(machine, examples)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from model.lagmachine import LagMachine, LosingLagMachine
 from model.lagmutants import LAG_MUTANTS
 from model.machine import LosingMachine, MirrorMachine
 from model.mutants import MUTANTS
-from model.search import hold, search
+from model.search import hold, in_parts, search
 from model.world import World
 
 ALL_MUTANTS = (*MUTANTS, *FINE_MUTANTS, *LAG_MUTANTS)
@@ -22,9 +22,10 @@ MUTANT_EXAMPLES_MAX = 250
 @pytest.mark.timeout(240)
 @pytest.mark.rule(4)
 @pytest.mark.guarantee("The invariant")
+@in_parts(EXAMPLES)
 @pytest.mark.parametrize("machine", [MirrorMachine, FineMachine, LosingMachine, LosingLagMachine])
-def test_the_invariant_holds(machine: type[MirrorMachine]) -> None:
-    hold(machine, EXAMPLES)
+def test_the_invariant_holds(machine: type[MirrorMachine], examples: int) -> None:
+    hold(machine, examples)
 
 
 @pytest.mark.guarantee("The invariant")

@@ -11,7 +11,7 @@ from model.pointmutants import POINT_MUTANTS
 from model.pointviews import VIEW_MUTANTS, ViewedWorld, ViewMachine
 from model.pointwindows import WINDOW_MUTANTS, WindowMachine, WindowWorld
 from model.pointworld import PointWorld
-from model.search import hold, search
+from model.search import hold, in_parts, search
 
 EXAMPLES = 100
 MUTANT_EXAMPLES_MAX = 60
@@ -19,8 +19,9 @@ MUTANT_EXAMPLES_MAX = 60
 
 @pytest.mark.guarantee("A point is the disk of one moment")
 @pytest.mark.timeout(240)
-def test_each_point_is_what_the_disk_was() -> None:
-    hold(PointMachine, EXAMPLES)
+@in_parts(EXAMPLES)
+def test_each_point_is_what_the_disk_was(examples: int) -> None:
+    hold(PointMachine, examples)
 
 
 @pytest.mark.slow
@@ -32,8 +33,9 @@ def test_a_broken_rule_is_caught(mutant: type[PointWorld]) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_a_point_that_is_served_is_what_the_disk_was() -> None:
-    hold(ViewMachine, EXAMPLES)
+@in_parts(EXAMPLES)
+def test_a_point_that_is_served_is_what_the_disk_was(examples: int) -> None:
+    hold(ViewMachine, examples)
 
 
 @pytest.mark.slow
@@ -45,8 +47,9 @@ def test_a_broken_rule_of_what_is_served_is_caught(mutant: type[ViewedWorld]) ->
 
 
 @pytest.mark.timeout(240)
-def test_a_point_of_the_window_is_kept() -> None:
-    hold(WindowMachine, EXAMPLES)
+@in_parts(EXAMPLES)
+def test_a_point_of_the_window_is_kept(examples: int) -> None:
+    hold(WindowMachine, examples)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from model.killedmachine import KilledMachine
 from model.killedmutants import KILLED_MUTANTS
 from model.powerloss import PowerWorld
 from model.powermachine import PowerMachine
-from model.search import hold, search
+from model.search import hold, in_parts, search
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim
@@ -27,9 +27,12 @@ MUTANT_EXAMPLES_MAX = 100
 @pytest.mark.timeout(240)
 @pytest.mark.rule(47)
 @pytest.mark.guarantee("At no moment")
+@in_parts(EXAMPLES)
 @pytest.mark.parametrize("machine", [PowerMachine, KilledMachine])
-def test_nothing_is_lost_when_the_process_or_the_power_ends(machine: type[PowerMachine]) -> None:
-    hold(machine, EXAMPLES)
+def test_nothing_is_lost_when_the_process_or_the_power_ends(
+    machine: type[PowerMachine], examples: int
+) -> None:
+    hold(machine, examples)
 
 
 @pytest.mark.rule(47)

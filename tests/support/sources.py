@@ -15,18 +15,18 @@ in_one_worker = pytest.mark.xdist_group("sources")
 
 
 @functools.cache
-def tree(path: Path) -> ast.Module:
+def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
 @functools.cache
 def nodes_of(path: Path) -> list[ast.AST]:
     """All nodes of the tree."""
-    return list(ast.walk(tree(path)))
+    return list(ast.walk(tree_of(path)))
 
 
 @functools.cache
-def comments(path: Path) -> list[str]:
+def comments_of(path: Path) -> list[str]:
     """Docstrings, and the strings below constants, and comments."""
     source = path.read_text()
     return [

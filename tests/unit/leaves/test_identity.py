@@ -195,6 +195,7 @@ def test_a_target_that_is_the_disks_own_file(start: Start, folder: Path) -> None
     assert_identical(disk, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_tcp", [False, True])
 @pytest.mark.parametrize("name", ["itself", "symlink", "hard link", "loop device", "below a loop"])
 def test_a_target_that_is_the_disks_own_file_by_another_name(

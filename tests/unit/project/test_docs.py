@@ -19,7 +19,7 @@ from support.processes import ROOT
 from support.qmpsignatures import signature
 from support.recipes import ran, script_of
 from support.shown import shown
-from support.sources import in_one_worker, tree
+from support.sources import in_one_worker, tree_of
 from support.staterecords import FILES, PLACES, Steps, path_of
 
 from nbdmirror.cli.main import build_parser
@@ -332,7 +332,7 @@ def test_every_test_that_is_named_is_there() -> None:
     assert named
     for file, test in named:
         kinds = ast.FunctionDef | ast.ClassDef
-        there = {node.name for node in tree(ROOT / file).body if isinstance(node, kinds)}
+        there = {node.name for node in tree_of(ROOT / file).body if isinstance(node, kinds)}
         assert test in there, f"{file}::{test}"
 
 
@@ -365,7 +365,7 @@ def test_what_has_a_mark_is_run() -> None:
 def names_in(file: str) -> set[str]:
     """Names of a file's test functions, and of its mutants."""
     found: set[str] = set()
-    for node in tree(ROOT / file).body:
+    for node in tree_of(ROOT / file).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             found.add(node.name)
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MUTANTS":

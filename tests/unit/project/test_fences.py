@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.sources import in_one_worker, tree_of
 
+pytestmark = in_one_worker
 ROOT = Path(__file__).resolve().parents[3]
 
 LEAVES = ""
@@ -113,10 +115,10 @@ def source_files() -> dict[str, Path]:
 
 class Trees(dict[str, ast.Module]):
     """The modules' syntax trees, each parsed when it is first asked for: all workers collect this
-    file, and few of them run its tests."""
+    file, and one of them runs its tests."""
 
     def __missing__(self, name: str) -> ast.Module:
-        self[name] = ast.parse(FILES[name].read_text(), str(FILES[name]))
+        self[name] = tree_of(FILES[name])
         return self[name]
 
 

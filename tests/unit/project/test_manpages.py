@@ -15,6 +15,7 @@ from support.waiting import WAIT_S_MAX
 
 from nbdmirror.qmp.commands import COMMANDS
 
+pytestmark = pytest.mark.xdist_group("manual pages")  # which are made once
 COLUMNS_MAX = 300
 WORD = r"[\w'-]+(?:\.\w+)*"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import ROOT
-from support.sources import comments, in_one_worker, nodes_of
+from support.sources import comments_of, in_one_worker, nodes_of
 
 from nbdmirror import limits, nbd_uri
 from nbdmirror.cli import common
@@ -81,7 +81,7 @@ def test_files_that_a_page_names_exist(path: Path) -> None:
 @in_one_worker
 def test_files_that_docstrings_and_comments_name_exist() -> None:
     for path in SOURCES:
-        for text in comments(path):
+        for text in comments_of(path):
             for name in re.findall(r"(?<![\w/-])(?:[\w-]+/)*[\w-]+\.(?:py|md)\b", text):
                 assert name in files() or Path(name).name in files(), f"{path}: {name}"
 
@@ -98,7 +98,7 @@ def test_what_docstrings_name_in_modules_exists() -> None:
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names.add(node.id)
     for path in SOURCES:
-        for text in comments(path):
+        for text in comments_of(path):
             for module, name in re.findall(r"(?<![\w./])([a-z_]+)\.([A-Z]\w+)\b(?!\.)", text):
                 is_there = name in contents.get(module, ()) or f"{module}.{name}" in OTHERS
                 assert is_there, f"{path}: {module}.{name}"

@@ -4,6 +4,7 @@ refused by its name. (docs/state.md lists what there is: test_docs.py.)"""
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Iterable
@@ -43,8 +44,13 @@ every_key = pytest.mark.parametrize(
 )
 
 
+@functools.cache
+def text_of(file: str) -> bytes:
+    return dump(SAMPLES[file])
+
+
 def content_of(file: str) -> Any:
-    return json.loads(dump(SAMPLES[file]))
+    return json.loads(text_of(file))
 
 
 def owner(said: Any, steps: Steps) -> Any:
