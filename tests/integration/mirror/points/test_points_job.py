@@ -320,7 +320,7 @@ def test_a_journal_is_no_target(start: Start, far: FarSide, server: Nbdmirror, d
     server.qmp.wait_for_event("BLOCK_JOB_CANCELLED")
     server.allowed.append("is a journal")
     before = far.journal.read_bytes()
-    larger = {"x_nbdmirror_allow_larger_target": True}
+    larger: dict[str, Any] = {"x_nbdmirror_allow_larger_target": True}
     for options in ({}, {"target_is_zero": True}, {"sync": "none"}):
         server.qmp.forget()
         server.qmp.start_mirror(far.journal_server.uri(), **options, **larger)
