@@ -4,7 +4,7 @@ not fit, though it has announced no blocks: neither the mirror nor the guest not
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,9 @@ from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 from nbdmirror.nbdclient.zeroing import UNIT, is_odd, split
 
 SIZE = 4 * MiB
-SERVERS = {
+SERVERS: dict[str, Callable[[Path, str], Server]] = {
     "nbdkit": lambda folder, device: NbdkitTarget(folder, "file", device),
-    "qemu-nbd": lambda folder, device: QemuNbd(folder, device),
+    "qemu-nbd": QemuNbd,
 }
 
 
