@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,35 @@ def other_networks() -> list[str]:
     return [process for process in found.values() if process != "self"]
 
 
+class _Looks(threading.local):
+    found: dict[frozenset[int], list[Storage]] | None = None
+
+
+_looks = _Looks()
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Within this, on this thread, each server is looked at once: many exports may be one
+    server's, and many are compared with each other."""
+    before, _looks.found = _looks.found, {}
+    try:
+        yield
+    finally:
+        _looks.found = before
+
+
 def written_by(servers: Iterable[int]) -> list[Storage]:
     """What these processes, and their copies for single clients, have open for writing."""
+    processes = frozenset(servers)
+    if _looks.found is None:
+        return _look(processes)
+    if processes not in _looks.found:
+        _looks.found[processes] = _look(processes)
+    return _looks.found[processes]
+
+
+def _look(servers: frozenset[int]) -> list[Storage]:
     found: dict[object, Storage] = {}
     for process in _with_copies(servers):
         for storage in _written_by(process):

@@ -33,6 +33,7 @@ from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S, AnyConnection, Connectio
 from nbdmirror.nbdclient.request import Parts
 from nbdmirror.nbdclient.reservations import release
 from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.nbdclient.zeroing import Zeroing
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         self._losses = 0
         """How often acknowledged changes may have been lost."""
         self._losses_told = 0
-        self._zeroes_fast = announced.can_zero and announced.can_fast_zero
-        """False after the server has refused a fast zero that it had announced."""
+        self._zeroing = Zeroing(self)
 
     @classmethod
     def open(cls, uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S, mirrors: bool = False) -> Self:
@@ -140,30 +140,12 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         fast: bool = False,
     ) -> None:
         self._refuse_if_read_only()
-        if fast and not (self.announced.can_zero and self.announced.can_fast_zero):
-            raise DeviceError(f"{self.uri}: has no fast zero", errno.ENOTSUP)
-        if not self.announced.can_zero:
-            zeroes = bytes(min(length, self.block_size.maximum, 1 << 20))
-            for start, span in pieces(offset, length, len(zeroes) or 1):
-                self.pwrite(memoryview(zeroes)[:span], start)
-            if fua:
-                self.flush()
-            return
-        flags = self._zero_flags(may_trim) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
-        flags |= nbd.CMD_FLAG_FUA if fua and self.announced.can_fua else 0
-        for start, span in pieces(offset, length, LENGTH_MAX):
-            self._change(lambda link, *at: link.zero(*at, flags), span, start)
-        if fua and not self.announced.can_fua:
-            self.flush()
+        part = offset, length
+        self._zeroing.zero(self._change, part, may_trim=may_trim, fua=fua, fast=fast)
 
     def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         self._refuse_if_read_only()
-        flags = nbd.CMD_FLAG_FUA if fua and self.announced.can_fua else 0
-        if self.announced.can_trim:
-            for start, span in pieces(offset, length, LENGTH_MAX):
-                self._change(lambda link, *at: link.trim(*at, flags), span, start)
-        if fua and not (self.announced.can_trim and self.announced.can_fua):
-            self.flush()
+        self._zeroing.trim(self._change, (offset, length), fua=fua)
 
     def flush(self) -> None:
         """Fails once if a lost connection may have lost unflushed writes. All flushes in progress
@@ -312,47 +294,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         connection.start(connection.handle.aio_pwrite, buf, offset, done=done)
 
     def start_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        """Zero a range of any length. Without write-zeroes, zeroes are written."""
-        connection = self.pool.shared
-        if length > LENGTH_MAX and connection.is_wide and self._zeroes_fast:
-            self._start_wide_zero(offset, length, may_trim, done)
-            return
-        if self.announced.can_zero:
-            length_max, flags = LENGTH_MAX, self._zero_flags(may_trim)
-        else:
-            length_max, flags = min(self.block_size.maximum, 1 << 20), 0
-            zeroes = memoryview(bytes(min(length, length_max)))
-        parts = pieces(offset, length, length_max)
-        first_error: BaseException | None = None
-
-        def step(error: BaseException | None) -> None:
-            nonlocal first_error
-            first_error = first_error or error
-            if not parts or first_error is not None:
-                done(first_error)
-                return
-            start, span = parts.pop()
-            if self.announced.can_zero:
-                connection.start(connection.handle.aio_zero, span, start, flags=flags, done=step)
-            else:
-                connection.start(connection.handle.aio_pwrite, zeroes[:span], start, done=step)
-
-        step(None)
-
-    def _start_wide_zero(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
-        """Zero in one request, if the server can do that without writing zeroes. Otherwise the
-        request could take as long as if the server hung; pieces show progress."""
-        connection = self.pool.shared
-
-        def finish(error: BaseException | None) -> None:
-            if isinstance(error, DeviceError) and error.errno == errno.ENOTSUP:
-                self._zeroes_fast = False
-                self.start_zero(offset, length, may_trim, done)
-            else:
-                done(error)
-
-        flags = self._zero_flags(may_trim) | nbd.CMD_FLAG_FAST_ZERO
-        connection.start(connection.handle.aio_zero, length, offset, flags=flags, done=finish)
+        self._zeroing.start(offset, length, may_trim, done)
 
     def start_flush(self, done: Done) -> None:
         connection = self.pool.shared
@@ -386,9 +328,6 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         collect = collector(found, span, context)
         status, take = status_method(connection.handle, collect, is_wide=connection.is_wide)
         connection.start(status, span, offset, take, done=finish)
-
-    def _zero_flags(self, may_trim: bool) -> int:
-        return 0 if may_trim else int(nbd.CMD_FLAG_NO_HOLE)
 
     def _refuse_if_read_only(self) -> None:
         if self.read_only:

@@ -27,6 +27,7 @@ from nbdmirror.errors import ConfigError, Error, Unreachable
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.limits import CONNECTIONS_MAX, KEEPALIVE_S_MAX, OPEN_TIMEOUT_S_MAX
+from nbdmirror.local_servers import one_look
 from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
@@ -168,7 +169,8 @@ class PluginProcess:
             source = self._open_disk(path, opening)
             if self._wanted is not None:
                 source = self._wanted.on(source, opening)
-            self._check_other_disks(path, source)
+            with one_look():
+                self._check_other_disks(path, source)
             if not self._is_read_only and self._wanted is None:  # a point may be tried
                 _reserve(raw_device(source), path)
             if not source.size:

@@ -14,6 +14,7 @@ from typing import Any
 
 from nbdmirror import __version__
 from nbdmirror.devices.base import BlockDevice, Passing, raw_device
+from nbdmirror.devices.file import FileDevice
 from nbdmirror.disk.cells import CELLS_MAX
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.latency import Histogram, Latency
@@ -83,7 +84,10 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
     info["requests"], info["held"] = _times(disk.ledger.latency)
     if isinstance(disk.source, TargetOnly):
         info["target-only"] = disk.source.truth
-    problems = server.files.changes.get(disk.name, ""), server.waiting.problem(disk)
+    changed = server.files.changes.get(disk.name, "")
+    is_file = isinstance(raw_device(disk.source), FileDevice)
+    of_format = server.files.formats.get(disk.name, "") if is_file else ""
+    problems = changed, of_format, server.waiting.problem(disk)
     if any(problems):
         info["problem"] = "; ".join(filter(None, problems))
     if isinstance(disk.source, Passing) and disk.source.gone:

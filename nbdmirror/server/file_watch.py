@@ -1,4 +1,5 @@
-"""FileWatch: detects that a disk's file was truncated, deleted, moved or replaced.
+"""FileWatch: detects that a disk's file was truncated, deleted, moved or replaced, and that it
+holds an image with a format.
 
 Requests do not show this, or only late: a server continues with the file that it has opened. So a
 thread for each file system checks the files regularly; one file system may hang.
@@ -6,17 +7,26 @@ thread for each file system checks the files regularly; one file system may hang
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
 from nbdmirror.devices.base import raw_device
 from nbdmirror.devices.file import FileDevice
+from nbdmirror.devices.formats import HEAD_BYTES, format_of
 from nbdmirror.disk.disk import Disk
+from nbdmirror.errors import IO_ERRORS
 from nbdmirror.events import EventRing
 from nbdmirror.subject_log import disk_log
 
 LOOK_S = 1.0
+
+_FORMAT = (
+    "begins as a {kind} image does, and is served as it is: the first guest that writes to it "
+    "destroys that image; for its content serve what exports it: qemu-nbd --format={kind}"
+)
 
 
 class FileWatch:
@@ -27,6 +37,8 @@ class FileWatch:
         self._events = events
         self.changes: dict[str, str] = {}
         """The change of each disk's file, by the disk's name; "" for an unchanged file."""
+        self.formats: dict[str, str] = {}
+        """Of disks that begin as an image with a format does."""
         self._stopping = threading.Event()
 
     def start(self) -> None:
@@ -54,6 +66,21 @@ class FileWatch:
                 self._events.append("X_NBDMIRROR_SOURCE_CHANGED", data)
             self.changes[name] = reason
 
+    def look_at_formats(self, disks: Mapping[str, Disk]) -> None:
+        """Look how each disk begins. May wait for the file system."""
+        for name, disk in disks.items():
+            source = raw_device(disk.source)
+            if not isinstance(source, FileDevice) or source.size < HEAD_BYTES:
+                continue
+            with mmap.mmap(-1, HEAD_BYTES) as head:  # aligned, for O_DIRECT
+                with suppress(*IO_ERRORS), memoryview(head) as buf:
+                    source.pread(buf, 0)
+                kind = format_of(head[:])
+            if kind:
+                self.formats[name] = _FORMAT.format(kind=kind)
+                disk_log(name).warning("%s: %s", source.description, self.formats[name])
+
     def _run(self, disks: Mapping[str, Disk]) -> None:
+        self.look_at_formats(disks)
         while not self._stopping.wait(LOOK_S):
             self.look(disks)

@@ -14,6 +14,7 @@ from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import CommandError
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
+from nbdmirror.local_servers import one_look
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.in_flight import CopierLoad
 from nbdmirror.mirror.mirror_job import MirrorJob
@@ -99,11 +100,13 @@ class MirrorJobs:
     ) -> MirrorJob:
         """A job that can be started (`begin`) or discarded; `points`: with copy mode points. Raises
         CommandError; then no job exists and nothing has changed."""
-        self._check(disk, node, options)
         used = [node, *([points.journal] if points is not None and points.journal else [])]
+        with one_look():
+            self._check(disk, node, options)
         try:
             if points is not None:
-                self._check_points(disk, node, options, points)
+                with one_look():
+                    self._check_points(disk, node, options, points)
             granularity = granularity_of(disk, node.device, options, bitmap)
             check_bits(disk.size, granularity)
             key = f"mirror-{uuid.uuid4().hex}"

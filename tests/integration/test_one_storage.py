@@ -16,7 +16,7 @@ from support.images import MiB, assert_identical, make_empty, make_noise
 from support.kept import refusal
 from support.knownservers import NbdServer
 from support.mounts import loop_device
-from support.processes import free_port, nbdmirror
+from support.processes import free_port, nbdmirror, patched
 from support.serverprocess import Server
 from support.servers import NbdkitTarget, Nbdmirror, QsdTarget
 
@@ -281,3 +281,46 @@ def test_one_process_with_two_ports() -> None:
     assert one.same(other) is Same.UNKNOWN
     other = Peer(("::1", 1), 0, "", listeners=frozenset({6}), holders=frozenset({2**31}))
     assert one.same(other) is Same.YES
+
+
+COUNTING = """
+import nbdmirror.local_servers as servers
+
+look = servers._look
+
+def counted(processes):
+    with open({notes!r}, "a") as notes:
+        notes.write("look\\n")
+    return look(processes)
+
+servers._look = counted
+"""
+
+
+def test_a_server_is_looked_at_once_for_each_mirror(start: Start, folder: Path) -> None:
+    """However many exports it has, and disks are mirrored to them: the event loop waits for it."""
+    count, notes = 8, folder / "looks"
+    (folder / "targets").mkdir()
+    for number in range(count):
+        make_empty(folder / "targets" / f"t{number}", SIZE)
+
+    class Exporting(NbdkitTarget):
+        def uri(self, export: str = "t0") -> str:
+            return super().uri(export)
+
+    target = start(Exporting(folder, "file", f"dir={folder / 'targets'}"))
+
+    class Counting(Nbdmirror):
+        def environment(self) -> dict[str, str]:
+            code = COUNTING.format(notes=str(notes))
+            return patched(super().environment(), self.folder, code)
+
+    disks = [make_noise(folder / f"{number}.img", SIZE, number) for number in range(count)]
+    server = start(Counting(folder, *(f"vd{path.stem}={path}" for path in disks)))
+    for number in range(count):
+        uri = target.uri(f"t{number}")
+        server.qmp.execute("drive-mirror", device=f"vd{number}", target=uri, **MIRROR)
+    for number in range(count):
+        server.qmp.complete(f"vd{number}")
+        assert_identical(disks[number], folder / "targets" / f"t{number}")
+    assert len(notes.read_text().splitlines()) == count

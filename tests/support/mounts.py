@@ -37,8 +37,10 @@ def mounted(kind: str, options: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def loop_device(path: Path, *, offset: int = 0, sizelimit: int = 0) -> Iterator[str]:
-    part = [f"--offset={offset}", f"--sizelimit={sizelimit}"]
+def loop_device(
+    path: Path, *, offset: int = 0, sizelimit: int = 0, sector: int = 512
+) -> Iterator[str]:
+    part = [f"--offset={offset}", f"--sizelimit={sizelimit}", f"--sector-size={sector}"]
     command = ["losetup", "--find", "--show", *part, str(path)]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
