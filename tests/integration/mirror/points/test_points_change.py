@@ -208,7 +208,7 @@ def test_what_is_refused_changes_nothing(
         ("points", "--journal", other.uri()): "is too small",
         ("points", "--journal", fixed.uri()): "is read-only",
         ("points", "--journal", far.image_server.uri()): "Journal",
-        ("points", "--journal", "nbd+unix:///?socket=/nothing"): "Journal: ",
+        ("points", "--journal", "nbd+unix:///?socket=/nothing"): "--journal: ",
         ("points", "--journal", far.journal_server.uri(), "--every", "10ms"): "expects 0.1 to",
     }
     for argv, message in cases.items():
