@@ -224,6 +224,11 @@ class Watch:
             silent.add("ending")  # the user has requested it
         remarks = [one for one in cli_words.remarks(job) if one.kind not in silent]
         remarks += [cli_words.Remark("server", text) for text in self._troubles]
+        awaited = (job.get("x-nbdmirror-points") or {}).get("awaited")
+        if awaited and not job.get("ready"):
+            text = f"point {awaited.get('sequence')} waits for its snapshot"
+            text += "; snapshots are made by: nbdmirror points --exec"
+            remarks.append(cli_words.Remark("awaited", text))
         for remark in remarks:
             if remark.kind not in self._told:
                 self._display.note(f"{self._job}: {remark.text}")
@@ -281,7 +286,10 @@ class Watch:
         if not self.end:
             state_text = cli_words.state(state or {})
             if state_text == "ready":
-                self._display.result(f"job {self._job} is ready: the target follows the source")
+                what = "the target follows the source"
+                if "sequence" in ((state or {}).get("x-nbdmirror-points") or {}):
+                    what = "the far side has a point"
+                self._display.result(f"job {self._job} is ready: {what}")
             else:
                 self._display.result(f"job {self._job} was ready, and is {state_text} now")
             return DONE

@@ -38,7 +38,7 @@ from nbdmirror.cli.status import (
 from nbdmirror.cli.words import disk_troubles, doing, remarks, server_troubles
 
 EVENTS_MAX = 5
-BAR_CELLS = 30
+BAR_CELLS, BAR_CELLS_MIN = 30, 5
 MARGIN = 6
 """Columns beside a map."""
 
@@ -125,20 +125,12 @@ class _Screen:
         self, progress: Progress, job: dict[str, Any], job_map: dict[str, Any] | None
     ) -> list[RenderableType]:
         """A job's bar, what is left and until when, what is wrong, and its map."""
-        row = Table.grid(padding=(0, 1))
-        row.add_row(
-            self.text(f"{progress.job}: {progress.state}", "bold"),
-            ProgressBar(max(1, progress.length), progress.offset, BAR_CELLS)
-            if progress.length
-            else ProgressBar(1, 1, BAR_CELLS),
-            f"{progress.percent:.1f}%",
-        )
         moves = progress.moves
         if progress.rates is not None:
             end = progress.rates.end(time.time(), is_following=progress.state == "ready")
             moves += [f"ends {end}"] if end else []
         lines = filter(None, (moves, job_parts(job)))
-        found = [row, *(self.text(", ".join(parts), indent=2) for parts in lines)]
+        found = [self._bar(progress), *(self.text(", ".join(parts), indent=2) for parts in lines)]
         found += [self.text(sentence, indent=2) for sentence in [doing(job)] if sentence]
         for remark in remarks(job):
             style = _WARNING if remark.is_trouble else ""
@@ -146,6 +138,21 @@ class _Screen:
         if job_map and (picture := disk_map.picture(job_map)):
             found.append(self._map(picture))
         return found
+
+    def _bar(self, progress: Progress) -> RenderableType:
+        """As long as there is room for it beside the words."""
+        words, percent = f"{progress.job}: {progress.state}", f"{progress.percent:.1f}%"
+        cells = min(BAR_CELLS, self.console.size.width - len(words) - len(percent) - 3)
+        if cells < BAR_CELLS_MIN:
+            return self.text(f"{words} {percent}", "bold")
+        whole = max(1, progress.length)
+        row = Table.grid(padding=(0, 1))
+        row.add_row(
+            self.text(words, "bold"),
+            ProgressBar(whole, progress.offset if progress.length else 1, cells),
+            percent,
+        )
+        return row
 
     def _map(self, picture: disk_map.Picture) -> RenderableType:
         shown = Text("  [", no_wrap=True, overflow="crop")

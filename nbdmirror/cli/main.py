@@ -232,8 +232,9 @@ def _check_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             if name == "exec":
                 continue  # for the shell, which reads any text
             if isinstance(text, str) and re.search("[\0-\x1f\x7f\ud800-\udfff]", text):
-                what = "has control characters, or is not UTF-8"
-                parser.error(f"{_called(name)}: {text!r} {what}; use a symbolic link to the file")
+                what = f"{text!r} has control characters, or is not UTF-8"
+                help_ = "; use a symbolic link to the file" if name not in ("point", "name") else ""
+                parser.error(f"{_called(name)}: {what}{help_}")
 
 
 def _called(name: str) -> str:

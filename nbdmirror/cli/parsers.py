@@ -54,7 +54,7 @@ def add_commands(add: Add) -> list[argparse.ArgumentParser]:
     text = "write points to this export, an empty one (copy mode points)"
     _add_journal(copy_mode.add_argument, text, metavar="URI")
     change = add("change", "change how a job may end")
-    add_promises(change.add_argument)
+    add_promises(change.add_argument, is_change=True)
     finalize = add("finalize", "end a pending job, one that was started with auto-finalize off")
     dismiss = add("dismiss", "remove an ended job, one that was started with auto-dismiss off")
     _add_bitmap(add("bitmap", "named dirty bitmaps of a disk"))
@@ -116,22 +116,30 @@ def add_mirror(mirror: argparse.ArgumentParser) -> None:
     add_timeout(mirror)
 
 
-def add_promises(add: Callable[..., object]) -> None:
-    """Add the options about how a job may end to a command."""
-    text = "hold guests' writes for MS milliseconds at most at the pivot (default: 0: for a second)"
-    add("--max-pause", type=_max_pause, metavar="MS", help=text)
-    text = "if the job does not end without: throttle, write-blocking, or both with a comma"
-    text += " (default: nothing)"
+def add_promises(add: Callable[..., object], *, is_change: bool = False) -> None:
+    """Add the options about how a job may end to a command. `is_change`: the job has them."""
+
+    def default(text: str) -> str:
+        return "default: as it is" if is_change else f"default: {text}"
+
+    text = "hold guests' writes for MS milliseconds at most at the pivot, 0: for a second"
+    add("--max-pause", type=_max_pause, metavar="MS", help=f"{text} ({default('0')})")
+    text = "if the job does not end without: nothing, throttle, write-blocking, or the last two"
+    text += f" with a comma ({default('nothing')})"
     add("--may", choices=MAY, type=_may, metavar="WHAT", help=text)
-    text = "the job is to have ended within TIME, from now on (default: 0: no deadline)"
-    add("--deadline", type=_deadline, metavar="TIME", help=text)
-    text = "what is done to a job that has not ended at its deadline (default: report)"
-    add("--on-deadline", choices=ON_DEADLINE, help=text)
+    text = "the job is to have ended within TIME, from now on, 0: no deadline"
+    add("--deadline", type=_deadline, metavar="TIME", help=f"{text} ({default('0')})")
+    text = "what is done to a job that has not ended at its deadline"
+    add("--on-deadline", choices=ON_DEADLINE, help=f"{text} ({default('report')})")
 
 
 def _may(text: str) -> str:
-    """In the order of MAY."""
-    return ",".join(sorted(text.split(",")))
+    """One of MAY: its words in any order, with blanks or without."""
+    words = {word.strip() for word in text.split(",")}
+    found = ",".join(sorted(words))
+    if found not in MAY:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of: {'; '.join(MAY)}")
+    return found
 
 
 def _max_pause(text: str) -> int:

@@ -52,10 +52,11 @@ def check(args: argparse.Namespace) -> None:
     """Raise CliError if the options of a mirror contradict one another."""
     given = [f"--{name}" for name in ("journal", "snapshots") if getattr(args, name)]
     if len(given) > 1:
-        raise CliError("--snapshots: points are in the journal, or are snapshots: give one of both")
+        text = "--snapshots: points are in the journal, or are snapshots: give one of both"
+        raise CliError(text, USAGE)
     if given and args.copy_mode:
         text = f"--copy-mode: {given[0]} has a copy mode of its own: give one of the two"
-        raise CliError(text)
+        raise CliError(text, USAGE)
 
 
 def check_change(args: argparse.Namespace) -> None:

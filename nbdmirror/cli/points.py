@@ -11,10 +11,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from nbdmirror.amounts import size as size_text
+from nbdmirror.cli.attended import Attended
 from nbdmirror.cli.common import DONE, FAILED, USAGE, CliError, absolute_uri
 from nbdmirror.cli.places import check_disk, check_journal
 from nbdmirror.cli.streams import say
-from nbdmirror.devices.base import BlockDevice
+from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.nbd_uri import is_uri
@@ -131,7 +132,7 @@ def _recover(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         disks = [stack.enter_context(_opened(*one)) for one in places]
         for one, other_disk in itertools.combinations(disks, 2):
-            check_pair(one, other_disk)
+            check_pair(raw_device(one), raw_device(other_disk))
         pairs = [
             {Side.IMAGE: image, Side.JOURNAL: journal}
             for image, journal in zip(disks[::2], disks[1::2], strict=True)
@@ -210,7 +211,7 @@ def _absolute(option: str, place: str) -> str:
 def _opened(option: str, place: str, *, read_only: bool = False) -> Iterator[BlockDevice]:
     """A disk that is named by a path or an NBD URI. Raises CliError, which begins with `option`."""
     try:
-        device = _open(option, place, read_only)
+        device = Attended(_open(option, place, read_only))
     except ConfigError as error:
         raise CliError(f"{option}: {error}") from error
     try:

@@ -73,9 +73,9 @@ def migration_uri(text: str) -> str:
 
 def duration(text: str) -> float:
     """Seconds: a number with an optional unit."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|d|)", text)
     if not match:
-        text = f"{text!r} is not a time (examples: 1s, 500ms, 0.5, 5m)"
+        text = f"{text!r} is not a time (examples: 0.5, 500ms, 1s, 5m, 2h, 7d)"
         raise argparse.ArgumentTypeError(text)
     number, unit = match.groups()
-    return float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "": 1}[unit]
+    return float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[unit]

@@ -100,19 +100,48 @@ _REFUSALS = (
         "the server has no state directory: start it with --state-dir for persistent bitmaps",
     ),
     (
-        r"Parameter '(?:x-nbdmirror-)?([a-z-]*-(?:size|delay|timeout)|granularity|speed)' (.*)",
-        r"--\1 \2",
-    ),
-    (
         r"Parameter 'x-nbdmirror-on-deadline' needs 'x-nbdmirror-deadline'",
         "--on-deadline needs --deadline: the job has no deadline",
     ),
+    (
+        r"Parameter 'x-nbdmirror-(?:interval|rpo)' needs copy-mode 'points'",
+        "--every and --rpo need --journal or --snapshots",
+    ),
+    (
+        r"Parameter 'x-nbdmirror-(.*)' needs copy-mode 'points'",
+        r"--\1 needs --journal",
+    ),
+    (r"Copy mode 'points' needs sync 'full'", "points need --sync full"),
+    (r"Journal: (.*)", r"--journal: \1"),
     (
         r"The command (\S+) has not been found",
         r"the server is too old: it does not know the command \1",
     ),
 )
 """The server's text, and the command line's text."""
+
+_OPTIONS = {
+    "buf-size": "--buf-size",
+    "granularity": "--granularity",
+    "job-id": "--job",
+    "name": "--name",
+    "speed": "--speed",
+    "x-nbdmirror-allow-larger-target": "--allow-larger-target",
+    "x-nbdmirror-auto-point": "--snapshots",
+    "x-nbdmirror-deadline": "--deadline",
+    "x-nbdmirror-interval": "--every",
+    "x-nbdmirror-journal": "--journal",
+    "x-nbdmirror-keep": "--keep",
+    "x-nbdmirror-max-pause": "--max-pause",
+    "x-nbdmirror-may": "--may",
+    "x-nbdmirror-on-deadline": "--on-deadline",
+    "x-nbdmirror-on-journal-full": "--on-journal-full",
+    "x-nbdmirror-open-timeout": "--open-timeout",
+    "x-nbdmirror-reconnect-delay": "--reconnect-delay",
+    "x-nbdmirror-rpo": "--rpo",
+    "x-nbdmirror-target-cluster-size": "--target-cluster-size",
+}
+"""What users type for the arguments that the server names in any other text."""
 
 
 def lag(job: dict[str, Any]) -> list[str]:
@@ -149,7 +178,14 @@ def refusal(text: str) -> str:
     for pattern, ours in _REFUSALS:
         if match := re.fullmatch(pattern, text):
             return match.expand(ours)
-    return text
+    return re.sub(r"(?:Parameter )?'([a-z-]+)'", _option, text)
+
+
+def _option(named: re.Match[str]) -> str:
+    """Other words in quotation marks stay: a job may be called `name`."""
+    name = named[1]
+    is_argument = named[0].startswith("Parameter ") or name.startswith("x-nbdmirror-")
+    return _OPTIONS.get(name, named[0]) if is_argument else named[0]
 
 
 def disk_troubles(disk: dict[str, Any]) -> list[str]:

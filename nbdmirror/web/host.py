@@ -86,6 +86,11 @@ class Host:
         """Of all servers that there are and were asked, by their sockets' names."""
         return [report for _, report in sorted(self._reports.items())]
 
+    @property
+    def unanswered(self) -> int:
+        """Servers that were found and have not answered yet, nor failed to."""
+        return len(self._watching.keys() - self._reports.keys())
+
     async def changed(self) -> None:
         """Returns when anything has changed since the call."""
         await self._news.wait()
@@ -116,6 +121,7 @@ class Host:
                 self._watching[socket] = task
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+                self._wake()
 
     async def _watch(self, socket: str) -> None:
         while True:

@@ -46,7 +46,8 @@ class Live:
         """As of now; made once for all."""
         if self._made_of != self._host.version:
             self._made_of = self._host.version
-            self._made = page.servers_html(self._host.reports, self._host.history)
+            host = self._host
+            self._made = page.servers_html(host.reports, host.history, host.unanswered)
         return self._made
 
     async def listen(self, request: Request) -> Response:

@@ -77,13 +77,14 @@ def page(host: str, servers: str, history: History) -> str:
     return template.render(host=host, servers=servers, events=events_html(list(history.notes)))
 
 
-def servers_html(reports: list[Report], history: History) -> str:
-    """The part of the page that changes."""
+def servers_html(reports: list[Report], history: History, unanswered: int = 0) -> str:
+    """The part of the page that changes. `unanswered`: servers beside those of the reports."""
     template = _ENVIRONMENT.get_template("servers.html")
     return template.render(
         servers=[_shown(report, history) for report in reports],
         width=WIDTH,
         height=HEIGHT,
+        unanswered=unanswered,
         map_height=picture.HEIGHT,
         kinds=picture.kinds(),
         minutes=int(SPAN_S / 60),

@@ -329,3 +329,15 @@ def test_choosing_a_job(fake: Fake, run: Main) -> None:
     assert (status, "several jobs (j, k)" in one_line(err)) == (common.FAILED, True)
     assert "no job x" in one_line(run("resume", "--job", "x")[2])
     assert "no disk x" in one_line(run("resume", "--device", "x")[2])
+
+
+def test_a_wait_for_a_snapshot_says_who_makes_it(fake: Fake, run: Main) -> None:
+    """Else the job stands at 100 % for ever."""
+    fake.plan["stuck"] = True
+    fake.add_job("j", offset=400, **{"x-nbdmirror-points": {"awaited": {"sequence": 1}}})
+    status, _, err = run("wait", "--ready", "--timeout", "0.3")
+    assert status == common.TIMED_OUT
+    assert "j: point 1 waits for its snapshot; snapshots are made by: nbdmirror points" in err
+    fake.add_job("j", status="ready", ready=True, **{"x-nbdmirror-points": {"sequence": 1}})
+    status, out, _ = run("wait", "--ready")
+    assert (status, out) == (common.DONE, "job j is ready: the far side has a point\n")

@@ -89,6 +89,15 @@ def test_the_same_while_a_command_waits(fake: Fake) -> None:
         assert terminal.has_cursor
 
 
+@pytest.mark.parametrize("columns", [12, 20, 24, 30, 60])
+def test_words_are_whole_in_a_narrow_window(half: Fake, columns: int) -> None:
+    """The bar becomes shorter, and is left out."""
+    with on_terminal(half, WATCH, rows=40, columns=columns) as terminal:
+        terminal.wait_for("50.0%")
+        assert any(line.startswith("j: running") for line in terminal.lines)
+        assert "50.0%" in terminal.text and ("━" in terminal.text) is (columns >= 24)
+
+
 def test_points_made_in_time_are_no_news(half: Fake) -> None:
     """There may be one each second: what happens between them stays on the screen."""
     point = {"device": "disk0", "id": "j", "time-s": 1.7e9, "bytes": 4096, "lag-s": 0.1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,31 @@ from nbdmirror.errors import CommandError
         ),
         ("Parameter 'x-nbdmirror-target-cluster-size' expects it", "--target-cluster-size expects"),
         ("The command job-complete has not been found", "too old"),
+        ("Parameter 'x-nbdmirror-interval' expects 0.1 to 86400 seconds", "--every expects 0.1 to"),
+        ("Parameter 'x-nbdmirror-keep' expects 0 to 3 seconds", "--keep expects"),
+        ("Parameter 'x-nbdmirror-keep' needs copy-mode 'points'", "--keep needs --journal"),
+        ("Parameter 'x-nbdmirror-rpo' needs copy-mode 'points'", "need --journal or --snapshots"),
+        ("Copy mode 'points' accepts no 'x-nbdmirror-may'", "accepts no --may"),
+        ("Copy mode 'points' needs sync 'full'", "--sync full"),
+        ("Parameter 'name': '17' is a number", "--name: '17' is a number"),
+        ("Journal: Failed to connect to 'nbd://x'", "--journal: Failed to connect to 'nbd://x'"),
+        ("Job 'speed' is ending: it cannot", "Job 'speed' is ending"),
     ],
 )
 def test_refusals(refusal: str, text: str) -> None:
     said = cli_words.refusal(refusal)
     assert text in said
-    assert "verb" not in said and "node" not in said.lower()
+    assert "verb" not in said and "node" not in said.lower() and "x-nbdmirror" not in said
+
+
+def test_every_argument_that_the_command_line_sends_has_a_name_that_users_type() -> None:
+    """Else they read of a parameter that they have never heard of."""
+    sent = {
+        name.replace("_", "-")
+        for path in Path(cli_words.__file__).parent.glob("*.py")
+        for name in re.findall(r"\bx_nbdmirror_\w+", path.read_text())
+    }
+    assert sent == {name for name in cli_words._OPTIONS if name.startswith("x-")}
 
 
 def test_a_refusal_that_is_not_known_is_told_as_it_is(fake: Fake, run: Main) -> None:
@@ -214,3 +234,40 @@ def test_what_the_server_does_itself_is_asked_of_nobody(status: str, flag: str) 
     assert not cli_words.remarks({**job, f"auto-{flag}": True})
     (remark,) = cli_words.remarks({**job, f"auto-{flag}": False})
     assert f"nbdmirror {flag}" in remark.text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "seconds"),
+    [
+        ("--deadline", "0.5", 0.5),
+        ("--deadline", "500ms", 0.5),
+        ("--deadline", "2h", 7200.0),
+        ("--deadline", "366d", 366 * 86400.0),
+        ("--may", " write-blocking, throttle ", "throttle,write-blocking"),
+        ("--may", "nothing", "nothing"),
+    ],
+)
+def test_times_and_lists(option: str, value: str, seconds: float | str) -> None:
+    args = cli.build_parser().parse_args(["change", option, value])
+    assert getattr(args, option[2:]) == seconds
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--deadline", "367d", "'367d' is more than 366 days"),
+        *(("--deadline", value, "is not a time") for value in ("nan", "inf", "1e3", "1h30m")),
+        ("--may", "all", "'all' is none of: nothing; throttle;"),
+        ("--may", "nothing,throttle", "'nothing,throttle' is none of"),
+        ("--may", ",", "',' is none of"),
+    ],
+)
+def test_what_is_none(run: Main, option: str, value: str, text: str) -> None:
+    status, _, err = run("change", option, value)
+    assert status == common.USAGE and text in one_line(err)
+
+
+def test_options_of_a_change_have_no_defaults(run: Main) -> None:
+    """What is not given stays as it is."""
+    _, out, _ = run("change", "--help")
+    assert " ".join(out.split()).count("default: as it is") == 4

@@ -124,6 +124,20 @@ def test_points_and_what_guests_pay() -> None:
         assert part in lines, part
 
 
+@pytest.mark.parametrize(
+    ("unanswered", "text"),
+    [
+        (0, "No server was found on this host."),
+        (1, "1 server is being"),
+        (2, "2 servers are being"),
+    ],
+)
+def test_before_the_first_answer(unanswered: int, text: str) -> None:
+    """A server that hangs is given five seconds: meanwhile it is not said that there is none."""
+    shown = servers_html([], History(lambda: 1.7e9), unanswered)
+    assert text in shown and ("No server" in shown) is (not unanswered)
+
+
 def test_a_plot_of_nothing_is_not_drawn() -> None:
     nothing = {"copy-bytes-per-s": None, "dirty-bytes-per-s": None}
     text = whole(report(disk("vda", JOB | nothing))).text

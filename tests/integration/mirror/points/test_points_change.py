@@ -208,7 +208,7 @@ def test_what_is_refused_changes_nothing(
         ("points", "--journal", other.uri()): "is too small",
         ("points", "--journal", fixed.uri()): "is read-only",
         ("points", "--journal", far.image_server.uri()): "Journal",
-        ("points", "--journal", "nbd+unix:///?socket=/nothing"): "Journal: ",
+        ("points", "--journal", "nbd+unix:///?socket=/nothing"): "--journal: ",
         ("points", "--journal", far.journal_server.uri(), "--every", "10ms"): "expects 0.1 to",
     }
     for argv, message in cases.items():
@@ -222,7 +222,7 @@ def test_what_is_refused_changes_nothing(
     assert "nowhere" in server.qmp.refusal(change_it, **with_node)
     change(server, "points", "--journal", far.journal_server.uri())
     again = refused(server, "points", "--journal", far.journal_server.uri())
-    assert "makes points already: 'x-nbdmirror-journal' cannot be changed" in again
+    assert "makes points already: --journal cannot be changed" in again
     paused = {**named, "x_nbdmirror_max_pause": 5}
     assert "accepts no 'x-nbdmirror-max-pause'" in server.qmp.refusal(change_it, **paused)
     server.qmp.wait_for_event("X_NBDMIRROR_POINT")
@@ -238,7 +238,7 @@ def test_a_job_with_promises_makes_no_points(
     server.qmp.start_mirror(far.image_server.uri(), device="vda", x_nbdmirror_max_pause=1000)
     server.qmp.wait_ready()
     line = refused(server, "points", "--journal", far.journal_server.uri())
-    assert "Copy mode 'points' accepts no 'x-nbdmirror-max-pause'" in line
+    assert "Copy mode 'points' accepts no --max-pause" in line
     server.qmp.complete()
     server.stop()
     far.stop()

@@ -28,6 +28,7 @@ from support.seeds import SEED, print_seed
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
 
+from nbdmirror.cli.common import USAGE
 from nbdmirror.qmp.results import EVENTS, STATUS
 
 SMALL = 2 * MiB
@@ -231,9 +232,10 @@ def test_what_is_refused(
         assert text in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
     one = "--snapshots: points are in the journal, or are snapshots: give one of both"
-    command_refused(one, "mirror", target, "--snapshots", "--journal", target)
+    command_refused(one, "mirror", target, "--snapshots", "--journal", target, status=USAGE)
     mode = "--copy-mode: --snapshots has a copy mode of its own: give one of the two"
-    command_refused(mode, "mirror", target, "--snapshots", "--copy-mode", "background")
+    argv = ("mirror", target, "--snapshots", "--copy-mode", "background")
+    command_refused(mode, *argv, status=USAGE)
     command_refused("there is no job (start one", "points", "--exec", "true")
     assert_identical(before, far.image.read_bytes())
     server.qmp.start_mirror(target)
