@@ -158,6 +158,8 @@ def _lag(job: dict[str, Any]) -> list[str]:
         if unflushed := job.get("unflushed-bytes"):
             parts.append(f"{size(unflushed)} not flushed")
         return parts
+    if (job.get("x-nbdmirror-points") or {}).get("begun"):
+        return ["lag not known yet"]
     is_copying = job.get("status") in ("running", "paused") and "unflushed-bytes" in job
     return ["no copy yet"] if is_copying else []
 

@@ -99,6 +99,10 @@ class PointsResources(MirrorResources, Protocol):
     def far_side(self) -> FarSide | None:
         """Since the first `reconnect` that has ended well."""
 
+    known_point: tuple[int, int]
+    """The number and the wall time of the last point that counts, also before the far side can be
+    asked; zeroes where that is not known."""
+
     has_begun: bool
     """The first copy has ended, perhaps in an earlier process: the journal says what the image
     is."""

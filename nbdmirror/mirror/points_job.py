@@ -24,6 +24,7 @@ from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.lag import StandingLag
 from nbdmirror.mirror.last_point import LastPoint
 from nbdmirror.mirror.options import CopyMode, Ending
+from nbdmirror.mirror.point_lag import PointLag
 from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_request import CommittedPoint
 from nbdmirror.mirror.point_run import PointRun
@@ -57,7 +58,14 @@ class PointsJob(PointsView):
     ) -> None:
         """For `take_up`: both mark what may differ, of the first copy and of points."""
         mark_tracker()
-        self._points.restore(mark_changes, has_begun=self._far_resources.has_begun)
+        has_begun = self._far_resources.has_begun
+        self._points.restore(mark_changes, has_begun=has_begun)
+        number, time_ns = self._far_resources.known_point
+        if has_begun and time_ns:  # the far side may not be there for long
+            self.earlier = CommittedPoint(number, time_ns, 0)
+            age_s = max(0.0, (self._wall_time_ns() - time_ns) / 1e9)
+            clock = self._loop.clock
+            self.lag = PointLag(self._points.plan.changes, clock, clock() - age_s)
 
     def change(self, copy_mode: CopyMode, **options: Any) -> None:
         """Also from points to another copy mode: the image becomes the last point first, and is
@@ -119,6 +127,11 @@ class PointsJob(PointsView):
         self._far_resources.drop_points()
         self.log.info("makes no points any more: the image is copied in place")
         self.release()
+
+    @property
+    def has_begun(self) -> bool:
+        """The first copy has ended: the far side has a point, or gets its first one."""
+        return self._far_resources.has_begun
 
     @property
     def journal_room(self) -> JournalRoom | None:

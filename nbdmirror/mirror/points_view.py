@@ -50,6 +50,8 @@ class PointsView(MirrorJob):
         super().__init__(**mirror)
         self.run: PointRun | None = None
         """Since the first copy is in sync."""
+        self.earlier: CommittedPoint | None = None
+        """The last point of an earlier process, as far as is known."""
         self.in_place_since_ns = 0
         """Since this wall time there is no point: the image is copied in place. 0: points are made,
         or have not begun."""

@@ -63,6 +63,7 @@ def _points_info(job: PointsJob) -> dict[str, Any]:
     """What the far side has, since the first copy is in sync."""
     info: dict[str, Any] = {"interval-s": job.interval_s}
     info["auto-point"] = not isinstance(job, SnapshotsJob)
+    info["begun"] = job.has_begun
     if job.promises.keep_s:
         info["keep-s"] = job.promises.keep_s
         info["kept"] = job.promises.is_window_kept
@@ -79,6 +80,9 @@ def _points_info(job: PointsJob) -> dict[str, Any]:
             info["change-bytes-per-s"] = round(rate)
         if (lasts_s := outage.lasts_s(run, room)) is not None:
             info["journal-lasts-s"] = round(lasts_s, 3)
+    if run is None and job.earlier is not None:
+        info["sequence"] = job.earlier.sequence
+        info["time-s"] = round(job.earlier.time_ns / 1e9, 3)
     if run is None or (room is None and info["auto-point"]):
         return info
     info["late-cuts"] = run.late_cuts

@@ -59,6 +59,7 @@ _POINTS = struct(
     "JobPoints",
     interval_s=NUMBER,
     auto_point=BOOL,
+    begun=BOOL,
     keep_s=optional(NUMBER),
     kept=optional(BOOL),
     rpo_s=optional(NUMBER),

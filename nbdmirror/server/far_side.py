@@ -26,15 +26,15 @@ from nbdmirror.points.writer import JournalFull, JournalWriter
 
 
 class JournalSide(FarSide):
-    """`writer`: of `exports`. `on_committed` gets a point's number before anybody else knows that
-    the point is committed."""
+    """`writer`: of `exports`. `on_committed` gets a point before anybody else knows that the point
+    is committed."""
 
     def __init__(
         self,
         writer: JournalWriter,
         exports: Exports,
         wall_time_ns: Callable[[], int],
-        on_committed: Callable[[int], None],
+        on_committed: Callable[[Point], None],
     ) -> None:
         self.error: BaseException | None = None
         self.writer = writer
@@ -127,7 +127,7 @@ class JournalSide(FarSide):
     def commit(self, done: Done) -> None:
         def committed(error: BaseException | None) -> None:
             if error is None:
-                self._on_committed(self.newest)
+                self._on_committed(self.writer.newest)
             done(error)
 
         self.writer.commit(self._noting(committed))

@@ -28,7 +28,7 @@ from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
 from nbdmirror.nbdclient.reservations import release
 from nbdmirror.nbdclient.shared_connection import SharedConnection
-from nbdmirror.points.format import JournalError
+from nbdmirror.points.format import JournalError, Point
 from nbdmirror.points.ownership import create, take_over
 from nbdmirror.points.recovery import check_samples
 from nbdmirror.points.requests import Exports, Program, Side, start
@@ -60,8 +60,7 @@ class PointsResources(JobResources):
     changes: Changes | None = None
     has_begun: bool = False
     """The first copy has ended, perhaps in an earlier process."""
-    newest: int = 0
-    """The number of the last point that is known to be committed; 0: none."""
+    known_point: tuple[int, int] = (0, 0)
     far_side: FarSide | None = field(default=None, init=False)
     _spill: SpillFile | None = field(default=None, init=False)
     _has_journal: bool = field(default=False, init=False)
@@ -126,7 +125,8 @@ class PointsResources(JobResources):
         assert record is not None and record.points is not None
         self.has_begun = record.points.has_begun
         is_known = not state.problem and record.points.key in state.bits
-        self.newest = state.newest_point if is_known else 0  # then all is sent again
+        if is_known:  # else all is sent again
+            self.known_point = state.newest_point, state.newest_point_ns
         try:
             self.make_spill()
         except CommandError as error:
@@ -152,7 +152,7 @@ class PointsResources(JobResources):
             changes.end()
             self.points = self.changes = None
             raise
-        self.has_begun, self.newest, self.far_side = False, 0, None
+        self.has_begun, self.known_point, self.far_side = False, (0, 0), None
         self._acquire_points(job)
         plan = self.plan
         assert plan is not None
@@ -162,7 +162,7 @@ class PointsResources(JobResources):
         self._release_points()
         self.tracked.end()
         self.points = self.changes = self.far_side = None
-        self.has_begun, self.newest = False, 0
+        self.has_begun, self.known_point = False, (0, 0)
 
     def keep_changes(self, done: Done) -> None:
         def kept(failure: BaseException | None) -> None:
@@ -181,7 +181,7 @@ class PointsResources(JobResources):
         device = self.journal.device
         self.journal.job = job
         device.pool.attach(self.loop, partial(job.journal_lost, device.description))
-        self.store.note_point(self.newest)
+        self.store.note_point(*self.known_point)
 
     def released(self) -> None:
         if self.points is not None:
@@ -330,7 +330,7 @@ class PointsResources(JobResources):
             self._is_opening = False
             if writer is not None:
                 self.far_side = JournalSide(writer, exports, time.time_ns, self._committed)
-                self._committed(writer.newest.sequence)
+                self._committed(writer.newest)
             done(None if error is None else refusal_of(error))
 
         start(self._take_over(exports), exports, opened)
@@ -346,7 +346,8 @@ class PointsResources(JobResources):
     def _take_over(self, exports: Exports) -> Program[JournalWriter]:
         journal = exports[Side.JOURNAL]
         name = journal.description
-        if not self.newest and not (yield from self._is_created(name)):
+        newest, _ = self.known_point
+        if not newest and not (yield from self._is_created(name)):
             yield from create(
                 name,
                 journal.size,
@@ -357,8 +358,8 @@ class PointsResources(JobResources):
         before = self.far_side.writer if isinstance(self.far_side, JournalSide) else None
         writer = yield from take_over(exports, disk_id=self.wanted.disk_id, before=before)
         there = writer.newest.sequence
-        if there < self.newest:
-            text = f"ends with point {there}, and point {self.newest} was committed"
+        if there < newest:
+            text = f"ends with point {there}, and point {newest} was committed"
             raise JournalError(f"{name}: has lost points: it {text}")
         if not there:
             yield from writer.seed(time.time_ns())
@@ -366,10 +367,10 @@ class PointsResources(JobResources):
             yield from check_samples(name, writer.superblocks.current)
         return writer
 
-    def _committed(self, number: int) -> None:
-        """The point of this number is committed, and known to be."""
-        self.newest = number
-        self.store.note_point(number)
+    def _committed(self, point: Point) -> None:
+        """The point is committed, and known to be."""
+        self.known_point = point.sequence, point.time_ns
+        self.store.note_point(*self.known_point)
 
     def _is_created(self, name: str) -> Program[bool]:
         """An earlier attempt has created the journal."""

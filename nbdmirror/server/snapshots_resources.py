@@ -41,6 +41,7 @@ class SnapshotsResources(PointsResources):
         assert mirror is not None and mirror.points is not None
         kept = mirror.points
         self.acks = Acknowledgements(kept.announced, kept.acknowledged, kept.acknowledged_ns)
+        self.known_point = kept.acknowledged, kept.acknowledged_ns
 
     def _acquire_journal(self, job: PointsJob) -> None:
         self._job = job

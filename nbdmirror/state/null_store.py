@@ -55,9 +55,9 @@ class StateStore(ABC):
         """Save this mirror, which is new or has changed. `changes`: by the keys in the record."""
 
     @abstractmethod
-    def note_point(self, number: int) -> None:
-        """The mirror has committed the point of this number, or has none yet (0). Call this before
-        its changes count as committed."""
+    def note_point(self, number: int, time_ns: int) -> None:
+        """The mirror has committed the point of this number and wall time, or has none yet (0).
+        Call this before its changes count as committed."""
 
     @abstractmethod
     def prepare_end(self, pivot_to: str, done: Done) -> None:
@@ -112,7 +112,7 @@ class NullStore(StateStore):
     def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
         pass
 
-    def note_point(self, number: int) -> None:
+    def note_point(self, number: int, time_ns: int) -> None:
         pass
 
     def prepare_end(self, pivot_to: str, done: Done) -> None:

@@ -16,6 +16,7 @@ from nbdmirror.state.recovery import (
     ALIVE,
     JOURNAL,
     NEWEST_POINT,
+    NEWEST_POINT_TIME,
     NUMBER_BYTES,
     RECENT,
     remainder_name,
@@ -35,6 +36,7 @@ class ProcessMemory:
         """None before `begin`, or if there is no such memory."""
         self._name = name
         self._newest_point = _private(NUMBER_BYTES).cast("Q")
+        self._newest_point_ns = _private(NUMBER_BYTES).cast("Q")
         self._remainder = ""
         """The file of the last mirror's."""
 
@@ -46,6 +48,8 @@ class ProcessMemory:
             requests = memoryview(folder.map(JOURNAL, JOURNAL_BYTES))
             self.journal = Journal(requests, memoryview(folder.map(RECENT, RECENT_BYTES)))
             self._newest_point = memoryview(folder.map(NEWEST_POINT, NUMBER_BYTES)).cast("Q")
+            time = memoryview(folder.map(NEWEST_POINT_TIME, NUMBER_BYTES))
+            self._newest_point_ns = time.cast("Q")
             self.heartbeat = Heartbeat(alive, writer.clock, self.journal)
             self.heartbeat.note_alive()
         except OSError as error:
@@ -57,13 +61,14 @@ class ProcessMemory:
         return str(self.folder.path) if self.folder is not None else ""
 
     @property
-    def newest_point(self) -> int:
-        """The number of the mirror's last committed point; 0: none."""
-        return self._newest_point[0]
+    def newest_point(self) -> tuple[int, int]:
+        """The number of the mirror's last committed point, 0: none; and its wall time."""
+        return self._newest_point[0], self._newest_point_ns[0]
 
     @newest_point.setter
-    def newest_point(self, number: int) -> None:
-        self._newest_point[0] = number
+    def newest_point(self, point: tuple[int, int]) -> None:
+        """A kill between the two leaves the older time."""
+        self._newest_point[0], self._newest_point_ns[0] = point
 
     def new_bitmap(self, key: str) -> NewBitmap:
         def make(size: int, granularity: int) -> DirtyBitmap:

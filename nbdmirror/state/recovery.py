@@ -68,7 +68,7 @@ OTHER_VERSION = "start the nbdmirror that wrote it, or a newer one"
 JOURNAL = "journal"
 RECENT = "recent"
 ALIVE = "alive"
-NEWEST_POINT = "newest-point"
+NEWEST_POINT, NEWEST_POINT_TIME = "newest-point", "newest-point-time"
 """Files of memory: the requests in progress; the last ones; when the process was last alive
 (LastSeen); the number of the mirror's last committed point, in NUMBER_BYTES."""
 
@@ -85,6 +85,7 @@ class SnapshotHead:
     """Lengths of the packed bitmaps that follow, in bytes, by their keys."""
     mtime_ns: Annotated[int, Key("mtime", INTEGER)] = 0
     newest_point: Annotated[int, Key("newest_point", COUNT)] = 0
+    newest_point_ns: Annotated[int, Key("newest_point_time", COUNT)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,14 @@ class BitmapSnapshot:
     """The file's time of change at the save; 0 without a file, or from an older version."""
     newest_point: int = 0
     """The number of the mirror's last committed point; 0: none."""
+    newest_point_ns: int = 0
+    """The wall time of that point, in nanoseconds since 1970; 0: not known."""
 
     def to_bytes(self) -> bytes:
         packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
         lengths = {key: len(one) for key, one in packed.items()}
-        head = SnapshotHead(
-            self.disk_id, self.time_s, lengths, self.mtime_ns, newest_point=self.newest_point
-        )
+        point = self.newest_point, self.newest_point_ns
+        head = SnapshotHead(self.disk_id, self.time_s, lengths, self.mtime_ns, *point)
         return seal(KIND_BITMAPS, b"".join([dump(head, indent=None), b"\n", *packed.values()]))
 
     @classmethod
@@ -120,7 +122,8 @@ class BitmapSnapshot:
                 except zlib.error as error:
                     raise StateError(f"bitmap {key}: cannot be unpacked: {error}") from error
             rest = rest[length:]
-        return cls(said.disk_id, said.time_s, bits, said.mtime_ns, said.newest_point)
+        point = said.newest_point, said.newest_point_ns
+        return cls(said.disk_id, said.time_s, bits, said.mtime_ns, *point)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,8 @@ class RecoveredState:
     bitmaps tell."""
     newest_point: int = 0
     """The mirror had committed this point, or a later one; 0: it is not known to have any."""
+    newest_point_ns: int = 0
+    """The wall time of that point; 0: not known."""
     refused: list[str] = field(default_factory=list)
     """Files that cannot be used, to be put aside."""
 
@@ -322,7 +327,7 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
             return
         saved = _saved(folder, files, found, sizes)
         found.bits = {key: [bits] for key, bits in saved.bits.items()}
-        found.newest_point = saved.newest_point
+        found.newest_point, found.newest_point_ns = saved.newest_point, saved.newest_point_ns
         if definition.clean_mtime_ns is not None:
             check_unchanged(source, definition.clean_mtime_ns)
             return
@@ -337,7 +342,10 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
 def _take_from_memory(memory: ShmDirectory, found: RecoveredState, sizes: dict[str, int]) -> None:
     found.bits = {key: memory.bits_of(key) for key in sizes}
     found.ranges = ranges_left(memory.read(JOURNAL) or b"")
-    found.newest_point = int.from_bytes(memory.read(NEWEST_POINT) or b"", sys.byteorder)
+    found.newest_point, found.newest_point_ns = (
+        int.from_bytes(memory.read(name) or b"", sys.byteorder)
+        for name in (NEWEST_POINT, NEWEST_POINT_TIME)
+    )
     if (mirror := found.definition.mirror) is not None:
         remainder = memory.read(remainder_name(mirror.key)) or b""
         recent = memory.read(RECENT) or b""

@@ -173,9 +173,9 @@ class DiskStore(StateStore):
     def new_spill(self, size: int, call_soon: Callable[[Callable[[], None]], None]) -> SpillFile:
         return SpillFile(self.folder.path, size, call_soon)
 
-    def note_point(self, number: int) -> None:
+    def note_point(self, number: int, time_ns: int) -> None:
         if not self._is_suspended:
-            self._memory.newest_point = number
+            self._memory.newest_point = number, time_ns
 
     def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
         if not self._is_suspended:
@@ -340,8 +340,8 @@ class DiskStore(StateStore):
     def _write_bits(self, bits: Bits) -> None:
         name = self.files["bitmaps"]
         changed_ns = mtime_ns(self._identity.source)
-        newest = self._memory.newest_point
-        saved = BitmapSnapshot(self._disk_id, self._writer.clock(), bits, changed_ns, newest)
+        point = self._memory.newest_point
+        saved = BitmapSnapshot(self._disk_id, self._writer.clock(), bits, changed_ns, *point)
         self.folder.prepare(name, saved.to_bytes())
         self.folder.commit([name])
 

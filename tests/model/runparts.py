@@ -23,7 +23,7 @@ from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
-from nbdmirror.points.format import BLOCK_BYTES, RING_START, JournalError, State
+from nbdmirror.points.format import BLOCK_BYTES, RING_START, JournalError, Point, State
 from nbdmirror.points.ownership import create, take_over
 from nbdmirror.points.reader import read
 from nbdmirror.points.requests import Side, run
@@ -106,8 +106,7 @@ class RunResources(FakeResources):
         super().__init__(world)
         self.has_begun = False
         self.far_side: JournalSide | None = None
-        self.newest = 0
-        """The number of the last point that is known to be committed."""
+        self.known_point = 0, 0
         self._turn: object = None
 
     @property
@@ -164,15 +163,15 @@ class RunResources(FakeResources):
         program = take_over(exports, disk_id=world.disk_id, before=before, random_bytes=draw)
         writer = run(program, sides)
         there = writer.newest.sequence
-        if there < self.newest:
-            raise JournalError(f"journal: has lost points: {there} < {self.newest}")
+        if there < self.known_point[0]:
+            raise JournalError(f"journal: has lost points: {there} < {self.known_point[0]}")
         if not there:
             run(writer.seed(world.wall_time_ns()), sides)
         self.far_side = JournalSide(writer, exports, world.wall_time_ns, self._committed)
-        self._committed(there)
+        self._committed(writer.newest)
 
-    def _committed(self, number: int) -> None:
-        self.newest = number
+    def _committed(self, point: Point) -> None:
+        self.known_point = point.sequence, point.time_ns
 
     def give_up(self) -> None:
         for device in self.world.devices:
@@ -292,7 +291,7 @@ class Member(JobWorld):
             self.job.start()
             return
         self.resources.has_begun = kept.resources.has_begun
-        self.resources.newest = kept.resources.newest
+        self.resources.known_point = kept.resources.known_point
         copied, changed = kept.job.tracker.may_differ(), kept.plan.changes.may_differ()
 
         def mark_tracker() -> None:

@@ -3,7 +3,9 @@ next one has what was changed meanwhile."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.mirror.points.pointsparts import (
@@ -14,6 +16,7 @@ from integration.mirror.points.pointsparts import (
     stop_at_rest,
     wait_for_points,
     wait_for_rest,
+    wait_until_points_continue,
 )
 from integration.state.stateparts import End, ends, restart_until_ready, settle
 from support.clients import connected
@@ -165,6 +168,51 @@ def test_a_far_side_that_comes_up_later_is_waited_for(
     wait_until(lambda: server.qmp.job()["ready"], "points continue")
     stop_at_rest(server, far)
     identical(disk, far.image)
+
+
+@ends
+def test_the_lag_is_told_while_the_far_side_is_away_after_a_restart(
+    server: Kept, far: FarSide, disk: Path, identical: Identical, end: End
+) -> None:
+    """There is a point, and it becomes older; a promise that is broken is reported."""
+    begin(server, far, x_nbdmirror_rpo=2)
+    server.qmp.wait_ready()
+    change(server, 1)
+    ask_for_point(server, "before")
+    point = points_of(server)
+    far.stop()
+    change(server, 2)
+    end(server)
+    server.start()
+    job = server.qmp.job()
+    assert job["status"] == "running" and not job["ready"]
+    there = job["x-nbdmirror-points"]
+    assert there["begun"] and there.get("sequence", 0) <= point["sequence"]
+    text = nbdmirror("status", "--qmp", server.qmp_path).stdout
+    assert "no copy yet" not in text and ("lag not known yet" in text) is ("time-s" not in there)
+    if end is not power_cut:  # then the last seconds may not be kept
+        assert (there["sequence"], there["time-s"]) == (point["sequence"], point["time-s"])
+        see_the_lag(server, point)
+    for one in (far.image_server, far.journal_server):
+        one.start()
+    wait_until_points_continue(server)
+    change(server, 3)
+    wait_for_points(server, 1)
+    server.qmp.execute("block-job-cancel", device="j")
+    server.qmp.wait_completed()
+    far.stop()
+    identical(disk, far.image)
+
+
+def see_the_lag(server: Kept, point: dict[str, Any]) -> None:
+    """It counts from `point`, and the promise is broken."""
+    told = server.qmp.wait_for_event("X_NBDMIRROR_RPO")
+    assert told["kept"] is False
+    least_s = time.time() - point["time-s"]
+    (shown,) = server.qmp.execute("x-nbdmirror-query-status")["disks"][0]["jobs"]
+    assert shown["lag-s"] >= least_s - 0.001
+    text = nbdmirror("status", "--qmp", server.qmp_path).stdout
+    assert f"point {point['sequence']}, lag " in text
 
 
 def test_a_mirror_that_waits_for_its_far_side_can_be_ended(

@@ -95,6 +95,7 @@ class PointResources(FakeResources):
     def __init__(self, world: PointsWorld) -> None:
         super().__init__(world)
         self.has_begun = False
+        self.known_point = 0, 0
         self.far_side: JournalSide | None = None
         self.lost_exports: Sequence[str] = ()
         self.kept: DirtyBitmap | None = None
@@ -151,7 +152,11 @@ class PointResources(FakeResources):
         writer = run(program, sides)
         if not writer.newest.sequence:
             run(writer.seed(world.wall_time_ns()), sides)
-        self.far_side = JournalSide(writer, world.exports, world.wall_time_ns, lambda number: None)
+        self.far_side = JournalSide(writer, world.exports, world.wall_time_ns, self._committed)
+        self._committed(writer.newest)
+
+    def _committed(self, point: Point) -> None:
+        self.known_point = point.sequence, point.time_ns
 
 
 class PointsWorld(JobWorld):
@@ -282,6 +287,7 @@ def taken_up(worlds: Sequence[PointsWorld], key: str) -> list[PointsWorld]:
         new.target.data[:] = old.target.data
         new.journal.data[:] = old.journal.data
         new.disk_id, new.resources.has_begun = old.disk_id, True
+        new.resources.known_point = old.resources.known_point
         new.job.share_points(group)
     return found
 

@@ -53,6 +53,7 @@ class FakeSnapshotsResources(FakeResources):
         super().__init__(world)
         self.far_side: SnapshotSide | None = None
         self.has_begun = False
+        self.known_point = 0, 0
         self.written_down: list[tuple[int, int]] = []
 
     @property
