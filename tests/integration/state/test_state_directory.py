@@ -228,7 +228,7 @@ def test_a_state_directory_that_is_not_at_its_path_any_more(
         if how == "mounted over":
             other = stack.enter_context(mounted("tmpfs"))
             subprocess.run(["mount", "--bind", other, server.state], check=True)
-            stack.callback(subprocess.run, ["umount", server.state], check=True)
+            stack.callback(lambda: subprocess.run(["umount", server.state], check=True))
         else:
             server.state.rename(moved)
             stack.callback(moved.rename, server.state)
