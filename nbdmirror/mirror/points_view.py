@@ -7,10 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from nbdmirror.amounts import duration
 from nbdmirror.devices.base import AsyncSource
 from nbdmirror.disk.cells import Cells, DiskMap, map_of
-from nbdmirror.errors import DeviceError
+from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.activity import Activity
+from nbdmirror.mirror.far_side import JournalRoom
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.outage import Outage
@@ -25,6 +27,9 @@ from nbdmirror.mirror.watched import WatchedSource
 REQUEST_S_MAX = 30.0
 """A point that was asked for, and could not be begun for so long, is not made: a guest whose file
 systems are frozen for this point must continue."""
+
+SILENT_S = 6.0
+"""A process that applies points gives a sign of life each second."""
 
 
 class PointsView(MirrorJob):
@@ -143,6 +148,21 @@ class PointsView(MirrorJob):
     def left_bytes(self) -> int:
         """What the far side lacks."""
         return self.tracker.remaining_bytes if self.run is None else self.run.left_bytes
+
+    # Endings.
+
+    def check_complete(self) -> None:
+        super().check_complete()
+        room = self.journal_room
+        silent_s = room.applier_silent_s if room is not None else None
+        if silent_s is not None and silent_s >= SILENT_S:
+            text = f"has said nothing for {duration(silent_s)}: start it again there"
+            raise CommandError(f"Job '{self.id}': `nbdmirror apply` beside its image {text}")
+
+    @property
+    def journal_room(self) -> JournalRoom | None:
+        """None: there is no journal, or none yet."""
+        raise NotImplementedError
 
     # Points that users ask for.
 

@@ -79,7 +79,7 @@ def put(
 
     def content(samples: list[Sample]) -> Program[None]:
         def write(parts: list[Part]) -> Program[None]:
-            yield from _write(journal, _lacking(parts, regions), samples)
+            yield from write_parts(journal, _lacking(parts, regions), samples)
 
         yield from newest_parts(journal, headers, write)
 
@@ -151,7 +151,8 @@ def _lacking(parts: list[Part], regions: RegionMap | None) -> list[Part]:
     ]
 
 
-def _write(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Program[None]:
+def write_parts(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Program[None]:
+    """Write the content of `parts` to the image. `samples` gets what was written where."""
     zeroes = [part for part in parts if part.entry.is_zero]
     yield [Zero(Side.IMAGE, part.offset, part.length) for part in zeroes]
     for group in groups(part for part in parts if not part.entry.is_zero):
