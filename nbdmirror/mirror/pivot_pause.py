@@ -3,8 +3,7 @@
 Without a limit of the user the pause is bounded by quiesce.LIMIT_S alone: writes are held, and
 continue if the target is not level in time. With one, writes are held only while the rest fits:
 what is left, at the speed of the copier, and a flush. An estimate can be wrong, so the limit is a
-bound too. In both cases guests are left alone for a while after an attempt that failed, for longer
-each time: to hold them again at once would be to hold them for most of the time.
+bound too. After an attempt that failed guests are left alone for a while.
 
 On the event loop's thread.
 """
@@ -160,8 +159,9 @@ class PivotPause:
 
     def _fits(self) -> bool:
         """Whether guests' writes may be held now."""
-        if self._loop.clock() < self._not_before_s:
-            return False
         allowed_s = self._mirror.options.max_pause_s
+        if allowed_s is None:
+            return True
         pause_s = self._pause_s(self._left_bytes)
-        return allowed_s is None or (pause_s is not None and pause_s <= allowed_s)
+        is_short = pause_s is not None and pause_s <= allowed_s
+        return is_short and self._loop.clock() >= self._not_before_s

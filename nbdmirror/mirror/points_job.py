@@ -24,7 +24,6 @@ from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.lag import StandingLag
 from nbdmirror.mirror.last_point import LastPoint
 from nbdmirror.mirror.options import CopyMode, Ending
-from nbdmirror.mirror.point_lag import PointLag
 from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_request import CommittedPoint
 from nbdmirror.mirror.point_run import PointRun
@@ -58,14 +57,10 @@ class PointsJob(PointsView):
     ) -> None:
         """For `take_up`: both mark what may differ, of the first copy and of points."""
         mark_tracker()
-        has_begun = self._far_resources.has_begun
-        self._points.restore(mark_changes, has_begun=has_begun)
+        self._points.restore(mark_changes, has_begun=self.has_begun)
         number, time_ns = self._far_resources.known_point
-        if has_begun and time_ns:  # the far side may not be there for long
-            self.earlier = CommittedPoint(number, time_ns, 0)
-            age_s = max(0.0, (self._wall_time_ns() - time_ns) / 1e9)
-            clock = self._loop.clock
-            self.lag = PointLag(self._points.plan.changes, clock, clock() - age_s)
+        if self.has_begun and time_ns:
+            self._count_from(CommittedPoint(number, time_ns, 0), self._points.plan.changes)
 
     def change(self, copy_mode: CopyMode, **options: Any) -> None:
         """Also from points to another copy mode: the image becomes the last point first, and is
@@ -212,7 +207,7 @@ class PointsJob(PointsView):
             return
         if self.run is not None:
             self.run.everything_changed(DeviceError("the source may have lost writes"))
-        elif self._far_resources.has_begun:  # the far side of an earlier process is waited for
+        elif self.has_begun:  # the far side of an earlier process is waited for
             self._points.plan.changes.dirty.mark_all()
 
     def advance(self) -> None:
@@ -281,8 +276,7 @@ class PointsJob(PointsView):
         self.advance_soon()
 
     def _continue_points(self, far: FarSide) -> None:
-        has_begun = self._far_resources.has_begun
-        self.run = self._points.continued(far.times_ns(), has_begun=has_begun)
+        self.run = self._points.continued(far.times_ns(), has_begun=self.has_begun)
         self.lag = self.run.lag
         self.log.info("continues after point %d", far.newest)
 

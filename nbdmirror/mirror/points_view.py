@@ -10,6 +10,7 @@ from typing import Any
 from nbdmirror.amounts import duration
 from nbdmirror.devices.base import AsyncSource
 from nbdmirror.disk.cells import Cells, DiskMap, map_of
+from nbdmirror.disk.changes import Changes
 from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.far_side import JournalRoom
@@ -17,6 +18,7 @@ from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.outage import Outage
 from nbdmirror.mirror.point_group import PointGroup
+from nbdmirror.mirror.point_lag import PointLag
 from nbdmirror.mirror.point_plan import PointPlan, RunMaker
 from nbdmirror.mirror.point_promises import PointPromises
 from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
@@ -76,6 +78,14 @@ class PointsView(MirrorJob):
         )
         if plan is not None:
             self._adopt(plan)
+
+    def _count_from(self, earlier: CommittedPoint, changes: Changes) -> None:
+        """The last point of an earlier process is as old as the wall clock says. The far side may
+        not be there for long."""
+        self.earlier = earlier
+        age_s = max(0.0, (self._wall_time_ns() - earlier.time_ns) / 1e9)
+        clock = self._loop.clock
+        self.lag = PointLag(changes, clock, clock() - age_s)
 
     def _adopt(self, plan: PointPlan) -> None:
         self._maker = self._new_maker(plan)

@@ -122,7 +122,7 @@ class Zeroing:
     def start(self, offset: int, length: int, may_trim: bool, done: Done) -> None:
         """Zero a range of any length. Without write-zeroes, zeroes are written."""
         device = self._device
-        connection, handle = device.pool.shared, device.pool.shared.handle
+        connection = device.pool.shared  # `step` may outlive the handle
         if length > LENGTH_MAX and connection.is_wide and self._zeroes_fast:
             self._start_wide(offset, length, may_trim, done)
             return
@@ -149,9 +149,10 @@ class Zeroing:
             is_zero = can_zero and not (self._refuses_odd_zeroes and is_odd(sent))
             start, span = sent
             if is_zero:
-                connection.start(handle.aio_zero, span, start, flags=flags, done=step)
+                connection.start(connection.handle.aio_zero, span, start, flags=flags, done=step)
             else:
-                connection.start(handle.aio_pwrite, zeroes[:span], start, done=step)
+                write = connection.handle.aio_pwrite
+                connection.start(write, zeroes[:span], start, done=step)
 
         step(None)
 

@@ -28,7 +28,7 @@ from nbdmirror.points.requests import Exports, Program, start
 from nbdmirror.points.superblocks import JournalTaken
 from nbdmirror.points.writer import JournalFull, JournalWriter
 
-LOOK_S = 0.2
+LOOK_S = 0.5
 """How long an applier at work is left alone."""
 
 HASTE_S = 0.02

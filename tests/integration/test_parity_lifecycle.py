@@ -177,7 +177,11 @@ def test_pause_and_resume(folder: Path) -> None:
     script: list[Script] = [
         [start(**SLOW), STARTED, PAUSE, status("paused"), query(), PAUSE],
         [write(MiB - 4096, 4096), do("block-job-set-speed", device="j", speed=0), query()],
-        [do("block-job-set-speed", device="j", **SLOW), RESUME, do("job-resume", id="j")],
+        [
+            do("block-job-set-speed", device="j", speed=SLOW["speed"]),
+            RESUME,
+            do("job-resume", id="j"),
+        ],
         [do("block-job-set-speed", device="j", speed=4 * MiB), ready()],
         [do("block-job-set-speed", device="j", speed=0), query()],
         [do("job-pause", id="j"), status("standby"), write(), zero(65536, 65536)],

@@ -105,6 +105,23 @@ class PointMachine(RuleBasedStateMachine):
         if how:
             self.w.end_all(but=how)
 
+    @rule(first=st.integers(0, BLOCKS - 1), is_killed=st.booleans())
+    def earlier_point_follows_one_that_is_cut_off(self, first: int, is_killed: bool) -> None:
+        """The image has parts of the later one."""
+        w = self.w
+        w.end_all()
+        for number in range(2):
+            w.write((first + number) % BLOCKS, 1, zero=False)
+            w.whole_point("all")
+        w.apply(0)
+        w.end_while(lambda: not w.image.pending)
+        if is_killed:
+            w.kill()
+        else:
+            w.lose_link()
+        w.apply(1)
+        w.end_all(but="part")
+
     @rule(trouble=st.sampled_from(("fail", "give up", "kill", "power", "link", "seed", "create")))
     def something_goes_wrong(self, trouble: str) -> None:
         w = self.w

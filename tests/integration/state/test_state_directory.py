@@ -85,7 +85,7 @@ def test_nothing_is_left_of_what_has_ended(server: Kept, target: QemuNbd) -> Non
     wait_until((server.state / "vda.last").exists, "how it ended is kept")
     left = {"lock", "vda.intents", "vda.last"}
     assert {path.name for path in server.state.iterdir()} == left
-    always = {"alive", "journal", "newest-point", "recent"}
+    always = {"alive", "journal", "newest-point", "newest-point-time", "recent"}
     assert {path.name for path in memory.iterdir()} == always
     server.stop()
     assert not memory.exists()

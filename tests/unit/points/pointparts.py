@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -157,3 +158,20 @@ def with_points(count: int = 3) -> FarSide:
         at = number * 2 * BLOCK_BYTES
         far.point((at, 3 * BLOCK_BYTES), (32 << 10, BLOCK_BYTES), name=f"n{number + 1}")
     return far
+
+
+def reconnected(far: FarSide) -> Program[JournalWriter]:
+    return ownership.take_over(far.exports, disk_id=far.disk_id, before=far.writer)
+
+
+def reconnect(far: FarSide) -> None:
+    far.writer = far.run(reconnected(far))
+
+
+def check_goes_on(far: FarSide) -> None:
+    """Each point that is on offer is what the disk was, and so is the next one."""
+    far.point((0, BLOCK_BYTES))
+    for point in far.read().points:
+        other = copy.deepcopy(far)
+        other.recover(str(point.sequence))
+        assert bytes(other.image.data) == far.contents[point.sequence]

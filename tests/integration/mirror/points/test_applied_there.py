@@ -99,7 +99,10 @@ def test_an_applier_that_is_killed_and_one_that_ends(
             wait_for_points(server, 2)
             applier.kill()
             guest.wait_for_requests(30)
+            server.qmp.execute("job-pause", id="j")  # so that copies are of one moment
+            server.qmp.wait_for_event("JOB_STATUS_CHANGE", status="standby")
             recovered(far.image, far.journal)
+            server.qmp.execute("job-resume", id="j")
         last = start(applier_of(far, folder))
         wait_to_follow(last)
         last.stop()
@@ -155,6 +158,26 @@ def test_a_source_that_is_restarted_goes_on_with_the_applier(
         wait_for_points(server, 3)
         server.qmp.complete()
     assert applier.wait_to_end() == 0
+
+
+def test_the_copy_mode_is_changed(
+    start: Start, identical: Identical, server: Nbdmirror, far: FarSide, folder: Path, disk: Path
+) -> None:
+    """The image becomes the last point there, and is the source's from then on. An applier of the
+    old journal has nothing more to do."""
+    far.start_mirror(server)
+    server.qmp.wait_ready()
+    applier = start(applier_of(far, folder))
+    with Guest(server.uri(), disk) as guest:
+        identical(guest, far.image_server.uri())
+        wait_to_follow(applier)
+        wait_for_points(server, 2)
+        server.qmp.execute("block-job-change", id="j", type="mirror", copy_mode="background")
+        wait_until(lambda: "x-nbdmirror-points" not in server.qmp.job(), "there are no points")
+        guest.wait_for_requests(30)
+        server.qmp.complete()
+        guest.wait_for_requests(30)
+    applier.stop()
 
 
 def test_a_recovery_beside_the_applier(

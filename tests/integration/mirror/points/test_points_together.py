@@ -46,7 +46,7 @@ class Together(TwoDisks):
     def begun(self, *more: str) -> Together:
         done = self.mirror("--wait", "ready", *more)
         assert done.returncode == DONE, done.stderr
-        ready = "job {} is ready: the target follows the source"
+        ready = "job {} is ready: the far side has a point"
         assert sorted(done.stdout.splitlines()) == [ready.format(name) for name in NAMES]
         return self
 
