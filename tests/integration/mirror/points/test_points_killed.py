@@ -32,8 +32,14 @@ def test_whatever_is_killed_beside_an_applier(
     start: Start, folder: Path, identical: Identical
 ) -> None:
     """The applier, too."""
+    whatever_is_killed_beside_an_applier(start, folder, identical, APPLIED_ROUNDS)
+
+
+def whatever_is_killed_beside_an_applier(
+    start: Start, folder: Path, identical: Identical, count: int
+) -> None:
     new = partial(AppliedRounds, start=start, folder=folder)
-    whatever_is_killed(start, folder, identical, 0, APPLIED_ROUNDS, new)
+    whatever_is_killed(start, folder, identical, 0, count, new)
 
 
 def whatever_is_killed(
