@@ -43,8 +43,9 @@ def follow(
     elif sequence <= block.base.sequence or presence in (Presence.NONE, Presence.GONE):
         yield from apply(writer, sequence, last=last)
     elif presence is Presence.ALIVE and said is not None:
-        # A later point may have been begun, and the image is between both.
-        point = max(sequence, block.applying)
+        # What a process before was applying is done first, as it is: what is still on its way of
+        # that one writes the same bytes.
+        point = block.applying or sequence
         yield from writer.superblocks.update(applying=point, applier=said.applier)
 
 

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from integration.mirror.points.applierparts import applier_of, wait_to_follow
+from integration.mirror.points.applierparts import Applier, applier_of, wait_to_follow
 from integration.mirror.points.pointsparts import (
     SERVERS,
     FarSide,
@@ -84,6 +84,24 @@ def test_each_change_is_sent_once(
     sent, changed = (now - then for now, then in zip(after, before, strict=True))
     assert changed == 8 * MiB and changed <= sent <= 1.1 * changed
     identical(disk, far.image)
+
+
+def test_an_applier_on_the_files_themselves(
+    start: Start, identical: Identical, folder: Path, disk: Path
+) -> None:
+    """Which the source has by way of nbdkit."""
+    far = FarSide(start, folder, kind="nbdkit", ring=RING_BYTES)
+    server = start(Nbdmirror(disk.parent, disk, bare=True))
+    far.start_mirror(server)
+    server.qmp.wait_ready()
+    applier = start(Applier(folder, str(far.image), str(far.journal)))
+    with Guest(server.uri(), disk) as guest:
+        wait_to_follow(applier)
+        guest.wait_for_requests(60)
+    wait_for_rest(server)
+    applier.stop()
+    identical(guest, disk)
+    identical(guest, far.image)
 
 
 def test_an_applier_that_is_killed_and_one_that_ends(
