@@ -161,8 +161,9 @@ class PointsView(MirrorJob):
 
     # Endings.
 
-    def check_complete(self) -> None:
-        super().check_complete()
+    def check_applier(self) -> None:
+        """For a user's `complete`: raise CommandError if it would wait for an applier that is
+        gone."""
         room = self.journal_room
         silent_s = room.applier_silent_s if room is not None else None
         if silent_s is not None and silent_s >= SILENT_S:
