@@ -98,7 +98,10 @@ def test_what_it_shows() -> None:
     [
         ({"target-connected": False, "target-lost-for-s": 12}, "the target has been lost for 0:12"),
         ({"io-status": "nospace"}, "I/O error (nospace)"),
-        ({"falling-behind": True}, "falls behind: the guest changes 4 MiB/s"),
+        (
+            {"falling-behind": True, "dirty-bytes-per-s": 8 << 20},
+            "falls behind: the guest changes 8 MiB/s",
+        ),
         ({"target-silent-for-s": 30}, "the target has not answered for 0:30"),
     ],
 )
