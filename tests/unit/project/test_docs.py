@@ -90,6 +90,11 @@ def test_lines_of_prose_are_short_and_begin_with_a_sentence(path: Path) -> None:
         assert not SENTENCE.search(re.sub(r"`[^`]*`", "`", text)), f"{path.name}:{number}: {line}"
 
 
+def test_what_operators_read_first_is_short() -> None:
+    """Else it is a notebook again, which docs/measurements/ is for."""
+    assert len((ROOT / "docs" / "performance.md").read_text().splitlines()) <= 150
+
+
 # The files of a state directory
 
 
