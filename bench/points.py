@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from bench.lab import GiB, Lab
 from bench.load import Load, Result
-from bench.measures import READY, Figures, counting, written_bytes
-from bench.servers import GuestServer, Nbdmirror, QemuNbd, Target
+from bench.measures import READY, Figures
+from bench.processes import Process
+from bench.servers import (
+    GuestServer,
+    NbdkitMemory,
+    Nbdmirror,
+    QemuNbd,
+    Target,
+    nbdmirror_environment,
+)
 
 BACKGROUND = "background"
 INTERVAL_S = 1.0
@@ -92,16 +102,43 @@ def age(lab: Lab, subject: str) -> Figures:
     return {"age": max(commit - cut for cut, commit in zip(cuts, commits[1:], strict=False))}
 
 
+class Applier(Process):
+    """`nbdmirror apply` beside image and journal. It serves nobody."""
+
+    name = "applier"
+
+    def __init__(self, folder: Path, image: Target, journal: Target) -> None:
+        super().__init__(folder)
+        self._places = ("--image", image.uri(), "--journal", journal.uri())
+
+    def argv(self) -> list[str | Path]:
+        return [sys.executable, "-m", "nbdmirror", "apply", *self._places]
+
+    def environment(self) -> dict[str, str]:
+        return nbdmirror_environment()
+
+    def wait_until_it_serves(self) -> None:
+        pass  # the source sees when it does
+
+
 def sent(lab: Lab, subject: str) -> Figures:
-    """Bytes written to image and journal over bytes that the guest writes, 2,000 times 4 KiB a
-    second at random places."""
-    image, counted = counting(lab, lab.disk_bytes)
-    journal, journal_counted = counting(lab, GiB, "journal")
-    with _ready(lab, image, journal) as server:
-        before = server.copied_bytes("job0")
-        with Load(
-            lab.folder, server.uri(), "randwrite", seconds=5.0, options=("--rate_iops=2000",)
-        ) as load:
-            changed = load.result().bytes
-        server.qmp.execute("x-nbdmirror-point", {"id": "job0", "wait": True})
-    return {"ratio": (written_bytes(counted) + written_bytes(journal_counted) - before) / changed}
+    """Bytes that the source sends to image and journal over bytes that the guest writes, 2,000
+    times 4 KiB a second at random places, with an applier beside the image."""
+    image, journal = NbdkitMemory(lab.folder, lab.disk_bytes), NbdkitMemory(lab.folder, GiB)
+    with _ready(lab, image, journal) as server, Applier(lab.folder, image, journal):
+        figures = []
+        for seconds in (5.0, 5.0):  # the first ones until the applier is asked
+            before = _sent_bytes(server)
+            options = ("--rate_iops=2000",)
+            with Load(
+                lab.folder, server.uri(), "randwrite", seconds=seconds, options=options
+            ) as load:
+                changed = load.result().bytes
+            server.qmp.execute("x-nbdmirror-point", {"id": "job0", "wait": True})
+            figures.append((_sent_bytes(server) - before) / changed)
+        return {"ratio": figures[-1]}
+
+
+def _sent_bytes(server: GuestServer) -> int:
+    (job,) = server.qmp.execute("x-nbdmirror-query-status")["disks"][0]["jobs"]
+    return int(job["sent-bytes"])

@@ -155,7 +155,7 @@ def _points() -> list[Row]:
     guest = "guest 4k random write, depth 16, with points each second"
     less = partial(Figure, goals={}, less_is_better=True)
     iops = (Figure("iops", "IOPS", {points.BACKGROUND: Goal(0.9, 1.0)}),)
-    title = "bytes written to image and journal over bytes written, 4k random, 2,000 IOPS"
+    title = "bytes sent over bytes written, 4k random, 2,000 IOPS, points applied at the far side"
     return [
         Row("points", guest, points.writes, (points.BACKGROUND,), iops),
         Row(

@@ -86,6 +86,12 @@ class GuestServer(Process):
         return int(self.job(job).get("offset", 0))
 
 
+def nbdmirror_environment() -> dict[str, str]:
+    """For this checkout, or the one that NBDMIRROR_BENCH_TREE names."""
+    tree = os.environ.get("NBDMIRROR_BENCH_TREE", str(Path(__file__).resolve().parent.parent))
+    return {**os.environ, "PYTHONPATH": tree, "PYTHONSAFEPATH": "1"}
+
+
 class Nbdmirror(GuestServer):
     """This checkout, or the one that NBDMIRROR_BENCH_TREE names; NBDMIRROR_BENCH_OPTIONS are more
     options for `serve`. Both are for comparing a change with what was there before."""
@@ -100,8 +106,7 @@ class Nbdmirror(GuestServer):
         return [*serve, *disks, "--socket", self.socket, "--qmp", self.qmp_path, *options]
 
     def environment(self) -> dict[str, str]:
-        tree = os.environ.get("NBDMIRROR_BENCH_TREE", str(Path(__file__).resolve().parent.parent))
-        return {**os.environ, "PYTHONPATH": tree, "PYTHONSAFEPATH": "1"}
+        return nbdmirror_environment()
 
     def wait_until_it_serves(self) -> None:
         super().wait_until_it_serves()

@@ -10,8 +10,8 @@
         ├── DeviceLost          the connection is lost; requests in flight have an unknown outcome
         └── TargetRefused       a mirror must not write there, and has not
 
-Errors of a raw file or block device stay the operating system's `OSError`. `errno_of` maps either
-kind to the errno for a guest.
+Errors of a raw file or block device stay the operating system's `OSError`. `errno_of` is the errno
+of either kind, `guest_errno` the one that a guest gets.
 """
 
 from __future__ import annotations
@@ -73,6 +73,22 @@ IO_ERRORS = (OSError, DeviceError)
 """The errors that a request on any device may raise. Any other exception is a bug."""
 
 
+_GUESTS = frozenset(
+    [
+        *(_errno.EPERM, _errno.EROFS, _errno.EIO, _errno.ENOMEM, _errno.EINVAL, _errno.ENOSPC),
+        *(_errno.EDQUOT, _errno.EFBIG, _errno.EOVERFLOW, _errno.ENOTSUP, _errno.ESHUTDOWN),
+    ]
+)
+
+
 def errno_of(error: BaseException) -> int:
-    """The errno of `error` for a guest; EIO if it has none."""
+    """The errno of `error`; EIO if it has none."""
     return getattr(error, "errno", None) or _errno.EIO
+
+
+def guest_errno(error: BaseException) -> int:
+    """The errno of `error` for a guest: EIO unless NBD has that errno, or one that nbdkit maps to
+    its own. nbdkit would send any other as EINVAL, as if the guest's request made no sense: a
+    disk's medium error (ENODATA), a lost path (ENOLINK), a stale NFS handle (ESTALE)."""
+    code = errno_of(error)
+    return code if code in _GUESTS else _errno.EIO

@@ -13,6 +13,7 @@ from typing import Any
 
 from nbdmirror.amounts import duration, size
 from nbdmirror.point_sentences import fits, of_points, of_promises
+from nbdmirror.rates import EVEN
 
 SILENT_S = 5.0
 """A server that answers nothing for so long is reported."""
@@ -25,6 +26,9 @@ LEAST_SHARE = 0.001
 
 MINUTE_S = 65.0
 """The shares of the last minute are those of so much time at most."""
+
+WIDE = 0.4
+"""A range of more than this part of what is likely is told."""
 
 Job = dict[str, Any]
 
@@ -86,15 +90,31 @@ def _outlook(job: Job) -> str:
     if job.get("copy-bytes-per-s") is None:
         return "its end cannot be predicted yet"
     if (left_s := job.get("left-s")) is None:
-        return f"{_why_never(job)}, so its end cannot be predicted"
-    at_most = " at most" if job.get("copied-bytes", 0) > job.get("written-bytes", 0) else ""
-    return f"in sync in {duration(left_s)}{at_most} at this rate"
+        why, least_s = _why_unknown(job), job.get("left-s-min")
+        text = f"{why}, so its end cannot be predicted" if why else "its end cannot be predicted"
+        return text if least_s is None else f"{text}: it takes {duration(least_s)} at least"
+    has_zeroes = job.get("copied-bytes", 0) > job.get("written-bytes", 0)
+    sooner = ", or sooner if more of the disk is zeroes" if has_zeroes else ""
+    return f"in sync in about {duration(left_s)}{_range(job, left_s)}{sooner}"
 
 
-def _why_never(job: Job) -> str:
-    """Why what is left does not become less, or not by data."""
-    if job.get("dirty-bytes-per-s", 1):
-        return "the guest changes as much as is copied"
+def _range(job: Job, left_s: float) -> str:
+    """How sure the prediction is; empty if it is, or if nothing is known of that."""
+    least_s, most_s = job.get("left-s-min"), job.get("left-s-max")
+    if least_s is None:
+        return ""
+    if most_s is None:
+        return f" ({duration(least_s)} at least)"
+    if most_s - least_s <= WIDE * left_s:
+        return ""
+    return f" ({duration(least_s)} to {duration(most_s)})"
+
+
+def _why_unknown(job: Job) -> str:
+    """Why what is left does not become less, or not by data; empty if it does."""
+    copied, dirtied = job.get("copy-bytes-per-s", 0), job.get("dirty-bytes-per-s", 0)
+    if copied:
+        return "the guest changes as much as is copied" if dirtied >= EVEN * copied else ""
     if job.get("zero-bytes-per-s"):
         return "the last seconds copied holes and no data"
     return "nothing was copied in the last seconds"
@@ -183,6 +203,8 @@ def _behind(job: Job) -> str:
     copied, dirtied = job.get("copy-bytes-per-s"), job.get("dirty-bytes-per-s")
     if copied is not None and dirtied is not None:
         rates = f"the guest changes {size(dirtied)}/s of different data, {who} {size(copied)}/s"
+        if dirtied <= copied:  # what is copied is changed again, in turns or all the time
+            rates = f"{who} {size(copied)}/s, and the guest changes as much of that again"
     end = "the mirror does not catch up" if job.get("ready") else "the mirror does not finish"
     if is_limited:
         help_ = "raise the limit with: nbdmirror set-speed"

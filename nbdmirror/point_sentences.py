@@ -10,6 +10,9 @@ from nbdmirror.amounts import duration, size
 MUCH = 1 / 2
 """A point that takes more than this part of the journal is reported."""
 
+SILENT_S = 6.0
+"""A process that applies points gives a sign of life each second."""
+
 Job = dict[str, Any]
 
 
@@ -49,6 +52,9 @@ def of_promises(job: Job) -> list[tuple[str, str]]:
     if "in-place-since-s" in points:
         text = "the far side has no point until the next one is made: what was changed did not fit"
         found.append(("in-place", f"{text} into the journal, and is copied in place"))
+    if (silent_s := points.get("applier-silent-s", 0.0)) >= SILENT_S:
+        text = f"`nbdmirror apply` beside the image has said nothing for {duration(silent_s)}"
+        found.append(("applier", f"{text}: start it again there"))
     most = points.get("journal-point-bytes") if "sequence" in points else None
     if most is not None and _left_bytes(job) > MUCH * most:
         found.append(("journal", _small_journal(job, points)))

@@ -44,7 +44,7 @@ gc.disable()  # until the server starts: what imports make is no garbage
 try:
     from nbdmirror import startup_error as startup
     from nbdmirror.disk.disk import Disk
-    from nbdmirror.errors import IO_ERRORS, ConfigError, Error, errno_of
+    from nbdmirror.errors import IO_ERRORS, ConfigError, Error, guest_errno
     from nbdmirror.identity import label
     from nbdmirror.logs import print_startup_error
     from nbdmirror.nbdkit_host.process import PluginProcess
@@ -112,7 +112,7 @@ def passing_errno(call: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return call(h, *arguments)
         except IO_ERRORS as error:
-            nbdkit.set_error(errno_of(error))
+            nbdkit.set_error(guest_errno(error))
             raise
 
     return guarded
@@ -235,7 +235,7 @@ def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     try:
         h.disk.pread(buf, offset)
     except IO_ERRORS as error:
-        nbdkit.set_error(errno_of(error))
+        nbdkit.set_error(guest_errno(error))
         raise
 
 
@@ -247,7 +247,7 @@ def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     try:
         h.disk.pwrite(buf, offset, flags != 0)  # FUA is the only flag that a write has
     except IO_ERRORS as error:
-        nbdkit.set_error(errno_of(error))
+        nbdkit.set_error(guest_errno(error))
         raise
 
 

@@ -182,7 +182,7 @@ def _run(args: argparse.Namespace) -> int:
         return cli_list.run(args)
     if args.command == "web":
         return _web(args)
-    if args.command in ("points", "recover"):
+    if args.command in ("apply", "points", "recover"):
         return _points(args)
     if args.command == "mirror":
         from nbdmirror.cli import mirror as cli_mirror
@@ -205,7 +205,10 @@ def _points(args: argparse.Namespace) -> int:
 
         return snapshots.run(args)
     with _needs(args.command, "install what docs/install.md names"):
+        from nbdmirror.cli import apply as cli_apply
         from nbdmirror.cli import points as cli_points
+    if args.command == "apply":
+        return cli_apply.run_command(args)
     return cli_points.run_command(args)
 
 

@@ -200,6 +200,10 @@ def _add_points(add: Add) -> None:
         add_disk(option, metavar="DISK", required=True, action="append", help=what)
     text = f"{POINT}; with --group no number"
     recover.add_argument("--point", metavar="POINT", help=text)
+    text = "make an image the points of its journal, beside a source that continues"
+    apply = add("apply", text, qmp=False)
+    for option, what in (("--image", f"the image: {disk}"), ("--journal", "its journal")):
+        apply.add_argument(option, metavar="DISK", required=True, help=what)
 
 
 def check_points(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:

@@ -124,15 +124,7 @@ def _table(journal: Journal, points: Sequence[Point]) -> Iterator[str]:
 
 
 def _recover(args: argparse.Namespace) -> int:
-    places = _places(args)
-    for (option, place), (other, second) in itertools.combinations(places, 2):
-        if are_same(place, second):
-            which = f" {place}: {second}" if args.group else ""
-            raise CliError(f"{other}: names the same disk as {option}{which}")
-    with ExitStack() as stack:
-        disks = [stack.enter_context(_opened(*one)) for one in places]
-        for one, other_disk in itertools.combinations(disks, 2):
-            check_pair(raw_device(one), raw_device(other_disk))
+    with opened_disks(_places(args), are_named=args.group) as disks:
         pairs = [
             {Side.IMAGE: image, Side.JOURNAL: journal}
             for image, journal in zip(disks[::2], disks[1::2], strict=True)
@@ -159,11 +151,8 @@ def _places(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise CliError(f"--group: each image needs its journal: {text}", USAGE)
     if args.group and len(images) < 2:
         raise CliError("--group: needs images and journals of two disks at least", USAGE)
-    found = []
-    for image, journal in zip(images, journals, strict=True):
-        for option, place in (("--image", image), ("--journal", journal)):
-            found.append((option, _absolute(option, place)))
-    return found
+    pairs = zip(images, journals, strict=True)
+    return [one for i, j in pairs for one in (("--image", i), ("--journal", j))]
 
 
 def _recover_one(pair: Devices, wanted: str | None) -> Recovered:
@@ -201,6 +190,24 @@ def _tell(journal: Journal, point: Point) -> None:
         say(f"nbdmirror: warning: {journal.name}: {line}")
     size = sum(h.payload_bytes for h in journal.headers if h.point.sequence <= point.sequence)
     say(f"recovering point {point.sequence} of {wall_time(point.time_ns)}, {size_text(size)}")
+
+
+@contextmanager
+def opened_disks(
+    places: Sequence[tuple[str, str]], *, are_named: bool = False
+) -> Iterator[list[BlockDevice]]:
+    """Several disks, each with its option. `are_named`: the option alone does not say which disk is
+    meant. Raises CliError if two are the same, and as `_opened`."""
+    places = [(option, _absolute(option, place)) for option, place in places]
+    for (option, place), (other, second) in itertools.combinations(places, 2):
+        if are_same(place, second):
+            which = f" {place}: {second}" if are_named else ""
+            raise CliError(f"{other}: names the same disk as {option}{which}")
+    with ExitStack() as stack:
+        disks = [stack.enter_context(_opened(*one)) for one in places]
+        for one, other_disk in itertools.combinations(disks, 2):
+            check_pair(raw_device(one), raw_device(other_disk))
+        yield disks
 
 
 def _absolute(option: str, place: str) -> str:

@@ -75,19 +75,19 @@ class Rates:
             parts.append(f"zeroing {size(self.zeroed)}/s")
         parts.append(f"dirtied {size(self.dirtied)}/s")
         if self.left_s and not is_following:
-            at_most = " at most" if self.has_zeroes else ""
-            parts.append(f"{duration(self.left_s)} to go{at_most}")
+            less = " or less" if self.has_zeroes else ""
+            parts.append(f"{duration(self.left_s)} to go{less}")
         return parts
 
     def end(self, now_s: float, *, is_following: bool) -> str:
-        """When nothing is left at these rates, as a text; empty if that is not known, or is years
+        """When nothing is left, as predicted, as a text; empty if that is not known, or is years
         away. `now_s`: seconds since 1970."""
         if self.left_s is None or is_following or not 0 <= self.left_s < END_S_MAX:
             return ""
         end = time.localtime(now_s + self.left_s)
         day = "" if end[:3] == time.localtime(now_s)[:3] else "%Y-%m-%d "
-        how = "at the latest" if self.has_zeroes else "about"
-        return f"{how} {time.strftime(f'{day}%H:%M:%S', end)}"
+        sooner = " or sooner" if self.has_zeroes else ""
+        return f"about {time.strftime(f'{day}%H:%M:%S', end)}{sooner}"
 
 
 class Meter:

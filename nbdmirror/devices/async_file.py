@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from contextlib import suppress
 
 from nbdmirror.devices.base import BlockDevice, Done, Extent, ExtentsDone, raw_device
 from nbdmirror.devices.file import FileDevice
-from nbdmirror.errors import IO_ERRORS
+from nbdmirror.errors import IO_ERRORS, DeviceError
 from nbdmirror.workers import Workers
 
 READERS = 4
@@ -48,12 +50,15 @@ class FileSource:
                     done(None)
                     return
             except IO_ERRORS as error:
-                done(error)
+                done(self._unreadable(error, offset))
                 return
 
         def read() -> None:
-            self._device.pread(buf[count:], offset + count)
-            self._check()
+            try:
+                self._device.pread(buf[count:], offset + count)
+                self._check()
+            except OSError as error:
+                raise self._unreadable(error, offset) from error
 
         self._ask(read, done)
 
@@ -79,6 +84,14 @@ class FileSource:
                 self._device.close()
 
         self._readers.submit_last(close)
+
+    def _unreadable(self, error: BaseException, offset: int) -> BaseException:
+        """The system's error alone does not say which side of a mirror has failed."""
+        if not isinstance(error, OSError):
+            return error
+        code = error.errno or errno.EIO
+        text = f"{self._device.description}: cannot be read at {offset}: {os.strerror(code)}"
+        return DeviceError(text, code)
 
     def _check(self) -> None:
         """After a read or a query: a truncated file must not be copied as zeroes."""

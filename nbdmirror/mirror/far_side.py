@@ -38,6 +38,11 @@ class JournalRoom:
     """How many points can be recovered."""
     point_bytes: int
     """What one point can have of the disk, if all others make room for it."""
+    image_point: int = 0
+    """The number of the point that the image holds."""
+    applier_silent_s: float | None = None
+    """How long the process beside the image has been silent that has to apply points now. None:
+    points are applied from here."""
 
 
 class FarSide(PointWriter, Journal, Protocol):
@@ -61,6 +66,10 @@ class FarSide(PointWriter, Journal, Protocol):
     @property
     def is_handed_over(self) -> bool:
         """The journal says that the image may be changed by others."""
+
+    @property
+    def waits_for_applier(self) -> bool:
+        """A process beside the image makes the image a later point now."""
 
     @property
     def is_kept(self) -> bool:

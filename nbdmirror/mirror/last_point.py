@@ -102,6 +102,7 @@ class LastPoint(Attempt):
             return
         is_close = run.is_applied and has_point and run.left_bytes <= LEVEL_BYTES_MIN
         is_late = self._loop.clock() - self._since_s >= CONVERGE_S
+        is_late = is_late and not run.waits_for_applier  # guests are not held for what that does
         if not run.is_handed_over and run.count and (is_close or is_late):
             self._close_gate()
         else:

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbdmirror.disk.bitmap import DirtyBitmap
-from nbdmirror.mirror.forecast import Forecast, Place, forecast
+from nbdmirror.mirror.areas import PLACES
+from nbdmirror.mirror.forecast import Forecast, Guests, Place, forecast
+from nbdmirror.mirror.guest_watch import GuestWatch
 from nbdmirror.mirror.hot_last import HotLast
-from nbdmirror.mirror.working_set import WorkingSet
-
-PLACES = 64
-"""Parts of the disk that are looked at one by one."""
 
 LOOK_S = 0.2
 COUNT_S = 1.0
-"""How often the range that was just copied is looked at, and the whole disk."""
-
-FRESH_MAX = 8
-"""Ranges that were just copied, for what guests change within a second or two."""
+"""How often it is looked where the copier is, and what is dirty: twice while a place is copied,
+within these bounds."""
 
 RATE_S = 10.0
 """The copier's rate is that of so much time."""
@@ -32,9 +27,10 @@ RATE_S = 10.0
 RATE_S_MIN = 2.0
 """Nothing is predicted from less."""
 
-NEVER_S = 40.0
-"""A mirror whose end is not predicted, and which did not come closer all this time, does not end.
-Guests work by turns: most mirrors end while a guest is quiet."""
+NEVER_S, NEVER_PART = 40.0, 1 / 10
+"""A mirror whose end is not predicted, and which did not come closer all this time, or this part of
+the time that is left, does not end. Nor does one whose end was predicted again and again, and has
+not come. Guests work by turns: most mirrors end while a guest is quiet."""
 
 CLOSER = 0.99
 """A mirror has come closer if less than this part is left of what was left at the best moment, by
@@ -47,7 +43,7 @@ SPREAD_MIN = 0.05
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Seconds until the mirror is in sync: likely, and the bounds of its range. None: not known, or
-    never."""
+    never. The earliest one may be known alone."""
 
     end_s: float | None
     end_s_min: float | None
@@ -55,7 +51,7 @@ class Prediction:
     behind_s: float
     """How many seconds of copying the mirror will stay behind, if it does not get in sync."""
     never: bool
-    """It does not get in sync, and has not come closer for NEVER_S."""
+    """It does not get in sync, and has not come closer for long."""
 
     def after(self, passed_s: float) -> Prediction:
         """The same so much later."""
@@ -64,32 +60,14 @@ class Prediction:
         return Prediction(likely, least, most, self.behind_s, self.never)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fresh:
-    offset: int
-    length: int
-    time_s: float
-
-
 class Outlook:
     """The outlook of one mirror, from its start until it is READY."""
 
     def __init__(self, dirty: DirtyBitmap) -> None:
-        granules = -(-dirty.size // dirty.granularity)
-        self.working_set = WorkingSet(granules)
         self._dirty = dirty
-        count = max(1, min(PLACES, granules))
-        edges = [index * granules // count * dirty.granularity for index in range(count)]
-        self._starts, self._ends = edges, [*edges[1:], dirty.size]
-        self._visited_s: list[float | None] = [None] * count
-        self._is_left_out = [False] * count
-        """The last visit has left out what is hot: not all of the place was clean then."""
-        self._hot: HotLast | None = None
-        self._cursor, self._cursor_s = 0, math.nan
-        self._entered_s = math.nan
-        """When the copier entered the place that it is in."""
-        self._counted_s = -math.inf
-        self._fresh: deque[_Fresh] = deque(maxlen=FRESH_MAX)
+        self._guests = GuestWatch(dirty)
+        self._looked_s = math.nan
+        self._count_due_s = -math.inf
         self._sent: deque[tuple[float, int]] = deque()
         self._again = 0
         self.rate: float | None = None
@@ -97,8 +75,7 @@ class Outlook:
         None: not known."""
         self._least_left = math.inf
         self._closer_s = 0.0
-        self._predicted_s = self._said_s = -math.inf
-        """For which look at the disk there is a prediction, and when it was made."""
+        self._predicted_s = -math.inf
         self._prediction: Prediction | None = None
 
     def look(
@@ -108,50 +85,61 @@ class Outlook:
         sent_bytes: int,
         again_bytes: int,
         hot: HotLast | None = None,
+        written_bytes: int = 0,
     ) -> None:
         """The copier works, and takes `cursor` next; it has sent so much data. `again_bytes` became
-        dirty without a guest. `hot`: what the copier leaves for last, if it does. Call this often;
-        it does something every LOOK_S."""
-        self._hot = hot
+        dirty without a guest. `hot`: what the copier leaves for last, if it does. `written_bytes`:
+        what guests have written, whatever was dirty already. Call this often; it does something
+        every LOOK_S."""
         if again_bytes != self._again:
             self._again = again_bytes
-            self._visited_s = [None] * len(self._visited_s)
-            self._fresh.clear()
-        if now_s - self._cursor_s < LOOK_S:
+            self._guests.areas.forget()
+        if now_s - self._looked_s < LOOK_S:
             return
-        if not math.isnan(self._cursor_s):
-            self._moved(now_s, cursor)
-        else:
-            self._entered_s = now_s
-        self._cursor, self._cursor_s = cursor, now_s
-        for fresh in self._fresh:
-            self._note(now_s - fresh.time_s, fresh.offset, fresh.length)
-        if now_s - self._counted_s >= COUNT_S:
-            self._count(now_s)
-            left = self._dirty.dirty_granules
-            if left + math.sqrt(left) < CLOSER * self._least_left:
-                self._least_left, self._closer_s = left, now_s
+        self._looked_s = now_s
+        self._guests.areas.moved(now_s, cursor, hot)
+        if now_s >= self._count_due_s:
+            self._count(now_s, written_bytes)
+            self._count_due_s = now_s + self._count_s
             work_s = now_s - hot.rested_s(now_s) if hot is not None else now_s
-            if not self._sent or work_s > self._sent[-1][0]:
-                self._sent.append((work_s, sent_bytes))
-            while work_s - self._sent[0][0] > RATE_S:
-                self._sent.popleft()
-            if (span_s := work_s - self._sent[0][0]) >= COUNT_S:
-                self.rate = (sent_bytes - self._sent[0][1]) / span_s
+            self._measure(work_s, sent_bytes)
+
+    @property
+    def _left_s(self) -> float:
+        return self._dirty.dirty_bytes / self.rate if self.rate else 0.0
+
+    @property
+    def _count_s(self) -> float:
+        return min(COUNT_S, max(LOOK_S, self._left_s / PLACES / 2))
+
+    def _count(self, now_s: float, written_bytes: int) -> None:
+        self._guests.count(now_s, written_bytes, self._left_s)
+        left = self._dirty.dirty_granules
+        if left + math.sqrt(left) < CLOSER * self._least_left:
+            self._least_left, self._closer_s = left, now_s
+
+    def _measure(self, work_s: float, sent_bytes: int) -> None:
+        """`work_s`: a clock without the copier's rests."""
+        if not self._sent or work_s > self._sent[-1][0]:
+            self._sent.append((work_s, sent_bytes))
+        while work_s - self._sent[0][0] > RATE_S:
+            self._sent.popleft()
+        if (span_s := work_s - self._sent[0][0]) >= COUNT_S:
+            self.rate = (sent_bytes - self._sent[0][1]) / span_s
 
     def start_over(self) -> None:
         """The copier does not work now. What guests change meanwhile counts."""
         self._sent.clear()
-        self._cursor_s, self._prediction = math.nan, None
+        self._guests.areas.start_over()
+        self._looked_s, self._prediction = math.nan, None
         self._least_left = math.inf
 
     def predict(self, now_s: float) -> Prediction | None:
         """None: not enough is known. Predicted anew every COUNT_S."""
-        if self._predicted_s != self._counted_s:
-            self._predicted_s, self._prediction = self._counted_s, self._predict(now_s)
-            self._said_s = now_s
+        if now_s - self._predicted_s >= COUNT_S or self._prediction is None:
+            self._predicted_s, self._prediction = now_s, self._predict(now_s)
         found = self._prediction
-        return None if found is None else found.after(now_s - self._said_s)
+        return None if found is None else found.after(now_s - self._predicted_s)
 
     def _predict(self, now_s: float) -> Prediction | None:
         if not self._sent or self._sent[-1][0] - self._sent[0][0] < RATE_S_MIN:
@@ -159,22 +147,25 @@ class Outlook:
         rate = self.rate
         if not rate:
             return None
-        spread = max(SPREAD_MIN, self._spread(rate))
-        places = self._places(now_s)
-        likely = self._follow(places, rate)
-        if likely.end_s is not None:
-            least, most = (self._follow(places, rate * (1 + sign * spread)) for sign in (1, -1))
-            return Prediction(likely.end_s, least.end_s, most.end_s, 0.0, never=False)
-        is_sure = now_s - self._closer_s >= NEVER_S
-        return Prediction(None, None, None, likely.behind_s, never=is_sure)
+        spread, guests = max(SPREAD_MIN, self._spread(rate)), self._guests
+        places = guests.places(now_s)
+        likely = self._follow(places, rate, guests.likely)
+        least = self._follow(places, rate * (1 + spread), guests.least)
+        if self._is_stalled(now_s - self._closer_s, likely.end_s):
+            return Prediction(None, None, None, likely.behind_s or self._left_s, never=True)
+        if likely.end_s is None:
+            return Prediction(None, least.end_s, None, likely.behind_s, never=False)
+        most = self._follow(places, rate * (1 - spread), guests.most)
+        return Prediction(likely.end_s, least.end_s, most.end_s, 0.0, never=False)
 
-    def _follow(self, places: list[Place], rate: float) -> Forecast:
-        index = sum(end <= self._cursor for end in self._ends[:-1])
-        return forecast(places, index, rate, self.working_set, self._dirty.granularity)
+    def _is_stalled(self, stalled_s: float, end_s: float | None) -> bool:
+        """Whether the mirror does not end; it did not come closer for `stalled_s`."""
+        patience_s = max(NEVER_S, self._left_s * NEVER_PART)
+        return stalled_s >= patience_s and (end_s is None or end_s < stalled_s)
 
-    @property
-    def _is_held(self) -> bool:
-        return self._hot is not None and self._hot.held is not None
+    def _follow(self, places: list[Place], rate: float, guests: Guests) -> Forecast:
+        here = self._guests.areas.here
+        return forecast(places, here, rate, self._dirty.granularity, guests)
 
     def _spread(self, rate: float) -> float:
         """The standard error of the rate, relative."""
@@ -184,53 +175,3 @@ class Outlook:
         ]
         variance = sum((step - rate) ** 2 for step in steps) / len(steps)
         return math.sqrt(variance / len(steps)) / rate
-
-    def _places(self, now_s: float) -> list[Place]:
-        return [
-            Place(
-                end - start,
-                self._dirty.bytes_in(start, end - start),
-                None if visited_s is None else now_s - visited_s,
-                self._hot.found.bytes_in(start, end - start) if self._hot and is_left_out else 0,
-            )
-            for start, end, visited_s, is_left_out in self._visits()
-        ]
-
-    def _visits(self) -> Iterator[tuple[int, int, float | None, bool]]:
-        return zip(self._starts, self._ends, self._visited_s, self._is_left_out, strict=True)
-
-    def _moved(self, now_s: float, cursor: int) -> None:
-        """The copier went on, perhaps past the disk's end and on from its start."""
-        before, since_s = self._cursor, self._cursor_s
-        is_around = cursor < before
-        way = cursor - before + (self._dirty.size if is_around else 0)
-        if not way:
-            return
-        last = len(self._ends) - 1
-        passed = [(end, i) for i, end in enumerate(self._ends) if end > before and i < last]
-        if is_around:
-            passed += [(self._dirty.size, last)]
-            passed += [(end + self._dirty.size, i) for i, end in enumerate(self._ends) if i < last]
-        for end, index in passed:
-            if end - before > way:
-                break
-            left_s = since_s + (now_s - since_s) * (end - before) / way
-            self._visited_s[index] = (self._entered_s + left_s) / 2
-            self._is_left_out[index] = self._is_held
-            self._entered_s = left_s
-        if not is_around and not self._is_held:
-            start = -(-before // self._dirty.granularity) * self._dirty.granularity
-            if cursor > start:
-                self._fresh.append(_Fresh(start, cursor - start, (since_s + now_s) / 2))
-
-    def _count(self, now_s: float) -> None:
-        if not math.isinf(self._counted_s):
-            self.working_set.fade(now_s - self._counted_s)
-        self._counted_s = now_s
-        for start, end, visited_s, is_left_out in self._visits():
-            if visited_s is not None and not is_left_out:
-                self._note(now_s - visited_s, start, end - start)
-
-    def _note(self, age_s: float, offset: int, length: int) -> None:
-        part = self._dirty.bytes_in(offset, length) / length
-        self.working_set.note(age_s, part, length / self._dirty.size)

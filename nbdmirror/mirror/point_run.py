@@ -133,6 +133,11 @@ class PointRun(CutRun):
         return self._there.is_applied
 
     @property
+    def waits_for_applier(self) -> bool:
+        """A process beside the image makes the image a later point now."""
+        return self._there.waits_for_applier
+
+    @property
     def is_handed_over(self) -> bool:
         """The image holds the last point, and nobody can have another one any more."""
         return self._there.is_handed_over

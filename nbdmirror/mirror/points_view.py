@@ -7,11 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from nbdmirror.amounts import duration
 from nbdmirror.devices.base import AsyncSource
 from nbdmirror.disk.cells import Cells, DiskMap, map_of
 from nbdmirror.disk.changes import Changes
-from nbdmirror.errors import DeviceError
+from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.activity import Activity
+from nbdmirror.mirror.far_side import JournalRoom
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.outage import Outage
@@ -27,6 +29,9 @@ from nbdmirror.mirror.watched import WatchedSource
 REQUEST_S_MAX = 30.0
 """A point that was asked for, and could not be begun for so long, is not made: a guest whose file
 systems are frozen for this point must continue."""
+
+SILENT_S = 6.0
+"""A process that applies points gives a sign of life each second."""
 
 
 class PointsView(MirrorJob):
@@ -153,6 +158,22 @@ class PointsView(MirrorJob):
     def left_bytes(self) -> int:
         """What the far side lacks."""
         return self.tracker.remaining_bytes if self.run is None else self.run.left_bytes
+
+    # Endings.
+
+    def check_applier(self) -> None:
+        """For a user's `complete`: raise CommandError if it would wait for an applier that is
+        gone."""
+        room = self.journal_room
+        silent_s = room.applier_silent_s if room is not None else None
+        if silent_s is not None and silent_s >= SILENT_S:
+            text = f"has said nothing for {duration(silent_s)}: start it again there"
+            raise CommandError(f"Job '{self.id}': `nbdmirror apply` beside its image {text}")
+
+    @property
+    def journal_room(self) -> JournalRoom | None:
+        """None: there is no journal, or none yet."""
+        raise NotImplementedError
 
     # Points that users ask for.
 

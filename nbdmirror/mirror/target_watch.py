@@ -133,7 +133,9 @@ class TargetWatch:
         now_s, cursor, hot = self._clock(), self._copier.cursor, self._copier.hot
         if self._lag is None:
             sent_bytes = self._copier.written_bytes + self._copier.spared_bytes
-            self.outlook.look(now_s, cursor, sent_bytes, self._tracker.again_bytes, hot)
+            written_bytes = self._tracker.dirty.noted_bytes + self._tracker.written_bytes
+            again_bytes = self._tracker.again_bytes
+            self.outlook.look(now_s, cursor, sent_bytes, again_bytes, hot, written_bytes)
         hot.look(now_s, cursor, self.outlook.rate)
         if self._copier.is_idle or self._copier.answers != self._answers:
             if self._answers >= 0 and not self._copier.is_idle:

@@ -17,9 +17,10 @@ earlier one: the image may have parts of this one by then.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from bitarray import bitarray
@@ -39,6 +40,9 @@ from nbdmirror.points.regions import RegionMap
 from nbdmirror.points.requests import Flush, Program, Request, Side, Write, Zero
 from nbdmirror.points.superblocks import Found, Superblocks
 from nbdmirror.points.writer import JournalWriter
+
+WRITE_BYTES = 512 << 10
+"""Writes that follow one another are joined to requests of about this size."""
 
 
 def check(
@@ -79,7 +83,7 @@ def put(
 
     def content(samples: list[Sample]) -> Program[None]:
         def write(parts: list[Part]) -> Program[None]:
-            yield from _write(journal, _lacking(parts, regions), samples)
+            yield from write_parts(journal, _lacking(parts, regions), samples)
 
         yield from newest_parts(journal, headers, write)
 
@@ -151,14 +155,38 @@ def _lacking(parts: list[Part], regions: RegionMap | None) -> list[Part]:
     ]
 
 
-def _write(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Program[None]:
+def write_parts(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Program[None]:
+    """Write the content of `parts` to the image. `samples` gets what was written where."""
     zeroes = [part for part in parts if part.entry.is_zero]
     yield [Zero(Side.IMAGE, part.offset, part.length) for part in zeroes]
     for group in groups(part for part in parts if not part.entry.is_zero):
         found = yield from contents(journal, group)
-        yield [
+        writes = (
             _write_of(data, part.offset, samples) for part, data in zip(group, found, strict=True)
-        ]
+        )
+        yield list(_joined(sorted(writes, key=attrgetter("offset"))))
+
+
+def _joined(writes: Iterable[Write]) -> Iterator[Write]:
+    """`writes`, ascending, none over another, with those as one that follow one another: what
+    guests change in small pieces is a large range after a while."""
+    run: list[Write] = []
+    length = 0
+    for write in writes:
+        if run and (write.offset != run[0].offset + length or length >= WRITE_BYTES):
+            yield _as_one(run)
+            run, length = [], 0
+        run.append(write)
+        length += len(write.buf)
+    if run:
+        yield _as_one(run)
+
+
+def _as_one(run: Sequence[Write]) -> Write:
+    first = run[0]
+    if len(run) == 1:
+        return first
+    return replace(first, buf=b"".join(write.buf for write in run))
 
 
 def _write_runs(runs: Sequence[Run], samples: list[Sample]) -> Program[None]:

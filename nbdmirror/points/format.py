@@ -38,6 +38,7 @@ ENTRY_BYTES_MAX = 1 << 20
 
 _SUPERBLOCK = struct.Struct("<4sIQ16sQQQQqB7xQQQQI4x")
 _SAMPLE = struct.Struct("<QII")
+_APPLIER = struct.Struct("<Q")
 _HEADER = struct.Struct("<4sIQQQQ32s32s")
 _FOOTER = struct.Struct("<4sIQQQ32s")
 _POINT = struct.Struct("<QqQH6x256s")
@@ -46,6 +47,7 @@ _CRC = struct.Struct("<I")
 _DATA, _ZERO = 1, 2
 DIGEST_BYTES = 32
 ENTRY_BYTES = _ENTRY.size
+_APPLIER_AT = _SUPERBLOCK.size + _POINT.size + DIGEST_BYTES + SAMPLES_MAX * _SAMPLE.size
 
 
 class JournalError(Error):
@@ -138,6 +140,9 @@ class Superblock:
     newest: int = 0
     """A point that was announced: a chain that ends earlier is damaged."""
     samples: tuple[Sample, ...] = ()
+    applier: int = 0
+    """The applier that makes the image the point `applying` (follower.py); 0: whoever wrote this
+    does."""
     serial: int = 1
 
     def pack(self) -> bytes:
@@ -147,7 +152,8 @@ class Superblock:
             self.tail, self.applying, self.newest, len(self.samples),
         )  # fmt: skip
         samples = b"".join(_SAMPLE.pack(s.offset, s.length, s.crc) for s in self.samples)
-        return sealed(head + self.base.pack() + self.base_digest + samples)
+        content = head + self.base.pack() + self.base_digest + samples
+        return sealed(content.ljust(_APPLIER_AT, b"\0") + _APPLIER.pack(self.applier))
 
     @classmethod
     def unpack(cls, block: bytes) -> Superblock:
@@ -183,6 +189,7 @@ class Superblock:
             applying=applying,
             newest=newest,
             samples=tuple(Sample(*one) for one in samples),
+            applier=_APPLIER.unpack_from(block, _APPLIER_AT)[0],
             serial=serial,
         )
 

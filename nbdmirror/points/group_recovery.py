@@ -82,7 +82,7 @@ def _run(program: Program[Result], sides: Devices) -> Result:
 def _read(sides: Devices) -> Program[Journal]:
     device = sides[Side.JOURNAL]
     journal = yield from read(device.description, device.size)
-    check_size(journal, sides[Side.IMAGE].size)
+    check_size(journal.name, journal.superblock, sides[Side.IMAGE].size)
     return journal
 
 

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable
 
 from nbdmirror.amounts import size
+from nbdmirror.points.appliers_block import EXPORT_BYTES_MIN, PLACE_BYTES
 from nbdmirror.points.format import (
     BLOCK_BYTES,
     DIGEST_BYTES,
@@ -35,6 +36,8 @@ def check_empty(name: str, export_bytes: int) -> Program[int]:
     """Whether the export `name` of `export_bytes` can become a journal: the bytes of its ring.
     Raises JournalError if it is too small or holds anything."""
     ring_bytes = (export_bytes - RING_START) // BLOCK_BYTES * BLOCK_BYTES
+    if export_bytes >= EXPORT_BYTES_MIN:
+        ring_bytes -= PLACE_BYTES
     if ring_bytes < RING_BYTES_MIN:
         text = f"has {export_bytes} bytes, and a journal needs {RING_START + RING_BYTES_MIN}"
         raise JournalError(f"{name}: is too small: it {text}")
@@ -60,6 +63,15 @@ def _what_is_there(name: str) -> Program[str]:
     return (
         f"{of}, with points up to {block.newest}; if nobody needs them, and no server writes there"
     )
+
+
+def is_created(name: str, disk_id: bytes) -> Program[bool]:
+    """An earlier attempt has created the journal `name` for the disk `disk_id`."""
+    try:
+        found = yield from find(name)
+    except JournalError:
+        return False
+    return found.current.disk_id == disk_id
 
 
 def create(

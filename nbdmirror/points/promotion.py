@@ -23,6 +23,7 @@ from nbdmirror.points.recovery import check_image, check_size, choose
 from nbdmirror.points.regions import RegionMap, read_map
 from nbdmirror.points.requests import Devices, Program, Side, run
 from nbdmirror.points.superblocks import JournalTaken, Superblocks
+from nbdmirror.points.withdrawal import until_rests
 
 ATTEMPTS_MAX = 10
 """How often the point is looked for again if the source changes the journal meanwhile."""
@@ -52,7 +53,7 @@ def look_up(
     """Find the point that a user means (`recovery.choose`). Changes nothing. Raises JournalError,
     and IO_ERRORS."""
     journal = yield from read(name, export_bytes)
-    check_size(journal, image_bytes)
+    check_size(name, journal.superblock, image_bytes)
     point, block = choose(journal, wanted), journal.superblock
     regions = RegionMap.empty(block.disk_bytes)
     if block.state is State.PROMOTED:
@@ -66,11 +67,12 @@ def look_up(
 
 
 def take(found: Found, *, now_ns: int, random_bytes: RandomBytes) -> Program[Superblocks]:
-    """Make the journal this process's. The old source is refused from now on. Raises IO_ERRORS, and
-    JournalTaken if the journal has changed since `found`."""
+    """Make the journal this process's. The old source and its applier are refused from now on.
+    Raises IO_ERRORS, JournalTaken if the journal has changed since `found`, and JournalError if an
+    applier does not stop."""
     journal = found.journal
     superblocks = Superblocks(journal.name, journal.found)
-    changes: dict[str, Any] = {"generation": new_generation(random_bytes)}
+    changes: dict[str, Any] = {"generation": new_generation(random_bytes), "applier": 0}
     if not headers_to(journal, found.point.sequence):  # the image is the point already
         changes |= {"state": State.PROMOTED, "since_ns": now_ns, **_end_of(found.point)}
     elif journal.superblock.state is State.OK:
@@ -82,6 +84,7 @@ def take(found: Found, *, now_ns: int, random_bytes: RandomBytes) -> Program[Sup
             "samples": (),
         }
     yield from superblocks.update(**changes)
+    yield from until_rests(journal.name, superblocks.current, journal.export_bytes)
     return superblocks
 
 

@@ -19,6 +19,7 @@ These programs read, and change nothing.
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Journal:
     """A line for each thing that is damaged; empty if nothing is."""
     unfinished: str
     """What a batch after the last point lacks: it is being written, or never was finished."""
+    export_bytes: int = 0
 
     @property
     def superblock(self) -> Superblock:
@@ -94,24 +96,26 @@ class Journal:
         return base + [h.point for h in self.headers if h.point.sequence >= block.applying]
 
 
-def read(name: str, export_bytes: int, known: Sequence[Header] = ()) -> Program[Journal]:
+def read(
+    name: str, export_bytes: int, known: Sequence[Header] = (), until: float = math.inf
+) -> Program[Journal]:
     """Read the journal `name`, on an export of `export_bytes`. Raises JournalError if it is none.
     Damage is no error: the points before it are sound. `known`: batches that may be there, in
-    order; what is found is the same without them.
+    order; what is found is the same without them. `until`: the last point that is looked for.
 
     A server may write to the journal meanwhile: what looks damaged is read again, until it looks
     the same twice."""
-    journal = yield from _read(name, export_bytes, known)
+    journal = yield from _read(name, export_bytes, known, until)
     for _ in range(ATTEMPTS_MAX):
         if not journal.damage:
             break
-        before, journal = journal, (yield from _read(name, export_bytes, known))
+        before, journal = journal, (yield from _read(name, export_bytes, known, until))
         if journal.damage == before.damage:
             break
     return journal
 
 
-def _read(name: str, export_bytes: int, known: Sequence[Header]) -> Program[Journal]:
+def _read(name: str, export_bytes: int, known: Sequence[Header], until: float) -> Program[Journal]:
     if export_bytes < RING_START:
         raise JournalError(f"{name}: is not a journal: it has only {export_bytes} bytes")
     found = yield from find(name)
@@ -123,22 +127,23 @@ def _read(name: str, export_bytes: int, known: Sequence[Header]) -> Program[Jour
     damage = list(found.damage)
     unfinished = ""
     if block.state is not State.PROMOTED:
-        unfinished = yield from _walk(block, headers, _Ahead(block, known))
+        unfinished = yield from _walk(block, headers, _Ahead(block, known), until)
         last = headers[-1].point.sequence if headers else block.base.sequence
         announced = max(block.newest, block.applying)
-        if last < announced:
+        if last < min(announced, until):
             lost = f"points {last + 1} to {announced} are"
             if announced == last + 1:
                 lost = f"point {announced} is"
             damage.append(f"{lost} lost: {unfinished or 'the header is damaged'}")
-    return Journal(name, found, tuple(headers), tuple(damage), unfinished)
+    return Journal(name, found, tuple(headers), tuple(damage), unfinished, export_bytes)
 
 
-def _walk(block: Superblock, headers: list[Header], ahead: _Ahead) -> Program[str]:
-    """Append the chain's headers. Returns what is wrong with the batch after it, if one began."""
+def _walk(block: Superblock, headers: list[Header], ahead: _Ahead, until: float) -> Program[str]:
+    """Append the chain's headers, to the point `until`. Returns what is wrong with the batch after
+    it, if one began."""
     place, sequence, digest = block.tail, block.base.sequence + 1, block.base_digest
     data: bytes | bytearray = yield from fetch(block, place, BLOCK_BYTES)
-    while True:
+    while sequence <= until:
         try:
             header = Header.unpack(bytes(data))
         except JournalError:
@@ -159,6 +164,7 @@ def _walk(block: Superblock, headers: list[Header], ahead: _Ahead) -> Program[st
         headers.append(header)
         place, sequence, digest = header.end, sequence + 1, header.digest
         data = data[BLOCK_BYTES:]
+    return ""
 
 
 class _Ahead:

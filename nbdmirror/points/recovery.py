@@ -25,6 +25,7 @@ from nbdmirror.points.reader import DamagedData, Journal, read
 from nbdmirror.points.regions import RegionMap, read_map
 from nbdmirror.points.requests import Program, Read, Side
 from nbdmirror.points.superblocks import Superblocks, wall_time
+from nbdmirror.points.withdrawal import until_rests, works
 
 
 def choose(journal: Journal, text: str | None) -> Point:
@@ -102,7 +103,7 @@ def recover(
     Raises JournalError, with neither image nor journal changed, if that is not possible, and
     IO_ERRORS. `on_point` is told what will be recovered, before anything is changed."""
     journal = yield from read(name, export_bytes)
-    check_size(journal, image_bytes)
+    check_size(journal.name, journal.superblock, image_bytes)
     point = choose(journal, wanted)
     if journal.superblock.state is State.PROMOTED:
         return Recovered(point, journal.superblock.since_ns)
@@ -141,8 +142,13 @@ class Promotion:
         self.point = point
         self.superblocks = Superblocks(journal.name, journal.found)
         generation = new_generation(random_bytes)
-        self.first = {"generation": generation, "taken": journal.points[-1].sequence}
-        """The old source is refused from this change of the superblock on."""
+        self.first = {
+            "generation": generation,
+            "taken": journal.points[-1].sequence,
+            "applier": 0,
+        }
+        """The old source is refused from this change of the superblock on, and no applier writes to
+        the image any more when it has seen this."""
         self.last = {
             "generation": generation,
             "taken": point.sequence,
@@ -153,18 +159,22 @@ class Promotion:
 
 
 def fence(plan: Promotion) -> Program[None]:
-    """Refuse the old source, before the image is changed. All points stay on offer. Raises
-    JournalTaken if the journal has changed since it was read."""
+    """Refuse the old source and its applier, before the image is changed. All points stay on offer.
+    Raises JournalTaken if the journal has changed since it was read, and JournalError if an applier
+    does not stop."""
     yield from plan.superblocks.update(**plan.first)
+    yield from until_rests(plan.journal.name, plan.superblocks.current, plan.journal.export_bytes)
 
 
 def promote(plan: Promotion) -> Program[None]:
     """The old source is refused from the first change on, and not only when the image is ready."""
-    if plan.journal.superblock.state is State.SERVED:
+    journal, block = plan.journal, plan.journal.superblock
+    is_working = yield from works(block, journal.export_bytes)
+    if block.state is State.SERVED or block.applier or is_working:
         yield from fence(plan)  # else the server of the point could change its map after this
-    regions = yield from _regions(plan.journal)
+    regions = yield from _regions(journal)
     yield from put(
-        plan.journal,
+        journal,
         plan.superblocks,
         plan.point.sequence,
         first=plan.first,
@@ -181,14 +191,13 @@ def _advice(journal: Journal, damaged: int) -> str:
     return f"the newest point before that is {older[-1]}: recover it with --point {older[-1]}"
 
 
-def check_size(journal: Journal, image_bytes: int) -> None:
-    """Raise JournalError if an image of `image_bytes` is too small for the disk."""
-    disk_bytes = journal.superblock.disk_bytes
+def check_size(name: str, block: Superblock, image_bytes: int) -> None:
+    """Raise JournalError if an image of `image_bytes` is too small for the disk of the journal
+    `name`."""
+    disk_bytes = block.disk_bytes
     if image_bytes < disk_bytes:
         sizes = f"it has {image_bytes} bytes, and the disk has {disk_bytes}"
-        raise JournalError(
-            f"{journal.name}: is the journal of another disk than the image: {sizes}"
-        )
+        raise JournalError(f"{name}: is the journal of another disk than the image: {sizes}")
 
 
 def check_image(journal: Journal, changed: bitarray) -> Program[None]:

@@ -8,6 +8,7 @@ with devices that lose what was not flushed. So there is one order for all three
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,21 @@ class Turn:
         self.turns.take(done)
 
 
-Request = Read | Write | Zero | Trim | Flush | Turn
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Of a program that waits for another process. Such a program is carried out by `run` alone."""
+
+    seconds: float
+    side: Side = Side.JOURNAL
+
+    def run(self, device: BlockDevice) -> None:
+        time.sleep(self.seconds)
+
+    def start(self, export: AsyncExport, done: Done) -> None:
+        raise NotImplementedError
+
+
+Request = Read | Write | Zero | Trim | Flush | Turn | Pause
 Program = Generator[Sequence[Request], None, Result]
 Devices = Mapping[Side, BlockDevice]
 Exports = Mapping[Side, AsyncExport]

@@ -69,7 +69,7 @@ def look_up(
 
 def _look_up(name: str, export_bytes: int, image_bytes: int, wanted: str | None) -> Program[Found]:
     journal = yield from read(name, export_bytes)
-    check_size(journal, image_bytes)
+    check_size(journal.name, journal.superblock, image_bytes)
     if journal.superblock.state in IN_USE:
         text = taken_text(name, journal.superblock)
         if journal.superblock.state is State.PROMOTED:

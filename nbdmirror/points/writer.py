@@ -108,6 +108,7 @@ class JournalWriter:
         self._exports = exports
         self._export = exports[Side.JOURNAL]
         self.name = self._export.description
+        self.export_bytes = self._export.size
         self.superblocks = superblocks
         base = superblocks.current
         self.newest = headers[-1].point if headers else base.base
@@ -156,6 +157,7 @@ class JournalWriter:
     def seed(self, since_ns: int) -> Program[None]:
         """Before the first write to the image that is not an `Applier`'s: from now on, wall time
         `since_ns`, there is no point, until one is committed. Points from before are gone."""
+        assert not self.superblocks.current.applier, "an applier may be writing to the image"
         is_first = self.superblocks.current.state in (State.EMPTY, State.SEEDING)
         yield from self.superblocks.update(
             state=State.SEEDING if is_first else State.TORN,

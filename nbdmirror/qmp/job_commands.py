@@ -74,6 +74,8 @@ def block_job_set_speed(server: Server, device: str, speed: int) -> None:
 
 def _completed(job: MirrorJob) -> Change:
     job.check_complete()
+    if isinstance(job, PointsJob):
+        job.check_applier()
     return Change(_nothing, job.complete)
 
 

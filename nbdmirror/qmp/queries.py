@@ -75,6 +75,9 @@ def _points_info(job: PointsJob) -> dict[str, Any]:
     if room is not None:
         info["journal-bytes"], info["journal-used-bytes"] = room.total_bytes, room.used_bytes
         info["journal-point-bytes"] = room.point_bytes
+        info["image-point"] = room.image_point
+        if room.applier_silent_s is not None:
+            info["applier-silent-s"] = round(room.applier_silent_s, 3)
         info["journal-enough"] = job.promises.is_journal_enough
         if (rate := outage.bytes_per_s) is not None:
             info["change-bytes-per-s"] = round(rate)

@@ -20,6 +20,7 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
 from nbdmirror.server.course import LOOK_S, Course, FarSide, Lost
+from nbdmirror.state.disk_record import MirrorRecord
 from nbdmirror.state.job_results import Result
 
 SERVER_ENDS = "the server ended"
@@ -130,6 +131,15 @@ class Chronicle:
             course.log.info("target %s is back after %g s", lost.target, lost_s)
             data = {"device": course.disk, "id": job_id, "lost-for-s": lost_s}
             self._events.append("X_NBDMIRROR_TARGET_BACK", data)
+
+    def not_continued(self, disk: str, mirror: MirrorRecord, why: str) -> None:
+        """The mirror of an earlier process has ended, since this one cannot continue it."""
+        reason = f"could not continue after the server's start: {why}"
+        ended_at_s = round(self._time_s(), 3)
+        names = mirror.job.job_id, mirror.node.uri
+        result = Result(*names, "failed", False, reason, ended_at_s, pause_s=None)
+        self.results[disk] = result
+        self._keep(disk, result)
 
     def _ended(self, job: MirrorJob) -> None:
         course = self.courses.pop(job.id)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from nbdmirror.devices.base import Done, Run
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused
 from nbdmirror.points.applier import apply
+from nbdmirror.points.appliers_block import Presence, Watch
+from nbdmirror.points.delegation import follow
 from nbdmirror.points.format import (
     JournalError,
     Point,
@@ -24,10 +28,28 @@ from nbdmirror.points.requests import Exports, Program, start
 from nbdmirror.points.superblocks import JournalTaken
 from nbdmirror.points.writer import JournalFull, JournalWriter
 
+LOOK_S = 0.5
+"""How long an applier at work is left alone."""
+
+HASTE_S = 0.02
+"""The same, while guests wait for the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What is needed to have points applied by a process beside the image."""
+
+    watch: Watch
+    """Over lost connections too."""
+    later: Callable[[float, Callable[[], None]], object]
+    clock: Callable[[], float]
+    on_grant: Callable[[], object]
+    """The image is changed by somebody else from now on."""
+
 
 class JournalSide(FarSide):
     """`writer`: of `exports`. `on_committed` gets a point before anybody else knows that the point
-    is committed."""
+    is committed. `beside`: None: points are applied from here."""
 
     def __init__(
         self,
@@ -35,12 +57,14 @@ class JournalSide(FarSide):
         exports: Exports,
         wall_time_ns: Callable[[], int],
         on_committed: Callable[[Point], None],
+        beside: Beside | None = None,
     ) -> None:
         self.error: BaseException | None = None
         self.writer = writer
         self._exports = exports
         self._wall_time_ns = wall_time_ns
         self._on_committed = on_committed
+        self._beside = beside
         self._programs = 0
 
     @property
@@ -69,6 +93,10 @@ class JournalSide(FarSide):
         return is_level and not self._programs
 
     @property
+    def waits_for_applier(self) -> bool:
+        return bool(self.writer.superblocks.current.applier)
+
+    @property
     def is_handed_over(self) -> bool:
         return self.writer.superblocks.current.state is State.PROMOTED
 
@@ -89,7 +117,20 @@ class JournalSide(FarSide):
         room, oldest = self.writer.room(), self.oldest
         points = self.newest - oldest + 1 if oldest else 0
         point_bytes = data_bytes_max(room.ring_bytes)
-        return JournalRoom(room.ring_bytes, room.used_bytes, points, point_bytes)
+        return JournalRoom(
+            room.ring_bytes,
+            room.used_bytes,
+            points,
+            point_bytes,
+            image_point=self.base,
+            applier_silent_s=self._applier_silent_s,
+        )
+
+    @property
+    def _applier_silent_s(self) -> float | None:
+        if self._beside is None or not self.waits_for_applier:
+            return None
+        return self._beside.watch.silent_s
 
     def in_the_way(self, bytes_max: int) -> int:
         room, headers = self.writer.room(), self.writer.headers
@@ -137,7 +178,33 @@ class JournalSide(FarSide):
 
     def apply(self, done: Done, *, until: int = 0, hands_over: bool = False) -> None:
         last = {"state": State.PROMOTED, "since_ns": self._wall_time_ns()} if hands_over else None
-        self._start(apply(self.writer, until or self.newest, last=last), done)
+        until, beside = until or self.newest, self._beside
+        if beside is None:
+            self._start(apply(self.writer, until, last=last), done)
+            return
+        program = follow(self.writer, until, beside.watch, beside.clock, last=last)
+        pause_s = HASTE_S if hands_over else LOOK_S
+        later = partial(beside.later, pause_s)
+        self._start(program, lambda error: self._followed(later, error, done))
+
+    def _followed(
+        self, later: Callable[[Callable[[], None]], object], error: BaseException | None, done: Done
+    ) -> None:
+        """`done` comes later if an applier has to be waited for."""
+        beside = self._beside
+        assert beside is not None
+        if self.writer.superblocks.current.applier:
+            beside.on_grant()
+        elif beside.watch.presence is not Presence.UNKNOWN:
+            done(error)
+            return
+
+        def rested() -> None:
+            self._programs -= 1
+            done(error)
+
+        self._programs += 1
+        later(rested)
 
     def begin_in_place(self, done: Done) -> None:
         self._start(self.writer.seed(self._wall_time_ns()), done)

@@ -28,13 +28,13 @@ from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
 from nbdmirror.nbdclient.reservations import release
 from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.points.appliers_block import Watch
 from nbdmirror.points.format import JournalError, Point
-from nbdmirror.points.ownership import create, take_over
+from nbdmirror.points.ownership import create, is_created, take_over
 from nbdmirror.points.recovery import check_samples
 from nbdmirror.points.requests import Exports, Program, Side, start
-from nbdmirror.points.superblocks import find
 from nbdmirror.points.writer import JournalWriter
-from nbdmirror.server.far_side import JournalSide, refusal_of
+from nbdmirror.server.far_side import Beside, JournalSide, refusal_of
 from nbdmirror.server.job_resources import JobResources
 from nbdmirror.server.mirror_record import points_record
 from nbdmirror.server.nodes import Node
@@ -69,6 +69,7 @@ class PointsResources(JobResources):
     _turn: object = field(default=None, init=False)
     """The last call of `reconnect`."""
     _is_opening: bool = field(default=False, init=False)
+    _watch: Watch = field(default_factory=Watch, init=False)
 
     @property
     def wanted(self) -> PointsOptions:
@@ -329,11 +330,18 @@ class PointsResources(JobResources):
         def opened(writer: JournalWriter | None, error: BaseException | None) -> None:
             self._is_opening = False
             if writer is not None:
-                self.far_side = JournalSide(writer, exports, time.time_ns, self._committed)
+                self.far_side = JournalSide(
+                    writer, exports, time.time_ns, self._committed, self._beside
+                )
                 self._committed(writer.newest)
             done(None if error is None else refusal_of(error))
 
         start(self._take_over(exports), exports, opened)
+
+    @property
+    def _beside(self) -> Beside:
+        forget = partial(self.tracker.zeroes.remove, 0, self.disk.size)
+        return Beside(self._watch, self.loop.call_later, self.loop.clock, forget)
 
     def _image(self) -> WatchedExport:
         return self._watched(DurableExport(self.node.device), self.tracker.zeroes)
@@ -347,7 +355,7 @@ class PointsResources(JobResources):
         journal = exports[Side.JOURNAL]
         name = journal.description
         newest, _ = self.known_point
-        if not newest and not (yield from self._is_created(name)):
+        if not newest and not (yield from is_created(name, self.wanted.disk_id)):
             yield from create(
                 name,
                 journal.size,
@@ -371,14 +379,6 @@ class PointsResources(JobResources):
         """The point is committed, and known to be."""
         self.known_point = point.sequence, point.time_ns
         self.store.note_point(*self.known_point)
-
-    def _is_created(self, name: str) -> Program[bool]:
-        """An earlier attempt has created the journal."""
-        try:
-            found = yield from find(name)
-        except JournalError:
-            return False
-        return found.current.disk_id == self.wanted.disk_id
 
     def _difference(self) -> Callable[[SharedConnection], int | None]:
         """After the first copy the image is what the journal says, and not what the disk is."""

@@ -99,9 +99,9 @@ class Server:
             store.begin(self.writers[name], disk.sync)
             assert isinstance(disk, JournaledDisk)
             disk.journal = store.journal
+            self._recall_result(name, store)
             if store.found is not None:
                 self.loop.run(partial(self._take_up, disk, store.found)).result()
-            self._recall_result(name, store)
             store.begun()
             self.loop.call_soon(store.start)
             self.loop.call_soon(partial(self._heartbeats.add, store))
@@ -144,6 +144,8 @@ class Server:
             self.mirrors.take_up(disk, found, self.bitmaps)
         except StateError as error:
             disk_log(disk.name).error("its mirror is not resumed: %s", error)
+            assert found.definition.mirror is not None
+            self.chronicle.not_continued(disk.name, found.definition.mirror, str(error))
 
     def _have_bitmaps(self, disk: Disk, found: RecoveredState) -> None:
         self.loop.run(partial(self.bitmaps.take_up, disk, found)).result()

@@ -53,6 +53,10 @@ class SnapshotSide(FarSide):
         return self._is_handed_over
 
     @property
+    def waits_for_applier(self) -> bool:
+        return False
+
+    @property
     def is_kept(self) -> bool:
         return self._acks.was_given
 

@@ -116,6 +116,7 @@ class DiskFolder(Folder):
     def __init__(self, path: Path) -> None:
         """Creates the directory, mode 0700, if it does not exist. Raises ConfigError."""
         self.path = path
+        self._place = os.path.abspath(path)  # nbdkit leaves its directory
         try:
             with suppress(FileExistsError):
                 path.mkdir(mode=0o700)
@@ -147,6 +148,7 @@ class DiskFolder(Folder):
             return file.read()
 
     def prepare(self, name: str, content: bytes) -> None:
+        self._check_place()
         new = new_name(name)
         with suppress(FileNotFoundError):
             os.unlink(new, dir_fd=self._fd)
@@ -191,6 +193,20 @@ class DiskFolder(Folder):
             os.close(self._lock_fd)
             os.close(self._fd)
             self._fd = -1
+
+    def _check_place(self) -> None:
+        """Raise OSError if the next start would find another directory, or none: it would not know
+        of a pivot that is recorded here, and serve the old side."""
+        opened = os.fstat(self._fd)
+        try:
+            is_here = os.path.samestat(os.stat(self._place), opened)
+        except FileNotFoundError:
+            is_here = False
+        except OSError:
+            return  # not known: another user may be barred from the directories above
+        if not is_here and opened.st_nlink:  # `_open` tells of a removed one
+            text = "the directory is not at its path any more: put it back"
+            raise OSError(errno.EIO, text, str(self.path))
 
     def _open(self, name: str, flags: int) -> int:
         """Open a file. A file that root creates gets the directory's owner, as whom the server may

@@ -252,6 +252,12 @@ JOB_METRICS: tuple[Metric, ...] = (
         _of_points("journal-enough"),
     ),
     Metric(
+        "nbdmirror_job_applier_silent_seconds",
+        "For how long `nbdmirror apply`, which makes the image a point now, has given no sign of"
+        " life.",
+        _of_points("applier-silent-s"),
+    ),
+    Metric(
         "nbdmirror_job_in_place_timestamp_seconds",
         "Since when there is no point, since the image is copied in place; seconds since 1970.",
         _of_points("in-place-since-s"),

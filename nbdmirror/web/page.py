@@ -191,7 +191,7 @@ def _rows(job: Record, progress: Progress, now_s: float) -> list[tuple[str, str]
     add("The target is behind by", "lag-s", "s")
     found.append(("Left to copy", words.size(progress.left)))
     if not job.get("ready"):
-        add("Time left at this rate", "left-s", "s")
+        add("Time left, as predicted", "left-s", "s")
         if progress.rates and (end := progress.rates.end(now_s, is_following=False)):
             found.append(("Predicted end", end))
     add("Dirty", "dirty-bytes")

@@ -14,10 +14,11 @@ from e2e.booted import Booted, booted
 from support.clients import connected
 from support.fixtures import Identical
 from support.guests import Guest
-from support.images import MiB, make_image, make_noise
+from support.images import MiB, make_empty, make_image, make_noise
 from support.waiting import wait_until
 
 SIZE = 16 * MiB
+JOURNAL_SIZE = 64 * MiB
 STORAGE = """
 [Service]
 User=nbdmirror
@@ -152,6 +153,43 @@ def test_the_page_of_a_hosts_servers(host: Booted, folder: Path) -> None:
     wait_until(lambda: "[]" in answers(), "the server is there no more")
     host.run("systemctl stop nbdmirror-web")
     assert host.run("systemctl show --value -p Result nbdmirror-web") == "success"
+
+
+def test_an_image_becomes_the_points(host: Booted, folder: Path, identical: Identical) -> None:
+    """From before there is anything on the far side, over a kill, until the mirror's end."""
+    disk = make_image(folder / "disk.img", SIZE)
+    image = make_noise(folder / "image.img", SIZE)
+    make_empty(folder / "journal.img", JOURNAL_SIZE)
+    give(host, "disk.img", "image.img", "journal.img")
+    unit = "nbdmirror-apply@vm1"
+    host.run("cp /opt/checkout/packaging/systemd/nbdmirror-apply@.service /etc/systemd/system/")
+    uri, journal = (add_storage(host, name) for name in ("image", "journal"))
+    host.run(f"printf 'IMAGE={uri}\\nJOURNAL={journal}\\n' >/etc/nbdmirror/vm1.apply")
+    host.run(f"systemctl start {unit}")
+
+    def has(name: str, value: str) -> bool:
+        return host.run(f"systemctl show --value -p {name} {unit}") == value
+
+    def follows(times: int) -> bool:
+        said = host.run(f"journalctl --no-pager -o cat -u {unit}")
+        return said.count("follows the source") == times
+
+    wait_until(lambda: has("ActiveState", "activating"), "it waits for its journal")
+    configure(host, "vda=/srv/test/disk.img")
+    host.run("systemctl start image journal nbdmirror@vm1")
+    cli = "NBDMIRROR_QMP=/run/nbdmirror/vm1/qmp nbdmirror"
+    points = f"--journal '{journal}' --every 200ms --wait ready --timeout 30"
+    host.run(f"{cli} mirror '{uri}' {points}")
+    with Guest(uri_of(host), disk, pause_s=0.01) as guest:
+        wait_until(lambda: follows(1), "the image follows")
+        host.kill(int(host.run(f"systemctl show --value -p MainPID {unit}")))
+        wait_until(lambda: follows(2), "the image follows again")
+        host.run(f"{cli} complete --timeout 30")
+        guest.wait_for_requests(20)
+    wait_until(lambda: has("ActiveState", "inactive"), "it has ended, too")
+    assert has("Result", "success")
+    host.run("systemctl stop nbdmirror@vm1 image journal")
+    identical(guest, image)
 
 
 def test_guests_and_libvirts_guests_have_their_disk_until_they_have_ended(

@@ -36,6 +36,7 @@ STEM = f"nbdmirror-{__version__}"
 DATA = {
     "lib/systemd/system/nbdmirror@.service",
     "lib/systemd/system/nbdmirror-web.service",
+    "lib/systemd/system/nbdmirror-apply@.service",
     "lib/sysusers.d/nbdmirror.conf",
     "share/doc/nbdmirror/example.conf",
     "share/man/man1/nbdmirror.1",

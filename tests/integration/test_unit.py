@@ -25,8 +25,9 @@ from nbdmirror.cli.serve import serve_command
 
 UNIT = ROOT / "packaging" / "systemd" / "nbdmirror@.service"
 WEB_UNIT = UNIT.parent / "nbdmirror-web.service"
+APPLY_UNIT = UNIT.parent / "nbdmirror-apply@.service"
 EXAMPLE = UNIT.parent / "example.conf"
-EXPOSURE_MAX = {UNIT: 1.3, WEB_UNIT: 0.9}
+EXPOSURE_MAX = {UNIT: 1.3, WEB_UNIT: 0.9, APPLY_UNIT: 1.3}
 """systemd 252. Newer versions may count more or less; then these figures, and those of
 docs/systemd.md, are to be looked at again."""
 PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
@@ -47,7 +48,10 @@ def faults_of(unit: Path) -> list[str]:
     return [line for line in said if not line.startswith("/usr/lib/systemd/")]
 
 
-@pytest.mark.parametrize(("original", "name"), [(UNIT, "nbdmirror@vm1"), (WEB_UNIT, WEB_UNIT.stem)])
+@pytest.mark.parametrize(
+    ("original", "name"),
+    [(UNIT, "nbdmirror@vm1"), (WEB_UNIT, WEB_UNIT.stem), (APPLY_UNIT, "nbdmirror-apply@vm1")],
+)
 def test_systemd_finds_no_fault(tmp_path: Path, original: Path, name: str) -> None:
     """The command is looked for: there it is where pip puts it."""
     command = Path(sys.executable).parent / "nbdmirror"
@@ -168,7 +172,11 @@ def test_little_is_exposed(unit: Path) -> None:
     threshold = f"--threshold={round(most * 10)}"
     done = run("systemd-analyze", "security", "--offline=true", threshold, "--no-pager", unit)
     assert re.search(rf"exposure level for \S+: {most} ", done.stdout), done.stdout
-    text = {UNIT: "the unit {} of 10", WEB_UNIT: "`nbdmirror-web.service` {} of 10"}[unit]
+    text = {
+        UNIT: "the unit {} of 10",
+        WEB_UNIT: "`nbdmirror-web.service` {} of 10",
+        APPLY_UNIT: "`nbdmirror-apply@.service` {} of 10",
+    }[unit]
     assert text.format(most) in " ".join((ROOT / "docs" / "systemd.md").read_text().split())
 
 
@@ -179,6 +187,19 @@ def test_the_web_is_for_this_machine_alone() -> None:
     assert (args.command, args.sockets) == ("web", ["/run/nbdmirror/"])
     assert args.listen[0] == "127.0.0.1"
     assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == (["any"], ["localhost"])
+    assert unit["User"] == settings(UNIT.read_text())["User"]
+
+
+def test_the_applier_is_asked_for_what_its_file_says() -> None:
+    """As systemd puts it in: each variable is one word, whatever is in it."""
+    unit = settings(APPLY_UNIT.read_text())
+    said = dict(re.findall(r"^#     (\w+)=(\S+)$", APPLY_UNIT.read_text(), flags=re.MULTILINE))
+    words = [
+        said[word[2:-1]] if word.startswith("${") else word for word in unit["ExecStart"][0].split()
+    ]
+    args = build_parser().parse_args(words[1:])
+    assert (args.command, args.image, args.journal) == ("apply", said["IMAGE"], said["JOURNAL"])
+    assert unit["EnvironmentFile"] == ["/etc/nbdmirror/%i.apply"]
     assert unit["User"] == settings(UNIT.read_text())["User"]
 
 

@@ -39,6 +39,8 @@ class PointWorld:
     """Mutants override what they break."""
 
     writer_class: type[JournalWriter] = JournalWriter
+    place_bytes = 0
+    """Behind the ring."""
     losses = 1
     """Random power cuts that are tried after each step, beside the two extremes."""
 
@@ -52,7 +54,7 @@ class PointWorld:
         if self.random.random() < 0.5:  # the image becomes each point by what the journal has
             self._patches.enter_context(patch.object(last_batch, "KEPT_BYTES", 0))
         self.image = SlowExport("image", Disk(BLOCKS * BLOCK_BYTES, 0xEE))
-        self.journal = SlowExport("journal", Disk(RING_START + ring))
+        self.journal = SlowExport("journal", Disk(RING_START + ring + self.place_bytes))
         self.exports = {Side.IMAGE: self.image, Side.JOURNAL: self.journal}
         self.times = itertools.count(1)
         self.stamps = itertools.count(1)
@@ -247,7 +249,10 @@ class PointWorld:
                 self.is_applying = False
             assert error is None or isinstance(error, DeviceError | JournalError), error
 
-        start(applier.apply(writer, sequence), self.exports, ended)
+        start(self.applying(sequence), self.exports, ended)
+
+    def applying(self, sequence: int) -> Program[None]:
+        return applier.apply(self.writer, sequence)
 
     def whole_point(self, how: str) -> None:
         """From the cut to the announcement, if `how` is "all". Else a request fails, or one comes

@@ -24,6 +24,7 @@ class FioLoad:
         self._argv = [
             "fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", "--norandommap",
             "--randrepeat=0", "--time_based", f"--runtime={LONG_S}", "--log_unix_epoch=1",
+            "--thread",  # one process, which ends with its first thread
             "--disable_clat=1", "--disable_slat=1", f"--write_lat_log={self._log}",
             "--output=/dev/null", *options,
         ]  # fmt: skip

@@ -96,6 +96,8 @@ POINTS: dict[str, Any] = {
         "journal-bytes": 1 << 30,
         "journal-used-bytes": 1 << 20,
         "journal-point-bytes": 1 << 29,
+        "image-point": 811,
+        "applier-silent-s": 0.5,
         "journal-enough": True,
         "journal-lasts-s": 900.9,
         "change-bytes-per-s": 1 << 19,

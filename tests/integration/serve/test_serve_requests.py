@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from support.images import (
     make_noise,
 )
 from support.mounts import mounted
-from support.servers import NbdkitTarget, Nbdmirror
+from support.processes import patched
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 
 NO_HOLE, FAST_ZERO, FUA = nbd.CMD_FLAG_NO_HOLE, nbd.CMD_FLAG_FAST_ZERO, nbd.CMD_FLAG_FUA
 
@@ -239,3 +241,54 @@ def test_a_full_file_system_is_enospc_to_the_guest_and_can_be_relieved(folder: P
             guest.trim(256 * KiB, 0)
             guest.pwrite(data, 256 * KiB)
             assert guest.pread(256 * KiB, 256 * KiB) == data
+
+
+FAILING = """
+import errno, os
+
+def failing(call):
+    def fail(*arguments):
+        if os.path.exists({flag!r}):
+            code = getattr(errno, open({flag!r}).read())
+            raise OSError(code, os.strerror(code))
+        return call(*arguments)
+    return fail
+
+os.preadv, os.pwrite, os.fdatasync = map(failing, (os.preadv, os.pwrite, os.fdatasync))
+"""
+
+
+class Failing(Nbdmirror):
+    """nbdmirror whose disks fail with the errno whose name is in the file."""
+
+    @property
+    def flag(self) -> Path:
+        return self.folder / "failing"
+
+    def environment(self) -> dict[str, str]:
+        return patched(super().environment(), self.folder, FAILING.format(flag=str(self.flag)))
+
+
+@pytest.mark.guarantee("An errno arrives as it was")
+@pytest.mark.parametrize(
+    "name", ["ENODATA", "ENOLINK", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EUCLEAN", "EDQUOT", "ENOSPC"]
+)
+def test_an_error_that_nbd_has_no_number_for(start: Start, folder: Path, name: str) -> None:
+    """A sector that cannot be read, a lost path, a file system that is gone: never EINVAL, as if
+    the guest had asked for something that makes no sense. A mirror says whose error that is."""
+    image = make_image(folder / "disk.img", MiB)
+    target = start(QemuNbd(folder, make_empty(folder / "target.img", MiB)))
+    server = start(Failing(folder, f"vda={image}"))
+    server.allowed = [".*"]
+    expected = errno.ENOSPC if name in ("EDQUOT", "ENOSPC") else errno.EIO
+    with connected(server.uri()) as guest:
+        server.flag.write_text(name)
+        assert nbd_errno(guest.pread, 512, 0) == expected
+        assert nbd_errno(guest.pwrite, bytes(512), 0) == expected
+        assert nbd_errno(guest.flush) == expected
+    server.qmp.start_mirror(target.uri(), device="vda")
+    server.qmp.wait_for_event("BLOCK_JOB_COMPLETED")
+    (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
+    why = f"{image}: cannot be read at 0: {os.strerror(getattr(errno, name))}"
+    assert disk["last-job"]["reason"] == why
+    server.flag.unlink()

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,39 @@ def test_a_state_directory_that_is_removed(
         server.qmp.wait_for_event("BLOCK_JOB_CANCELLED")
         guest.wait_for_requests(50)
     identical(guest, disk)
+
+
+@pytest.mark.parametrize("how", ["moved", "moved and made again", "mounted over"])
+def test_a_state_directory_that_is_not_at_its_path_any_more(
+    identical: Identical, start: Start, folder: Path, target: QemuNbd, disk: Path, how: str
+) -> None:
+    """The next start would look elsewhere, and serve the old side of a pivot that was recorded
+    here. No pivot takes place before the directory is back."""
+    server = start(Kept(folder, disk))
+    begin(server, target).wait_ready()
+    moved = folder / "moved"
+    server.allowed.append(TOLD + "|state cannot be saved")
+    with ExitStack() as stack:
+        if how == "mounted over":
+            other = stack.enter_context(mounted("tmpfs"))
+            subprocess.run(["mount", "--bind", other, server.state], check=True)
+            stack.callback(lambda: subprocess.run(["umount", server.state], check=True))
+        else:
+            server.state.rename(moved)
+            stack.callback(moved.rename, server.state)
+        if how == "moved and made again":
+            server.state.mkdir()
+            stack.callback(server.state.rmdir)
+        server.qmp.execute("block-job-complete", device="j")
+        reason = server.qmp.wait_for_event("X_NBDMIRROR_STATE_ERROR")["reason"]
+        assert f"the directory is not at its path any more: put it back: '{server.state}'" in reason
+        assert server.job_status()["status"] != "concluded"
+        (served,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
+        assert served["source"] == str(disk)
+    server.qmp.wait_completed()
+    server.stop()
+    assert "is not the disk any more" in refusal(server)
+    identical(disk, target.image)
 
 
 def test_a_disk_that_is_too_large(folder: Path) -> None:

@@ -3,6 +3,7 @@ said that it has ended."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,29 @@ def test_a_mirror_that_goes_on_has_not_ended(
     server.qmp.complete()
     assert disk_of(server)["last-job"]["pivoted"]
     identical(disk, target.image)
+
+
+@pytest.mark.guarantee("How a job ended is known afterwards")
+@ends
+def test_a_mirror_that_the_next_start_cannot_continue(
+    server: Kept, target: QemuNbd, disk: Path, end: End
+) -> None:
+    """The disk has grown meanwhile. The log is not where somebody looks who waits for that job."""
+    server.allowed += ["everything counts as dirty", "its mirror is not resumed"]
+    begin(server, target, **SLOW)
+    end(server)
+    os.truncate(disk, 2 * disk.stat().st_size)
+    for _ in range(2):  # the first start that cannot, and each later one
+        server.restart()
+        assert not disk_of(server)["jobs"]
+        last = disk_of(server)["last-job"]
+        assert (last["id"], last["result"]) == ("j", "failed")
+        assert last["reason"] == (
+            "could not continue after the server's start: "
+            f"the target has {disk.stat().st_size // 2} bytes, the disk {disk.stat().st_size}"
+        )
+        wait_until((server.state / "vda.last").exists, "that is kept")
+        server.stop()
 
 
 def test_a_file_that_is_damaged_is_forgotten(server: Kept, target: QemuNbd) -> None:

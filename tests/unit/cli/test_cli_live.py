@@ -342,4 +342,4 @@ def test_the_predicted_end() -> None:
         assert Rates(1, 0, 0, never).end(noon, is_following=False) == ""
     assert re.fullmatch(r"about \d\d:\d\d:\d\d", Rates(1, 0, 0, 10.0).end(noon, is_following=False))
     found = Rates(1, 0, 0, 2 * 86400.0, has_zeroes=True).end(noon, is_following=False)
-    assert re.fullmatch(r"at the latest 2023-11-1\d \d\d:\d\d:\d\d", found)
+    assert re.fullmatch(r"about 2023-11-1\d \d\d:\d\d:\d\d or sooner", found)

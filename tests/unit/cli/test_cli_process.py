@@ -96,7 +96,7 @@ SAYS |= {"dirty-bytes-per-s": 0, "device": "j", "offset": 0, "len": 2048, "statu
         ({"zero-bytes-per-s": 1 << 30}, "copying 0 B/s, zeroing 1 GiB/s, dirtied 0 B/s"),
         (
             {"copy-bytes-per-s": 1024, "left-s": 2.0, "copied-bytes": 9, "written-bytes": 8},
-            "copying 1 KiB/s, dirtied 0 B/s, 0:02 to go at most",
+            "copying 1 KiB/s, dirtied 0 B/s, 0:02 to go or less",
         ),
         (
             {"status": "ready", "copy-bytes-per-s": 1024, "dirty-bytes-per-s": 1000, "left-s": 9.0},

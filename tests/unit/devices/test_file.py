@@ -363,7 +363,8 @@ def test_errors_come_through_done(disk: Path) -> None:
     assert isinstance(told[0][0], DeviceError) and told[0][0].errno == errno.EIO
     device.close()
     told = start(source, bytearray(4096), 0)
-    assert isinstance(told[0][0], OSError), "EBADF, at once"
+    assert isinstance(told[0][0], DeviceError) and told[0][0].errno == errno.EBADF, "at once"
+    assert str(told[0][0]) == f"{disk}: cannot be read at 0: Bad file descriptor"
     answers: list[tuple[list[Extent] | None, BaseException | None]] = []
     source.start_extents(0, 4096, lambda found, error: answers.append((found, error)))
     posted.loop_step()

@@ -45,7 +45,7 @@ def test_a_job_that_copies(now: str, words: str) -> None:
     (said,) = explanation(job)
     assert said.startswith(words)
     assert "(80 % of the last minute)" in said
-    assert said.endswith("; in sync in 2:10 at this rate")
+    assert said.endswith("; in sync in about 2:10")
 
 
 def test_a_job_that_is_young() -> None:
@@ -61,14 +61,28 @@ def test_a_job_that_is_young() -> None:
 @pytest.mark.parametrize(
     ("known", "words"),
     [
-        ({"copied-bytes": 1 << 31, "written-bytes": 1 << 30}, "in sync in 2:10 at most"),
-        ({"left-s": None}, "the guest changes as much as is copied"),
         (
-            {"left-s": None, "dirty-bytes-per-s": 0, "zero-bytes-per-s": 0},
+            {"copied-bytes": 1 << 31, "written-bytes": 1 << 30},
+            "in sync in about 2:10, or sooner if more of the disk is zeroes",
+        ),
+        ({"left-s-min": 120.0, "left-s-max": 140.0}, "in sync in about 2:10"),
+        ({"left-s-min": 100.0, "left-s-max": 200.0}, "in sync in about 2:10 (1:40 to 3:20)"),
+        ({"left-s-min": 120.0}, "in sync in about 2:10 (2:00 at least)"),
+        ({"left-s": None}, "its end cannot be predicted"),
+        (
+            {"left-s": None, "left-s-min": 100.0},
+            "its end cannot be predicted: it takes 1:40 at least",
+        ),
+        (
+            {"left-s": None, "dirty-bytes-per-s": 5 * MiB},
+            "the guest changes as much as is copied, so its end cannot be predicted",
+        ),
+        (
+            {"left-s": None, "copy-bytes-per-s": 0, "zero-bytes-per-s": 0},
             "nothing was copied in the last seconds, so its end cannot be predicted",
         ),
         (
-            {"left-s": None, "dirty-bytes-per-s": 0, "zero-bytes-per-s": MiB},
+            {"left-s": None, "copy-bytes-per-s": 0, "zero-bytes-per-s": MiB},
             "the last seconds copied holes and no data, so its end cannot be predicted",
         ),
         ({"copy-bytes-per-s": None}, "its end cannot be predicted yet"),
@@ -128,6 +142,13 @@ def test_a_guest_that_is_faster(known: dict[str, Any], words: str) -> None:
     assert len(said) == 2
     assert "the guest changes 180 MiB/s of different data" in said[1]
     assert words in said[1]
+
+
+def test_a_guest_that_changes_the_same_again() -> None:
+    """Such a mirror stays behind, though not more is changed than is copied."""
+    said = explanation(BEHIND | {"waits": waits("target-write"), "dirty-bytes-per-s": 100 * MiB})
+    words = "the target takes 110 MiB/s, and the guest changes as much of that again: at these"
+    assert words in said[1] and "different data" not in said[1]
     assert "in sync in" not in said[0] and "can be completed" not in said[0]
 
 
@@ -172,6 +193,7 @@ FLAGS: dict[str, tuple[Any, ...]] = {
     "now": tuple(map(str, Cause)),
     "falling-behind": (False, True),
     "left-s": (None, 0.0, 5.0),
+    "left-s-min": (None, 3.0),
     "ending": ("none", "complete"),
     "target-lost-for-s": (None, 3.0),
 }

@@ -5,61 +5,65 @@ from __future__ import annotations
 
 import pytest
 from unit.mirror.copierparts import KIB, Clock, Devices, a_copier, data
-from unit.mirror.test_outlook import (
-    FULL_S,
+from unit.mirror.guestparts import (
     GRANULARITY,
-    GRANULES,
     Guest,
+    Scene,
     World,
-    both,
     by_turns,
-    skewed,
     steady,
+    until,
+    zipf,
 )
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.mirror.hot_last import AGE_S_MIN, REST_S_MAX, HotLast
 from nbdmirror.mirror.rate_limit import Haste
 
-QUIET_S = 3 * FULL_S
+SCENE = Scene(full_s=40.0, granules=4096)
+QUIET = 3.0
+"""When a guest gets quiet, as parts of what a copy takes."""
+
+SECOND = 1 / SCENE.full_s
+
+Guests = Guest | list[Guest]
 
 
 def until_quiet(guest: Guest) -> Guest:
-    return lambda rng, at_s: guest(rng, at_s) if at_s < QUIET_S else []
+    return until(guest, QUIET)
 
 
-def spot(share: float, granules: int, start: int = GRANULES // 3) -> Guest:
+def spot(share: float, granules: int) -> Guest:
     """In few places."""
-    inner = steady(share, granules)
-    return lambda rng, at_s: [start + granule for granule in inner(rng, at_s)]
+    return steady(share, granules / SCENE.granules, 1 / 3)
 
 
-def compare(guest: Guest) -> tuple[World, World]:
+def compare(guests: Guests) -> tuple[World, World]:
     """Without and with, until the end, and no later than a while after it got quiet."""
-    worlds = World(guest, leaves_hot=False), World(guest)
+    worlds = World(guests, SCENE, leaves_hot=False), World(guests, SCENE)
     for world in worlds:
-        assert world.run(QUIET_S + 2 * FULL_S) is not None, "the copy does not end"
+        assert world.run(QUIET + 2) is not None, "the copy does not end"
     return worlds
 
 
 @pytest.mark.parametrize(
-    ("guest", "most"),
+    ("guests", "most"),
     [
-        (skewed(1.0), 0.99),
-        (until_quiet(skewed(1.5)), 0.97),
-        (both(spot(0.4, GRANULES // 20), steady(0.4)), 0.995),
-        (both(until_quiet(spot(3.0, GRANULES // 100)), steady(0.4)), 0.95),
-        (until_quiet(spot(4.0, GRANULES // 50)), 0.9),
+        (zipf(1.0, 1.0), 0.99),
+        (until_quiet(zipf(1.5, 1.0)), 0.97),
+        ([spot(0.4, 205), steady(0.4)], 0.995),
+        ([until_quiet(spot(3.0, 41)), steady(0.4)], 0.95),
+        (until_quiet(spot(4.0, 82)), 0.9),
     ],
 )
-def test_less_is_sent_where_a_few_places_are_changed_often(guest: Guest, most: float) -> None:
-    plain, hot = compare(guest)
+def test_less_is_sent_where_a_few_places_are_changed_often(guests: Guests, most: float) -> None:
+    plain, hot = compare(guests)
     assert hot.sent <= most * plain.sent
     assert hot.now_s <= plain.now_s + REST_S_MAX + 1.0
 
 
 @pytest.mark.parametrize(
-    "guest", [steady(0.0), steady(0.2), steady(0.5), steady(0.8), skewed(0.3), spot(0.9, 40)]
+    "guest", [steady(0.0), steady(0.2), steady(0.5), steady(0.8), zipf(0.3, 1.0), spot(0.9, 40)]
 )
 def test_nothing_is_lost_where_all_places_are_the_same(guest: Guest) -> None:
     plain, hot = compare(guest)
@@ -74,23 +78,23 @@ def test_a_copy_that_comes_closer_slowly_does_not_rest(share: float, granules: i
 
 
 @pytest.mark.parametrize(
-    "guest",
+    "guests",
     [
-        both(by_turns(spot(3.0, 40), 1.0, 1.0), steady(0.4)),
-        by_turns(spot(3.0, 400), 10.0, 5.0),
-        by_turns(both(spot(2.0, 40), skewed(2.0)), 3.0, 5.0),
+        [by_turns(spot(3.0, 40), SECOND, SECOND), steady(0.4)],
+        by_turns(spot(3.0, 400), 10 * SECOND, 5 * SECOND),
+        [by_turns(guest, 3 * SECOND, 5 * SECOND) for guest in (spot(2.0, 40), zipf(2.0, 1.0))],
     ],
 )
-def test_a_guest_that_pauses_is_caught_up_with(guest: Guest) -> None:
-    compare(guest)
+def test_a_guest_that_pauses_is_caught_up_with(guests: Guests) -> None:
+    compare(guests)
 
 
 def test_nothing_is_left_out_for_ever() -> None:
     """A guest that changes everything faster than it is copied, and a few places all the time."""
-    world = World(both(spot(1.0, 20), steady(3.0)))
-    assert world.run(10 * FULL_S) is None
+    world = World([spot(1.0, 20), steady(3.0)], SCENE)
+    assert world.run(10) is None
     assert world.hot.found.size
-    assert min(world.copied_s) >= world.now_s - 4 * FULL_S
+    assert min(world.copied_s) >= world.now_s - 4 * SCENE.full_s
 
 
 # By hand.

@@ -128,12 +128,22 @@ class Rounds:
         self.rng = random.Random(seed)
         self.lag = Lag()
 
+    def begin(self) -> None:
+        """The guest writes, and nothing was killed yet."""
+
+    def end(self) -> None:
+        """Nothing more is killed: the mirror is to end."""
+
+    def ended(self) -> None:
+        """The mirror has ended."""
+
     def round(self, which: str) -> None:
         """`which`: source, far side, or both."""
         has_ended = threading.Event()
         watcher = threading.Thread(target=self.lag.watch, args=(self.server, has_ended))
         watcher.start()
         self.guest.start(self.server.uri())
+        self.begin()
         before = len(self.guest.answered_s)
         writes = self.rng.randint(50, 1500)
         wait_until(lambda: len(self.guest.answered_s) >= before + writes, "the guest writes")

@@ -3,9 +3,12 @@ disk of one moment, and is no older than was told. `./run stress` does the same 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from integration.mirror.points.applierparts import AppliedRounds
 from integration.mirror.points.killrounds import Rounds
 from integration.mirror.points.pointsparts import RING_BYTES, SIZE, FarSide
 from support.fixtures import Identical, Start
@@ -14,6 +17,7 @@ from support.kept import Kept
 from support.seeds import SEED, print_seed
 
 ROUNDS = 6
+APPLIED_ROUNDS = 4
 WHICH = ("source", "far side", "both")
 
 
@@ -23,8 +27,28 @@ def test_whatever_is_killed(start: Start, folder: Path, identical: Identical, ke
     whatever_is_killed(start, folder, identical, keep_s, ROUNDS)
 
 
+@pytest.mark.guarantee("A point is the disk of one moment")
+def test_whatever_is_killed_beside_an_applier(
+    start: Start, folder: Path, identical: Identical
+) -> None:
+    """The applier, too."""
+    whatever_is_killed_beside_an_applier(start, folder, identical, APPLIED_ROUNDS)
+
+
+def whatever_is_killed_beside_an_applier(
+    start: Start, folder: Path, identical: Identical, count: int
+) -> None:
+    new = partial(AppliedRounds, start=start, folder=folder)
+    whatever_is_killed(start, folder, identical, 0, count, new)
+
+
 def whatever_is_killed(
-    start: Start, folder: Path, identical: Identical, keep_s: int, count: int
+    start: Start,
+    folder: Path,
+    identical: Identical,
+    keep_s: int,
+    count: int,
+    new: Callable[..., Rounds] = Rounds,
 ) -> None:
     print_seed()
     disk = make_image(folder / "disk.img", SIZE)
@@ -34,11 +58,13 @@ def whatever_is_killed(
     options = {"x_nbdmirror_keep": keep_s, "x_nbdmirror_reconnect_delay": 60}
     far.start_mirror(server, device="vda", **options)
     server.qmp.wait_ready()
-    rounds = Rounds(server, far, disk, SEED)
+    rounds = new(server, far, disk, SEED)
     for number in range(count):
         rounds.round(WHICH[number % len(WHICH)])
+    rounds.end()
     server.qmp.execute("block-job-cancel", device="j")
     server.qmp.wait_completed()
+    rounds.ended()
     server.stop()
     far.stop()
     identical(disk, far.image)
