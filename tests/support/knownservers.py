@@ -278,4 +278,4 @@ TARGETS = (
 )
 
 RBD = "qemu-nbd, a Ceph RBD image"
-"""A row like these, but its server needs a Ceph: `tests/integration/test_ceph.py` has that."""
+"""A row like these, but its server needs a Ceph: `tests/integration/ceph/test_ceph.py` has that."""

@@ -7,6 +7,7 @@ not where write n goes: the places are random, so that a write that is missing s
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -42,6 +43,7 @@ class NumberedGuest:
         self.initial = disk.read_bytes()
         self.places: list[int] = []
         """Where write n went; the last one perhaps."""
+        self.begun_s: list[float] = []
         self.answered_s: list[float] = []
         self._rng = random.Random(seed)
         self._is_stopping = False
@@ -67,19 +69,23 @@ class NumberedGuest:
             if is_there:
                 self.answered_s.append(time.monotonic())
             else:
-                del self.places[-1]
+                del self.places[-1], self.begun_s[-1]
 
     def _run(self, uri: str) -> None:
         blocks = len(self.initial) // BLOCK
         with suppress(nbd.Error), connected(uri) as handle:
             while not self._is_stopping:
                 self.places.append(self._rng.randrange(blocks) * BLOCK)
+                self.begun_s.append(time.monotonic())
                 handle.pwrite(content_of(len(self.places)), self.places[-1])
                 self.answered_s.append(time.monotonic())
 
-    def check(self, found: bytes, *, answered_before_s: float) -> None:
-        """`found` must be the disk of one moment, with each write that was answered before that
-        time. Call this while the guest is stopped, or with what was copied before."""
+    def check(
+        self, found: bytes, *, answered_before_s: float, begun_before_s: float = math.inf
+    ) -> None:
+        """`found` must be the disk of one moment, with each write that was answered before the one
+        time, and none that was begun after the other. Call this while the guest is stopped, or
+        with what was copied before."""
         numbers = [
             int.from_bytes(found[at : at + 8], "little") if found[at : at + BLOCK]
             == found[at : at + 8] * (BLOCK // 8) else 0
@@ -92,6 +98,7 @@ class NumberedGuest:
         assert_identical(bytes(expected), found)
         promised = sum(at_s < answered_before_s for at_s in self.answered_s)
         assert last >= promised, f"write {promised} of {last} was promised"
+        assert last <= sum(at_s < begun_before_s for at_s in self.begun_s), f"write {last} is later"
 
 
 class Lag:

@@ -21,7 +21,17 @@ from support.waiting import WAIT_S_MAX, wait_until
 
 from nbdmirror.qmp.results import POINT_ACKNOWLEDGED
 
-ACKED = re.compile(r": point ([0-9]+) of .*: acknowledged$", re.MULTILINE)
+ACKED = re.compile(r": point ([0-9]+) of (.*): acknowledged$", re.MULTILINE)
+
+
+def start_mirror(server: Nbdmirror, target: str, **arguments: Any) -> None:
+    """Its points are snapshots."""
+    server.qmp.start_mirror(
+        target,
+        copy_mode="points",
+        x_nbdmirror_auto_point=False,
+        **({"x_nbdmirror_interval": INTERVAL_S} | arguments),
+    )
 
 
 class SnapshotFarSide:
@@ -41,12 +51,7 @@ class SnapshotFarSide:
         self._fmt = fmt
 
     def start_mirror(self, server: Nbdmirror, **arguments: Any) -> None:
-        server.qmp.start_mirror(
-            self.server.uri(),
-            copy_mode="points",
-            x_nbdmirror_auto_point=False,
-            **({"x_nbdmirror_interval": INTERVAL_S} | arguments),
-        )
+        start_mirror(server, self.server.uri(), **arguments)
 
     @property
     def command(self) -> str:
@@ -102,7 +107,12 @@ class Exec:
 
     @property
     def acked(self) -> list[int]:
-        return [int(number) for number in ACKED.findall(self.out)]
+        return [int(number) for number, _ in ACKED.findall(self.out)]
+
+    @property
+    def times(self) -> dict[int, str]:
+        """The moments of the points that are acknowledged, as their commands have them."""
+        return {int(number): time for number, time in ACKED.findall(self.out)}
 
     def wait_for(self, number: int) -> None:
         """Until so high a point is acknowledged."""

@@ -45,21 +45,6 @@ MakeImage = Callable[..., RbdNbd]
 names = (f"disk{number}" for number in itertools.count(1))
 
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[Ceph]:
-    node = Ceph()
-    node.start()
-    yield node
-    node.stop()
-
-
-@pytest.fixture
-def ceph(node: Ceph) -> Iterator[Ceph]:
-    """The same for all tests; one that fails leaves it as it was."""
-    yield node
-    node.heal()
-
-
 @pytest.fixture
 def rbd(ceph: Ceph, folder: Path, start: Start) -> MakeImage:
     """rbd(): qemu-nbd of a new image that is full of noise; `settings` are Ceph's client's."""
