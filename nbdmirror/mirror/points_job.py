@@ -11,6 +11,7 @@ it was changed to another copy mode. On the event loop's thread.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,6 @@ from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused, PointsResources
 from nbdmirror.mirror.job_states import JobStatus, check_verb
-from nbdmirror.mirror.lag import StandingLag
 from nbdmirror.mirror.last_point import LastPoint
 from nbdmirror.mirror.options import CopyMode, Ending
 from nbdmirror.mirror.point_plan import PointPlan
@@ -292,16 +292,11 @@ class PointsJob(PointsView):
             self.become(Activity.COPYING)
         self.advance_soon()
 
-    def _cover_nothing(self) -> None:
-        """There is no point: what was covered until now is, and the lag grows."""
-        if self.lag is not None:
-            self.lag = StandingLag(self._loop.clock, self._loop.clock() - self.lag.lag_s)
-
     def _leave_points(self, run: PointRun) -> None:
         self._cover_nothing()
         self._points.hand_back(run)
         self._sent_bytes += run.sent_bytes
-        self.run, self._is_leaving = None, True
+        self.run, self._is_leaving, self._least_bytes = None, True, math.inf
         self._catches_up = self.status is JobStatus.READY
         if not self._gives_up:
             self.in_place_since_ns = self._wall_time_ns()
@@ -329,9 +324,12 @@ class PointsJob(PointsView):
             super()._hurry()
 
     def _advance_in_place(self) -> None:
+        """Until the image is in sync, or a point can take the rest: so a guest that is faster than
+        the target has points, too."""
         self._hurry()
         self.copier.pump()
-        if self.tracker.in_sync and self.activity is Activity.COPYING and not self._is_leaving:
+        is_over = self.tracker.in_sync or (self._maker and self._is_rest_for_a_point)
+        if is_over and self.activity is Activity.COPYING and not self._is_leaving:
             self.become(Activity.FLUSHING)
             self._do(self.copier.flush, self._become_ready, "write")
 
@@ -344,11 +342,11 @@ class PointsJob(PointsView):
         if self.run is None and self._gives_up and not self._is_leaving:
             self._drop_points()
             return
-        if self.run is None and self._catches_up:
-            self._advance_in_place()
-            return
         if self.run is None:
-            super()._advance_copying()
+            if self._catches_up or (self._maker and self.status is JobStatus.RUNNING):
+                self._advance_in_place()
+            else:
+                super()._advance_copying()
             return
         if not self.copier.is_idle:
             return  # what it writes must not come after the first point

@@ -3,6 +3,7 @@ points with. On the event loop's thread."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.far_side import JournalRoom
 from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.mirror.lag import StandingLag
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.outage import Outage
 from nbdmirror.mirror.point_group import PointGroup
@@ -32,6 +34,10 @@ systems are frozen for this point must continue."""
 
 SILENT_S = 6.0
 """A process that applies points gives a sign of life each second."""
+
+
+STALLED_S = 5.0
+"""A copy in place that has come no closer to its end for so long is left to the next point."""
 
 
 class PointsView(MirrorJob):
@@ -66,6 +72,8 @@ class PointsView(MirrorJob):
         self._wall_time_ns = wall_time_ns
         self._sent_bytes = 0
         """Of earlier runs."""
+        self._least_bytes, self._least_s = math.inf, 0.0
+        """The least that was left of the copy in place, and since when."""
         self.point_traffic = PointTraffic()
         self._new_maker = partial(
             RunMaker,
@@ -86,6 +94,23 @@ class PointsView(MirrorJob):
         age_s = max(0.0, (self._wall_time_ns() - earlier.time_ns) / 1e9)
         clock = self._loop.clock
         self.lag = PointLag(changes, clock, clock() - age_s)
+
+    @property
+    def _is_rest_for_a_point(self) -> bool:
+        """The copy in place has come no closer to its end for STALLED_S, and what is left fits into
+        one point, also if it becomes twice as much until the cut."""
+        tracker, now_s = self.tracker, self._loop.clock()
+        left_bytes = tracker.dirty.dirty_bytes + tracker.in_flight_bytes
+        if left_bytes < self._least_bytes:
+            self._least_bytes, self._least_s = left_bytes, now_s
+        room = self.journal_room
+        fits = room is None or min(2 * left_bytes, self.disk.size) <= room.point_bytes
+        return fits and now_s - self._least_s >= STALLED_S
+
+    def _cover_nothing(self) -> None:
+        """There is no point: what was covered until now is, and the lag grows."""
+        if self.lag is not None:
+            self.lag = StandingLag(self._loop.clock, self._loop.clock() - self.lag.lag_s)
 
     def _adopt(self, plan: PointPlan) -> None:
         self._maker = self._new_maker(plan)

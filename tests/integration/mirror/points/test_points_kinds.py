@@ -69,6 +69,23 @@ def test_heavy_writers_do_not_keep_the_pivot_away(
     assert guest.longest_s < 3.0
 
 
+def test_a_guest_that_is_faster_than_the_copy_has_points(
+    start: Start, identical: Identical, far: FarSide, disk: Path
+) -> None:
+    """The first copy is never in sync beside such a guest."""
+    server = start(Nbdmirror(disk.parent, disk, bare=True))
+    with Guest(server.uri(), disk, connections=3, pause_s=0) as guest:
+        guest.wait_for_requests(50)
+        far.start_mirror(server, speed=2 * MiB)
+        server.qmp.wait_ready()
+        guest.wait_for_requests(50)
+    server.qmp.execute("block-job-set-speed", device="j", speed=0)
+    server.qmp.execute("block-job-cancel", device="j")
+    server.qmp.wait_completed()
+    far.stop()
+    identical(guest, far.recover())
+
+
 def test_a_disk_with_an_odd_end(start: Start, identical: Identical, folder: Path) -> None:
     """Not of whole blocks of a journal; and the image is larger, as it may be."""
     size = SIZE - 2560
