@@ -34,7 +34,7 @@ class Picture:
 def picture(answer: dict[str, Any]) -> Picture | None:
     """None if the answer has no map: the server is older, or the job has just ended."""
     lists = [answer.get(key) for key in _LISTS]
-    if not all(isinstance(one, list) and all(type(n) is int for n in one) for one in lists):
+    if not all(isinstance(one, list) and all(map(_is_count, one)) for one in lists):
         return None
     numbers: list[list[int]] = [one for one in lists if isinstance(one, list)]
     if not numbers[0] or len({len(one) for one in numbers}) > 1:
@@ -42,6 +42,10 @@ def picture(answer: dict[str, Any]) -> Picture | None:
     sums = [f"{size(sum(one))} {kind}" for kind, one in zip(KINDS[:-1], numbers[1:], strict=True)]
     text = f"{size(sum(numbers[0]))}: {', '.join(sums)}"
     return Picture([_cell(*cell) for cell in zip(*numbers, strict=True)], text)
+
+
+def _is_count(one: object) -> bool:
+    return type(one) is int and one >= 0
 
 
 def _cell(length: int, in_flight: int, dirty: int, unflushed: int, zero: int) -> Cell:

@@ -78,6 +78,8 @@ class LastPoint(Attempt):
         elif self.step in (LastStep.SENDING, LastStep.HANDING_OVER) and not run.is_handed_over:
             self.step = LastStep.HANDING_OVER
             run.hand_over()
+        elif self.step is LastStep.HANDING_OVER and run.left_bytes:
+            self._time_out()  # the disk has changed by itself, behind the gate
         elif self.step is LastStep.HANDING_OVER:
             self._level()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from model.runmachine import RunMachine
-from model.search import hold
+from model.search import hold, in_parts
 
 EXAMPLES = 60
 
 
 @pytest.mark.timeout(240)
-def test_a_job_with_points_keeps_its_promise() -> None:
-    hold(RunMachine, EXAMPLES)
+@in_parts(EXAMPLES)
+def test_a_job_with_points_keeps_its_promise(examples: int) -> None:
+    hold(RunMachine, examples)

@@ -123,6 +123,7 @@ def test_nobody_waits_for_a_reader_that_hangs(reader: Reader) -> None:
     assert everything(reader, "again at once\n") == ["again at once"]
 
 
+@pytest.mark.slow
 def test_what_is_lost_is_counted(reader: Reader) -> None:
     handler = reader.handler
     number = fill(handler) - 1  # the last one is kept

@@ -14,7 +14,7 @@ from nbdmirror.mirror.far_side import JournalRoom
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.points.format import BLOCK_BYTES
 
-SLOW_S = 0.001
+SLOW_S = 0.01
 """Of a request to the image."""
 
 

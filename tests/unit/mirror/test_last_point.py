@@ -3,9 +3,12 @@ it."""
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 from unit.mirror.groupparts import INTERVAL_S, PointsWorld, worlds_of
 
+from nbdmirror.devices.base import Done
 from nbdmirror.points.format import State
 
 
@@ -59,3 +62,27 @@ def test_a_cancelled_job_holds_nobody() -> None:
     assert world.status == "null"
     assert world.number(bytes(world.target.data)) in (1, 2)
     assert world.read().superblock.state is State.OK
+
+
+def test_a_disk_that_changes_by_itself_while_it_is_handed_over() -> None:
+    """A server of the disk has lost writes that the image has: the image is not level any more."""
+    world = with_points()
+    world.count(1)
+    far, changes = world.resources.far_side, 0
+    assert far is not None
+    apply = far.apply
+
+    def change_and_apply(done: Done, *, until: int = 0, hands_over: bool = False) -> None:
+        nonlocal changes
+        if hands_over and not changes:
+            changes += 1
+            assert world.is_held
+            world.source.data[512:1024] = b"c" * 512
+            world.job.source_lost_writes()
+        apply(done, until=until, hands_over=hands_over)
+
+    with patch.object(far, "apply", change_and_apply):
+        world.job.complete()
+        world.pass_s(5.0)
+    assert changes and world.disk.has_moved
+    assert world.target.data == world.source.data

@@ -175,6 +175,7 @@ def halved(at_s: float) -> float:
     return 0.5 if at_s >= 15.0 else 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guest", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize("rate", [lambda _: 1.0, halved], ids=["", "halved"])
 def test_of_a_mirror_that_ends_it_is_never_said_that_it_does_not(
@@ -185,6 +186,7 @@ def test_of_a_mirror_that_ends_it_is_never_said_that_it_does_not(
         assert not [at_s for at_s, found in world.said if found.never]
 
 
+@pytest.mark.slow
 def test_of_a_long_copy_it_is_not_said_that_it_does_not_end() -> None:
     """It takes longer than NEVER_S to come closer to the end by a part that is seen."""
     world = World(sequential(0.5, 0.02), Scene(1600.0))
@@ -192,6 +194,7 @@ def test_of_a_long_copy_it_is_not_said_that_it_does_not_end() -> None:
     assert not [at_s for at_s, found in world.said if found.never]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guest", ENDLESS.values(), ids=ENDLESS)
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: f"{scene.full_s:g} s")
 def test_of_a_mirror_that_does_not_end_that_is_said(

@@ -18,6 +18,8 @@ from nbdmirror.mirror.guest_watch import GuestWatch
 from nbdmirror.mirror.outlook import NEVER_S, Outlook
 from nbdmirror.mirror.working_set import WorkingSet
 
+pytestmark = pytest.mark.slow
+
 SHORT, LONG = Scene(8.0), Scene(40.0)
 
 

@@ -46,6 +46,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "SAVE_BYTES", 128 << 10)
 
 
+@pytest.mark.slow
 @pytest.mark.guarantee("A point is served at once")
 def test_no_answered_write_is_lost() -> None:
     print_seed()
