@@ -10,8 +10,8 @@ from nbdmirror.amounts import duration, size
 MUCH = 1 / 2
 """A point that takes more than this part of the journal is reported."""
 
-SILENT_S = 6.0
-"""A process that applies points gives a sign of life each second."""
+APPLIER_SILENT_S = 6.0
+"""An applier that has given no sign of life for so long is reported. It gives one each second."""
 
 Job = dict[str, Any]
 
@@ -52,7 +52,7 @@ def of_promises(job: Job) -> list[tuple[str, str]]:
     if "in-place-since-s" in points:
         text = "the far side has no point until the next one is made: what was changed did not fit"
         found.append(("in-place", f"{text} into the journal, and is copied in place"))
-    if (silent_s := points.get("applier-silent-s", 0.0)) >= SILENT_S:
+    if (silent_s := points.get("applier-silent-s", 0.0)) >= APPLIER_SILENT_S:
         text = f"`nbdmirror apply` beside the image has said nothing for {duration(silent_s)}"
         found.append(("applier", f"{text}: start it again there"))
     most = points.get("journal-point-bytes") if "sequence" in points else None

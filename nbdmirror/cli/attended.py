@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 
 from nbdmirror.amounts import duration
 from nbdmirror.cli.streams import say
+from nbdmirror.cli.words import SILENT_S
 from nbdmirror.devices.base import BlockDevice, Buffer, Extent, Wrapper
-
-SILENT_S = 5.0
-"""Said after so long, and again after each doubling."""
+from nbdmirror.threads import start_thread
 
 
 class Attended(Wrapper):
-    """Calls are for one thread at a time."""
+    """Calls are for one thread at a time. Said after SILENT_S, and again after each doubling."""
 
     def __init__(self, inner: BlockDevice, clock: Callable[[], float] = time.monotonic) -> None:
         self.inner = inner
@@ -30,7 +29,7 @@ class Attended(Wrapper):
         """When the request in progress began."""
         self._due_s = SILENT_S
         self._closed = threading.Event()
-        threading.Thread(target=self._attend, name="nbdmirror-attended", daemon=True).start()
+        start_thread(self._attend, "nbdmirror-attended")
 
     def pread(self, buf: memoryview, offset: int) -> None:
         with self._asking():

@@ -20,7 +20,7 @@ from typing import Any
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.errors import CommandError, DeviceError, DeviceLost
 from nbdmirror.mirror.activity import Activity
-from nbdmirror.mirror.far_side import FarSide, JournalRoom, NoRoom, PointsRefused, PointsResources
+from nbdmirror.mirror.far_side import FarSide, NoRoom, PointsRefused, PointsResources
 from nbdmirror.mirror.job_states import JobStatus, check_verb
 from nbdmirror.mirror.last_point import LastPoint
 from nbdmirror.mirror.options import CopyMode, Ending
@@ -47,7 +47,6 @@ class PointsJob(PointsView):
         """The copy mode was changed to another one, perhaps in an earlier process. That begins when
         the image is the last point."""
         self._is_dropping = False
-        self._far_resources = resources
         self._stopping = Stopping(self.copier, self.mode, self._timers, resources.give_up)
 
     # Commands.
@@ -122,17 +121,6 @@ class PointsJob(PointsView):
         self._far_resources.drop_points()
         self.log.info("makes no points any more: the image is copied in place")
         self.release()
-
-    @property
-    def has_begun(self) -> bool:
-        """The first copy has ended: the far side has a point, or gets its first one."""
-        return self._far_resources.has_begun
-
-    @property
-    def journal_room(self) -> JournalRoom | None:
-        """None: there is no journal, or none yet."""
-        far = self._far_resources.far_side
-        return far.room() if far is not None else None
 
     # The run's owner.
 

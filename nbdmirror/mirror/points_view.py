@@ -14,7 +14,7 @@ from nbdmirror.disk.cells import Cells, DiskMap, map_of
 from nbdmirror.disk.changes import Changes
 from nbdmirror.errors import CommandError, DeviceError
 from nbdmirror.mirror.activity import Activity
-from nbdmirror.mirror.far_side import JournalRoom
+from nbdmirror.mirror.far_side import JournalRoom, PointsResources
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.lag import StandingLag
 from nbdmirror.mirror.mirror_job import MirrorJob
@@ -27,14 +27,11 @@ from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_run import PointRun
 from nbdmirror.mirror.traffic import PointTraffic, Traffic
 from nbdmirror.mirror.watched import WatchedSource
+from nbdmirror.point_sentences import APPLIER_SILENT_S
 
 REQUEST_S_MAX = 30.0
 """A point that was asked for, and could not be begun for so long, is not made: a guest whose file
 systems are frozen for this point must continue."""
-
-SILENT_S = 6.0
-"""A process that applies points gives a sign of life each second."""
-
 
 STALLED_S = 5.0
 """A copy in place that has come no closer to its end for so long is left to the next point."""
@@ -51,6 +48,7 @@ class PointsView(MirrorJob):
     def __init__(
         self,
         *,
+        resources: PointsResources,
         plan: PointPlan | None,
         source: AsyncSource,
         wall_time_ns: Callable[[], int],
@@ -60,7 +58,8 @@ class PointsView(MirrorJob):
         """`plan`: None: the job makes no points. `source`: the disk, as points are read from it.
         `new_group`: a number for points that are of the same cut, which no other cut has.
         `mirror`: as for MirrorJob."""
-        super().__init__(**mirror)
+        super().__init__(resources=resources, **mirror)
+        self._far_resources = resources
         self.run: PointRun | None = None
         """Since the first copy is in sync."""
         self.earlier: CommittedPoint | None = None
@@ -191,14 +190,22 @@ class PointsView(MirrorJob):
         gone."""
         room = self.journal_room
         silent_s = room.applier_silent_s if room is not None else None
-        if silent_s is not None and silent_s >= SILENT_S:
+        if silent_s is not None and silent_s >= APPLIER_SILENT_S:
             text = f"has said nothing for {duration(silent_s)}: start it again there"
             raise CommandError(f"Job '{self.id}': `nbdmirror apply` beside its image {text}")
+
+    # What the far side has.
+
+    @property
+    def has_begun(self) -> bool:
+        """The first copy has ended: the far side has a point, or gets its first one."""
+        return self._far_resources.has_begun
 
     @property
     def journal_room(self) -> JournalRoom | None:
         """None: there is no journal, or none yet."""
-        raise NotImplementedError
+        far = self._far_resources.far_side
+        return far.room() if far is not None else None
 
     # Points that users ask for.
 

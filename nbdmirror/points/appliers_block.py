@@ -9,7 +9,6 @@ sound one at every moment, whatever a power cut does to the other.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,9 +21,11 @@ from nbdmirror.points.format import (
     Sample,
     Superblock,
     check_seal,
+    pack_samples,
     sealed,
+    unpack_samples,
 )
-from nbdmirror.points.requests import Program, Read, Request, Side, Write
+from nbdmirror.points.requests import Program, Read, Side, Write
 
 SLOTS = (0, 64 << 10)
 """Where the blocks are, from the ring's end: so far apart that no physical block has both."""
@@ -36,7 +37,6 @@ EXPORT_BYTES_MIN = 32 << 20
 """A smaller new journal has no place for an applier: it needs all of its space itself."""
 
 _BLOCK = struct.Struct("<4sIQ16sQQqI4xI4x32s")
-_SAMPLE = struct.Struct("<QII")
 
 
 class Phase(Enum):
@@ -78,9 +78,7 @@ class ApplierBlock:
             b"NBMA", VERSION, self.serial, self.disk_id, self.applier, self.point, self.time_ns,
             self.phase.value, len(self.samples), self.digest,
         )  # fmt: skip
-        return sealed(
-            head + b"".join(_SAMPLE.pack(s.offset, s.length, s.crc) for s in self.samples)
-        )
+        return sealed(head + pack_samples(self.samples))
 
     def has_done(self, block: Superblock, digest: bytes) -> bool:
         """It was granted the point `block.applying`, whose header has `digest`, and the image is
@@ -100,7 +98,6 @@ def unpack(data: bytes, disk_id: bytes) -> ApplierBlock | None:
     is_known = (magic, version, its_disk) == (b"NBMA", VERSION, disk_id)
     if not is_known or phase not in _KNOWN_PHASES:
         return None
-    samples = _SAMPLE.iter_unpack(data[_BLOCK.size : _BLOCK.size + count * _SAMPLE.size])
     return ApplierBlock(
         disk_id=its_disk,
         applier=applier,
@@ -109,7 +106,7 @@ def unpack(data: bytes, disk_id: bytes) -> ApplierBlock | None:
         point=point,
         time_ns=time_ns,
         digest=digest,
-        samples=tuple(Sample(*one) for one in samples),
+        samples=unpack_samples(data, _BLOCK.size, count),
     )
 
 
@@ -123,19 +120,14 @@ def _slot(block: Superblock, number: int) -> int:
     return RING_START + block.ring_bytes + SLOTS[number]
 
 
-def read_block(
-    block: Superblock, export_bytes: int, beside: Sequence[Request] = ()
-) -> Program[ApplierBlock | None]:
-    """What the last applier of the journal has said; None: nothing yet. Does the requests `beside`
-    at the same time. Raises IO_ERRORS."""
+def read_block(block: Superblock, export_bytes: int) -> Program[ApplierBlock | None]:
+    """What the last applier of the journal has said; None: nothing yet. Raises IO_ERRORS."""
     if not has_place(block, export_bytes):
-        yield beside
         return None
     bufs = [bytearray(BLOCK_BYTES) for _ in SLOTS]
-    reads = [
+    yield [
         Read(Side.JOURNAL, memoryview(buf), _slot(block, number)) for number, buf in enumerate(bufs)
     ]
-    yield [*beside, *reads]
     found = [one for buf in bufs if (one := unpack(bytes(buf), block.disk_id)) is not None]
     return max(found, key=lambda one: one.serial, default=None)
 

@@ -37,7 +37,7 @@ from nbdmirror.points.appliers_block import (
 from nbdmirror.points.format import IN_USE, JournalError, Sample, State, Superblock
 from nbdmirror.points.reader import DamagedData, Journal, Part, newest_parts, read
 from nbdmirror.points.recovery import check_image, check_size
-from nbdmirror.points.requests import Flush, Program, Request, Side
+from nbdmirror.points.requests import Flush, Program, Request, Side, around
 from nbdmirror.points.superblocks import JournalTaken, find, taken_text, wall_time
 
 
@@ -167,18 +167,12 @@ class Follower:
     def _attended(self, program: Program[Any], grant: Superblock | None = None) -> Program[Any]:
         """`program`, with signs of life in between; and only as long as there is the grant of
         `grant` before each list of requests that change the image."""
-        error: BaseException | None = None
-        while True:
-            try:
-                requests = next(program) if error is None else program.throw(error)
-            except StopIteration as end:
-                return end.value
-            error = None
+
+        def look_around(requests: Sequence[Request]) -> Program[Sequence[Request]]:
             yield from self._look_around(grant if _changes_image(requests) else None)
-            try:
-                yield requests
-            except Exception as caught:  # noqa: BLE001 - for the program
-                error = caught
+            return requests
+
+        return around(program, look_around)
 
     def _look_around(self, grant: Superblock | None) -> Program[None]:
         if self._is_to_end():

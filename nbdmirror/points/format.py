@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -112,6 +112,16 @@ class Sample:
     crc: int
 
 
+def pack_samples(samples: Sequence[Sample]) -> bytes:
+    return b"".join(_SAMPLE.pack(one.offset, one.length, one.crc) for one in samples)
+
+
+def unpack_samples(block: bytes, at: int, count: int) -> tuple[Sample, ...]:
+    """As many as there are from `at` on, `count` at most."""
+    fields = _SAMPLE.iter_unpack(block[at : at + count * _SAMPLE.size])
+    return tuple(Sample(*one) for one in fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Superblock:
     """The journal as a whole. Two copies are written by turns; the greater `serial` counts."""
@@ -151,8 +161,7 @@ class Superblock:
             self.generation, self.taken, self.since_ns, self.state.value, self.is_base_offered,
             self.tail, self.applying, self.newest, len(self.samples),
         )  # fmt: skip
-        samples = b"".join(_SAMPLE.pack(s.offset, s.length, s.crc) for s in self.samples)
-        content = head + self.base.pack() + self.base_digest + samples
+        content = head + self.base.pack() + self.base_digest + pack_samples(self.samples)
         return sealed(content.ljust(_APPLIER_AT, b"\0") + _APPLIER.pack(self.applier))
 
     @classmethod
@@ -173,7 +182,6 @@ class Superblock:
             raise JournalError(f"has the state {state}, which this nbdmirror does not know")
         at = _SUPERBLOCK.size + _POINT.size
         first = at + DIGEST_BYTES
-        samples = _SAMPLE.iter_unpack(block[first : first + count * _SAMPLE.size])
         return cls(
             disk_id=disk_id,
             disk_bytes=disk_bytes,
@@ -188,7 +196,7 @@ class Superblock:
             tail=tail,
             applying=applying,
             newest=newest,
-            samples=tuple(Sample(*one) for one in samples),
+            samples=unpack_samples(block, first, count),
             applier=_APPLIER.unpack_from(block, _APPLIER_AT)[0],
             serial=serial,
         )

@@ -192,6 +192,25 @@ def _step(program: Program[Result], error: BaseException | None) -> Sequence[Req
     return next(program) if error is None else program.throw(error)
 
 
+def around(
+    program: Program[Result], before: Callable[[Sequence[Request]], Program[Sequence[Request]]]
+) -> Program[Result]:
+    """`program`, with a program of `before` ahead of each list of its requests, which returns the
+    requests that are done in place of these. What that one raises ends both."""
+    error: BaseException | None = None
+    while True:
+        try:
+            requests = _step(program, error)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        requests, error = (yield from before(requests)), None
+        try:
+            yield requests
+        except Exception as caught:  # noqa: BLE001 - the program raises it
+            error = caught
+
+
 class _Started:
     def __init__(
         self,

@@ -90,6 +90,7 @@ class MirrorJobs:
         """The job that mirrors `disk` now."""
         return next((job for job in self.running if job.disk is disk), None)
 
+    @one_look()
     def create(
         self,
         disk: Disk,
@@ -101,12 +102,10 @@ class MirrorJobs:
         """A job that can be started (`begin`) or discarded; `points`: with copy mode points. Raises
         CommandError; then no job exists and nothing has changed."""
         used = [node, *([points.journal] if points is not None and points.journal else [])]
-        with one_look():
-            self._check(disk, node, options)
+        self._check(disk, node, options)
         try:
             if points is not None:
-                with one_look():
-                    self._check_points(disk, node, options, points)
+                self._check_points(disk, node, options, points)
             granularity = granularity_of(disk, node.device, options, bitmap)
             check_bits(disk.size, granularity)
             key = f"mirror-{uuid.uuid4().hex}"

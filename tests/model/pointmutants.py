@@ -18,7 +18,7 @@ from model.pointworld import PointWorld
 from nbdmirror.devices.base import Done, Run
 from nbdmirror.points import applier, reader
 from nbdmirror.points.format import BLOCK_BYTES, State
-from nbdmirror.points.requests import Flush, Program, Request, Side, Trim, Write
+from nbdmirror.points.requests import Flush, Program, Request, Side, Trim, Write, around
 from nbdmirror.points.superblocks import Superblocks
 from nbdmirror.points.writer import JournalWriter
 
@@ -44,17 +44,11 @@ def without(program: Program[Any], kind: type[Request], side: Side, **wanted: An
         has = all(getattr(request, key) == value for key, value in wanted.items())
         return isinstance(request, kind) and request.side is side and has
 
-    error: BaseException | None = None
-    while True:
-        try:
-            requests = next(program) if error is None else program.throw(error)
-        except StopIteration as end:
-            return end.value
-        try:
-            error = None
-            yield [request for request in requests if not is_one(request)]
-        except Exception as caught:  # noqa: BLE001 - for the program
-            error = caught
+    def others(requests: Sequence[Request]) -> Program[Sequence[Request]]:
+        yield from ()
+        return [request for request in requests if not is_one(request)]
+
+    return around(program, others)
 
 
 class SendsFooterBeforeFlush(PointWorld):

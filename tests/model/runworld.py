@@ -24,7 +24,7 @@ from unit.mirror.jobdevices import StillLoop
 import nbdmirror.points.format
 import nbdmirror.points.ownership
 from nbdmirror.errors import CommandError
-from nbdmirror.events import EventRing
+from nbdmirror.events import Event, EventRing
 from nbdmirror.mirror import frozen_view, point_sender, target_watch
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.cut import CUT_LIMIT_S
@@ -363,7 +363,6 @@ class RunWorld:
             assert newest_s >= expected_s - 0.001, "lost: no moment is in both journals"
 
 
-def is_of(event: object, member: Member) -> bool:
-    data = getattr(event, "data")  # noqa: B009
-    is_point = getattr(event, "name") == "X_NBDMIRROR_POINT"  # noqa: B009
+def is_of(event: Event, member: Member) -> bool:
+    is_point, data = event.name == "X_NBDMIRROR_POINT", event.data
     return is_point and data["id"] == member.job.id and bool(data.get("group"))

@@ -9,7 +9,8 @@ import pytest
 from support.waiting import wait_until
 from unit.mirror.copierparts import Clock
 
-from nbdmirror.cli.attended import SILENT_S, Attended
+from nbdmirror.cli.attended import Attended
+from nbdmirror.cli.words import SILENT_S
 from nbdmirror.devices.base import MemoryDevice
 
 
