@@ -203,7 +203,7 @@ def _behind(job: Job) -> str:
     copied, dirtied = job.get("copy-bytes-per-s"), job.get("dirty-bytes-per-s")
     if copied is not None and dirtied is not None:
         rates = f"the guest changes {size(dirtied)}/s of different data, {who} {size(copied)}/s"
-        if dirtied <= copied:  # what is copied is changed again, in turns or all the time
+        if EVEN * dirtied <= copied:  # what is copied is changed again, in turns or all the time
             rates = f"{who} {size(copied)}/s, and the guest changes as much of that again"
     end = "the mirror does not catch up" if job.get("ready") else "the mirror does not finish"
     if is_limited:

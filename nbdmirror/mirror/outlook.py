@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.mirror.areas import PLACES
@@ -21,11 +22,12 @@ COUNT_S = 1.0
 """How often it is looked where the copier is, and what is dirty: twice while a place is copied,
 within these bounds."""
 
-RATE_S = 10.0
-"""The copier's rate is that of so much time."""
+RATE_S, STEPS_MIN, RATE_S_MAX = 10.0, 4, 60.0
+"""The copier's rate is that of so much time, and of so many steps in which data was sent; of no
+more than RATE_S_MAX."""
 
 RATE_S_MIN = 2.0
-"""Nothing is predicted from less."""
+"""Nothing is predicted from less, or from one step."""
 
 NEVER_S, NEVER_PART = 40.0, 1 / 10
 """A mirror whose end is not predicted, and which did not come closer all this time, or this part of
@@ -36,8 +38,8 @@ CLOSER = 0.99
 """A mirror has come closer if less than this part is left of what was left at the best moment, by
 more than chance: where guests change some thousand granules at random, their root is chance."""
 
-SPREAD_MIN = 0.05
-"""Least relative error of a prediction."""
+SPREAD_MIN, SPREAD_MAX = 0.05, 0.95
+"""Least and largest relative error of the copier's rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Outlook:
         self._looked_s = math.nan
         self._count_due_s = -math.inf
         self._sent: deque[tuple[float, int]] = deque()
+        """When data had been sent, and how much: from piece to piece, so that a copy in large
+        pieces at long intervals is as steady as one in small pieces."""
         self._again = 0
         self.rate: float | None = None
         """Bytes a second that the copier sends when nothing holds it back; the last that is known.
@@ -101,8 +105,7 @@ class Outlook:
         if now_s >= self._count_due_s:
             self._count(now_s, written_bytes)
             self._count_due_s = now_s + self._count_s
-            work_s = now_s - hot.rested_s(now_s) if hot is not None else now_s
-            self._measure(work_s, sent_bytes)
+        self._measure(now_s - (hot.rested_s(now_s) if hot is not None else 0.0), sent_bytes)
 
     @property
     def _left_s(self) -> float:
@@ -120,12 +123,18 @@ class Outlook:
 
     def _measure(self, work_s: float, sent_bytes: int) -> None:
         """`work_s`: a clock without the copier's rests."""
-        if not self._sent or work_s > self._sent[-1][0]:
-            self._sent.append((work_s, sent_bytes))
-        while work_s - self._sent[0][0] > RATE_S:
-            self._sent.popleft()
-        if (span_s := work_s - self._sent[0][0]) >= COUNT_S:
-            self.rate = (sent_bytes - self._sent[0][1]) / span_s
+        sent = self._sent
+        if not sent or (sent_bytes != sent[-1][1] and work_s > sent[-1][0]):
+            sent.append((work_s, sent_bytes))
+        while sent and work_s - sent[0][0] > (RATE_S if len(sent) > STEPS_MIN + 1 else RATE_S_MAX):
+            sent.popleft()
+            if not sent:
+                self.rate = 0.0
+        if len(sent) > 1:
+            longest_s = max(after[0] - before[0] for before, after in pairwise(sent))
+            until_s = work_s if work_s - sent[-1][0] > longest_s else sent[-1][0]
+            if until_s - sent[0][0] >= COUNT_S:
+                self.rate = (sent[-1][1] - sent[0][1]) / (until_s - sent[0][0])
 
     def start_over(self) -> None:
         """The copier does not work now. What guests change meanwhile counts."""
@@ -142,12 +151,10 @@ class Outlook:
         return None if found is None else found.after(now_s - self._predicted_s)
 
     def _predict(self, now_s: float) -> Prediction | None:
-        if not self._sent or self._sent[-1][0] - self._sent[0][0] < RATE_S_MIN:
+        rate, sent = self.rate, self._sent
+        if not rate or len(sent) < 3 or sent[-1][0] - sent[0][0] < RATE_S_MIN:
             return None
-        rate = self.rate
-        if not rate:
-            return None
-        spread, guests = max(SPREAD_MIN, self._spread(rate)), self._guests
+        spread, guests = min(max(SPREAD_MIN, self._spread(rate)), SPREAD_MAX), self._guests
         places = guests.places(now_s)
         likely = self._follow(places, rate, guests.likely)
         least = self._follow(places, rate * (1 + spread), guests.least)
@@ -169,9 +176,8 @@ class Outlook:
 
     def _spread(self, rate: float) -> float:
         """The standard error of the rate, relative."""
-        steps = [
-            (after[1] - before[1]) / (after[0] - before[0])
-            for before, after in zip(self._sent, list(self._sent)[1:], strict=False)
-        ]
-        variance = sum((step - rate) ** 2 for step in steps) / len(steps)
-        return math.sqrt(variance / len(steps)) / rate
+        total = 0.0
+        for (then_s, before), (at_s, after) in pairwise(self._sent):
+            total += (after - before - rate * (at_s - then_s)) ** 2 / (at_s - then_s)
+        span_s = self._sent[-1][0] - self._sent[0][0]
+        return math.sqrt(total / span_s / (len(self._sent) - 1)) / rate

@@ -15,7 +15,7 @@ from support.waiting import wait_until
 
 from nbdmirror.cli.common import DONE, FAILED, USAGE
 
-SLOW = ("--speed", "32K")
+SLOW = ("--speed", "32K", "--granularity", "4K")
 """A copy of two minutes."""
 
 

@@ -3,11 +3,13 @@ several kinds, and a copier that goes over the disk again and again."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
 from unit.mirror.guestparts import (
     GRANULARITY,
+    STEP_S,
     Guest,
     Scene,
     World,
@@ -18,7 +20,7 @@ from unit.mirror.guestparts import (
     zipf,
 )
 
-from nbdmirror.mirror.outlook import NEVER_S, Prediction
+from nbdmirror.mirror.outlook import NEVER_S, RATE_S_MAX, Prediction
 
 SCENES = [Scene(8.0), Scene(40.0)]
 ERROR = 0.2
@@ -135,6 +137,44 @@ def test_guests_that_read_write_nothing_ahead_of_the_copier(scene: Scene) -> Non
     world = World(steady(0.0), scene)
     world.run(1.0)
     assert all(found.end_s is not None and found.end_s_max is not None for _, found in world.said)
+
+
+def in_pieces(every_s: float) -> Callable[[float], float]:
+    """As much as ever, in pieces: this is what a small speed limit makes of a copy."""
+    steps = round(every_s / STEP_S)
+    return lambda at_s: float(steps) if round(at_s / STEP_S) % steps == 0 else 0.0
+
+
+@pytest.mark.parametrize("every_s", [0.1, 0.5, 1.0, 2.0, 4.0])
+def test_a_copy_in_pieces_at_long_intervals_is_a_steady_one(every_s: float) -> None:
+    """One piece more or less within the time that is looked at is no other rate."""
+    world = World(steady(0.0), Scene(160.0), in_pieces(every_s))
+    end_s = world.run(2.0)
+    assert end_s is not None and world.said[0][0] <= 8.0 + 6 * every_s
+    for at_s, found in world.said:
+        assert found.end_s_min is not None and found.end_s_max is not None
+        left_s = end_s - at_s
+        assert 0.7 * left_s - every_s <= found.end_s_min <= left_s + every_s, at_s
+        assert 0.9 * left_s - every_s <= found.end_s_max <= 1.5 * left_s + every_s, at_s
+
+
+def test_a_copy_that_is_fast_at_times_has_a_range() -> None:
+    """Some pieces at once, and then none for seconds."""
+    world = World(steady(0.0), Scene(160.0), lambda at_s: 20.0 if at_s % 8.0 < 0.4 else 0.0)
+    end_s = world.run(2.0)
+    assert end_s is not None and len(world.said) > 20
+    for at_s, found in world.said:
+        least, most = found.end_s_min or 0.0, found.end_s_max or math.inf
+        assert 0.0 <= least <= end_s - at_s + 8.0 and most >= end_s - at_s - 8.0, at_s
+
+
+def test_a_copy_that_stops_is_predicted_later_and_later_and_then_not_at_all() -> None:
+    world = World(steady(0.0), Scene(160.0), lambda at_s: 1.0 if at_s < 80.0 else 0.0)
+    assert world.run(2.0) is None
+    while_it_stands = [(at_s, found.end_s) for at_s, found in world.said if at_s >= 80.0]
+    ends = [end_s for _, end_s in while_it_stands if end_s is not None]
+    assert len(ends) > 1 and ends == sorted(ends) and ends[-1] > 2 * ends[0]
+    assert while_it_stands[-1][0] < 80.0 + RATE_S_MAX
 
 
 # Mirrors that end, and mirrors that do not.
