@@ -241,22 +241,22 @@ class FileDevice(BlockDevice):
         except OSError:
             return False  # not in memory, or the kernel cannot say
 
-    def check_whole(self) -> None:
+    def check_whole(self) -> os.stat_result:
         """Raise DeviceError if the file is shorter than before. A later write may have left a hole
-        behind the cut, which reads as zeroes. May wait for storage."""
-        size = self.size if self._is_block else os.fstat(self._fd).st_size
-        if size < self.size:
-            raise self._truncated(size)
+        behind the cut, which reads as zeroes. May wait for storage. Returns what fstat(2) says."""
+        opened = os.fstat(self._fd)
+        if not self._is_block and opened.st_size < self.size:
+            raise self._truncated(opened.st_size)
         if self._now_flags is not None:
             with suppress(OSError):  # for `is_whole_now`
                 os.pread(self._fd, 1, self.size - 1)
+        return opened
 
     def change(self) -> str:
         """What happened to the file behind the open descriptor, in one line; "" if nothing did.
         Only for a thread that may wait for storage."""
         try:
-            self.check_whole()
-            opened = os.fstat(self._fd)
+            opened = self.check_whole()
             there = os.stat(self.description)
         except FileNotFoundError:
             what = "was moved or deleted" if opened.st_nlink else "was deleted"

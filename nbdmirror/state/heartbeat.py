@@ -32,12 +32,12 @@ class Heartbeat:
         """`memory`: ALIVE_BYTES of shared memory, beside that of `journal`. `clock`: wall-clock
         seconds."""
         self._memory = memory
-        self._clock = clock
+        self.clock = clock
         self._journal = journal
 
-    def note_alive(self) -> None:
-        """Note that the server is alive now."""
-        write_alive(self._memory, self._clock())
+    def note_alive(self, time_s: float) -> None:
+        """Note that the server is alive at `time_s`, of `clock`."""
+        write_alive(self._memory, time_s)
 
     @property
     def is_changed(self) -> bool:
@@ -48,7 +48,7 @@ class Heartbeat:
         """Note the time of change of the disk's file. From one thread at a time; may wait for the
         file system."""
         self._journal.forget_done()
-        before_s = self._clock()
+        before_s = self.clock()
         write_seen(self._memory, before_s, mtime_ns(source))
 
 
@@ -92,12 +92,14 @@ class Heartbeats:
         self._loop.call_later(BEAT_S, self._beat)
         is_everyones, self._beats = self._beats % IDLE_BEATS == 0, self._beats + 1
         due: dict[int, list[Callable[[], None]]] = {}
-        for disk in self._disks:
+        now_s: float | None = None
+        for disk in self._disks:  # often, and for a hundred disks: nothing is done twice
             if (heartbeat := disk.heartbeat) is None:
                 continue
-            heartbeat.note_alive()
-            identity = disk.identity
-            if identity.inode and (is_everyones or heartbeat.is_changed):
+            if now_s is None:
+                now_s = heartbeat.clock()
+            heartbeat.note_alive(now_s)
+            if (is_everyones or heartbeat.is_changed) and (identity := disk.identity).inode:
                 check = partial(heartbeat.check, identity.source)
                 due.setdefault(identity.device, []).append(check)
         for device, checks in due.items():

@@ -51,7 +51,7 @@ class ProcessMemory:
             time = memoryview(folder.map(NEWEST_POINT_TIME, NUMBER_BYTES))
             self._newest_point_ns = time.cast("Q")
             self.heartbeat = Heartbeat(alive, writer.clock, self.journal)
-            self.heartbeat.note_alive()
+            self.heartbeat.note_alive(writer.clock())
         except OSError as error:
             self._give_up(error)
 
