@@ -199,6 +199,9 @@ def disk_troubles(disk: dict[str, Any]) -> list[str]:
         found.append(f"target only: the disk is served from {disk['target-only']}")
     if disk.get("problem"):
         found.append(str(disk["problem"]))
+    if disk.get("state-problem"):
+        told = f"its saved state was not used at the start: {disk['state-problem']}"
+        found.append(f"{told}; all of its bitmaps count as dirty")
     if disk.get("point-gone"):
         found.append(f"all reads fail: {disk['point-gone']}")
     return found

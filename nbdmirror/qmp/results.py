@@ -288,6 +288,7 @@ _DISK_STATUS = struct(
     lasting=BOOL,
     target_only=optional(STR),
     problem=optional(STR),
+    state_problem=optional(STR),
     point_gone=optional(STR),
     bitmaps=Array(_DIRTY_INFO),
     requests=Array(_REQUEST_TIMES),

@@ -90,6 +90,8 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
     problems = changed, of_format, server.waiting.problem(disk)
     if any(problems):
         info["problem"] = "; ".join(filter(None, problems))
+    if doubt := server.doubts.get(disk.name):
+        info["state-problem"] = doubt
     if isinstance(disk.source, Passing) and disk.source.gone:
         info["point-gone"] = disk.source.gone
     info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]

@@ -83,6 +83,9 @@ class Server:
         self._heartbeats = Heartbeats(loop)
         self.chronicle = Chronicle(loop, events, time.time, self._keep_result)
         self.sides = OldSides(self._disk_stores, self.writers, self._have_bitmaps)
+        self.doubts: dict[str, str] = {}
+        """Why the saved state of a disk was not believed at the start, by the disk's name; "" if it
+        was."""
         self.in_use: Callable[[], Set[str]] = frozenset
         """Returns the names of the disks that clients have open."""
         self.mirrors = MirrorJobs(
@@ -101,6 +104,7 @@ class Server:
             disk.journal = store.journal
             self._recall_result(name, store)
             if store.found is not None:
+                self.doubts[name] = store.found.problem
                 self.loop.run(partial(self._take_up, disk, store.found)).result()
             store.begun()
             self.loop.call_soon(store.start)

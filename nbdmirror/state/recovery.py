@@ -265,6 +265,8 @@ def recover(
     found = RecoveredState(replace(definition, identity=identity))  # the path may have changed
     if before.size != identity.size:
         found.problem = f"the disk had {before.size} bytes, and has {identity.size} now"
+        if identity.size < before.size:
+            found.problem += ", so its end is missing"
     elif before.is_one_file(identity) is False:  # only the name is the same
         found.problem = "another file is there now"
     else:

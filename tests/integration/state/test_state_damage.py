@@ -15,6 +15,7 @@ from support.clients import connected
 from support.fixtures import Identical
 from support.images import MiB, assert_identical, make_image
 from support.kept import Kept, power_cut, refusal
+from support.processes import nbdmirror
 from support.servers import QemuNbd
 
 
@@ -47,6 +48,7 @@ def test_bitmaps_that_cannot_be_read_are_all_dirty(
     server.allowed.append(TOLD)
     server.restart()
     assert "everything counts as dirty" in server.stderr
+    assert "vda.bitmaps: " in told(server)
     assert finish(server) == SIZE
     identical(disk, target.image)
 
@@ -124,6 +126,7 @@ def test_a_disk_that_somebody_else_has_written_to(
     server.allowed.append(TOLD)
     server.restart()
     assert "was written to after" in server.stderr
+    assert "was written to after" in told(server)
     assert finish(server) == SIZE
     identical(disk, target.image)
 
@@ -149,18 +152,38 @@ def test_a_disk_that_was_replaced(
     identical(disk, target.image)
 
 
-def test_a_disk_of_another_size(server: Kept, target: QemuNbd, disk: Path) -> None:
-    """Its mirror cannot go on, and its bitmaps know nothing."""
+def told(server: Kept) -> str:
+    """What the status of the only disk has of its saved state; the command line has that too."""
+    (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
+    found = str(disk.get("state-problem", ""))
+    shown = nbdmirror("status", "--qmp", server.qmp_path).stdout
+    assert (f"not used at the start: {found}; all of its bitmaps" in shown) == bool(found), shown
+    return found
+
+
+@pytest.mark.parametrize("change", [MiB, -MiB], ids=["larger", "smaller"])
+@pytest.mark.parametrize("has_mirror", [True, False], ids=["mirror", "bitmap alone"])
+def test_a_disk_of_another_size(
+    server: Kept, target: QemuNbd, disk: Path, change: int, has_mirror: bool
+) -> None:
+    """Its mirror cannot go on, and its bitmaps know nothing. The status says so."""
     add(server.qmp)
-    begin(server, target).wait_ready()
+    if has_mirror:
+        begin(server, target).wait_ready()
     server.stop()
-    os.truncate(disk, SIZE + MiB)
+    size = SIZE + change
+    os.truncate(disk, size)
     server.allowed.append(TOLD)
     qmp = server.restart()
-    assert f"the disk had {SIZE} bytes, and has {SIZE + MiB} now" in server.stderr
-    assert f"the target has {SIZE} bytes, the disk {SIZE + MiB}" in server.stderr
+    text = f"the disk had {SIZE} bytes, and has {size} now"
+    assert text in server.stderr
+    assert told(server) == (text if change > 0 else f"{text}, so its end is missing")
+    assert (f"the target has {SIZE} bytes, the disk {size}" in server.stderr) == has_mirror
     assert qmp.execute("query-block-jobs") == []
-    assert bitmaps(server)["b"]["count"] == SIZE + MiB
+    assert bitmaps(server)["b"]["count"] == size
+    server.stop()
+    server.restart()
+    assert told(server) == "", "this start has found what the last one left"
 
 
 def test_another_disk_of_the_same_name_is_refused(
