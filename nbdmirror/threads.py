@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from nbdmirror.process_limits import no_thread
+
 log = logging.getLogger(__name__)
 
 AGAIN_S = 0.5
 """Pause between attempts."""
 
-NO_THREAD = "no thread can be started: its user's limit, or its unit's, is reached (TasksMax)"
+NO_THREAD = no_thread()
 
 
 class Later(Protocol):

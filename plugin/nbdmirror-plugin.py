@@ -42,7 +42,11 @@ import nbdkit
 
 gc.disable()  # until the server starts: what imports make is no garbage
 try:
+    from nbdmirror import process_limits
     from nbdmirror import startup_error as startup
+
+    if too_little := process_limits.too_little():  # the other modules could not be loaded
+        raise SystemExit(f"nbdmirror: {too_little}")
     from nbdmirror.disk.disk import Disk
     from nbdmirror.errors import IO_ERRORS, ConfigError, Error, guest_errno
     from nbdmirror.identity import label
@@ -53,7 +57,10 @@ try:
 except SystemExit as refusal:  # one line, not a traceback
     sys.stderr.write(f"{refusal}\n")
     os._exit(1)
-except ImportError as error:
+except (ImportError, MemoryError, OSError) as error:
+    if limit := process_limits.limit_of(error):
+        sys.stderr.write(f"nbdmirror: the server cannot be loaded: {limit}\n")
+        os._exit(1)
     # Compiled modules are for one version of Python; nbdkit's may be another version than that of
     # nbdmirror's installation.
     sys.stderr.write(
@@ -95,8 +102,11 @@ traceback.format_exception = format_briefly  # type: ignore[assignment]
 
 def refuse(error: BaseException, *, say: Callable[[str], None] = print_startup_error) -> NoReturn:
     """The server does not start: one line on stderr, and exit status 1, as nbdkit does."""
-    say(str(error))
-    startup.tell(str(error))
+    text = process_limits.limit_of(error) or str(error) or type(error).__name__
+    if error.__cause__ is not None and (limit := process_limits.limit_of(error.__cause__)):
+        text = f"{text}: {limit}"
+    say(text)
+    startup.tell(text)
     process.abandon()
     os._exit(1)
 
@@ -139,7 +149,7 @@ def thread_model() -> int:
 def get_ready() -> None:
     try:
         process.open()
-    except ConfigError as error:
+    except (ConfigError, OSError, RuntimeError, MemoryError) as error:
         refuse(error)
 
 
@@ -147,7 +157,7 @@ def after_fork() -> None:
     try:
         process.start(nbdkit.shutdown)  # first: this blocks the signals that threads would get
         start_deleting()
-    except (Error, OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+    except (Error, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no thread
         refuse(error, say=logging.getLogger("nbdmirror").error)
 
 

@@ -34,6 +34,7 @@ from nbdmirror.limits import (
     PORT_MAX,
     THREADS_MAX,
 )
+from nbdmirror.process_limits import limit_of
 
 _EPILOG = """\
 exit status: 0 done; 1 the job failed or was cancelled, or the command was refused; 2 usage;
@@ -295,11 +296,17 @@ def main(argv: list[str] | None = None) -> int:
         status = DONE if is_endless else INTERRUPTED
         if not is_endless:
             say("nbdmirror: interrupted; nothing was undone")
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not (text := limit_of(error)):
+            raise
+        say(f"nbdmirror: {text}")
+        status = FAILED
     except OSError as error:
         if finish(DONE, failed=FAILED) == DONE and not isinstance(error, BrokenPipeError):
             is_homeless = isinstance(error, FileNotFoundError) and error.filename is None
             gone = "the current directory does not exist any more: write absolute paths"
-            say(f"nbdmirror: {gone if is_homeless else output_error(error)}")
+            text = gone if is_homeless else limit_of(error) or output_error(error)
+            say(f"nbdmirror: {text}")
         status = FAILED
     is_answer = args.command in _ANSWERS and getattr(args, "exec", None) is None
     return finish(status, failed=FAILED if is_answer else None)

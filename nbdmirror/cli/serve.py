@@ -35,6 +35,8 @@ from nbdmirror.limits import whole_number
 from nbdmirror.logs import print_startup_error, use_format
 from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
+from nbdmirror.process_limits import environment as limits_environment
+from nbdmirror.process_limits import limit_in, limit_of, too_little
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
@@ -60,6 +62,8 @@ def serve(args: argparse.Namespace) -> int:
     --daemonize it returns when the server serves."""
     use_format(args.log_format)
     argv, env = serve_command(args)
+    if text := too_little():
+        raise CliError(text)
     try:
         if _check_nbdkit(env) < ORDERLY_NBDKIT and len(args.disks) > 1 and args.threads is None:
             args.threads = 1
@@ -67,7 +71,8 @@ def serve(args: argparse.Namespace) -> int:
         _check_tls(args)
         _check_places(args)
     except ConfigError as error:
-        raise CliError(str(error)) from error
+        limit = limit_of(error.__cause__) if error.__cause__ is not None else ""
+        raise CliError(f"{error}: {limit}" if limit else str(error)) from error
     sys.stdout.flush()
     if args.daemonize:
         from nbdmirror.cli import daemon as cli_daemon
@@ -132,7 +137,7 @@ def serve_command(
     ours = {"PATH": path, "PYTHONPATH": _python_path(environ)}
     # In a script with LC_ALL=C that interpreter could not open a file called disk-ü.img: unlike
     # python3, it takes the locale's encoding for that of names. nbdkit hands it UTF-8.
-    return argv + parameters, {**environ, **ours, "LC_ALL": "C.UTF-8"}
+    return argv + parameters, {**limits_environment(), **environ, **ours, "LC_ALL": "C.UTF-8"}
 
 
 def _read_only_parameters(args: argparse.Namespace) -> list[str]:
@@ -290,6 +295,8 @@ def _check_nbdkit(env: Mapping[str, str]) -> tuple[int, ...]:
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"nbdkit python --dump-plugin did not end: {error}") from error
     if dump.returncode:
+        if text := limit_in(dump.stderr):
+            raise ConfigError(f"nbdkit cannot be started: {text}")
         raise ConfigError(
             "nbdkit's Python plugin is missing or broken (package nbdkit-plugin-python, on Fedora"
             " nbdkit-python-plugin); see: nbdkit python --dump-plugin"

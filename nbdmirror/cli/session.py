@@ -260,6 +260,10 @@ async def connect(
             text = f"{what} at {path}: sends no QMP greeting: the socket belongs to another program"
             text += ", or too many clients are connected: end some, or try again later"
             raise CliError(text, NO_SERVER) from error
+        if isinstance(reason, ConnectionResetError | BrokenPipeError | EOFError):
+            text = f"the {what} at {path} closed the connection without an answer: it has ended,"
+            text += " or lacks open files, threads or memory; its log says why"
+            raise CliError(text, NO_SERVER) from error
         text = _why_nobody_answers(path, reason)
         if not text:
             text = f"{what} at {path}: {os.strerror(errno.EACCES)}: {FOREIGN_ADVICE}"

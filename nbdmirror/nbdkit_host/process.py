@@ -41,6 +41,7 @@ from nbdmirror.nbdkit_host.latecomers import RETRY_S, Opening, handshake_s
 from nbdmirror.nbdkit_host.parameters import absolute_of, boolean_of, number_of, record_id_of
 from nbdmirror.nbdkit_host.point_disk import Wanted, begin
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
+from nbdmirror.process_limits import check_threads
 from nbdmirror.qmp.commands import dispatch, version_info
 from nbdmirror.qmp.server import QmpServer
 from nbdmirror.server.exports import Exports
@@ -166,6 +167,7 @@ class PluginProcess:
         self._inherited = frozenset(unix_listeners())
         opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
+            self.descriptors.check_start()
             source = self._open_disk(path, opening)
             if self._wanted is not None:
                 source = self._wanted.on(source, opening)
@@ -182,6 +184,7 @@ class PluginProcess:
             self._made[self._qmp_path] = os.lstat(self._qmp_path)
         if self._state_path:
             self._open_state()
+        self.descriptors.check_start()
 
     def _open_state(self) -> None:
         """Open the state directory; last, since this may create it."""
@@ -225,6 +228,7 @@ class PluginProcess:
             leave_terminal()
         self.log = logs.Log(in_background=in_background)
         self._note_what_nbdkit_made()
+        check_threads()
         for disk in self.disks.values():
             begin(disk)
         self._log_what_is_served()

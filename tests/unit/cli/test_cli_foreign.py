@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
+import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +58,33 @@ def test_a_command_to_a_qemu_is_refused(qemu: FakeQemu, run: Main, command: str)
     text = f"{qemu.path} is the control socket of QEMU 7.2.0, not of nbdmirror"
     assert text in one_line(err)
     assert qemu.calls == []
+
+
+def closing(listener: socket.socket, *, resets: bool) -> None:
+    """Close a connection before anything was said; `resets`: before it was accepted."""
+    assert select.select([listener], [], [], 20)[0]
+    if not resets:
+        listener.accept()[0].close()
+    listener.close()
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["closed", "reset"])
+def test_a_server_that_closes_the_connection_is_not_missing(
+    tmp_path: Path, run: Main, resets: bool
+) -> None:
+    """It ends at this moment, or has no descriptor left. That is not a server that nobody has
+    started."""
+    path = str(tmp_path / "control")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=closing, args=(listener,), kwargs={"resets": resets})
+        thread.start()
+        status, out, err = run("status", "--qmp", path)
+        thread.join()
+    assert (status, out) == (common.NO_SERVER, "")
+    assert f"the server at {path} closed the connection" in one_line(err)
+    assert "start one" not in err
 
 
 def test_a_list_names_a_qemu(qemu: FakeQemu, run: Main, monkeypatch: pytest.MonkeyPatch) -> None:
