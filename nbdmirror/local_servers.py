@@ -31,10 +31,22 @@ class Storage:
     """It is open for reading too, as an image is; a log is not."""
 
 
+def has_proc() -> bool:
+    """Whether /proc is mounted: in a chroot or an initrd it may not be. Without it no process is
+    seen."""
+    return os.path.isdir("/proc/self")
+
+
+def _processes() -> list[str]:
+    with suppress(OSError):
+        return list(filter(str.isdigit, os.listdir("/proc")))
+    return []
+
+
 def holders(listeners: Collection[int]) -> frozenset[int]:
     """The processes of this host that have a socket with one of these inodes."""
     links, found = {f"socket:[{listener}]" for listener in listeners}, set()
-    for process in filter(str.isdigit, os.listdir("/proc")) if links else ():
+    for process in _processes() if links else ():
         with suppress(OSError):  # ended, or not permitted
             for fd in os.listdir(f"/proc/{process}/fd"):
                 with suppress(OSError):
@@ -47,7 +59,7 @@ def holders(listeners: Collection[int]) -> frozenset[int]:
 def other_networks() -> list[str]:
     """A process in each network namespace of this host, except in the one of this process."""
     found: dict[str, str] = {}
-    for process in ["self", *filter(str.isdigit, os.listdir("/proc"))]:
+    for process in ["self", *_processes()]:
         with suppress(OSError):  # ended, or not permitted
             found.setdefault(os.readlink(f"/proc/{process}/ns/net"), process)
     return [process for process in found.values() if process != "self"]

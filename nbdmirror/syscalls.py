@@ -63,6 +63,19 @@ def change(fd: int, what: int, offset: int, length: int) -> int:
     return 0
 
 
+def reopen(fd: int, path: str, flags: int) -> int:
+    """Another descriptor of the same file, with other flags, which dup(2) would share. `path`: the
+    file's, for a system without /proc."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags)
+    except FileNotFoundError:
+        again = os.open(path, flags)
+    if not os.path.samestat(os.fstat(fd), os.fstat(again)):
+        os.close(again)
+        raise OSError(errno.ESTALE, "was replaced meanwhile")
+    return again
+
+
 def node_of(number: int) -> str:
     """The kernel's node of the block device `number`, which is the same for all its names; "" if
     there is none."""

@@ -141,6 +141,10 @@ def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a live server with a full backlog gives EAGAIN
         answer = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
+        if answer == errno.ENOENT and not os.path.isdir("/proc/self"):
+            answer = probe.connect_ex(path)
+            if not os.path.samestat(os.lstat(path), file):
+                raise ConfigError(f"{parameter}: {path}: was replaced meanwhile; try again")
     if answer == errno.ECONNREFUSED:
         if not _may_remove(file, os.fstat(directory)):
             raise ConfigError(

@@ -19,6 +19,7 @@ from qemu.qmp import QMPError
 from nbdmirror.cli import status as cli_status
 from nbdmirror.cli.common import DONE, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 from nbdmirror.cli.session import Session, connect, run_interruptible
+from nbdmirror.local_servers import has_proc
 
 PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.qmp")
 """The sockets of root's server, of the systemd units, and of users' servers."""
@@ -57,6 +58,8 @@ async def _run(args: argparse.Namespace) -> int:
     answers = await _ask_all(find())
     servers = [answer.record for answer in answers]
     nobody = "no server was found on this host"
+    if not has_proc():
+        nobody += " at the default control sockets; without /proc the others are not known"
     if args.json:
         print(json.dumps(servers, indent=2))
     elif servers or args.command == "list":
@@ -102,7 +105,7 @@ def one_each(sockets: Iterable[str]) -> list[str]:
 def _processes() -> list[Found]:
     """The processes of all users that run the plugin."""
     found = []
-    for entry in sorted(filter(str.isdecimal, os.listdir("/proc")), key=int):
+    for entry in sorted(filter(str.isdecimal, os.listdir("/proc")), key=int) if has_proc() else ():
         try:
             with open(f"/proc/{entry}/cmdline", "rb") as file:
                 words = [os.fsdecode(word) for word in file.read().split(b"\0")]

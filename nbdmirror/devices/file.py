@@ -92,7 +92,7 @@ class FileDevice(BlockDevice):
                 return device
             tail = None
             if device.size % alignment:  # the same inode; dup() would share O_DIRECT
-                tail_fd = os.open(f"/proc/self/fd/{fd}", flags)
+                tail_fd = linux.reopen(fd, path, flags)
                 tail = cls(tail_fd, path, read_only=read_only)
             return AlignedDevice(device, bounce=True, tail=tail)
         except ConfigError:

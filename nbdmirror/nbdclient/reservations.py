@@ -5,13 +5,15 @@ Two mirrors to one export make a target of two halves, and a mirror to another s
 overwrites that disk; each of them looks well. So a process binds an abstract Unix socket for each
 place that it writes to, whose name says which place that is. The kernel removes the name with the
 process. A name counts only if this process may see who has it: so no other user can keep a place
-from root. Processes in other network namespaces have other names, and are not noticed.
+from root. Without /proc nobody is seen, and each name counts. Processes in other network namespaces
+have other names, and are not noticed.
 
 For any thread. A reservation does not touch what is reserved.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -87,8 +89,11 @@ def _reserve(owner: int, name: str, what: str) -> None:
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             bound.bind(f"\0{name}")
-        except OSError:  # mostly because it is in use
+        except OSError as error:  # mostly because it is in use
             bound.close()
+            if error.errno == errno.EADDRINUSE and not local_servers.has_proc():
+                who = "another process, which is not seen without /proc"
+                raise ConfigError(f"{what} is in use by {who}: mount /proc, or end it") from None
             if process := next(iter(_holders(name)), 0):
                 who = f"process {process}, another nbdmirror"
                 raise ConfigError(f"{what} is in use by {who} (see: nbdmirror list)") from None

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import socket
 import struct
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+
+from nbdmirror.nbdkit_host.descriptors import FILES_MAX
 
 HANG_UP_PAUSE_S = 0.05
 """Pause between checks for new connections, until the process has ended."""
@@ -112,11 +115,35 @@ def _address(sock: socket.socket) -> object:
 def own_sockets() -> Iterator[socket.socket]:
     """Duplicates of this process's sockets; the caller closes them. Does not use fstat(2) on the
     descriptors, since a disk's file system may hang."""
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # closed meanwhile
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                sock = socket.socket(fileno=os.dup(int(name)))
-                if sock.family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
-                    yield sock
-                else:
-                    sock.close()
+    is_listed, numbers = _descriptors()
+    for number in numbers:
+        with suppress(OSError):  # closed meanwhile, or no socket
+            if is_listed and not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                continue
+            sock = _duplicate(number)
+            if sock.family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
+                yield sock
+            else:
+                sock.close()
+
+
+def _descriptors() -> tuple[bool, Iterable[int]]:
+    """The open descriptors of this process, and whether they are known: without /proc these are all
+    that there may be."""
+    try:
+        return True, [int(name) for name in os.listdir("/proc/self/fd")]
+    except FileNotFoundError:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return False, range(min(limit, FILES_MAX))
+    except OSError:  # no descriptor is left
+        return True, ()
+
+
+def _duplicate(number: int) -> socket.socket:
+    """Raises OSError if the descriptor is closed, or no socket."""
+    fd = os.dup(number)
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise

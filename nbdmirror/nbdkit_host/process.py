@@ -32,7 +32,7 @@ from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT
-from nbdmirror.nbdclient.pair import reserve_disk, share_storage
+from nbdmirror.nbdclient.pair import share_storage
 from nbdmirror.nbdkit_host import placement, systemd
 from nbdmirror.nbdkit_host.descriptors import Descriptors
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
@@ -41,6 +41,7 @@ from nbdmirror.nbdkit_host.latecomers import RETRY_S, Opening, handshake_s
 from nbdmirror.nbdkit_host.parameters import absolute_of, boolean_of, number_of, record_id_of
 from nbdmirror.nbdkit_host.point_disk import Wanted, begin
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
+from nbdmirror.nbdkit_host.this_host import reserve, warn_without_proc
 from nbdmirror.process_limits import check_threads
 from nbdmirror.qmp.commands import dispatch, version_info
 from nbdmirror.qmp.server import QmpServer
@@ -164,6 +165,7 @@ class PluginProcess:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
         behind."""
         self.descriptors.raise_limit()
+        warn_without_proc()
         self._inherited = frozenset(unix_listeners())
         opening = Opening(self._open_timeout_s)
         for name, path in self._paths.items():
@@ -174,7 +176,7 @@ class PluginProcess:
             with one_look():
                 self._check_other_disks(path, source)
             if not self._is_read_only and self._wanted is None:  # a point may be tried
-                _reserve(raw_device(source), path)
+                reserve(raw_device(source), path)
             if not source.size:
                 logs.print_startup_error(f"warning: {path}: has 0 bytes; guests get an empty disk")
             disk = self.disks[name] = Disk(name, source)
@@ -383,17 +385,6 @@ class PluginProcess:
                     log.warning(text, error, left_s)
                     is_told = True
                 time.sleep(min(RETRY_S, left_s))
-
-
-def _reserve(device: BlockDevice, path: str) -> None:
-    """A file is refused if another nbdmirror uses the same. An export may have two servers while a
-    guest moves from one to the other."""
-    try:
-        reserve_disk(device, f"file={path}:")
-    except ConfigError as error:
-        if not isinstance(device, NbdDevice):
-            raise
-        logs.print_startup_error(f"warning: {error}: guests of one server alone may write")
 
 
 def _call_later(delay_s: float, call: Callable[[], None]) -> None:

@@ -86,7 +86,8 @@ class DiskIdentity:
 
     def is_one_file(self, other: DiskIdentity) -> bool | None:
         """Whether both are the same file or block device, under any path; None if unknown."""
-        if self.number and self.number == other.number and self.boot == other.boot:
+        is_one_boot = bool(self.boot) and self.boot == other.boot
+        if self.number and self.number == other.number and is_one_boot:
             return True
         if not self.inode or not other.inode:
             return None
@@ -113,7 +114,7 @@ class DiskIdentity:
         files = [layer for layer in layers if layer.path and self.inode == layer.thing[2]]
         if any(self.is_one_file(DiskIdentity.of(layer.path, 0)) for layer in files):
             return True
-        if not self.number or self.boot != boot_id():
+        if not self.number or not self.boot or self.boot != boot_id():
             return False
         return bool(share_storage(layers_of_device(self.number), layers))
 

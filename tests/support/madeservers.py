@@ -150,7 +150,9 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
-_KEYS = sorted({*status(), *disk(), *JOB, "last-job", "problem", "state-error", "last-error"})
+_KEYS = sorted(
+    {*status(), *disk(), *JOB, "last-job", "problem", "state-problem", "state-error", "last-error"}
+)
 _TIMES = ("kind", "seconds", "buckets", "own-seconds", "own-buckets")
 _STRANGE = st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4)
 _STRANGE_TIMES = st.dictionaries(st.sampled_from(_TIMES), _JSON)

@@ -57,6 +57,14 @@ def test_a_file_is_the_same_at_the_next_boot_whatever_its_device_is_called(disk:
     assert before.is_one_file(moved) and before.is_same(moved)
 
 
+def test_a_number_of_a_device_says_nothing_if_no_boot_is_known(disk: Path) -> None:
+    """Without /proc: the number may be from before a start of the host."""
+    before = DiskIdentity("/dev/one", 0, number=7)
+    assert before.is_one_file(replace(before, source="/dev/other")) is None
+    one_boot = replace(before, boot="a")
+    assert one_boot.is_one_file(replace(one_boot, source="/dev/other")) is True
+
+
 def test_the_number_of_a_device_is_another_ones_at_the_next_boot(disk: Path) -> None:
     before = identity(disk)
     other = replace(before, source="/other.img", boot="another", filesystem="ffff")
