@@ -144,7 +144,7 @@ def test_without_an_applier_that_was_asked_the_job_does_not_pivot(
         os.kill(applier.pid, signal.SIGSTOP)
         wait_until(lambda: points_of(server).get("applier-silent-s", 0) >= 6, "it is silent")
         refused = server.qmp.refusal("block-job-complete", device="j")
-        assert "`nbdmirror apply` beside its image has said nothing for" in refused
+        assert "Job 'j': `nbdmirror apply` beside the image has said nothing for" in refused
         shown = nbdmirror("status", "--qmp", server.qmp_path).stdout
         assert "`nbdmirror apply` beside the image has said nothing for" in shown
         wait_for_points(server, 2)
