@@ -42,8 +42,8 @@ def outage(points: Mapping[str, Any]) -> str:
 
 
 def of_applier(silent_s: float | None) -> str:
-    """That the applier of a job is taken to be gone, and what to do; empty if it is not. `silent_s`:
-    for how long it has said nothing; None: it has nothing to do."""
+    """That the applier of a job is taken to be gone, and what to do; empty if it is not.
+    `silent_s`: for how long it has said nothing; None: it has nothing to do."""
     if silent_s is None or silent_s < APPLIER_SILENT_S:
         return ""
     text = f"`nbdmirror apply` beside the image has said nothing for {duration(silent_s)}"

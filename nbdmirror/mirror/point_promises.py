@@ -1,6 +1,6 @@
 """PointPromises: whether the lag and the history of a mirror with points are as promised, and
-whether its journal and its applier do their part. Each change is an event, and a line of the log. On the event loop's
-thread."""
+whether its journal and its applier do their part. Each change is an event, and a line of the log.
+On the event loop's thread."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""An applier that dies while a job ends: the job waits for another one, and whoever waits for the job
-is told, by event, log and command."""
+"""An applier that dies while a job ends: the job waits for another one, and whoever waits for the
+job is told, by event, log and command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from integration.mirror.points.pointsparts import FarSide
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB
-from support.processes import freeze
+from support.processes import freeze, nbdmirror
 from support.servers import Nbdmirror
 from support.waiting import wait_until
 
@@ -44,7 +44,7 @@ def ending(server: Nbdmirror) -> str:
     return str(job["ending"])
 
 
-def lose(applier: Applier, waiting: Command, server: Nbdmirror) -> None:
+def lose(applier: Applier, waiting: Command, server: Nbdmirror, journal: str) -> None:
     """Kill `applier`, which is frozen, while `waiting` waits for the end of the job."""
     wait_until(lambda: ending(server) != "none", "the job ends")
     applier.kill()
@@ -53,6 +53,8 @@ def lose(applier: Applier, waiting: Command, server: Nbdmirror) -> None:
     assert (told["device"], told["id"]) == ("disk0", "j")
     waiting.wait_to_say(f"j: {SILENT}")
     server.wait_to_say(f"WARNING: job j: {SILENT}")
+    shown = nbdmirror("points", journal).stdout
+    assert "`nbdmirror apply` has made the image point" in shown or "makes the image" in shown
     assert HELP in waiting.stderr and HELP in server.stderr
 
 
@@ -80,7 +82,7 @@ def test_it_dies_while_the_job_completes(
         wait_to_follow(applier)
         freeze(applier.pid)
         waiting = start(Command(folder, "complete", "--qmp", server.qmp_path))
-        lose(applier, waiting, server)
+        lose(applier, waiting, server, far.journal_server.uri())
         guest.wait_for_requests(30)
         another = start(applier_of(far, folder))
         return_(another, waiting, server)
@@ -103,7 +105,7 @@ def test_it_dies_while_the_job_is_cancelled_at_its_last_point(
         freeze(applier.pid)
         guest.wait_for_requests(60)
     waiting = start(Command(folder, "cancel", "--qmp", server.qmp_path))
-    lose(applier, waiting, server)
+    lose(applier, waiting, server, far.journal_server.uri())
     another = start(applier_of(far, folder))
     return_(another, waiting, server)
     another.stop()
