@@ -164,6 +164,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.presence = Presence.NONE
+        self.sampled_for = 0
+        """The applier that was given samples of the image."""
         self._said: tuple[int, int] | None = None
         self._since_s = self._looked_s = 0.0
 
