@@ -13,6 +13,9 @@ MUCH = 1 / 2
 APPLIER_SILENT_S = 6.0
 """An applier that has given no sign of life for so long is reported. It gives one each second."""
 
+APPLIER_AGAIN = "the image follows the points again"
+"""An applier that was taken to be gone is not any more, or none is needed."""
+
 Job = dict[str, Any]
 
 
@@ -38,6 +41,15 @@ def outage(points: Mapping[str, Any]) -> str:
     return ""
 
 
+def of_applier(silent_s: float | None) -> str:
+    """That the applier of a job is taken to be gone, and what to do; empty if it is not.
+    `silent_s`: for how long it has said nothing; None: it has nothing to do."""
+    if silent_s is None or silent_s < APPLIER_SILENT_S:
+        return ""
+    text = f"`nbdmirror apply` beside the image has said nothing for {duration(silent_s)}"
+    return f"{text}: run it again there, or give up with: nbdmirror cancel --force"
+
+
 def of_promises(job: Job) -> list[tuple[str, str]]:
     """Remarks, each with its kind: on the lag, the journal, and how far back points reach."""
     found: list[tuple[str, str]] = []
@@ -52,9 +64,8 @@ def of_promises(job: Job) -> list[tuple[str, str]]:
     if "in-place-since-s" in points:
         text = "the far side has no point until the next one is made: what was changed did not fit"
         found.append(("in-place", f"{text} into the journal, and is copied in place"))
-    if (silent_s := points.get("applier-silent-s", 0.0)) >= APPLIER_SILENT_S:
-        text = f"`nbdmirror apply` beside the image has said nothing for {duration(silent_s)}"
-        found.append(("applier", f"{text}: start it again there"))
+    if text := of_applier(points.get("applier-silent-s")):
+        found.append(("applier", text))
     most = points.get("journal-point-bytes") if "sequence" in points else None
     if most is not None and _left_bytes(job) > MUCH * most:
         found.append(("journal", _small_journal(job, points)))

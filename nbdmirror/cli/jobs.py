@@ -16,6 +16,7 @@ from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, NO_SERVER, CliError
 from nbdmirror.cli.progress import Display
 from nbdmirror.cli.session import Job, Session
+from nbdmirror.point_sentences import APPLIER_AGAIN
 
 POLL_S = 0.5
 SERVER_END_S_MAX = 5.0
@@ -213,6 +214,8 @@ class Watch:
             if data.get("action") == "stop":
                 then = "continue with: nbdmirror resume"
             self._display.note(f"{self._job}: {what}; {then}")
+        elif name == "X_NBDMIRROR_APPLIER" and data.get("works"):
+            self._display.note(f"{self._job}: {APPLIER_AGAIN}")
         elif name in cli_status.ENDS and data.get("device") == self._job:
             self.end = dict(event)
 

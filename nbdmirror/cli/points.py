@@ -21,7 +21,8 @@ from nbdmirror.errors import ConfigError, DeviceError, Error
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pair import are_same, check_pair, why_unfit
-from nbdmirror.points.format import BLOCK_BYTES, Point, State
+from nbdmirror.points.appliers_block import ApplierBlock, Phase, read_block
+from nbdmirror.points.format import BLOCK_BYTES, Point, State, Superblock
 from nbdmirror.points.group_recovery import Instant, recover_group
 from nbdmirror.points.reader import Journal, read
 from nbdmirror.points.recovery import Recovered, recover
@@ -45,8 +46,10 @@ def run_command(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     place = _absolute("JOURNAL", args.journal_uri)
     with _opened("JOURNAL", place, read_only=True) as device:
-        journal = run(read(device.description, device.size), {Side.JOURNAL: device})
-    print(json.dumps(_as_json(journal), indent=2) if args.json else _as_text(journal))
+        sides: Devices = {Side.JOURNAL: device}
+        journal = run(read(device.description, device.size), sides)
+        said = run(read_block(journal.superblock, device.size), sides)
+    print(json.dumps(_as_json(journal, said), indent=2) if args.json else _as_text(journal, said))
     for line in journal.damage:
         say(f"nbdmirror: {journal.name}: {line}")
     return FAILED if journal.damage else DONE
@@ -63,7 +66,12 @@ def _sizes(journal: Journal) -> dict[int, int]:
     return {header.point.sequence: header.end - header.place for header in journal.headers}
 
 
-def _as_json(journal: Journal) -> dict[str, Any]:
+def _asked_for(block: Superblock) -> int:
+    """The point that an applier is to make the image; 0: none."""
+    return block.applying if block.applier else 0
+
+
+def _as_json(journal: Journal, said: ApplierBlock | None) -> dict[str, Any]:
     block, sizes = journal.superblock, _sizes(journal)
     return {
         "journal": journal.name,
@@ -82,11 +90,18 @@ def _as_json(journal: Journal) -> dict[str, Any]:
             }
             for point in journal.points
         ],
+        "applier": None if said is None else _applier_as_json(said),
+        "applier-asked-for": _asked_for(block),
         "damage": list(journal.damage),
     }
 
 
-def _as_text(journal: Journal) -> str:
+def _applier_as_json(said: ApplierBlock) -> dict[str, Any]:
+    time = wall_time(said.time_ns)
+    return {"phase": said.phase.name.lower(), "point": said.point, "time": time}
+
+
+def _as_text(journal: Journal, said: ApplierBlock | None) -> str:
     block, points = journal.superblock, journal.points
     used, ring = size_text(_used_bytes(journal)), size_text(block.ring_bytes)
     head = f"{journal.name}: a disk of {size_text(block.disk_bytes)}, {used} of {ring} used"
@@ -100,9 +115,30 @@ def _as_text(journal: Journal) -> str:
         State.SERVED: f"point {block.applying} is served since {since}: the image becomes it",
     }
     lines = [f"{head}; {states.get(block.state, count)}"]
+    if text := _applier_as_text(block, said):
+        lines.append(f"  `nbdmirror apply` {text}")
     if points:
         lines += _table(journal, points)
     return "\n".join(lines)
+
+
+def _applier_as_text(block: Superblock, said: ApplierBlock | None) -> str:
+    """What the last applier does, and what the source waits for; empty if there was none."""
+    asked = _asked_for(block)
+    if said is None:
+        return f"has said nothing, and is asked for point {asked}" if asked else ""
+    time = wall_time(said.time_ns)
+    if said.phase is Phase.ENDED:
+        return f"has ended, at {time}" + (f"; point {asked} waits for it" if asked else "")
+    text = "waits for points"
+    if said.phase in (Phase.WORKING, Phase.DONE):
+        verb = "makes" if said.phase is Phase.WORKING else "has made"
+        text = f"{verb} the image point {said.point}"
+    if asked and said.applier != block.applier:
+        text += f"; point {asked} waits for another one"
+    elif asked and said.point != asked:
+        text += f", and is asked for point {asked}"
+    return f"{text}; its last sign of life was at {time}"
 
 
 def _table(journal: Journal, points: Sequence[Point]) -> Iterator[str]:

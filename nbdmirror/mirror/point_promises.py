@@ -1,6 +1,6 @@
 """PointPromises: whether the lag and the history of a mirror with points are as promised, and
-whether its journal does. Each change is an event, and a line of the log. On the event loop's
-thread."""
+whether its journal and its applier do their part. Each change is an event, and a line of the log.
+On the event loop's thread."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nbdmirror.mirror.far_side import JournalRoom
 from nbdmirror.mirror.lag import BaseLag, round_up
 from nbdmirror.mirror.outage import Outage
 from nbdmirror.mirror.point_run import PointRun
+from nbdmirror.point_sentences import APPLIER_AGAIN, of_applier
 from nbdmirror.subject_log import SubjectLog
 
 
@@ -34,6 +35,7 @@ class PointPromises:
         """No point was applied before its time, since its room was needed."""
         self.outage = outage
         self.is_journal_enough = True
+        self._is_applier_silent = False
         self._is_rpo_kept = True
         self._tell = tell
         self._log = log
@@ -82,3 +84,17 @@ class PointPromises:
         else:
             text = "the next point takes %s of the %s that the journal has room for"
             self._log.warning(text, size(run.left_bytes), size(room.point_bytes))
+
+    def look_at_applier(self, room: JournalRoom | None) -> None:
+        """Call this several times a second."""
+        silent_s = room.applier_silent_s if room is not None else None
+        trouble = of_applier(silent_s)
+        if room is None or bool(trouble) is self._is_applier_silent:
+            return
+        self._is_applier_silent = bool(trouble)
+        data = {"silent-s": round(silent_s or 0.0, 3), "works": not trouble}
+        self._tell("X_NBDMIRROR_APPLIER", data)
+        if trouble:
+            self._log.warning("%s", trouble)
+        else:
+            self._log.info("%s", APPLIER_AGAIN)

@@ -381,5 +381,7 @@ class PointsJob(PointsView):
             if self.run is not None and self.ending is Ending.NONE:
                 self.promises.look_at_window(self.run)
         if self._maker is not None:
-            self.promises.look_at_journal(self.run, self.journal_room)
+            room = self.journal_room
+            self.promises.look_at_journal(self.run, room)
+            self.promises.look_at_applier(room)
         super()._look()

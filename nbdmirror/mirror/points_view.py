@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from nbdmirror.amounts import duration
 from nbdmirror.devices.base import AsyncSource
 from nbdmirror.disk.cells import Cells, DiskMap, map_of
 from nbdmirror.disk.changes import Changes
@@ -27,7 +26,7 @@ from nbdmirror.mirror.point_request import CommittedPoint, PointRequest
 from nbdmirror.mirror.point_run import PointRun
 from nbdmirror.mirror.traffic import PointTraffic, Traffic
 from nbdmirror.mirror.watched import WatchedSource
-from nbdmirror.point_sentences import APPLIER_SILENT_S
+from nbdmirror.point_sentences import of_applier
 
 REQUEST_S_MAX = 30.0
 """A point that was asked for, and could not be begun for so long, is not made: a guest whose file
@@ -189,10 +188,8 @@ class PointsView(MirrorJob):
         """For a user's `complete`: raise CommandError if it would wait for an applier that is
         gone."""
         room = self.journal_room
-        silent_s = room.applier_silent_s if room is not None else None
-        if silent_s is not None and silent_s >= APPLIER_SILENT_S:
-            text = f"has said nothing for {duration(silent_s)}: start it again there"
-            raise CommandError(f"Job '{self.id}': `nbdmirror apply` beside its image {text}")
+        if room is not None and (text := of_applier(room.applier_silent_s)):
+            raise CommandError(f"Job '{self.id}': {text}")
 
     # What the far side has.
 

@@ -16,6 +16,8 @@ from nbdmirror.points.format import (
     BLOCK_BYTES,
     DIGEST_BYTES,
     RING_START,
+    SAMPLES_MAX,
+    SERIAL_MAX,
     VERSION,
     JournalError,
     Sample,
@@ -96,7 +98,8 @@ def unpack(data: bytes, disk_id: bytes) -> ApplierBlock | None:
     fields = _BLOCK.unpack_from(data)
     magic, version, serial, its_disk, applier, point, time_ns, phase, count, digest = fields
     is_known = (magic, version, its_disk) == (b"NBMA", VERSION, disk_id)
-    if not is_known or phase not in _KNOWN_PHASES:
+    is_possible = phase in _KNOWN_PHASES and count <= SAMPLES_MAX and serial <= SERIAL_MAX
+    if not is_known or not is_possible:
         return None
     return ApplierBlock(
         disk_id=its_disk,
@@ -161,6 +164,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.presence = Presence.NONE
+        self.sampled_for = 0
+        """The applier that was given samples of the image."""
         self._said: tuple[int, int] | None = None
         self._since_s = self._looked_s = 0.0
 

@@ -10,18 +10,26 @@ or that it has ended. From one that says nothing any more it never takes the ima
 that one may be on its way. Then another applier must be started; that one may also be ended at
 once.
 
-An applier is asked as soon as the source sees one that lives.
+An applier is asked as soon as the source sees one that lives. Before one gets its first grant, the
+superblock gets samples of the image from all over the disk. So one that was given another image
+sees that, and writes nothing to it. What points have written would not do: there may be none yet,
+or they change the same blocks again and again.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbdmirror.points.applier import apply
 from nbdmirror.points.appliers_block import ApplierBlock, Phase, Presence, Watch, read_block
-from nbdmirror.points.requests import Program
+from nbdmirror.points.format import BLOCK_BYTES, SAMPLES_MAX, Sample
+from nbdmirror.points.requests import Program, Read, Side
 from nbdmirror.points.writer import JournalWriter
+
+SPREAD = 32
+"""Blocks of the image that an applier compares before it writes for the first time."""
 
 
 def follow(
@@ -46,7 +54,22 @@ def follow(
         # What a process before was applying is done first, as it is: what is still on its way of
         # that one writes the same bytes.
         point = block.applying or sequence
-        yield from writer.superblocks.update(applying=point, applier=said.applier)
+        changes: dict[str, Any] = {"applying": point, "applier": said.applier}
+        if watch.sampled_for != said.applier and not block.applying:
+            samples = (*(yield from _samples(block.disk_bytes)), *block.samples)
+            changes["samples"] = samples[:SAMPLES_MAX]
+        yield from writer.superblocks.update(**changes)
+        watch.sampled_for = said.applier
+
+
+def _samples(disk_bytes: int) -> Program[list[Sample]]:
+    """What the image reads as in blocks all over the disk, its first and its last one too."""
+    last = (disk_bytes - 1) // BLOCK_BYTES
+    numbers = sorted({last * part // (SPREAD - 1) for part in range(SPREAD)}) if disk_bytes else []
+    offsets = [number * BLOCK_BYTES for number in numbers]
+    bufs = [bytearray(min(BLOCK_BYTES, disk_bytes - offset)) for offset in offsets]
+    yield [Read(Side.IMAGE, memoryview(buf), at) for at, buf in zip(offsets, bufs, strict=True)]
+    return [Sample(at, len(buf), zlib.crc32(buf)) for at, buf in zip(offsets, bufs, strict=True)]
 
 
 def _look_after(

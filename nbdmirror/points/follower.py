@@ -35,7 +35,7 @@ from nbdmirror.points.appliers_block import (
     write_of,
 )
 from nbdmirror.points.format import IN_USE, JournalError, Sample, State, Superblock
-from nbdmirror.points.reader import DamagedData, Journal, Part, newest_parts, read
+from nbdmirror.points.reader import DamagedData, Journal, Part, check_export, newest_parts, read
 from nbdmirror.points.recovery import check_image, check_size
 from nbdmirror.points.requests import Flush, Program, Request, Side, around
 from nbdmirror.points.superblocks import JournalTaken, find, taken_text, wall_time
@@ -88,6 +88,7 @@ class Follower:
         """What another applier has said; None: there was none, or the last one has ended in order.
         Raises JournalError if this journal cannot have an applier."""
         block = yield from self._superblock()
+        check_export(self.name, block, self._export_bytes)
         if not has_place(block, self._export_bytes):
             text = "has no place for an applier: the source applies its points; a journal that is"
             raise JournalError(f"{self.name}: {text} created on 32 MiB or more has one")

@@ -72,6 +72,9 @@ class State(Enum):
 
 _KNOWN_STATES = {state.value: state for state in State}
 
+SERIAL_MAX = 2**63 - 1
+"""Whatever is written gets the next one, so none comes near: a greater one is damage."""
+
 IN_USE = (State.PROMOTED, State.SERVED)
 """The states in which nobody but a user's guests may change the image."""
 
@@ -178,6 +181,8 @@ class Superblock:
             raise JournalError(text)
         if disk_bytes < 0 or ring_bytes < RING_BYTES_MIN or ring_bytes % BLOCK_BYTES:
             raise JournalError("is damaged: its sizes are impossible")
+        if count > SAMPLES_MAX or serial > SERIAL_MAX:
+            raise JournalError("is damaged: its numbers are impossible")
         if state not in _KNOWN_STATES:
             raise JournalError(f"has the state {state}, which this nbdmirror does not know")
         at = _SUPERBLOCK.size + _POINT.size

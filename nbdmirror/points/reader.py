@@ -115,14 +115,19 @@ def read(
     return journal
 
 
+def check_export(name: str, block: Superblock, export_bytes: int) -> None:
+    """Raise JournalError if the export of the journal `name` has become too small for it."""
+    if RING_START + block.ring_bytes > export_bytes:
+        text = f"{export_bytes} bytes instead of {RING_START + block.ring_bytes}"
+        raise JournalError(f"{name}: the export is smaller than its journal: {text}")
+
+
 def _read(name: str, export_bytes: int, known: Sequence[Header], until: float) -> Program[Journal]:
     if export_bytes < RING_START:
         raise JournalError(f"{name}: is not a journal: it has only {export_bytes} bytes")
     found = yield from find(name)
     block = found.current
-    if RING_START + block.ring_bytes > export_bytes:
-        text = f"{export_bytes} bytes instead of {RING_START + block.ring_bytes}"
-        raise JournalError(f"{name}: the export is smaller than its journal: {text}")
+    check_export(name, block, export_bytes)
     headers: list[Header] = []
     damage = list(found.damage)
     unfinished = ""

@@ -333,6 +333,7 @@ EVENTS: dict[str, Struct] = {
     "BLOCK_JOB_PENDING": struct("BlockJobPending", type=JOB_TYPE, id=STR),
     "BLOCK_JOB_READY": Struct("BlockJobReady", _ENDED),
     "JOB_STATUS_CHANGE": struct("JobStatusChange", id=STR, status=_JOB_STATUS),
+    "X_NBDMIRROR_APPLIER": struct("PointsApplier", device=STR, id=STR, silent_s=NUMBER, works=BOOL),
     "X_NBDMIRROR_CONVERGENCE": struct(
         "Convergence",
         device=STR,

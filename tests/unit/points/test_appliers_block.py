@@ -29,6 +29,7 @@ from nbdmirror.points.format import (
     JournalError,
     Sample,
     Superblock,
+    sealed,
 )
 from nbdmirror.points.requests import Pause, Program, Side, run
 
@@ -89,6 +90,15 @@ def test_a_torn_block_leaves_the_one_before() -> None:
     at = write_of(journal.block, after).offset
     journal.device.pwrite(after.pack()[:512], at)
     assert journal.said() == before
+
+
+def test_a_superblock_of_impossible_numbers_is_damaged() -> None:
+    """Whatever its checksum says."""
+    packed = Journal().block.pack()[:-4]
+    for at, length, value in ((8, 8, 2**63), (112, 4, SAMPLES_MAX + 1), (112, 4, 2**32 - 1)):
+        changed = packed[:at] + value.to_bytes(length, "little") + packed[at + length :]
+        with pytest.raises(JournalError, match="is damaged: its numbers are impossible"):
+            Superblock.unpack(sealed(changed))
 
 
 def test_an_applier_of_another_journal_is_none() -> None:

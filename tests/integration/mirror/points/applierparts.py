@@ -14,20 +14,39 @@ from support.serverprocess import Server
 from support.waiting import wait_until
 
 
-class Applier(Server):
+class Command(Server):
+    """A command that runs for a while. `stderr` has its stdout too."""
+
+    name = "command"
+
+    def __init__(self, folder: Path, *arguments: str | Path) -> None:
+        super().__init__(folder)
+        self.arguments = tuple(map(str, arguments))
+
+    def argv(self) -> list[str]:
+        return [sys.executable, "-m", "nbdmirror", *self.arguments]
+
+    def environment(self) -> dict[str, str]:
+        return nbdmirror_environment()
+
+    def is_ready(self) -> bool:
+        return True
+
+    def wait_to_end(self) -> int:
+        process = self.process
+        assert process is not None
+        wait_until(lambda: process.poll() is not None, f"the {self.name} ends")
+        self.process = None
+        return int(process.returncode)
+
+
+class Applier(Command):
     """The command, as a server that is ready when it says so."""
 
     name = "applier"
 
     def __init__(self, folder: Path, image: str, journal: str) -> None:
-        super().__init__(folder)
-        self.places = ("--image", image, "--journal", journal)
-
-    def argv(self) -> list[str]:
-        return [sys.executable, "-m", "nbdmirror", "apply", *self.places]
-
-    def environment(self) -> dict[str, str]:
-        return nbdmirror_environment()
+        super().__init__(folder, "apply", "--image", image, "--journal", journal)
 
     def is_ready(self) -> bool:
         return "applying points to" in self.stderr
@@ -35,13 +54,6 @@ class Applier(Server):
     @property
     def follows(self) -> bool:
         return "and follows the source" in self.stderr
-
-    def wait_to_end(self) -> int:
-        process = self.process
-        assert process is not None
-        wait_until(lambda: process.poll() is not None, "the applier ends")
-        self.process = None
-        return int(process.returncode)
 
 
 def applier_of(far: FarSide, folder: Path) -> Applier:

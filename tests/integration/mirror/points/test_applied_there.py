@@ -144,7 +144,7 @@ def test_without_an_applier_that_was_asked_the_job_does_not_pivot(
         os.kill(applier.pid, signal.SIGSTOP)
         wait_until(lambda: points_of(server).get("applier-silent-s", 0) >= 6, "it is silent")
         refused = server.qmp.refusal("block-job-complete", device="j")
-        assert "`nbdmirror apply` beside its image has said nothing for" in refused
+        assert "Job 'j': `nbdmirror apply` beside the image has said nothing for" in refused
         shown = nbdmirror("status", "--qmp", server.qmp_path).stdout
         assert "`nbdmirror apply` beside the image has said nothing for" in shown
         wait_for_points(server, 2)
@@ -263,3 +263,55 @@ def test_a_journal_without_a_place(
     wait_for_rest(server)
     identical(guest, disk)
     identical(guest, far.image)
+
+
+@pytest.mark.parametrize("is_at_rest", [True, False], ids=["at rest", "busy"])
+def test_another_image_is_not_written_to(
+    start: Start,
+    identical: Identical,
+    server: Nbdmirror,
+    far: FarSide,
+    folder: Path,
+    disk: Path,
+    is_at_rest: bool,
+) -> None:
+    """Also if no point has written anything yet, or all have changed the same blocks."""
+    far.start_mirror(server)
+    server.qmp.wait_ready()
+    with connected(server.uri()) as guest:
+
+        def write() -> None:
+            guest.pwrite(os.urandom(4096), 8 * MiB)
+
+        if not is_at_rest:
+            write()
+            wait_for_rest(server)
+        other = folder / "other"
+        other.write_bytes(bytes(far.image.stat().st_size))
+        applier = start(Applier(folder, str(other), far.journal_server.uri()))
+
+        def has_ended() -> bool:
+            write()
+            assert applier.process is not None
+            return applier.process.poll() is not None
+
+        wait_until(has_ended, "the applier ends")
+    assert applier.wait_to_end() == 1
+    assert "it is another disk's, or was written to" in applier.stderr
+    assert not any(other.read_bytes())
+    wait_for_rest(server)
+    identical(disk, far.image)
+
+
+def test_an_export_that_has_shrunk(
+    server: Nbdmirror, far: FarSide, folder: Path, disk: Path, identical: Identical
+) -> None:
+    far.start_mirror(server)
+    server.qmp.wait_ready()
+    small = folder / "small"
+    small.write_bytes(far.journal.read_bytes()[: RING_BYTES // 2])
+    done = nbdmirror("apply", "--image", far.image_server.uri(), "--journal", str(small))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the export is smaller than its journal" in done.stderr
+    wait_for_rest(server)
+    identical(disk, far.image)
