@@ -15,8 +15,10 @@ from types import FrameType
 from nbdmirror.cli.common import DONE, CliError
 from nbdmirror.cli.points import AGAIN, opened_disks
 from nbdmirror.cli.streams import say
-from nbdmirror.devices.base import BlockDevice
+from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.errors import DeviceError, DeviceLost, Error
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.nbdclient.sides import Way, leads_to
 from nbdmirror.points.appliers_block import GONE_S, ApplierBlock
 from nbdmirror.points.follower import Follower, other_text
 from nbdmirror.points.requests import Devices, Side, run
@@ -72,6 +74,7 @@ class _Applying:
     def run(self) -> int:
         """Until a signal, or until the image is somebody else's. Raises Error and OSError."""
         other = run(self._follower.look(), self._sides)
+        self._check_image()
         if other is not None:
             other = self._gone(other)
         if self._ending.is_set():
@@ -92,6 +95,14 @@ class _Applying:
             raise
         run(self._follower.end(), self._sides)
         return DONE
+
+    def _check_image(self) -> None:
+        """Raise CliError if the image is the disk itself: old points would be written under its
+        guest."""
+        image, way = raw_device(self._sides[Side.IMAGE]), Way.to_disk_of(self._follower.disk_id)
+        if isinstance(image, NbdDevice) and leads_to(image, way):
+            text = "is the disk whose points that journal has, or what is written there is written"
+            raise CliError(f"--image: {self._image}: {text} to that disk, too")
 
     def _follow(self) -> None:
         is_first = True

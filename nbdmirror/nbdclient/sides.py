@@ -47,6 +47,9 @@ AGAIN_S = 1.0
 SIDE, MOVED_HERE = "x-nbdmirror-side", "x-nbdmirror-moved-here"
 LEADS_TO = "x-nbdmirror-leads-to"
 
+JOURNAL = "journal"
+"""In place of a server's ID: the way to the disk whose points a journal has."""
+
 HOPS_MAX = 8
 """Most servers that are asked one after the other. A ring without the asking server has no end."""
 
@@ -101,16 +104,23 @@ def _answer(export: str, uri: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """What a server wants to know the way to: a disk of its own."""
+    """What somebody wants to know the way to: a disk of the server that asks, or the disk whose
+    points a journal has."""
 
     server: str
     disk: str
+    """Its name there; or the ID in the journal, in hexadecimal."""
     hops: int = 0
     """Servers that have been asked so far."""
 
     @classmethod
     def to(cls, disk: str) -> Way:
         return cls(SERVER_ID, disk)
+
+    @classmethod
+    def to_disk_of(cls, journal: bytes) -> Way:
+        """`journal`: the disk's ID in the journal."""
+        return cls(JOURNAL, journal.hex())
 
     @classmethod
     def of(cls, server: str, words: str) -> tuple[Way, str]:

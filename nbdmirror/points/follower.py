@@ -82,6 +82,12 @@ class Follower:
         self._is_other = False
         """The applier's block is another one's."""
 
+    @property
+    def disk_id(self) -> bytes:
+        """The ID of the disk in the journal. After `look`."""
+        assert self._block is not None
+        return self._block.disk_id
+
     # Beginning and end.
 
     def look(self) -> Program[ApplierBlock | None]:

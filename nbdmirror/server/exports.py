@@ -107,7 +107,7 @@ class Exports:
             way, name = Way.of(server, words)
         except ValueError:
             raise DeviceError(f"'{words}' is no question", errno.ENOENT) from None
-        return YES if is_on(way, self._find_disk(name), here.mirrors.of, here.loop) else NO
+        return YES if is_on(way, self._find_disk(name), here.mirrors, here.loop) else NO
 
     def _find_disk(self, name: str) -> Disk:
         if not name:

@@ -90,6 +90,12 @@ class MirrorJobs:
         """The job that mirrors `disk` now."""
         return next((job for job in self.running if job.disk is disk), None)
 
+    def journal_of(self, disk: Disk) -> str:
+        """The ID of `disk` in the journal that has its points, in hexadecimal; "": none has."""
+        job = self.of(disk)
+        points = self._resources[job.id].points if job is not None else None
+        return points.disk_id.hex() if points is not None else ""
+
     @one_look()
     def create(
         self,

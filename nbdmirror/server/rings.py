@@ -5,8 +5,8 @@ Only nbdmirrors can be asked, one after the other. A chain of mirrors is no ring
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from nbdmirror.devices.base import Done, raw_device
 from nbdmirror.disk.disk import Disk
@@ -14,9 +14,17 @@ from nbdmirror.errors import TargetRefused
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient.device import NbdDevice
-from nbdmirror.nbdclient.sides import ANSWER_S_MAX, Way, leads_to
+from nbdmirror.nbdclient.sides import ANSWER_S_MAX, JOURNAL, Way, leads_to
 from nbdmirror.server.detour import ITSELF
 from nbdmirror.threads import start_thread
+
+
+class Mirrors(Protocol):
+    def of(self, disk: Disk) -> MirrorJob | None:
+        """The job that mirrors `disk` now."""
+
+    def journal_of(self, disk: Disk) -> str:
+        """The ID of `disk` in the journal that has its points, in hexadecimal; "": none has."""
 
 
 def check_ring(disk: Disk, target: NbdDevice, loop: Loop, done: Done) -> None:
@@ -37,13 +45,16 @@ def check_ring(disk: Disk, target: NbdDevice, loop: Loop, done: Done) -> None:
         done(None)
 
 
-def is_on(way: Way, disk: Disk, mirror_of: Callable[[Disk], MirrorJob | None], loop: Loop) -> bool:
-    """Whether what is written to `disk` is passed on to what `way` leads to. Not for the loop's
-    thread."""
+def is_on(way: Way, disk: Disk, mirrors: Mirrors, loop: Loop) -> bool:
+    """Whether `disk` is what `way` leads to, or what is written to `disk` is passed on to that. Not
+    for the loop's thread."""
 
-    def passed_on() -> list[NbdDevice]:
-        job, source = mirror_of(disk), raw_device(disk.source)
+    def passed_on() -> tuple[str, list[NbdDevice]]:
+        job, source = mirrors.of(disk), raw_device(disk.source)
         devices = [job.target if job is not None else None, source]
-        return [device for device in devices if isinstance(device, NbdDevice)]
+        return mirrors.journal_of(disk), [one for one in devices if isinstance(one, NbdDevice)]
 
-    return any(leads_to(device, way) for device in loop.run(passed_on).result(ANSWER_S_MAX))
+    journal, devices = loop.run(passed_on).result(ANSWER_S_MAX)
+    if way.server == JOURNAL and way.disk == journal:
+        return True
+    return any(leads_to(device, way) for device in devices)

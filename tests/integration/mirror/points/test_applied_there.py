@@ -246,6 +246,57 @@ def test_what_is_refused(
     identical(guest, far.image)
 
 
+@pytest.mark.parametrize("way", ["itself", "another server of it", "a mirror to it"])
+def test_the_disk_itself_is_no_image(
+    start: Start, server: Nbdmirror, far: FarSide, folder: Path, disk: Path, way: str
+) -> None:
+    """By any way that nbdmirrors know: old points would be written under the guest."""
+    far.start_mirror(server)
+    server.qmp.wait_ready()
+    place = server.uri()
+    if way == "another server of it":
+        place = start(Nbdmirror(folder, f"vda={server.uri()}")).uri()
+    elif way == "a mirror to it":
+        image = make_image(folder / "other.img", disk.stat().st_size)
+        other = start(Nbdmirror(folder, f"vda={image}"))
+        other.qmp.start_mirror(server.uri())
+        other.qmp.wait_ready()
+        place = other.uri()
+    before = disk.read_bytes()
+    refused = nbdmirror("apply", "--image", place, "--journal", far.journal_server.uri())
+    assert refused.returncode == 1 and "is the disk whose points that journal has" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert disk.read_bytes() == before
+
+
+def test_the_file_of_the_disk_itself_is_no_image(
+    server: Nbdmirror, far: FarSide, disk: Path
+) -> None:
+    far.start_mirror(server)
+    server.qmp.wait_ready()
+    refused = nbdmirror("apply", "--image", disk, "--journal", far.journal_server.uri())
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
+    assert "in use" in refused.stderr
+
+
+def test_an_image_that_an_nbdmirror_serves(
+    start: Start, server: Nbdmirror, far: FarSide, folder: Path, disk: Path, identical: Identical
+) -> None:
+    """It is asked, and says that it is another disk."""
+    far_server = start(Nbdmirror(folder, f"vda={far.image_server.uri()}"))
+    far.start_mirror(server, image=far_server.uri())
+    server.qmp.wait_ready()
+    journal = far.journal_server.uri()
+    applier = start(Applier(folder, far_server.uri(), journal))
+    with Guest(server.uri(), disk) as guest:
+        wait_to_follow(applier)
+        guest.wait_for_requests(30)
+    wait_for_rest(server)
+    applier.stop()
+    identical(guest, disk)
+    identical(guest, far.image)
+
+
 def test_a_journal_without_a_place(
     start: Start, folder: Path, disk: Path, identical: Identical
 ) -> None:
