@@ -18,7 +18,7 @@ from support.fixtures import Identical, Start
 from support.images import KiB, MiB, make_image, make_noise
 from support.processes import Finished, freeze, nbdmirror
 from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
-from support.waiting import wait_until
+from support.waiting import WAIT_S_MAX, wait_until
 
 from nbdmirror.cli.common import DONE, FAILED, NO_SERVER, TIMED_OUT, USAGE
 
@@ -66,10 +66,15 @@ def explained(server: Nbdmirror) -> str:
     return str(found.stdout)
 
 
-def explained_with(server: Nbdmirror, words: str) -> str:
-    """What is explained, once it has these words; "" before."""
-    text = explained(server)
-    return text if words in text else ""
+def wait_to_explain(server: Nbdmirror, words: str, timeout_s: float = WAIT_S_MAX) -> str:
+    """What is explained, once it has these words. Each command is a process, so the server is asked
+    first."""
+
+    def found() -> str:
+        is_told = any(words in sentence for sentence in job_of(server)["explanation"])
+        return text if is_told and words in (text := explained(server)) else ""
+
+    return str(wait_until(found, f"it is told: {words}", timeout_s))
 
 
 def check_everywhere(server: Nbdmirror, words: str) -> None:
@@ -156,7 +161,7 @@ def test_a_pivot_that_may_not_hold_guests_for_so_long(
     assert begun.returncode == DONE
     check_everywhere(server, "and 100 ms are allowed: a pivot would wait for a better moment")
     server.qmp.execute("job-complete", id="vda")
-    wait_until(lambda: "the pivot waits" in explained(server), "it is told")
+    wait_to_explain(server, "the pivot waits")
     assert (job_of(server)["max-pause-ms"], job_of(server)["quiesce-timeouts"]) == (100.0, 0)
     with connected(server.uri("vda")) as guest:
         guest.pwrite(b"x" * 512, 0)
@@ -201,7 +206,7 @@ def test_states_of_a_job(
     with connected(server.uri("vda")) as guest:
         guest.pwrite(b"x" * 512, 0)
     wait_until(lambda: job_of(server)["waits"]["now"] == "target-write", "the target hangs")
-    wait_until(lambda: "the target has not answered" in explained(server), "it is told")
+    wait_to_explain(server, "the target has not answered")
     os.kill(target.pid, signal.SIGCONT)
     server.qmp.execute("job-complete", id="vda")
     wait_until(lambda: "has no job" in explained(server), "it ends")
@@ -264,7 +269,7 @@ def test_a_guest_that_is_too_fast_for_the_target(
     slow = start(NbdkitTarget(folder, "file", str(image), "rate=40M", filters=("rate",)))
     begin(server, slow.uri())
     with writing(server.uri("vda")):
-        said = wait_until(lambda: explained_with(server, "does not finish"), "it is told", 90)
+        said = wait_to_explain(server, "does not finish", 90)
         assert "the target takes" in said and "the guest changes as much of that again" in said
         assert "nbdmirror copy-mode write-blocking" in said
         assert "in sync in" not in said

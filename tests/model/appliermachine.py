@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import rule
+from model import choices as st
 from model.applierworld import WORK_MAX, AppliedWorld
 from model.pointmachine import PointMachine
 from model.pointworld import BLOCKS

@@ -22,6 +22,8 @@ from nbdmirror.points.requests import Flush, Program, Side
 class WritesWithoutLooking(AppliedWorld):
     """The grant is looked at before each group of writes, after WORKING is said."""
 
+    first_walk = 26
+
     class follower_class(Follower):
         def _look_around(self, grant: Superblock | None) -> Program[None]:
             return super()._look_around(None)
@@ -61,6 +63,8 @@ class SaysDoneAtOnce(AppliedWorld):
 class AppliesWithoutGrant(AppliedWorld):
     """The superblock says who may write to the image: else the source does as well."""
 
+    first_walk = 16
+
     class follower_class(Follower):
         def _is_granted(self, block: Superblock) -> bool:
             return bool(block.applying)
@@ -86,6 +90,8 @@ class RecoversWithoutWaiting(PatchedApplied):
 class RecoversBesideTheGrant(PatchedApplied):
     """A recovery withdraws the grant before it changes the image."""
 
+    first_walk = 20
+
     def mutations(self) -> list[AbstractContextManager[Any]]:
         init = recovery.Promotion.__init__
 
@@ -98,6 +104,8 @@ class RecoversBesideTheGrant(PatchedApplied):
 
 class TrustsSilence(PatchedApplied):
     """An applier that says nothing for long may write later."""
+
+    first_walk = 35
 
     def mutations(self) -> list[AbstractContextManager[Any]]:
         look_after = delegation._look_after

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from model import choices as st
 from model.cutparts import Write
 from model.cutworld import GRANULE, CutWorld
 

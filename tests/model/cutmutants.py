@@ -138,6 +138,8 @@ class WakesNobody(CutWorld):
 class TwoSaveAtOnce(CutWorld):
     """4: a second guest saves what the first one, which was faster, has overwritten."""
 
+    first_walk = 297
+
     class frozen_class(Frozen):
         def _own(self, offset: int, length: int) -> Claim:
             claim = super()._own(offset, length)
@@ -199,6 +201,8 @@ class UsesTheSpillTwice(CutWorld):
 
 class ReadsWhatIsBeingWritten(CutWorld):
     """A record counts as soon as it has a place."""
+
+    first_walk = 265
 
     class saved_class(SavedGranules):
         def _readable_bytes(self) -> int:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from model import choices as st
 from model.cutmachine import GUESTS_MAX, CutMachine, slots
 from model.cutparts import FiberDisk, FiberLedger
 from model.cutworld import GRANULE, CutWorld

@@ -3,8 +3,8 @@ details of a granule and its bit. On its own, since each rule more makes the oth
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from model import choices as st
 from model.fineparts import BOUNDS
 from model.machine import GRANULE, GUESTS_MAX, MirrorMachine, slots
 from model.parts import Guest

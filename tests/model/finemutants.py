@@ -178,6 +178,8 @@ class OwnsItsPartsAlone(World):
 class UnflushedInParts(World):
     """What was sent since the last flush is known by whole granules, a filled gap included."""
 
+    first_walk = 425
+
     class tracker_class(Tracker):
         def claim(
             self, offset: int, length_max: int, left_out: HotGranules | None = None

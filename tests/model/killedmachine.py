@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from model import choices as st
 from model.killed import KilledWorld
 from model.machine import GRANULE, GUESTS_MAX, slots
 from model.powerloss import RECENT_MAX

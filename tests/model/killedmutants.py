@@ -92,6 +92,8 @@ class IgnoresWholeGranules(KilledWorld):
 class IgnoresNotes(KilledWorld):
     """Nor are details without the notes."""
 
+    first_walk = 206
+
     class fine_class(StepFine):
         def parts(self, most: int) -> list[Range] | None:
             sort, self._sort_notes = self._sort_notes, lambda: None  # type: ignore[method-assign]

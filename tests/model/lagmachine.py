@@ -3,8 +3,8 @@ guest. On its own, since each rule more makes the others rarer."""
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from model import choices as st
 from model.lagworld import LagWorld
 from model.machine import GUESTS_MAX, LosingMachine, MirrorMachine, slots
 from model.parts import Request

@@ -12,8 +12,8 @@ run starts with them; elsewhere, put the printed @reproduce_failure(...) above `
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from model import choices as st
 from model.parts import EXTENT_UNIT_BYTES, Guest
 from model.world import World
 

@@ -87,6 +87,8 @@ class WritesWithoutWaiting(World):
 class ClaimsTwice(World):
     """L4; M5 "no two ops on one chunk". 5 of 2,000 schedules: what ordinary tests pass."""
 
+    first_walk = 1552
+
     checks_overlap = False
 
     class tracker_class(Tracker):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from model import choices as st
 from model.pointworld import BLOCKS, PointWorld
 
 WAYS = ("all", "all", "part", "fail", "trim", "late", "give up", "kill", "quick")

@@ -83,6 +83,8 @@ class SendsTheFirstAlone(PointWorld):
 class CommitsWhatFailed(PointWorld):
     """W1: a point with a failed write is given up; what is sent again is newer."""
 
+    first_walk = 108
+
     breaks_at_errors = False
 
     class writer_class(JournalWriter):

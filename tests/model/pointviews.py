@@ -11,8 +11,8 @@ import errno
 from dataclasses import dataclass
 from random import Random
 
-from hypothesis import strategies as st
 from hypothesis.stateful import rule
+from model import choices as st
 from model.pointexports import SECTOR, DiskDevice, Pending, content
 from model.pointmachine import PointMachine
 from model.pointworld import BLOCKS, PointWorld

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import strategies as st
 from hypothesis.stateful import rule
+from model import choices as st
 from model.pointmachine import PointMachine
 from model.pointworld import PointWorld
 

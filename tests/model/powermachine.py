@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from model import choices as st
 from model.machine import MirrorMachine
 from model.powerloss import PowerWorld
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from model import choices as st
 from model.runparts import BLOCKS, Member
 from model.runworld import RunWorld
 

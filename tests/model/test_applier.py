@@ -8,7 +8,8 @@ import pytest
 from model.appliermachine import ApplierMachine
 from model.appliermutants import APPLIER_MUTANTS
 from model.applierworld import AppliedWorld
-from model.search import hold, in_parts, search
+from model.search import hold, search
+from support.in_parts import in_parts
 
 EXAMPLES = 60
 MUTANT_EXAMPLES_MAX = 30

@@ -8,7 +8,8 @@ from model.cutmachine import CutMachine
 from model.cutmutants import CUT_MUTANTS
 from model.cutpower import CUT_POWER_MUTANTS, CutPowerMachine, CutPowerWorld
 from model.cutworld import CutWorld
-from model.search import hold, in_parts, search
+from model.search import hold, search
+from support.in_parts import in_parts
 
 EXAMPLES = 200
 MUTANT_EXAMPLES_MAX = 100

@@ -10,8 +10,9 @@ from model.lagmachine import LagMachine, LosingLagMachine
 from model.lagmutants import LAG_MUTANTS
 from model.machine import LosingMachine, MirrorMachine
 from model.mutants import MUTANTS
-from model.search import hold, in_parts, search
+from model.search import hold, search
 from model.world import World
+from support.in_parts import in_parts
 
 ALL_MUTANTS = (*MUTANTS, *FINE_MUTANTS, *LAG_MUTANTS)
 

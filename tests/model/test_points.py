@@ -11,7 +11,8 @@ from model.pointmutants import POINT_MUTANTS
 from model.pointviews import VIEW_MUTANTS, ViewedWorld, ViewMachine
 from model.pointwindows import WINDOW_MUTANTS, WindowMachine, WindowWorld
 from model.pointworld import PointWorld
-from model.search import hold, in_parts, search
+from model.search import hold, search
+from support.in_parts import in_parts
 
 EXAMPLES = 100
 MUTANT_EXAMPLES_MAX = 60

@@ -12,7 +12,8 @@ from model.killedmachine import KilledMachine
 from model.killedmutants import KILLED_MUTANTS
 from model.powerloss import PowerWorld
 from model.powermachine import PowerMachine
-from model.search import hold, in_parts, search
+from model.search import hold, search
+from support.in_parts import in_parts
 
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.claim import Claim

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from model.runmachine import RunMachine
-from model.search import hold, in_parts
+from model.search import hold
+from support.in_parts import in_parts
 
 EXAMPLES = 60
 

@@ -45,14 +45,29 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["lock"] = node.config.stash[LOCK].name
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None]:
     """All workers come to the same order."""
     for item in items:
         if "start" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
     if LOCK in config.stash:
         items[:] = in_order(items)
+    yield
+    if LOCK in config.stash:
+        for item in items:
+            show_group(item)
+
+
+def show_group(item: pytest.Item) -> None:
+    """pytest-xdist keeps tests of a group together by a suffix of their names. Up to 3.8 it writes
+    the suffix where pytest 9.2 does not look any more."""
+    written: str = getattr(item, "_nodeid", "")
+    if written.startswith(f"{item.nodeid}@"):
+        made: Any = item
+        made._id = type(made.id).parse(written)
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:

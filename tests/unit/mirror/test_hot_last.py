@@ -46,6 +46,7 @@ def compare(guests: Guests) -> tuple[World, World]:
     return worlds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guests", "most"),
     [
@@ -89,6 +90,7 @@ def test_a_guest_that_pauses_is_caught_up_with(guests: Guests) -> None:
     compare(guests)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_out_for_ever() -> None:
     """A guest that changes everything faster than it is copied, and a few places all the time."""
     world = World([spot(1.0, 20), steady(3.0)], SCENE)

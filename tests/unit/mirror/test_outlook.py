@@ -247,6 +247,7 @@ def test_of_a_mirror_that_does_not_end_that_is_said(
     assert all(found.end_s is found.end_s_max is None for found in later if found.never)
 
 
+@pytest.mark.slow
 def test_how_far_behind_a_mirror_stays() -> None:
     world = World(steady(2.0), Scene(40.0))
     assert world.run(6.0) is None

@@ -175,6 +175,7 @@ def test_a_job_that_pauses_and_goes_on() -> None:
     assert_rests(world)
 
 
+@pytest.mark.slow
 def test_the_copy_mode_is_changed() -> None:
     """There and back. In write-blocking the mirror looks, since a target may keep a guest."""
     world = resting()

@@ -58,6 +58,7 @@ def test_known_batches_are_read_many_at_a_time() -> None:
     assert part == alone and part_rounds <= found_rounds + 10
 
 
+@pytest.mark.slow
 def test_an_index_that_is_larger_than_a_request() -> None:
     entries = READ_BYTES_MAX // 32 + 1
     far = FarSide(2 * entries * BLOCK_BYTES, RING_START + (512 << 20))

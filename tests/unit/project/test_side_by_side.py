@@ -68,6 +68,23 @@ def test_that_ends_its_process(number):
         os._exit(1)
 """
 
+GROUP = """
+import os
+import pytest
+from pathlib import Path
+
+PLACE = Path(__file__).parent
+
+@pytest.mark.parametrize("number", range(8))
+def test_of_none(number):
+    pass
+
+@pytest.mark.xdist_group("the group")
+@pytest.mark.parametrize("number", range(8))
+def test_of_a_group(number):
+    (PLACE / os.environ["PYTEST_XDIST_WORKER"]).touch()
+"""
+
 
 def pytest_run(folder: Path, tests: str) -> subprocess.Popen[str]:
     (folder / "conftest.py").write_text(CONFTEST)
@@ -93,6 +110,15 @@ def test_those_that_must_run_alone_do(tmp_path: Path) -> None:
     with pytest_run(tmp_path, TESTS) as run:
         output = run.communicate(timeout=WAIT_S_MAX)[0]
     assert run.returncode == 0 and "6 passed" in output, output
+
+
+@pytest.mark.slow
+def test_a_group_runs_in_one_worker(tmp_path: Path) -> None:
+    """What its tests share is made once."""
+    with pytest_run(tmp_path, GROUP) as run:
+        output = run.communicate(timeout=WAIT_S_MAX)[0]
+    assert run.returncode == 0 and "16 passed" in output, output
+    assert len(list(tmp_path.glob("gw*"))) == 1
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import jsonfuzz
+from support.in_parts import given_in_parts
 
 from nbdmirror.qmp.json_stream import (
     DEPTH_MAX,
@@ -139,8 +139,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(st.lists(FRAGMENTS | st.binary(max_size=3), max_size=30).map(b"".join))
+@given_in_parts(400, st.lists(FRAGMENTS | st.binary(max_size=3), max_size=30).map(b"".join))
 def test_a_control_character_makes_the_next_value_the_clients_own(rubbish: bytes) -> None:
     assert said(rubbish + RESET + GOOD)[-1] == json.loads(GOOD)
 
@@ -154,8 +153,7 @@ LINE = st.lists(
 ).map(lambda pieces: b"x" + b"".join(pieces))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(LINE, max_size=5))
+@given_in_parts(300, st.lists(LINE, max_size=5))
 def test_each_line_of_rubbish_is_one_error(lines: list[bytes]) -> None:
     assert len(errors(b"\n".join(lines))) == len(lines)
 
@@ -167,8 +165,9 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=5), st.data())
+@given_in_parts(
+    200, st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=5), st.data()
+)
 def test_values_come_through_whatever_is_between_them(
     values: list[dict[str, Any]], data: st.DataObject
 ) -> None:
@@ -177,8 +176,7 @@ def test_values_come_through_whatever_is_between_them(
     assert said(text) == values
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text(alphabet="ab'\"\\\u00e9\n\U0001f600", max_size=12))
+@given_in_parts(200, st.text(alphabet="ab'\"\\\u00e9\n\U0001f600", max_size=12))
 def test_strings_in_single_quotes_are_those_in_double_quotes(text: str) -> None:
     """As QEMU has them: what is `\\'` in the ones is `\\"` in the others."""
     inside = json.dumps(text)[1:-1].replace('\\"', '"').replace("'", "\\'")

@@ -158,6 +158,7 @@ def test_a_long_row_of_errors_ends_the_connection(connect: Any) -> None:
         assert client.at_end()
 
 
+@pytest.mark.slow
 def test_parsing_is_linear_and_bounded() -> None:
     """100 MB in small pieces: white space, garbage, and one value of almost a MiB byte by byte."""
     stream = qmp_json.JsonStream()

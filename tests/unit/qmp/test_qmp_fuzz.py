@@ -15,6 +15,7 @@ from support import jsonfuzz, qmpfuzz
 from support.fixtures import Start
 from support.guests import Guest
 from support.images import MiB, make_image, make_noise
+from support.in_parts import given_in_parts
 from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 
 SIZE = MiB
@@ -65,20 +66,17 @@ BYTES = st.lists(
 ).map(b"".join)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(BYTES)
+@given_in_parts(400, BYTES)
 def test_any_bytes(data: bytes) -> None:
     jsonfuzz.check(data)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(TEXTS)
+@given_in_parts(300, TEXTS)
 def test_any_json(data: bytes) -> None:
     jsonfuzz.check(data)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(TEXTS, st.data())
+@given_in_parts(300, TEXTS, st.data())
 def test_json_with_a_flaw(text: bytes, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(text)))
     flaw = data.draw(st.sampled_from(TOKENS + FRAGMENTS) | st.binary(max_size=2))

@@ -32,6 +32,7 @@ def test_maps_are_asked_for_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         assert text.format(0) in one.get("/")[1]
 
 
+@pytest.mark.slow
 def test_a_server_is_not_asked_more_often_for_more_clients(serving: Serving) -> None:
     server = serving.servers["/a"]
     before, began_s = server.asked, time.monotonic()

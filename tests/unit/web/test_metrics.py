@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse
+from support.in_parts import given_in_parts
 from support.madeservers import JOB, POINTS, PROMISES, any_status, disk, status
 from support.promtool import checked
 
@@ -169,8 +169,7 @@ def test_disks_and_jobs_of_one_name_are_one_series() -> None:
     assert found["nbdmirror_job_lag_seconds", ("vda", "vda", "a")] == 0.25
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(any_status())
+@given_in_parts(100, any_status())
 def test_any_answer_can_be_shown(said: dict[str, Any]) -> None:
     """Servers differ in age, and another program may speak QMP."""
     report = Report("a", 1.0, plain(said))

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.in_parts import given_in_parts
 from support.madeservers import JOB, POINTS, any_status, disk, status
 
 from nbdmirror.web import history as web_history
@@ -268,8 +268,7 @@ def test_it_can_be_read_without_being_seen() -> None:
     assert set(labelled) <= set(names)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(any_status())
+@given_in_parts(100, any_status())
 def test_any_answer_can_be_shown(said: dict[str, Any]) -> None:
     assert "/run/a.qmp" in whole(Report("/run/a.qmp", 1.7e9, plain(said))).text
 
@@ -314,8 +313,7 @@ def test_events_are_items() -> None:
 VALUES = st.lists(st.none() | st.floats(0, 1e300), max_size=30)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(VALUES, VALUES)
+@given_in_parts(100, VALUES, VALUES)
 def test_points_are_in_the_picture(first: list[float | None], second: list[float | None]) -> None:
     count = min(len(first), len(second))
     times_s = [2.0 * number for number in range(count)]

@@ -6,11 +6,10 @@ first disk has the numbers of the second one, and at most one more.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,10 @@ from support.seeds import SEED, print_seed
 from support.serverprocess import Server
 from support.servers import NbdkitTarget
 from support.waiting import wait_until
+
+from nbdmirror.nbdclient.device import NbdDevice
+from nbdmirror.points.reader import read
+from nbdmirror.points.requests import Side, run
 
 NAMES = ("vda", "vdb")
 INTERVAL_S = 0.2
@@ -198,8 +201,9 @@ class TwoDisks:
         return [Path(f"{far.image}.copy").read_bytes() for far in self.fars]
 
     def groups(self, far: FarSide) -> list[int]:
-        done = nbdmirror("points", "--json", far.journal_server.uri())
-        return [point["group"] for point in json.loads(done.stdout)["points"]]
+        with closing(NbdDevice.open(far.journal_server.uri())) as device:
+            journal = run(read(device.description, device.size), {Side.JOURNAL: device})
+        return [point.group for point in journal.points]
 
     def wait_for_moments(self, count: int) -> None:
         """That all journals have, or had, and that are new."""
