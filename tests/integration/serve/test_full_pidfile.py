@@ -1,4 +1,4 @@
-"""A pid file that nbdkit cannot write is an error: a script would kill nothing with an empty one."""
+"""A pid file that nbdkit cannot write is an error: a script would kill nothing with it."""
 
 from __future__ import annotations
 
