@@ -253,7 +253,7 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
 
     @property
     def is_lost(self) -> bool:
-        """A connection is broken or closed."""
+        """A connection is broken or closed, or its server ends."""
         return self.pool.is_lost
 
     def is_same_export(self, other: NbdDevice) -> bool:

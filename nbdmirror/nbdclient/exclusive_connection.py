@@ -159,6 +159,8 @@ class ExclusiveConnection:
         # While it waits libnbd may find the socket broken, and leave the handle as it was.
         if self._handle_state.is_gone or code == errno.ENOTCONN:
             self.is_lost = self._is_unknown = True
+        elif code == errno.ESHUTDOWN:  # the server ends, and waits for its clients to leave
+            self.kill()
         if self.is_lost:
             return DeviceLost(f"{self.description}: connection lost: {readable(text)}")
         return DeviceError(f"{self.description}: {readable(text)}", code or errno.EIO)

@@ -9,10 +9,20 @@ called past the binding. Where that cannot be, the binding's own methods serve.
 from __future__ import annotations
 
 import ctypes
+import select
 from collections.abc import Callable
 from functools import partial
 
 import nbd
+
+_READ, _WRITE = nbd.AIO_DIRECTION_READ, nbd.AIO_DIRECTION_WRITE
+_TROUBLE = select.POLLHUP | select.POLLERR | select.POLLNVAL
+_MASKS = {
+    0: 0,
+    _READ: select.POLLIN,
+    _WRITE: select.POLLOUT,
+    _READ | _WRITE: select.POLLIN | select.POLLOUT,
+}
 
 
 class HandleState:
@@ -57,7 +67,20 @@ class HandleState:
         """Dead, or closed by the server in order, as one does that ends."""
         return bool(self.is_dead() or self.is_closed())
 
-    def notify_read(self) -> None:
+    def mask(self) -> int:
+        """What to poll its socket for; 0 if it is dead."""
+        return _MASKS[self.direction()]
+
+    def notify(self, mask: int) -> None:
+        """Have libnbd do what its socket is ready for. Raises nbd.Error when the connection
+        broke."""
+        direction = self.direction()
+        if direction & _READ and mask & (select.POLLIN | _TROUBLE):
+            self._notify_read()
+        elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):
+            self._handle.aio_notify_write()
+
+    def _notify_read(self) -> None:
         """Have libnbd read what has come. Raises nbd.Error when the connection broke.
 
         If nothing is there to read (two drivers saw the same reply while the event loop took over,
@@ -70,7 +93,7 @@ class HandleState:
 
     def _is_stuck(self) -> bool:
         # A handle that sends a request waits to write, and one with a part of a reply is ready.
-        return bool(self.is_processing()) and self.direction() == nbd.AIO_DIRECTION_READ
+        return bool(self.is_processing()) and self.direction() == _READ
 
 
 def _open_library() -> ctypes.PyDLL | None:

@@ -107,8 +107,8 @@ class ConnectionPool:
 
     @property
     def is_lost(self) -> bool:
-        """A connection is broken or closed."""
-        return any(connection.is_lost for connection in self._all)
+        """A connection is broken or closed, or its server ends."""
+        return self.shared.is_refused or any(connection.is_lost for connection in self._all)
 
     @property
     def is_busy(self) -> bool:
@@ -324,8 +324,8 @@ class ConnectionPool:
         """On a helper thread. An attempt in progress when requests begin to fail is finished: the
         server may be slow and not gone."""
         backoff, told, connection = Backoff(*RECONNECT_PAUSE_S), "", None
-        self._see_off()
         while not self._closing.is_set() and self._on_lost is None:
+            self._see_off()  # a server that ends accepts no client before these have left
             try:
                 connection = self.reopen()
                 break

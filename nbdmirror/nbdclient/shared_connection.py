@@ -40,15 +40,6 @@ from nbdmirror.nbdclient.tcp_watch import TcpWatch
 
 log = logging.getLogger(__name__)
 
-_READ, _WRITE = nbd.AIO_DIRECTION_READ, nbd.AIO_DIRECTION_WRITE
-_TROUBLE = select.POLLHUP | select.POLLERR | select.POLLNVAL
-_MASKS = {
-    0: 0,
-    _READ: select.POLLIN,
-    _WRITE: select.POLLOUT,
-    _READ | _WRITE: select.POLLIN | select.POLLOUT,
-}
-
 
 class SharedConnection:
     """An NBD connection that is ready for commands. `handle` is libnbd's, for its `aio_...`
@@ -87,6 +78,8 @@ class SharedConnection:
         self._reaped: list[Request] = []
         self._is_killed = False  # whoever drives finds out; at the latest who detaches
         self._is_retired = False
+        self.is_refused = False
+        """The server ends: it refuses further requests, and waits for its clients to leave."""
         self._when_over: Callable[[], None] | None = None
         self._loop: Loop | None = None
         self._lead = threading.Lock()
@@ -161,7 +154,7 @@ class SharedConnection:
                 request.finish()
             if done is not None and self._loop is not None:
                 self._loop.call_soon(self._after_ready)
-        if done is None and not self.is_lost and self._handle_state.direction() != _READ:
+        if done is None and not self.is_lost and self._handle_state.mask() != select.POLLIN:
             self._wake_driver()  # it may wait to read only; or the handle has just died, for it too
         return request
 
@@ -178,12 +171,11 @@ class SharedConnection:
                 request.sleep()
         if self._requests:
             self._appoint_leader()
+        if request.error is not None and (loop := self._loop) is not None:
+            loop.call_soon(self._after_ready)  # it finds out before it hears of this error
+        elif request.error is not None or self.is_refused:
+            self._look_whether_gone()
         if request.error is not None:
-            loop = self._loop
-            if loop is not None:
-                loop.call_soon(self._after_ready)  # it finds out before it hears of this error
-            elif not self.is_lost and self._handle_state.is_gone:
-                self.is_lost = True
             raise request.error
 
     # ExclusiveConnection's requests, which block, in the same form.
@@ -219,8 +211,9 @@ class SharedConnection:
 
     def error(self, code: int, reason: str = "") -> DeviceError:
         """The exception for a failed command of this connection."""
+        self.is_refused = self.is_refused or code == errno.ESHUTDOWN
         # libnbd's verdict on a command that was in flight on a dying handle is ENOTCONN.
-        if self.is_lost or code == errno.ENOTCONN or self._handle_state.is_gone:
+        if self.is_refused or self.is_lost or code == errno.ENOTCONN or self._handle_state.is_gone:
             return self._lost()
         return DeviceError(f"{self.description}: {reason or os.strerror(code)}", code)
 
@@ -254,10 +247,10 @@ class SharedConnection:
         return self._fd
 
     def poll_mask(self) -> int:
-        direction: int = self._handle_state.direction()
-        if not direction and self._loop is not None:  # dead, and another thread found out
+        mask = self._handle_state.mask()
+        if not mask and self._loop is not None:  # dead, and another thread found out
             self._loop.call_soon(self._after_ready)
-        return _MASKS[direction]
+        return mask
 
     def on_ready(self, mask: int) -> None:
         self._notify(mask)
@@ -337,17 +330,30 @@ class SharedConnection:
         self._look_whether_gone()
         if self.is_lost and not was_lost and self.on_lost is not None:
             self.on_lost()
-        is_over = self.is_lost or not self._requests
+        is_over = not self._requests or (self.is_lost and not self.is_refused)
         if self._when_over is not None and is_over and not self._reaped:
             when_over, self._when_over = self._when_over, None
             self.close()
             when_over()
 
     def _look_whether_gone(self) -> None:
-        if not self.is_lost and self._handle_state.is_gone:
+        if self.is_refused:
+            self._leave()
+        elif not self.is_lost and self._handle_state.is_gone:
             self.is_lost = True
-            if self._loop is not None:
-                self._loop.detach(self)
+            self._let_loop_go()
+
+    def _leave(self) -> None:
+        """The server has refused a request, since it ends. What it has not answered it may do late:
+        so the connection stays until then. A mirror's target is replaced with `give_up`."""
+        self.is_lost = self.is_lost or self.on_lost is None or not self._requests
+        if not self._requests and not self._is_killed:
+            self.kill()
+            self._let_loop_go()
+
+    def _let_loop_go(self) -> None:
+        if self._loop is not None:
+            self._loop.detach(self)
 
     # Driving.
 
@@ -357,7 +363,7 @@ class SharedConnection:
 
     def _drive(self) -> None:
         """One wait and what came of it; by the leader."""
-        self._poll.modify(self._own_fd, _MASKS[self._handle_state.direction()])
+        self._poll.modify(self._own_fd, self._handle_state.mask())
         for fd, mask in self._poll.poll():
             if fd == self._wake_fd:
                 try:
@@ -366,19 +372,13 @@ class SharedConnection:
                     pass  # the leader before has read it
             else:
                 self._notify(mask)
-        if (loop := self._loop) is not None:
-            # It took over just now: what came may be its own, and it waits for something else now.
+        if (loop := self._loop) is not None:  # since now: what came may be its own
             loop.call_soon(self._after_ready)
 
     def _notify(self, mask: int) -> None:
         try:
-            direction = self._handle_state.direction()
-            if direction & _READ and mask & (select.POLLIN | _TROUBLE):
-                self._handle_state.notify_read()
-            elif direction & _WRITE and mask & (select.POLLOUT | _TROUBLE):
-                self.handle.aio_notify_write()
-        except nbd.Error as error:
-            # The handle is dead: libnbd has failed every request. Only here it tells why.
+            self._handle_state.notify(mask)
+        except nbd.Error as error:  # dead: libnbd has failed every request, and only here tells why
             log.warning("%s: connection broken: %s", self.description, reason(error))
 
     def _wake_driver(self) -> None:

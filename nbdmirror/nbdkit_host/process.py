@@ -215,6 +215,8 @@ class PluginProcess:
             if lock_pidfile(self._pidfile) is None:
                 raise ConfigError(f"pidfile: {self._pidfile}: is in use by another server")
             self._made[self._pidfile] = os.lstat(self._pidfile)
+            if not self._made[self._pidfile].st_size:
+                raise ConfigError(f"pidfile: {self._pidfile}: is empty: is its file system full?")
 
     def abandon(self) -> None:
         """Remove the files that were created; the process ends."""

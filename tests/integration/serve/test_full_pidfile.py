@@ -1,0 +1,33 @@
+"""A pid file that nbdkit cannot write is an error: a script would kill nothing with it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.images import MiB, make_image
+from support.mounts import mounted
+from support.servers import Nbdmirror
+from support.waiting import WAIT_S_MAX
+
+
+@pytest.mark.parametrize("options", [(), ("--daemonize",)])
+def test_on_a_full_file_system(folder: Path, options: tuple[str, ...]) -> None:
+    disk = make_image(folder / "disk.img", MiB)
+    with mounted("tmpfs", "size=64k") as full:
+        (full / "filler").write_bytes(b"x" * (64 << 10))
+        pidfile = full / "pid"
+        server = Nbdmirror(folder, disk, options=("--pidfile", str(pidfile), *options))
+        done = subprocess.run(
+            server.argv(),
+            env=server.environment(),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S_MAX,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert f"pidfile: {pidfile}: is empty: is its file system full?" in done.stderr
+        assert not pidfile.exists()
+    assert not server.socket.exists()
