@@ -17,8 +17,7 @@ from nbdmirror.cli.points import AGAIN, opened_disks
 from nbdmirror.cli.streams import say
 from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.errors import DeviceError, DeviceLost, Error
-from nbdmirror.nbdclient.device import NbdDevice
-from nbdmirror.nbdclient.sides import Way, leads_to
+from nbdmirror.nbdclient.pair import is_disk_of
 from nbdmirror.points.appliers_block import GONE_S, ApplierBlock
 from nbdmirror.points.follower import Follower, other_text
 from nbdmirror.points.requests import Devices, Side, run
@@ -99,8 +98,7 @@ class _Applying:
     def _check_image(self) -> None:
         """Raise CliError if the image is the disk itself: old points would be written under its
         guest."""
-        image, way = raw_device(self._sides[Side.IMAGE]), Way.to_disk_of(self._follower.disk_id)
-        if isinstance(image, NbdDevice) and leads_to(image, way):
+        if is_disk_of(self._follower.disk_id, raw_device(self._sides[Side.IMAGE])):
             text = "is the disk whose points that journal has, or what is written there is written"
             raise CliError(f"--image: {self._image}: {text} to that disk, too")
 

@@ -15,6 +15,7 @@ from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.reservations import places_of_file, places_of_peer, reserve
 from nbdmirror.nbdclient.shared_connection import SharedConnection
+from nbdmirror.nbdclient.sides import Way, leads_to
 
 
 def are_same(one: str, other: str) -> bool:
@@ -59,6 +60,12 @@ def check_pair(image: BlockDevice, journal: BlockDevice) -> None:
     """Raise ConfigError if both share storage."""
     if share_storage(image, journal):
         raise ConfigError(f"{journal.description}: is the same disk as {image.description}")
+
+
+def is_disk_of(journal: bytes, image: BlockDevice) -> bool:
+    """Whether `image` is the disk whose points a journal has, or is passed on to that, as far as
+    nbdmirrors say. `journal`: the disk's ID in the journal. Blocks for the questions."""
+    return isinstance(image, NbdDevice) and leads_to(image, Way.to_disk_of(journal))
 
 
 def why_unfit(export: NbdDevice, block_bytes: int) -> str:

@@ -7,7 +7,8 @@ such a name, or describe something else: then the answer is unknown.
     x-nbdmirror-leads-to/SERVER/HOPS/DISK/NAME
                                          is what is written there passed on to DISK here? (rings.py)
 
-SERVER is the ID of the process that asks (identity.SERVER_ID). A third name is not a question but
+SERVER is the ID of the process that asks (identity.SERVER_ID). With `journal` in place of it, DISK
+is the ID of a disk in the journal that has its points: is the disk NAME there that one? One name is not a question but
 the export of a target only, for requests of the server that has the disk (exports.py):
 
     x-nbdmirror-home/SERVER/NAME

@@ -7,10 +7,12 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.mirror.points.applierparts import Applier, applier_of, wait_to_follow
 from integration.mirror.points.pointsparts import (
+    INTERVAL_S,
     SERVERS,
     FarSide,
     points_of,
@@ -22,7 +24,7 @@ from integration.mirror.points.pointsparts import (
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import MiB
+from support.images import MiB, make_image
 from support.processes import nbdmirror
 from support.servers import Nbdmirror
 from support.waiting import wait_until
@@ -255,10 +257,10 @@ def test_the_disk_itself_is_no_image(
     server.qmp.wait_ready()
     place = server.uri()
     if way == "another server of it":
-        place = start(Nbdmirror(folder, f"vda={server.uri()}")).uri()
+        place = start(Nbdmirror(folder, server.uri())).uri()
     elif way == "a mirror to it":
         image = make_image(folder / "other.img", disk.stat().st_size)
-        other = start(Nbdmirror(folder, f"vda={image}"))
+        other = start(Nbdmirror(folder, image))
         other.qmp.start_mirror(server.uri())
         other.qmp.wait_ready()
         place = other.uri()
@@ -283,10 +285,11 @@ def test_an_image_that_an_nbdmirror_serves(
     start: Start, server: Nbdmirror, far: FarSide, folder: Path, disk: Path, identical: Identical
 ) -> None:
     """It is asked, and says that it is another disk."""
-    far_server = start(Nbdmirror(folder, f"vda={far.image_server.uri()}"))
-    far.start_mirror(server, image=far_server.uri())
-    server.qmp.wait_ready()
+    far_server = start(Nbdmirror(folder, far.image_server.uri()))
+    points: dict[str, Any] = {"copy_mode": "points", "x_nbdmirror_interval": INTERVAL_S}
     journal = far.journal_server.uri()
+    server.qmp.start_mirror(far_server.uri(), x_nbdmirror_journal=journal, **points)
+    server.qmp.wait_ready()
     applier = start(Applier(folder, far_server.uri(), journal))
     with Guest(server.uri(), disk) as guest:
         wait_to_follow(applier)
