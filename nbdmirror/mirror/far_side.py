@@ -100,6 +100,9 @@ class FarSide(PointWriter, Journal, Protocol):
     def take_back(self, done: Done) -> None:
         """Guests do not change the image, although it was handed over to them."""
 
+    def check(self, done: Done) -> None:
+        """Look whether the points are still there, and nobody else uses them."""
+
 
 class PointsResources(MirrorResources, Protocol):
     """Each `reconnect` opens the far side again, after everything of the one before has ended."""

@@ -34,6 +34,11 @@ LATE_PAUSE_S = 1.0
 """Pause after a cut that came too late, so that guests are not held most of the time."""
 
 
+CHECK_S = 5.0
+"""A far side of which nothing was heard for so long is asked whether it is as it was: a disk that
+does not change makes no points, and they may be recovered there meanwhile."""
+
+
 class PointRun(CutRun):
     """Begins stopped, and ends with `end`. `first` is called behind the gate of the first cut: then
     `changes` gets what the first copy has left."""
@@ -79,6 +84,8 @@ class PointRun(CutRun):
         """The one in progress; without its number."""
         self._requests = PointRequests()
         self._is_sending = self._is_busy_there = False
+        self._heard_s = now_s
+        """When the far side last did something."""
         self.tried_s = self._held_up_until_s = -math.inf
         self.common_number = math.inf if window.is_empty else 0
         self._points = self._new_source(store)
@@ -270,6 +277,8 @@ class PointRun(CutRun):
         self._follow(self.window.next(self._there, self._wanted_bytes if is_wanted else 0, until))
         if is_wanted and all(run.is_free for run in due):
             self._begin_cut(due)
+        if self.is_idle and self._loop.clock() - self._heard_s >= CHECK_S:
+            self._at_far_side(self._there.check)
 
     # For an ending.
 
@@ -347,6 +356,7 @@ class PointRun(CutRun):
 
     def _committed(self) -> None:
         self._is_sending = False
+        self._heard_s = self._loop.clock()
         self.lag.is_kept = self._there.is_kept
         self.last = last = replace(self._point, sequence=self._there.newest)
         self.count += 1
@@ -371,6 +381,7 @@ class PointRun(CutRun):
 
         def done(error: BaseException | None) -> None:
             self._is_busy_there = False
+            self._heard_s = self._loop.clock()
             if error is not None and self.is_running:
                 self._owner.far_side_failed(error)
             self._owner.run_advanced()

@@ -8,8 +8,9 @@ such a name, or describe something else: then the answer is unknown.
                                          is what is written there passed on to DISK here? (rings.py)
 
 SERVER is the ID of the process that asks (identity.SERVER_ID). With `journal` in place of it, DISK
-is the ID of a disk in the journal that has its points: is the disk NAME there that one? One name is not a question but
-the export of a target only, for requests of the server that has the disk (exports.py):
+is the ID of a disk in the journal that has its points: is the disk NAME there that one? One name is
+not a question but the export of a target only, for requests of the server that has the disk
+(exports.py):
 
     x-nbdmirror-home/SERVER/NAME
 

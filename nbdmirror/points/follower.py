@@ -135,18 +135,32 @@ class Follower:
         if not self._is_granted(block) or self._key(block) == self._done:
             return False
         self._granter = block.generation
+        try:
+            return (yield from self._make(block))
+        except Withdrawn:
+            yield from self._say(Phase.RESTING)
+        except JournalTaken:
+            raise
+        except JournalError:
+            if self._key((yield from self._superblock())) == self._key(block):
+                raise
+        return False  # the source has changed it meanwhile, and has used the space again
+
+    def _make(self, block: Superblock) -> Program[bool]:
+        """Make the image the point that `block` grants. Returns false if the image is that point
+        already, or the grant has changed."""
         journal = yield from read(self.name, self._export_bytes, until=block.applying)
         if self._key(journal.superblock) != self._key(block):
-            return False  # the source has changed it meanwhile
+            return False
         headers = headers_to(journal, block.applying)
         if not headers or headers[-1].point.sequence != block.applying:
             text = "; ".join(journal.damage) or f"point {block.applying} is not there"
             raise JournalError(f"{self.name}: {text}")
-        try:
-            yield from self._put(journal, block)
-        except Withdrawn:
-            yield from self._say(Phase.RESTING)
+        if self._last.phase is Phase.DONE and self._last.digest == headers[-1].digest:
+            # Another process has the source now. It may see DONE at any moment, and take the image.
+            self._done = self._key(block)
             return False
+        yield from self._put(journal, block)
         return True
 
     def _put(self, journal: Journal, block: Superblock) -> Program[None]:

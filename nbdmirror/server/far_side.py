@@ -214,6 +214,9 @@ class JournalSide(FarSide):
         base = superblocks.current.base
         self._start(superblocks.update(state=State.OK, since_ns=base.time_ns), done)
 
+    def check(self, done: Done) -> None:
+        self._start(self.writer.superblocks.check(), done)
+
     def _start(self, program: Program[None], done: Done) -> None:
         self._programs += 1
         noting = self._noting(done)

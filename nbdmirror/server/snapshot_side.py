@@ -111,6 +111,9 @@ class SnapshotSide(FarSide):
         self._is_handed_over = False
         done(None)
 
+    def check(self, done: Done) -> None:
+        done(None)  # whoever uses a snapshot leaves no mark here
+
     def begin_in_place(self, done: Done) -> None:
         done(None)
 

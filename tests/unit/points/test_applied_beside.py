@@ -92,6 +92,46 @@ def test_a_point_is_granted_and_done(far: Beside) -> None:
     assert far.writer.room().used_bytes == 0
 
 
+def test_what_is_done_is_not_done_again_for_a_source_that_was_restarted(far: Beside) -> None:
+    """That source sees that it is done, and takes the image back: a guest may have it then."""
+    far.grant()
+    assert far.run(far.applier.step())
+    far.connect()  # another process, with a generation of its own
+    assert far.writer.superblocks.current.applying == 1, "what the one before has granted"
+    written = bytes(far.image.data)
+    far.image.pwrite = _lost  # type: ignore[assignment]
+    assert not far.run(far.applier.step())
+    assert far.said().phase is Phase.DONE
+    del far.image.pwrite
+    assert far.look().base.sequence == 1 and bytes(far.image.data) == written
+
+
+@pytest.mark.parametrize("reads", range(1, 12))
+def test_the_space_of_a_point_that_is_taken_back_is_no_damage(far: Beside, reads: int) -> None:
+    """While the point is read, the source sees that the applier of before has done it."""
+    far.grant()
+    far.run(far.applier.step())
+    done = far.said()
+    far.connect()
+    again = far.new_applier(done)
+    pread, left = far.journal.pread, itertools.count(-reads)
+
+    def taken_back(buf: memoryview, offset: int) -> None:
+        if next(left) == -1:
+            superblocks, header = far.writer.superblocks, far.writer.headers[0]
+            base = {"base": header.point, "base_digest": header.digest, "tail": header.end}
+            far.run(superblocks.update(**base, applying=0, applier=0))
+            far.run(far.writer.free())
+        pread(buf, offset)
+
+    far.run(far.writer.superblocks.update(applier=2))
+    far.journal.pread = taken_back  # type: ignore[method-assign]
+    before = bytes(far.image.data)
+    far.run(again.step())
+    assert bytes(far.image.data) == before
+    assert far.said().phase is not Phase.WORKING
+
+
 def test_the_source_waits_for_one_that_is_silent(far: Beside) -> None:
     far.grant()
     before = bytes(far.image.data)

@@ -19,6 +19,7 @@ from integration.mirror.points.pointsparts import (
     last_point,
     left_bytes,
     wait_for_points,
+    wait_for_rest,
 )
 from support.clients import connected
 from support.fixtures import Identical, Start
@@ -290,6 +291,22 @@ def test_a_node_as_journal(identical: Identical, server: Nbdmirror, far: FarSide
     server.qmp.wait_completed()
     server.qmp.execute("blockdev-del", node_name="journal")
     server.qmp.execute("blockdev-del", node_name="image")
+
+
+def test_a_journal_that_was_recovered_from_is_noticed_by_a_source_at_rest(
+    identical: Identical, server: Nbdmirror, far: FarSide, disk: Path
+) -> None:
+    """No guest writes, so the source makes no points; `status` must not say that they are there."""
+    with Guest(server.uri(), disk) as guest:
+        far.start_mirror(server)
+        server.qmp.wait_ready()
+        guest.wait_for_requests(30)
+    wait_for_rest(server)
+    identical(guest, disk)
+    assert _recovered(far.image_server.uri(), far.journal_server.uri())
+    ended = server.qmp.wait_for_event("BLOCK_JOB_COMPLETED")
+    assert re.search("point [0-9]+ was recovered from this journal at", ended["error"])
+    identical(disk, far.image)
 
 
 def test_a_journal_that_was_recovered_from_takes_nothing_more(

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.mirror.points.pointsparts import SIZE, FarSide, last_point, wait_for_points
+from integration.mirror.points.pointsparts import (
+    RING_BYTES,
+    SIZE,
+    FarSide,
+    last_point,
+    wait_for_points,
+    wait_for_rest,
+)
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.processes import freeze
-from support.servers import Nbdmirror
+from support.servers import NbdkitTarget, Nbdmirror
 from support.waiting import wait_until
 
 from nbdmirror.devices.base import MemoryDevice
@@ -47,6 +54,31 @@ def test_a_far_side_that_comes_back(
         server.qmp.complete()
         guest.wait_for_requests(30)
     assert guest.longest_s < 5.0
+
+
+def test_a_journal_whose_server_is_ended_while_guests_rest_is_lost(
+    start: Start, identical: Identical, folder: Path, disk: Path
+) -> None:
+    """nbdkit closes no connection on SIGTERM, and refuses requests: the source sends one now and
+    then."""
+    far = FarSide(start, folder, kind="nbdkit", ring=RING_BYTES)
+    server = start(Nbdmirror(disk.parent, disk, bare=True))
+    far.start_mirror(server, x_nbdmirror_reconnect_delay=60)
+    server.qmp.wait_ready()
+    wait_for_rest(server)
+    far_server = far.journal_server
+    assert isinstance(far_server, NbdkitTarget)
+    process = far_server.process
+    assert process is not None
+    process.send_signal(signal.SIGTERM)
+    server.qmp.wait_for_event("X_NBDMIRROR_TARGET_LOST")
+    wait_until(lambda: process.poll() is not None, "its clients have left, and it ends")
+    far_server.process = None
+    far_server.socket.unlink(missing_ok=True)
+    far_server.start()
+    server.qmp.wait_for_event("X_NBDMIRROR_TARGET_BACK")
+    server.qmp.complete()
+    identical(disk, far.image_server.uri())
 
 
 @pytest.mark.parametrize("goes_first", ["image", "journal"])

@@ -61,15 +61,15 @@ class Together(TwoDisks):
     def check_numbers_are_told(self) -> None:
         """The last point's, by queries and events; as the journals have it."""
 
-        def are_equal() -> bool:
-            lasts = [self.groups(far)[-1:] for far in self.fars]
-            return lasts[0] == lasts[1]
+        def last() -> set[int]:
+            """Of the journals, if both have the same, and it is told; empty if not yet."""
+            found = {self.groups(far)[-1] for far in self.fars if self.groups(far)}
+            status = json.loads(self.cli("status", "--json").stdout)
+            jobs = [job for disk in status["disks"] for job in disk["jobs"]]
+            told = {job["x-nbdmirror-points"]["group"] for job in jobs}
+            return found if len(found) == 1 and told == found else set()
 
-        wait_until(are_equal, "the last point of both")
-        found = {self.groups(far)[-1] for far in self.fars}
-        status = json.loads(self.cli("status", "--json").stdout)
-        jobs = [job for disk in status["disks"] for job in disk["jobs"]]
-        assert {job["x-nbdmirror-points"]["group"] for job in jobs} == found
+        found = wait_until(last, "the last point of both is told")
         self.server.qmp.execute("query-version")  # reads the events before its answer
         events = [e["data"] for e in self.server.qmp.events if e["event"] == "X_NBDMIRROR_POINT"]
         (number,) = found

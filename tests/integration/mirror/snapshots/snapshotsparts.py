@@ -147,8 +147,10 @@ def wait_for_rest(server: Nbdmirror, command: Exec) -> None:
     """Until the last point has everything, and `command` knows that it was acknowledged."""
 
     def is_at_rest() -> bool:
-        last = points_of(server).get("sequence")
-        return not left_bytes(server) and command.acked[-1] == last and not awaited(server)
+        if left_bytes(server) or awaited(server):
+            return False
+        # Asked then, since a point may have been acknowledged just now.
+        return command.acked[-1] == points_of(server).get("sequence")
 
     wait_until(is_at_rest, "nothing is left")
 
