@@ -14,7 +14,8 @@ from support.processes import run
 from support.servers import Nbdmirror, QemuNbd
 
 SIZE = 4 * MiB
-NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
+STRANGER = ("setpriv", f"--reuid={200000 + os.getpid()}", "--regid=nogroup", "--clear-groups")
+"""A user of this test alone: the processes of a user count together."""
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_few_threads(folder: Path, disk: Path, limit: int) -> None:
     folder.chmod(0o777)
     disk.chmod(0o666)
     python = Nbdmirror(folder, disk).argv()[0]
-    if run(*NOBODY, python, "-c", "import nbdmirror.cli.serve", check=False).returncode:
+    if run(*STRANGER, python, "-c", "import nbdmirror.cli.serve", check=False).returncode:
         pytest.skip("the checkout is not readable for other users")
-    line = refusal(folder, disk, "prlimit", f"--nproc={limit}:{limit}", *NOBODY)
+    line = refusal(folder, disk, "prlimit", f"--nproc={limit}:{limit}", *STRANGER)
     assert "no thread can be started" in line and "ulimit -u, TasksMax" in line
