@@ -37,16 +37,17 @@ def has_proc() -> bool:
     return os.path.isdir("/proc/self")
 
 
-def _processes() -> list[str]:
+def processes() -> list[int]:
+    """All of this host that are seen, ascending; none without /proc."""
     with suppress(OSError):
-        return list(filter(str.isdigit, os.listdir("/proc")))
+        return sorted(map(int, filter(str.isdecimal, os.listdir("/proc"))))
     return []
 
 
 def holders(listeners: Collection[int]) -> frozenset[int]:
     """The processes of this host that have a socket with one of these inodes."""
     links, found = {f"socket:[{listener}]" for listener in listeners}, set()
-    for process in _processes() if links else ():
+    for process in processes() if links else ():
         with suppress(OSError):  # ended, or not permitted
             for fd in os.listdir(f"/proc/{process}/fd"):
                 with suppress(OSError):
@@ -59,7 +60,7 @@ def holders(listeners: Collection[int]) -> frozenset[int]:
 def other_networks() -> list[str]:
     """A process in each network namespace of this host, except in the one of this process."""
     found: dict[str, str] = {}
-    for process in ["self", *_processes()]:
+    for process in ["self", *map(str, processes())]:
         with suppress(OSError):  # ended, or not permitted
             found.setdefault(os.readlink(f"/proc/{process}/ns/net"), process)
     return [process for process in found.values() if process != "self"]

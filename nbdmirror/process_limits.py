@@ -68,6 +68,13 @@ def limit_of(error: BaseException) -> str:
     return no_thread() if error.errno == errno.EAGAIN and not is_output else ""
 
 
+def text_of(error: BaseException) -> str:
+    """What `error` says, with the limit that the error, or its cause, is due to."""
+    text = limit_of(error) or str(error) or type(error).__name__
+    limit = limit_of(error.__cause__) if error.__cause__ is not None else ""
+    return f"{text}: {limit}" if limit else text
+
+
 def limit_in(text: str) -> str:
     """The same for what a program or a library has written."""
     for pattern, tell in (

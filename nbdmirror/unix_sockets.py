@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 
 from nbdmirror.errors import ConfigError
+from nbdmirror.local_servers import has_proc
 
 BACKLOG = 32
 
@@ -141,7 +142,7 @@ def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a live server with a full backlog gives EAGAIN
         answer = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
-        if answer == errno.ENOENT and not os.path.isdir("/proc/self"):
+        if answer == errno.ENOENT and not has_proc():
             answer = probe.connect_ex(path)
             if not os.path.samestat(os.lstat(path), file):
                 raise ConfigError(f"{parameter}: {path}: was replaced meanwhile; try again")

@@ -102,9 +102,7 @@ traceback.format_exception = format_briefly  # type: ignore[assignment]
 
 def refuse(error: BaseException, *, say: Callable[[str], None] = print_startup_error) -> NoReturn:
     """The server does not start: one line on stderr, and exit status 1, as nbdkit does."""
-    text = process_limits.limit_of(error) or str(error) or type(error).__name__
-    if error.__cause__ is not None and (limit := process_limits.limit_of(error.__cause__)):
-        text = f"{text}: {limit}"
+    text = process_limits.text_of(error)
     say(text)
     startup.tell(text)
     process.abandon()

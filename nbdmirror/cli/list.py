@@ -19,7 +19,7 @@ from qemu.qmp import QMPError
 from nbdmirror.cli import status as cli_status
 from nbdmirror.cli.common import DONE, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 from nbdmirror.cli.session import Session, connect, run_interruptible
-from nbdmirror.local_servers import has_proc
+from nbdmirror.local_servers import has_proc, processes
 
 PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.qmp")
 """The sockets of root's server, of the systemd units, and of users' servers."""
@@ -105,18 +105,18 @@ def one_each(sockets: Iterable[str]) -> list[str]:
 def _processes() -> list[Found]:
     """The processes of all users that run the plugin."""
     found = []
-    for entry in sorted(filter(str.isdecimal, os.listdir("/proc")), key=int) if has_proc() else ():
+    for entry in processes():
         try:
             with open(f"/proc/{entry}/cmdline", "rb") as file:
                 words = [os.fsdecode(word) for word in file.read().split(b"\0")]
         except OSError:
             continue  # ended meanwhile
         if "python" in words and any(os.path.basename(word) == PLUGIN for word in words):
-            found.append(Found(int(entry), _socket(words, entry)))
+            found.append(Found(entry, _socket(words, entry)))
     return found
 
 
-def _socket(words: list[str], pid: str) -> str:
+def _socket(words: list[str], pid: int) -> str:
     """The plugin's control socket. A relative path was relative to the directory in which the
     process was started; in the background it has another one, but its socket has the full path."""
     path = next((word[4:] for word in reversed(words) if word.startswith("qmp=")), "")

@@ -36,7 +36,7 @@ from nbdmirror.logs import print_startup_error, use_format
 from nbdmirror.names import name_disk
 from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
 from nbdmirror.process_limits import environment as limits_environment
-from nbdmirror.process_limits import limit_in, limit_of, too_little
+from nbdmirror.process_limits import limit_in, text_of, too_little
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
@@ -71,8 +71,7 @@ def serve(args: argparse.Namespace) -> int:
         _check_tls(args)
         _check_places(args)
     except ConfigError as error:
-        limit = limit_of(error.__cause__) if error.__cause__ is not None else ""
-        raise CliError(f"{error}: {limit}" if limit else str(error)) from error
+        raise CliError(text_of(error)) from error
     sys.stdout.flush()
     if args.daemonize:
         from nbdmirror.cli import daemon as cli_daemon

@@ -128,9 +128,9 @@ class Outlook:
             sent.append((work_s, sent_bytes))
         while sent and work_s - sent[0][0] > (RATE_S if len(sent) > STEPS_MIN + 1 else RATE_S_MAX):
             sent.popleft()
-            if not sent:
-                self.rate = 0.0
-        if len(sent) > 1:
+        if not sent:
+            self.rate = 0.0
+        elif len(sent) > 1:
             longest_s = max(after[0] - before[0] for before, after in pairwise(sent))
             until_s = work_s if work_s - sent[-1][0] > longest_s else sent[-1][0]
             if until_s - sent[0][0] >= COUNT_S:

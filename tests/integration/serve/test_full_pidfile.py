@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from support.images import MiB, make_image
 from support.mounts import mounted
+from support.processes import run
 from support.servers import Nbdmirror
-from support.waiting import WAIT_S_MAX
 
 
 @pytest.mark.parametrize("options", [(), ("--daemonize",)])
@@ -19,14 +18,7 @@ def test_on_a_full_file_system(folder: Path, options: tuple[str, ...]) -> None:
         (full / "filler").write_bytes(b"x" * (64 << 10))
         pidfile = full / "pid"
         server = Nbdmirror(folder, disk, options=("--pidfile", str(pidfile), *options))
-        done = subprocess.run(
-            server.argv(),
-            env=server.environment(),
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S_MAX,
-            check=False,
-        )
+        done = run(*server.argv(), check=False)
         assert done.returncode == 1
         assert f"pidfile: {pidfile}: is empty: is its file system full?" in done.stderr
         assert not pidfile.exists()

@@ -220,7 +220,7 @@ def test_list_of_nothing(run: Main, tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_processes_are_known_by_the_plugin(monkeypatch: Any) -> None:
-    here = str(os.getpid())
+    here = os.getpid()
     words = ["nbdkit", "python", "/p/nbdmirror-plugin.py", "file=d", "qmp=/r/q"]
     assert cli_list._socket(words, here) == "/r/q"
     assert cli_list._socket(["nbdkit", "qmp=q"], here) == f"{os.getcwd()}/q"

@@ -45,6 +45,19 @@ def traffic(server: Nbdmirror) -> tuple[int, int]:
     return job["sent-bytes"], job["changed-bytes"]
 
 
+def check_it_follows(
+    applier: Applier, server: Nbdmirror, far: FarSide, disk: Path, identical: Identical
+) -> None:
+    """A guest's writes come to the image."""
+    with Guest(server.uri(), disk) as guest:
+        wait_to_follow(applier)
+        guest.wait_for_requests(30)
+    wait_for_rest(server)
+    applier.stop()
+    identical(guest, disk)
+    identical(guest, far.image)
+
+
 @pytest.mark.parametrize("kind", SERVERS)
 def test_a_guest_pivots_to_an_image_that_was_made_there(
     start: Start, identical: Identical, folder: Path, disk: Path, kind: str
@@ -239,13 +252,7 @@ def test_what_is_refused(
     assert swapped.returncode == 1 and "is not a journal" in swapped.stderr
     same = nbdmirror("apply", "--image", image, "--journal", image)
     assert same.returncode == 1 and "names the same disk" in same.stderr
-    with Guest(server.uri(), disk) as guest:
-        wait_to_follow(applier)
-        guest.wait_for_requests(30)
-    wait_for_rest(server)
-    applier.stop()
-    identical(guest, disk)
-    identical(guest, far.image)
+    check_it_follows(applier, server, far, disk, identical)
 
 
 @pytest.mark.parametrize("way", ["itself", "another server of it", "a mirror to it"])
@@ -291,13 +298,7 @@ def test_an_image_that_an_nbdmirror_serves(
     server.qmp.start_mirror(far_server.uri(), x_nbdmirror_journal=journal, **points)
     server.qmp.wait_ready()
     applier = start(Applier(folder, far_server.uri(), journal))
-    with Guest(server.uri(), disk) as guest:
-        wait_to_follow(applier)
-        guest.wait_for_requests(30)
-    wait_for_rest(server)
-    applier.stop()
-    identical(guest, disk)
-    identical(guest, far.image)
+    check_it_follows(applier, server, far, disk, identical)
 
 
 def test_a_journal_without_a_place(
