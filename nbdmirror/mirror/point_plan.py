@@ -14,6 +14,7 @@ from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
+from nbdmirror.mirror.far_side import FarSide
 from nbdmirror.mirror.point_owner import PointRunOwner
 from nbdmirror.mirror.point_run import PointRun
 from nbdmirror.mirror.point_source import StoreOptions
@@ -70,17 +71,17 @@ class RunMaker:
         else:
             changes.hand_back(self._tracker.dirty)
 
-    def begun(self) -> PointRun:
+    def begun(self, far: FarSide) -> PointRun:
         """The first copy is in sync, and nothing of it is in flight."""
         self.plan.changes.begin()
-        return self._run({}, self._take_over)
+        return self._run(far, {}, self._take_over)
 
-    def continued(self, times_ns: Mapping[int, int], *, has_begun: bool) -> PointRun:
-        """The points of an earlier process: `restore` has marked what they lack. `times_ns`: wall
-        times by the numbers of points."""
+    def continued(self, far: FarSide, *, has_begun: bool) -> PointRun:
+        """The points of an earlier process: `restore` has marked what they lack."""
         if not has_begun:
             self.plan.changes.begin()
-        return self._run(times_ns, self._end_first_copy if has_begun else self._take_over)
+        first = self._end_first_copy if has_begun else self._take_over
+        return self._run(far, far.times_ns(), first)
 
     def hand_back(self, run: PointRun) -> None:
         """The run has left: the tracker has what may differ, and is marked by guests again."""
@@ -88,11 +89,15 @@ class RunMaker:
         self.plan.changes.hand_back(self._tracker.dirty)
         run.close()
 
-    def _run(self, before_ns: Mapping[int, int], first: Callable[[], None]) -> PointRun:
+    def _run(
+        self, far: FarSide, before_ns: Mapping[int, int], first: Callable[[], None]
+    ) -> PointRun:
+        """`before_ns`: the wall times of earlier points, by their numbers."""
         now_ns, window = self._wall_time_ns(), Window(self.plan.keep_s, self._loop.clock)
         window.learn({n: max(0.0, (now_ns - at_ns) / 1e9) for n, at_ns in before_ns.items()})
         return PointRun(
             owner=self._owner,
+            far=far,
             changes=self.plan.changes,
             source=self._source,
             loop=self._loop,

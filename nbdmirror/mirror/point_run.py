@@ -47,6 +47,7 @@ class PointRun(CutRun):
         self,
         *,
         owner: PointRunOwner,
+        far: FarSide,
         changes: Changes,
         source: AsyncSource,
         loop: Loop,
@@ -77,13 +78,14 @@ class PointRun(CutRun):
         """Between `start` and `stop`."""
         self.is_leaving = False
         """No more points are made."""
-        self._far: FarSide | None = None
+        self._far = far
+        """Where points go. Each `start` may name another one."""
         self._sender: PointSender | None = None
         self._cut: CommonCut | None = None
         self._point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
         self._requests = PointRequests()
-        self._is_sending = self._is_busy_there = False
+        self._is_sending = self._is_busy_far = False
         self._heard_s = now_s
         """When the far side last did something."""
         self.tried_s = self._held_up_until_s = -math.inf
@@ -115,19 +117,19 @@ class PointRun(CutRun):
 
     def _source_broke(self, error: BaseException) -> None:
         self._sending.broken(error)
-        self._there.withdraw(error)
+        self._far.withdraw(error)
 
     # States.
 
     @property
     def is_idle(self) -> bool:
         """No cut, no point and no request to the far side is in progress."""
-        return self._cut is None and not self._is_sending and not self._is_busy_there
+        return self._cut is None and not self._is_sending and not self._is_busy_far
 
     @property
     def is_quiet(self) -> bool:
         """Nothing at all is on its way to the far side."""
-        return self.is_idle and (self._far is None or self._far.is_idle)
+        return self.is_idle and self._far.is_idle
 
     @property
     def has_left(self) -> bool:
@@ -137,17 +139,17 @@ class PointRun(CutRun):
     @property
     def is_applied(self) -> bool:
         """The image holds the last point."""
-        return self._there.is_applied
+        return self._far.is_applied
 
     @property
     def waits_for_applier(self) -> bool:
         """A process beside the image makes the image a later point now."""
-        return self._there.waits_for_applier
+        return self._far.waits_for_applier
 
     @property
     def is_handed_over(self) -> bool:
         """The image holds the last point, and nobody can have another one any more."""
-        return self._there.is_handed_over
+        return self._far.is_handed_over
 
     @property
     def point(self) -> CommittedPoint:
@@ -157,12 +159,12 @@ class PointRun(CutRun):
     @property
     def reaches_s(self) -> float:
         """How far back the history reaches, from the oldest point that can be recovered."""
-        return self.window.reaches_s(self._there.oldest)
+        return self.window.reaches_s(self._far.oldest)
 
     @property
     def is_window_kept(self) -> bool:
         """No point of the window was applied before its time, since its room was needed."""
-        return self._there.oldest <= 1 or self.reaches_s >= self.window.keep_s
+        return self._far.oldest <= 1 or self.reaches_s >= self.window.keep_s
 
     @property
     def left_bytes(self) -> int:
@@ -188,7 +190,7 @@ class PointRun(CutRun):
     def is_free(self) -> bool:
         if self.is_handed_over or self._is_sending or self._cut is not None:
             return False
-        return self.is_applied or not self._there.in_the_way(self._wanted_bytes)
+        return self.is_applied or not self._far.in_the_way(self._wanted_bytes)
 
     @property
     def ledger(self) -> Ledger:
@@ -201,12 +203,7 @@ class PointRun(CutRun):
 
     def has_name(self, name: str) -> bool:
         """A point that can be recovered has this name, or one that was asked for."""
-        return self._requests.has_name(name) or self._there.has_name(name)
-
-    @property
-    def _there(self) -> FarSide:
-        assert self._far is not None, "not started"
-        return self._far
+        return self._requests.has_name(name) or self._far.has_name(name)
 
     # From outside.
 
@@ -269,23 +266,23 @@ class PointRun(CutRun):
             return
         if self.is_leaving:
             if self.is_idle and not self.is_applied:
-                self._follow(self._there.newest)
+                self._follow(self._far.newest)
             return
         due = self._owner.point_group.due(self, self._loop.clock())
         is_wanted = self in due and not self._is_sending
         until = self.common_number if self._owner.point_group.is_common else math.inf
-        self._follow(self.window.next(self._there, self._wanted_bytes if is_wanted else 0, until))
+        self._follow(self.window.next(self._far, self._wanted_bytes if is_wanted else 0, until))
         if is_wanted and all(run.is_free for run in due):
             self._begin_cut(due)
         if self.is_idle and self._loop.clock() - self._heard_s >= CHECK_S:
-            self._at_far_side(self._there.check)
+            self._at_far_side(self._far.check)
 
     # For an ending.
 
     def catch_up(self) -> None:
         """Begin the next step towards an image that has everything. Nothing is in progress."""
         if self.is_handed_over or not self.is_applied:
-            self._follow(self._there.newest)
+            self._follow(self._far.newest)
         elif self.has_changes and not self.is_held_up:
             self._begin_cut([self])
 
@@ -298,19 +295,19 @@ class PointRun(CutRun):
 
     def hand_over(self) -> None:
         """Bring the image to the newest point, and leave it to guests."""
-        self._at_far_side(partial(self._there.apply, hands_over=True))
+        self._at_far_side(partial(self._far.apply, hands_over=True))
 
     # Steps.
 
     def _follow(self, until: int) -> None:
         """Make the image the point `until`; 0: leave it as it is. An image that was handed over is
         taken back first."""
-        if self._is_busy_there:
+        if self._is_busy_far:
             return
         if self.is_handed_over:
-            self._at_far_side(self._there.take_back)
+            self._at_far_side(self._far.take_back)
         elif until:
-            self._at_far_side(partial(self._there.apply, until=until))
+            self._at_far_side(partial(self._far.apply, until=until))
 
     def _begin_cut(self, runs: Sequence[CutRun]) -> None:
         def moment() -> Moment:
@@ -337,7 +334,7 @@ class PointRun(CutRun):
         assert frozen is not None
         name, changed_bytes = self._requests.take(is_common=is_common), frozen.covered.dirty_bytes
         self._point = point = replace(self._point, changed_bytes=changed_bytes, name=name)
-        number = self._there.newest + 1
+        number = self._far.newest + 1
         self.window.cut(number)
         self._sending.begin(self._points, point.time_ns, name=name, group=point.group)
         if frozen.error is None:
@@ -357,8 +354,8 @@ class PointRun(CutRun):
     def _committed(self) -> None:
         self._is_sending = False
         self._heard_s = self._loop.clock()
-        self.lag.is_kept = self._there.is_kept
-        self.last = last = replace(self._point, sequence=self._there.newest)
+        self.lag.is_kept = self._far.is_kept
+        self.last = last = replace(self._point, sequence=self._far.newest)
         self.count += 1
         self.sent_bytes += last.changed_bytes
         self._owner.point_group.committed(self, last.group, last.sequence)
@@ -370,17 +367,17 @@ class PointRun(CutRun):
         self._is_sending = False
         self._owner.point_broken(error, self._point.name)
         self._requests.breaks(error)
-        if self.is_running and error is self._there.error:
+        if self.is_running and error is self._far.error:
             self._owner.far_side_failed(error)
         elif self.is_running and error is self._source.error:
             self._owner.source_failed(error)
         self._owner.run_advanced()
 
     def _at_far_side(self, step: Callable[[Done], None]) -> None:
-        self._is_busy_there = True
+        self._is_busy_far = True
 
         def done(error: BaseException | None) -> None:
-            self._is_busy_there = False
+            self._is_busy_far = False
             self._heard_s = self._loop.clock()
             if error is not None and self.is_running:
                 self._owner.far_side_failed(error)

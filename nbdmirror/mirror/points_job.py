@@ -260,11 +260,13 @@ class PointsJob(PointsView):
         self._catches_up = False
         self.copier.stop()
         assert self.disk.synchronous is None, "guests would change the image beside the points"
-        self.run = self._points.begun()
+        far = self._far_resources.far_side
+        assert far is not None, "points begin where the far side was opened"
+        self.run = self._points.begun(far)
         self.advance_soon()
 
     def _continue_points(self, far: FarSide) -> None:
-        self.run = self._points.continued(far.times_ns(), has_begun=self.has_begun)
+        self.run = self._points.continued(far, has_begun=self.has_begun)
         self.lag = self.run.lag
         self.log.info("continues after point %d", far.newest)
 

@@ -143,6 +143,7 @@ class Waits:
             self._divide(now_s)
         self._copies -= 1
         self._copies_s += now_s
+        self._forget_rounding()
 
     def write_begins(self, now_s: float) -> None:
         """A copy goes from the source to the target, until `write_ends`."""
@@ -167,6 +168,7 @@ class Waits:
         self.last_flush_s = now_s - self._flush_began_s
         self._flushes -= 1
         self._flushes_s += now_s
+        self._forget_rounding()
 
     def begins(self, cause: Cause) -> None:
         """A request that is no copy's, or something else that is waited for, until `ends`."""
@@ -185,6 +187,14 @@ class Waits:
         self._others[index] -= 1
         self._others_s[index] += now_s
         self.answers += 1
+        self._forget_rounding()
+
+    def _forget_rounding(self) -> None:
+        """The sums of nothing in flight are zero, all of which was divided; what rounding has left
+        would get the time in which there is nothing to do."""
+        if not (self._copies or self._flushes or self._count):
+            self._copies_s = self._writes_s = self._flushes_s = 0.0
+            self._others_s = [0.0] * len(Cause)
 
     # What queries show.
 

@@ -94,7 +94,9 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         info["state-problem"] = doubt
     if isinstance(disk.source, Passing) and disk.source.gone:
         info["point-gone"] = disk.source.gone
-    info["jobs"] = [_job(server, job) for job in server.mirrors.jobs.values() if job.disk is disk]
+    info["jobs"] = [
+        job_status(server, job) for job in server.mirrors.jobs.values() if job.disk is disk
+    ]
     if (result := server.chronicle.results.get(disk.name)) is not None:
         info["last-job"] = _result(result)
     return info
@@ -129,7 +131,8 @@ def _is_connected(device: BlockDevice) -> bool:
     return not (isinstance(raw, NbdDevice) and raw.is_lost)
 
 
-def _job(server: Server, job: MirrorJob) -> dict[str, Any]:
+def job_status(server: Server, job: MirrorJob) -> dict[str, Any]:
+    """Everything about one job, at any moment of its life."""
     info = block_job_info(server, job)
     info["target"] = job.target.description
     info["sync"] = job.options.sync

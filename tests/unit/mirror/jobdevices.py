@@ -26,6 +26,8 @@ class StillLoop:
         self._posted: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
+        self.after_step: list[Callable[[], object]] = []
+        """Called whenever something was done."""
 
     def clock(self) -> float:
         return self.now_s
@@ -50,8 +52,13 @@ class StillLoop:
         for _ in range(TURNS_MAX):
             if not self._posted:
                 return
-            self._posted.popleft()()
+            self._step(self._posted.popleft())
         raise AssertionError("the loop is never at rest")
+
+    def _step(self, call: Callable[[], None]) -> None:
+        call()
+        for look in self.after_step:
+            look()
 
     def pass_s(self, seconds: float) -> None:
         until_s = self.now_s + seconds
@@ -59,7 +66,7 @@ class StillLoop:
         while self._timers and self._timers[0][0] <= until_s:
             at_s, _, timer = heapq.heappop(self._timers)
             self.now_s = max(self.now_s, at_s)
-            timer.fire()
+            self._step(timer.fire)
             self.settle()
         self.now_s = until_s
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from unit.mirror.asking import Asking
 from unit.mirror.jobdevices import MemoryTarget, Source, StillLoop
 
 from nbdmirror.devices.base import Done
@@ -21,6 +22,7 @@ from nbdmirror.mirror.in_flight import CopierLoad
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
 from nbdmirror.mirror.resources import JobState
+from nbdmirror.mirror.waits import Shares
 
 KIB, MIB = 1 << 10, 1 << 20
 GRANULARITY = 64 * KIB
@@ -153,6 +155,7 @@ class JobWorld:
             resources=self.resources,
         )
         self.job.create()
+        self.asking = Asking(self.loop, self.job)
 
     def new_source(self, size: int) -> Source:
         return Source(self.loop, size)
@@ -195,6 +198,10 @@ class JobWorld:
     def is_held(self) -> bool:
         """Guests' writes are."""
         return self.disk.ledger.gate is not None
+
+    def shares(self) -> Shares:
+        """What the job's time was spent on, as a user asks for it."""
+        return self.job.waits.shares
 
     def assert_identical(self) -> None:
         assert self.source.data == self.target.data, "the target differs from the source"

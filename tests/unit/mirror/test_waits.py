@@ -83,6 +83,24 @@ def test_a_slow_source_and_a_slow_target(
     world.assert_identical()
 
 
+@pytest.mark.parametrize("slots", [1, 3, CLAIMS])
+@pytest.mark.parametrize(("read_s", "write_s"), [(0.1, 0.0), (0.0, 0.1), (1 / 3, 1 / 7)])
+def test_who_asks_changes_nothing(slots: int, read_s: float, write_s: float) -> None:
+    """Also not by what rounding leaves: a job that waits for nothing has nothing to do."""
+    found = []
+    for is_asked in (False, True):
+        world = JobWorld(buffer_bytes=slots * GRANULARITY)
+        if is_asked:
+            world.loop.after_step.append(world.shares)
+        delayed(world, read=read_s, write=write_s).start()
+        while world.status == "running":
+            world.pass_s(0.01)
+        found.append(world.job.waits.shares.seconds)
+        world.assert_identical()
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert min(found[1].values()) > -1e-9
+
+
 def test_a_source_that_is_slow_to_say_what_is_allocated() -> None:
     world = delayed(JobWorld(buffer_bytes=ONE_SLOT), extents=0.3).start()
     world.pass_s(0.2)
