@@ -69,9 +69,10 @@ def of_promises(job: Job) -> list[tuple[str, str]]:
     most = points.get("journal-point-bytes") if "sequence" in points else None
     if most is not None and _left_bytes(job) > MUCH * most:
         found.append(("journal", _small_journal(job, points)))
-    if points.get("kept") is False:
-        text = f"the points reach back {duration(points['reaches-s'])}, and --keep asks for"
-        text = f"{text} {duration(points['keep-s'])}: the journal is too small for that"
+    reaches_s, keep_s = points.get("reaches-s"), points.get("keep-s")
+    if points.get("kept") is False and None not in (reaches_s, keep_s):  # not: there is no point
+        text = f"the points reach back {duration(reaches_s)}, and --keep asks for"
+        text = f"{text} {duration(keep_s)}: the journal is too small for that"
         found.append(("keep", text))
     return found
 

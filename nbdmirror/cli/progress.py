@@ -106,7 +106,8 @@ class Meter:
         if "falling-behind" in job:  # the server measures rates
             if "copy-bytes-per-s" not in job:
                 return None
-            copied, zeroed, dirtied = (job[f"{w}-bytes-per-s"] for w in ("copy", "zero", "dirty"))
+            found = (job.get(f"{what}-bytes-per-s", 0) for what in ("copy", "zero", "dirty"))
+            copied, zeroed, dirtied = found
             has_zeroes = job.get("copied-bytes", 0) > job.get("written-bytes", 0)
             return Rates(copied, zeroed, dirtied, job.get("left-s"), has_zeroes)
         if job.get("paused"):

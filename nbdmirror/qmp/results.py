@@ -204,7 +204,7 @@ _WAITS = struct(
     seconds=_BY_CAUSE,
 )
 
-_JOB_STATUS_INFO = Struct(
+JOB_STATUS = Struct(
     "JobStatusInfo",
     {
         **_BLOCK_JOB_INFO_MEMBERS,
@@ -232,6 +232,7 @@ _JOB_STATUS_INFO = Struct(
             ),
             target_connected=BOOL,
             target_lost_for_s=optional(NUMBER),
+            target_lost_reason=optional(STR),
             target_wait_left_s=optional(NUMBER),
             target_silent_for_s=optional(NUMBER),
             source_silent_for_s=optional(NUMBER),
@@ -278,7 +279,7 @@ _HELD_TIMES = struct(
     buckets=_BUCKETS,
 )
 
-_DISK_STATUS = struct(
+DISK_STATUS = struct(
     "DiskStatus",
     name=STR,
     source=STR,
@@ -293,7 +294,7 @@ _DISK_STATUS = struct(
     bitmaps=Array(_DIRTY_INFO),
     requests=Array(_REQUEST_TIMES),
     held=Array(_HELD_TIMES),
-    jobs=Array(_JOB_STATUS_INFO),
+    jobs=Array(JOB_STATUS),
     last_job=optional(_LAST_JOB),
 )
 
@@ -302,7 +303,7 @@ STATUS = struct(
     package=STR,
     pid=INT,
     started_at_s=NUMBER,
-    disks=Array(_DISK_STATUS),
+    disks=Array(DISK_STATUS),
     state_error=optional(STR),
 )
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from unit.mirror.jobdevices import StillLoop
 
+from nbdmirror.cli.status import job_parts
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.points_job import PointsJob
+from nbdmirror.qmp.results import JOB_STATUS
 from nbdmirror.qmp.status_query import job_status
 from nbdmirror.server.course import Course
 
@@ -42,6 +44,8 @@ class Asking:
     def _ask(self) -> None:
         self.asked += 1
         found = job_status(self._server, self._job)
+        JOB_STATUS.check(found)
         assert (found["device"], found["status"]) == (self._job.id, str(self._job.status))
+        assert job_parts(found)
         if not self._job.is_over:
             self._job.map(CELLS)
