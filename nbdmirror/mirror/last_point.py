@@ -73,6 +73,8 @@ class LastPoint(Attempt):
         elif self.step is LastStep.DRAINING and self._ledger.is_idle:
             self.step = LastStep.SENDING
             self.advance()
+        elif self.step is LastStep.SENDING and run.has_changes and not run.is_free:
+            run.make_room()
         elif self.step is LastStep.SENDING and run.has_changes:
             run.cut_here()
         elif self.step in (LastStep.SENDING, LastStep.HANDING_OVER) and not run.is_handed_over:

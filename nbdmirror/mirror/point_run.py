@@ -85,7 +85,7 @@ class PointRun(CutRun):
         self._point = CommittedPoint(0, 0, 0)
         """The one in progress; without its number."""
         self._requests = PointRequests()
-        self._is_sending = self._is_busy_far = False
+        self._is_sending = self._is_busy_there = False
         self._heard_s = now_s
         """When the far side last did something."""
         self.tried_s = self._held_up_until_s = -math.inf
@@ -124,7 +124,7 @@ class PointRun(CutRun):
     @property
     def is_idle(self) -> bool:
         """No cut, no point and no request to the far side is in progress."""
-        return self._cut is None and not self._is_sending and not self._is_busy_far
+        return self._cut is None and not self._is_sending and not self._is_busy_there
 
     @property
     def is_quiet(self) -> bool:
@@ -282,9 +282,13 @@ class PointRun(CutRun):
     def catch_up(self) -> None:
         """Begin the next step towards an image that has everything. Nothing is in progress."""
         if self.is_handed_over or not self.is_applied:
-            self._follow(self._far.newest)
+            self.make_room()
         elif self.has_changes and not self.is_held_up:
             self._begin_cut([self])
+
+    def make_room(self) -> None:
+        """Make the image the newest point, so that the space of all points can be used again."""
+        self._follow(self._far.newest)
 
     def cut_here(self) -> None:
         """Begin a point behind a gate that is closed already, with no request in progress."""
@@ -302,7 +306,7 @@ class PointRun(CutRun):
     def _follow(self, until: int) -> None:
         """Make the image the point `until`; 0: leave it as it is. An image that was handed over is
         taken back first."""
-        if self._is_busy_far:
+        if self._is_busy_there:
             return
         if self.is_handed_over:
             self._at_far_side(self._far.take_back)
@@ -374,10 +378,10 @@ class PointRun(CutRun):
         self._owner.run_advanced()
 
     def _at_far_side(self, step: Callable[[Done], None]) -> None:
-        self._is_busy_far = True
+        self._is_busy_there = True
 
         def done(error: BaseException | None) -> None:
-            self._is_busy_far = False
+            self._is_busy_there = False
             self._heard_s = self._loop.clock()
             if error is not None and self.is_running:
                 self._owner.far_side_failed(error)

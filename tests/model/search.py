@@ -16,13 +16,15 @@ WALKS = 5
 
 
 def hold(machine: type, examples: int) -> None:
-    """Run a machine whose rules hold. Hypothesis prints the steps of a failure."""
+    """Run a machine whose rules hold. Hypothesis prints the steps of a failure, as they were found:
+    a search for fewer steps takes longer than a test may."""
     run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=STEPS,
             deadline=None,
+            phases=[Phase.explicit, Phase.reuse, Phase.generate],
             print_blob=True,
             suppress_health_check=list(HealthCheck),
         ),

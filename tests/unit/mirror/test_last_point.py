@@ -3,16 +3,21 @@ it."""
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
-from unit.mirror.groupparts import INTERVAL_S, PointsWorld, worlds_of
+from unit.mirror.groupparts import INTERVAL_S, SIZE, PointsWorld, worlds_of
 
+import nbdmirror.points.format
+import nbdmirror.points.ownership
 from nbdmirror.devices.base import Done
+from nbdmirror.mirror.quiesce import CONVERGE_S
 from nbdmirror.points.format import State
+from nbdmirror.points.requests import Side
 
 
-def with_points(**options: float) -> PointsWorld:
+def with_points(**options: Any) -> PointsWorld:
     (world,) = worlds_of("j", **options)
     world.job.start()
     world.pass_s(5.0)
@@ -62,6 +67,31 @@ def test_a_cancelled_job_holds_nobody() -> None:
     assert world.status == "null"
     assert world.number(bytes(world.target.data)) in (1, 2)
     assert world.read().superblock.state is State.OK
+
+
+def test_a_last_point_for_which_there_is_no_room_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests are held, and the image has to become the point before first. That is waited for, and
+    not tried again and again."""
+    ring_bytes = SIZE + SIZE // 2
+    for module in (nbdmirror.points.format, nbdmirror.points.ownership):
+        monkeypatch.setattr(module, "RING_BYTES_MIN", ring_bytes)
+    world = with_points(ring_bytes=ring_bytes, keep_s=0.0)
+    world.journal_requests.holds = {"write"}
+    world.disk.pwrite(b"1" * SIZE, 0, False)
+    world.job.complete()
+    world.pass_s(CONVERGE_S + 1.0)
+    assert world.status == "ready" and not world.is_held
+    world.disk.pwrite(b"2" * SIZE, 0, False)
+    image = world.exports[Side.IMAGE].requests
+    image.holds = {"write"}
+    world.journal_requests.answer_all()
+    assert world.is_held and image.held
+    assert not world.told("X_NBDMIRROR_POINT_BROKEN")
+    image.answer_all()
+    world.pass_s(1.0)
+    assert world.disk.has_moved and not world.is_held
+    assert not world.told("X_NBDMIRROR_POINT_BROKEN")
+    assert world.target.data == world.source.data
 
 
 def test_a_disk_that_changes_by_itself_while_it_is_handed_over() -> None:
