@@ -8,10 +8,12 @@ from model.runparts import BLOCKS, Member
 from model.runworld import RunWorld
 
 from nbdmirror.errors import CommandError
+from nbdmirror.mirror.options import CopyMode
 
 blocks = st.integers(0, BLOCKS - 1)
 which = st.integers(0, 1)
 sides = st.integers(0, 1)
+modes = st.sampled_from((CopyMode.POINTS, CopyMode.BACKGROUND))
 TROUBLES = ("link", "power", "pause", "kill", "changes", "write", "fail", "")
 seconds = st.sampled_from((0.02, 0.06, 0.3, 0.6, 1.3, 4.0))
 
@@ -100,6 +102,14 @@ class RunMachine(RuleBasedStateMachine):
         except CommandError:
             return
         self.w.settle()
+
+    @rule(number=which, mode=modes, is_busy=st.booleans(), time_s=seconds)
+    def copy_mode_changes(self, number: int, mode: CopyMode, is_busy: bool, time_s: float) -> None:
+        member = self.member(number)
+        if is_busy:
+            self._write(member, 7, 2)
+        self.w.change_mode(member, mode)
+        self.w.pass_s(time_s)
 
     @rule(number=which, block=blocks)
     def source_loses_writes(self, number: int, block: int) -> None:

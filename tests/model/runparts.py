@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,14 @@ class RunResources(FakeResources):
         self.has_begun = True
         self._step("begin_points", done)
 
+    def keep_changes(self, done: Done) -> None:
+        self._step("keep_changes", done)
+
+    def drop_points(self) -> None:
+        assert self.is_idle, "lost: something is in flight to a journal that is dropped"
+        self.has_begun, self.far_side = False, None
+        self.world.plan.changes.end()
+
     def begin_in_place(self, state: JobState, done: Done) -> None:
         def begun(error: BaseException | None) -> None:
             self.has_begun = self.has_begun and error is not None
@@ -139,7 +148,8 @@ class RunResources(FakeResources):
                 device.is_lost = False
             world.job.tracker.target_came_back()
             try:
-                self._open()
+                if world.job.plan is not None:
+                    self._open()
             except JournalError as error:
                 done(refusal_of(error))
             else:
@@ -212,6 +222,8 @@ class Member(JobWorld):
         keeps. An end keeps none but the last one."""
         self.tokens: list[tuple[int, int]] = []
         """Of guests' requests in progress, and the block that each changes."""
+        self.is_leaving = False
+        """Another copy mode was asked for: from when the journal says so on, there are no points."""
         self.is_handed_over = False
         """The journal said so, when this process was killed."""
         self.was_handed_over = kept is not None and kept.is_handed_over
@@ -221,15 +233,7 @@ class Member(JobWorld):
         self.ending_writes = 0
         """How many writes were answered when the end was asked for."""
         if kept is None:
-            self.journal_disk = Disk(RING_START + owner.ring_bytes)
-            creating = create(
-                "journal",
-                len(self.journal_disk.data),
-                disk_bytes=SIZE,
-                now_ns=0,
-                random_bytes=owner.random.randbytes,
-            )
-            self.disk_id = run(creating, {Side.JOURNAL: DiskDevice(self.journal_disk)}).disk_id
+            self._new_journal()
         else:
             self.journal_disk, self.disk_id = kept.journal_disk, kept.disk_id
         super().__init__(
@@ -244,6 +248,17 @@ class Member(JobWorld):
         )
 
     # What it is made of.
+
+    def _new_journal(self) -> None:
+        self.journal_disk = Disk(RING_START + self.owner.ring_bytes)
+        creating = create(
+            "journal",
+            len(self.journal_disk.data),
+            disk_bytes=SIZE,
+            now_ns=0,
+            random_bytes=self.random.randbytes,
+        )
+        self.disk_id = run(creating, {Side.JOURNAL: DiskDevice(self.journal_disk)}).disk_id
 
     def new_source(self, size: int) -> Source:
         source = Source(self.loop, size)
@@ -303,6 +318,21 @@ class Member(JobWorld):
         restore = partial(self.job.restore, mark_tracker, mark_changes)
         self.job.take_up(restore, is_scanned=True, is_paused=False)
 
+    def change_mode(self, mode: CopyMode) -> None:
+        """Raises CommandError. Points that are made again have another journal."""
+        job = self.job
+        if mode is not CopyMode.POINTS or job.plan is not None:
+            job.change(mode)
+            self.is_leaving = mode is not CopyMode.POINTS
+            return
+        job.check_settled()
+        self._new_journal()
+        self.journal.export.disk, self.journal.data = self.journal_disk, self.journal_disk.data
+        self.resources.known_point = 0, 0
+        self.plan = replace(self.plan, changes=Changes(self.disk, BLOCK_BYTES))
+        self.announced, self.cut_s, self.is_leaving = 0, {}, False
+        job.make_points(self.plan)
+
     def change(self, block: int, count: int) -> None:
         """A guest's write, which is answered at once."""
         stamp = next(self.owner.stamps).to_bytes(8, "little")
@@ -345,7 +375,10 @@ class Member(JobWorld):
     def check_level(self) -> None:
         """The job is about to end well: what it leaves is durable, whoever loses power now."""
         old, new = self.image.export.left(lambda kept: kept[0]), self.image.export.disk
-        if self.job.ending is Ending.COMPLETE:
+        if self.job.plan is None:
+            assert self.is_held, "lost: guests write while their mirror ends"
+            assert old.data == new.data == self.source.data, "lost: the target is not what the disk is"
+        elif self.job.ending is Ending.COMPLETE:
             assert self.is_held, "lost: guests write while their disk is handed over"
             is_level = old.data == new.data == self.source.data
             assert is_level, "lost: the image that guests get is not what the disk is"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -28,7 +28,7 @@ from nbdmirror.events import Event, EventRing
 from nbdmirror.mirror import frozen_view, point_sender, target_watch
 from nbdmirror.mirror.activity import Activity
 from nbdmirror.mirror.cut import CUT_LIMIT_S
-from nbdmirror.mirror.options import Ending, Policy
+from nbdmirror.mirror.options import CopyMode, Ending, Policy
 from nbdmirror.mirror.point_group import PointGroup
 from nbdmirror.mirror.point_request import PointRequest
 from nbdmirror.mirror.points_view import REQUEST_S_MAX
@@ -84,6 +84,7 @@ class RunWorld:
         self.stamps, self.groups, self._ticks = (itertools.count(1) for _ in range(3))
         self.moments: dict[int, Moment] = {}
         """What the disks were at these wall times."""
+        self.has_changed_modes = False
         self.asked: list[Asked] = []
         self.next_event = 0
         for module in (nbdmirror.points.format, nbdmirror.points.ownership):
@@ -162,10 +163,17 @@ class RunWorld:
             else:
                 job.cancel(force=False)
 
+    def change_mode(self, member: Member, mode: CopyMode) -> None:
+        if not member.job.is_over:
+            self.has_changed_modes = True
+            with suppress(CommandError):
+                member.change_mode(mode)
+
     def kill(self) -> None:
         """The source's process ends, and another begins."""
-        if any(member.job.is_over or member.job.pivoted for member in self.members):
-            return
+        for member in self.members:
+            if member.job.is_over or member.job.pivoted or member.is_leaving:
+                return
         for member in self.members:
             while member.tokens:
                 member.end_request()
@@ -215,6 +223,10 @@ class RunWorld:
         assert job.ending is Ending.NONE, f"lost: the job does not end: {job.activity}"
         assert job.status == "ready", f"lost: no points are made: {job.status}, {job.activity}"
         assert not member.is_held, "lost: guests are held"
+        if member.is_leaving:
+            assert job.plan is None, f"lost: points do not end: {job.activity}"
+            assert member.image.export.disk.data == member.source.data, "lost: the image differs"
+            return
         assert member.announced, "lost: there is no point"
         found = self._read(member.journal.export.left(lambda kept: kept[0]))
         newest = self.moments[found.points[-1].time_ns]
@@ -293,8 +305,11 @@ class RunWorld:
             image, journal = (device.export.left(pick) for device in member.devices)
             found = self._read(journal)
             if member.job.pivoted:
-                assert found.superblock.state is State.PROMOTED, "lost: the disk is offered again"
+                is_promoted = found.superblock.state is State.PROMOTED
+                assert is_promoted or not member.job.plan, "lost: the disk is offered again"
                 continue
+            if member.is_leaving and found.superblock.state is not State.OK:
+                member.announced, member.cut_s = 0, {}
             assert member.announced or not member.cut_s or self.is_in_place
             if not member.announced and found.superblock.state is not State.OK:
                 continue
@@ -346,7 +361,7 @@ class RunWorld:
 
     def _check_common(self) -> None:
         """A moment that both have announced, or a later one, is on offer in both."""
-        if len(self.members) < 2 or not self.is_roomy:
+        if len(self.members) < 2 or not self.is_roomy or self.has_changed_modes:
             return
         if any(one.job.ending is not Ending.NONE or one.job.is_over for one in self.members):
             return

@@ -27,6 +27,8 @@ class _End:
     socket: socket.socket
     is_target: bool
     held: bytearray = field(default_factory=bytearray)
+    sent: bytes = b""
+    """The last part, and the end of what was sent before; to find what is in two parts."""
     has_requests: bool = False
     """Was sent requests: the handshake is over."""
 
@@ -40,8 +42,8 @@ class Proxy:
     `stall`: from now on nothing passes, and nobody is told. `forward` takes that back. `reset`:
     each connection ends with a RST, and what was on its way is gone. `half_close`: the client sees
     an end of file, and may still send, to nobody. `reset_after`: a RST once so many bytes more went
-    to the target. `spare`: a `reset` leaves the connection alone that is last to send these bytes.
-    New connections are forwarded, or stall as well.
+    to the target. `spare`: a `reset` leaves the connection alone that is first to send these bytes
+    from now on, also in two parts. New connections are forwarded, or stall as well.
     """
 
     def __init__(self, target: Path | tuple[str, int]) -> None:
@@ -169,8 +171,10 @@ class Proxy:
         if not data:
             self._drop(pair)
         else:
-            if there.is_target and self._spared_bytes is not None and self._spared_bytes in data:
-                self._spared = pair
+            if there.is_target and self._spared_bytes is not None and self._spared is None:
+                there.sent = there.sent[1 - len(self._spared_bytes) :] + data
+                if self._spared_bytes in there.sent:
+                    self._spared = pair
             there.has_requests |= there.is_target and REQUEST_MAGIC in data
             there.held += data
             self._give(pair, there)
