@@ -261,23 +261,34 @@ async def connect(
             text += ", or too many clients are connected: end some, or try again later"
             raise CliError(text, NO_SERVER) from error
         if isinstance(reason, ConnectionResetError | BrokenPipeError | EOFError):
-            text = f"the {what} at {path} closed the connection without an answer: it has ended,"
-            text += " or lacks open files, threads or memory; its log says why"
-            raise CliError(text, NO_SERVER) from error
+            raise _closed(path, what) from error
         text = _why_nobody_answers(path, reason)
         if not text:
             text = f"{what} at {path}: {os.strerror(errno.EACCES)}: {FOREIGN_ADVICE}"
             raise CliError(text, NO_SERVER) from error
         raise CliError(f"no {what} at {path} ({text}): {advice}", NO_SERVER) from error
+    except AssertionError as error:  # the library's, if the connection is closed at its beginning
+        await _disconnect(client)
+        raise _closed(path, "server" if program == OURS else program) from error
     try:
         if session.program.split(" ")[0] != program:
             text = f"{path} is the control socket of {session.program}, not of {program}"
             raise CliError(f"{text}: {advice}", NO_SERVER)
         yield session
     finally:
-        with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
-            async with asyncio.timeout(DISCONNECT_S_MAX):
-                await client.disconnect()
+        await _disconnect(client)
+
+
+async def _disconnect(client: QMPClient) -> None:
+    with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+        async with asyncio.timeout(DISCONNECT_S_MAX):
+            await client.disconnect()
+
+
+def _closed(path: str, what: str) -> CliError:
+    text = f"the {what} at {path} closed the connection without an answer: it has ended,"
+    text += " or lacks open files, threads or memory; its log says why"
+    return CliError(text, NO_SERVER)
 
 
 def no_socket(path: str) -> str:

@@ -226,6 +226,8 @@ class Member(JobWorld):
         """Another copy mode was asked for: from when the journal says so on, there are no points."""
         self.is_handed_over = False
         """The journal said so, when this process was killed."""
+        self.journal_disk: Disk
+        self.disk_id: bytes
         self.was_handed_over = kept is not None and kept.is_handed_over
         self.gate: object = None
         """The one that guests were held at, at the last look, since `held_since_s`."""
@@ -377,7 +379,9 @@ class Member(JobWorld):
         old, new = self.image.export.left(lambda kept: kept[0]), self.image.export.disk
         if self.job.plan is None:
             assert self.is_held, "lost: guests write while their mirror ends"
-            assert old.data == new.data == self.source.data, "lost: the target is not what the disk is"
+            assert old.data == new.data == self.source.data, (
+                "lost: the target is not what the disk is"
+            )
         elif self.job.ending is Ending.COMPLETE:
             assert self.is_held, "lost: guests write while their disk is handed over"
             is_level = old.data == new.data == self.source.data

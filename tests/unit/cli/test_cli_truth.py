@@ -126,7 +126,7 @@ def test_what_was_asked_for_goes_on_when_time_runs_out(
         return {}
 
     fake.do_job_complete = fake.do_block_job_cancel = end  # type: ignore[method-assign]
-    status, _, err = run(ending, "--timeout", "0.1")
+    status, _, err = run(ending, "--timeout", "1")
     last = err.splitlines()[-1]
     assert status == common.TIMED_OUT
     assert (
