@@ -253,13 +253,8 @@ class Member(JobWorld):
 
     def _new_journal(self) -> None:
         self.journal_disk = Disk(RING_START + self.owner.ring_bytes)
-        creating = create(
-            "journal",
-            len(self.journal_disk.data),
-            disk_bytes=SIZE,
-            now_ns=0,
-            random_bytes=self.random.randbytes,
-        )
+        size, draw = len(self.journal_disk.data), self.random.randbytes
+        creating = create("journal", size, disk_bytes=SIZE, now_ns=0, random_bytes=draw)
         self.disk_id = run(creating, {Side.JOURNAL: DiskDevice(self.journal_disk)}).disk_id
 
     def new_source(self, size: int) -> Source:

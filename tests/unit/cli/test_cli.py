@@ -266,10 +266,10 @@ def test_wait_for_a_job_of_which_nothing_is_known(fake: Fake, run: Main, which: 
 def test_time_runs_out(fake: Fake, run: Main) -> None:
     fake.plan["stuck"] = True
     fake.add_job("j")
-    status, _, err = run("wait", "--ready", "--timeout", "0.1")
+    status, _, err = run("wait", "--ready", "--timeout", "1")
     assert status == common.TIMED_OUT
     assert err.splitlines()[-1] == (
-        "nbdmirror: timed out after 0.1 s; job j: running, 0.0%, 400 B left"
+        "nbdmirror: timed out after 1 s; job j: running, 0.0%, 400 B left"
     )
 
 
@@ -289,7 +289,7 @@ def test_complete_of_a_paused_job_says_what_it_waits_for(fake: Fake, run: Main) 
         return {}
 
     fake.do_job_complete = complete  # type: ignore[method-assign]
-    status, out, err = run("complete", "--timeout", "0.2")
+    status, out, err = run("complete", "--timeout", "1")
     assert (status, out) == (common.TIMED_OUT, "")
     assert err.count("will complete after: nbdmirror resume\n") == 1
 
@@ -335,7 +335,7 @@ def test_a_wait_for_a_snapshot_says_who_makes_it(fake: Fake, run: Main) -> None:
     """Else the job stands at 100 % for ever."""
     fake.plan["stuck"] = True
     fake.add_job("j", offset=400, **{"x-nbdmirror-points": {"awaited": {"sequence": 1}}})
-    status, _, err = run("wait", "--ready", "--timeout", "0.3")
+    status, _, err = run("wait", "--ready", "--timeout", "1")
     assert status == common.TIMED_OUT
     assert "j: point 1 waits for its snapshot; snapshots are made by: nbdmirror points" in err
     fake.add_job("j", status="ready", ready=True, **{"x-nbdmirror-points": {"sequence": 1}})

@@ -98,7 +98,7 @@ def test_an_interrupt_while_the_server_hangs(stuck: Fake, hung: threading.Event)
     assert "interrupted; the state of job j is not known; see: nbdmirror status" in one_line(err)
 
 
-@pytest.mark.parametrize("argv", [["status"], ["complete", "--timeout", "0.1"]])
+@pytest.mark.parametrize("argv", [["status"], ["complete", "--timeout", "1"]])
 def test_a_server_that_does_not_even_greet(
     tmp_path: Path, run: Main, monkeypatch: pytest.MonkeyPatch, argv: list[str]
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_server_that_cannot_save_its_state(stuck: Fake, run: Main) -> None:
     stuck.do_x_nbdmirror_query_status = (  # type: ignore[method-assign]
         lambda arguments: query(arguments) | {"state-error": trouble}
     )
-    status, _, err = run("wait", "--concluded", "--timeout", "0.2")
+    status, _, err = run("wait", "--concluded", "--timeout", "1")
     assert status == common.TIMED_OUT
     *notes, last = err.splitlines()
     text = f"the state directory cannot be written: {trouble}"
@@ -211,5 +211,5 @@ def test_an_answer_that_takes_long_does_not_hide_the_jobs_state(stuck: Fake, run
         return await dispatch(name, arguments)
 
     stuck.server._dispatch = slow
-    status, _, err = run("point", "--wait", "--timeout", "0.3")
+    status, _, err = run("point", "--wait", "--timeout", "1")
     assert (status, text in one_line(err)) == (common.TIMED_OUT, True)

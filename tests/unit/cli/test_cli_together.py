@@ -233,7 +233,7 @@ def test_one_of_several_jobs_does_not_exist(both: Both, run: Main) -> None:
 
 def test_time_runs_out_for_several(both: Both, run: Main) -> None:
     both.plan["stuck"] = True
-    status, _, err = run("mirror", *BOTH, "--wait", "ready", "--timeout", "0.3")
+    status, _, err = run("mirror", *BOTH, "--wait", "ready", "--timeout", "1")
     assert status == common.TIMED_OUT
     last = err.splitlines()[-1]
     assert "job vda: running" in last and "job vdb: running" in last
@@ -246,7 +246,7 @@ def test_time_runs_out_for_several(both: Both, run: Main) -> None:
 
     both.jobs.clear()
     both.server._dispatch = slow
-    status, _, err = run("mirror", *BOTH, "--wait", "ready", "--timeout", "0.3")
+    status, _, err = run("mirror", *BOTH, "--wait", "ready", "--timeout", "1")
     assert status == common.TIMED_OUT
     assert one_line(err).count("may still start") == 2
 

@@ -319,7 +319,7 @@ def test_a_hint_stands_where_one_is_stuck(
     """In status, and once with a command that waits."""
     ready.update({"falling-behind": False, **state})
     assert text in run("status")[1]
-    status, _, err = run("wait", "--concluded", "--timeout", "0.2")
+    status, _, err = run("wait", "--concluded", "--timeout", "1")
     assert status == common.TIMED_OUT
     *notes, last = err.splitlines()
     assert sum(text in line for line in notes) == 1
@@ -347,7 +347,7 @@ def test_time_runs_out_before_the_target_answers(fake: Fake, run: Main, monkeypa
         return await dispatch(name, arguments)
 
     fake.server._dispatch = slow
-    status, _, err = run("mirror", URI, "--wait", "ready", "--timeout", "0.3")
+    status, _, err = run("mirror", URI, "--wait", "ready", "--timeout", "1")
     assert status == common.TIMED_OUT
     assert "may still start" in one_line(err)
 
