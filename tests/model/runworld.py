@@ -325,7 +325,8 @@ class RunWorld:
 
     def _check_window(self, member: Member, points: list[Point]) -> None:
         """Points of the window are on offer, if there is room for all."""
-        if not self.is_roomy or member.job.ending is not Ending.NONE:
+        is_ending = member.job.ending is not Ending.NONE or member.is_leaving
+        if not self.is_roomy or is_ending:
             return
         offered = {point.sequence for point in points}
         for number, at_s in member.cut_s.items():
