@@ -195,4 +195,8 @@ def _text(server: dict[str, Any]) -> str:
     head = f"{server['qmp'] or 'no control socket'}{pid}"
     if "error" in server:
         return f"{head}\n  {server['error']}"
-    return "\n".join([head, *(f"  {line}" for line in cli_status.text(server).splitlines())])
+    try:
+        lines = cli_status.text(server).splitlines()
+    except Exception as error:  # noqa: BLE001 - the others are to be shown nevertheless
+        lines = [f"the server's answer cannot be understood: {error!r}"]
+    return "\n".join([head, *(f"  {line}" for line in lines)])

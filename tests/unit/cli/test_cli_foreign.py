@@ -9,14 +9,16 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.fakes import URI, FakeQemu
+from support.fakes import URI, Fake, FakeQemu
 from support.paritysides import StorageDaemon
 from unit.cli.cliparts import Main, one_line
 
 from nbdmirror.cli import common
 from nbdmirror.cli import control as cli_control
+from nbdmirror.cli import list as cli_list
 
 COMMANDS = {
     "mirror": ["mirror", URI],
@@ -91,6 +93,26 @@ def test_a_list_names_a_qemu(qemu: FakeQemu, run: Main, monkeypatch: pytest.Monk
     monkeypatch.setenv("NBDMIRROR_QMP", qemu.path)
     status, out, _ = run("list")
     assert (status, "is the control socket of QEMU 7.2.0" in out) == (common.DONE, True)
+
+
+@pytest.mark.parametrize("answer", [{"disks": 5}, {"disks": [{"jobs": [{"len": "x"}]}]}])
+def test_a_server_that_is_not_understood_hides_no_other_one(
+    tmp_path: Path, run: Main, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    odd, other = (Fake(str(tmp_path / name)) for name in ("odd", "other"))
+    monkeypatch.setattr(odd, "do_x_nbdmirror_query_status", lambda _: answer)
+    monkeypatch.setenv("NBDMIRROR_QMP", odd.path)
+    monkeypatch.setattr(cli_list, "PLACES", (other.path,))
+    for fake in (odd, other):
+        fake.server.start()
+    try:
+        status, out, err = run("list")
+    finally:
+        for fake in (odd, other):
+            fake.server.stop()
+    assert (status, err) == (common.DONE, "")
+    assert f"{odd.path}\n  the server's answer cannot be understood: " in out
+    assert f"{other.path}\n  disk0" in out
 
 
 def test_a_real_storage_daemon(folder: Path, run: Main) -> None:
