@@ -223,7 +223,7 @@ class Member(JobWorld):
         self.tokens: list[tuple[int, int]] = []
         """Of guests' requests in progress, and the block that each changes."""
         self.is_leaving = False
-        """Another copy mode was asked for: from when the journal says so on, there are no points."""
+        """Another copy mode was asked for: as soon as the journal says so, there are no points."""
         self.is_handed_over = False
         """The journal said so, when this process was killed."""
         self.journal_disk: Disk
