@@ -119,7 +119,7 @@ def test_in_the_background(daemon_folder: Path) -> None:
         wait_until(lambda: pidfile.exists() and pidfile.read_text(), "the pid file is written")
         pid = int(pidfile.read_text())
         wait_until(server.is_ready, "the daemon serves")
-        with Guest(server.uri(), disk, pause_s=0) as guest:
+        with Guest(server.uri(), disk) as guest:
             guest.wait_for_requests(100)
             # Its loop and its control endpoint live in the process that went into the background.
             nbdmirror_qmp = ("--qmp", server.qmp_path)
