@@ -70,7 +70,8 @@ def of_promises(job: Job) -> list[tuple[str, str]]:
     if most is not None and _left_bytes(job) > MUCH * most:
         found.append(("journal", _small_journal(job, points)))
     reaches_s, keep_s = points.get("reaches-s"), points.get("keep-s")
-    if points.get("kept") is False and None not in (reaches_s, keep_s):  # not: there is no point
+    # Without a point there is none to reach back to.
+    if points.get("kept") is False and None not in (reaches_s, keep_s):
         text = f"the points reach back {duration(reaches_s)}, and --keep asks for"
         text = f"{text} {duration(keep_s)}: the journal is too small for that"
         found.append(("keep", text))

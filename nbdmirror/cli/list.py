@@ -17,6 +17,7 @@ from typing import Any
 from qemu.qmp import QMPError
 
 from nbdmirror.cli import status as cli_status
+from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 from nbdmirror.cli.session import Session, connect, run_interruptible
 from nbdmirror.local_servers import has_proc, processes
@@ -198,5 +199,5 @@ def _text(server: dict[str, Any]) -> str:
     try:
         lines = cli_status.text(server).splitlines()
     except Exception as error:  # noqa: BLE001 - the others are to be shown nevertheless
-        lines = [f"the server's answer cannot be understood: {error!r}"]
+        lines = [cli_words.not_understood(error)]
     return "\n".join([head, *(f"  {line}" for line in lines)])

@@ -106,8 +106,9 @@ class Meter:
         if "falling-behind" in job:  # the server measures rates
             if "copy-bytes-per-s" not in job:
                 return None
-            found = (job.get(f"{what}-bytes-per-s", 0) for what in ("copy", "zero", "dirty"))
-            copied, zeroed, dirtied = found
+            copied, zeroed, dirtied = (
+                job.get(f"{what}-bytes-per-s", 0) for what in ("copy", "zero", "dirty")
+            )
             has_zeroes = job.get("copied-bytes", 0) > job.get("written-bytes", 0)
             return Rates(copied, zeroed, dirtied, job.get("left-s"), has_zeroes)
         if job.get("paused"):

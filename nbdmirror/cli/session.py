@@ -246,6 +246,7 @@ async def connect(
     client = QMPClient("nbdmirror")
     session = Session(client)
     session.path = path
+    what = "server" if program == OURS else program
     try:
         async with asyncio.timeout(limit_s):
             await client.connect(path)
@@ -254,7 +255,6 @@ async def connect(
         text += " it hangs, or is stopped, or is another program"
         raise CliError(text, TIMED_OUT) from error
     except ConnectError as error:
-        what = "server" if program == OURS else program
         reason = getattr(error, "exc", None)
         if isinstance(reason, GreetingError):
             text = f"{what} at {path}: sends no QMP greeting: the socket belongs to another program"
@@ -269,7 +269,7 @@ async def connect(
         raise CliError(f"no {what} at {path} ({text}): {advice}", NO_SERVER) from error
     except AssertionError as error:  # the library's, if the connection is closed at its beginning
         await _disconnect(client)
-        raise _closed(path, "server" if program == OURS else program) from error
+        raise _closed(path, what) from error
     try:
         if session.program.split(" ")[0] != program:
             text = f"{path} is the control socket of {session.program}, not of {program}"

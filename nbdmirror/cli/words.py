@@ -190,6 +190,12 @@ def _option(named: re.Match[str]) -> str:
     return _OPTIONS.get(name, named[0]) if is_argument else named[0]
 
 
+def not_understood(error: Exception) -> str:
+    """A server's answer has something that no server is known to answer. The others of the host
+    are shown nevertheless."""
+    return f"the server's answer cannot be understood: {error!r}"
+
+
 def disk_troubles(disk: dict[str, Any]) -> list[str]:
     """What is wrong with a disk, beside its jobs."""
     found = []

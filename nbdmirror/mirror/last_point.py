@@ -73,10 +73,11 @@ class LastPoint(Attempt):
         elif self.step is LastStep.DRAINING and self._ledger.is_idle:
             self.step = LastStep.SENDING
             self.advance()
-        elif self.step is LastStep.SENDING and run.has_changes and not run.is_free:
-            run.make_room()
         elif self.step is LastStep.SENDING and run.has_changes:
-            run.cut_here()
+            if run.is_free:
+                run.cut_here()
+            else:  # there is no room for the last point yet
+                run.apply_all()
         elif self.step in (LastStep.SENDING, LastStep.HANDING_OVER) and not run.is_handed_over:
             self.step = LastStep.HANDING_OVER
             run.hand_over()

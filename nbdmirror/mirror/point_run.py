@@ -266,7 +266,7 @@ class PointRun(CutRun):
             return
         if self.is_leaving:
             if self.is_idle and not self.is_applied:
-                self._follow(self._far.newest)
+                self.apply_all()
             return
         due = self._owner.point_group.due(self, self._loop.clock())
         is_wanted = self in due and not self._is_sending
@@ -282,12 +282,12 @@ class PointRun(CutRun):
     def catch_up(self) -> None:
         """Begin the next step towards an image that has everything. Nothing is in progress."""
         if self.is_handed_over or not self.is_applied:
-            self.make_room()
+            self.apply_all()
         elif self.has_changes and not self.is_held_up:
             self._begin_cut([self])
 
-    def make_room(self) -> None:
-        """Make the image the newest point, so that the space of all points can be used again."""
+    def apply_all(self) -> None:
+        """Make the image the newest point; then the space of all points can be used again."""
         self._follow(self._far.newest)
 
     def cut_here(self) -> None:

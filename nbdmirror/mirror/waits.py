@@ -143,7 +143,6 @@ class Waits:
             self._divide(now_s)
         self._copies -= 1
         self._copies_s += now_s
-        self._forget_rounding()
 
     def write_begins(self, now_s: float) -> None:
         """A copy goes from the source to the target, until `write_ends`."""
@@ -168,7 +167,6 @@ class Waits:
         self.last_flush_s = now_s - self._flush_began_s
         self._flushes -= 1
         self._flushes_s += now_s
-        self._forget_rounding()
 
     def begins(self, cause: Cause) -> None:
         """A request that is no copy's, or something else that is waited for, until `ends`."""
@@ -187,14 +185,6 @@ class Waits:
         self._others[index] -= 1
         self._others_s[index] += now_s
         self.answers += 1
-        self._forget_rounding()
-
-    def _forget_rounding(self) -> None:
-        """The sums of nothing in flight are zero, all of which was divided; what rounding has left
-        would get the time in which there is nothing to do."""
-        if not (self._copies or self._flushes or self._count):
-            self._copies_s = self._writes_s = self._flushes_s = 0.0
-            self._others_s = [0.0] * len(Cause)
 
     # What queries show.
 
@@ -268,7 +258,8 @@ class Waits:
         seconds, all_s = self._seconds, copies_s + flushes_s + sum(others_s)
         if (cause := self._activity or self._hold) is not None:
             seconds[_INDEX[cause]] += passed_s
-        elif all_s <= 0:
+        elif not (self._copies or self._flushes or self._count) or all_s <= 0:
+            # The end of the last request was divided, so what the sums still have is rounding.
             seconds[_NOTHING] += passed_s
         else:
             parts_s = others_s

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
 
+from nbdmirror.cli import words
 from nbdmirror.web.history import History
 from nbdmirror.web.records import Record, Report, plain, records
 
@@ -132,7 +133,7 @@ class Host:
             except TimeoutError:
                 self._report(socket, error=f"no answer within {ANSWER_S_MAX:g} s")
             except Exception as error:  # noqa: BLE001 - the others are to be shown nevertheless
-                self._report(socket, error=f"the server's answer cannot be understood: {error!r}")
+                self._report(socket, error=words.not_understood(error))
             await asyncio.sleep(INTERVAL_S)
 
     async def _converse(self, socket: str) -> None:

@@ -103,8 +103,7 @@ def _shown(report: Report, history: History) -> Server:
     try:
         return _server(report, history)
     except Exception as error:  # noqa: BLE001 - the others are to be shown nevertheless
-        text = f"the server's answer cannot be understood: {error!r}"
-        return Server(report.socket, "", "", "", [text], [])
+        return Server(report.socket, "", "", "", [words.not_understood(error)], [])
 
 
 def _server(report: Report, history: History) -> Server:

@@ -20,9 +20,8 @@ from unittest.mock import patch
 
 from model.pointexports import Disk, DiskDevice, Pending, SlowExport, content
 from model.pointrecovery import check_power_cuts
+from support.rings import rings_of
 
-import nbdmirror.points.format
-import nbdmirror.points.ownership
 from nbdmirror.errors import DeviceError
 from nbdmirror.points import applier, last_batch, ownership
 from nbdmirror.points.format import BLOCK_BYTES, RING_START, JournalError, State
@@ -48,8 +47,7 @@ class PointWorld:
         self.random = Random(seed)
         self._patches = ExitStack()
         ring = self.random.choice(RING_BLOCKS) * BLOCK_BYTES
-        for module in (nbdmirror.points.format, nbdmirror.points.ownership):
-            self._patches.enter_context(patch.object(module, "RING_BYTES_MIN", ring))
+        self._patches.enter_context(rings_of(ring))
         self._patches.enter_context(patch.object(ownership, "JournalWriter", self.writer_class))
         if self.random.random() < 0.5:  # the image becomes each point by what the journal has
             self._patches.enter_context(patch.object(last_batch, "KEPT_BYTES", 0))

@@ -203,6 +203,8 @@ class Member(JobWorld):
     resources: RunResources
     image: FarDevice
     journal: FarDevice
+    journal_disk: Disk
+    disk_id: bytes
 
     def __init__(self, owner: RunWorld, name: str, kept: Member | None = None) -> None:
         self.owner = owner
@@ -226,18 +228,14 @@ class Member(JobWorld):
         """Another copy mode was asked for: as soon as the journal says so, there are no points."""
         self.is_handed_over = False
         """The journal said so, when this process was killed."""
-        self.journal_disk: Disk
-        self.disk_id: bytes
         self.was_handed_over = kept is not None and kept.is_handed_over
         self.gate: object = None
         """The one that guests were held at, at the last look, since `held_since_s`."""
         self.held_since_s = 0.0
         self.ending_writes = 0
         """How many writes were answered when the end was asked for."""
-        if kept is None:
-            self._new_journal()
-        else:
-            self.journal_disk, self.disk_id = kept.journal_disk, kept.disk_id
+        journal = self._new_journal() if kept is None else (kept.journal_disk, kept.disk_id)
+        self.journal_disk, self.disk_id = journal
         super().__init__(
             loop=owner.loop,
             events=owner.events,
@@ -251,11 +249,12 @@ class Member(JobWorld):
 
     # What it is made of.
 
-    def _new_journal(self) -> None:
-        self.journal_disk = Disk(RING_START + self.owner.ring_bytes)
-        size, draw = len(self.journal_disk.data), self.random.randbytes
+    def _new_journal(self) -> tuple[Disk, bytes]:
+        """A journal, and the disk's ID in it."""
+        disk, draw = Disk(RING_START + self.owner.ring_bytes), self.random.randbytes
+        size = len(disk.data)
         creating = create("journal", size, disk_bytes=SIZE, now_ns=0, random_bytes=draw)
-        self.disk_id = run(creating, {Side.JOURNAL: DiskDevice(self.journal_disk)}).disk_id
+        return disk, run(creating, {Side.JOURNAL: DiskDevice(disk)}).disk_id
 
     def new_source(self, size: int) -> Source:
         source = Source(self.loop, size)
@@ -323,7 +322,7 @@ class Member(JobWorld):
             self.is_leaving = mode is not CopyMode.POINTS
             return
         job.check_settled()
-        self._new_journal()
+        self.journal_disk, self.disk_id = self._new_journal()
         self.journal.export.disk, self.journal.data = self.journal_disk, self.journal_disk.data
         self.resources.known_point = 0, 0
         self.plan = replace(self.plan, changes=Changes(self.disk, BLOCK_BYTES))

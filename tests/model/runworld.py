@@ -19,10 +19,9 @@ from unittest.mock import patch
 
 from model.pointexports import Disk, DiskDevice
 from model.runparts import INTERVAL_S, SIZE, Member
+from support.rings import rings_of
 from unit.mirror.jobdevices import StillLoop
 
-import nbdmirror.points.format
-import nbdmirror.points.ownership
 from nbdmirror.errors import CommandError
 from nbdmirror.events import Event, EventRing
 from nbdmirror.mirror import frozen_view, point_sender, target_watch
@@ -87,8 +86,7 @@ class RunWorld:
         self.has_changed_modes = False
         self.asked: list[Asked] = []
         self.next_event = 0
-        for module in (nbdmirror.points.format, nbdmirror.points.ownership):
-            self._patch(module, "RING_BYTES_MIN", self.ring_bytes)
+        self._patches.enter_context(rings_of(self.ring_bytes))
         self._patch(target_watch, "HUNG_S", 1e9)
         if random.random() < 0.7:  # a point is sent in parts, and guests save what was not sent
             self._patch(frozen_view, "CHUNK_BYTES", 2 * BLOCK_BYTES)

@@ -196,6 +196,8 @@ def test_the_lag_is_told_while_the_far_side_is_away_after_a_restart(
     for one in (far.image_server, far.journal_server):
         one.start()
     wait_until_points_continue(server)
+    if end is not power_cut:  # told only after it was told that the promise is broken
+        server.qmp.wait_for_event("X_NBDMIRROR_RPO", kept=True)
     change(server, 3)
     wait_for_points(server, 1)
     server.qmp.execute("block-job-cancel", device="j")

@@ -22,8 +22,6 @@ class Asking:
     """Asks after each step of the loop that changes the job's state, from now on."""
 
     def __init__(self, loop: StillLoop, job: MirrorJob) -> None:
-        self.asked = 0
-        """How many times."""
         self._job = job
         courses = {job.id: Course(job, loop.clock, loop.clock, tuple)}
         chronicle = SimpleNamespace(courses=courses, results={})
@@ -42,7 +40,6 @@ class Asking:
             self._ask()
 
     def _ask(self) -> None:
-        self.asked += 1
         found = job_status(self._server, self._job)
         JOB_STATUS.check(found)
         assert (found["device"], found["status"]) == (self._job.id, str(self._job.status))

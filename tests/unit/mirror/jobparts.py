@@ -155,7 +155,7 @@ class JobWorld:
             resources=self.resources,
         )
         self.job.create()
-        self.asking = Asking(self.loop, self.job)
+        Asking(self.loop, self.job)
 
     def new_source(self, size: int) -> Source:
         return Source(self.loop, size)

@@ -3,21 +3,22 @@ it."""
 
 from __future__ import annotations
 
-from typing import Any
 from unittest.mock import patch
 
 import pytest
+from support.rings import rings_of
 from unit.mirror.groupparts import INTERVAL_S, SIZE, PointsWorld, worlds_of
 
-import nbdmirror.points.format
-import nbdmirror.points.ownership
 from nbdmirror.devices.base import Done
 from nbdmirror.mirror.quiesce import CONVERGE_S
 from nbdmirror.points.format import State
 from nbdmirror.points.requests import Side
 
+ONE_AND_A_HALF = SIZE + SIZE // 2
+"""A ring that has room for one point of the whole disk, and not for two."""
 
-def with_points(**options: Any) -> PointsWorld:
+
+def with_points(**options: float) -> PointsWorld:
     (world,) = worlds_of("j", **options)
     world.job.start()
     world.pass_s(5.0)
@@ -69,13 +70,11 @@ def test_a_cancelled_job_holds_nobody() -> None:
     assert world.read().superblock.state is State.OK
 
 
-def test_a_last_point_for_which_there_is_no_room_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+@rings_of(ONE_AND_A_HALF)
+def test_a_last_point_for_which_there_is_no_room_yet() -> None:
     """Guests are held, and the image has to become the point before first. That is waited for, and
     not tried again and again."""
-    ring_bytes = SIZE + SIZE // 2
-    for module in (nbdmirror.points.format, nbdmirror.points.ownership):
-        monkeypatch.setattr(module, "RING_BYTES_MIN", ring_bytes)
-    world = with_points(ring_bytes=ring_bytes, keep_s=0.0)
+    world = with_points(ring_bytes=ONE_AND_A_HALF, keep_s=0.0)
     world.journal_requests.holds = {"write"}
     world.disk.pwrite(b"1" * SIZE, 0, False)
     world.job.complete()
