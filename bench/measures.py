@@ -84,7 +84,7 @@ def pivot(lab: Lab, subject: str) -> Figures:
 
 
 def _pivot(lab: Lab, subject: str) -> float:
-    with mirrorable(lab, subject) as (server, _), logged(lab, server, 2000, 3.5) as (load, log):
+    with mirrorable(lab, subject) as (server, _), logged(lab, server, 2000, 6) as (load, log):
         job = server.start_mirror()
         time.sleep(1.5)  # fio's start takes up to 0.5 s, and is none of the pivot's
         server.qmp.wait_for(READY, job)

@@ -206,14 +206,27 @@ def _behind(job: Job) -> str:
         if EVEN * dirtied <= copied:  # what is copied is changed again, in turns or all the time
             rates = f"{who} {size(copied)}/s, and the guest changes as much of that again"
     end = "the mirror does not catch up" if job.get("ready") else "the mirror does not finish"
-    if is_limited:
-        help_ = "raise the limit with: nbdmirror set-speed"
-    elif job.get("copy-mode") in ("write-blocking", "points"):
-        help_ = "a faster target, or a throttle of the guest, would end this"
-    else:
-        help_ = "this would end it: nbdmirror change --may throttle,"
-        help_ += " or: nbdmirror copy-mode write-blocking"
+    help_ = "raise the limit with: nbdmirror set-speed" if is_limited else _help_behind(job)
     return f"falls behind: {rates}: at these rates {end}; {help_}"
+
+
+def _help_behind(job: Job) -> str:
+    """What would end that it falls behind. What `--may` allows already is no advice, and is done to
+    a READY job only after its end was requested (mirror/ladder.py)."""
+    if job.get("copy-mode") in ("write-blocking", "points"):
+        return "a faster target, or a throttle of the guest, would end this"
+    may: list[str] = job.get("may", [])
+    follows = bool(job.get("ready")) and job.get("ending", "none") == "none"
+    advised = []
+    if not follows and "throttle" not in may:
+        advised.append(f"nbdmirror change --may {','.join(['throttle', *may])}")
+    if follows or "write-blocking" not in may:
+        advised.append("nbdmirror copy-mode write-blocking")
+    if follows and may:
+        advised.append("nbdmirror complete")
+    if not advised:
+        return "what --may allows will end this"
+    return f"this would end it: {', or: '.join(advised)}"
 
 
 def _of_the_end(job: Job) -> list[Remark]:
@@ -329,10 +342,11 @@ def _of_the_servers(job: Job) -> list[Remark]:
     if (lost_s := job.get("target-lost-for-s")) is not None:
         left_s = job.get("target-wait-left-s")
         how_long = "without a limit" if left_s is None else f"for {duration(left_s)} more"
-        text = f"the target has been lost for {duration(lost_s)}, reconnecting {how_long}; "
+        who, servers = _lost(job)
+        text = f"{who} been lost for {duration(lost_s)}, reconnecting {how_long}; "
         if reason := job.get("target-lost-reason"):
             text += f"last attempt: {reason}; "
-        found.append(Remark("target", f"{text}check its server, {give_up}"))
+        found.append(Remark("target", f"{text}check {servers}, {give_up}"))
     for side in ("source", "target"):
         if (silent_s := job.get(f"{side}-silent-for-s", 0)) >= SILENT_S:
             who = f"the {side}"
@@ -355,6 +369,15 @@ def _of_the_servers(job: Job) -> list[Remark]:
     if job.get("error"):
         found.append(Remark("failure", f"error: {job['error']}"))
     return found
+
+
+def _lost(job: Job) -> tuple[str, str]:
+    """What of the far side is lost, and where to look."""
+    if job.get("journal-connected", True):
+        return "the target has", "its server"
+    if job.get("target-connected", True):
+        return f"the journal {job.get('journal', 'of the points')} has", "its server"
+    return "the target and its journal have", "their servers"
 
 
 def last_error(job: Job) -> str:

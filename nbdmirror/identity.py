@@ -5,7 +5,8 @@ export is identified by its server's description (`label`), otherwise by its ser
 Names decide only if nothing better is known. If nothing is known the answer is UNKNOWN, and the
 caller decides which mistake would be worse.
 
-For any thread. `same_place` may wait: it queries files, and with `resolves` addresses.
+For any thread. `same_place` may wait: it queries files, unless it `looks` at none, and with
+`resolves` addresses. `socket_file` waits for a file system, too.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from nbdmirror import local_servers
-from nbdmirror.errors import ConfigError
+from nbdmirror.errors import ConfigError, Unreachable
 from nbdmirror.layers import Layer, share_storage
 from nbdmirror.local_servers import INIT, Storage
 from nbdmirror.nbd_uri import NbdUri, is_uri, parse
+from nbdmirror.resolver import addresses_of
 
 LABEL = "nbdmirror"
 SERVER_ID = uuid.uuid4().hex
 """The ID of this process."""
+
+ADDRESSES_S_MAX = 10.0
+"""What the resolver may take for a host; as a server may for a connection."""
 
 TARGET_ONLY = " target-only"
 """The end of the label of an old side (target_only.py)."""
@@ -39,6 +44,10 @@ HOME = "x-nbdmirror-home"
 _UCRED = struct.Struct("iII")  # unix(7): struct ucred
 _MAPPED = "::ffff:"
 _LISTENS = "0A"  # proc(5): /proc/net/tcp
+
+
+SocketFile = tuple[int, int]
+"""Device and inode of a Unix socket."""
 
 
 class Same(enum.Enum):
@@ -70,24 +79,27 @@ def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return os.path.samestat(one, other)
 
 
-def same_place(one: str, other: str, *, resolves: bool = False) -> Same:
+def same_place(one: str, other: str, *, resolves: bool = False, looks: bool = True) -> Same:
     """Compare two paths or NBD URIs. `resolves`: resolve hosts, which takes the resolver's time;
-    each address of `one` must be an address of `other`."""
+    each address of `one` must be an address of `other`. Not `looks`: of files compare the names
+    alone, without waiting for their file systems."""
     if is_uri(one) != is_uri(other):
         return Same.UNKNOWN  # the server may export that file
     if not is_uri(one):
-        return _same_path(one, other)
+        return _same_path(one, other, looks=looks)
     try:
         first, second = parse(one), parse(other)
     except ConfigError:
         return Same.YES if one == other else Same.UNKNOWN
-    server = _same_server(first, second, resolves=resolves)
+    server = _same_server(first, second, resolves=resolves, looks=looks)
     if server is Same.YES and first.export != second.export:
         return Same.UNKNOWN  # many servers have the same disk under several names
     return server
 
 
-def _same_path(one: str, other: str) -> Same:
+def _same_path(one: str, other: str, *, looks: bool) -> Same:
+    if not looks:
+        return Same.YES if one == other else Same.UNKNOWN
     if os.path.realpath(one) == os.path.realpath(other):
         return Same.YES
     try:
@@ -96,11 +108,11 @@ def _same_path(one: str, other: str) -> Same:
         return Same.UNKNOWN
 
 
-def _same_server(one: NbdUri, other: NbdUri, *, resolves: bool) -> Same:
+def _same_server(one: NbdUri, other: NbdUri, *, resolves: bool, looks: bool) -> Same:
     if one.transport != other.transport:
         return Same.UNKNOWN
     if one.transport == "unix":
-        return _same_path(one.socket, other.socket)
+        return _same_path(one.socket, other.socket, looks=looks)
     if one.port != other.port:
         return Same.NO
     hosts = _plain_host(one.host), _plain_host(other.host)
@@ -113,6 +125,14 @@ def _same_server(one: NbdUri, other: NbdUri, *, resolves: bool) -> Same:
         if first and first <= second:
             return Same.YES
     return Same.UNKNOWN
+
+
+def socket_file(uri: str) -> SocketFile | None:
+    """The file of an NBD URI's Unix socket; None if there is none. Waits for its file system."""
+    with suppress(OSError, ConfigError):
+        status = os.stat(parse(uri).socket)
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _plain_host(host: str) -> str:
@@ -133,10 +153,16 @@ def _plain_host(host: str) -> str:
 
 def _addresses(host: str, port: int) -> set[str]:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
+        return set(map(_plain_host, addresses_of(host, port, ADDRESSES_S_MAX)))
+    except (OSError, Unreachable):
         return set()
-    return {_plain_host(str(address[0])) for *_, address in found}
+
+
+def peer_credentials(connected: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end of a Unix socket, as this process sees them."""
+    said = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    process, user, group = _UCRED.unpack(said)
+    return process, user, group
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +199,8 @@ class Peer:
             networks = ["self"] if is_local else _networks_with(address[0])
             found = frozenset[int]().union(*(_listeners(one, *address) for one in networks))
             return cls(address, 0, export, label, found, local_servers.holders(found), size)
-        said = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        process, *_ = _UCRED.unpack(said)
-        server: tuple[object, ...] = (name, process)
-        with suppress(OSError, ConfigError):
-            file = os.stat(parse(uri).socket)
-            server = (file.st_dev, file.st_ino)
+        process, *_ = peer_credentials(connected)
+        server = socket_file(uri) or (name, process)
         return cls(server, process if process != INIT else 0, export, label, size=size)
 
     def reached(self, uri: str) -> str:

@@ -2,7 +2,8 @@
 stopped (Ctrl-S), a pipe that nobody empties, a journal or a syslog daemon that hangs. Whoever logs
 may be the event loop, with guests held.
 
-A line that finds no room is kept, with the lines after it, and a thread writes them later.
+A line that cannot be written now is kept, with the lines after it, and a thread writes them later:
+also if a disk is full, or a syslog daemon is not there yet, or not any more.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ LINES_MAX = 1000
 """Lines that are kept; further ones are counted."""
 
 RETRY_S = 0.1
+FAILED_RETRY_S = 1.0
+"""After an error: it may last for ever."""
 END_S_MAX = 1.0
 """How long the end of the log waits for a reader."""
 
@@ -75,17 +78,23 @@ class LineHandler(logging.Handler):
             self._lost += 1
         else:
             self._kept.append(line)
-        if self._thread is None and not self._write_kept():
+        if self._thread is None and self._write_kept():
             self._start_thread()
 
     def stop(self) -> None:
-        """Give the reader END_S_MAX for what is kept."""
-        if (thread := self._thread) is not None:
+        """Give the reader END_S_MAX for what is kept. A place that fails gets a last attempt."""
+        self.acquire()
+        try:
+            thread, pause_s = self._thread, self._write_kept()
+        finally:
+            self.release()
+        if thread is not None and pause_s == RETRY_S:
             thread.join(END_S_MAX)
 
     def close(self) -> None:
         self.acquire()
         try:
+            self._kept.clear()
             self._send.close()
         finally:
             self.release()
@@ -94,26 +103,30 @@ class LineHandler(logging.Handler):
     def _encode(self, record: logging.LogRecord) -> bytes:
         return self.format(record).encode(errors="backslashreplace") + self._end
 
-    def _write_kept(self) -> bool:
-        """Write what there is room for. Returns whether all was written."""
+    def _write_kept(self) -> float:
+        """Write what there is room for. Returns the pause until the rest is tried again; 0: there
+        is no rest."""
         while self._kept:
             line = self._kept[0]
             try:
                 written = self._send(line)
             except BlockingIOError:
-                return False
-            except OSError:
-                written = len(line)  # nobody reads it, or the disk is full: there is no other place
+                return RETRY_S
+            except OSError as error:
+                if error.errno != errno.EMSGSIZE:
+                    return FAILED_RETRY_S
+                self._lost += 1  # this one is too long for syslog
+                written = len(line)
             if written < len(line):
                 self._kept[0] = line[written:]
                 continue
             self._kept.popleft()
             if self._lost and not self._kept:
-                text = f"{self._lost} lines of this log are lost: nobody read it"
+                text = f"{self._lost} lines of this log are lost: they could not be written"
                 self._lost = 0
                 record = logging.LogRecord("nbdmirror", logging.WARNING, "", 0, text, None, None)
                 self._kept.append(self._encode(record))
-        return True
+        return 0.0
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._write_later, name="nbdmirror-log", daemon=True)
@@ -122,14 +135,12 @@ class LineHandler(logging.Handler):
             self._thread = thread
 
     def _write_later(self) -> None:
-        pause = threading.Event()
-        is_done = False
-        while not is_done:
-            pause.wait(RETRY_S)
+        pause, pause_s = threading.Event(), RETRY_S
+        while pause_s:
+            pause.wait(pause_s)
             self.acquire()
             try:
-                is_done = self._write_kept()
-                if is_done:
+                if not (pause_s := self._write_kept()):
                     self._thread = None
             finally:
                 self.release()

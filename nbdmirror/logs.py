@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from nbdmirror.errors import ConfigError
+from nbdmirror.foreign_text import visible
 from nbdmirror.log_lines import LineHandler, Stream, Syslog
 from nbdmirror.quiet_log import (
     STDERR,
@@ -78,6 +79,7 @@ def _priority(level: int) -> int:
 def print_startup_error(text: str, level: int = logging.ERROR) -> None:
     """Print one line on stderr before the log exists: why the server does not start, or waits."""
     name = logging.getLevelName(level)
+    text = visible(text)
     text = as_json(time.time(), name, text) if _is_json else f"nbdmirror: {text}"
     line = with_priority(text, level) if goes_to_journal() else text
     sys.stderr.write(line + "\n")
@@ -95,6 +97,13 @@ def as_json(time_s: float, level: str, text: str, about: Mapping[str, Any] | Non
         **(about or {}),
     }
     return json.dumps(line, default=str)
+
+
+def warn_without_syslog() -> None:
+    """For the command that has started a server in the background."""
+    if not os.path.exists(SYSLOG_SOCKET):
+        text = f"{SYSLOG_SOCKET} does not exist: the log begins when a syslog daemon is there"
+        print_startup_error(f"warning: {text}", logging.WARNING)
 
 
 class Log:
@@ -135,7 +144,8 @@ class Log:
             self._handler.emit(record)
 
     def _pass_on(self, lines: bytes) -> None:
-        for line in lines.decode(errors="backslashreplace").splitlines():
+        text = lines.decode(errors="backslashreplace").removesuffix("\n")
+        for line in map(visible, text.split("\n")):
             if not admits_nbdkits(self._quiet, line):
                 continue
             if self._is_raw:
@@ -146,7 +156,7 @@ class Log:
 
 
 def _handler(in_background: bool) -> LineHandler:
-    if in_background and os.path.exists(SYSLOG_SOCKET):
+    if in_background:
         handler = LineHandler(Syslog(SYSLOG_SOCKET), end=b"\0")
         handler.setFormatter(_SyslogFormatter())
     else:
@@ -157,14 +167,22 @@ def _handler(in_background: bool) -> LineHandler:
     return handler
 
 
-class _PlainFormatter(logging.Formatter):
+class _LineFormatter(logging.Formatter):
+    """A message is one line, whatever is quoted in it. A traceback has several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = visible(record.message)
+        return super().formatMessage(record)
+
+
+class _PlainFormatter(_LineFormatter):
     """Adds the time, since no one else does."""
 
     def __init__(self) -> None:
         super().__init__("nbdmirror: %(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
-class _JournalFormatter(logging.Formatter):
+class _JournalFormatter(_LineFormatter):
     """Without time and level: the journal has the time, and the priority is the level."""
 
     def __init__(self) -> None:
@@ -175,7 +193,7 @@ class _JournalFormatter(logging.Formatter):
         return with_priority(text, record.levelno)
 
 
-class _SyslogFormatter(logging.Formatter):
+class _SyslogFormatter(_LineFormatter):
     """With priority, name and process, and without the time: syslog has that."""
 
     def format(self, record: logging.LogRecord) -> str:

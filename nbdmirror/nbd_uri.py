@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.limits import PORT_MAX, whole_number
+from nbdmirror.paths import absolute_path
 
 DEFAULT_PORT = 10809
 """IANA's port, for a URI without one."""
@@ -110,7 +111,7 @@ def absolute(text: str) -> str:
     paths = [uri.socket, uri.certificates, uri.psk_file]
     if all(not path or os.path.isabs(path) for path in paths):
         return uri.text
-    made = [path and os.path.abspath(path) for path in paths]
+    made = [path and absolute_path(path) for path in paths]
     uri = replace(uri, socket=made[0], certificates=made[1], psk_file=made[2])
     _check_socket(text, uri.socket)
     return uri.exact

@@ -24,20 +24,20 @@ def of_points(points: Mapping[str, Any]) -> str:
     if "journal-bytes" not in points:
         return f"point {points['sequence']} is safe: it was acknowledged"
     text = f"the far side has point {points['sequence']}, whatever is lost"
-    used_bytes, room_bytes = points["journal-used-bytes"], points["journal-bytes"]
-    text += f"; {size(used_bytes)} of {size(room_bytes)} of its journal are used"
+    if (used_bytes := points.get("journal-used-bytes")) is not None:
+        text += f"; {size(used_bytes)} of {size(points['journal-bytes'])} of its journal are used"
     return "; ".join([text, *([found] if (found := outage(points)) else [])])
 
 
 def outage(points: Mapping[str, Any]) -> str:
     """How long an outage of the far side the journal survives; empty if not known."""
-    if (lasts_s := points.get("journal-lasts-s")) is not None:
-        rate = size(points["change-bytes-per-s"])
+    rate, room = points.get("change-bytes-per-s"), points.get("journal-point-bytes")
+    if rate is not None and (lasts_s := points.get("journal-lasts-s")) is not None:
         long = duration(int(lasts_s))  # rounded down: it is for sure
-        return f"it has room for an outage of {long} while guests change {rate}/s"
-    if points.get("change-bytes-per-s") == 0:
-        room = size(points["journal-point-bytes"])
-        return f"it has room for an outage in which guests change {room}; now they change nothing"
+        return f"it has room for an outage of {long} while guests change {size(rate)}/s"
+    if rate == 0 and room is not None:
+        many = size(room)
+        return f"it has room for an outage in which guests change {many}; now they change nothing"
     return ""
 
 

@@ -34,9 +34,11 @@ _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_BASIC = 0x7FF  # linux/stat.h
+_STATX_BTIME = 0x800
 _STATX_DIOALIGN = 0x2000
 _STATX_MODE_AT = 0x1C  # of struct statx
 _STATX_INODE_AT = 0x20
+_STATX_BTIME_AT = 0x50
 _STATX_RDEV_AT = 0x80
 _STATX_DEV_AT = 0x88
 _STATX_DIO_OFFSET_ALIGN_AT = 0x9C
@@ -113,6 +115,17 @@ def known_status(path: str) -> KnownStatus | None:
         os.makedev(*struct.unpack_from("II", answer, at)) for at in (_STATX_RDEV_AT, _STATX_DEV_AT)
     )
     return KnownStatus(mode, device, inode, number, size)
+
+
+def birth_ns(path: str) -> int:
+    """When the file at `path` was created, in nanoseconds since 1970; 0 if not known. Copies
+    and files that get a deleted one's inode have other times; `touch` does not change them."""
+    answer = ctypes.create_string_buffer(_ANSWER_BYTES)
+    if _libc.statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_BTIME, answer) != 0:
+        return 0
+    (mask,) = struct.unpack_from("I", answer)
+    seconds, nanoseconds = struct.unpack_from("qI", answer, _STATX_BTIME_AT)
+    return int(max(0, seconds * 10**9 + nanoseconds)) if mask & _STATX_BTIME else 0
 
 
 def is_in_memory(fd: int) -> bool:

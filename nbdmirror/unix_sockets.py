@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.local_servers import has_proc
+from nbdmirror.paths import absolute_path
 
 BACKLOG = 32
 
@@ -34,11 +35,12 @@ def bind_unix_socket(path: str, *, parameter: str = "qmp") -> socket.socket:
     The socket file of a dead server is taken over, if that is allowed; any other file at `path` is
     left alone. Raises ConfigError, which begins with `parameter`. For use before nbdkit forks.
     """
-    path = os.path.abspath(path)  # nbdkit changes to / when it goes into the background
+    path = absolute_path(path)  # nbdkit changes to / when it goes into the background
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _locked(path) as directory:
-            _remove_stale_socket(path, parameter, directory)
+            if _is_stale_socket(path, parameter, directory):
+                os.unlink(os.path.basename(path), dir_fd=directory)
             # Linux creates the file with the mode of the socket's inode, so the umask does not
             # matter.
             os.fchmod(listener.fileno(), stat.S_IRUSR | stat.S_IWUSR)
@@ -61,11 +63,12 @@ def bind_unix_socket(path: str, *, parameter: str = "qmp") -> socket.socket:
     return listener
 
 
-def remove_stale_socket(path: str, parameter: str) -> None:
-    """Remove a dead server's socket at `path`. Raises ConfigError for any other file."""
+def check_socket(path: str, parameter: str, *, remove: bool = False) -> None:
+    """Raise ConfigError for any file at `path` but a dead server's socket, and `remove` that."""
     try:
         with _locked(path) as directory:
-            _remove_stale_socket(path, parameter, directory)
+            if _is_stale_socket(path, parameter, directory) and remove:
+                os.unlink(os.path.basename(path), dir_fd=directory)
     except OSError as error:
         raise ConfigError(f"{parameter}: {path}: {error.strerror}") from error
 
@@ -78,18 +81,32 @@ def remove_socket(path: str, file: os.stat_result) -> None:
             os.unlink(name, dir_fd=directory)
 
 
-def claim_pidfile(path: str, parameter: str) -> None:
-    """Make sure that nbdkit, which truncates the file and follows links, writes to a file of this
-    user at `path`. Raises ConfigError; then nothing has changed."""
+def claim_pidfile(path: str, parameter: str) -> os.stat_result | None:
+    """`check_pidfile`, and where other users may create files create this one, so that none of them
+    can put a link there. Returns the file if it was created. Raises ConfigError."""
+    made = None
+    try:
+        with _locked(path) as directory:
+            if _is_shared(os.fstat(directory)):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                fd = os.open(os.path.basename(path), flags, 0o644, dir_fd=directory)
+                made = os.fstat(fd)
+                os.close(fd)
+    except (FileExistsError, FileNotFoundError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"{parameter}: {path}: {error.strerror}") from error
+    check_pidfile(path, parameter)
+    return made
+
+
+def check_pidfile(path: str, parameter: str) -> None:
+    """Raise ConfigError unless nbdkit, which truncates the file and follows links, would write to a
+    file of this user at `path`. Nothing changes."""
     name = os.path.basename(path)
     try:
         with _locked(path) as directory:
             place = os.fstat(directory)
-            if _is_shared(place):
-                # The file belongs to this user now: no other user can replace it with a link.
-                with contextlib.suppress(FileExistsError):
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                    os.close(os.open(name, flags, 0o644, dir_fd=directory))
             file = os.stat(name, dir_fd=directory, follow_symlinks=False)
             is_pidfile = stat.S_ISREG(file.st_mode) and _has_a_number(name, directory)
     except FileNotFoundError:
@@ -131,12 +148,14 @@ def lock_pidfile(path: str) -> int | None:
     return None
 
 
-def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:
+def _is_stale_socket(path: str, parameter: str, directory: int) -> bool:
+    """Whether a dead server's socket is there, which may be removed. Raises ConfigError for any
+    other file."""
     name = os.path.basename(path)
     try:
         file = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
-        return
+        return False
     if not stat.S_ISSOCK(file.st_mode):
         raise ConfigError(f"{parameter}: {path}: exists and is not a socket; it was left alone")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -152,9 +171,10 @@ def _remove_stale_socket(path: str, parameter: str, directory: int) -> None:
                 f"{parameter}: {path}: is a dead socket of user {_name_of(file.st_uid)}, in a "
                 f"directory where others may write; it was left alone"
             )
-        os.unlink(name, dir_fd=directory)
-    elif answer != errno.ENOENT:
+        return True
+    if answer != errno.ENOENT:
         raise ConfigError(f"{parameter}: {path}: is in use by another process")
+    return False
 
 
 def _may_remove(file: os.stat_result, directory: os.stat_result) -> bool:

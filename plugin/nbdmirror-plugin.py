@@ -21,6 +21,7 @@ life cycle.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -36,7 +37,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # does not raise an exception somewhere in Python.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.realpath(os.path.join(os.path.dirname(__file__), "..")))
 
 import nbdkit
 
@@ -48,7 +49,8 @@ try:
     if too_little := process_limits.too_little():  # the other modules could not be loaded
         raise SystemExit(f"nbdmirror: {too_little}")
     from nbdmirror.disk.disk import Disk
-    from nbdmirror.errors import IO_ERRORS, ConfigError, Error, guest_errno
+    from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError, Error, guest_errno
+    from nbdmirror.foreign_text import visible
     from nbdmirror.identity import label
     from nbdmirror.logs import print_startup_error
     from nbdmirror.nbdkit_host.process import PluginProcess
@@ -93,7 +95,7 @@ def format_briefly(
     """nbdkit logs a callback's exception with this. An error of a disk or a guest is not a bug: one
     line without a traceback, and not each time if the cause lasts."""
     is_ours = not isinstance(error, IO_ERRORS)
-    text = "".join(format_exception(kind, error, trace)) if is_ours else str(error)
+    text = "".join(format_exception(kind, error, trace)) if is_ours else visible(str(error))
     return [text if process.log is None else process.log.text_of(error, text)]
 
 
@@ -175,8 +177,17 @@ def default_export(readonly: bool, is_tls: bool) -> str:
     return next(iter(process.disks))
 
 
+def export_name() -> str:
+    """The name that the client asks for. Raises DeviceError."""
+    try:
+        return str(nbdkit.export_name())
+    except UnicodeDecodeError:
+        text = "no export is called so: the client's name for one is not UTF-8"
+        raise DeviceError(text, errno.ENOENT) from None
+
+
 def open(readonly: bool) -> Handle:
-    h = Handle(process.exports.find(nbdkit.export_name()), readonly)
+    h = Handle(process.exports.find(export_name()), readonly)
     process.exports.opened(h, h.disk)
     return h
 

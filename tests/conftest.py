@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # What tests of one topic share, with assertions that explain themselves as those of tests do.
@@ -14,6 +15,10 @@ pytest.register_assert_rewrite(
     "support", "model", "badparts", "cliparts", "copierparts", "devicekinds", "jobdevices",
     "jobparts", "ledgerthreads", "qmpparts", "rulesparts",
 )  # fmt: skip
+
+# Tests run side by side on a busy machine: an example may take as long as a test.
+hypothesis.settings.register_profile("nbdmirror", deadline=None)
+hypothesis.settings.load_profile("nbdmirror")
 
 pytest_plugins = ["support.fixtures", "support.side_by_side"]
 

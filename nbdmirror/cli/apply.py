@@ -16,6 +16,7 @@ from nbdmirror.cli.common import DONE, CliError
 from nbdmirror.cli.points import AGAIN, opened_disks
 from nbdmirror.cli.streams import say
 from nbdmirror.devices.base import BlockDevice, raw_device
+from nbdmirror.ending_signals import heeded
 from nbdmirror.errors import DeviceError, DeviceLost, Error
 from nbdmirror.nbdclient.pair import is_disk_of
 from nbdmirror.points.appliers_block import GONE_S, ApplierBlock
@@ -25,8 +26,6 @@ from nbdmirror.points.superblocks import JournalTaken
 
 POLL_S = 0.1
 """Pause after a look at a journal that grants nothing new."""
-
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -49,7 +48,7 @@ def _interruptible() -> Iterator[threading.Event]:
         ending.set()
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, interrupted) for number in ENDS}
+    before = {number: signal.signal(number, interrupted) for number in heeded()}
     try:
         yield ending
     finally:

@@ -249,7 +249,7 @@ def _has_moved(job: Job, before: Job) -> bool:
     """Whether the job has made progress, has nothing to do, or is paused."""
     if job.get("paused"):
         return True
-    is_there = job.get("target-connected", True)
+    is_there = job.get("target-connected", True) and job.get("journal-connected", True)
     has_copied = job.get("offset", 0) > before.get("offset", 0)
     return is_there and (has_copied or job.get("len") == job.get("offset"))
 

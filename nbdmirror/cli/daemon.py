@@ -15,6 +15,8 @@ from contextlib import suppress
 from types import FrameType
 
 from nbdmirror.cli.common import DONE, CliError
+from nbdmirror.ending_signals import heeded
+from nbdmirror.logs import warn_without_syslog
 from nbdmirror.startup_error import READY, READY_FD
 
 SIGNALLED = 128
@@ -28,9 +30,8 @@ class _Signalled(Exception):
 def run(argv: Sequence[str], env: dict[str, str], *, kept_fds: Sequence[int] = ()) -> int:
     """The exit status of `serve`: 0 when the server serves. The server inherits `kept_fds`. Raises
     CliError."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _raise)
+    for number in heeded():
+        signal.signal(number, _raise)
     ours, theirs = os.pipe()
     try:
         nbdkit = subprocess.Popen(
@@ -54,6 +55,7 @@ def run(argv: Sequence[str], env: dict[str, str], *, kept_fds: Sequence[int] = (
     if status:
         return status if status > 0 else SIGNALLED - status
     if said == READY:
+        warn_without_syslog()
         return DONE
     raise CliError(said or "the server ended while it was starting; its log (syslog) says why")
 

@@ -16,6 +16,7 @@ from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, NO_SERVER, CliError
 from nbdmirror.cli.progress import Display
 from nbdmirror.cli.session import Job, Session
+from nbdmirror.partial_target import is_partial, target_text
 from nbdmirror.point_sentences import APPLIER_AGAIN
 
 POLL_S = 0.5
@@ -105,6 +106,7 @@ class Watch:
         self._display = display
         self._is_ready = False
         self._sizes: tuple[int, int] | None = None
+        self._sync = "full"
         self._result: dict[str, Any] = {}
         self._disk: dict[str, Any] = {}
         self._heard: list[Any] = []
@@ -156,6 +158,7 @@ class Watch:
             self._see_the_end(found)
         elif not self.end:
             self._earlier = self._last_job
+            self._sync = found.get("sync", self._sync)
         elif not is_second:  # it ended after the answer: query again
             return await self.look(is_second=True)
         else:  # this is another job of that name
@@ -190,6 +193,7 @@ class Watch:
         if last and last != self._earlier:
             self._result = last
             self.pivoted = bool(last.get("pivoted"))
+            self._sync = last.get("sync", self._sync)
         if self.end is None and (job or self._result):
             is_cancelled = self._result.get("result") == "cancelled"
             failure = self._result.get("reason") if not is_cancelled else None
@@ -286,13 +290,14 @@ class Watch:
         if self.end and verb == "pause":
             how = "completed" if self.pivoted else "ended"
             raise CliError(f"job {self._job} {how} meanwhile: it was not paused{self._served}")
+        partial = f"; the target {target_text(self._sync)}" if is_partial(self._sync) else ""
         if not self.end:
             state_text = cli_words.state(state or {})
             if state_text == "ready":
                 what = "the target follows the source"
                 if "sequence" in ((state or {}).get("x-nbdmirror-points") or {}):
                     what = "the far side has a point"
-                self._display.result(f"job {self._job} is ready: {what}")
+                self._display.result(f"job {self._job} is ready: {what}{partial}")
             else:
                 self._display.result(f"job {self._job} was ready, and is {state_text} now")
             return DONE
@@ -300,14 +305,14 @@ class Watch:
             self._display.result(f"{self._cancelled}{self._served}")
             return DONE
         held = cli_status.held_text(self._result) if self.pivoted else ""
-        copy = f"{self._result.get('target', 'the target')} is a consistent copy"
+        copy = f"{self._result.get('target', 'the target')} {target_text(self._sync)}"
         if self.pivoted and verb == "cancel":
             raise CliError(f"job {self._job} had already been completed{held}{self._served}")
         if not self.pivoted and verb in ("complete", "completed"):
             text = f"job {self._job} was cancelled by another client after READY; {copy}"
             raise CliError(f"{text}{self._served}")
         if self.pivoted:
-            self._display.result(f"job {self._job} completed{held}{self._served}")
+            self._display.result(f"job {self._job} completed{held}{self._served}{partial}")
         else:
             self._display.result(f"job {self._job} ended; {copy}{self._served}")
         return DONE

@@ -21,6 +21,7 @@ from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import DONE, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
 from nbdmirror.cli.session import Session, connect, run_interruptible
 from nbdmirror.local_servers import has_proc, processes
+from nbdmirror.paths import absolute_path
 
 PLACES = ("/run/nbdmirror.qmp", "/run/nbdmirror/*/qmp", "/run/user/*/nbdmirror.qmp")
 """The sockets of root's server, of the systemd units, and of users' servers."""
@@ -83,7 +84,7 @@ def find() -> list[Found]:
     except CliError:
         pass  # this user has no default path
     paths = [path for pattern in PLACES for path in sorted(glob.glob(pattern))]
-    paths += [os.path.abspath(path) for path in named if os.path.lexists(path)]
+    paths += [absolute_path(path) for path in named if os.path.lexists(path)]
     sockets = [found.socket for found in processes]
     more = one_each([*filter(None, sockets), *paths])[len(one_each(filter(None, sockets))) :]
     return processes + [Found(0, path) for path in more]
@@ -123,7 +124,7 @@ def _socket(words: list[str], pid: int) -> str:
     path = next((word[4:] for word in reversed(words) if word.startswith("qmp=")), "")
     if not path or os.path.isabs(path):
         return path
-    ending = "/" + os.path.normpath(path).split("../")[-1]
+    ending = absolute_path("/" + path.rpartition("../")[2])
     with suppress(OSError):
         held = set(_links(f"/proc/{pid}/fd"))
         with open(f"/proc/{pid}/net/unix", encoding="utf-8", errors="surrogateescape") as table:

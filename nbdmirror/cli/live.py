@@ -36,6 +36,8 @@ from nbdmirror.cli.status import (
     last_text,
 )
 from nbdmirror.cli.words import disk_troubles, doing, remarks, server_troubles
+from nbdmirror.ending_signals import heeded
+from nbdmirror.foreign_text import visible
 
 EVENTS_MAX = 5
 BAR_CELLS, BAR_CELLS_MIN = 30, 5
@@ -117,9 +119,8 @@ class _Screen:
 
     def _plain(self, text: str) -> str:
         """Without control characters, and in the terminal's encoding."""
-        visible = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
         encoding = self.console.encoding
-        return visible.encode(encoding, "backslashreplace").decode(encoding)
+        return visible(text).encode(encoding, "backslashreplace").decode(encoding)
 
     def job(
         self, progress: Progress, job: dict[str, Any], job_map: dict[str, Any] | None
@@ -269,7 +270,8 @@ class HostView(_LiveView):
 
     def __enter__(self) -> Self:
         with contextlib.suppress(RuntimeError, ValueError):  # no loop, or not the main thread
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
+            for number in heeded([signal.SIGTERM]):
+                asyncio.get_running_loop().add_signal_handler(number, self._end)
         return super().__enter__()
 
     def _end(self) -> None:

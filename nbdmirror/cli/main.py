@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nbdmirror import __version__
 from nbdmirror.cli import parsers as cli_parsers
@@ -44,7 +44,36 @@ _ANSWERS = ("status", "explain", "list", "points", "events", "plugin-path")
 """Commands whose only purpose is their output."""
 
 
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second one: which of the two is meant is not known."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, _Parser)
+        if option_string and self in parser.given:
+            raise argparse.ArgumentError(self, "is given twice")
+        parser.given.append(self)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
+    """Takes each option once, unless the option's action is to append."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given: list[argparse.Action] = []
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        self.given = []
+        return super().parse_known_args(*args, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         say(f"nbdmirror: {message} (see: {self.prog} --help)")
         sys.exit(USAGE)
@@ -153,7 +182,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--state-dir", metavar="DIR", help="keep mirrors and bitmaps there across restarts")
     accept = "serve the old side of a pivot; the refusal shows the ID of that pivot"
     add("--accept-old-side", action="append", default=[], metavar="ID", help=accept)
-    add("--mirror-to", metavar="URI", help="start to mirror at once (one disk only)")
+    add("--mirror-to", metavar="URI", help="start to mirror the first disk at once")
     text = "json: each line of the log is a JSON object (default: plain)"
     add("--log-format", choices=("plain", "json"), default="plain", help=text)
     add("--daemonize", action="store_true", help="go into the background")

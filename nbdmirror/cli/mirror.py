@@ -20,6 +20,7 @@ from nbdmirror.cli.session import REPLY_S_MAX, Session, as_arguments
 from nbdmirror.cli.together import Sessions, apart, each
 from nbdmirror.identity import Same, same_place
 from nbdmirror.names import default_job_id, split_disk
+from nbdmirror.partial_target import is_partial, target_text
 
 CONNECTS = 4
 """A mirror's start connects to the target, perhaps to its old side's second export, and to a
@@ -192,7 +193,9 @@ async def _tell(
         return await each(sessions, follow)
     for (job, state), device, target in zip(states.items(), devices, targets, strict=True):
         assert state is not None
-        text = "; ".join([cli_words.state(state), *cli_words.deadline(state)])
+        sync = state.get("sync", "full")
+        left = [f"at its end the target {target_text(sync)}"] if is_partial(sync) else []
+        text = "; ".join([cli_words.state(state), *cli_words.deadline(state), *left])
         print(f"job {job} mirrors {device} to {target}: {text}; see: nbdmirror status")
     if has_journals:
         await asyncio.gather(*(cli_point.tell_of_outage(one, job) for job, one in sessions.items()))

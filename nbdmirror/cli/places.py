@@ -4,13 +4,19 @@ where no user sees them."""
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import stat
 import subprocess
 
-from nbdmirror.errors import ConfigError
+from nbdmirror.errors import ConfigError, Unreachable
+from nbdmirror.logs import print_startup_error
 from nbdmirror.names import DISK_RULE
+from nbdmirror.nbd_uri import parse
+from nbdmirror.resolver import connection_to
+
+TARGET_S_MAX = 3.0
 
 
 def check_disk(path: str) -> None:
@@ -76,7 +82,36 @@ def bound(host: str, port: int, host_option: str, port_option: str) -> list[sock
     return found
 
 
+def warn_of_target(uri: str) -> None:
+    """Warn if the mirror's target does not answer: in the background only the log reports that."""
+    where = parse(uri)
+    if where.transport == "vsock":
+        return
+    try:
+        if where.socket:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(TARGET_S_MAX)
+                probe.connect(where.socket)
+        else:
+            connection_to(where.host, where.port, TARGET_S_MAX).close()
+    except (OSError, Unreachable) as error:
+        reason = getattr(error, "strerror", None) or error
+        text = f"--mirror-to {uri}: {reason}; the disk has no mirror yet"
+        print_startup_error(f"warning: {text}", logging.WARNING)
+
+
 def may(access: str, path: str, uid: int, gid: int) -> bool:
     """Whether that user has access: `access` is an option of test(1), -r or -w."""
     test = subprocess.run(["test", access, path], user=uid, group=gid, extra_groups=(), check=False)
     return test.returncode == 0
+
+
+def make_for_user(option: str, path: str, uid: int, gid: int) -> None:
+    """Make a directory of that user, mode 0700, if there is none. Raises ConfigError."""
+    try:
+        os.mkdir(path, 0o700)
+        os.chown(path, uid, gid)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"{option}: {path}: cannot be created: {error.strerror}") from error

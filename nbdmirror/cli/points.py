@@ -18,6 +18,7 @@ from nbdmirror.cli.streams import say
 from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.errors import ConfigError, DeviceError, Error
+from nbdmirror.foreign_text import visible
 from nbdmirror.nbd_uri import is_uri
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pair import are_same, check_pair, why_unfit
@@ -148,7 +149,8 @@ def _table(journal: Journal, points: Sequence[Point]) -> Iterator[str]:
     for point in points:
         size = size_text(sizes[point.sequence]) if point.sequence in sizes else "image"
         group = [str(point.group or "-")] if has_groups else []
-        rows.append([str(point.sequence), wall_time(point.time_ns), size, *group, point.name])
+        name = visible(point.name)
+        rows.append([str(point.sequence), wall_time(point.time_ns), size, *group, name])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for number, at, *rest, name in rows:
         numbers = "  ".join(f"{one:>{width}}" for one, width in zip(rest, widths[2:], strict=True))
@@ -206,7 +208,7 @@ def _recover_one(pair: Devices, wanted: str | None) -> Recovered:
 
 def _what_it_is(image: BlockDevice, found: Recovered) -> str:
     point = found.point
-    name = f" ({point.name})" if point.name else ""
+    name = f" ({visible(point.name)})" if point.name else ""
     text = f"point {point.sequence}{name} of {wall_time(point.time_ns)}"
     if found.was_done:  # what guests have done to it since is not known here
         at = wall_time(found.done_ns)

@@ -13,7 +13,6 @@ import os
 import pwd
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -28,13 +27,22 @@ from nbdmirror.cli.common import (
     absolute_uri,
     default_qmp_paths,
 )
-from nbdmirror.cli.places import check_directory, check_disk, check_journal, check_port, may
+from nbdmirror.cli.places import (
+    check_directory,
+    check_disk,
+    check_journal,
+    check_port,
+    make_for_user,
+    may,
+    warn_of_target,
+)
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
 from nbdmirror.limits import whole_number
 from nbdmirror.logs import print_startup_error, use_format
 from nbdmirror.names import name_disk
-from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri, parse
+from nbdmirror.nbd_uri import DEFAULT_PORT, is_uri
+from nbdmirror.paths import absolute_path
 from nbdmirror.process_limits import environment as limits_environment
 from nbdmirror.process_limits import limit_in, text_of, too_little
 
@@ -45,8 +53,6 @@ DUMP_PLUGIN_S_MAX = 30
 
 ID_MAX = 2**32 - 2
 """Largest ID of a user or a group: the next number means "no change" (chown(2))."""
-
-TARGET_S_MAX = 3.0
 
 ORDERLY_NBDKIT = (1, 34)
 """Before this version an assertion fails, and the process ends, when a guest hangs up while replies
@@ -103,7 +109,7 @@ def serve_command(
     threads = THREADS_DIRECT_DEFAULT if args.cache == "none" else THREADS_DEFAULT
     argv += ["-t", str(args.threads or threads)]
     if args.pidfile:
-        argv += ["-P", os.path.abspath(args.pidfile)]
+        argv += ["-P", absolute_path(args.pidfile)]
     if args.read_only:
         argv.append("-r")
     argv += _identity_options(args)
@@ -117,9 +123,9 @@ def serve_command(
     if args.cache != "writeback":
         argv.append(f"cache={args.cache}")
     if args.state_dir:
-        argv.append(f"state-dir={os.path.abspath(args.state_dir)}")
+        argv.append(f"state-dir={absolute_path(args.state_dir)}")
     if args.pidfile:
-        argv.append(f"pidfile={os.path.abspath(args.pidfile)}")
+        argv.append(f"pidfile={absolute_path(args.pidfile)}")
     if args.open_timeout:
         argv.append(f"open-timeout={args.open_timeout}")
     if args.keepalive is not None:
@@ -150,7 +156,7 @@ def _read_only_parameters(args: argparse.Namespace) -> list[str]:
     if len(args.disks) > 1:
         raise CliError("--journal: belongs to one disk, and more are served", USAGE)
     journal = args.journal
-    journal = absolute_uri(journal, "--journal: ") if is_uri(journal) else os.path.abspath(journal)
+    journal = absolute_uri(journal, "--journal: ") if is_uri(journal) else absolute_path(journal)
     if args.state_dir:
         raise CliError("--journal: not allowed with --state-dir: a point has no state", USAGE)
     return [*read_only, f"journal={journal}", *([f"point={args.point}"] if args.point else [])]
@@ -160,7 +166,7 @@ def _listen_options(args: argparse.Namespace) -> list[str]:
     if args.socket:
         if args.port is not None:
             raise CliError("--port: not allowed with --socket", USAGE)
-        return ["-U", os.path.abspath(args.socket)]
+        return ["-U", absolute_path(args.socket)]
     port = DEFAULT_PORT if args.port is None else args.port
     return ["-i", _address(args), "-p", str(port)]
 
@@ -171,7 +177,8 @@ def _address(args: argparse.Namespace) -> str:
     if address.startswith("[") and address.endswith("]"):
         address = address[1:-1]
     if not address:
-        raise CliError("--address: is empty; to listen on all addresses use 0.0.0.0 or ::", USAGE)
+        text = "--address: is empty; to listen on all addresses use 0.0.0.0 (IPv4) or :: (IPv6)"
+        raise CliError(text, USAGE)
     return address
 
 
@@ -217,9 +224,9 @@ def _tls_options(args: argparse.Namespace) -> list[str]:
     if mode := args.tls or ("require" if args.tls_certificates or args.tls_psk else None):
         options.append(f"--tls={mode}")
     if args.tls_certificates:
-        options.append(f"--tls-certificates={os.path.abspath(args.tls_certificates)}")
+        options.append(f"--tls-certificates={absolute_path(args.tls_certificates)}")
     if args.tls_psk:
-        options.append(f"--tls-psk={os.path.abspath(args.tls_psk)}")
+        options.append(f"--tls-psk={absolute_path(args.tls_psk)}")
     if args.tls_verify_peer:
         options.append("--tls-verify-peer")
     return options
@@ -238,7 +245,7 @@ def _check_tls(args: argparse.Namespace) -> None:
             from nbdmirror.nbdclient import tls  # and with it ssl, which only keys need
 
             try:
-                found = tls.check_server_keys(**{option: os.path.abspath(path)})
+                found = tls.check_server_keys(**{option: absolute_path(path)})
             except ConfigError as error:
                 raise ConfigError(f"--tls-{option}: {error}") from error
             for warning in found:
@@ -258,13 +265,13 @@ def _disks(args: argparse.Namespace) -> list[tuple[str, str]]:
             raise CliError(f"{text}: the name {name} is taken; give each disk its own NAME=")
         names.add(name)
         given = "" if disk == text else name
-        found.append((given, absolute_uri(disk) if is_uri(disk) else os.path.abspath(disk)))
+        found.append((given, absolute_uri(disk) if is_uri(disk) else absolute_path(disk)))
     return found
 
 
 def _qmp_path(args: argparse.Namespace) -> str:
     path = args.qmp or os.environ.get("NBDMIRROR_QMP") or default_qmp_paths()[0]
-    return os.path.abspath(path)
+    return absolute_path(path)
 
 
 def _python_path(environ: Mapping[str, str]) -> str:
@@ -312,7 +319,7 @@ def _check_nbdkit(env: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def _check_places(args: argparse.Namespace) -> None:
-    from nbdmirror.unix_sockets import claim_pidfile, remove_stale_socket
+    from nbdmirror.unix_sockets import check_pidfile, check_socket
 
     for _, disk in _disks(args):
         if not is_uri(disk):
@@ -322,7 +329,7 @@ def _check_places(args: argparse.Namespace) -> None:
     places = {"--qmp": _qmp_path(args)}
     for option, place in (("--socket", args.socket), ("--pidfile", args.pidfile)):
         if place:
-            places[option] = os.path.abspath(place)
+            places[option] = absolute_path(place)
     for (one, path), (other, second) in itertools.combinations(places.items(), 2):
         if same_place(path, second) is Same.YES:
             raise ConfigError(f"{other} and {one} are the same path: {path}")
@@ -332,34 +339,20 @@ def _check_places(args: argparse.Namespace) -> None:
             raise ConfigError(f"{parameter}: {path}: its directory does not exist")
         if len(os.fsencode(path)) > 107:
             raise ConfigError(f"{parameter}: {path}: is longer than a Unix socket's 107 bytes")
-        remove_stale_socket(path, parameter)
+        check_socket(path, parameter, remove=parameter == "--socket")  # nbdkit would refuse it
         check_directory(parameter, path)
     _check_places_of_user(args)
     if not args.socket:
         check_port(_address(args), args.port or DEFAULT_PORT)
     if args.mirror_to and args.daemonize:
-        _warn_of_target(absolute_uri(args.mirror_to, "--mirror-to "))
+        warn_of_target(absolute_uri(args.mirror_to, "--mirror-to "))
     if pidfile:
-        claim_pidfile(pidfile, "--pidfile")
+        check_pidfile(pidfile, "--pidfile")
         if not os.path.exists(pidfile):
             check_directory("--pidfile", pidfile)
-
-
-def _warn_of_target(uri: str) -> None:
-    """Warn if the mirror's target does not answer: in the background only the log reports that."""
-    where = parse(uri)
-    if where.transport == "vsock":
-        return
-    try:
-        if where.socket:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(TARGET_S_MAX)
-                probe.connect(where.socket)
-        else:
-            socket.create_connection((where.host, where.port), TARGET_S_MAX).close()
-    except OSError as error:
-        text = f"--mirror-to {uri}: {error.strerror or error}; the disk has no mirror yet"
-        print_startup_error(f"warning: {text}", logging.WARNING)
+    uid, gid = _identity(args)
+    if args.state_dir and uid is not None and gid is not None:
+        make_for_user("--state-dir", absolute_path(args.state_dir), uid, gid)
 
 
 def _check_places_of_user(args: argparse.Namespace) -> None:
@@ -373,18 +366,12 @@ def _check_places_of_user(args: argparse.Namespace) -> None:
             f"--user: user {args.user} cannot read {PACKAGE}, where nbdmirror is installed"
         )
     if args.state_dir:
-        path = os.path.abspath(args.state_dir)
-        try:
-            os.mkdir(path, 0o700)
-            os.chown(path, uid, gid)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            text = f"--state-dir: {path}: cannot be created: {error.strerror}"
-            raise ConfigError(text) from error
-        if not may("-w", path, uid, gid):
+        path = absolute_path(args.state_dir)
+        is_there, folder = os.path.exists(path), os.path.dirname(path)
+        may_use = may("-w", path, uid, gid) if is_there else may("-x", folder, uid, gid)
+        if not may_use and os.path.isdir(folder):
             raise ConfigError(f"--state-dir: {path}: user {args.user} cannot write there")
     if args.pidfile:
-        path = os.path.abspath(args.pidfile)
+        path = absolute_path(args.pidfile)
         if not may("-w", path if os.path.exists(path) else os.path.dirname(path), uid, gid):
             raise ConfigError(f"--pidfile: {path}: user {args.user} cannot write there")

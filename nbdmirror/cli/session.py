@@ -28,6 +28,7 @@ from qemu.qmp.qmp_client import GreetingError
 
 from nbdmirror.cli import words as cli_words
 from nbdmirror.cli.common import FAILED, NO_SERVER, TIMED_OUT, CliError, default_qmp_paths
+from nbdmirror.ending_signals import ENDING, heeded
 
 CONNECT_S_MAX = 10.0
 GREETING_S = 1.0
@@ -53,12 +54,8 @@ Job = dict[str, Any]
 atexit.register(gc.freeze)
 
 
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C; timeout(1) and a supervisor; a terminal or an ssh connection that ends."""
-
-
 def run_interruptible(
-    command: Coroutine[Any, Any, int], signals: Sequence[signal.Signals] = INTERRUPTS
+    command: Coroutine[Any, Any, int], signals: Sequence[signal.Signals] = ENDING
 ) -> int:
     """Run a command to its end. `signals` cancel it, and then raise KeyboardInterrupt."""
     # This program reports the errors itself.
@@ -76,15 +73,14 @@ def run_interruptible(
 async def _interruptible(
     command: Coroutine[Any, Any, int], signals: Sequence[signal.Signals]
 ) -> int:
-    """Run a command that `signals` cancel, those that are not ignored: a script's background
-    ignores SIGINT, and nohup SIGHUP. asyncio's handler turns a second SIGINT into a traceback; here
-    it only cancels again, and the rest of the command is bounded."""
+    """Run a command that `signals` cancel, those that are not ignored. asyncio's handler turns a
+    second SIGINT into a traceback; here it only cancels again, and the rest of the command is
+    bounded."""
     task = asyncio.current_task()
     assert task
     with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals
-        for number in signals:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        for number in heeded(signals):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     return await command
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdmirror.cli.progress import Meter
 from nbdmirror.cli.words import disk_troubles, explanation, lag, limit, mode, server_troubles, size
+from nbdmirror.partial_target import is_partial, target_text
 
 ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 PIVOTED = "X_NBDMIRROR_PIVOTED"
@@ -79,11 +80,14 @@ def result_text(last: dict[str, Any]) -> str:
     """How a job ended, and when."""
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last.get("ended-at-s", 0)))
     text = f"{last.get('id')}: {last.get('result')} {moment}"
+    sync = last.get("sync", "full")
     if last.get("reason"):
         return f"{text}: {last['reason']}"
     if last.get("pivoted"):
-        return f"{text}, pivoted to {last.get('target')}{held_text(last)}"
-    return f"{text}, {last.get('target')} was left as a copy"
+        text += f", pivoted to {last.get('target')}{held_text(last)}"
+        return f"{text}; the target {target_text(sync)}" if is_partial(sync) else text
+    left = target_text(sync) if is_partial(sync) else "was left as a copy"
+    return f"{text}, {last.get('target')} {left}"
 
 
 def held_text(last: dict[str, Any]) -> str:

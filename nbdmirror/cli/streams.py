@@ -13,6 +13,8 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from nbdmirror.foreign_text import visible
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -42,7 +44,7 @@ def is_live(stream: TextIO) -> bool:
 def say(text: str) -> None:
     """Print one line on stderr; errors are ignored."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable
 
 from nbdmirror.cli.streams import say
 from nbdmirror.limits import PORT_MAX, whole_number
+from nbdmirror.paths import absolute_path
 
 SLOW_BYTES_PER_S = 64 << 10
 
@@ -68,7 +68,7 @@ def migration_uri(text: str) -> str:
     port = address.rpartition(":")[2]
     if kind == "tcp" and whole_number(port, 1, PORT_MAX) is None:
         raise argparse.ArgumentTypeError(f"{text!r}: the port is not a number from 1 to {PORT_MAX}")
-    return f"{kind}:{os.path.abspath(where)}" if kind in ("unix", "file") else text
+    return f"{kind}:{absolute_path(where)}" if kind in ("unix", "file") else text
 
 
 def duration(text: str) -> float:

@@ -22,6 +22,7 @@ from nbdmirror.cli.session import Session, connect, no_socket, run_interruptible
 from nbdmirror.cli.status import event_text, is_routine
 from nbdmirror.cli.streams import say
 from nbdmirror.errors import ConfigError
+from nbdmirror.paths import absolute_path
 from nbdmirror.web.host import News, NoAnswer
 from nbdmirror.web.service import serve
 
@@ -30,7 +31,7 @@ BACKLOG = 128
 
 def run(args: argparse.Namespace) -> int:
     for path in args.sockets:
-        _check(os.path.abspath(path))
+        _check(absolute_path(path))
     host, port = args.listen
     listeners = _listen(host, port)
     say(f"nbdmirror: serving http://{f'[{host}]' if ':' in host else host}:{port}/")
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 async def _run(places: list[str], listeners: list[socket.socket]) -> int:
     await serve(
         listeners,
-        find=Places(places).sockets if places else all_sockets,
+        find=(Places(places) if places else OfHost()).sockets,
         connect=_connect,
         is_loopback=all(map(_is_loopback, listeners)),
     )
@@ -92,9 +93,18 @@ def _check(place: str) -> None:
         raise CliError(f"{place}: {error.strerror}", NO_SERVER) from error
 
 
-def all_sockets() -> list[str]:
-    """Those of the servers that `nbdmirror list` finds."""
-    return [found.socket for found in find() if found.socket]
+class OfHost:
+    """The sockets of the servers that `nbdmirror list` finds. A server that was killed, and was
+    found by its process, is known by the file that its socket has left."""
+
+    def __init__(self) -> None:
+        self._known: list[str] = []
+
+    def sockets(self) -> list[str]:
+        """There now, or expected."""
+        there = [found.socket for found in find() if found.socket]
+        self._known = one_each([*there, *filter(os.path.lexists, self._known)])
+        return self._known
 
 
 class Places:
@@ -103,8 +113,8 @@ class Places:
 
     def __init__(self, paths: list[str]) -> None:
         """A path that ends with a / is that of a directory, which may not exist yet."""
-        self._paths = list(map(os.path.abspath, paths))
-        self._directories = {os.path.abspath(path) for path in paths if path.endswith("/")}
+        self._paths = list(map(absolute_path, paths))
+        self._directories = {absolute_path(path) for path in paths if path.endswith("/")}
         """Also those that are not there at the moment."""
 
     def sockets(self) -> list[str]:

@@ -10,7 +10,8 @@ No change is missed, because of one order on each side:
     `set` attaches the alarm, sees that no guest is announced, and then that nothing is marked.
 
 A guest that `set` does not see has withdrawn before, and its mark is seen, or announces itself
-later, and finds the alarm.
+later, and finds the alarm. (A guest that marks looks again for what was attached meanwhile, so the
+ledger alone would do. But a mirror is not at rest beside a change that is in progress.)
 """
 
 from __future__ import annotations

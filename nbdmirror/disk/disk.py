@@ -80,6 +80,12 @@ class Disk:
         device before and after, so no request must be held. From any thread."""
         self._source = device
 
+    def lose_writes(self, settled: DirtyBitmap | None = None) -> None:
+        """The source may have lost acknowledged writes, in unknown places. So each bitmap of the
+        disk is marked everywhere, and a mirror at rest looks. From any thread. `settled`: a bitmap
+        that is marked already."""
+        self.ledger.changed(self.size, settled)
+
     def pread(self, buf: memoryview, offset: int) -> None:
         ledger = self.ledger
         token = next(ledger.tokens)  # as enter_read
@@ -343,6 +349,9 @@ class SynchronousWrites:
                 call()
         except IO_ERRORS as error:
             self._on_error(error)
+            return True
+        except MemoryError:
+            self._on_error(DeviceError("no memory for the request", errno.ENOMEM))
             return True
         finally:
             self._at_target.discard(request)

@@ -9,20 +9,24 @@ THE INVARIANT, for every granule at every moment, while a mirror runs:
 How it is kept:
 
 1. A guest write marks *after* the source has done it, failed or not (`leave`). A copy that clears
-the bit later reads later, and so sees the write. With a mark only before the write, a copy could
-clear the bit and read the old data, and the write would land afterwards. 2. At its end, not at its
-beginning, a write decides whether to mark. So a write that began before the mirror is either
-marked, or ended before the mirror marked everything. 3. The copier clears the bits first and reads
-the source afterwards (`Tracker.claim`). A write that lands while the copy runs marks again. 4. No
-two copies of one granule are in flight at once (`claim` skips claimed granules): out of order they
-would leave old data under a clean bit. 5. A failed copy marks again before its claim ends
-(`settle`). 6. A synchronous write (copy-mode write-blocking) owns its granules against copies and
-against other synchronous writes, from before the source is written until the target has been
-written. It clears the granules that it covers whole *before* it writes, for the reason of 3: a
-background write in progress at the same time marks afterwards, and is not lost. 7. Details of a
-granule (fine.py) reduce what is sent, never what is owned: claims and `unflushed` have whole
-granules. Each mark leaves details *before* the bit, and a claim takes them *after* it has cleared
-the bit: so the invariant holds for each unit of a granule.
+   the bit later reads later, and so sees the write. With a mark only before the write, a copy could
+   clear the bit and read the old data, and the write would land afterwards.
+2. At its end, not at its beginning, a write decides whether to mark. So a write that began before
+   the mirror is either marked, or ended before the mirror marked everything. A mirror that takes
+   over the marks of another bitmap instead gets those of the writes in progress as well: `leave`
+   looks again.
+3. The copier clears the bits first and reads the source afterwards (`Tracker.claim`). A write that
+   lands while the copy runs marks again.
+4. No two copies of one granule are in flight at once (`claim` skips claimed granules): out of order
+   they would leave old data under a clean bit.
+5. A failed copy marks again before its claim ends (`settle`).
+6. A synchronous write (copy-mode write-blocking) owns its granules against copies and against other
+   synchronous writes, from before the source is written until the target has been written. It
+   clears the granules that it covers whole *before* it writes, for the reason of 3: a background
+   write in progress at the same time marks afterwards, and is not lost.
+7. Details of a granule (fine.py) reduce what is sent, never what is owned: claims and `unflushed`
+   have whole granules. Each mark leaves details *before* the bit, and a claim takes them *after* it
+   has cleared the bit: so the invariant holds for each unit of a granule.
 
 Locks. Guest reads, and guest writes in background mode, take no lock: `mark` is one C call under
 the GIL, and the gate has two steps in a fixed order on each side (Dekker's algorithm). A guest
@@ -86,13 +90,27 @@ class Ledger:
     ) -> None:
         """A changing request of this range, in bytes, has ended, well or not: the range may differ
         from the target now. `settled`: the bitmap of the mirror whose target a synchronous write
-        has already written."""
-        for bitmap in self.bitmaps:
-            if bitmap is not settled:
-                bitmap.mark(offset, length)
+        has already written.
+
+        A bitmap that was attached meanwhile is marked too. It may have been filled from another
+        one that this request had yet to mark: a mirror's from the named bitmap that it copies.
+        What was marked is not marked again: it may have been copied since."""
+        marked: tuple[Marked, ...] = ()
+        while marked is not self.bitmaps:
+            before, marked = marked, self.bitmaps
+            for bitmap in marked:
+                if bitmap is not settled and bitmap not in before:
+                    bitmap.mark(offset, length)
         self.writing.discard(token)
         if self.gate is not None:
             self.tell_gate()
+
+    def changed(self, length: int, settled: DirtyBitmap | None = None) -> None:
+        """All `length` bytes of the disk may have changed by themselves. From any thread; never
+        waits at the gate. `settled`: a bitmap that is marked everywhere already."""
+        token = next(self.tokens)
+        self.writing.add(token)
+        self.leave(token, 0, length, settled)
 
     def enter_flush(self) -> int:
         """A flush begins; waits while the gate is closed, unless the gate lets flushes through."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Callable
 from functools import partial
 
 from nbdmirror.devices.base import Run
+from nbdmirror.errors import DeviceError
 
 ZERO_UNIT_BYTES = 64 << 10
 """Unit in which zeroes are detected: the usual cluster size, so that the target can leave out whole
@@ -79,12 +81,16 @@ class Buffers:
         """Bytes that are kept."""
 
     def take(self, length: int) -> PageBuffer:
-        """A buffer of at least `length` bytes. Kept buffers that are too small are dropped."""
+        """A buffer of at least `length` bytes. Kept buffers that are too small are dropped. Raises
+        DeviceError if there is no memory."""
         while self._at_rest:
             buffer = self.drop()
             if len(buffer.view) >= length:
                 return buffer
-        return PageBuffer(length)
+        try:
+            return PageBuffer(length)
+        except MemoryError as error:
+            raise DeviceError("no memory for a buffer", errno.ENOMEM) from error
 
     def keep(self, buffer: PageBuffer) -> None:
         """Keep a buffer for reuse."""

@@ -23,6 +23,7 @@ from functools import partial
 from nbdmirror.devices.base import AsyncSource, AsyncTarget, Done, Extent, Run, leading_bytes
 from nbdmirror.disk.claim import Claim, joined
 from nbdmirror.disk.tracker import Tracker
+from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.buffers import Buffers
 from nbdmirror.mirror.copy_in_flight import Copy, Observer
 from nbdmirror.mirror.hot_last import HotLast
@@ -140,8 +141,7 @@ class Copier:
         """Start claims until the slots are full, nothing is dirty, or the speed limit says wait."""
         if self._is_pumping:
             return  # a claim was settled at once: the loop below continues
-        was_busy = bool(self._copies)
-        self._is_pumping = True
+        was_busy, self._is_pumping = bool(self._copies), True
         try:
             while self.is_running and self._may_claim():
                 claim = self._claim()
@@ -305,9 +305,11 @@ class Copier:
         end = min(copy.claim.end, copy.position + length)
         parts = joined(copy.claim.parts_in(copy.position, end), self._window.gap_bytes)
         offset, length = parts[0][0], sum(parts[-1]) - parts[0][0]
-        if copy.buffer is None:
-            copy.buffer = self._buffers.take(end - copy.position)
-        buffer = copy.buffer
+        try:
+            buffer = copy.buffer = copy.buffer or self._buffers.take(end - copy.position)
+        except DeviceError as error:
+            self._piece_ended(copy, error)
+            return
         copy.operation, copy.piece_bytes = "read", length
         self._piece_bytes += length
 
@@ -324,8 +326,7 @@ class Copier:
 
     def _write(self, copy: Copy, runs: list[Run], end: int, start_s: float) -> None:
         """`runs`: the next piece, which ends at `end` and began at `start_s`."""
-        copy.operation = "write"
-        copy.pending = len(runs)
+        copy.operation, copy.pending = "write", len(runs)
         write_s, piece_bytes = self._clock(), self._piece_bytes
         self._waits.write_begins(write_s)
 
@@ -354,9 +355,8 @@ class Copier:
                 self.target.start_write(content, offset, partial(then, length, False))
 
     def _piece_ended(self, copy: Copy, error: BaseException | None) -> None:
-        copy.error = error
         self._piece_bytes -= copy.piece_bytes
-        copy.piece_bytes = 0
+        copy.error, copy.piece_bytes = error, 0
         self._next_piece(copy)
 
     def _settle(self, copy: Copy, *, failed: bool) -> None:

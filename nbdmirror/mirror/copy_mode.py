@@ -30,6 +30,7 @@ class CopyModeSwitch:
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._disk = disk
+        self._tracker = tracker
         self._new_writes = partial(
             SynchronousWrites,
             tracker=tracker,
@@ -64,12 +65,16 @@ class CopyModeSwitch:
         """Do not wait any longer for requests at the source, which may hang."""
         self._is_given_up = True
 
-    def note_in_sync(self) -> None:
-        """Nothing is dirty or in flight. When older requests have ended, this lasts."""
-        self.has_drained()
+    def is_in_sync(self) -> bool:
+        """Whether nothing is dirty or in flight. If the requests from before the last switch had
+        ended earlier, this lasts."""
+        self.has_drained()  # before the look at what is dirty: a request that ends marks
+        if not self._tracker.in_sync:
+            return False
         is_all = self._disk.synchronous is not None and self._writes.only is None
         if is_all and not self._leaving:
             self._is_actively_synced = True
+        return True
 
     def note_error(self) -> None:
         """A write on the target has failed: not actively synced any more."""

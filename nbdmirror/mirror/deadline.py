@@ -84,12 +84,14 @@ class Deadline:
         job, left_s = self._job, self.left_s or 0.0
         if left_s <= 0:
             return Kept.PASSED
-        if job.has_done_its_work:
-            return Kept.YES
+        if job.has_done_its_work and not job.group.is_finalizing:
+            return Kept.UNKNOWN  # its group, or who finalizes it, decides
         if not is_copying:
             return Kept.UNKNOWN
-        if job.is_ready:
-            return Kept.MAYBE if job.pivot_pause.is_too_long else Kept.YES
+        if job.was_ready:
+            if (is_too_long := job.pivot_pause.is_too_long) is None:
+                return Kept.UNKNOWN
+            return Kept.MAYBE if is_too_long else Kept.YES
         if prediction is None:
             return Kept.UNKNOWN
         if prediction.never or (prediction.end_s_min or 0.0) > left_s:
@@ -97,49 +99,49 @@ class Deadline:
         latest_s = prediction.end_s_max
         return Kept.YES if latest_s is not None and latest_s <= left_s else Kept.MAYBE
 
-    def look(self) -> Passed | None:
-        """Call this about once a second. When the deadline has passed, do what `on_deadline` says,
-        and return what was done, once."""
+    def look(self, tell: Callable[[Passed], None]) -> None:
+        """Call this about once a second. When the deadline has passed, tell what is done now, once,
+        and do that: the job may be over afterwards."""
         job, left_s = self._job, self.left_s
         if left_s is None or left_s > 0 or job.activity.is_bad_end:
-            return None
+            return
         if job.status is JobStatus.CREATED:
-            return None  # of an earlier process: it does not run again yet
+            return  # of an earlier process: it does not run again yet
         action = job.options.on_deadline
-        if self._acted == (self._at_s, action):
-            if action is OnDeadline.COMPLETE:
-                self._complete()
-            return None
-        self._acted = self._at_s, action
-        left = size(job.tracker.dirty.dirty_bytes + job.tracker.in_flight_bytes)
-        state = f"the job is in state {job.status}, and {left} are left to copy"
-        if action is OnDeadline.REPORT:
-            done = Done.NOTHING
-        elif action is OnDeadline.COMPLETE:
-            done = self._complete()
-        else:
-            done = self._cancel()
-        return Passed(action, done, state)
+        is_told = self._acted == (self._at_s, action)
+        if is_told and action is not OnDeadline.COMPLETE:
+            return
+        done = Done.NOTHING
+        if action is not OnDeadline.REPORT:
+            done = self._completion if action is OnDeadline.COMPLETE else self._cancellation
+        if not is_told:
+            self._acted = self._at_s, action
+            left = size(job.tracker.dirty.dirty_bytes + job.tracker.in_flight_bytes)
+            state = f"the job is in state {job.status}, and {left} are left to copy"
+            tell(Passed(action, done, state))
+        if done is Done.COMPLETE:
+            job.complete()
+        elif done is Done.CANCEL:
+            job.cancel(force=False)
+        elif done is Done.CANCEL_BY_FORCE:
+            job.cancel(force=True, because=BECAUSE)
 
-    def _complete(self) -> Done:
-        """Complete the job if it is READY. `max-pause` holds as ever."""
-        job = self._job
-        if job.ending is not Ending.NONE:
+    @property
+    def _completion(self) -> Done:
+        """What is to be done now to complete the job. `max-pause` holds as ever."""
+        if self._job.ending is not Ending.NONE:
             return Done.NOTHING
-        if job.status not in VERBS["complete"]:
-            return Done.COMPLETE_WHEN_READY
-        job.complete()
-        return Done.COMPLETE
+        is_possible = self._job.status in VERBS["complete"]
+        return Done.COMPLETE if is_possible else Done.COMPLETE_WHEN_READY
 
-    def _cancel(self) -> Done:
-        """Cancel the job. Without force where that leaves a copy of one moment soon: not while the
-        job is paused, and not after `complete`, which only force takes back."""
+    @property
+    def _cancellation(self) -> Done:
+        """What is to be done now to cancel the job. Without force where that leaves a copy of one
+        moment soon: not while the job is paused, and not after `complete`, which only force takes
+        back."""
         job = self._job
         if job.ending is Ending.CANCEL:
             return Done.NOTHING
         is_soft = job.status is JobStatus.READY and not job.pause_wanted
-        if is_soft and job.ending is Ending.NONE:
-            job.cancel(force=False)
-            return Done.CANCEL
-        job.cancel(force=True, because=BECAUSE)
-        return Done.CANCEL_BY_FORCE
+        is_soft = is_soft and job.ending is Ending.NONE
+        return Done.CANCEL if is_soft else Done.CANCEL_BY_FORCE

@@ -18,6 +18,7 @@ from nbdmirror.devices.base import AsyncSource, Extent, Run, leading_bytes
 from nbdmirror.disk.claim import Claim, Range
 from nbdmirror.disk.frozen import Frozen
 from nbdmirror.disk.saved import Saved
+from nbdmirror.errors import DeviceError
 from nbdmirror.mirror.buffers import Buffers, PageBuffer
 
 CHUNK_BYTES = 1 << 20
@@ -111,8 +112,7 @@ class FrozenView:
             return
         self._frozen.shrink(claim, zero)
         parts = self._frozen.parts_of(claim)
-        self._reads -= 1
-        if self._frozen.read(claim):
+        if self._have_read(claim, None):
             self._give(Chunk([(at, length, None) for at, length in parts]))
 
     def _read(self, claim: Claim) -> None:
@@ -120,18 +120,26 @@ class FrozenView:
         parts = self._frozen.parts_of(claim)
         start = parts[0][0]
         length = sum(parts[-1]) - start
-        buffer = self._buffers.take(length)
+        try:
+            buffer = self._buffers.take(length)
+        except DeviceError as error:  # guests that wait for the claim must not wait for ever
+            self._have_read(claim, error)
+            return
         memory_bytes = len(buffer.view)
         self.in_flight_bytes += memory_bytes
 
         def then(error: BaseException | None) -> None:
-            if error is not None:
-                self._frozen.break_off(error)
-            self._reads -= 1
-            if self._frozen.read(claim):
+            if self._have_read(claim, error):
                 self._give(Chunk(_runs_of(buffer, parts), memory_bytes, buffer))
 
         self._source.start_read(buffer.view[:length], start, then)
+
+    def _have_read(self, claim: Claim, error: BaseException | None) -> bool:
+        """A read has ended. Returns whether what was found is the content of the cut."""
+        if error is not None:
+            self._frozen.break_off(error)
+        self._reads -= 1
+        return self._frozen.read(claim)
 
     def _have_spilled(self, found: list[Saved], error: BaseException | None) -> None:
         self._reads -= 1

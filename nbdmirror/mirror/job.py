@@ -172,6 +172,11 @@ class Job(ABC):
         return self.status in (JobStatus.WAITING, JobStatus.PENDING)
 
     @property
+    def was_ready(self) -> bool:
+        """The job was in sync once, and has not ended."""
+        return self.is_ready or self.has_done_its_work
+
+    @property
     def pause_wanted(self) -> bool:
         """The user or an error pauses the job, which may not be PAUSED or STANDBY yet."""
         return self.activity.is_pause

@@ -6,7 +6,6 @@ so does every event (copies settled, a timer). `advance` looks at the state, and
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,7 +31,7 @@ from nbdmirror.mirror.pivot_pause import PivotPause
 from nbdmirror.mirror.poll import Poll
 from nbdmirror.mirror.quiesce import Attempt
 from nbdmirror.mirror.rate_limit import Haste
-from nbdmirror.mirror.resources import JobState, MirrorResources, Target
+from nbdmirror.mirror.resources import MirrorResources, Target
 from nbdmirror.mirror.stopping import Stopping
 from nbdmirror.mirror.target_watch import TargetWatch
 from nbdmirror.mirror.timers import RETRY, JobTimers
@@ -137,11 +136,6 @@ class MirrorJob(MirrorView):
         self._poll.wake()
         self.changed()
 
-    @property
-    def is_actively_synced(self) -> bool:
-        """Each answered write of a guest is on the target (write-blocking only)."""
-        return self.mode.is_actively_synced
-
     # The copier's observer. `operation` is "read" for the source, "write" for the target.
 
     def copy_failed(self, operation: str, error: BaseException) -> None:
@@ -210,11 +204,6 @@ class MirrorJob(MirrorView):
         if self.status is not JobStatus.CREATED:
             self._resources.changed(self.kept_state)
 
-    @property
-    def kept_state(self) -> JobState:
-        is_paused = self.pause_wanted and self.io_status == "ok"
-        return JobState(self.options, self.is_scanned, is_paused)
-
     def release(self) -> None:
         """Copy. First reconnect a source or target that is lost."""
         self.become(Activity.RECONNECTING)
@@ -233,6 +222,8 @@ class MirrorJob(MirrorView):
     def limit_speed(self, speed_bytes_per_s: int) -> None:
         self.options = replace(self.options, speed_bytes_per_s=speed_bytes_per_s)
         self.copier.set_speed(speed_bytes_per_s)
+        if self.was_ready:
+            self.watch.outlook.forget_rate()  # before, it becomes that of the new limit
         self.changed()
 
     def forget(self, done: Done) -> None:
@@ -266,11 +257,9 @@ class MirrorJob(MirrorView):
     def _advance_copying(self) -> None:
         self._hurry()
         self.copier.pump()
-        in_sync = self.tracker.in_sync
-        if in_sync:
-            if self.status is JobStatus.READY and not self.may_end:
-                self._timers.went_well()  # else there is a flush to come, which may fail again
-            self.mode.note_in_sync()
+        in_sync = self.mode.is_in_sync()
+        if in_sync and self.status is JobStatus.READY and not self.may_end:
+            self._timers.went_well()  # else there is a flush to come, which may fail again
         if self.activity is not Activity.COPYING:
             return
         if self.status is JobStatus.RUNNING and in_sync:
@@ -278,8 +267,12 @@ class MirrorJob(MirrorView):
             self._do(self.copier.flush, self._become_ready, "write")
         elif self.may_end:
             self.become(Activity.PREPARING)
-            prepare = self.pivot_pause.timed(partial(self._resources.prepare, self.ending))
-            self._timers.do(prepare, self._begin_quiesce, self._not_written_down)
+            check = partial(self._resources.check_end, self.ending)
+            self._timers.do(check, self._prepare, self._not_written_down)
+
+    def _prepare(self) -> None:
+        prepare = self.pivot_pause.timed(partial(self._resources.prepare, self.ending))
+        self._timers.do(prepare, self._begin_quiesce, self._not_written_down)
 
     def _become_ready(self) -> None:
         """After the flush, once (rule 14)."""
@@ -304,14 +297,18 @@ class MirrorJob(MirrorView):
         self._quiesce = self.pivot_pause.attempt(
             on_level=self._on_level,
             on_timeout=self._on_quiesce_timeout,
+            on_old=self._begin_anew,
             on_flush_error=partial(self.copy_failed, "write"),
         )
         self._quiesce.advance()
 
     def _on_quiesce_timeout(self) -> None:
         """The guest writes faster than the rest can be copied: guest and job continue."""
-        self.become(Activity.COPYING)
+        self._begin_anew()
         self.tell_quiesce_timeout()
+
+    def _begin_anew(self) -> None:
+        self.become(Activity.COPYING)
         self.advance_soon()
 
     def _on_level(self) -> None:
@@ -331,14 +328,15 @@ class MirrorJob(MirrorView):
         self.group.held_in_vain(self)
         self._on_quiesce_timeout()
 
-    def _not_written_down(self, error: BaseException) -> None:
-        """The end could not be recorded, so the job continues and tries again."""
+    def _not_written_down(self, error: BaseException | None) -> None:
+        """The end, or another one of its group, could not be recorded: continue, and try again."""
         if isinstance(error, ConfigError):  # the target cannot be the disk
             self.fail(error)
             self.advance_soon()
             return
         self.become(Activity.POSTPONED)
-        self.log.warning("continues, because its end cannot be recorded: %s", error)
+        reason = error or "the state directory failed"
+        self.log.warning("continues, because its end cannot be recorded: %s", reason)
         self._timers.retry(self._try_again)
 
     def commit(self, done: Done) -> None:
@@ -348,9 +346,10 @@ class MirrorJob(MirrorView):
 
     def commit_failed(self, *, was_committed: bool) -> None:
         if was_committed:
-            self._resources.uncommit()
+            self._resources.uncommit(self._not_written_down)
             self.changed()
-        self._not_written_down(OSError(errno.EIO, "the state directory failed"))
+        else:
+            self._not_written_down(None)
 
     def finish(self) -> None:
         if self.bitmap is not None and self.options.clear_bitmap:

@@ -1,4 +1,4 @@
-"""MirrorView: what queries, events and the log show of a mirror job."""
+"""MirrorView: what queries, events and the log show of a mirror job, and what is saved of it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from nbdmirror.disk.tracker import Tracker
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.copy_mode import CopyModeSwitch
 from nbdmirror.mirror.job import Job
 from nbdmirror.mirror.job_states import JobStatus
 from nbdmirror.mirror.options import MirrorOptions
-from nbdmirror.mirror.resources import Target
+from nbdmirror.mirror.resources import JobState, Target
 from nbdmirror.mirror.traffic import Traffic
 from nbdmirror.subject_log import job_log
 
 
 class MirrorView(Job):
-    """A job that copies `disk` to `target`. The subclass sets `copier`."""
+    """A job that copies `disk` to `target`. The subclass sets `copier`, `mode` and
+    `is_scanned`."""
 
     copier: Copier
+    mode: CopyModeSwitch
+    is_scanned: bool
 
     def __init__(
         self,
@@ -48,6 +52,16 @@ class MirrorView(Job):
         if self.status is JobStatus.READY:
             return self.copier.in_flight > 0 or self.activity.waits_to_try_again
         return self.status is JobStatus.RUNNING
+
+    @property
+    def is_actively_synced(self) -> bool:
+        """Each answered write of a guest is on the target (write-blocking only)."""
+        return self.mode.is_actively_synced
+
+    @property
+    def kept_state(self) -> JobState:
+        is_paused = self.pause_wanted and self.io_status == "ok"
+        return JobState(self.options, self.is_scanned, is_paused)
 
     def count_traffic(self) -> None:
         """The job is READY: from now on."""

@@ -75,8 +75,8 @@ class Outlook:
         pieces at long intervals is as steady as one in small pieces."""
         self._again = 0
         self.rate: float | None = None
-        """Bytes a second that the copier sends when nothing holds it back; the last that is known.
-        None: not known."""
+        """Bytes a second that the copier sends when nothing holds it back but a speed limit; the
+        last that is known. None: not known, or no data was sent for long."""
         self._least_left = math.inf
         self._closer_s = 0.0
         self._predicted_s = -math.inf
@@ -129,7 +129,7 @@ class Outlook:
         while sent and work_s - sent[0][0] > (RATE_S if len(sent) > STEPS_MIN + 1 else RATE_S_MAX):
             sent.popleft()
         if not sent:
-            self.rate = 0.0
+            self.rate = None
         elif len(sent) > 1:
             longest_s = max(after[0] - before[0] for before, after in pairwise(sent))
             until_s = work_s if work_s - sent[-1][0] > longest_s else sent[-1][0]
@@ -142,6 +142,11 @@ class Outlook:
         self._guests.areas.start_over()
         self._looked_s, self._prediction = math.nan, None
         self._least_left = math.inf
+
+    def forget_rate(self) -> None:
+        """The speed limit was changed, and no data may be sent for long."""
+        self._sent.clear()
+        self.rate = self._prediction = None
 
     def predict(self, now_s: float) -> Prediction | None:
         """None: not enough is known. Predicted anew every COUNT_S."""

@@ -93,8 +93,10 @@ class RunMaker:
         self, far: FarSide, before_ns: Mapping[int, int], first: Callable[[], None]
     ) -> PointRun:
         """`before_ns`: the wall times of earlier points, by their numbers."""
-        now_ns, window = self._wall_time_ns(), Window(self.plan.keep_s, self._loop.clock)
-        window.learn({n: max(0.0, (now_ns - at_ns) / 1e9) for n, at_ns in before_ns.items()})
+        window, now_s = Window(self.plan.keep_s, self._loop.clock), self._loop.clock()
+        now_ns = self._wall_time_ns()
+        ages_s = {n: max(0.0, (now_ns - at_ns) / 1e9) for n, at_ns in before_ns.items()}
+        window.learn(ages_s, now_s)
         return PointRun(
             owner=self._owner,
             far=far,

@@ -186,6 +186,7 @@ class PointsJob(PointsView):
 
     def source_lost_writes(self) -> None:
         """The source may have lost writes of guests that the far side has. From any thread."""
+        self.disk.lose_writes()
         self._loop.call_soon(self._mark_all)
 
     def _mark_all(self) -> None:

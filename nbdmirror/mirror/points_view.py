@@ -89,9 +89,10 @@ class PointsView(MirrorJob):
         """The last point of an earlier process is as old as the wall clock says. The far side may
         not be there for long."""
         self.earlier = earlier
-        age_s = max(0.0, (self._wall_time_ns() - earlier.time_ns) / 1e9)
         clock = self._loop.clock
-        self.lag = PointLag(changes, clock, clock() - age_s)
+        now_s = clock()  # first: the lag is never too small
+        age_s = max(0.0, (self._wall_time_ns() - earlier.time_ns) / 1e9)
+        self.lag = PointLag(changes, clock, now_s - age_s)
 
     @property
     def _is_rest_for_a_point(self) -> bool:

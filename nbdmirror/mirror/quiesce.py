@@ -5,9 +5,9 @@
 
 As much as possible is done before the gate closes: then little is left to copy, and the target's
 last flush has little to do. If what is left then does not fit into the pause that is allowed
-(`fits`), all of that is done again, while guests write. Rule 15: the count of dirty bytes is only
-exact while no guest write is in progress, and is checked again after the flush. Rule 42: if the
-target is not level in time, the guest continues and `on_timeout` is called.
+(`fits`), all of that is done again, while guests write, or by a new attempt. Rule 15: the count of
+dirty bytes is only exact while no guest write is in progress, and is checked again after the flush.
+Rule 42: if the target is not level in time, the guest continues and `on_timeout` is called.
 
 Another flush may be in progress when the last one ends. The attempt waits for that one too: a
 target that has lost data may report the loss to that flush, and not to one that began later.
@@ -38,6 +38,10 @@ CONVERGE_S = 2.0
 
 CATCH_UP_S = 0.2
 """The same bound for data that was written while the target was flushed ahead."""
+
+OLD_S = 10.0
+"""An attempt that finds no moment to hold guests in so much time is old. What was prepared for it
+is prepared anew, by the next one."""
 
 LIMIT_S = 1.0
 """Longest time that guest writes are held in one attempt."""
@@ -71,9 +75,9 @@ class Attempt(ABC):
 
 
 class Quiesce(Attempt):
-    """One attempt, which begins with `advance`. One of `on_level`, `on_timeout` and
+    """One attempt, which begins with `advance`. One of `on_level`, `on_timeout`, `on_old` and
     `on_flush_error` is called once, unless `release` comes first. After `on_level` the guest is
-    held until `release`."""
+    held until `release`; at `on_old` it was not held."""
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class Quiesce(Attempt):
         on_level: Callable[[], None],
         on_timeout: Callable[[], None],
         on_flush_error: Callable[[BaseException], None],
+        on_old: Callable[[], None] = lambda: None,
         limit_s: Callable[[], float] = lambda: LIMIT_S,
         fits: Callable[[], bool] = lambda: True,
         before_hold: Callable[[], None] = lambda: None,
@@ -102,7 +107,8 @@ class Quiesce(Attempt):
         self._on_level = on_level
         self._on_timeout = on_timeout
         self._on_flush_error = on_flush_error
-        self._since_s = loop.clock()
+        self._on_old = on_old
+        self._began_s = self._since_s = loop.clock()
         self._closed_at_s = 0.0
         self._timer: Timer | None = None
         copier.on_settled = self._copy_settled
@@ -116,7 +122,7 @@ class Quiesce(Attempt):
             if self._fits():
                 self._close_gate()
             elif self._is_late(CATCH_UP_S):
-                self.step, self._since_s = Step.CONVERGING, self._loop.clock()
+                self._do_again()
         elif self.step is Step.DRAINING and self._ledger.is_idle:
             self.step = Step.COPYING
             self.advance()
@@ -125,6 +131,12 @@ class Quiesce(Attempt):
             self._copier.flush(self._flushed)
         elif self.step is Step.FLUSHED and self._copier.is_idle:
             self._look_again()
+
+    def _do_again(self) -> None:
+        self.step, self._since_s = Step.CONVERGING, self._loop.clock()
+        if self._since_s - self._began_s >= OLD_S:
+            self.release()
+            self._on_old()
 
     def release(self) -> float | None:
         step, self.step = self.step, Step.OPEN

@@ -37,14 +37,20 @@ class MirrorResources(Protocol):
     def changed(self, state: JobState) -> None:
         """The job's state may have changed: save it."""
 
+    def check_end(self, ending: Ending, done: Done) -> None:
+        """The job is about to end well: whether the target can be what `ending` makes of it. May
+        ask another server."""
+
     def prepare(self, ending: Ending, done: Done) -> None:
-        """The job is about to end well: do slow work now, so that `commit` is quick."""
+        """After `check_end`: do slow work now, so that `commit` is quick. `commit` takes no longer
+        than this, where both meet the same load."""
 
     def commit(self, done: Done) -> None:
         """Record that the job ends well. `done` without an error: the record is on disk."""
 
-    def uncommit(self) -> None:
-        """Revoke `commit`: the job continues, and reports its state."""
+    def uncommit(self, done: Done) -> None:
+        """Revoke `commit`: the job continues, and reports its state. `done` is called within a
+        bound; until then guests' writes are held."""
 
     def forget(self, done: Done) -> None:
         """Record that the job ends badly. `done` is called within a bound."""

@@ -69,7 +69,7 @@ _INDEX = {cause: index for index, cause in enumerate(Cause)}
 _READ, _WRITE, _FLUSH = (
     _INDEX[cause] for cause in (Cause.SOURCE_READ, Cause.TARGET_WRITE, Cause.TARGET_FLUSH)
 )
-_NOTHING = _INDEX[Cause.NOTHING_TO_DO]
+_NOTHING, _YIELDING = _INDEX[Cause.NOTHING_TO_DO], _INDEX[Cause.YIELDING]
 
 _NOT_COPYING = frozenset({Cause.PAUSED, Cause.ERROR, Cause.RECONNECTING})
 
@@ -203,6 +203,13 @@ class Waits:
     def is_at_source(self) -> bool:
         """A read that is no copy's waits for the source's answer."""
         return self._others[_READ] > 0
+
+    @property
+    def copying_s(self) -> float:
+        """Seconds since the job began in which copies were in flight, and no speed limit was the
+        reason for a wait."""
+        self._divide(self._clock())
+        return self._seconds[_READ] + self._seconds[_WRITE] + self._seconds[_YIELDING]
 
     def look(self) -> None:
         """Call this about once a second."""

@@ -49,10 +49,11 @@ class Window:
             self._cuts.pop()
         self._cuts.append((number, self._clock()))
 
-    def learn(self, ages_s: Mapping[int, float]) -> None:
+    def learn(self, ages_s: Mapping[int, float], now_s: float) -> None:
         """Earlier processes cut these points, so many seconds ago, by their numbers, ascending. A
-        wall clock that was set meanwhile makes their time longer or shorter."""
-        at_s, now_s = -math.inf, self._clock()
+        wall clock that was set meanwhile makes their time longer or shorter. `now_s`: by the clock,
+        from before the ages were found, so that no point is taken for newer than it is."""
+        at_s = -math.inf
         for number, age_s in ages_s.items():
             at_s = min(now_s, max(at_s, now_s - age_s))
             self._cuts.append((number, at_s))

@@ -24,8 +24,9 @@ from nbdmirror.devices.base import (
     pieces,
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
-from nbdmirror.identity import Same, same_place
+from nbdmirror.identity import Same, SocketFile, same_place
 from nbdmirror.layers import layers_of
+from nbdmirror.nbd_uri import parse
 from nbdmirror.nbdclient import tls
 from nbdmirror.nbdclient.block_status import LENGTH_MAX, collector, status_method
 from nbdmirror.nbdclient.handshake import DEPTH_CONTEXT, ExportInfo
@@ -108,6 +109,15 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
                 link.read(part, offset + start)
             except DeviceLost:
                 self._again(link, lambda link, at, part=part: link.read(part, at), offset + start)
+
+    def read_by(self, connection: SharedConnection) -> Callable[[memoryview, int], None]:
+        """To read by a connection that is not in use yet, in requests that the server takes."""
+
+        def read(buf: memoryview, offset: int) -> None:
+            for start, length in pieces(0, len(buf), self.block_size.maximum):
+                connection.read(buf[start : start + length], offset + start)
+
+        return read
 
     def pwrite(self, buf: Buffer, offset: int, fua: bool = False) -> None:
         if self.read_only:
@@ -260,8 +270,16 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         """Whether both are the same export of the same server (rule 44)."""
         one, another = self.pool.shared.peer, other.pool.shared.peer
         if one is None or another is None:
-            return same_place(self.uri, other.uri) is Same.YES
+            return same_place(self.uri, other.uri, looks=False) is Same.YES
         return one.same(another) is Same.YES
+
+    def is_named(self, uri: str, file: SocketFile | None) -> bool:
+        """Whether `uri`, whose Unix socket is `file`, surely names this export. Waits for
+        nothing."""
+        peer = self.pool.shared.peer
+        if peer is not None and peer.server == file:
+            return parse(uri).export == parse(self.uri).export
+        return same_place(self.uri, uri, looks=False) is Same.YES
 
     def is_own_export(self) -> bool:
         """Whether the server at the other end is this very process (rule 44)."""

@@ -5,6 +5,7 @@ For any thread; the calls block.
 
 from __future__ import annotations
 
+import operator
 import os
 import select
 import socket
@@ -22,8 +23,8 @@ from nbdmirror.identity import home_of, is_old_side
 from nbdmirror.nbd_uri import NbdUri, parse
 from nbdmirror.nbdclient import tls
 from nbdmirror.nbdclient.handle_state import HandleState
-from nbdmirror.nbdclient.resolver import addresses_of
 from nbdmirror.nbdclient.tcp_watch import TcpWatch
+from nbdmirror.resolver import addresses_of
 from nbdmirror.threads import NO_THREAD
 
 DEPTH_CONTEXT = "qemu:allocation-depth"
@@ -62,6 +63,16 @@ _RELIED_ON = {
     "can_zero": "write-zeroes",
     "minimum": "minimum block size",
 }
+
+_GAIN: dict[str, Callable[[Any, Any], bool]] = {
+    "size": operator.lt,
+    "read_only": operator.gt,
+    "can_flush": operator.lt,
+    "can_fua": operator.lt,
+    "can_zero": operator.lt,
+    "minimum": operator.gt,
+}
+"""Whether a value, before and now, allows more now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +132,23 @@ class ExportInfo:
             maximum=int(handle.get_block_size(nbd.SIZE_MAXIMUM)) or PAYLOAD_BYTES_MAX,
         )
 
-    def change(self, now: ExportInfo) -> str:
-        """The first property that must stay and has changed (rule 40), as text; "" if none has."""
+    def change(self, now: ExportInfo, *, may_gain: bool = False) -> str:
+        """The first property that must stay and has changed (rule 40), as text; "" if none has.
+        `may_gain`: the disk may have grown, and the server may do more than before: who uses what
+        was announced before misses nothing."""
         before, after = asdict(self), asdict(now)
         for name, what in _RELIED_ON.items():
-            if before[name] != after[name]:
+            has_gained = may_gain and _GAIN[name](before[name], after[name])
+            if before[name] != after[name] and not has_gained:
                 return f"{what} was {before[name]}, is {after[name]}"
         return ""
+
+    def refusal(self, now: ExportInfo, *, may_gain: bool, is_link: bool) -> str:
+        """Why a new connection, with `now`, cannot be used; "" if it can. `is_link`: it is one of
+        several."""
+        if change := self.change(now, may_gain=may_gain):
+            return f"came back changed ({change}); it is not written to"
+        return "announces no multi-conn any more" if is_link and not now.can_multi_conn else ""
 
 
 def connect(
@@ -292,7 +313,7 @@ def _addresses(uri: str, where: NbdUri, timeout_s: float) -> list[str]:
         hosts = addresses_of(where.host, where.port, timeout_s)
     except Unreachable as error:
         raise Unreachable(f"{uri}: {error}") from error
-    except (OSError, UnicodeError):
+    except OSError:
         return [where.exact]  # libnbd reports the error
     if _has_to_know_name(where):
         return [where.exact]

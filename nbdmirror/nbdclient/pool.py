@@ -197,10 +197,15 @@ class ConnectionPool:
         handle = connect(
             self._uri, timeout_s, for_data_alone=for_data_alone, to_mirror=self.to_mirror
         )
-        if change := self._announced.change(ExportInfo.of(handle, self._uri)):
+        now = ExportInfo.of(handle, self._uri)
+        if not now.can_multi_conn:  # it may be another version, or behind something else
+            self.links.connections_max = 1
+        # A disk that is served, and has grown meanwhile, keeps the size that guests know.
+        may_gain = self._on_lost is None
+        if problem := self._announced.refusal(now, may_gain=may_gain, is_link=for_data_alone):
             with suppress(nbd.Error):
                 handle.aio_disconnect(0)
-            raise ConfigError(f"{self._uri}: came back changed ({change}); it is not written to")
+            raise ConfigError(f"{self._uri}: {problem}")
         return handle
 
     def replace(self, connection: SharedConnection) -> None:

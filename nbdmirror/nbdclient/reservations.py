@@ -2,11 +2,12 @@
 host.
 
 Two mirrors to one export make a target of two halves, and a mirror to another server's disk
-overwrites that disk; each of them looks well. So a process binds an abstract Unix socket for each
-place that it writes to, whose name says which place that is. The kernel removes the name with the
-process. A name counts only if this process may see who has it: so no other user can keep a place
-from root. Without /proc nobody is seen, and each name counts. Processes in other network namespaces
-have other names, and are not noticed.
+overwrites that disk; each of them looks well. So a process listens on an abstract Unix socket for
+each place that it writes to, whose name says which place that is. The kernel removes the name with
+the process, and tells whoever connects which user has it. A name counts if that user is this
+process's, or root, or if this process is root's: so a user cannot keep a place from another one.
+That process itself is not always seen: it may have its own /proc, or its own users. Processes in
+other network namespaces have other names, and are not noticed.
 
 For any thread. A reservation does not touch what is reserved.
 """
@@ -16,22 +17,52 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 from nbdmirror import local_servers
 from nbdmirror.errors import ConfigError
-from nbdmirror.identity import Peer
+from nbdmirror.identity import Peer, peer_credentials
 from nbdmirror.layers import WHOLE, Layer, layers_of
 
 TRIES = 3
 """A name may be given up while its holder is looked for."""
 
+LISTENS_S_MAX = 0.02
+"""The process that has just bound a name listens after this time."""
+
+BACKLOG = 4096
+"""Questions that nobody has taken yet. One more is not answered, and then the name counts."""
+
+ROOT = 0
+UNMAPPED = 65534
+"""A user who has no number here, since this process has its own users. (user_namespaces(7))"""
+
 _held: dict[str, tuple[socket.socket, set[int]]] = {}
 """By name: the socket, and who in this process has reserved the place."""
 _lock = threading.Lock()  # guards `_held`
+_questions = select.epoll()
+"""The sockets, for `Questions`."""
+
+
+class Questions:
+    """Takes the connections of processes that ask who has a name, for the event loop. The kernel
+    has answered them."""
+
+    def fileno(self) -> int:
+        return _questions.fileno()
+
+    def poll_mask(self) -> int:
+        return select.POLLIN
+
+    def on_ready(self, mask: int) -> None:
+        for bound, _ in list(_held.values()):
+            with suppress(OSError):  # nobody has asked, or it is given up
+                bound.accept()[0].close()
 
 
 def reserve(owner: object, places: Collection[str], what: str) -> None:
@@ -86,19 +117,17 @@ def _reserve(owner: int, name: str, what: str) -> None:
         _held[name][1].add(owner)
         return
     for _ in range(TRIES):
-        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             bound.bind(f"\0{name}")
+            bound.listen(BACKLOG)
         except OSError as error:  # mostly because it is in use
             bound.close()
-            if error.errno == errno.EADDRINUSE and not local_servers.has_proc():
-                who = "another process, which is not seen without /proc"
-                raise ConfigError(f"{what} is in use by {who}: mount /proc, or end it") from None
-            if process := next(iter(_holders(name)), 0):
-                who = f"process {process}, another nbdmirror"
-                raise ConfigError(f"{what} is in use by {who} (see: nbdmirror list)") from None
+            if error.errno == errno.EADDRINUSE and (who := _holder(name)):
+                raise ConfigError(f"{what} is in use by {who}") from None
         else:
             _held[name] = bound, {owner}
+            _questions.register(bound, select.EPOLLIN)
             return
 
 
@@ -111,10 +140,33 @@ def _release(owner: int, names: set[str]) -> None:
             del _held[name]
 
 
-def _holders(name: str) -> frozenset[int]:
+def _holder(name: str) -> str:
+    """Who has bound the name; "" if nobody has, or if the name does not count."""
+    if process := next(iter(_processes_with(name)), 0):
+        return f"process {process}, another nbdmirror (see: nbdmirror list)"
+    if not local_servers.has_proc():
+        return "another process, which is not seen without /proc: mount /proc, or end it"
+    return "another nbdmirror, whose process is not seen from here" if _counts(name) else ""
+
+
+def _processes_with(name: str) -> frozenset[int]:
     """The process that has bound the name, if this process may see it."""
-    inodes = set()
-    with suppress(OSError), open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
+    inodes, names = set(), "/proc/self/net/unix"  # not /proc/net: a smaller /proc has none
+    with suppress(OSError), open(names, encoding="utf-8", errors="replace") as table:
         rows = (row.split() for row in table)
         inodes |= {int(row[-2]) for row in rows if row[-1] == f"@{name}"}
     return local_servers.holders(inodes) - {os.getpid()}
+
+
+def _counts(name: str) -> bool:
+    """Whether the name is of a user whose reservations count, or of one who does not answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as question:
+        try:
+            question.connect(f"\0{name}")
+        except BlockingIOError:
+            return True
+        except OSError:  # given up, not listening yet, or an older version's
+            time.sleep(LISTENS_S_MAX)
+            return False
+        _, user, _ = peer_credentials(question)
+    return os.geteuid() == ROOT or user in (ROOT, UNMAPPED, os.geteuid())

@@ -17,8 +17,9 @@ import struct
 import time
 from dataclasses import dataclass
 
-from nbdmirror.errors import ConfigError
+from nbdmirror.errors import ConfigError, Unreachable
 from nbdmirror.nbd_uri import parse
+from nbdmirror.resolver import connection_to
 
 AUTHORITY = "ca-cert.pem"
 PSK_NAME = "keys.psk"
@@ -283,14 +284,14 @@ def _look(keys: ClientKeys, timeout_s: float) -> str:
                 pass
     except ssl.SSLCertVerificationError as error:
         return _reason(error, authority, keys.host)
-    except (OSError, ValueError, struct.error):
+    except (OSError, Unreachable, ValueError, struct.error):
         pass  # this was only to say more
     return f"is it signed by {authority or 'an authority of the system'}, and for this host?"
 
 
 def _connect(address: tuple[str, int] | str, timeout_s: float) -> socket.socket:
     if isinstance(address, tuple):
-        return socket.create_connection(address, timeout=timeout_s)
+        return connection_to(*address, timeout_s)
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(timeout_s)
     sock.connect(address)

@@ -100,8 +100,9 @@ def unix_listeners() -> dict[str, os.stat_result]:
     found = {}
     for sock in own_sockets():
         with sock, suppress(OSError):  # no file, or not any more
-            if _is_listening(sock) and sock.family == socket.AF_UNIX:
-                path = os.fsdecode(sock.getsockname())
+            path = sock.getsockname()
+            # An abstract name, in bytes, is no file: reservations have such names.
+            if _is_listening(sock) and sock.family == socket.AF_UNIX and isinstance(path, str):
                 found[path] = os.lstat(path)
     return found
 

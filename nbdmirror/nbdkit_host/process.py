@@ -38,10 +38,12 @@ from nbdmirror.nbdkit_host.descriptors import Descriptors
 from nbdmirror.nbdkit_host.hangup import Guests, unix_listeners
 from nbdmirror.nbdkit_host.keepalive import KEEPALIVE_S, Watch
 from nbdmirror.nbdkit_host.latecomers import RETRY_S, Opening, handshake_s
+from nbdmirror.nbdkit_host.made_files import MadeFiles
 from nbdmirror.nbdkit_host.parameters import absolute_of, boolean_of, number_of, record_id_of
 from nbdmirror.nbdkit_host.point_disk import Wanted, begin
 from nbdmirror.nbdkit_host.signals import Signals, leave_terminal
 from nbdmirror.nbdkit_host.this_host import reserve, warn_without_proc
+from nbdmirror.paths import absolute_path
 from nbdmirror.process_limits import check_threads
 from nbdmirror.qmp.commands import dispatch, version_info
 from nbdmirror.qmp.server import QmpServer
@@ -52,7 +54,7 @@ from nbdmirror.state.journaled_disk import JournaledDisk
 from nbdmirror.state.store import DiskStore
 from nbdmirror.subject_log import disk_log
 from nbdmirror.threads import start_thread
-from nbdmirror.unix_sockets import bind_unix_socket, lock_pidfile, remove_socket
+from nbdmirror.unix_sockets import bind_unix_socket, claim_pidfile
 
 log = logging.getLogger("nbdmirror")
 
@@ -89,7 +91,7 @@ class PluginProcess:
         self.descriptors = Descriptors()
         self._signals = Signals()
         self._pidfile = ""
-        self._made: dict[str, os.stat_result] = {}
+        self._made = MadeFiles()
         """The files to remove at the end, by their paths."""
         self._inherited: frozenset[str] = frozenset()
         self._open_timeout_s = 0
@@ -108,7 +110,7 @@ class PluginProcess:
         if key == "file":
             self._add_disk(value)
         elif key == "qmp":
-            self._qmp_path = os.path.abspath(value)
+            self._qmp_path = absolute_path(value)
         elif key == "cache":
             if value not in ("writeback", "none"):
                 raise ConfigError(f"cache={value}: expected writeback or none")
@@ -116,14 +118,14 @@ class PluginProcess:
         elif key == "read-only":
             self._is_read_only = boolean_of(key, value)
         elif key == "state-dir":
-            self._state_path = os.path.abspath(value)
+            self._state_path = absolute_path(value)
         elif key == "accept-old-side":
             self._accepted.add(record_id_of(key, value))
         elif key == "keepalive":
             self._keepalive_s = number_of(key, value, 0, KEEPALIVE_S_MAX, "number of seconds")
             self._is_keepalive_said = True
         elif key == "pidfile":
-            self._pidfile = os.path.abspath(value)
+            self._pidfile = absolute_path(value)
         elif key == "open-timeout":
             self._open_timeout_s = number_of(key, value, 0, OPEN_TIMEOUT_S_MAX, "number of seconds")
         elif key == "connections":
@@ -131,7 +133,7 @@ class PluginProcess:
         elif key == "mirror-to":
             self._mirror_to = absolute_of(key, value)
         elif key == "journal":
-            self._journal = absolute_of(key, value) if is_uri(value) else os.path.abspath(value)
+            self._journal = absolute_of(key, value) if is_uri(value) else absolute_path(value)
         elif key == "point":
             self._point = value
         elif key == "log-format":
@@ -163,7 +165,7 @@ class PluginProcess:
 
     def open(self) -> None:
         """Open the disks and bind the control socket. Raises ConfigError; then nothing is left
-        behind."""
+        behind that was not there before."""
         self.descriptors.raise_limit()
         warn_without_proc()
         self._inherited = frozenset(unix_listeners())
@@ -182,8 +184,12 @@ class PluginProcess:
             disk = self.disks[name] = Disk(name, source)
             disk.ledger.latency.clock_ns = time.perf_counter_ns
         if self._qmp_path:
+            is_another_ones = os.path.lexists(self._qmp_path)
             self._listener = bind_unix_socket(self._qmp_path)
-            self._made[self._qmp_path] = os.lstat(self._qmp_path)
+            if not is_another_ones:  # who watches servers is to see that this one died, and is dead
+                self._made.add(self._qmp_path)
+        if self._pidfile and (made := claim_pidfile(self._pidfile, "pidfile")):
+            self._made.add(self._pidfile, made)
         if self._state_path:
             self._open_state()
         self.descriptors.check_start()
@@ -209,19 +215,14 @@ class PluginProcess:
         """Note nbdkit's socket, unless systemd passed it, and the pid file: nbdkit does not remove
         them."""
         for path, file in unix_listeners().items():
-            if path not in self._inherited:
-                self._made[path] = file
+            if path not in (*self._inherited, self._qmp_path):
+                self._made.add(path, file)
         if self._pidfile:
-            if lock_pidfile(self._pidfile) is None:
-                raise ConfigError(f"pidfile: {self._pidfile}: is in use by another server")
-            self._made[self._pidfile] = os.lstat(self._pidfile)
-            if not self._made[self._pidfile].st_size:
-                raise ConfigError(f"pidfile: {self._pidfile}: is empty: is its file system full?")
+            self._made.add_pidfile(self._pidfile)
 
     def abandon(self) -> None:
         """Remove the files that were created; the process ends."""
-        for path, file in self._made.items():
-            remove_socket(path, file)
+        self._made.remove()
 
     def start(self, shut_down: Callable[[], None]) -> None:
         """Start threads, jobs and the control socket, after the fork. `shut_down` makes nbdkit
@@ -284,6 +285,10 @@ class PluginProcess:
             log.info("%s: the server is ending", why)
             systemd.notify(systemd.STOPPING)
             if self._server is not None:
+                if not self._server.has_started.wait(LEAVE_S):  # then as if killed
+                    log.error("the start does not end; the server does not wait any longer")
+                    self.abandon()
+                    os._exit(1)
                 self._server.end_jobs()  # a guest's write may wait for a target that hangs
                 for delay_s, call in ((GIVE_UP_S, self._server.give_up), (LEAVE_S, self._leave)):
                     start_thread(partial(_call_later, delay_s, call), "nbdmirror-end")
@@ -333,7 +338,7 @@ class PluginProcess:
             raise ConfigError(f"file: {error}") from error
         if name in self._paths:
             raise ConfigError(f"file={value}: there are two disks called '{name}'")
-        self._paths[name] = absolute_of("file", path) if is_uri(path) else os.path.abspath(path)
+        self._paths[name] = absolute_of("file", path) if is_uri(path) else absolute_path(path)
 
     def _open_disk(self, path: str, opening: Opening) -> BlockDevice:
         if not is_uri(path):

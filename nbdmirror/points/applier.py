@@ -25,7 +25,7 @@ from typing import Any
 
 from bitarray import bitarray
 
-from nbdmirror.devices.base import Run
+from nbdmirror.devices.base import Run, pieces
 from nbdmirror.points.format import SAMPLES_MAX, Header, Sample
 from nbdmirror.points.reader import (
     GROUP_BYTES,
@@ -43,6 +43,9 @@ from nbdmirror.points.writer import JournalWriter
 
 WRITE_BYTES = 512 << 10
 """Writes that follow one another are joined to requests of about this size."""
+
+ZERO_BYTES = 32 << 20
+"""A longer range of zeroes takes several requests: a slow image is not silent for long."""
 
 
 def check(
@@ -72,13 +75,12 @@ def put(
     superblocks: Superblocks,
     sequence: int,
     *,
-    first: Mapping[str, Any] | None = None,
     last: Mapping[str, Any] | None = None,
     regions: RegionMap | None = None,
 ) -> Program[None]:
-    """Steps 2 to 5 for the point `sequence`, which is on offer and was checked. `first` and `last`:
-    further changes of the superblock, in steps 2 and 5. `regions`: what the image has already, and
-    keeps. Raises IO_ERRORS and JournalTaken."""
+    """Steps 2 to 5 for the point `sequence`, which is on offer and was checked. `last`: further
+    changes of the superblock, in step 5. `regions`: what the image has already, and keeps. Raises
+    IO_ERRORS and JournalTaken."""
     headers = headers_to(journal, sequence)
 
     def content(samples: list[Sample]) -> Program[None]:
@@ -87,21 +89,20 @@ def put(
 
         yield from newest_parts(journal, headers, write)
 
-    yield from _put(superblocks, headers, content, first or {}, last or {})
+    yield from _put(superblocks, headers, content, last or {})
 
 
 def _put(
     superblocks: Superblocks,
     headers: Sequence[Header],
     content: Callable[[list[Sample]], Program[None]],
-    first: Mapping[str, Any],
     last: Mapping[str, Any],
 ) -> Program[None]:
     """`content` writes step 3, and appends what was written where."""
     changes: dict[str, Any] = {}
     if headers:
         assert headers[-1].point.sequence >= superblocks.current.applying, "not on offer"
-        yield from superblocks.update(applying=headers[-1].point.sequence, **first)
+        yield from superblocks.update(applying=headers[-1].point.sequence)
         samples: list[Sample] = []
         yield from content(samples)
         changes = {
@@ -139,7 +140,7 @@ def apply(
         yield from put(journal, writer.superblocks, sequence, last=last)
     else:
         content = partial(_write_runs, runs)
-        yield from _put(writer.superblocks, wanted, content, {}, last or {})
+        yield from _put(writer.superblocks, wanted, content, last or {})
         writer.last_batch.forget()
     yield from writer.free()
 
@@ -158,7 +159,11 @@ def _lacking(parts: list[Part], regions: RegionMap | None) -> list[Part]:
 def write_parts(journal: Journal, parts: Sequence[Part], samples: list[Sample]) -> Program[None]:
     """Write the content of `parts` to the image. `samples` gets what was written where."""
     zeroes = [part for part in parts if part.entry.is_zero]
-    yield [Zero(Side.IMAGE, part.offset, part.length) for part in zeroes]
+    yield [
+        Zero(Side.IMAGE, offset, length)
+        for part in zeroes
+        for offset, length in pieces(part.offset, part.length, ZERO_BYTES)
+    ]
     for group in groups(part for part in parts if not part.entry.is_zero):
         found = yield from contents(journal, group)
         writes = (

@@ -15,8 +15,10 @@ class Batch:
     """The batch that is being written. Its data lies in the ring in the order in which the data
     came."""
 
-    def __init__(self, point: Point, place: int) -> None:
+    def __init__(self, point: Point, place: int, failure: BaseException | None) -> None:
         self.point = point
+        self.failure = failure
+        """Of a superblock, the last one when this began."""
         self.place = place
         self.next = place + BLOCK_BYTES
         """Where the next data goes."""

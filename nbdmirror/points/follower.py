@@ -6,7 +6,7 @@ side. What follows has one order, in which each step is durable before the next:
     1. every byte that will be needed is read and checked; nothing is changed if one is damaged
     2. the applier's block: WORKING
     3. the superblock is read again, and still grants the point; so it is before each group of
-       writes
+       writes, and between two writes of a group if LOOK_S has passed
     4. the newest content of each range, from the base to the point, goes to the image
     5. the image is flushed
     6. the applier's block: DONE
@@ -39,6 +39,10 @@ from nbdmirror.points.reader import DamagedData, Journal, Part, check_export, ne
 from nbdmirror.points.recovery import check_image, check_size
 from nbdmirror.points.requests import Flush, Program, Request, Side, around
 from nbdmirror.points.superblocks import JournalTaken, find, taken_text, wall_time
+
+LOOK_S = BEAT_S / 2
+"""After so long, and the request that is being made, an applier at work looks around again. Whoever
+sees no sign of life for GONE_S takes it to be gone."""
 
 
 class Withdrawn(Exception):
@@ -73,7 +77,7 @@ class Follower:
         self._block: Superblock | None = None
         """As it was read last."""
         self._said: ApplierBlock | None = None
-        self._said_s = 0.0
+        self._said_s = self._looked_s = 0.0
         self._done: tuple[object, ...] = ()
         """What the superblock said of the last point that was done."""
         self._granter = 0
@@ -186,16 +190,21 @@ class Follower:
         self._done, self.point = self._key(block), point
 
     def _attended(self, program: Program[Any], grant: Superblock | None = None) -> Program[Any]:
-        """`program`, with signs of life in between; and only as long as there is the grant of
-        `grant` before each list of requests that change the image."""
+        """`program`, one request after the other, with signs of life in between; and the image is
+        changed only as long as there is the grant of `grant`. All this is looked at before each
+        list of requests, and within one if it is time: a list may take a slow image minutes."""
 
-        def look_around(requests: Sequence[Request]) -> Program[Sequence[Request]]:
-            yield from self._look_around(grant if _changes_image(requests) else None)
-            return requests
+        def one_by_one(requests: Sequence[Request]) -> Program[Sequence[Request]]:
+            for number, request in enumerate(requests):
+                if not number or self._clock() - self._looked_s >= LOOK_S:
+                    yield from self._look_around(grant if request.side is Side.IMAGE else None)
+                yield [request]
+            return ()
 
-        return around(program, look_around)
+        return around(program, one_by_one)
 
     def _look_around(self, grant: Superblock | None) -> Program[None]:
+        self._looked_s = self._clock()
         if self._is_to_end():
             raise Withdrawn
         yield from self.beat()
@@ -268,10 +277,6 @@ class Follower:
 
 def _kept(said: ApplierBlock) -> dict[str, Any]:
     return {"point": said.point, "digest": said.digest, "samples": said.samples}
-
-
-def _changes_image(requests: Sequence[Request]) -> bool:
-    return any(request.side is Side.IMAGE for request in requests)
 
 
 def other_text(name: str) -> str:

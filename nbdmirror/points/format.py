@@ -301,9 +301,9 @@ def pack_zeroes(offset: int, length: int) -> bytes:
     return _ENTRY.pack(offset, length, 0, 0, _ZERO)
 
 
-def unpack_entries(index: bytes | bytearray | memoryview, count: int) -> list[Entry]:
-    """The first `count` entries of an index whose digest is right."""
-    fields = _ENTRY.iter_unpack(memoryview(index)[: count * ENTRY_BYTES])
+def unpack_entries(index: bytes | bytearray | memoryview, end: int, start: int = 0) -> list[Entry]:
+    """The entries `start` to `end` of an index whose digest is right."""
+    fields = _ENTRY.iter_unpack(memoryview(index)[start * ENTRY_BYTES : end * ENTRY_BYTES])
     return [
         Entry(offset, length, place, crc, is_zero=kind == _ZERO)
         for offset, length, place, crc, kind in fields

@@ -24,6 +24,7 @@ from nbdmirror.points.recovery import (
     Recovered,
     check_point,
     check_size,
+    confirm,
     fence,
     promote,
     why_none,
@@ -55,6 +56,9 @@ def recover_group(
     parts = list(zip(pairs, journals, instant, strict=True))
     _check_data(parts)
     on_instant(journals, instant)
+    for sides, journal, _ in parts:
+        if _is_promoted(journal):
+            _run(confirm(journal), sides)
     plans = [
         (sides, Promotion(journal, point, now_ns, random_bytes))
         for sides, journal, point in parts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from nbdmirror.amounts import size
 from nbdmirror.points.appliers_block import EXPORT_BYTES_MIN, PLACE_BYTES
@@ -15,9 +16,11 @@ from nbdmirror.points.format import (
     RING_BYTES_MIN,
     RING_START,
     SLOTS,
+    Header,
     JournalError,
     State,
     Superblock,
+    pack_footer,
 )
 from nbdmirror.points.reader import Journal, read
 from nbdmirror.points.requests import Exports, Flush, Program, Read, Side, Write
@@ -106,6 +109,22 @@ def create(
     return superblock
 
 
+def claim(superblocks: Superblocks, headers: Sequence[Header], **changes: Any) -> Program[None]:
+    """Before anything is built on `headers`, which were read as the chain: refuse the writer before
+    by `changes` of the superblock, which keep all points on offer, and make the chain last.
+
+    The last footer may be in a cache alone. Or its durable write has failed: then the footer can be
+    read, no later flush reports that, and a power cut takes it away. So the footer is written
+    again. What it vouches for was flushed before it was first sent, and each footer before it had
+    been acknowledged by then, or written again. By now the writer before is refused: it could use
+    the space for something else. The caller has flushed the export."""
+    yield from superblocks.update(**changes)
+    if headers:
+        last = headers[-1]
+        ((at, _),) = superblocks.current.spans(last.footer_place, BLOCK_BYTES)
+        yield [Write(Side.JOURNAL, pack_footer(last), at, is_durable=True)]
+
+
 def take_over(
     exports: Exports,
     *,
@@ -137,11 +156,15 @@ def take_over(
     superblocks = Superblocks(name, journal.found, written)
     headers = journal.headers
     newest = headers[-1].point.sequence if headers else journal.superblock.base.sequence
-    yield from superblocks.update(
-        generation=new_generation(random_bytes),
-        taken=newest,
-        newest=max(newest, journal.superblock.newest),
-    )
+    generation = new_generation(random_bytes)
+    yield from claim(superblocks, headers, generation=generation, taken=newest)
+    changes: dict[str, Any] = {}
+    if headers and journal.superblock.state in (State.SEEDING, State.TORN):
+        # The image was flushed before this footer, and whoever changes the image in place begins
+        # with a tail behind the footer.
+        changes = {"state": State.OK, "since_ns": headers[0].point.time_ns}
+    # Not before the footer lasts: the point would be taken for one that was announced and is lost.
+    yield from superblocks.update(newest=max(newest, journal.superblock.newest), **changes)
     writer = JournalWriter(exports, superblocks, headers=headers)
     writer.damage = journal.damage
     return writer

@@ -17,12 +17,12 @@ from bitarray import bitarray
 from nbdmirror.points.applier import headers_to
 from nbdmirror.points.format import Point, State
 from nbdmirror.points.index import Index, index_to
-from nbdmirror.points.ownership import RandomBytes, new_generation
+from nbdmirror.points.ownership import RandomBytes, claim, new_generation
 from nbdmirror.points.reader import Journal, read
 from nbdmirror.points.recovery import check_image, check_size, choose
-from nbdmirror.points.regions import RegionMap, read_map
-from nbdmirror.points.requests import Devices, Program, Side, run
-from nbdmirror.points.superblocks import JournalTaken, Superblocks
+from nbdmirror.points.regions import RegionMap, read_map, write_map
+from nbdmirror.points.requests import Devices, Flush, Program, Side, run
+from nbdmirror.points.superblocks import TAKEN, JournalTaken, Superblocks
 from nbdmirror.points.withdrawal import until_rests
 
 ATTEMPTS_MAX = 10
@@ -72,19 +72,19 @@ def take(found: Found, *, now_ns: int, random_bytes: RandomBytes) -> Program[Sup
     applier does not stop."""
     journal = found.journal
     superblocks = Superblocks(journal.name, journal.found)
-    changes: dict[str, Any] = {"generation": new_generation(random_bytes), "applier": 0}
+    first: dict[str, Any] = {"generation": new_generation(random_bytes), "applier": 0}
+    changes: dict[str, Any] = {}
+    if journal.superblock.state is State.OK:
+        first["taken"] = journal.points[-1].sequence
+        changes = {"state": State.SERVED, "applying": found.point.sequence, "samples": ()}
+        changes["since_ns"] = now_ns
     if not headers_to(journal, found.point.sequence):  # the image is the point already
-        changes |= {"state": State.PROMOTED, "since_ns": now_ns, **_end_of(found.point)}
-    elif journal.superblock.state is State.OK:
-        changes |= {
-            "state": State.SERVED,
-            "since_ns": now_ns,
-            "applying": found.point.sequence,
-            "taken": journal.points[-1].sequence,
-            "samples": (),
-        }
-    yield from superblocks.update(**changes)
+        changes = {"state": State.PROMOTED, "since_ns": now_ns, **_end_of(found.point)}
+    yield [Flush(Side.JOURNAL)]
+    yield from claim(superblocks, journal.headers, **first)
     yield from until_rests(journal.name, superblocks.current, journal.export_bytes)
+    if changes:
+        yield from superblocks.update(**changes)
     return superblocks
 
 
@@ -107,9 +107,19 @@ def taken(
             continue
         found = replace(found, journal=with_superblock(found.journal, superblocks))
         if superblocks.current.state is State.SERVED:  # no other server changes it from now on
-            found = replace(found, regions=run(read_map(superblocks.current), sides))
+            found = replace(found, regions=run(_lasting_map(superblocks), sides))
         return found, superblocks
-    raise JournalTaken(f"{found.journal.name}: another server writes to this journal")
+    raise JournalTaken(f"{found.journal.name}: {TAKEN}")
+
+
+def _lasting_map(superblocks: Superblocks) -> Program[RegionMap]:
+    """The map that counts, durably: its write may have failed, which no later flush would report,
+    and guests are going to write where it has a bit."""
+    found = yield from read_map(superblocks.current)
+    if found.serial:
+        found = replace(found, serial=found.serial + 1)
+        yield from write_map(superblocks.current, found)
+    return found
 
 
 def finish(found: Found, superblocks: Superblocks) -> Program[None]:

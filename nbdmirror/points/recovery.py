@@ -15,17 +15,18 @@ from nbdmirror.points.format import (
     BLOCK_BYTES,
     IN_USE,
     MAGIC,
+    SLOTS,
     JournalError,
     Point,
     State,
     Superblock,
 )
-from nbdmirror.points.ownership import RandomBytes, new_generation
+from nbdmirror.points.ownership import RandomBytes, claim, new_generation
 from nbdmirror.points.reader import DamagedData, Journal, read
 from nbdmirror.points.regions import RegionMap, read_map
-from nbdmirror.points.requests import Program, Read, Side
+from nbdmirror.points.requests import Flush, Program, Read, Side, Write
 from nbdmirror.points.superblocks import Superblocks, wall_time
-from nbdmirror.points.withdrawal import until_rests, works
+from nbdmirror.points.withdrawal import until_rests
 
 
 def choose(journal: Journal, text: str | None) -> Point:
@@ -106,14 +107,24 @@ def recover(
     check_size(journal.name, journal.superblock, image_bytes)
     point = choose(journal, wanted)
     if journal.superblock.state is State.PROMOTED:
+        yield from confirm(journal)
         return Recovered(point, journal.superblock.since_ns)
     try:
         yield from check_point(journal, point)
     except DamagedData as error:
         raise JournalError(f"{error}; {_advice(journal, error.sequence)}") from error
     on_point(journal, point)
-    yield from promote(Promotion(journal, point, now_ns, random_bytes))
+    plan = Promotion(journal, point, now_ns, random_bytes)
+    yield from fence(plan)
+    yield from promote(plan)
     return Recovered(point)
+
+
+def confirm(journal: Journal) -> Program[None]:
+    """Before the image is used of a journal that was read as `promoted`: make that last. The bytes
+    stay the same."""
+    block, at = journal.superblock.pack(), SLOTS[journal.found.slot]
+    yield [Write(Side.JOURNAL, block, at, is_durable=True)]
 
 
 def check_point(journal: Journal, point: Point) -> Program[None]:
@@ -159,28 +170,20 @@ class Promotion:
 
 
 def fence(plan: Promotion) -> Program[None]:
-    """Refuse the old source and its applier, before the image is changed. All points stay on offer.
-    Raises JournalTaken if the journal has changed since it was read, and JournalError if an applier
-    does not stop."""
-    yield from plan.superblocks.update(**plan.first)
-    yield from until_rests(plan.journal.name, plan.superblocks.current, plan.journal.export_bytes)
+    """Refuse the old source and its applier, or the server of the point, and make the chain last,
+    before the image is changed. All points stay on offer. Raises JournalTaken if the journal has
+    changed since it was read, and JournalError if an applier does not stop."""
+    journal = plan.journal
+    yield [Flush(Side.JOURNAL)]
+    yield from claim(plan.superblocks, journal.headers, **plan.first)
+    yield from until_rests(journal.name, plan.superblocks.current, journal.export_bytes)
 
 
 def promote(plan: Promotion) -> Program[None]:
-    """The old source is refused from the first change on, and not only when the image is ready."""
-    journal, block = plan.journal, plan.journal.superblock
-    is_working = yield from works(block, journal.export_bytes)
-    if block.state is State.SERVED or block.applier or is_working:
-        yield from fence(plan)  # else the server of the point could change its map after this
-    regions = yield from _regions(journal)
-    yield from put(
-        journal,
-        plan.superblocks,
-        plan.point.sequence,
-        first=plan.first,
-        last=plan.last,
-        regions=regions,
-    )
+    """After `fence`: make the image the point."""
+    regions = yield from _regions(plan.journal)
+    sequence = plan.point.sequence
+    yield from put(plan.journal, plan.superblocks, sequence, last=plan.last, regions=regions)
 
 
 def _advice(journal: Journal, damaged: int) -> str:

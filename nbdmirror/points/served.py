@@ -29,6 +29,7 @@ from nbdmirror.errors import IO_ERRORS, DeviceError
 from nbdmirror.points.format import BLOCK_BYTES, JournalError
 from nbdmirror.points.index import Piece, Pieces, extents_of
 from nbdmirror.points.promotion import finish, looked_up, taken, with_superblock
+from nbdmirror.points.recovery import confirm
 from nbdmirror.points.regions import RegionMap, write_map
 from nbdmirror.points.requests import Program, Side, run
 from nbdmirror.points.superblocks import JournalTaken, Superblocks, wall_time
@@ -93,7 +94,9 @@ class ServedPoint(Wrapper):
 
     def start(self, *, now_ns: int) -> None:
         """Take the journal. Changes are allowed from now on. Raises JournalError and IO_ERRORS."""
-        if not self.is_complete:
+        if self.is_complete:
+            run(confirm(self._found.journal), self._sides)
+        else:
             self._found, self._superblocks = taken(
                 self._found, self._sides, self._wanted, now_ns=now_ns
             )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nbdmirror.errors import IO_ERRORS
 from nbdmirror.points.format import BLOCK_BYTES, MAGIC, SLOTS, JournalError, State, Superblock
 from nbdmirror.points.requests import Program, Read, Request, Side, Turn, Turns, Write
 
@@ -72,6 +73,8 @@ class Superblocks:
         """`name`: the journal's description, for messages. `written`: until a connection was
         lost."""
         self.current = found.current
+        self.failure: BaseException | None = None
+        """Of the last write that has failed."""
         self.written = Written() if written is None else written
         self._name = name
         self._slot = found.slot
@@ -91,22 +94,28 @@ class Superblocks:
     def update(self, **changes: Any) -> Program[None]:
         """Change fields of both superblocks; the change is durable at the end. One at a time. So
         damage to one of them brings no older state back."""
-        yield [Turn(self._turns)]
-        try:
-            yield from self.check()
-            yield from self._write(changes)
-            yield from self._write({})
-        finally:
-            self._turns.release()
+        yield from self.alone(self._update(changes, {}))
 
     def note_newest(self, sequence: int) -> Program[None]:
         """Note that there is a point `sequence`. One superblock is enough for that."""
+        yield from self.alone(self._update({"newest": sequence}))
+
+    def alone(self, program: Program[None]) -> Program[None]:
+        """`program`, with no change of a superblock beside it."""
         yield [Turn(self._turns)]
         try:
-            yield from self.check()
-            yield from self._write({"newest": sequence})
+            yield from program
         finally:
             self._turns.release()
+
+    def _update(self, *writes: Mapping[str, Any]) -> Program[None]:
+        yield from self.check()
+        try:
+            for changes in writes:
+                yield from self._write(changes)
+        except IO_ERRORS as error:
+            self.failure = error
+            raise
 
     def _write(self, changes: Mapping[str, Any]) -> Program[None]:
         new = replace(self.current, serial=self.current.serial + 1, **changes)
@@ -123,6 +132,9 @@ class Superblocks:
             raise JournalTaken(taken_text(self._name, other))
 
 
+TAKEN = "another process writes to this journal: a recovery, or another server"
+
+
 def taken_text(name: str, other: Superblock) -> str:
     """Why this process must not write to the journal that has the superblock `other`."""
     if other.state is State.PROMOTED:
@@ -133,7 +145,8 @@ def taken_text(name: str, other: Superblock) -> str:
         when = wall_time(other.since_ns)
         text = f"point {other.applying} of this journal is served since {when}"
         return f"{name}: {text}: the image is in use there"
-    return f"{name}: another server writes to this journal"
+    # A recovery refuses the writer before it changes the state: see `ownership.claim`.
+    return f"{name}: {TAKEN}"
 
 
 def wall_time(time_ns: int) -> str:

@@ -15,12 +15,6 @@ LIMIT_S = 60.0
 """An applier that lives and does not stop for so long is in the way."""
 
 
-def works(block: Superblock, export_bytes: int) -> Program[bool]:
-    """An applier may be writing to the image, also if it has no grant any more."""
-    said = yield from read_block(block, export_bytes)
-    return said is not None and said.phase is Phase.WORKING
-
-
 def until_rests(name: str, block: Superblock, export_bytes: int) -> Program[None]:
     """Wait until no applier writes to the image of the journal `name`, whose superblock is `block`
     by now. One that says nothing new for GONE_S is taken to be gone. Raises JournalError."""

@@ -13,7 +13,9 @@ up: what of it reached the journal is of no use.
 Rules, each with a mutant in tests/model/pointmutants.py:
 
 1. A footer is sent only after each write of its batch was acknowledged and a later flush has
-   ended well. A batch with a failed write is never committed.
+   ended well. A batch with a failed write is never committed. Nor is one beside which a durable
+   write of a superblock has failed: an export tells once that it has lost something, and may have
+   told it there. So none of these is in flight beside the flush and the footer.
 2. A batch names the digest of the batch before it; the first one names the base's.
 3. A batch is written only to places that no batch of the chain has: free space begins behind the
    superblock's `tail`, which moves when the image holds those points (applier.py), and after the
@@ -193,7 +195,7 @@ class JournalWriter:
             )
             raise JournalFull(text, needed - room.free_bytes)
         point = Point(self.newest.sequence + 1, time_ns, name, group)
-        self._batch = Batch(point, self._head)
+        self._batch = Batch(point, self._head, self.superblocks.failure)
         self.last_batch.begins()
         return point
 
@@ -277,10 +279,8 @@ class JournalWriter:
         index, block = bytes(batch.index), header.pack()
         yield [*self._writes(header.index_place, index), *self._writes(header.place, block)]
         flushes = [Flush(Side.JOURNAL), *([Flush(Side.IMAGE)] if is_first else [])]
-        yield from self.superblocks.check(beside=flushes)
+        yield from self.superblocks.alone(self._make_last(batch, header, flushes))
         number = header.point.sequence
-        self._problem = JournalError(f"{self.name}: the outcome of point {number} is not known")
-        yield self._writes(header.footer_place, pack_footer(header), is_durable=True)
         if is_first:
             yield from self.superblocks.update(
                 state=State.OK, since_ns=header.point.time_ns, newest=number
@@ -291,9 +291,20 @@ class JournalWriter:
         tell(None)
         yield from self.superblocks.note_newest(number)
 
+    def _make_last(self, batch: Batch, header: Header, flushes: Sequence[Request]) -> Program[None]:
+        """The flush, and the footer."""
+        superblocks, failure = self.superblocks, self.superblocks.failure
+        if failure is not None and failure is not batch.failure:
+            raise failure
+        yield from superblocks.check(beside=flushes)
+        number = header.point.sequence
+        self._problem = JournalError(f"{self.name}: the outcome of point {number} is not known")
+        self._head = header.end  # what seeds the image after an error is behind it: it may be there
+        yield self._writes(header.footer_place, pack_footer(header), is_durable=True)
+
     def _committed(self, header: Header, index: bytes) -> None:
         self._problem = None
-        self._head, self.digest, self.newest = header.end, header.digest, header.point
+        self.digest, self.newest = header.digest, header.point
         self.headers.append(header)
         self.last_batch.committed(header, index)
 

@@ -63,15 +63,13 @@ def remove(server: Server, node: str, name: str) -> Change:
 @COMMANDS.action("block-dirty-bitmap-clear", _BITMAP, then=bitmaps_saved)
 def clear(server: Server, node: str, name: str) -> Change:
     change = server.bitmaps.clear(_place(server, node), name)
-    _mark_what_comes(server, node, name)
-    return change
+    return _and_what_comes(server, node, name, change)
 
 
 @COMMANDS.action("block-dirty-bitmap-enable", _BITMAP, then=bitmaps_saved)
 def enable(server: Server, node: str, name: str) -> Change:
     change = server.bitmaps.record(_place(server, node), name, recording=True)
-    _mark_what_comes(server, node, name)
-    return change
+    return _and_what_comes(server, node, name, change)
 
 
 @COMMANDS.action("block-dirty-bitmap-disable", _BITMAP, then=bitmaps_saved)
@@ -98,6 +96,14 @@ def _place(server: Server, node: str) -> Place:
         return Place(server.nodes.find_disk(node))
     except CommandError as error:
         raise CommandError(f"Node '{node}' not found") from error
+
+
+def _and_what_comes(server: Server, node: str, name: str, change: Change) -> Change:
+    def commit() -> None:
+        change.commit()
+        _mark_what_comes(server, node, name)
+
+    return Change(change.undo, commit)
 
 
 def _mark_what_comes(server: Server, node: str, name: str) -> None:

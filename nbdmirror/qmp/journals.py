@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from nbdmirror.errors import CommandError
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.qmp.addresses import target_uri
-from nbdmirror.qmp.command import ask_loop
-from nbdmirror.qmp.opening import open_device
+from nbdmirror.qmp.opening import check_uri, open_device
 from nbdmirror.server.nodes import Node
 from nbdmirror.server.server import Server
 
@@ -18,7 +15,7 @@ async def open_journal(server: Server, text: str, disk: str, timeout_s: float) -
     Raises CommandError."""
     try:
         uri = target_uri(text)
-        await ask_loop(server, partial(server.nodes.check_uri, uri, disk))
+        await check_uri(server, uri, disk)
         return await open_device(lambda: uri, timeout_s)
     except CommandError as error:
         raise CommandError(f"Journal: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 from nbdmirror.disk.bitmap import check_granularity
 from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError
+from nbdmirror.identity import socket_file
 from nbdmirror.mirror.group import Group
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import BUFFER_BYTES_DEFAULT, CopyMode, MirrorOptions, Policy
@@ -30,7 +31,7 @@ from nbdmirror.qmp.arguments import (
 )
 from nbdmirror.qmp.command import CommandTable, ask_loop
 from nbdmirror.qmp.journals import journal_node, open_journal
-from nbdmirror.qmp.opening import in_thread, open_device, open_timeout_s
+from nbdmirror.qmp.opening import check_uri, in_thread, open_device, open_timeout_s
 from nbdmirror.qmp.points_arguments import POINTS_MEMBERS, PointsArguments, points_options
 from nbdmirror.qmp.saving import mirrors_saved
 from nbdmirror.qmp.schema import BOOL, INT, NUMBER, STR, UINT32, Member, Struct, named, optional
@@ -140,8 +141,10 @@ async def _open_again(server: Server, undo: ExitStack, /, **arguments: Any) -> t
 
     node: Node | None = await ask_loop(server, closed_target)
     if node is not None:
-        await ask_loop(server, partial(nodes.check_left, node.device.uri))
-        device = await open_device(partial(str, node.device.uri), node.device.pool.timeout_s)
+        uri = node.device.uri
+        file = await in_thread(partial(socket_file, uri))
+        await ask_loop(server, partial(nodes.check_left, uri, file=file))
+        device = await open_device(lambda: uri, node.device.pool.timeout_s)
         if not await ask_loop(server, partial(nodes.reopen, node, device)):
             device.close()
     if mirror.x_nbdmirror_journal is not None:
@@ -175,7 +178,7 @@ async def _open_new(server: Server, undo: ExitStack, /, **arguments: Any) -> tup
     elif mirror.replaces is not None:
         raise CommandError("a node-name must be provided when replacing a named node of the graph")
     uri = target_uri(mirror.target)
-    await ask_loop(server, partial(nodes.check_uri, uri, mirror.device))
+    await check_uri(server, uri, mirror.device)
     options = NodeOptions(reconnect_delay_s=mirror.x_nbdmirror_reconnect_delay)
     timeout_s = open_timeout_s("x-nbdmirror-open-timeout", mirror.x_nbdmirror_open_timeout)
     device = await open_device(lambda: uri, timeout_s)

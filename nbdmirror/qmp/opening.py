@@ -6,12 +6,16 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from nbdmirror.errors import CommandError, ConfigError
+from nbdmirror.identity import socket_file
 from nbdmirror.limits import TARGET_TIMEOUT_S_MAX
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
+from nbdmirror.qmp.command import ask_loop
+from nbdmirror.server.server import Server
 from nbdmirror.threads import NO_THREAD
 
 Result = TypeVar("Result")
@@ -31,6 +35,13 @@ async def open_device(uri: Callable[[], str], timeout_s: float) -> NbdDevice:
         return NbdDevice.open(uri(), timeout_s=timeout_s, mirrors=True)
 
     return await in_thread(work, unwanted=NbdDevice.close)
+
+
+async def check_uri(server: Server, uri: str, disk: str) -> None:
+    """`Nodes.check_uri`. The socket's file system may not answer: so a thread queries the file, and
+    not the event loop. Raises CommandError."""
+    file = await in_thread(partial(socket_file, uri))
+    await ask_loop(server, partial(server.nodes.check_uri, uri, file, disk))
 
 
 async def in_thread(

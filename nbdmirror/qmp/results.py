@@ -231,6 +231,8 @@ JOB_STATUS = Struct(
                 ),
             ),
             target_connected=BOOL,
+            journal=optional(STR),
+            journal_connected=optional(BOOL),
             target_lost_for_s=optional(NUMBER),
             target_lost_reason=optional(STR),
             target_wait_left_s=optional(NUMBER),
@@ -257,11 +259,12 @@ _LAST_JOB = struct(
     result=Enum("JobResult", ("completed", "cancelled", "failed")),
     reason=optional(STR),
     pivoted=BOOL,
+    sync=optional(STR),
     pause_ms=optional(NUMBER),
     ended_at_s=NUMBER,
 )
 
-_BUCKETS = Array(INT)
+_BUCKETS = _CELLS = Array(INT)
 
 _REQUEST_TIMES = struct(
     "RequestTimes",
@@ -306,8 +309,6 @@ STATUS = struct(
     disks=Array(DISK_STATUS),
     state_error=optional(STR),
 )
-
-_CELLS = Array(INT)
 
 JOB_MAP = struct(
     "JobMap", lengths=_CELLS, dirty=_CELLS, in_flight=_CELLS, unflushed=_CELLS, zero=_CELLS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbdmirror import __version__
@@ -171,9 +171,6 @@ def job_status(server: Server, job: MirrorJob) -> dict[str, Any]:
             "action": error.action,
             "reason": error.reason,
         }
-    target = raw_device(job.target)
-    if isinstance(target, NbdDevice) and target.is_lost and target.reconnect_problem:
-        info["target-lost-reason"] = target.reconnect_problem
     if (course := server.chronicle.courses.get(job.id)) is not None:
         _add_course(info, course, server.loop.clock())
     info["waits"] = _waits(job.waits.shares)
@@ -194,7 +191,17 @@ def _by_cause(found: Mapping[Cause, float]) -> dict[str, float]:
     return {str(cause): round(value, 4) for cause, value in found.items()}
 
 
+def _add_far_side(info: dict[str, Any], far_side: Sequence[NbdDevice]) -> None:
+    """The target is the first."""
+    for journal in far_side[1:]:
+        info["journal"], info["journal-connected"] = journal.description, not journal.is_lost
+    for device in far_side:
+        if device.is_lost and device.reconnect_problem:
+            info.setdefault("target-lost-reason", device.reconnect_problem)
+
+
 def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
+    _add_far_side(info, course.far_side())
     if info["ending"] != "none":
         info["ending-for-s"] = round(course.ending_for_s, 3)
     if "last-error" in info:
@@ -211,10 +218,10 @@ def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:
         info["zero-bytes-per-s"] = rates.zero_bytes_per_s
         info["dirty-bytes-per-s"] = rates.dirty_bytes_per_s
         info["falling-behind"] = rates.falls_behind
-        if rates.left_s is not None:
+        if rates.left_s is not None and info["status"] in ("running", "ready"):
             info["left-s"] = round(rates.left_s, 3)
     if (share := course.guests_wait_share) is not None:
-        info["guests-wait-share"] = round(share, 5)
+        info["guests-wait-share"] = round(share, 5) or share  # 0: none has waited
     if (throttle := course.throttle) is not None:
         info["throttle-bytes-per-s"] = round(throttle)
     if (prediction := course.prediction) is not None:
@@ -234,6 +241,8 @@ def _result(result: Result) -> dict[str, Any]:
     }
     if result.reason:
         info["reason"] = result.reason
+    if result.sync:
+        info["sync"] = result.sync
     if result.pause_s is not None:
         info["pause-ms"] = round(result.pause_s * 1000, 3)
     return info

@@ -28,7 +28,7 @@ BITMAPS_MAX = 256
 """Most bitmaps of all disks. Each recording bitmap adds a step to each guest's write."""
 
 BYTES_MAX = 1 << 30
-"""Most bytes of all bitmaps, with the copies that a transaction keeps for an undo."""
+"""Most bytes of all bitmaps."""
 
 
 def _nothing() -> None:
@@ -37,8 +37,11 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change that was made. Exactly one is called: `undo` if the transaction fails later, else
-    `commit`."""
+    """A change that is possible. Exactly one is called: `undo` if the transaction fails later, else
+    `commit`, in the order of the actions. Both always succeed.
+
+    What a bitmap has marked, and whether the bitmap records, changes in `commit` alone. An undo
+    would come too late for what guests write meanwhile."""
 
     undo: Callable[[], None]
     commit: Callable[[], None] = _nothing
@@ -74,7 +77,6 @@ class Bitmaps:
         """`stores`: where the state of each disk is saved."""
         self._stores = stores
         self._of: dict[Disk, dict[str, NamedBitmap]] = {}
-        self._copies_bytes = 0
 
     def take_up(self, disk: Disk, found: RecoveredState) -> None:
         """Continue the persistent bitmaps of an earlier process."""
@@ -156,27 +158,16 @@ class Bitmaps:
 
     def clear(self, place: Place, name: str) -> Change:
         """Make a bitmap clean."""
-        bitmap = self.find_idle(place, name).bitmap
-        taken = self._take_copies(bitmap, 1)
-        before = bitmap.copy()
-        bitmap.clear_all()
-
-        def undo() -> None:
-            bitmap.merge(before)  # what the guest has written since stays
-            taken()
-
-        return Change(undo, taken)
+        return Change(_nothing, self.find_idle(place, name).bitmap.clear_all)
 
     def record(self, place: Place, name: str, recording: bool) -> Change:
         """block-dirty-bitmap-enable and -disable."""
         bitmap = self.find_idle(place, name)
-        before = bitmap.is_recording
-        self._set_recording(place.disk, bitmap, recording)
-        return Change(lambda: self._set_recording(place.disk, bitmap, before))
+        return Change(_nothing, lambda: self._set_recording(place.disk, bitmap, recording))
 
     def merge(self, place: Place, target: str, sources: list[tuple[Place, str]]) -> Change:
         """Mark in `target` what is dirty in any of `sources`."""
-        into, ledger = self.find_idle(place, target).bitmap, place.disk.ledger
+        into = self.find_idle(place, target).bitmap
         found = [self.find_idle(*source).bitmap for source in sources]
         for bitmap in found:
             if bitmap.size != into.size:
@@ -184,47 +175,22 @@ class Bitmaps:
                     f"Bitmaps are of different sizes (destination size is {into.size}, source "
                     f"size is {bitmap.size}) and can't be merged"
                 )
-        taken = self._take_copies(into, 2)
-        since = DirtyBitmap(into.size, into.granularity)
-        if self.find(place, target).is_recording:
-            ledger.attach(since)  # a guest's marks outlive an undo
-        before = into.copy()
-        for bitmap in found:
-            into.merge(bitmap)
-
-        def undo() -> None:
-            into.clear_all()
-            into.merge(before)
-            into.merge(since)
-            commit()
 
         def commit() -> None:
-            ledger.detach(since)
-            taken()
+            for bitmap in found:
+                into.merge(bitmap)
 
-        return Change(undo, commit)
+        return Change(_nothing, commit)
 
-    def _take_copies(self, bitmap: DirtyBitmap, count: int) -> Callable[[], None]:
-        """Account for copies that a change keeps until its end. Returns the call that frees them.
-        Raises CommandError if there is no room."""
-        length = bytes_of(bitmap.size, bitmap.granularity) * count
-        self._check_bytes(bitmap.size, bitmap.granularity, count)
-        self._copies_bytes += length
-
-        def release() -> None:
-            self._copies_bytes -= length
-
-        return release
-
-    def _check_bytes(self, size: int, granularity: int, count: int = 1) -> None:
-        """Raise CommandError unless there is room for `count` more bitmaps of this kind."""
+    def _check_bytes(self, size: int, granularity: int) -> None:
+        """Raise CommandError unless there is room for another bitmap of this kind."""
         check_bits(size, granularity)
         there = [b.bitmap for named in self._of.values() for b in named.values()]
-        taken = sum(bytes_of(b.size, b.granularity) for b in there) + self._copies_bytes
-        if taken + count * bytes_of(size, granularity) > BYTES_MAX:
+        taken = sum(bytes_of(b.size, b.granularity) for b in there)
+        if taken + bytes_of(size, granularity) > BYTES_MAX:
             raise CommandError(
-                f"Bitmaps may take {BYTES_MAX >> 20} MiB together: remove some, give a larger "
-                f"granularity, or do less in one transaction"
+                f"Bitmaps may take {BYTES_MAX >> 20} MiB together: remove some, or give a larger "
+                f"granularity"
             )
 
     def _add(self, disk: Disk, bitmap: NamedBitmap) -> None:

@@ -14,11 +14,13 @@ from nbdmirror.amounts import size
 from nbdmirror.errors import CommandError, TargetRefused
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
+from nbdmirror.mirror.deadline import Passed
 from nbdmirror.mirror.failure import Cancelled
 from nbdmirror.mirror.ladder import Rung, Step
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.snapshots_job import SnapshotsJob
+from nbdmirror.partial_target import is_partial, target_text
 from nbdmirror.server.course import LOOK_S, Course, FarSide, Lost
 from nbdmirror.state.disk_record import MirrorRecord
 from nbdmirror.state.job_results import Result
@@ -57,22 +59,29 @@ class Chronicle:
         names = course.disk, course.source, course.target
         text = "mirrors disk %s (%s) to %s, sync %s, %s"
         job.log.info(text, *names, job.options.sync, job.options.copy_mode)
+        course.look()
         if not self._is_looking:
             self._is_looking = True
-            self._look()
+            self._loop.call_later(LOOK_S, self._look)
 
     def _look(self) -> None:
+        """At each job by itself: a look may end jobs, and a failure of one is not the others'."""
         self._is_looking = bool(self.courses)
-        for job_id, course in self.courses.items():
-            course.look()
-            if (released := course.released()) is not None:
-                self._tell(job_id, course, released)
-            if (step := course.step) is not None:
-                course.take(step)
-                self._tell(job_id, course, step)
-            self._look_at_deadline(job_id, course)
         if self._is_looking:
             self._loop.call_later(LOOK_S, self._look)
+        for job_id in self.courses:
+            self._loop.call_soon(partial(self._look_at, job_id))
+
+    def _look_at(self, job_id: str) -> None:
+        if (course := self.courses.get(job_id)) is None:
+            return  # it has ended meanwhile
+        course.look()
+        if (released := course.released()) is not None:
+            self._tell(job_id, course, released)
+        if (step := course.step) is not None:
+            course.take(step)
+            self._tell(job_id, course, step)
+        course.deadline.look(partial(self._tell_of_deadline, job_id, course))
 
     def _tell(self, job_id: str, course: Course, step: Step) -> None:
         """Something is done from now on so that the job ends, or is not done any more."""
@@ -93,9 +102,7 @@ class Chronicle:
         data: dict[str, object] = {"device": course.disk, "id": job_id}
         self._events.append("X_NBDMIRROR_CONVERGENCE", data | about)
 
-    def _look_at_deadline(self, job_id: str, course: Course) -> None:
-        if (passed := course.deadline.look()) is None:
-            return
+    def _tell_of_deadline(self, job_id: str, course: Course, passed: Passed) -> None:
         about = {"action": str(passed.action), "done": str(passed.done), "reason": passed.reason}
         text = "its deadline has passed: %s; on-deadline %s, done: %s"
         course.log.warning(text, passed.reason, passed.action, passed.done, about=about)
@@ -137,7 +144,8 @@ class Chronicle:
         reason = f"could not continue after the server's start: {why}"
         ended_at_s = round(self._time_s(), 3)
         names = mirror.job.job_id, mirror.node.uri
-        result = Result(*names, "failed", False, reason, ended_at_s, pause_s=None)
+        sync = mirror.job.sync
+        result = Result(*names, "failed", False, reason, ended_at_s, pause_s=None, sync=sync)
         self.results[disk] = result
         self._keep(disk, result)
 
@@ -160,19 +168,22 @@ class Chronicle:
             reason="" if failure is None else str(failure) or (job.error or ""),
             ended_at_s=round(self._time_s(), 3),
             pause_s=job.pause_s,
+            sync=job.options.sync,
         )
         self._keep(course.disk, result)
         about: dict[str, object] = {"result": kind, "pivoted": job.pivoted}
         if result.reason:
             about["reason"] = result.reason
         log = job.log.warning if failure is not None else job.log.info
+        is_what = target_text(result.sync)
         if job.pivoted:
-            text = "pivoted: disk %s is served from %s, before from %s; writes held %.1f ms"
+            text = "pivoted: disk %s is served from %s, before from %s; writes held %.1f ms%s"
             pause_ms = 1000 * (job.pause_s or 0)
-            log(text, course.disk, course.target, course.source, pause_ms, about=about)
+            more = f"; {course.target} {is_what}" if is_partial(result.sync) else ""
+            log(text, course.disk, course.target, course.source, pause_ms, more, about=about)
         elif kind == "completed":
-            text = "ended: %s is a copy; disk %s is served from %s as before"
-            log(text, course.target, course.disk, course.source, about=about)
+            text = "ended: %s %s; disk %s is served from %s as before"
+            log(text, course.target, is_what, course.disk, course.source, about=about)
         else:
             text = "%s: %s; %s %s; disk %s is served from %s as before"
             point = job.run.last if isinstance(job, PointsJob) and job.run else None

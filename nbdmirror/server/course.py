@@ -83,7 +83,7 @@ class Course:
         self._ending_since_s: float | None = None
         self._answers: tuple[int, ...] = ()
         self._answered_s = clock()
-        self._far_side = far_side
+        self.far_side = far_side
         self._silences: dict[str, Silence] = {}
         self._error: JobError | None = None
         self._error_s = 0.0
@@ -134,7 +134,7 @@ class Course:
         """Update the observations. Called about once a second."""
         now_s, job = self._clock(), self._job
         job.waits.look()
-        if job.is_ready:
+        if job.was_ready:
             job.pivot_pause.look()
         if job.ending is Ending.NONE:
             self._ending_since_s = None
@@ -144,7 +144,7 @@ class Course:
         answers = copier.answers, copier.copied_bytes, job.tracker.written_bytes, waits.answers
         if answers != self._answers or not self._waits_for("read") | self._waits_for("write"):
             self._answers, self._answered_s = answers, now_s
-        for device in self._far_side():
+        for device in self.far_side():
             silence = self._silences.setdefault(device.description, Silence())
             silence.look(device.pool.shared.pending, now_s)
         if job.options.copy_mode is not self._mode:
@@ -171,9 +171,9 @@ class Course:
 
     @property
     def prediction(self) -> Prediction | None:
-        """When the job will be READY; None if it is, and if nothing is known."""
+        """When the job will be READY; None if it was, and if nothing is known."""
         job = self._job
-        if job.is_ready or not job.copier.is_running:
+        if job.status is not JobStatus.RUNNING or not job.copier.is_running:
             return None
         return job.watch.outlook.predict(self._clock())
 
@@ -191,6 +191,8 @@ class Course:
             return None  # nothing is allowed
         if self.lost is not None or not job.copier.is_running or job.has_done_its_work:
             return None
+        if job.disk.ledger.gate is not None:
+            return None  # guests are held, until their requests in progress have ended
         prediction = self.prediction
         is_in_vain = job.status is JobStatus.READY and job.pivot_pause.is_copy_too_long
         now_s, rates = self._clock(), self.rates

@@ -52,7 +52,8 @@ class _Search:
         self._rng = random.Random()
         self._rounds = self._tries = 0
         self._unit = target.block_size.minimum
-        self._units_max = max(LENGTH_MAX // self._unit, UNITS_MAX)
+        units_max = max(LENGTH_MAX // self._unit, UNITS_MAX)
+        self._units_max = min(units_max, target.block_size.maximum // self._unit)
         self._size = disk.size - disk.size % self._unit
         self._watched = disk.watch()
         self._timer = loop.call_later(ANSWER_S_MAX, lambda: self._end(None))

@@ -18,6 +18,7 @@ from nbdmirror.devices.base import BlockDevice, Buffer, Extent, MemoryDevice
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.target_only import TargetOnly
 from nbdmirror.errors import DeviceError
+from nbdmirror.foreign_text import quoted
 from nbdmirror.identity import HOME, TARGET_ONLY
 from nbdmirror.nbdclient.sides import LEADS_TO, NO, YES, Way, split_name
 from nbdmirror.server.rings import is_on
@@ -106,14 +107,14 @@ class Exports:
         try:
             way, name = Way.of(server, words)
         except ValueError:
-            raise DeviceError(f"'{words}' is no question", errno.ENOENT) from None
+            raise DeviceError(f"{quoted(words)} is no question", errno.ENOENT) from None
         return YES if is_on(way, self._find_disk(name), here.mirrors, here.loop) else NO
 
     def _find_disk(self, name: str) -> Disk:
         if not name:
             return next(iter(self._disks.values()))
         if name not in self._disks:
-            raise DeviceError(f"no export is called '{name}'", errno.ENOENT)
+            raise DeviceError(f"no export is called {quoted(name)}", errno.ENOENT)
         return self._disks[name]
 
     def opened(self, handle: Any, disk: Disk | OldSideExport) -> None:

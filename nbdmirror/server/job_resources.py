@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from nbdmirror.devices.aligned import for_guests
@@ -17,18 +17,19 @@ from nbdmirror.devices.base import BlockDevice, Done, raw_device
 from nbdmirror.disk.changes import MayDiffer
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
+from nbdmirror.errors import DeviceLost
 from nbdmirror.event_loop import Loop
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.in_flight import OPENING_BYTES, CopierLoad
+from nbdmirror.mirror.job_states import VERBS
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
 from nbdmirror.mirror.resources import JobState
 from nbdmirror.mirror.scan import is_no_hole, is_not_zero, scan
-from nbdmirror.mirror.spot_check import find_mismatch
+from nbdmirror.mirror.spot_check import Read, find_mismatch
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
 from nbdmirror.nbdclient.reservations import release
-from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.nbdclient.sides import tell_moved, when_whole
 from nbdmirror.server.bitmaps import NamedBitmap
 from nbdmirror.server.chronicle import Chronicle
@@ -41,6 +42,9 @@ from nbdmirror.server.rings import check_ring
 from nbdmirror.server.sources import Sources
 from nbdmirror.state.disk_record import MirrorRecord, PointsRecord
 from nbdmirror.state.null_store import StateStore
+
+KEEP_AGAIN_S = 1.0
+"""Pause after the state directory has failed."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -67,6 +71,8 @@ class JobResources:
     _is_in_use: bool = field(default=False, init=False)
     _record: MirrorRecord | None = field(default=None, init=False)
     """The record that was saved last."""
+    _is_scan_kept: bool = field(default=True, init=False)
+    """What the scan has marked is on disk as well: until then the next process scans again."""
     _retired: BlockDevice | None = field(default=None, init=False)
     """The disk's source before the pivot."""
     _attempt: object = field(default=None, init=False)
@@ -98,14 +104,15 @@ class JobResources:
             self.bitmap.is_busy = True
         if isinstance(self.source, NbdDevice):
             self.source.pool.attach(self.loop, None)
-            self.source.on_lost_writes = partial(copy_all, job.log, self.tracker)
+            self.source.on_lost_writes = partial(copy_all, job.log, self.tracker, self.disk)
         self.node.device.pool.attach(self.loop, job.target_lost)
 
     def changed(self, state: JobState) -> None:
         if not self._is_in_use or not self.store.is_lasting:
             return
+        is_scanned = state.is_scanned and self._is_scan_kept
         record = mirror_record(
-            state,
+            replace(state, is_scanned=is_scanned),
             self.node,
             granularity=self.tracker.granularity,
             key=self.key,
@@ -116,6 +123,21 @@ class JobResources:
             self._record = record
             self.store.keep_mirror(record, self._kept_changes())
 
+    def keep_changes(self, done: Done) -> None:
+        """What is dirty now is on disk when `done` is called; with an error if the job has ended
+        by then."""
+
+        def kept(failure: BaseException | None) -> None:
+            if not self._is_in_use:
+                done(DeviceLost("the job has ended"))
+            elif failure is None:
+                done(None)
+            else:  # the state directory fails, which is reported there
+                self.loop.call_later(KEEP_AGAIN_S, partial(self.keep_changes, done))
+
+        saved = self.store.bits_saved()
+        saved.add_done_callback(lambda end: self.loop.call_soon(partial(kept, end.exception())))
+
     def _points_record(self) -> PointsRecord | None:
         return None
 
@@ -123,26 +145,22 @@ class JobResources:
         """By the keys in the record."""
         return {self.key: self.tracker}
 
-    def prepare(self, ending: Ending, done: Done) -> None:
-        device = self.node.device
-
-        def checked(error: BaseException | None) -> None:
-            if error is not None:
-                done(error)
-            elif self._is_in_use:
-                self.store.prepare_end(device.uri, done)
-
+    def check_end(self, ending: Ending, done: Done) -> None:
         if ending is Ending.COMPLETE:
-            when_whole(device, self.loop, checked, writes_all=self.options.writes_all)
+            when_whole(self.node.device, self.loop, done, writes_all=self.options.writes_all)
         else:
-            self.store.prepare_end("", done)
+            done(None)
+
+    def prepare(self, ending: Ending, done: Done) -> None:
+        pivot_to = self.node.device.uri if ending is Ending.COMPLETE else ""
+        self.store.prepare_end(pivot_to, done)
 
     def commit(self, done: Done) -> None:
         self.store.commit_end(done)
 
-    def uncommit(self) -> None:
-        self.store.undo_end()
+    def uncommit(self, done: Done) -> None:
         self._record = None
+        self.store.undo_end(done)
 
     def forget(self, done: Done) -> None:
         self.store.forget_mirror(done)
@@ -161,10 +179,11 @@ class JobResources:
         self._is_in_use = False
         node.job = None
         self.tracker.close()
+        self.store.end_is_final()
         if self.bitmap is not None:
             self.bitmap.is_busy = False
         if isinstance(source, NbdDevice):
-            source.on_lost_writes = None
+            source.on_lost_writes = self.disk.lose_writes if self._retired is None else None
             if self._retired is None:
                 source.pool.detach()
         if self._retired is not None:
@@ -182,15 +201,30 @@ class JobResources:
         self.on_dismissed()
 
     def scan(self, done: Done) -> None:
+        self._is_scan_kept = False
+
+        def scanned(error: BaseException | None) -> None:
+            if error is None:
+                self.keep_changes(self._scan_was_kept)
+            done(error)
+
         source, dirty = self.source, self.tracker.dirty
         ask, is_copied = source.start_extents, is_not_zero
         if self.options.sync == "top":
             if not isinstance(source, NbdDevice) or not source.announced.can_depth:
                 dirty.mark_all()  # no layers: everything is the top layer
-                done(None)
+                scanned(None)
                 return
             ask, is_copied = source.start_top_layer, is_no_hole
-        scan(ask, dirty, is_copied=is_copied, is_wanted=lambda: self._is_in_use, done=done)
+        scan(ask, dirty, is_copied=is_copied, is_wanted=lambda: self._is_in_use, done=scanned)
+
+    def _scan_was_kept(self, error: BaseException | None) -> None:
+        """The copy has begun meanwhile, or the end: what that records stays as it is."""
+        job = self.node.job
+        if error is None and job is not None:
+            self._is_scan_kept = True
+            if job.status in VERBS["change"]:
+                self.changed(job.kept_state)
 
     def reconnect_source(self, done: Done) -> None:
         if isinstance(self.source, NbdDevice) and self.source.pool.shared.is_lost:
@@ -252,15 +286,16 @@ class JobResources:
 
         check_ring(self.disk, device, self.loop, no_ring)
 
-    def _difference(self) -> Callable[[SharedConnection], int | None]:
+    def _difference(self) -> Callable[[Read], int | None]:
         """The check whether a target is the same as before. Only in a full copy clean means equal,
-        so other mirrors are not checked."""
-        if self.options.sync != "full":
-            return lambda connection: None
+        and only once all that differs is marked, so others are not checked."""
+        job = self.node.job
+        if self.options.sync != "full" or (job is not None and not job.is_scanned):
+            return lambda read: None
         suspects = self.tracker.may_differ()
 
-        def difference(connection: SharedConnection) -> int | None:
+        def difference(read: Read) -> int | None:
             rng = random.Random()
-            return find_mismatch(self.disk, connection.read, self.tracker, suspects, rng)
+            return find_mismatch(self.disk, read, self.tracker, suspects, rng)
 
         return difference

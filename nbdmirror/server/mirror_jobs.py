@@ -161,9 +161,8 @@ class MirrorJobs:
             new_bitmap = store.new_bitmap(points.key)
             changes = changes_of(disk, options, granularity, unit, new_bitmap)
             resources = _points_resources(points, changes=changes, **parts)
-            if found is None:
-                resources.make_spill()
-            else:
+            resources.make_spill()
+            if found is not None:
                 resources.found(found)
         job = self._job(resources, bitmap)
         resources.acquire(job)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nbdmirror.devices.base import BlockDevice, raw_device
 from nbdmirror.disk.disk import Disk
 from nbdmirror.errors import CommandError, ConfigError
-from nbdmirror.identity import Same, same_place
+from nbdmirror.identity import SocketFile
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.names import is_wellformed_id
 from nbdmirror.nbdclient.device import NbdDevice
@@ -84,6 +84,8 @@ class Nodes:
         self._nodes: dict[str, Node] = {}
         self._left: list[NbdDevice] = []
         """Devices of mirrors that ended, whose servers may still carry out requests."""
+        for disk in disks.values():
+            _tell_losses(raw_device(disk.source), disk)
 
     def __iter__(self) -> Iterator[Node]:
         """Oldest first."""
@@ -168,30 +170,32 @@ class Nodes:
         self._left = [device for device in self._left if device.pool.unanswered]
         return self._left
 
-    def check_left(self, uri: str, device: NbdDevice | None = None) -> None:
+    def check_left(
+        self, uri: str, device: NbdDevice | None = None, *, file: SocketFile | None = None
+    ) -> None:
         """Raise CommandError if the export has unanswered requests of a former mirror. Without a
-        `device` only the URIs are compared, since a server that hangs greets no client."""
+        `device` only the URI and its socket, `file`, are compared, since a server that hangs greets
+        no client."""
         for left in self.left:
-            is_named = same_place(left.uri, uri) is Same.YES
-            if device.is_same_export(left) if device else is_named:
+            if device.is_same_export(left) if device else left.is_named(uri, file):
                 raise CommandError(
                     f"Target '{uri}' has not answered all requests of a mirror that has ended "
                     f"({left.pool.unanswered} are left), and may carry them out over newer data: "
                     "wait until it has, or end its server"
                 )
 
-    def check_uri(self, uri: str, of: str) -> None:
-        """Before a connection for a mirror of the disk `of`: raise CommandError if the URI names
-        what one of the disks is served from. Its server may have room for one client only, and then
-        says nothing to another one."""
+    def check_uri(self, uri: str, file: SocketFile | None, of: str) -> None:
+        """Before a connection for a mirror of the disk `of`: raise CommandError if the URI, whose
+        socket is `file`, names what one of the disks is served from. Its server may have room for
+        one client only, and then says nothing to another one."""
         for disk in self._disks.values():
             source = raw_device(disk.source)
-            if isinstance(source, NbdDevice) and same_place(source.uri, uri) is Same.YES:
+            if isinstance(source, NbdDevice) and source.is_named(uri, file):
                 if disk is self.find_disk(of):
                     raise CommandError(f"Target '{uri}' is the disk itself")
                 text = f"Target '{uri}' is in use: '{disk.name}' is the same export"
                 raise CommandError(text)
-        self.check_left(uri)
+        self.check_left(uri, file=file)
 
     def is_used(self, node: Node) -> bool:
         """Whether a job or a disk uses the node's device, under any name."""
@@ -299,6 +303,7 @@ class Nodes:
         else:
             self._files[disk.name] = OldFile(old)
         node.disk = disk
+        _tell_losses(node.device, disk)
 
     def file_of(self, disk: Disk) -> OldFile | None:
         """The file that `disk` was served from before its first pivot, if it is still a node."""
@@ -366,3 +371,10 @@ class Nodes:
         """Remove a node that was created for one job. Has no effect on one that was not added."""
         if self._nodes.get(node.name) is node:
             del self._nodes[node.name]
+
+
+def _tell_losses(device: BlockDevice, disk: Disk) -> None:
+    """`disk` is served from `device`: its bitmaps must know of writes that the device loses. (A
+    mirror takes the call over while it runs.)"""
+    if isinstance(device, NbdDevice):
+        device.on_lost_writes = disk.lose_writes

@@ -16,18 +16,18 @@ from functools import partial
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.cells import Zeroes
 from nbdmirror.disk.changes import Changes, MayDiffer
-from nbdmirror.errors import CommandError, DeviceError, DeviceLost
+from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.mirror.far_side import FarSide
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
+from nbdmirror.mirror.spot_check import Read
 from nbdmirror.mirror.watched import WatchedExport
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
 from nbdmirror.nbdclient.reservations import release
-from nbdmirror.nbdclient.shared_connection import SharedConnection
 from nbdmirror.points.appliers_block import Watch
 from nbdmirror.points.format import JournalError, Point
 from nbdmirror.points.ownership import create, is_created, take_over
@@ -43,7 +43,6 @@ from nbdmirror.server.reconnect import reconnect
 from nbdmirror.state.disk_record import PointsRecord
 from nbdmirror.state.recovery import RecoveredState
 from nbdmirror.state.spill import SpillFile
-from nbdmirror.subject_log import disk_log
 
 WAIT_S = 0.02
 """Interval at which the end of earlier requests is looked for."""
@@ -113,12 +112,9 @@ class PointsResources(JobResources):
         return [device.description for device in devices if device.is_lost]
 
     def make_spill(self) -> None:
-        """Create the spill file, if one is wanted. Before `acquire`. Raises CommandError."""
-        size = self.wanted.spill_bytes
-        try:
-            self._spill = self.store.new_spill(size, self.loop.call_soon) if size else None
-        except OSError as error:
-            raise CommandError(f"Cannot create a spill file: {error.strerror}") from error
+        """Create the spill file, if one is wanted. Before `acquire`."""
+        if size := self.wanted.spill_bytes:
+            self._spill = self.store.new_spill(size, self.loop.call_soon)
 
     def found(self, state: RecoveredState) -> None:
         """Continue a mirror of an earlier process."""
@@ -128,10 +124,6 @@ class PointsResources(JobResources):
         is_known = not state.problem and record.points.key in state.bits
         if is_known:  # else all is sent again
             self.known_point = state.newest_point, state.newest_point_ns
-        try:
-            self.make_spill()
-        except CommandError as error:
-            disk_log(self.disk.name).warning("%s; points are made without it", error)
 
     def acquire(self, job: MirrorJob) -> None:
         assert isinstance(job, PointsJob)
@@ -145,14 +137,9 @@ class PointsResources(JobResources):
         self._acquire_journal(job)
 
     def add_points(self, job: PointsJob, points: PointsOptions, changes: Changes) -> PointPlan:
-        """A job without points is to make some. Raises CommandError; then nothing has changed."""
+        """A job without points is to make some."""
         self.points, self.changes = points, changes
-        try:
-            self.make_spill()
-        except CommandError:
-            changes.end()
-            self.points = self.changes = None
-            raise
+        self.make_spill()
         self.has_begun, self.known_point, self.far_side = False, (0, 0), None
         self._acquire_points(job)
         plan = self.plan
@@ -164,18 +151,6 @@ class PointsResources(JobResources):
         self.tracked.end()
         self.points = self.changes = self.far_side = None
         self.has_begun, self.known_point = False, (0, 0)
-
-    def keep_changes(self, done: Done) -> None:
-        def kept(failure: BaseException | None) -> None:
-            if not self._is_in_use:
-                done(DeviceLost("the job has ended"))
-            elif failure is None:
-                done(None)
-            else:  # the state directory fails, which is reported there
-                self.loop.call_later(LOST_AGAIN_S, partial(self.keep_changes, done))
-
-        saved = self.store.bits_saved()
-        saved.add_done_callback(lambda end: self.loop.call_soon(partial(kept, end.exception())))
 
     def _acquire_journal(self, job: PointsJob) -> None:
         self._has_journal = self.has_connected_once
@@ -312,7 +287,7 @@ class PointsResources(JobResources):
             self.loop,
             reconnect_timeout_s=delay_s,
             is_wanted=is_wanted,
-            difference=lambda connection: None,  # the journal says itself what it is
+            difference=lambda read: None,  # the journal says itself what it is
             came_back=came_back,
             done=ended,
         )
@@ -380,16 +355,16 @@ class PointsResources(JobResources):
         self.known_point = point.sequence, point.time_ns
         self.store.note_point(*self.known_point)
 
-    def _difference(self) -> Callable[[SharedConnection], int | None]:
+    def _difference(self) -> Callable[[Read], int | None]:
         """After the first copy the image is what the journal says, and not what the disk is."""
         if self.points is None or not self.has_begun:
             return JobResources._difference(self)
         samples = self.far_side.samples if isinstance(self.far_side, JournalSide) else ()
 
-        def difference(connection: SharedConnection) -> int | None:
+        def difference(read: Read) -> int | None:
             for sample in samples:
                 buf = memoryview(bytearray(sample.length))
-                connection.read(buf, sample.offset)
+                read(buf, sample.offset)
                 if zlib.crc32(buf) != sample.crc:
                     return sample.offset
             return None

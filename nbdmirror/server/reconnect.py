@@ -11,9 +11,11 @@ from functools import partial
 
 from nbdmirror.backoff import Backoff
 from nbdmirror.devices.base import Done
+from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
+from nbdmirror.mirror.spot_check import Read
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pair import reserve_disk
 from nbdmirror.nbdclient.shared_connection import SharedConnection
@@ -32,15 +34,16 @@ def reconnect(
     *,
     reconnect_timeout_s: float,
     is_wanted: Callable[[], bool],
-    difference: Callable[[SharedConnection], int | None],
+    difference: Callable[[Read], int | None],
     came_back: Callable[[], None],
     done: Done,
 ) -> None:
-    """Try to reconnect for `reconnect_timeout_s`, while `is_wanted()`. `difference` returns, on a
-    helper thread, the offset at which the target's data has changed, or None, or raises IO_ERRORS;
-    a changed target is not used. `came_back` is called when the device has a new connection. Before
-    that, the server must have answered all requests of the old connections, or ended these: it
-    might carry them out later, over newer data. The error for `done` is never DeviceLost."""
+    """Try to reconnect for `reconnect_timeout_s`, while `is_wanted()`. `difference` reads the
+    target, on a helper thread, and returns the offset at which its data has changed, or None, or
+    raises IO_ERRORS; a changed target is not used. `came_back` is called when the device has a new
+    connection. Before that, the server must have answered all requests of the old connections, or
+    ended these: it might carry them out later, over newer data. The error for `done` is never
+    DeviceLost."""
     device.reconnect_problem = ""
     device.pool.give_up()  # give up the other connections too: all are replaced
     deadline_s = loop.clock() + reconnect_timeout_s
@@ -86,7 +89,7 @@ def reconnect_source(device: NbdDevice, loop: Loop, done: Done) -> None:
 
 def _connect(
     device: NbdDevice,
-    difference: Callable[[SharedConnection], int | None],
+    difference: Callable[[Read], int | None],
     clock: Callable[[], float],
     deadline_s: float,
     is_wanted: Callable[[], bool],
@@ -110,14 +113,12 @@ def _connect(
         time.sleep(min(backoff.next_s(), left_s))
 
 
-def _reopen(
-    device: NbdDevice, difference: Callable[[SharedConnection], int | None]
-) -> SharedConnection:
+def _reopen(device: NbdDevice, difference: Callable[[Read], int | None]) -> SharedConnection:
     """Raises ConfigError or IO_ERRORS."""
     connection = device.pool.reopen()
     try:
         reserve_disk(device, connection=connection)
-        offset = difference(connection)
+        offset = difference(device.read_by(connection))
     except BaseException:
         connection.close()
         raise
@@ -130,8 +131,9 @@ def _reopen(
     return connection
 
 
-def copy_all(log: SubjectLog, tracker: Tracker) -> None:
+def copy_all(log: SubjectLog, tracker: Tracker, disk: Disk) -> None:
     """Copy everything again: the source may have lost writes of guests that the target has, in
     unknown places. For any thread."""
     log.warning("the source may have lost writes: everything is copied again")
     tracker.mark_all()
+    disk.lose_writes(tracker.dirty)  # a mark there would count as a guest's

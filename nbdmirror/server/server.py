@@ -13,13 +13,14 @@ from functools import partial
 
 from nbdmirror.devices.base import raw_device
 from nbdmirror.disk.disk import Disk
-from nbdmirror.errors import IO_ERRORS
+from nbdmirror.errors import IO_ERRORS, ConfigError
 from nbdmirror.event_loop import Loop
 from nbdmirror.events import EventRing
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.nbdclient import tcp_watch as tcpwatch
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.exclusive_set import CONNECTIONS_DEFAULT, wait_for_handshakes
+from nbdmirror.nbdclient.reservations import Questions
 from nbdmirror.nbdclient.sides import wait_until_told
 from nbdmirror.server.bitmaps import Bitmaps
 from nbdmirror.server.chronicle import GOES_ON, SERVER_ENDS, Chronicle
@@ -86,6 +87,7 @@ class Server:
         self.doubts: dict[str, str] = {}
         """Why the saved state of a disk was not believed at the start, by the disk's name; "" if it
         was."""
+        self.has_started = threading.Event()
         self.in_use: Callable[[], Set[str]] = frozenset
         """Returns the names of the disks that clients have open."""
         self.mirrors = MirrorJobs(
@@ -94,31 +96,39 @@ class Server:
 
     def start(self) -> None:
         """Start the loop's thread, and continue bitmaps and mirrors of an earlier process. After
-        nbdkit has forked, and before guests connect."""
+        nbdkit has forked, and before guests connect. Raises ConfigError."""
         self.loop.start()
+        self.loop.call_soon(partial(self.loop.attach, Questions()))
         start_threads_on(self.loop)
         for name, store in self._disk_stores.items():
-            disk = self.disks[name]
-            store.begin(self.writers[name], disk.sync)
-            assert isinstance(disk, JournaledDisk)
-            disk.journal = store.journal
-            self._recall_result(name, store)
-            if store.found is not None:
-                self.doubts[name] = store.found.problem
-                self.loop.run(partial(self._take_up, disk, store.found)).result()
-            store.begun()
-            self.loop.call_soon(store.start)
-            self.loop.call_soon(partial(self._heartbeats.add, store))
+            try:
+                self._begin(name, store)
+            except OSError as error:
+                raise ConfigError(f"state-dir: {store.folder.path}: {error.strerror}") from error
         self.files.start()
         self.loop.call_soon(self._look)
+        self.has_started.set()
+
+    def _begin(self, name: str, store: DiskStore) -> None:
+        disk = self.disks[name]
+        store.begin(self.writers[name], disk.sync)
+        assert isinstance(disk, JournaledDisk)
+        disk.journal = store.journal
+        self._recall_result(name, store)
+        if store.found is not None:
+            self.doubts[name] = store.found.problem
+            self.loop.run(partial(self._take_up, disk, store.found)).result()
+        store.begun()
+        self.loop.call_soon(store.start)
+        self.loop.call_soon(partial(self._heartbeats.add, store))
 
     def _look(self) -> None:
+        self.loop.call_later(tcpwatch.LOOK_S, self._look)
         for device in self._remote_devices():
             device.pool.look_at_peers(self.loop.clock())
         for writer in self.writers.values():
             writer.look()
         self.waiting.look()
-        self.loop.call_later(tcpwatch.LOOK_S, self._look)
 
     @property
     def state_problem(self) -> str:
@@ -179,7 +189,8 @@ class Server:
 
     def end_jobs(self) -> None:
         """Do `cancel_jobs` and wait for it, for STOP_S_MAX at most. State in a state directory
-        stays for the next start. For any thread but the loop's."""
+        stays for the next start: call this after `has_started`, since until then the state is still
+        the earlier process's. For any thread but the loop's."""
         ended = threading.Event()
         self._note_clients()
 
@@ -263,16 +274,17 @@ class Server:
     def _end(self, name: str, closed: set[str]) -> None:
         """Flush and close one disk, on its own thread, so that only this thread waits for its
         storage. `closed` gets its name then; its state is saved after that."""
-        disk = self.disks[name]
+        disk, is_flushed = self.disks[name], False
         try:
             if not disk.read_only:
                 disk.source.flush()
+            is_flushed = True
             disk.source.close()
         except IO_ERRORS as error:
             disk_log(name).error("flush at the end failed: %s", error)
         closed.add(name)
         if name in self._disk_stores and self.writers[name].stop(END_S_MAX):
             try:
-                self._disk_stores[name].finish()
+                self._disk_stores[name].finish(is_flushed=is_flushed)
             except OSError as error:
                 disk_log(name).error("its state cannot be saved: %s", error)

@@ -30,8 +30,9 @@ class Checkpoints:
         flush: Callable[[], None],
         is_at_rest: Callable[[], bool],
     ) -> None:
-        """`flush` makes guests' writes durable, on the writer's thread. `is_at_rest`: nothing is
-        dirty, and only a guest's change, or one for which `make` is called, changes that."""
+        """`flush` makes guests' writes durable, on the flushing thread: while the disk takes its
+        time, other state is saved, such as the end for which guests are held. `is_at_rest`: nothing
+        is dirty, and only a guest's change, or one for which `make` is called, changes that."""
         self._journal = journal
         self._regions = regions
         self._writer = writer
@@ -49,7 +50,8 @@ class Checkpoints:
 
     def begin_anew(self) -> None:
         """The log of intents is used from now on. Earlier writes are in no region, and a power cut
-        may take them back as well: flush with the next checkpoint."""
+        may take them back as well: flush with the next checkpoint, and in one that is in
+        progress begin again."""
         self._must_flush = True
         self._written = None
         self._was_at_rest = False
@@ -71,41 +73,61 @@ class Checkpoints:
     def _begin(self) -> None:
         self._is_running = True
         asked, self._waiting = self._waiting, []
+        must_flush, self._must_flush = self._must_flush, False
         self._regions.cut()
         before = self._journal.under_way()
 
         def look() -> None:
             if self._journal.has_drained(before):
-                self._save(asked)
+                self._flush_first(asked, must_flush=must_flush)
             else:
                 self._writer.call_later(DRAIN_POLL_S, look)
 
         look()
 
+    def _flush_first(self, asked: list[Future[None]], *, must_flush: bool) -> None:
+        def flushed(error: BaseException | None) -> None:
+            if error is not None:
+                self._must_flush = self._must_flush or must_flush
+                self._end(asked, error)
+            elif self._must_flush:
+                # `begin_anew` came meanwhile. Neither the wait nor the flush was for all writes
+                # that are in no region.
+                self._waiting = asked + self._waiting
+                self._begin()
+            else:
+                self._save(asked)
+
+        if (must_flush or self._regions.may_retire) and not self._must_flush:
+            self._writer.then(self._writer.flush(self._flush), flushed)
+        else:
+            flushed(None)
+
     def _save(self, asked: list[Future[None]]) -> None:
+        """The bits are read after the flush. A write that is newer than the flush is in a region
+        that was touched since the cut, and stays in the log."""
         is_at_rest, bits = self._is_at_rest(), self._bits()
-        is_new = bits != self._written or self._regions.was_touched
-        must_flush, self._must_flush = self._must_flush, False
+        is_new = bool(bits) and (bits != self._written or self._regions.was_touched)
 
         def done(error: BaseException | None) -> None:
-            self._is_running = False
             self._written = bits if error is None else None
             self._was_at_rest = is_at_rest and error is None
-            self._must_flush = self._must_flush or (must_flush and error is not None)
-            for future in asked:
-                if error is None:
-                    future.set_result(None)
-                else:
-                    future.set_exception(error)
-            if self._waiting:
-                self._begin()
+            self._end(asked, error)
 
-        put = partial(self._put, bits, is_new=is_new, must_flush=must_flush)
+        put = partial(self._put, bits, is_new=is_new)
         self._writer.then(self._writer.submit(put), done)
 
-    def _put(self, bits: Bits, *, is_new: bool, must_flush: bool) -> None:
-        if must_flush or self._regions.may_retire:
-            self._flush()
+    def _put(self, bits: Bits, *, is_new: bool) -> None:
         if is_new:
             self._write(bits)
         self._regions.retire()
+
+    def _end(self, asked: list[Future[None]], error: BaseException | None) -> None:
+        self._is_running = False
+        for future in asked:
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+        if self._waiting:
+            self._begin()

@@ -258,11 +258,4 @@ class StateDirectory:
             log.error(text, path, error)
             self._folder.refuse(names(name)["definition"])
             return None
-        if found is not None and found.definition.clean_mtime_ns is not None:
-            # From here on this is not the state after an orderly end.
-            self._unclean(names(name)["definition"], found.definition)
         return found
-
-    def _unclean(self, file: str, definition: DiskRecord) -> None:
-        self._folder.prepare(file, replace(definition, clean_mtime_ns=None).to_bytes())
-        self._folder.commit([file])

@@ -2,8 +2,12 @@
 
 Device numbers are valid in one boot. After a reboot, or when its file system is mounted again, a
 file may have another device number, and another file may have its old one. So across boots the
-inode and the file system's ID count. Not every file system has a lasting ID (XFS and FAT use the
-device number, network file systems have none): then the answer is unknown.
+inode and the file system's ID count, and always where both are known. A deleted file's inode is
+given to another file, often the next one, so the time of birth counts as well, if there is one. Not
+every file system has a lasting ID (XFS and FAT use the device number, network file systems have
+none): then the answer is unknown, except for a record that knows no boot. There the same number
+counts: an old side that is served is worse than a start that is refused, and everything copied
+again.
 
 Times of change come from the clock of the file's system, which may be another host, and may have
 been set meanwhile. So they are compared with times of the same file first.
@@ -23,6 +27,7 @@ from nbdmirror.identity import Same, same_place
 from nbdmirror.layers import layers_of, layers_of_device, share_storage
 from nbdmirror.state.json_record import COUNT, TEXT, Key
 from nbdmirror.state.sealed_files import StateError
+from nbdmirror.syscalls import birth_ns
 
 ALIVE_SLACK_S = 3.0
 """If a disk was changed later than this after its server was last alive, another program changed
@@ -67,6 +72,8 @@ class DiskIdentity:
     """The file system's ID (statvfs), hexadecimal; "" if it has none."""
     number: Annotated[int, Key("number", COUNT)] = 0
     """A block device's number, which all of its nodes have; valid in the same boot."""
+    birth_ns: Annotated[int, Key("birth_ns", COUNT)] = 0
+    """The file's time of birth; 0 if its file system has none, and in records of older versions."""
 
     @classmethod
     def of(cls, source: str, size: int) -> DiskIdentity:
@@ -82,6 +89,7 @@ class DiskIdentity:
             status.st_ino,
             boot_id(),
             _filesystem(source, status.st_dev),
+            birth_ns=birth_ns(source),
         )
 
     def is_one_file(self, other: DiskIdentity) -> bool | None:
@@ -90,12 +98,14 @@ class DiskIdentity:
         if self.number and self.number == other.number and is_one_boot:
             return True
         if not self.inode or not other.inode:
-            return None
-        if self.inode != other.inode:
+            is_file = bool(self.inode or other.inode)
+            return False if is_file and (self.number or other.number) else None
+        births = {self.birth_ns, other.birth_ns} - {0}
+        if self.inode != other.inode or len(births) > 1:
             return False
-        if self.device == other.device and (self.boot == other.boot or not self.boot):
-            return True
-        if self.filesystem and self.filesystem == other.filesystem:
+        if self.filesystem and other.filesystem:
+            return True if self.filesystem == other.filesystem else None
+        if self.device == other.device and (is_one_boot or not self.boot):
             return True
         return None
 

@@ -27,6 +27,8 @@ class Result:
     ended_at_s: Annotated[float, Key("ended_at_s", NUMBER)]
     """Seconds since 1970."""
     pause_s: Annotated[float | None, Key("pause_s", OrNull(NUMBER))]
+    sync: Annotated[str, Key("sync", TEXT)] = ""
+    """The job's sync mode; "" if it is not known."""
 
     def to_bytes(self) -> bytes:
         """NAME.last."""

@@ -12,7 +12,7 @@ other places first:
    before the first write to it is issued; further writes to it cost nothing.
 
 A region leaves the log when, after the last write to it, the disk has been flushed and the bitmaps
-have been saved. In order: `cut`, then wait until `has_drained`, then read the bitmaps, flush, save
+have been saved. In order: `cut`, then wait until `has_drained`, then flush, read the bitmaps, save
 them, then `retire`. A write that took its slot before the cut is waited for, so its mark is saved.
 A write that took its slot later checks the region afterwards, and touches it again. Without the
 flush a power cut could take back a write that the target already has.
@@ -211,6 +211,9 @@ class Regions:
                         self._changed.wait()
                     else:
                         wanted, self._wanted = self._wanted, bytearray(len(self._wanted))
+                        # Another thread may have written these, and a `retire` come before this
+                        # thread ran again.
+                        wanted[span] = b"\1" * (last + 1 - first)
                         self._write(_either(self._on_disk, wanted), sync=True)
             self.touched[span] = b"\1" * (last + 1 - first)
 

@@ -6,7 +6,6 @@ All methods are called on the event loop's thread, and none of them waits for th
 
 from __future__ import annotations
 
-import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,7 +18,7 @@ from nbdmirror.state.disk_record import BitmapRecord, MirrorRecord
 from nbdmirror.state.spill import SpillFile
 
 FORGET_S_MAX = 0.5
-"""How long a forced cancel waits until the end is on disk."""
+"""How long a forced cancel waits until the end is on disk, and guests until an end is undone."""
 
 NewBitmap = Callable[[int, int], DirtyBitmap]
 """Creates a clean bitmap of a size and a granularity, both in bytes."""
@@ -48,7 +47,7 @@ class StateStore(ABC):
 
     @abstractmethod
     def new_spill(self, size: int, call_soon: Callable[[Callable[[], None]], None]) -> SpillFile:
-        """A new file of at most `size` bytes beside what is saved. Raises OSError."""
+        """A new file of at most `size` bytes beside what is saved, of a lasting store."""
 
     @abstractmethod
     def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
@@ -70,8 +69,14 @@ class StateStore(ABC):
         otherwise nothing has changed."""
 
     @abstractmethod
-    def undo_end(self) -> None:
-        """The mirror continues, although `commit_end` has recorded its end."""
+    def undo_end(self, done: Done) -> None:
+        """The mirror continues, although `commit_end` has recorded its end. `done` is called when
+        that is on disk, or after FORGET_S_MAX seconds: guests' writes would go to a side that is
+        not the disk, as far as the disk's record knows."""
+
+    @abstractmethod
+    def end_is_final(self) -> None:
+        """The mirror is over, and no end of it will be undone."""
 
     @abstractmethod
     def forget_mirror(self, done: Done) -> None:
@@ -107,7 +112,7 @@ class NullStore(StateStore):
         return None
 
     def new_spill(self, size: int, call_soon: Callable[[Callable[[], None]], None]) -> SpillFile:
-        raise FileNotFoundError(errno.ENOENT, "there is no state directory")
+        raise AssertionError("there is no state directory")
 
     def keep_mirror(self, record: MirrorRecord, changes: Mapping[str, MayDiffer]) -> None:
         pass
@@ -121,7 +126,10 @@ class NullStore(StateStore):
     def commit_end(self, done: Done) -> None:
         done(None)
 
-    def undo_end(self) -> None:
+    def undo_end(self, done: Done) -> None:
+        done(None)
+
+    def end_is_final(self) -> None:
         pass
 
     def forget_mirror(self, done: Done) -> None:

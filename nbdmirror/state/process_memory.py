@@ -14,6 +14,7 @@ from nbdmirror.state.null_store import NewBitmap
 from nbdmirror.state.recent import RECENT_BYTES, REMAINDER_BYTES, ShmRemainder
 from nbdmirror.state.recovery import (
     ALIVE,
+    FLUSH_FAILED,
     JOURNAL,
     NEWEST_POINT,
     NEWEST_POINT_TIME,
@@ -101,6 +102,17 @@ class ProcessMemory:
             if self._remainder:
                 self.folder.remove(self._remainder)
             self.folder.is_kept = True
+
+    def flush_failed(self) -> None:
+        """The disk may lose what was not flushed, although this memory lives on: from now on the
+        log of intents counts too."""
+        if self.folder is not None:
+            try:
+                self.folder.map(FLUSH_FAILED, 1)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                self._give_up(error)
 
     def discard(self) -> None:
         """The memory is not needed any more."""

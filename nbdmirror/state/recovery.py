@@ -8,7 +8,8 @@
 Memory that outlives the process (shared_memory.ShmDirectory) has the bitmaps themselves and the
 requests in flight. This module writes nothing: `recover` reads once, at the start.
 
-Trust, best first: after an orderly end NAME.bitmaps is exact. After a kill the memory is exact.
+Trust, best first: after an orderly end NAME.bitmaps is exact. After a kill the memory is exact,
+unless the storage may have lost what was not flushed: then NAME.intents has at least where.
 After a power cut NAME.bitmaps and NAME.intents together have at least everything that is dirty. If
 another program wrote to the disk, or a needed file is damaged, everything is dirty.
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,8 @@ from nbdmirror.disk.bitmap import DirtyBitmap, bytes_of
 from nbdmirror.disk.claim import Range
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.identity import Same, same_place
+from nbdmirror.nbd_uri import is_uri
+from nbdmirror.state.bitmap_snapshot import BitmapSnapshot
 from nbdmirror.state.disk_file import (
     DiskIdentity,
     LastSeen,
@@ -42,15 +44,11 @@ from nbdmirror.state.journal import is_untouched, ranges_left
 from nbdmirror.state.json_record import (
     COUNT,
     FLAG,
-    ID,
-    INTEGER,
     NUMBER,
     TEXT,
     Key,
     ListOf,
-    MapOf,
     Object,
-    dump,
     load,
     write,
 )
@@ -58,7 +56,7 @@ from nbdmirror.state.recent import parts_left
 from nbdmirror.state.sealed_files import Folder, StateError, UnknownFormat, seal, unseal
 from nbdmirror.state.shared_memory import ShmDirectory
 
-KIND_BITMAPS, KIND_PIVOTED = "bitmaps", "pivoted"
+KIND_PIVOTED = "pivoted"
 
 RECORD_ID_LENGTH = 8
 
@@ -72,58 +70,10 @@ NEWEST_POINT, NEWEST_POINT_TIME = "newest-point", "newest-point-time"
 """Files of memory: the requests in progress; the last ones; when the process was last alive
 (LastSeen); the number of the mirror's last committed point, in NUMBER_BYTES."""
 
+FLUSH_FAILED = "flush-failed"
+"""A file of memory that exists if a flush of the disk has failed."""
+
 NUMBER_BYTES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotHead:
-    """The first line of NAME.bitmaps."""
-
-    disk_id: Annotated[str, Key("disk", ID)]
-    time_s: Annotated[float, Key("time", NUMBER)]
-    lengths: Annotated[dict[str, int], Key("bitmaps", MapOf(COUNT))]
-    """Lengths of the packed bitmaps that follow, in bytes, by their keys."""
-    mtime_ns: Annotated[int, Key("mtime", INTEGER)] = 0
-    newest_point: Annotated[int, Key("newest_point", COUNT)] = 0
-    newest_point_ns: Annotated[int, Key("newest_point_time", COUNT)] = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BitmapSnapshot:
-    """NAME.bitmaps: DirtyBitmap.to_bytes of each bitmap, by its key."""
-
-    disk_id: str
-    time_s: float
-    bits: dict[str, bytes]
-    mtime_ns: int = 0
-    """The file's time of change at the save; 0 without a file, or from an older version."""
-    newest_point: int = 0
-    """The number of the mirror's last committed point; 0: none."""
-    newest_point_ns: int = 0
-    """The wall time of that point, in nanoseconds since 1970; 0: not known."""
-
-    def to_bytes(self) -> bytes:
-        packed = {key: zlib.compress(bits, 1) for key, bits in self.bits.items()}
-        lengths = {key: len(one) for key, one in packed.items()}
-        point = self.newest_point, self.newest_point_ns
-        head = SnapshotHead(self.disk_id, self.time_s, lengths, self.mtime_ns, *point)
-        return seal(KIND_BITMAPS, b"".join([dump(head, indent=None), b"\n", *packed.values()]))
-
-    @classmethod
-    def from_bytes(cls, content: bytes, sizes: dict[str, int]) -> Self:
-        """`sizes`: the bytes of each wanted bitmap, by its key. Raises StateError."""
-        head, _, rest = unseal(KIND_BITMAPS, content).partition(b"\n")
-        said = load(SnapshotHead, head)
-        bits: dict[str, bytes] = {}
-        for key, length in said.lengths.items():
-            if key in sizes:
-                try:
-                    bits[key] = zlib.decompressobj().decompress(rest[:length], sizes[key] + 1)
-                except zlib.error as error:
-                    raise StateError(f"bitmap {key}: cannot be unpacked: {error}") from error
-            rest = rest[length:]
-        point = said.newest_point, said.newest_point_ns
-        return cls(said.disk_id, said.time_s, bits, said.mtime_ns, *point)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +113,9 @@ class PivotRecord:
         said = write(self)
         if not self.has_ended:
             del said["has_ended"]  # as older versions write it, so with the same ID
+        for side in said["left"]:
+            if not side["birth_ns"]:
+                del side["birth_ns"]  # the same
         return seal(KIND_PIVOTED, json.dumps(said, indent=1).encode())
 
     @classmethod
@@ -321,11 +274,13 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
         if memory is not None and last is not None:
             requests = memory.read(JOURNAL) or b""
             check_unchanged_since_killed(source, last, was_idle=is_untouched(requests))
-            _take_from_memory(memory, found, sizes)
             # The log of intents stays on disk until the bitmaps have been saved again.
             found.is_log_needed = True
             with suppress(StateError):
                 found.log = _log(folder, files, definition)
+            if sizes and (is_uri(source) or memory.read(FLUSH_FAILED) is not None):
+                found.ranges += _unflushed(folder, files, found, sizes)
+            _take_from_memory(memory, found, sizes)
             return
         saved = _saved(folder, files, found, sizes)
         found.bits = {key: [bits] for key, bits in saved.bits.items()}
@@ -341,9 +296,20 @@ def _load_trusted(folder: Folder, files: dict[str, str], found: RecoveredState) 
     _check_sizes(found, sizes)
 
 
+def _unflushed(
+    folder: Folder, files: dict[str, str], found: RecoveredState, sizes: dict[str, int]
+) -> list[Range]:
+    """Where the disk may have lost what guests wrote, although this host lives: its NBD server may
+    have ended as well, or a flush has failed. Raises StateError if that is not known: the log of
+    intents has it from the first save on."""
+    if sizes.keys().isdisjoint(_saved(folder, files, found, sizes).bits):
+        raise StateError(f"{files['bitmaps']}: is older than the mirror and the bitmaps")
+    return list(_log(folder, files, found.definition).ranges())
+
+
 def _take_from_memory(memory: ShmDirectory, found: RecoveredState, sizes: dict[str, int]) -> None:
     found.bits = {key: memory.bits_of(key) for key in sizes}
-    found.ranges = ranges_left(memory.read(JOURNAL) or b"")
+    found.ranges += ranges_left(memory.read(JOURNAL) or b"")
     found.newest_point, found.newest_point_ns = (
         int.from_bytes(memory.read(name) or b"", sys.byteorder)
         for name in (NEWEST_POINT, NEWEST_POINT_TIME)

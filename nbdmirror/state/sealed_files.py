@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nbdmirror.errors import ConfigError, Error
+from nbdmirror.paths import absolute_path
 
 VERSION = 1
 LOCK = "lock"
@@ -116,7 +117,7 @@ class DiskFolder(Folder):
     def __init__(self, path: Path) -> None:
         """Creates the directory, mode 0700, if it does not exist. Raises ConfigError."""
         self.path = path
-        self._place = os.path.abspath(path)  # nbdkit leaves its directory
+        self._place = absolute_path(str(path))  # nbdkit leaves its directory
         try:
             with suppress(FileExistsError):
                 path.mkdir(mode=0o700)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +22,8 @@ from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.disk.changes import MayDiffer
 from nbdmirror.disk.ledger import Ledger
+from nbdmirror.errors import IO_ERRORS
+from nbdmirror.state.bitmap_snapshot import BitmapSnapshot
 from nbdmirror.state.checkpoint import Bits, Checkpoints
 from nbdmirror.state.disk_file import DiskIdentity, mtime_ns
 from nbdmirror.state.disk_record import BitmapRecord, DiskRecord, MirrorRecord
@@ -32,7 +33,8 @@ from nbdmirror.state.null_store import FORGET_S_MAX, NewBitmap, StateStore, done
 from nbdmirror.state.pivots import note_end
 from nbdmirror.state.process_memory import ProcessMemory
 from nbdmirror.state.recent import ShmRemainder
-from nbdmirror.state.recovery import BitmapSnapshot, PivotRecord, RecoveredState, names
+from nbdmirror.state.record_files import Ending, RecordFiles
+from nbdmirror.state.recovery import PivotRecord, RecoveredState, names
 from nbdmirror.state.sealed_files import Folder, Slots
 from nbdmirror.state.shared_memory import discard_left
 from nbdmirror.state.spill import SpillFile
@@ -85,10 +87,12 @@ class DiskStore(StateStore):
         self.journal = self._memory.journal
         self._mirror: _Mirror | None = None
         self._bitmaps: dict[str, tuple[BitmapRecord, DirtyBitmap]] = {}
-        self._ending: tuple[DiskRecord | None, PivotRecord | None] | None = None
-        """The files that are prepared for `commit_end`."""
+        self._records = RecordFiles(folder, self.files)
+        self._ending: Ending | None = None
+        """None as well if something else was saved since it was prepared."""
+        self._is_committing = False
         self._ended: tuple[_Mirror | None, PivotRecord | None, DiskIdentity] | None = None
-        """The state before the last end."""
+        """The state before the last end, while that may be undone."""
         self._is_pivot_in_doubt = False
         """NAME.pivoted may be wrong."""
         self.is_left = True
@@ -115,6 +119,8 @@ class DiskStore(StateStore):
         self._writer = writer
         self._pivoted = note_end(self.folder, self.name, self._pivoted, has_ended=False)
         self._memory.begin(self._disk_id, writer)
+        if self.heartbeat is not None:  # before the first beat a later disk may be refused
+            self.heartbeat.check(self._identity.source)
         self.journal = self._memory.journal
         found = self.found
         if found is not None and found.problem:
@@ -136,24 +142,32 @@ class DiskStore(StateStore):
             writer=writer,
             bits=self._bits,
             write=self._write_bits,
-            flush=flush,
+            flush=partial(self._flush, flush),
             is_at_rest=self._is_at_rest,
         )
+
+    def _flush(self, flush: Callable[[], None]) -> None:
+        try:
+            flush()
+        except IO_ERRORS:
+            self._memory.flush_failed()
+            raise
 
     def begun(self) -> None:
         """Everything that was found is in use again, or given up: save that, and wait. Before this
         returns no guest may write, since the earlier process's memory still counts. Not on the
-        loop's thread."""
+        loop's thread. Raises OSError."""
+        if self.found is not None and self.found.definition.clean_mtime_ns is not None:
+            # Not before: until now the start may be refused, and the disk be changed after that.
+            self._records.write(replace(self.found.definition, clean_mtime_ns=None))
         before, self.found = self.found, None
         if before is not None:
             self._save()
-            with suppress(OSError):  # already reported
-                self._saves.result()
+            self._saves.exception()  # reported already
             discard_left(self._disk_id, before.definition.memory, but=self._memory.folder)
 
     def _put_aside(self, found: RecoveredState) -> None:
-        """Put unusable files aside, before anything else: with a new log of intents they would be
-        trusted at the next start."""
+        """Put unusable files aside first: with a new log of intents the next start trusts them."""
         for name in found.refused:
             self.folder.refuse(name)
         self.folder.commit([], [self.files["bitmaps"]])
@@ -171,7 +185,7 @@ class DiskStore(StateStore):
         return self._memory.remainder(key)
 
     def new_spill(self, size: int, call_soon: Callable[[Callable[[], None]], None]) -> SpillFile:
-        return SpillFile(self.folder.path, size, call_soon)
+        return SpillFile(self.folder.path, size, call_soon, self._writer.no_spill)
 
     def note_point(self, number: int, time_ns: int) -> None:
         if not self._is_suspended:
@@ -196,7 +210,9 @@ class DiskStore(StateStore):
 
     @property
     def _is_needed(self) -> bool:
-        return self._mirror is not None or bool(self._bitmaps)
+        """Whether guests write to the log of intents. A request that is held while an end may be
+        undone has done so when it goes on."""
+        return self._mirror is not None or bool(self._bitmaps) or self._ended is not None
 
     def _definition(self, *, has_mirror: bool = True) -> DiskRecord | None:
         """The content for NAME.json; None if there is no mirror and no bitmap."""
@@ -215,11 +231,12 @@ class DiskStore(StateStore):
         """Save the definition, and repeat until that succeeds."""
         if self.found is not None:
             return  # not yet: a part of the found state may not be in use again
-        self._ending = None  # the prepared end is out of date, and shares a file
+        self._ending = None  # it is out of date, and its file is used now
         if self._is_needed and self.journal.regions is None:
             self._checkpoints.begin_anew()
         self.journal.regions = self._regions if self._is_needed else None
-        definition = self._definition()
+        # This comes after an end that is being recorded. If that fails, the end is undone.
+        save = self._saving(self._definition(has_mirror=not self._is_committing))
 
         def done(error: BaseException | None) -> None:
             if self._saves is not saves:
@@ -229,90 +246,16 @@ class DiskStore(StateStore):
             elif not self._is_suspended:
                 self._writer.call_later(RETRY_S, self._save)
 
-        call = partial(self._write, definition)
-        if self._is_pivot_in_doubt:
-            call = partial(self._write_pivoted, self._pivoted, definition)
-        saves = self._saves = self._writer.submit(call)
+        saves = self._saves = self._writer.submit(save)
         self._writer.then(saves, done)
 
-    def _write(self, definition: DiskRecord | None) -> None:
-        self._prepare(definition, None)
-        self._commit(definition, None)
+    def _saving(self, definition: DiskRecord | None) -> Callable[[], None]:
+        if self._is_pivot_in_doubt:
+            return partial(self._records.write_both, definition, self._pivoted)
+        return partial(self._records.write, definition)
 
-    def _write_pivoted(self, pivoted: PivotRecord | None, definition: DiskRecord | None) -> None:
-        self._prepare(definition, pivoted)
-        if pivoted is None:
-            self.folder.commit([], [self.files["pivoted"]])
-        self._commit(definition, pivoted)
-
-    def _prepare(self, definition: DiskRecord | None, pivoted: PivotRecord | None) -> None:
-        if pivoted is not None:
-            self.folder.prepare(self.files["pivoted"], pivoted.to_bytes())
-        if definition is not None:
-            self.folder.prepare(self.files["definition"], definition.to_bytes())
-
-    def _commit(self, definition: DiskRecord | None, pivoted: PivotRecord | None) -> None:
-        """Commit the pivot first: it says where the disk is, whatever the other file says."""
-        names = [self.files["pivoted"]] if pivoted is not None else []
-        if definition is not None:
-            self.folder.commit([*names, self.files["definition"]])
-        else:
-            self.folder.commit(names, [self.files["definition"], self.files["bitmaps"]])
-
-    # A mirror's end.
-
-    def prepare_end(self, pivot_to: str, done: Done) -> None:
-        pivoted, identity = None, self._identity
-        if pivot_to:
-            now_s = self._writer.clock()
-            pivoted = PivotRecord.after(self._pivoted, self._identity, pivot_to, now_s)
-            identity = DiskIdentity(pivot_to, self._identity.size)
-        definition = self._definition(has_mirror=False)
-        if definition is not None:
-            definition = replace(definition, identity=identity)
-
-        def prepared(error: BaseException | None) -> None:
-            self._ending = (definition, pivoted) if error is None else None
-            done(error)
-
-        self._ending = None
-        future = self._writer.submit(partial(self._prepare, definition, pivoted))
-        self._writer.then(future, prepared)
-
-    def commit_end(self, done: Done) -> None:
-        if self._ending is None:
-            done(OSError(0, "the state has changed in the meantime"))
-            return
-        definition, pivoted = self._ending
-        before = (self._mirror, self._pivoted, self._identity)
-
-        def committed(error: BaseException | None) -> None:
-            self._ended = before
-            self._mirror = None
-            if pivoted is not None:
-                self._pivoted = pivoted
-                self._identity = DiskIdentity(pivoted.truth, self._identity.size)
-            self.journal.regions = self._regions if self._is_needed else None
-            if error is not None:
-                self.undo_end()  # a part may have been done
-            done(error)
-
-        call = partial(self._commit, definition, pivoted)
-        self._writer.then(self._writer.submit(call), committed)
-
-    def undo_end(self) -> None:
-        if self._ended is not None:
-            self._mirror, self._pivoted, self._identity = self._ended
-            self._ended = None
-            self._is_pivot_in_doubt = True
-            self._save()
-
-    def forget_mirror(self, done: Done) -> None:
-        if self._is_suspended:
-            done(None)
-            return
-        self._mirror = None
-        self._save()
+    def _when_saved(self, done: Done) -> None:
+        """Call `done` when the last save has ended, or after FORGET_S_MAX."""
         calls = [done]
 
         def once(error: BaseException | None = None) -> None:
@@ -321,6 +264,70 @@ class DiskStore(StateStore):
 
         self._writer.call_later(FORGET_S_MAX, once)
         self._writer.then(self._saves, once)
+
+    # A mirror's end.
+
+    def prepare_end(self, pivot_to: str, done: Done) -> None:
+        definition, before, left = self._definition(has_mirror=False), self._pivoted, self._identity
+        if pivot_to and definition is not None:
+            definition = replace(definition, identity=DiskIdentity(pivot_to, left.size))
+        ending = self._ending = Ending(definition)
+
+        def prepare() -> None:  # all of it on the writer's thread: `after` queries files
+            if pivot_to:
+                now_s = self._writer.clock()
+                ending.pivoted = PivotRecord.after(before, left, pivot_to, now_s)
+            self._records.prepare(definition, ending.pivoted)
+
+        def prepared(error: BaseException | None) -> None:
+            ending.is_prepared = error is None
+            done(error)
+
+        self._writer.then(self._writer.submit(prepare), prepared)
+
+    def commit_end(self, done: Done) -> None:
+        ending, self._ending = self._ending, None
+        if ending is None or not ending.is_prepared:
+            done(OSError(0, "the state has changed in the meantime"))
+            return
+        pivoted, self._is_committing = ending.pivoted, True
+
+        def committed(error: BaseException | None) -> None:
+            self._is_committing = False
+            self._ended = (self._mirror, self._pivoted, self._identity)
+            self._mirror = None
+            if pivoted is not None:
+                self._pivoted = pivoted
+                self._identity = DiskIdentity(pivoted.truth, self._identity.size)
+            if error is not None:  # a part may have been done
+                self.undo_end(lambda _: done(error))
+            else:
+                done(None)
+
+        call = partial(self._records.commit, ending.definition, pivoted)
+        self._writer.then(self._writer.submit(call), committed)
+
+    def undo_end(self, done: Done) -> None:
+        if self._ended is not None:
+            self._mirror, self._pivoted, self._identity = self._ended
+            self._ended = None
+            self._is_pivot_in_doubt = True
+            self._checkpoints.begin_anew()  # the saved bits may have gone with the record
+            self._save()
+        self._when_saved(done)
+
+    def end_is_final(self) -> None:
+        self._ended = None
+        if not self._is_needed:
+            self.journal.regions = None
+
+    def forget_mirror(self, done: Done) -> None:
+        if self._is_suspended:
+            done(None)
+            return
+        self._mirror = None
+        self._save()
+        self._when_saved(done)
 
     # What is dirty.
 
@@ -368,16 +375,23 @@ class DiskStore(StateStore):
             self._since = self.new_bitmap(record.key)(self._identity.size, record.granularity)
             ledger.attach(self._since)
 
-    def finish(self) -> None:
-        """Save the final state, after the last guest, and after the disk was flushed and closed.
-        For any thread but the loop's. Raises OSError; then the next start recovers as after a
-        kill."""
+    def finish(self, *, is_flushed: bool) -> None:
+        """Save the final state, after the last guest, and after the disk was flushed, if that has
+        succeeded, and closed. For any thread but the loop's. The next start recovers as after a
+        kill if this raises OSError, if the disk is not flushed, or if a guest's request has not
+        ended: it may change the disk yet."""
         definition = self._definition()
-        if definition is not None:
+        is_clean = is_flushed and not self.journal.under_way()
+        if definition is not None and is_clean:
             self._write_bits(self._bits())
             clean = mtime_ns(self._identity.source)
-            self._write(replace(definition, memory="", clean_mtime_ns=clean))
+            definition = replace(definition, memory="", clean_mtime_ns=clean)
+        if definition is not None or self._saves.exception() is not None:
+            self._saving(definition)()
         if self.is_left and not self._is_pivot_in_doubt:
             note_end(self.folder, self.name, self._pivoted, has_ended=True)
-        self._memory.discard()
+        if definition is None or is_clean:
+            self._memory.discard()
+        elif not is_flushed:
+            self._memory.flush_failed()
         self._regions.close()

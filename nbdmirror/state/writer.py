@@ -1,8 +1,9 @@
-"""Writer: the thread that writes a disk's state, and reports its errors. Each disk has one, since
-the thread flushes the disk as well, and a disk may hang.
+"""Writer: the thread that writes a disk's state, a thread that flushes the disk for that, and how
+errors of both are reported. A disk has its own, since a disk may hang. A flush has a thread of its
+own, since a flush may take long, and guests are held while a pivot is written down.
 
-Calls run one after the other, in the order of `submit`. For the event loop's thread, except
-`failed`.
+Calls run one after the other, in the order of `submit`; flushes in the order of `flush`. For the
+event loop's thread, except `failed` and `no_spill`.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class Writer:
         self._loop = loop
         self._events = events
         self._thread = Workers("nbdmirror-state", 1)
+        self._flusher = Workers("nbdmirror-flush", 1)
         self._told_s = -QUIET_S
         self._error = ""
-        self._began_s: float | None = None
-        """Since when the present call has run."""
+        self._began_s: dict[Workers, float] = {}
+        """Since when the present call of each thread has run."""
         self._is_told = False
 
     @property
@@ -54,8 +56,8 @@ class Writer:
 
     @property
     def _silent_s(self) -> float:
-        began_s = self._began_s
-        return 0.0 if began_s is None else self._loop.clock() - began_s
+        now_s = self._loop.clock()
+        return now_s - min(list(self._began_s.values()), default=now_s)
 
     def look(self) -> None:
         """Report a write that does not end. Called about once a second."""
@@ -65,10 +67,16 @@ class Writer:
         self._tell(self.problem)
 
     def submit(self, call: Callable[[], None]) -> Future[None]:
-        """Run `call` on the thread. An error of the directory, or of a flush of the disk, is
-        reported."""
+        """Run `call` on the writing thread. An error of the directory is reported."""
+        return self._submit(self._thread, call)
+
+    def flush(self, call: Callable[[], None]) -> Future[None]:
+        """Run `call`, a flush of the disk, on the flushing thread. An error is reported."""
+        return self._submit(self._flusher, call)
+
+    def _submit(self, thread: Workers, call: Callable[[], None]) -> Future[None]:
         future: Future[None] = Future()
-        self._thread.submit(partial(self._do, call, future))
+        thread.submit(partial(self._do, thread, call, future))
         return future
 
     def then(self, future: Future[None], done: Done) -> None:
@@ -91,17 +99,29 @@ class Writer:
             self._told_s = now_s
             self._tell(self._error)
 
+    def no_spill(self, error: OSError) -> None:
+        """Report that a spill file cannot be created: the state is saved all the same. For any
+        thread."""
+        reason = f"no spill file: {error}; what guests overwrite is kept in memory alone"
+        log.error("%s", reason)
+        self._send(reason)
+
     def _tell(self, reason: str) -> None:
         log.error("state cannot be saved: %s; guests are still served", reason)
+        self._send(reason)
+
+    def _send(self, reason: str) -> None:
         self._events.append("X_NBDMIRROR_STATE_ERROR", {"reason": reason})
 
     def stop(self, timeout_s: float) -> bool:
         """Wait for all submitted calls, for `timeout_s` at most. Returns whether they are done. For
         any thread but the loop's."""
-        return self._thread.wait(timeout_s)
+        until_s = self._loop.clock() + timeout_s
+        is_flushed = self._flusher.wait(timeout_s)
+        return self._thread.wait(max(0.0, until_s - self._loop.clock())) and is_flushed
 
-    def _do(self, call: Callable[[], None], future: Future[None]) -> None:
-        self._began_s = self._loop.clock()
+    def _do(self, thread: Workers, call: Callable[[], None], future: Future[None]) -> None:
+        self._began_s[thread] = self._loop.clock()
         try:
             call()
         except BaseException as error:  # noqa: BLE001 - the future's owner gets it
@@ -112,10 +132,11 @@ class Writer:
             self._error = ""
             future.set_result(None)
         finally:
-            self._note_end()
+            self._note_end(thread)
 
-    def _note_end(self) -> None:
-        self._began_s, took_s = None, self._silent_s
-        if self._is_told:
+    def _note_end(self, thread: Workers) -> None:
+        took_s = self._silent_s
+        del self._began_s[thread]
+        if self._is_told and self._silent_s < TOLD_S:
             self._is_told = False
             log.warning("the state directory, or the disk, answers after %s", duration(took_s))

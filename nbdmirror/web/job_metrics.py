@@ -144,6 +144,11 @@ JOB_METRICS: tuple[Metric, ...] = (
         key("target-connected"),
     ),
     Metric(
+        "nbdmirror_job_journal_connected",
+        "Whether the journal is there (1) or lost (0).",
+        key("journal-connected"),
+    ),
+    Metric(
         "nbdmirror_job_io_ok",
         "Whether the job runs (1), or was stopped by an error (0).",
         is_one_of("io-status", "ok"),

@@ -24,6 +24,10 @@ LISTENERS_MAX = 16
 REFRESH_S = 1.0
 """A page changes no more often."""
 SILENCE_S_MAX = 15.0
+"""A page gets a sign of life after so long without another message. Only a message shows the page,
+and this process, that the other one is gone."""
+SILENT_MS = 45_000
+"""A page that has heard nothing for longer says that it is not live."""
 LISTENING_S_MAX = 300.0
 """Then a page asks again, by itself: one that is gone without a word does not keep its place."""
 AGAIN_MS = 2000
@@ -40,7 +44,7 @@ class Live:
         self._made_of = -1
 
     def page(self) -> str:
-        return page.page(self._name, self._servers(), self._host.history)
+        return page.page(self._name, self._servers(), self._host.history, SILENT_MS)
 
     def _servers(self) -> str:
         """As of now; made once for all."""
@@ -60,29 +64,32 @@ class Live:
     async def _messages(self, newest: int) -> AsyncIterator[str]:
         """`newest`: the number of the last event that is there already."""
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + LISTENING_S_MAX
+        said_s = loop.time()
+        end_s = said_s + LISTENING_S_MAX
         shown, version = "", -1
         yield f"retry: {AGAIN_MS}\n\n"
         while loop.time() < end_s:
-            version = self._host.version
+            messages, version = [], self._host.version
             if (html := self._servers()) != shown:
                 shown = html
-                yield _message("servers", html, newest)
+                messages.append(_message("servers", html, newest))
             if notes := [note for note in self._host.history.notes if note.number > newest]:
                 newest = notes[0].number
-                yield _message("events", page.events_html(notes), newest)
-            if not await self._has_news(version):
-                yield ": nothing new\n\n"
+                messages.append(_message("events", page.events_html(notes), newest))
+            if not messages and loop.time() - said_s >= SILENCE_S_MAX:
+                messages.append(_message("alive", "", newest))
+            for message in messages:
+                said_s = loop.time()
+                yield message
+            await self._news(version, said_s + SILENCE_S_MAX)
             await asyncio.sleep(REFRESH_S)
 
-    async def _has_news(self, version: int) -> bool:
-        """Waits for what is newer than `version`; not for ever, since only a message shows that a
-        client is gone."""
+    async def _news(self, version: int, until_s: float) -> None:
+        """Returns when there is anything newer than `version`, or at that time of the loop."""
         if self._host.version == version:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SILENCE_S_MAX):
+                async with asyncio.timeout_at(until_s):
                     await self._host.changed()
-        return self._host.version != version
 
 
 def _message(kind: str, html: str, newest: int) -> str:

@@ -71,10 +71,12 @@ class Server:
     disks: list[Disk]
 
 
-def page(host: str, servers: str, history: History) -> str:
-    """`servers`: what servers_html has made."""
+def page(host: str, servers: str, history: History, silent_ms: int) -> str:
+    """`servers`: what servers_html has made. `silent_ms`: a page that has heard nothing for longer
+    is not live."""
+    events = events_html(list(history.notes))
     template = _ENVIRONMENT.get_template("page.html")
-    return template.render(host=host, servers=servers, events=events_html(list(history.notes)))
+    return template.render(host=host, servers=servers, events=events, silent_ms=silent_ms)
 
 
 def servers_html(reports: list[Report], history: History, unanswered: int = 0) -> str:

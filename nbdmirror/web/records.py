@@ -62,8 +62,9 @@ def member(owner: Record, key: str) -> Record:
 
 
 def is_well(job: Record) -> bool:
-    """It was not stopped by an error, and its target is there."""
-    return job.get("io-status", "ok") == "ok" and job.get("target-connected") is not False
+    """It was not stopped by an error, and its far side is there."""
+    is_lost = False in (job.get("target-connected"), job.get("journal-connected"))
+    return job.get("io-status", "ok") == "ok" and not is_lost
 
 
 def number(value: Any) -> float | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import time
 from types import FrameType
@@ -19,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nbdmirror.ending_signals import heeded
 from nbdmirror.web.app import HEADERS, application
 from nbdmirror.web.host import Connect, Find, Host
 from nbdmirror.web.live import EVENTS
@@ -63,12 +63,11 @@ def _config(app: ASGIApp) -> uvicorn.Config:
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._ignores_interrupts = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        """As in the background of a script."""
+        self._heeded = heeded()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal is the way this is meant to end: it is not raised again afterwards."""
-        if sig != signal.SIGINT or not self._ignores_interrupts:
+        if sig in self._heeded:
             self.end()
 
     def end(self) -> None:

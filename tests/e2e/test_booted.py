@@ -24,7 +24,7 @@ STORAGE = """
 User=nbdmirror
 RuntimeDirectory={name}
 {more}
-ExecStart=qemu-nbd -f raw -t -e 9 -k /run/{name}/nbd /srv/test/{name}.img
+ExecStart={command} /srv/test/{image}
 [Install]
 WantedBy=multi-user.target
 """
@@ -63,9 +63,9 @@ def host(folder: Path) -> Iterator[Booted]:
         yield host
 
 
-def configure(host: Booted, disks: str, options: str = "") -> None:
+def configure(host: Booted, disks: str, name: str = "vm1", *, options: str = "") -> None:
     text = f"DISKS='{disks}'\nOPTIONS='{options}'\n"
-    host.run(f"cat >/etc/nbdmirror/vm1.conf <<'END'\n{text}END")
+    host.run(f"cat >/etc/nbdmirror/{name}.conf <<'END'\n{text}END")
 
 
 def add_unit(host: Booted, name: str, text: str) -> None:
@@ -73,9 +73,23 @@ def add_unit(host: Booted, name: str, text: str) -> None:
     host.run("systemctl daemon-reload")
 
 
-def add_storage(host: Booted, name: str, more: str = "") -> str:
-    """A qemu-nbd of NAME.img. Returns its URI in there."""
-    add_unit(host, name, STORAGE.format(name=name, more=more))
+def storage(name: str, more: str = "") -> str:
+    """A unit with a qemu-nbd of NAME.img."""
+    command = f"qemu-nbd -f raw -t -e 9 -k /run/{name}/nbd"
+    return STORAGE.format(name=name, more=more, command=command, image=f"{name}.img")
+
+
+def add_storage(host: Booted, name: str) -> str:
+    """Its URI in there."""
+    add_unit(host, name, storage(name))
+    return f"nbd+unix:///?socket=/run/{name}/nbd"
+
+
+def add_lender(host: Booted, name: str, image: str) -> str:
+    """A server that takes no locks. Returns its URI in there."""
+    command = f"nbdkit -f -U /run/{name}/nbd file"
+    add_unit(host, name, STORAGE.format(name=name, more="", command=command, image=image))
+    host.run(f"systemctl start {name}")
     return f"nbd+unix:///?socket=/run/{name}/nbd"
 
 
@@ -131,8 +145,33 @@ def test_a_killed_server_is_back_and_its_mirror_goes_on(
     identical(guest, target)
 
 
+def test_two_units_see_each_other(host: Booted, folder: Path, identical: Identical) -> None:
+    """What one of them writes to is no target of the other one, by whatever way. And each knows
+    the boot, without which it would not know its disk's file again."""
+    disk = make_image(folder / "disk.img", SIZE)
+    target = make_noise(folder / "target.img", SIZE)
+    make_image(folder / "second.img", SIZE)
+    give(host, "disk.img", "second.img", "target.img")
+    uri = add_storage(host, "target")
+    again, of_disk = (add_lender(host, f"of-{name}", f"{name}.img") for name in ("target", "disk"))
+    configure(host, "vda=/srv/test/disk.img")
+    configure(host, "vdb=/srv/test/second.img", "vm2")
+    host.run("systemctl start target nbdmirror@vm1 nbdmirror@vm2")
+    one, other = (f"NBDMIRROR_QMP=/run/nbdmirror/{name}/qmp nbdmirror" for name in ("vm1", "vm2"))
+    host.run(f"{one} mirror '{uri}' --wait ready --timeout 30")
+    user = f"is in use by process {show(host, 'MainPID')}, another nbdmirror"
+    for way in (uri, again, of_disk):
+        assert user in host.run(f"{other} mirror '{way}'", check=False), way
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert f'"{boot}"' in host.run("cat /var/lib/nbdmirror/vm1/vda.json")
+    host.run(f"{one} complete --timeout 30")
+    host.run("systemctl stop nbdmirror@vm1 nbdmirror@vm2 of-target of-disk target")
+    identical(disk, target)
+
+
 def test_the_page_of_a_hosts_servers(host: Booted, folder: Path) -> None:
-    """As the user of the servers, from before the first of them starts."""
+    """As the user of the servers, from before the first of them starts. One that was killed, and
+    cannot be started again, is missed; one that ends in order is not."""
     make_image(folder / "disk.img", SIZE)
     give(host, "disk.img")
     configure(host, "vda=/srv/test/disk.img")
@@ -149,6 +188,16 @@ def test_the_page_of_a_hosts_servers(host: Booted, folder: Path) -> None:
     wait_until(lambda: "[]" in answers(), "it answers")
     host.run("systemctl start nbdmirror@vm1")
     wait_until(lambda: "/srv/test/disk.img" in answers(), "the server is there")
+    few = "/etc/systemd/system/nbdmirror@vm1.service.d"  # 30 starts take a busy machine too long
+    host.run(f"mkdir {few} && printf '[Unit]\\nStartLimitBurst=3\\n' >{few}/few.conf")
+    host.run("systemctl daemon-reload")
+    configure(host, "vda=/srv/test/disk.img", options="--no-such-option")
+    host.kill(int(show(host, "MainPID")))
+    wait_until(lambda: show(host, "ActiveState") == "failed", "systemd has given up")
+    wait_until(lambda: "Connection refused" in answers(), "the server is missed")
+    configure(host, "vda=/srv/test/disk.img")
+    host.run("systemctl reset-failed nbdmirror@vm1 && systemctl start nbdmirror@vm1")
+    wait_until(lambda: "/srv/test/disk.img" in answers(), "the server is back")
     host.run("systemctl stop nbdmirror@vm1")
     wait_until(lambda: "[]" in answers(), "the server is there no more")
     host.run("systemctl stop nbdmirror-web")
@@ -238,7 +287,7 @@ def test_a_site_that_comes_up_in_any_order_after_a_power_cut(
     # As root, who needs no D-Bus for that, which is not on every system.
     waits = f"ExecStartPre=+sh -c 'until {look} | grep -q {pattern}; do sleep 0.1; done'"
     for name in ("disk", "target"):
-        (folder / "units" / f"{name}.service").write_text(STORAGE.format(name=name, more=waits))
+        (folder / "units" / f"{name}.service").write_text(storage(name, waits))
     host.start()
     wait_until(lambda: is_served(host), "the disk is served")
     host.run(f"{cli} wait --ready --timeout 30")

@@ -27,6 +27,13 @@ class Measured(Scene):
         is_of_target = self.cell.what in ("target", "link", "nothing")
         return is_mirror and is_of_target and not self.plan.is_write_blocking
 
+    @property
+    def _regions_count(self) -> bool:
+        """After the server's end the log of intents counts: the disk's NBD server may have lost
+        what guests had not flushed."""
+        is_on_nbd = self.source is not None and self.cell.what in ("server", "both")
+        return self.plan.is_power_cut or is_on_nbd
+
     def _wait_pivoted(self) -> None:
         self.qmp.wait_completed()
         self.is_pivoted = True
@@ -72,9 +79,9 @@ class Measured(Scene):
         self.outcome.compared_bytes += SIZE
 
     def _may_differ(self, lost_at: int) -> set[int]:
-        """The granules that may be sent again: what guests have written to since READY (after a
-        power cut the regions); in the first copy, what had not been sent and flushed."""
-        unit = REGION if self.plan.is_power_cut else GRANULE
+        """The granules that may be sent again: what guests have written to since READY (or the
+        regions); in the first copy, what had not been sent and flushed."""
+        unit = REGION if self._regions_count else GRANULE
         touched = _units([_round_out(*one, unit) for one in self.guest.touched])
         if self.cell.phase != "first copy":
             return touched
@@ -85,7 +92,7 @@ class Measured(Scene):
         since the last may not have been answered, all but what may have been in flight then. In
         write-blocking mode guests' flushes reach the target too, and count for nothing."""
         plan = self.plan
-        if plan.is_power_cut or plan.is_write_blocking or not isinstance(self.target, Lossy):
+        if self._regions_count or plan.is_write_blocking or not isinstance(self.target, Lossy):
             return set()
         requests = self.target.requests()[:lost_at]
         flushes = [index for index, (kind, _, _) in enumerate(requests) if kind == "flush"]

@@ -85,7 +85,7 @@ class Round(Measured):
             self._wait_caught_up()
             self.guest.touched.clear()  # the rest was flushed for READY
             self._rouse()
-        if self.cell.what in ("server", "both") and plan.is_power_cut:
+        if self.cell.what in ("server", "both") and self._regions_count:
             self._have_it_saved()
         if self.cell.guest == "busy":
             self.guest.wait_for_requests(plan.requests)
@@ -115,7 +115,9 @@ class Round(Measured):
             return
         is_stepwise = self.plan.step is not None and self.cell.what in ("server", "both")
         if is_stepwise:
-            self.step_path.write_text(str(self.plan.step))
+            aside = self.step_path.with_suffix(".new")  # the server never finds it empty
+            aside.write_text(str(self.plan.step))
+            aside.rename(self.step_path)
         self.qmp.socket.sendall(b'{"execute": "block-job-complete", "arguments": {"device": "j"}}')
         if is_stepwise:
             self._wait_over(self.server)

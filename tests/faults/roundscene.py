@@ -21,7 +21,6 @@ from faults.witness import Witness
 from support.images import make_image, make_noise
 from support.kept import Kept
 from support.losing import SELDOM_FLUSHES, Lossy
-from support.processes import nbdmirror_environment, patched
 from support.proxy import Proxy
 from support.qmpclient import Qmp
 from support.serverprocess import Server
@@ -68,11 +67,6 @@ class Mirror(Kept):
     """With no bugs of ours in what it says; nbdkit and the log speak of guests and targets lost."""
 
     unwanted = r"Traceback|CRITICAL|AssertionError|error in the event loop"
-    patches = ""
-
-    def environment(self) -> dict[str, str]:
-        environment = nbdmirror_environment()
-        return patched(environment, self.folder, self.patches) if self.patches else environment
 
     def memory(self) -> list[Path]:
         """The folders of memory that outlives it; of a process that runs."""

@@ -33,7 +33,7 @@ class Ending(NbdkitTarget):
         assert process is not None
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: process.poll() is not None, "its clients leave, and the server ends")
-        assert process.returncode == 0, self.stderr
+        self.check_end(process.returncode)
         self.process = None
         self.socket.unlink(missing_ok=True)
         self.start()

@@ -118,13 +118,12 @@ def test_a_broken_server_is_caught(name: str) -> None:
 
 
 SLOW_STATE = """
-import os, time
+import os
 fsync, flag = os.fsync, {flag!r}
 
 def slow(fd):
     # The state directory is slow for as long as there is the file.
-    while os.path.exists(flag):
-        time.sleep(0.01)
+    wait_while(lambda: os.path.exists(flag))
     return fsync(fd)
 
 os.fsync = slow

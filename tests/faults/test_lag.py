@@ -17,7 +17,6 @@ from support.clients import connected
 from support.fixtures import Identical, Start
 from support.images import make_noise
 from support.losing import SIZE, Lossy, end, start_mirror
-from support.processes import patched
 from support.seeds import SEED
 from support.servers import Nbdmirror
 from support.waiting import wait_until
@@ -43,8 +42,7 @@ Backlog.begin = begin_forgetfully
 class Mutant(Nbdmirror):
     """nbdmirror with FORGETFUL in it."""
 
-    def environment(self) -> dict[str, str]:
-        return patched(super().environment(), self.folder, FORGETFUL)
+    patches = FORGETFUL
 
 
 class Oracle:

@@ -16,7 +16,7 @@ from support.clients import connected, requested
 from support.fixtures import Identical, Start
 from support.images import MiB, make_image, make_noise
 from support.late import Holding
-from support.processes import freeze, patched
+from support.processes import freeze
 from support.proxy import Proxy
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import InThread, wait_until
@@ -56,8 +56,7 @@ ConnectionPool._connect_again = cut_and_connect
 
 
 class Cutting(Nbdmirror):
-    def environment(self) -> dict[str, str]:
-        return patched(super().environment(), self.folder, CUTTING)
+    patches = CUTTING
 
 
 @pytest.fixture
@@ -222,6 +221,7 @@ def test_the_test_is_able_to_fail(
     proxy = proxied(target.socket)
     server = served(start, folder, proxy, Cutting, pivoted=False)
     target.hold.touch()
+    target.last.touch()
     old = requested(server.uri(), CHANGES["write"][0])
     wait_until(target.is_holding, "it is at the server")
     reads = lose_the_others(server, proxy)
@@ -231,6 +231,7 @@ def test_the_test_is_able_to_fail(
     reads.result()
     with connected(server.uri()) as guest:
         guest.pwrite(NEW, 0)
+    target.last.unlink()
     wait_until(lambda: image.read_bytes()[:LENGTH] == OLD, "the old write is carried out last")
 
 

@@ -14,7 +14,7 @@ from support.clients import connected, requested
 from support.fixtures import Identical, Start
 from support.images import KiB, MiB, make_image, make_noise
 from support.late import Holding, refused, started
-from support.processes import freeze, patched
+from support.processes import freeze
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
@@ -45,15 +45,12 @@ ConnectionPool.unanswered = 0
 """A broken variant: it writes on a new connection whatever is in flight on the old one."""
 
 
-class Patched(Nbdmirror):
-    code = IMPATIENT
-
-    def environment(self) -> dict[str, str]:
-        return patched(super().environment(), self.folder, self.code)
+class Impatient(Nbdmirror):
+    patches = IMPATIENT
 
 
-class Careless(Patched):
-    code = IMPATIENT + CARELESS
+class Careless(Nbdmirror):
+    patches = IMPATIENT + CARELESS
 
 
 @pytest.fixture
@@ -147,9 +144,11 @@ def test_the_test_is_able_to_fail(start: Start, folder: Path, disk: Path, image:
     server = start(Careless(folder, disk, bare=True))
     leave_a_write(server, target, target.uri(), "background")
     server.qmp.start_mirror(target.uri())
+    target.last.touch()
     target.hold.unlink()
     server.qmp.wait_ready()
     server.qmp.complete()
+    target.last.unlink()
     wait_until(lambda: image.read_bytes()[: len(OLD)] == OLD, "the old write is carried out last")
 
 
@@ -266,7 +265,7 @@ def test_a_target_that_was_taken_for_lost_and_goes_on(
 ) -> None:
     """The job writes on a new connection when the old one's requests were answered."""
     target = start(QemuNbd(folder, image, shared=shared))
-    server = start(Patched(folder, disk, bare=True))
+    server = start(Impatient(folder, disk, bare=True))
     try:
         qmp = take_for_lost(start, server, target, copy_mode)
     finally:

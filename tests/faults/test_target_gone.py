@@ -159,8 +159,11 @@ def test_what_came_back_changed_is_refused_and_not_written_to(
     settings = change(target)
     before, content = target.mark(), target.image.read_bytes()
     target.come_back(**settings)
+    qmp.wait_status("standby")  # it may have been back too late
+    qmp.forget()
+    qmp.execute("block-job-resume", device="j")
     qmp.wait_status("standby")
-    assert "came back changed" in server.stderr
+    wait_until(lambda: "came back changed" in server.stderr, "the log says why")
     guest.wait_for_requests(20)
     force_cancel(qmp)
     assert not target.requests(before)
@@ -272,7 +275,7 @@ def test_a_cut_connection(
     qmp = ready(server, proxy.uri)
     guest.wait_for_requests(20)
     getattr(proxy, cut)()
-    wait_until(lambda: proxy.connections == 2, "connected again")
+    wait_until(lambda: proxy.connections >= 2, "connected again")
     copy_is_good(qmp, guest, disk, target, identical)
     assert not errors(qmp)
 
@@ -294,7 +297,7 @@ def test_a_reset_in_the_middle_of_a_write(
     else:
         qmp = ready(server, proxy.uri)
         proxy.reset_after(100_001)
-    wait_until(lambda: proxy.connections == 2, "connected again")
+    wait_until(lambda: proxy.connections >= 2, "connected again")
     copy_is_good(qmp, guest, disk, target, identical)
     assert not errors(qmp)
 
@@ -312,11 +315,11 @@ def test_a_black_hole_that_is_cut_and_a_job_that_is_paused_meanwhile(
     qmp = ready(server, proxy.uri)
     proxy.stall()
     proxy.reset()
-    wait_until(lambda: proxy.connections == 2, "a first attempt")
+    wait_until(lambda: proxy.connections >= 2, "a first attempt")
     qmp.execute("block-job-pause", device="j")
     qmp.wait_status("standby")
     qmp.execute("block-job-resume", device="j")
-    wait_until(lambda: proxy.connections == 3, "a second one")
+    wait_until(lambda: proxy.connections >= 3, "a second one")
     proxy.forward()
     copy_is_good(qmp, guest, disk, target, identical)
 
@@ -381,7 +384,7 @@ def test_closing_does_not_wait_for_a_handshake(
         assert device.announced.can_multi_conn
         proxy.stall()
         device.pool.links.ask()
-        wait_until(lambda: proxy.connections == 2, "a further connection hangs in its handshake")
+        wait_until(lambda: proxy.connections >= 2, "a further connection hangs in its handshake")
         began_s = time.monotonic()
         device.close()
         assert time.monotonic() - began_s < 10.0

@@ -116,7 +116,7 @@ def test_a_ready_mirror_becomes_a_copy(
 ) -> None:
     qmp = server.qmp
     assert command(server, "mirror", target.uri(), "--wait", "ready").returncode == DONE
-    changed = command(server, "change", "--deadline", "1", "--on-deadline", "cancel")
+    changed = command(server, "change", "--deadline", "5", "--on-deadline", "cancel")
     assert "its deadline " in changed.stdout
     assert qmp.wait_for_event("X_NBDMIRROR_DEADLINE")["done"] == "cancel"
     qmp.wait_for_event("BLOCK_JOB_COMPLETED")

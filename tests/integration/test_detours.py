@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from support.clients import connected
 from support.fixtures import Identical, Start
-from support.images import KiB, MiB, make_empty, make_image
+from support.images import KiB, MiB, make_empty, make_image, make_noise
 from support.qmpclient import Refused
-from support.servers import NbdkitTarget, Nbdmirror, OnTcp, QemuNbd
+from support.servers import NbdkitTarget, Nbdmirror, OnTcp, QemuNbd, strict_blocks
 from support.waiting import wait_until
 
 SIZE = 4 * MiB
@@ -62,6 +62,21 @@ def test_a_proxy_of_the_disk_itself(
         uri = start(behind).uri()
     text = failure(server, uri)
     assert f"{uri}: leads back to this server through another server" in text or OURS in text
+    assert image.read_bytes() == before
+
+
+def test_a_proxy_that_takes_small_requests_only(start: Start, folder: Path) -> None:
+    """A longer read would be refused, and nothing would be seen at the disk."""
+    image = make_noise(folder / "disk.img", 64 * MiB)
+    before = image.read_bytes()
+    server = start(Nbdmirror(folder, image, bare=True))
+    server.allowed = ["leads back to this server"]
+    middle = by_qemu(folder, server.uri())
+    middle.layer = 2
+    settings = (f"uri={start(middle).uri()}", *strict_blocks("4K", "4K", "4K"))
+    proxy = NbdkitTarget(folder, "nbd", *settings, filters=("blocksize-policy",))
+    proxy.layer = 3
+    assert "leads back to this server" in failure(server, start(proxy).uri())
     assert image.read_bytes() == before
 
 

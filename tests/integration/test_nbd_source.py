@@ -4,6 +4,7 @@ back: what guests' requests make of it."""
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import nbd
@@ -12,23 +13,37 @@ from support.clients import connected, nbd_errno
 from support.fixtures import Start
 from support.images import MiB, assert_identical, make_noise
 from support.losing import Lossy
-from support.servers import Nbdmirror
+from support.servers import NbdkitTarget, Nbdmirror
 from support.waiting import InThread, wait_until
 
+from nbdmirror.nbdclient.device import NbdDevice
+
 BLOCK = 4096
+SIZE = 4 * MiB
 DATA = b"\x5a" * BLOCK
 LOST = r"connection lost|not flushed|lost: |Failed to connect"
+
+PATIENT = """
+import nbdmirror.nbdclient.pool
+nbdmirror.nbdclient.pool.RECONNECT_TIMEOUT_S = 20.0
+"""
+
+
+class Patient(Nbdmirror):
+    """Requests wait for a server that takes long to start on a busy machine."""
+
+    patches = PATIENT
 
 
 @pytest.fixture(params=[True, False], ids=["multi-conn", "one connection"])
 def target(start: Start, folder: Path, request: pytest.FixtureRequest) -> Lossy:
-    image = make_noise(folder / "t.img", 4 * MiB)
+    image = make_noise(folder / "t.img", SIZE)
     return start(Lossy(folder, image, multi_conn=request.param))
 
 
 @pytest.fixture
 def server(start: Start, folder: Path, target: Lossy) -> Nbdmirror:
-    server = start(Nbdmirror(folder, target.uri(), bare=True))
+    server = start(Patient(folder, target.uri(), bare=True))
     server.allowed.append(LOST)
     return server
 
@@ -128,7 +143,9 @@ def test_a_server_that_lost_nothing_costs_no_flush(target: Lossy, server: Nbdmir
     assert_identical(20 * DATA, target.image.read_bytes()[: 20 * BLOCK])
 
 
-def test_requests_fail_in_the_end(target: Lossy, server: Nbdmirror) -> None:
+def test_requests_fail_in_the_end(start: Start, folder: Path, target: Lossy) -> None:
+    server = start(Nbdmirror(folder, target.uri(), bare=True))
+    server.allowed.append(LOST)
     with connected(server.uri()) as guest:
         target.kill()
         assert nbd_errno(guest.pread, BLOCK, 0) == errno.EIO
@@ -185,6 +202,86 @@ def test_a_server_that_is_lost_again_and_again(target: Lossy, server: Nbdmirror)
         target.come_back()
         write.result()
     assert_identical(2 * DATA, target.image.read_bytes()[: 2 * BLOCK])
+
+
+@pytest.fixture
+def grown(start: Start, folder: Path) -> NbdkitTarget:
+    """A server that looks for its image's size at each connection."""
+    return start(NbdkitTarget(folder, "file", str(make_noise(folder / "grown.img", SIZE))))
+
+
+def settled(start: Start, folder: Path, grown: NbdkitTarget, is_pivoted: bool) -> Nbdmirror:
+    """A server of that disk, from the start or since a pivot."""
+    disk = make_noise(folder / "old.img", SIZE) if is_pivoted else grown.uri()
+    server = start(Patient(folder, disk, bare=True))
+    server.allowed.append(LOST)
+    if is_pivoted:
+        server.qmp.start_mirror(grown.uri())
+        server.qmp.wait_ready()
+        server.qmp.complete()
+    return server
+
+
+@pytest.mark.guarantee("An NBD server that is restarted under a guest")
+@pytest.mark.parametrize("is_pivoted", [False, True], ids=["from the start", "after a pivot"])
+def test_a_disk_that_has_grown_meanwhile_keeps_its_size(
+    start: Start, folder: Path, grown: NbdkitTarget, is_pivoted: bool
+) -> None:
+    server = settled(start, folder, grown, is_pivoted)
+    image = folder / "grown.img"
+    with connected(server.uri()) as guest:
+        guest.pwrite(DATA, 0)
+        guest.flush()
+        os.truncate(image, SIZE + MiB)
+        grown.kill()
+        grown.come_back()
+        guest.pwrite(DATA, BLOCK)
+        guest.flush()
+        assert guest.pread(2 * BLOCK, 0) == 2 * DATA
+        assert guest.get_size() == SIZE
+    assert_identical(2 * DATA, image.read_bytes()[: 2 * BLOCK])
+
+
+def test_a_server_that_comes_back_without_multi_conn_has_one_connection(
+    grown: NbdkitTarget, folder: Path
+) -> None:
+    """A flush on one connection would not cover what was written on others."""
+    device = NbdDevice.open(grown.uri())
+    try:
+        device.pool.links.ask()
+        wait_until(lambda: device.pool.links.open, "there are two connections")
+        grown.kill()
+        grown.options.append("--filter=multi-conn")
+        grown.parameters = (*grown.parameters, "multi-conn-mode=disable")
+        grown.come_back()
+        found = bytearray(BLOCK)
+        for number in range(100):
+            device.pwrite(DATA, number * BLOCK)
+            device.pool.links.ask()
+        device.flush()
+        device.pread(memoryview(found), 0)
+        assert found == DATA
+        assert device.pool.links.connections_max == 1
+        assert not device.pool.links.open
+    finally:
+        device.close()
+    assert_identical(100 * DATA, (folder / "grown.img").read_bytes()[: 100 * BLOCK])
+
+
+def test_a_disk_that_has_shrunk_meanwhile_is_not_written_to(
+    start: Start, folder: Path, grown: NbdkitTarget
+) -> None:
+    server = start(Nbdmirror(folder, grown.uri(), bare=True))
+    server.allowed.append(LOST)
+    with connected(server.uri()) as guest:
+        os.truncate(folder / "grown.img", SIZE - MiB)
+        grown.kill()
+        grown.come_back()
+        with pytest.raises(nbd.Error, match="EIO"):
+            guest.pwrite(DATA, 0)
+    text = f"came back changed (size was {SIZE}, is {SIZE - MiB})"
+    wait_until(lambda: text in server.stderr, "the log says why")
+    assert (folder / "grown.img").read_bytes()[:BLOCK] != DATA
 
 
 def test_a_request_that_ends_its_server_each_time_fails(target: Lossy, server: Nbdmirror) -> None:

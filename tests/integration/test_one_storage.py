@@ -19,6 +19,7 @@ from support.mounts import loop_device
 from support.processes import free_port, nbdmirror, patched
 from support.serverprocess import Server
 from support.servers import NbdkitTarget, Nbdmirror, QsdTarget
+from support.waiting import wait_until
 
 from nbdmirror.identity import Peer, Same
 from nbdmirror.layers import Layer
@@ -320,6 +321,11 @@ def test_a_server_is_looked_at_once_for_each_mirror(start: Start, folder: Path) 
     for number in range(count):
         uri = target.uri(f"t{number}")
         server.qmp.execute("drive-mirror", device=f"vd{number}", target=uri, **MIRROR)
+
+    def are_ready() -> bool:
+        return all(job["ready"] for job in server.qmp.execute("query-block-jobs"))
+
+    wait_until(are_ready, "all are ready")
     for number in range(count):
         server.qmp.complete(f"vd{number}")
         assert_identical(disks[number], folder / "targets" / f"t{number}")

@@ -18,6 +18,8 @@ from support.processes import free_port
 from support.servers import NbdkitTarget, QemuNbd
 from support.waiting import InThread, wait_until
 
+from nbdmirror import identity
+from nbdmirror.cli import places
 from nbdmirror.errors import ConfigError, DeviceError
 from nbdmirror.nbdclient import pool, tls
 from nbdmirror.nbdclient.device import NbdDevice
@@ -196,7 +198,7 @@ def silent_resolver(monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[thre
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (SECOND, port))]
 
     with monkeypatch.context() as patch:
-        patch.setattr("nbdmirror.nbdclient.resolver.socket.getaddrinfo", resolve)
+        patch.setattr("nbdmirror.resolver.socket.getaddrinfo", resolve)
         try:
             yield answers
         finally:
@@ -221,6 +223,21 @@ def test_a_resolver_that_does_not_answer_takes_no_longer_than_a_server(
             with pytest.raises(ConfigError, match=r"'a-name' has no address after 0.1 s"):
                 connect(f"nbd{'s' if keys else ''}://a-name:{port}{keys}", 0.1)
             assert threads_named("nbdmirror-resolver") == 1, "they wait for one answer"
+
+
+def test_nobody_waits_longer_for_a_resolver(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To compare names, to warn of a target, to ask why a certificate is not accepted."""
+    port = free_port()
+    monkeypatch.setattr(identity, "ADDRESSES_S_MAX", 0.1)
+    monkeypatch.setattr(places, "TARGET_S_MAX", 0.1)
+    named, address = f"nbd://a-name:{port}/", f"nbd://127.0.0.1:{port}/"
+    with silent_resolver(monkeypatch, port):
+        assert identity.same_place(named, address, resolves=True) is identity.Same.UNKNOWN
+        places.warn_of_target(named)
+        assert "'a-name' has no address after 0.1 s" in capsys.readouterr().err
+        assert tls._look(tls.ClientKeys(("a-name", port)), 0.1)
 
 
 def test_a_resolver_that_answers_late(

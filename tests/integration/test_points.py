@@ -134,7 +134,7 @@ def test_a_recovery_that_is_cut_off_is_done_again(start: Start, folder: Path, ki
     source.close()
     image.stop()
     before = parts[0].read_bytes()
-    delayed = (f"file={parts[0]}", "delay-write=100ms")
+    delayed = (f"file={parts[0]}", "delay-write=500ms")
     slow = NbdkitTarget(folder / "image", "file", *delayed, filters=("delay",))
     uri = start(slow).uri()
     argv = ["recover", "--image", uri, "--journal", journal]
@@ -145,13 +145,14 @@ def test_a_recovery_that_is_cut_off_is_done_again(start: Start, folder: Path, ki
     if killed == "the command":
         command.kill()
         command.communicate(timeout=WAIT_S_MAX)
+        slow.kill()
     else:
         slow.kill()
         _, said = command.communicate(timeout=WAIT_S_MAX)
         assert command.returncode == 1
         assert said.endswith(f"nbdmirror: {uri}: connection lost; run the command again\n")
-        uri = start(QemuNbd(folder / "image", parts[0])).uri()
     assert parts[0].read_bytes() not in (before, source.contents[1])
-    again = nbdmirror("recover", "--image", uri, "--journal", journal)
+    quick = start(QemuNbd(folder / "image", parts[0])).uri()
+    again = nbdmirror("recover", "--image", quick, "--journal", journal)
     assert again.returncode == 0, again.stderr
     assert parts[0].read_bytes() == source.contents[1]

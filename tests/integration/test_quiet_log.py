@@ -3,13 +3,16 @@ lines and a count, in the foreground and in syslog, and all else that is to be s
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import nbd
 import pytest
@@ -17,6 +20,7 @@ from support.clients import connected
 from support.fixtures import Start
 from support.images import MiB, make_image
 from support.processes import patched
+from support.seeds import SEED
 from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
 from support.waiting import WAIT_S_MAX, wait_until
 
@@ -88,6 +92,42 @@ def test_clients_and_guests_that_send_rubbish(start: Start, folder: Path) -> Non
         counts = [int(n) for line in lines for n in re.findall(r"\((\d+) more within", line)]
         assert len(lines) - len(counts) + sum(counts) == 30
         assert len(lines) < 20
+
+
+FORGED = "nbdmirror: 2026-12-01 03:00:00 INFO: job vda: pivoted"
+
+
+@pytest.mark.parametrize("log_format", ["plain", "json"])
+def test_names_of_exports_that_clients_make_up(start: Start, folder: Path, log_format: str) -> None:
+    """They write no lines of their own, and each of them is not a cause of its own."""
+    options = ("--log-format", log_format)
+    server = start(Nbdmirror(folder, make_image(folder / "disk.img", MiB), options=options))
+    server.allowed = ["no export is called", "request failed"]
+    rng = random.Random(SEED)
+    kinds = [b"%d\n" + FORGED.encode(), b"it's %d", b"%d\x85\xff", b"\x1b[2J\r<0>%d\xe2\x80\xa8"]
+    names = [kind % rng.getrandbits(99) for kind in kinds for _ in range(100)]
+    names += [random_word(rng) + b"\n" + random_word(rng) for _ in range(100)]
+    for name in names:
+        # Python cannot decode libnbd's text with a name that is not UTF-8.
+        refused = pytest.raises((nbd.Error, UnicodeDecodeError))
+        with refused, connected(server.uri(quote(name, safe=""))):
+            pass
+    server.stop()
+    said = server.stderr
+    assert "Traceback" not in said
+    begin = "{" if log_format == "json" else ("nbdkit: ", "nbdmirror: ")
+    assert all(line.startswith(begin) and line.isprintable() for line in said.split("\n")[:-1])
+    assert not re.search(f"^{FORGED}", said, re.MULTILINE)
+    assert FORGED not in [json.loads(line)["message"] for line in said.splitlines() if begin == "{"]
+    lines = [line for line in said.splitlines() if "no export is called" in line]
+    counts = [int(n) for line in lines for n in re.findall(r"\((\d+) more within", line)]
+    assert len(lines) - len(counts) + sum(counts) == len(names)
+    assert len(lines) < 30
+
+
+def random_word(rng: random.Random) -> bytes:
+    """Without digits, which are not a part of a cause."""
+    return bytes(rng.choices(b"abcdefghij", k=20))
 
 
 def test_in_the_background(folder: Path, source: NbdkitTarget, trouble: Path) -> None:

@@ -154,6 +154,37 @@ def test_nobody_waits_for_a_log_that_is_not_read(
         assert said.count(b"offset and count are out of range") == 3
 
 
+def test_a_syslog_daemon_that_starts_later(folder: Path, disk: Path) -> None:
+    """Its log has all, from the start on; the command says that there is none yet."""
+    pidfile, path = folder / "pid", str(folder / "log")
+    server = Nbdmirror(folder, disk, options=("--daemonize", "--pidfile", str(pidfile)))
+    place = f"from nbdmirror import logs\nlogs.SYSLOG_SOCKET = {path!r}\n"
+    environment = patched(server.environment(), folder, place)
+    begun = subprocess.run(
+        server.argv(), env=environment, check=True, timeout=WAIT_S_MAX, capture_output=True
+    )
+    said = b""
+    try:
+        assert begun.stderr.decode() == (
+            f"nbdmirror: warning: {path} does not exist: the log begins when a syslog daemon is"
+            " there\n"
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+            daemon.bind(path)
+            daemon.setblocking(False)
+
+            def is_said() -> bool:
+                nonlocal said
+                said += available(daemon.fileno())
+                return b"control socket: " in said
+
+            wait_until(is_said, "what was logged before is there")
+            assert f"disk0: served from {disk}".encode() in said
+    finally:
+        os.kill(int(pidfile.read_text()), signal.SIGTERM)
+        wait_until(lambda: not os.path.exists(server.qmp_path), "it ends", STOP_S_MAX)
+
+
 def test_a_server_whose_log_is_never_read_ends(folder: Path, disk: Path) -> None:
     with pipe(folder, disk) as log:
         with connected(log.server.uri()) as guest:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.clients import connected
 from support.fixtures import Identical, Start
 from support.images import MiB, make_noise
 from support.processes import freeze, nbdmirror, run
@@ -66,7 +67,7 @@ def test_a_job_that_completed(
     assert told.pop("ended-at-s") > 1.7e9
     pause_ms = told.pop("pause-ms")
     said = {"id": "vda", "target": target.uri(), "result": "completed", "pivoted": True}
-    assert told == said
+    assert told == said | {"sync": "full"}
     assert disk_of(qmp)["source"] == target.uri()
     line = f"disk vda is served from {target.uri()}, before from {disk}; writes held {pause_ms:.1f}"
     wait_until(lambda: line in server.stderr, "the log has it")
@@ -86,9 +87,29 @@ def test_a_job_that_was_cancelled(
     told = ended(qmp)
     assert (told["result"], told["pivoted"]) == ("completed" if is_ready else "cancelled", False)
     assert told.get("reason") == (None if is_ready else "cancelled by force")
-    line = "is a copy" if is_ready else "cancelled by force; "
+    line = "is a consistent copy" if is_ready else "cancelled by force; "
     wait_until(lambda: line in server.stderr, "the log has it")
     assert f"disk vda is served from {disk} as before" in server.stderr
+
+
+@pytest.mark.parametrize("ending", ["cancel", "complete"])
+def test_a_target_that_is_no_copy(
+    server: Nbdmirror, qmp: Qmp, disk: Path, target: QemuNbd, ending: str
+) -> None:
+    """With sync none, of which no command says that it is one."""
+    before = target.image.read_bytes()
+    words = "has what sync none copies, and elsewhere its old content"
+    begun = nbdmirror("mirror", target.uri(), "--sync", "none", "--qmp", server.qmp_path)
+    assert f"; at its end the target {words}; see: " in begun.stdout
+    qmp.wait_ready("vda")
+    with connected(server.uri("vda")) as guest:
+        guest.pwrite(b"new" + bytes(MiB - 3), MiB)
+    done = nbdmirror(ending, "--qmp", server.qmp_path)
+    assert words in done.stdout and "is a consistent copy" not in done.stdout
+    assert ended(qmp)["sync"] == "none"
+    assert words in nbdmirror("status", "--qmp", server.qmp_path).stdout
+    wait_until(lambda: f"{target.uri()} {words}" in server.stderr, "the log has it")
+    assert target.image.read_bytes() == before[:MiB] + b"new" + bytes(MiB - 3) + before[2 * MiB :]
 
 
 @pytest.mark.guarantee("How a job ended is known afterwards")
@@ -135,8 +156,7 @@ def test_a_target_that_is_lost_and_comes_back(
     assert 0 < job["target-wait-left-s"] <= 60
     assert "copy-bytes-per-s" not in job
     qmp.execute("block-job-set-speed", device="vda", speed=0)
-    target.socket.unlink()
-    target.start()
+    target.come_back()
     assert qmp.wait_for_event("X_NBDMIRROR_TARGET_BACK")["lost-for-s"] > 0
     qmp.wait_ready("vda")
     job = job_of(qmp)
@@ -260,8 +280,7 @@ def test_why_a_target_is_lost_still(
     target.kill()
     with target.image.open("r+b") as file:
         file.truncate(target.image.stat().st_size + MiB)
-    target.socket.unlink()
-    target.start()
+    target.come_back()
     wait_until(
         lambda: "came back changed" in str(job_of(qmp).get("target-lost-reason")), "why is told"
     )

@@ -4,8 +4,11 @@ refuses as a target and as a disk, by whatever way it comes there. And mirrors d
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from support.fixtures import Identical, Start
@@ -13,8 +16,9 @@ from support.guests import Guest
 from support.images import MiB, assert_identical, make_image, make_noise
 from support.kept import Kept, refusal
 from support.mounts import loop_device
+from support.processes import nbdmirror_environment, run
 from support.servers import NbdkitTarget, Nbdmirror, OnTcp, QemuNbd
-from support.waiting import wait_until
+from support.waiting import WAIT_S_MAX, wait_until
 
 from nbdmirror.layers import Layer
 from nbdmirror.nbdclient import reservations
@@ -31,6 +35,21 @@ def one(start: Start, folder: Path) -> Nbdmirror:
 @pytest.fixture
 def other(start: Start, folder: Path) -> Nbdmirror:
     return start(Nbdmirror(folder, f"vdb={make_image(folder / 'other.img', SIZE, 2)}"))
+
+
+UNSEEN = "is in use by another nbdmirror, whose process is not seen from here"
+SMALL_PROC = ("unshare", "-m", "sh", "-c", 'mount -t proc -o subset=pid p /proc && exec "$@"', "sh")
+ASK = """
+import sys
+from nbdmirror.errors import ConfigError
+from nbdmirror.nbdclient.reservations import reserve
+try:
+    reserve(sys, {sys.argv[1]}, "it")
+    print("taken", flush=True)
+except ConfigError as error:
+    print(error, flush=True)
+sys.stdin.read()
+"""
 
 
 def used_by(server: Nbdmirror) -> str:
@@ -108,6 +127,90 @@ def test_a_target_is_free_again(
     other.qmp.wait_ready()
     other.qmp.complete()
     identical(one.folder / "other.img", target.image)
+
+
+@pytest.mark.parametrize(
+    ("inside", "is_seen"),
+    [
+        (("unshare", "--user", "--map-root-user"), False),
+        (("unshare", "--user"), False),
+        (SMALL_PROC, True),
+    ],
+    ids=["users of its own", "a user without a number", "a smaller /proc"],
+)
+def test_processes_that_do_not_see_each_other(
+    start: Start, identical: Identical, folder: Path, inside: tuple[str, ...], is_seen: bool
+) -> None:
+    """As services and containers are made."""
+    if run(*inside, "true", check=False).returncode:
+        pytest.skip(f"not possible here: {inside}")
+    target = start(QemuNbd(folder, make_noise(folder / "target.img", SIZE)))
+    one, other = (Nbdmirror(folder, f"{name}={make_image(folder / name, SIZE)}") for name in "ab")
+    for server in (one, other):
+        server.inside = inside
+        start(server)
+    one.qmp.start_mirror(target.uri(), device="a")
+    one.qmp.wait_ready()
+    for _ in range(3):
+        assert (used_by(one) if is_seen else UNSEEN) in refused(other, target.uri())
+    one.qmp.complete()
+    assert (used_by(one) if is_seen else UNSEEN) in refused(other, target.uri())
+    identical(folder / "a", target.image)
+
+
+@pytest.mark.parametrize(
+    ("holder", "asker", "inside", "counts"),
+    [
+        (1, 1, (), True),
+        (1, 2, (), False),
+        (1, 0, (), True),
+        (1, 0, ("unshare", "--pid", "--fork", "--mount-proc"), True),
+        (0, 1, (), True),
+        (0, 1, ("unshare", "--user", "--map-user=1"), True),
+    ],
+)
+def test_whose_reservations_count(
+    folder: Path, holder: int, asker: int, inside: tuple[str, ...], counts: bool
+) -> None:
+    """One's own and root's; and for root everybody's. The process need not be seen, and root may
+    have no number."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+
+    def asking(user: int, *inside: str) -> list[str]:
+        who = ("setpriv", "--clear-groups", f"--reuid={user}", f"--regid={user}")
+        return [*who, *inside, "/usr/bin/python3", "-c", ASK, str(folder)]
+
+    if run(*asking(1), check=False).returncode:
+        pytest.skip("the checkout is not readable for other users")
+    if run(*inside, "true", check=False).returncode:
+        pytest.skip(f"not possible here: {inside}")
+    with subprocess.Popen(
+        asking(holder), stdin=PIPE, stdout=PIPE, text=True, env=nbdmirror_environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "taken\n"
+        said = run(*asking(asker, *inside)).stdout
+    assert said.startswith("it is in use by") is counts, said
+
+
+def test_a_server_takes_the_questions_of_others(one: Nbdmirror) -> None:
+    """Otherwise there would be no room for more of them."""
+    (place,) = reservations.places_of_file((one.folder / "one.img").stat())
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as question:
+            question.settimeout(WAIT_S_MAX)
+            question.connect(f"\0{reservations._name_of(place)}")
+            assert question.recv(1) == b""
+
+
+def test_a_holder_that_answers_nobody_counts(folder: Path) -> None:
+    place = str(folder)
+    with socket.socket(socket.AF_UNIX) as holder, socket.socket(socket.AF_UNIX) as first:
+        holder.bind(f"\0{reservations._name_of(place)}")
+        holder.listen(0)
+        first.connect(holder.getsockname())
+        assert reservations._counts(reservations._name_of(place))
 
 
 def test_two_exports_of_one_server(

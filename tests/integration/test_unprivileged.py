@@ -6,6 +6,7 @@ import os
 import pwd
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -156,8 +157,7 @@ def test_a_lost_target_is_connected_again(
     server.qmp.start_mirror("t")
     server.qmp.wait_ready()
     target.kill()
-    target.socket.unlink()
-    target.start()
+    target.come_back()
     as_root_may(target.socket)
     with Guest(server.uri(), disk) as guest:
         guest.wait_for_requests(50)
@@ -216,6 +216,20 @@ def test_a_state_directory_that_the_user_cannot_write(disk: Path) -> None:
     done = nbdmirror("serve", disk, *places, "--user", "nobody")
     text = f"nbdmirror: --state-dir: {state}: user nobody cannot write there\n"
     assert (done.returncode, done.stderr) == (1, text)
+    assert not state.exists()
+    state.mkdir(mode=0o700)
+    assert nbdmirror("serve", disk, *places, "--user", "nobody").stderr == text
+
+
+def test_a_state_directory_is_the_last_that_is_made(open_folder: Path, disk: Path) -> None:
+    """A start that is refused leaves none."""
+    state = open_folder / "state"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        places = ("--port", str(other.getsockname()[1]), "--qmp", open_folder / "q")
+        as_user = ("--user", "nobody", "--state-dir", state)
+        done = nbdmirror("serve", disk, *places, *as_user)
+    assert "--port: cannot listen" in done.stderr
+    assert not state.exists()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from nbdmirror.points.requests import Flush, Program, Side
 class WritesWithoutLooking(AppliedWorld):
     """The grant is looked at before each group of writes, after WORKING is said."""
 
-    first_walk = 26
+    first_walk = 67
 
     class follower_class(Follower):
         def _look_around(self, grant: Superblock | None) -> Program[None]:
@@ -63,7 +63,7 @@ class SaysDoneAtOnce(AppliedWorld):
 class AppliesWithoutGrant(AppliedWorld):
     """The superblock says who may write to the image: else the source does as well."""
 
-    first_walk = 16
+    first_walk = 18
 
     class follower_class(Follower):
         def _is_granted(self, block: Superblock) -> bool:
@@ -83,6 +83,8 @@ class PatchedApplied(AppliedWorld):
 class RecoversWithoutWaiting(PatchedApplied):
     """An applier that has not seen yet that its grant is withdrawn still writes."""
 
+    first_walk = 18
+
     def mutations(self) -> list[AbstractContextManager[Any]]:
         return [patch.object(recovery, "until_rests", lambda *_: iter(()))]
 
@@ -90,7 +92,7 @@ class RecoversWithoutWaiting(PatchedApplied):
 class RecoversBesideTheGrant(PatchedApplied):
     """A recovery withdraws the grant before it changes the image."""
 
-    first_walk = 20
+    first_walk = 29
 
     def mutations(self) -> list[AbstractContextManager[Any]]:
         init = recovery.Promotion.__init__
@@ -105,7 +107,7 @@ class RecoversBesideTheGrant(PatchedApplied):
 class TrustsSilence(PatchedApplied):
     """An applier that says nothing for long may write later."""
 
-    first_walk = 35
+    first_walk = 57
 
     def mutations(self) -> list[AbstractContextManager[Any]]:
         look_after = delegation._look_after

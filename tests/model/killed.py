@@ -109,7 +109,6 @@ class KilledWorld(PowerWorld):
 
     def lose_writes(self, offset: int) -> None:
         """The source has lost what the target has, and the job is told."""
-        self.source[offset : offset + self.unit] = b"\x11" * len(
-            self.source[offset : offset + self.unit]
-        )
+        lost = slice(offset, min(offset + self.unit, self.size))
+        self.source[lost] = self.durable_source[lost] = b"\x11" * (lost.stop - lost.start)
         self.tracker.mark_all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from model.lagworld import LagWorld
@@ -171,20 +171,8 @@ class CountsFromTheWaking(LagWorld):
             return self._clock() if self.is_set else None
 
 
-class RestsBesideAGuest(LagWorld):
-    """A guest that has read what to mark before the alarm was there."""
-
-    class alarm_class(Alarm):
-        def set(self, is_at_rest: Callable[[], bool]) -> bool:
-            self._rung_s = []
-            self._ledger.attach(self)
-            self.is_set = is_at_rest()
-            return self.is_set
-
-
 LAG_MUTANTS = (
     CountsFromTheWaking,
-    RestsBesideAGuest,
     ForgetsCopiesInFlight,
     ForgetsTheUnflushed,
     ForgetsFlushesUnderWay,

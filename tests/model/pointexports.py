@@ -33,11 +33,13 @@ class Disk:
         self.data = bytearray([fill]) * size
         self.unflushed: dict[int, list[bytes]] = {}
         """Sector -> the contents since the last flush, the durable one first."""
+        self.forgotten: dict[int, bytes] = {}
+        """Sector -> what a power cut leaves, although no flush fails: `forget`."""
 
     def write(self, sectors: dict[int, bytes]) -> None:
         for number, content in sectors.items():
             at = number * SECTOR
-            old = bytes(self.data[at : at + SECTOR])
+            old = self.forgotten.pop(number, bytes(self.data[at : at + SECTOR]))
             self.unflushed.setdefault(number, [old]).append(content)
             self.data[at : at + SECTOR] = content
 
@@ -56,18 +58,33 @@ class Disk:
 
         return end
 
+    def forget(self, pick: Callable[[list[bytes]], bytes]) -> None:
+        """Writing back has failed, as Linux has it: one request is told. What was not flushed can
+        still be read, and some of it is not on the storage; a later flush takes it for written."""
+        unflushed, self.unflushed = self.unflushed, {}
+        for number, contents in unflushed.items():
+            self.forgotten[number] = pick(contents)
+
     def lose(self, pick: Callable[[list[bytes]], bytes]) -> Disk:
         """What a power cut leaves; `pick` chooses for each sector."""
         left = Disk(0)
         left.data = bytearray(self.data)
-        for number, contents in self.unflushed.items():
-            left.data[number * SECTOR : (number + 1) * SECTOR] = pick(contents)
+        kept = {number: pick(contents) for number, contents in self.unflushed.items()}
+        for number, content in (kept | self.forgotten).items():
+            left.data[number * SECTOR : (number + 1) * SECTOR] = content
         return left
+
+    def cut_power(self, pick: Callable[[list[bytes]], bytes]) -> None:
+        """This disk itself becomes what `lose` leaves."""
+        self.data[:] = self.lose(pick).data
+        self.unflushed.clear()
+        self.forgotten.clear()
 
     def copy(self) -> Disk:
         left = Disk(0)
         left.data = bytearray(self.data)
         left.unflushed = {number: list(contents) for number, contents in self.unflushed.items()}
+        left.forgotten = dict(self.forgotten)
         return left
 
 
@@ -176,6 +193,13 @@ class SlowExport:
         self.disk.write(dict(list(request.sectors.items())[::2]))
         request.done(DeviceError(f"{self.description}: {request.name} failed", errno.EIO))
 
+    def end_forgotten(self, number: int, pick: Callable[[list[bytes]], bytes]) -> None:
+        """End a durable write or a flush in flight: writing back has failed (`Disk.forget`)."""
+        request = self.pending.pop(number)
+        self.disk.write(request.sectors)
+        self.disk.forget(pick)
+        request.done(DeviceError(f"{self.description}: {request.name} failed", errno.EIO))
+
     def break_off(self, random: Random) -> None:
         """The connection is lost: each request in flight was carried out, or not, or in part."""
         for request in self.pending:
@@ -191,12 +215,16 @@ class SlowExport:
             request.done = lambda error: None
         self.break_off(random)
 
-    def left(self, pick: Callable[[list[bytes]], bytes]) -> Disk:
-        """What a power cut leaves, with what is in flight."""
+    def live(self) -> Disk:
+        """What can be read when what is in flight was carried out, and the client is gone."""
         disk = self.disk.copy()
         for request in self.pending:
             disk.write(request.sectors)
-        return disk.lose(pick)
+        return disk
+
+    def left(self, pick: Callable[[list[bytes]], bytes]) -> Disk:
+        """What a power cut leaves, with what is in flight."""
+        return self.live().lose(pick)
 
 
 @functools.cache

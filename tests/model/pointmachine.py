@@ -48,15 +48,55 @@ class PointMachine(RuleBasedStateMachine):
         self.w.write(self.w.random.randrange(BLOCKS), count, zero=False)
         self.w.whole_point(how)
 
+    @rule(count=st.integers(1, 2), then=st.sampled_from(("", "kill", "go on")))
+    def footer_is_forgotten(self, count: int, then: str) -> None:
+        """It can be read, the next flush succeeds, and a power cut takes the footer away."""
+        w = self.w
+        w.end_all()
+        w.write(w.random.randrange(BLOCKS), count, zero=False)
+        w.cut_and_send()
+        w.end_while(lambda: w.writer.is_busy)
+        w.finish()
+        w.end_while(lambda: not w.durable_writes)
+        w.forget(0)
+        if then == "kill":
+            w.kill()
+        if then:
+            w.end_all()
+            w.whole_point("all")
+
+    def _quick_point(self, first: int) -> None:
+        """A point is announced, and the superblock has yet to note it."""
+        self.w.end_all()
+        self.w.apply(0)
+        self.w.end_all()
+        self.w.write(first, 1, zero=False)
+        self.w.whole_point("quick")
+
+    @rule(first=st.integers(0, BLOCKS - 1), is_committing=st.booleans())
+    def next_point_is_forgotten(self, first: int, is_committing: bool) -> None:
+        """While the superblock notes a point, the next one is written; its loss is told there."""
+        w = self.w
+        self._quick_point(first)
+        w.end_while(lambda: not w.durable_writes)
+        noting = w.in_flight
+        w.write((first + 1) % BLOCKS, 1, zero=False)
+        w.cut_and_send()
+        w.end_all(late=noting)
+        if is_committing:
+            w.finish()
+            w.end_all(but="flush", late=noting)
+        if noting:
+            w.forget(0)
+        w.finish()
+        w.end_all()
+        w.whole_point("all")
+
     @rule(first=st.integers(0, BLOCKS - 1), second=st.integers(0, BLOCKS - 1))
     def point_follows_at_once(self, first: int, second: int) -> None:
         """It is being committed while the superblock notes the one before, which ends first."""
         w = self.w
-        w.end_all()
-        w.apply(0)
-        w.end_all()
-        w.write(first, 1, zero=False)
-        w.whole_point("quick")
+        self._quick_point(first)
         noting = w.in_flight
         w.write(second, 1, zero=False)
         w.cut_and_send()
@@ -122,11 +162,17 @@ class PointMachine(RuleBasedStateMachine):
         w.apply(1)
         w.end_all(but="part")
 
-    @rule(trouble=st.sampled_from(("fail", "give up", "kill", "power", "link", "seed", "create")))
+    @rule(
+        trouble=st.sampled_from(
+            ("fail", "forget", "give up", "kill", "power", "link", "seed", "create")
+        )
+    )
     def something_goes_wrong(self, trouble: str) -> None:
         w = self.w
         if trouble == "fail":
             w.end_request(w.random.randrange(12), fails=True)
+        elif trouble == "forget":
+            w.forget(w.random.randrange(12))
         elif trouble == "give up":
             w.give_up()
         elif trouble == "kill":

@@ -16,7 +16,7 @@ from unittest.mock import patch
 from model.pointworld import PointWorld
 
 from nbdmirror.devices.base import Done, Run
-from nbdmirror.points import applier, reader
+from nbdmirror.points import applier, ownership, reader, recovery
 from nbdmirror.points.format import BLOCK_BYTES, State
 from nbdmirror.points.requests import Flush, Program, Request, Side, Trim, Write, around
 from nbdmirror.points.superblocks import Superblocks
@@ -83,7 +83,7 @@ class SendsTheFirstAlone(PointWorld):
 class CommitsWhatFailed(PointWorld):
     """W1: a point with a failed write is given up; what is sent again is newer."""
 
-    first_walk = 108
+    first_walk = 29
 
     breaks_at_errors = False
 
@@ -99,6 +99,28 @@ class WritesFooterIntoTheCache(PointWorld):
     class writer_class(JournalWriter):
         def _writes(self, place: int, data: Any, *, is_durable: bool = False) -> list[Write]:
             return super()._writes(place, data)
+
+
+class CommitsBesideAFailure(PointWorld):
+    """W1: what was flushed may be lost, as a write of the superblock was told."""
+
+    class writer_class(JournalWriter):
+        def _make_last(self, batch: Any, *arguments: Any) -> Program[None]:
+            batch.failure = self.superblocks.failure
+            return super()._make_last(batch, *arguments)
+
+
+class WritesTheSuperblockBeside(Patched):
+    """W1: the superblock may be told what the flush, or the footer, is not told then."""
+
+    def patches(self) -> Iterator[AbstractContextManager[Any]]:
+        alone = Superblocks.alone
+
+        def wrong(self: Superblocks, program: Any) -> Program[None]:
+            is_commit = program.__name__ == "_make_last"
+            return program if is_commit else alone(self, program)
+
+        yield patch.object(Superblocks, "alone", wrong)
 
 
 class UsesSpaceEarly(PointWorld):
@@ -283,12 +305,41 @@ class LeavesOneSuperblockOld(Patched):
         yield patch.object(Superblocks, "_write", wrong)
 
 
+class BelievesTheFooter(Patched):
+    """A footer that can be read may be in a cache, or its durable write has failed."""
+
+    def patches(self) -> Iterator[AbstractContextManager[Any]]:
+        claim = ownership.claim
+
+        def wrong(superblocks: Superblocks, headers: Any, **changes: Any) -> Program[None]:
+            return claim(superblocks, (), **changes)
+
+        for module in (ownership, recovery):
+            yield patch.object(module, "claim", wrong)
+
+
+class RecoversOnTheFooter(Patched):
+    """The same, of recoveries alone."""
+
+    def patches(self) -> Iterator[AbstractContextManager[Any]]:
+        claim = ownership.claim
+
+        def wrong(superblocks: Superblocks, headers: Any, **changes: Any) -> Program[None]:
+            return claim(superblocks, (), **changes)
+
+        yield patch.object(recovery, "claim", wrong)
+
+
 POINT_MUTANTS = (
+    BelievesTheFooter,
+    RecoversOnTheFooter,
     SendsFooterBeforeFlush,
     SendsFooterBeforeAcknowledgements,
     SendsTheFirstAlone,
     CommitsWhatFailed,
     WritesFooterIntoTheCache,
+    CommitsBesideAFailure,
+    WritesTheSuperblockBeside,
     UsesSpaceEarly,
     WritesBesideTrims,
     BeginsBesideLateWrites,

@@ -16,6 +16,9 @@ from nbdmirror.points.requests import Side, run
 if TYPE_CHECKING:
     from model.pointworld import PointWorld
 
+CUT_RECOVERIES = 0.3
+"""After how many steps a recovery is tried whose far side loses its power."""
+
 Pick = Callable[[list[bytes]], bytes]
 """Which of a sector's contents a power cut leaves."""
 
@@ -29,10 +32,37 @@ def check_power_cuts(world: PointWorld) -> None:
         picks = picks[:1]
     for pick in picks:
         check_left(world, world.image.left(pick), world.journal.left(pick))
+    is_forgotten = any(export.disk.forgotten for export in exports)
+    if is_forgotten or (len(picks) > 1 and world.random.random() < CUT_RECOVERIES):
+        check_cut_recovery(world, world.image.live(), world.journal.live())
+
+
+def check_cut_recovery(world: PointWorld, image: Disk, journal: Disk) -> None:
+    """The source is lost, and a user recovers the newest point that is to be seen, of which not all
+    need be durable. Meanwhile the power of the far side fails. The point that is recovered then may
+    be another one."""
+    points = _read(world, journal).points
+    if not points:
+        return
+    _recover(world, image, journal, points[-1].sequence, dies_at=world.random.randrange(2, 10))
+    oldest: Pick = lambda kept: kept[0]  # noqa: E731
+    pick = world.random.choice((oldest, world.random.choice))
+    image, journal = image.lose(pick), journal.lose(pick)
+    points = _read(world, journal).points
+    if world.announced:
+        assert points, "lost: all points, in a recovery"
+        newest = points[-1].time_ns
+        assert newest >= world.announced, f"lost: {newest} is older than {world.announced}"
+    for point in points[-1:]:
+        _check_recovery(world, image, journal, point.sequence, point.time_ns)
+
+
+def _read(world: PointWorld, journal: Disk) -> reader.Journal:
+    return run(reader.read("journal", world.journal.size), {Side.JOURNAL: DiskDevice(journal)})
 
 
 def check_left(world: PointWorld, image: Disk, journal: Disk) -> None:
-    found = run(reader.read("journal", world.journal.size), {Side.JOURNAL: DiskDevice(journal)})
+    found = _read(world, journal)
     if not world.announced and found.superblock.state is not State.OK:
         return
     offered = {point.time_ns: point.sequence for point in found.points}
@@ -51,8 +81,7 @@ def _check_damaged(world: PointWorld, image: Disk, journal: Disk) -> None:
     slot = world.random.choice(SLOTS)
     journal.data[slot : slot + 512] = world.random.randbytes(512)
     try:
-        program = reader.read("journal", world.journal.size)
-        found = run(program, {Side.JOURNAL: DiskDevice(journal)})
+        found = _read(world, journal)
     except JournalError:
         return  # the other one was being written
     assert any("superblock" in line for line in found.damage), "lost: damage is not noticed"

@@ -294,6 +294,10 @@ class PointWorld:
     def in_flight(self) -> list[Pending]:
         return [one for export in self.exports.values() for one in export.pending]
 
+    @property
+    def durable_writes(self) -> list[Pending]:
+        return [one for one in self.journal.pending if one.name == "durable write"]
+
     def end_while(self, is_so: Callable[[], bool]) -> None:
         """End requests in any order, and no more than are needed."""
         while is_so() and any(export.pending for export in self.exports.values()):
@@ -334,6 +338,20 @@ class PointWorld:
         export = exports[number % len(exports)]
         export.end(number // 2 % len(export.pending), fails=fails)
 
+    def forget(self, number: int) -> None:
+        """A durable write or a flush fails, and what it was to make last is forgotten. Of the first
+        copy of an image the copier knows; here it is not sent again."""
+        is_ok = self.writer.superblocks.current.state is State.OK
+        possible = [
+            (export, request)
+            for export in (self.journal, self.image)
+            for request in export.pending
+            if request.name in ("durable write", "flush") and (is_ok or export is self.journal)
+        ]
+        if possible:
+            export, request = possible[number % len(possible)]
+            export.end_forgotten(export.pending.index(request), self.random.choice)
+
     def kill(self) -> None:
         """The source's process ends, and another begins. It may differ in what was under way."""
         self.phase = "closed"
@@ -346,8 +364,7 @@ class PointWorld:
         self.phase = "closed"
         for export in self.exports.values():
             export.break_off(self.random)
-            export.disk.data[:] = export.disk.lose(self.random.choice).data
-            export.disk.unflushed.clear()
+            export.disk.cut_power(self.random.choice)
         self.take_over(self.writer)
 
     def lose_link(self) -> None:

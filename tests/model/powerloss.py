@@ -28,7 +28,7 @@ import nbdmirror.state.store
 from nbdmirror.devices.base import Done
 from nbdmirror.disk.bitmap import DirtyBitmap
 from nbdmirror.state.disk_file import DiskIdentity
-from nbdmirror.state.intent_log import slot_bytes
+from nbdmirror.state.intent_log import IntentLog, slot_bytes
 from nbdmirror.state.journal import Journal, Regions, ranges_left
 from nbdmirror.state.recent import ENTRY
 from nbdmirror.state.recovery import RecoveredState, names, recover
@@ -128,6 +128,8 @@ class StepWriter:
 
         self.calls.append(work)
         return future
+
+    flush = submit  # what a checkpoint writes is submitted after its flush
 
     def then(self, future: Future[None], done: Done) -> None:
         future.add_done_callback(lambda future: done(future.exception()))
@@ -259,6 +261,17 @@ class PowerWorld(World):
         for offset, length in ranges_left(bytes(self.store.journal._cells.cast("B"))):
             dirty.mark(offset, length)
         self._check_told(dirty, [self.source], "a killed process")
+        if names("disk")["bitmaps"] in self.folder.files:
+            self.check_kill_of_both(dirty)
+
+    def check_kill_of_both(self, dirty: DirtyBitmap) -> None:
+        """The disk is on an NBD server, which has ended as well. `dirty`: what the memory tells."""
+        log: Any = self.folder.logs[names("disk")["intents"]]
+        disk_id = self.store._disk_id
+        for offset, length in IntentLog.read(log, disk_id=disk_id, size=self.size).ranges():
+            dirty.mark(offset, length)
+        what = "a killed process, and its source's server"
+        self._check_told(dirty, [self.source, self.durable_source], what)
 
     def check_power_cut(self, log: SimSlots) -> None:
         dirty = self.power_cuts.told(self.folder.files, log)

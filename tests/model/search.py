@@ -23,7 +23,6 @@ def hold(machine: type, examples: int) -> None:
         settings=settings(
             max_examples=examples,
             stateful_step_count=STEPS,
-            deadline=None,
             phases=[Phase.explicit, Phase.reuse, Phase.generate],
             print_blob=True,
             suppress_health_check=list(HealthCheck),
@@ -48,7 +47,6 @@ def search(kind: type, mutant: type, examples_max: int) -> None:
             settings=settings(
                 max_examples=examples_max,
                 stateful_step_count=STEPS,
-                deadline=None,
                 database=None,
                 phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),

@@ -27,7 +27,6 @@ def test_the_invariant_holds_for_long(
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=2 * STEPS,
-            deadline=None,
             print_blob=True,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -76,6 +76,7 @@ class Fake(QmpFake):
             last |= {"result": "failed", "reason": f"{URI}: {data['error']}"}
         else:
             last["result"] = "completed"
+        last |= {"sync": self.jobs[job]["sync"]} if "sync" in self.jobs[job] else {}
         self.last = last
         del self.jobs[job]
         self.ring.append(event, {"device": job, "len": 400, "offset": 400, **data})

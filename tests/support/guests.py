@@ -20,8 +20,8 @@ class Guest:
 
     Seeded; writes (FUA and not), zeroes (hole or not), trims, flushes and reads, at odd places. A
     read that is not what was written, and any error, fails the test at `stop`. `model` is what the
-    disk must hold then. Between requests each thread pauses for `pause_s`, and for twice the time
-    that its last request took, but not at all if that is 0.
+    disk must hold then. There is a request each `pause_s`, of all threads together, and each pauses
+    for twice the time that its last request took. There is no pause at all if `pause_s` is 0.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Guest:
         self.requests = 0
         self.longest_s = 0.0
         self._uri = uri
-        self._pause_s = pause_s
+        self._pause_s = pause_s * connections
         self._length_max = length_max
         self._failure: BaseException | None = None
         self._stopping = threading.Event()

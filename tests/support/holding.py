@@ -2,8 +2,9 @@
 when it is let go, and everything else at once.
 
 Parameters: image=FILE; hold=FILE: while that exists, changes at offset 0 wait, with their data, and
-are carried out after it has gone, the oldest last; held=FILE, which has a byte for each that waits
-or has waited; multi-conn=0. Only nbdkit loads this file.
+are carried out after it has gone, the oldest last, and while FILE.last exists the oldest waits on;
+held=FILE, which has a byte for each that waits or has waited; multi-conn=0. Only nbdkit loads this
+file.
 """
 
 from __future__ import annotations
@@ -80,11 +81,15 @@ def _change(data: bytes, offset: int) -> None:
 
 def _wait() -> None:
     """Until let go, and then until those that came later were: so the order is the worst."""
+    hold = Path(settings["hold"])
+    last = hold.with_suffix(".last")
     me = object()
     held.append(me)
     with Path(settings["held"]).open("ab") as file:
         file.write(b".")
     deadline_s = time.monotonic() + HOLD_S_MAX
-    while Path(settings["hold"]).exists() and time.monotonic() < deadline_s:
+    while hold.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    while held[0] is me and last.exists() and time.monotonic() < deadline_s:
         time.sleep(0.01)
     time.sleep(APART_S * (len(held) - held.index(me)))

@@ -28,7 +28,7 @@ def given_in_parts(
         @_with_examples(examples // QUICK, examples, "all")
         def run(examples: int) -> None:
             drawn = given(*strategies)(test)
-            settings(max_examples=examples, deadline=None, derandomize=True)(drawn)()
+            settings(max_examples=examples, derandomize=True)(drawn)()
 
         run.__doc__ = test.__doc__
         return run

@@ -14,7 +14,7 @@ from typing import Self
 from support.images import MiB
 from support.processes import free_port, has_ended, run
 from support.serverprocess import Server
-from support.servers import NbdkitTarget, Nbdmirror, QemuNbd, QsdTarget
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd, QsdTarget, strict_blocks
 from support.waiting import START_S_MAX, STOP_S_MAX, wait_until
 
 SIZE = 8 * MiB
@@ -110,6 +110,13 @@ def file_behind(*filters: str, **settings: str) -> Make:
     parameters = [f"{name.replace('_', '-')}={value}" for name, value in settings.items()]
     return lambda folder, noise: NbdkitTarget(
         folder, "file", str(noise), *parameters, filters=filters
+    )
+
+
+def in_blocks(*limits: str) -> Make:
+    """nbdkit's file plugin with a minimum, a preferred and a maximum block size."""
+    return lambda folder, noise: NbdkitTarget(
+        folder, "file", str(noise), *strict_blocks(*limits), filters=("blocksize-policy",)
     )
 
 
@@ -230,33 +237,15 @@ TARGETS = (
     Target("nbdkit file, luks filter", luks, "encrypted"),
     Target(
         "nbdkit file, blocks of 512 to 64K",
-        file_behind(
-            "blocksize-policy",
-            blocksize_error_policy="error",
-            blocksize_minimum="512",
-            blocksize_preferred="4K",
-            blocksize_maximum="64K",
-        ),
+        in_blocks("512", "4K", "64K"),
     ),
     Target(
         "nbdkit file, blocks of 4K to 4K",
-        file_behind(
-            "blocksize-policy",
-            blocksize_error_policy="error",
-            blocksize_minimum="4K",
-            blocksize_preferred="4K",
-            blocksize_maximum="4K",
-        ),
+        in_blocks("4K", "4K", "4K"),
     ),
     Target(
         "nbdkit file, blocks of 64K to 32M",
-        file_behind(
-            "blocksize-policy",
-            blocksize_error_policy="error",
-            blocksize_minimum="64K",
-            blocksize_preferred="1M",
-            blocksize_maximum="32M",
-        ),
+        in_blocks("64K", "1M", "32M"),
     ),
     Target("nbdkit file, nozero filter", file_behind("nozero")),
     Target("nbdkit file, nozero filter, notrim", file_behind("nozero", zeromode="notrim")),

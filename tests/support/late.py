@@ -28,6 +28,8 @@ class Holding(NbdkitTarget):
         self, folder: Path, image: Path, *, multi_conn: bool = True, tcp: bool = False
     ) -> None:
         self.hold = folder / "hold"
+        self.last = folder / "hold.last"
+        """While there is this file the oldest request is not carried out."""
         self.held = folder / "held"
         settings = (f"image={image}", f"hold={self.hold}", f"held={self.held}")
         multi = f"multi-conn={int(multi_conn)}"

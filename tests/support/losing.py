@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.clients import connections
 from support.images import KiB, MiB
-from support.processes import freeze, patched
+from support.processes import freeze
 from support.qmpclient import Qmp
 from support.seeds import print_seed
 from support.servers import NbdkitTarget, Nbdmirror
@@ -32,9 +32,6 @@ class SeldomFlushing(Nbdmirror):
     """After READY it flushes each FLUSH_S, whatever the lag: so there is something to lose."""
 
     patches = SELDOM_FLUSHES
-
-    def environment(self) -> dict[str, str]:
-        return patched(super().environment(), self.folder, self.patches)
 
 
 class Lossy(NbdkitTarget):
@@ -64,10 +61,8 @@ class Lossy(NbdkitTarget):
 
     def come_back(self, **settings: int) -> None:
         """After a kill; with `settings`, as `read_only=1`, changed."""
-        assert self.process is None
         self.settings |= {name.replace("_", "-"): value for name, value in settings.items()}
-        self.socket.unlink(missing_ok=True)
-        self.start()
+        super().come_back()
 
     def wait_killed(self) -> None:
         """Until it has done as ordered."""

@@ -86,6 +86,8 @@ PROMISES: dict[str, Any] = {
 
 POINTS: dict[str, Any] = {
     "copy-mode": "points",
+    "journal": "nbd://backup/vda-journal",
+    "journal-connected": True,
     "x-nbdmirror-points": {
         "interval-s": 1.0,
         "keep-s": 60.0,

@@ -43,6 +43,8 @@ class Setting:
     target_content: Literal["noise", "empty"] = "noise"
     source_options: tuple[str, ...] = ()
     target_read_only: bool = False
+    patches: str = ""
+    """What the interpreter of nbdmirror's server runs first."""
 
 
 FAULTY = '''
@@ -236,6 +238,7 @@ class Side:
             return StorageDaemon(self.folder, qsd)
         options = self.setting.source_options
         mirror = Nbdmirror(self.folder, f"src={disk}", bare=True, options=options)
+        mirror.patches = self.setting.patches
         mirror.allowed = [r"different sizes|has \d+ bytes"]
         return mirror
 

@@ -30,12 +30,22 @@ def nbdmirror_environment() -> dict[str, str]:
     return {**environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(places))}
 
 
+PREAMBLE = """
+import time
+
+def wait_while(is_so):
+    # In place of a storage that is slow: nobody here could tell that it goes on.
+    while is_so():
+        time.sleep(0.01)
+"""
+
+
 def patched(environment: dict[str, str], folder: Path, code: str) -> dict[str, str]:
     """`environment` for a server whose interpreter runs `code` first: it finds a sitecustomize of
-    ours."""
+    ours. `code` may call `wait_while`."""
     place = folder / "patched"
     place.mkdir(exist_ok=True)
-    (place / "sitecustomize.py").write_text(code)
+    (place / "sitecustomize.py").write_text(PREAMBLE + code)
     return environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
 
 
@@ -73,7 +83,7 @@ def freeze(pid: int) -> None:
     tasks = Path(f"/proc/{pid}/task")
 
     def is_stopped(status: Path) -> bool:
-        with contextlib.suppress(FileNotFoundError):  # it has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             return status.read_text().rpartition(")")[2].split()[0] in "Tt"
         return True
 

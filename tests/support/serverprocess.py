@@ -89,6 +89,12 @@ class Server:
             raise
         return self
 
+    def come_back(self) -> None:
+        """Start again on the same socket, after a kill, which leaves the socket's file."""
+        assert self.process is None
+        self.socket.unlink(missing_ok=True)
+        self.start()
+
     def is_ready(self) -> bool:
         with contextlib.suppress(nbd.Error), connected(self.uri()):
             return True

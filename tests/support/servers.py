@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from support.processes import ROOT, free_port, nbdmirror_environment
+from support.processes import ROOT, free_port, nbdmirror_environment, patched
 from support.qmpclient import Qmp
 from support.serverprocess import Server
 
@@ -24,6 +24,8 @@ class Nbdmirror(Server):
     """
 
     name = "nbdmirror"
+    patches = ""
+    """What its interpreter runs first: see `patched`."""
     layer = 1
     unwanted = r"Traceback|ERROR|CRITICAL|error:|[Ee]xception"
 
@@ -57,7 +59,8 @@ class Nbdmirror(Server):
         return [*serve, "--qmp", str(self.qmp_path), *self.options, *extra]
 
     def environment(self) -> dict[str, str]:
-        return nbdmirror_environment()
+        environment = nbdmirror_environment()
+        return patched(environment, self.folder, self.patches) if self.patches else environment
 
     def uri(self, export: str = "") -> str:
         return f"nbd://127.0.0.1:{self.port}/{export}" if self.port else super().uri(export)
@@ -152,6 +155,13 @@ class NbdkitTarget(Server):
         return [
             "nbdkit", "-f", "-U", str(self.socket), *self.options, self.plugin, *self.parameters,
         ]  # fmt: skip
+
+
+def strict_blocks(minimum: str, preferred: str, maximum: str) -> tuple[str, ...]:
+    """Parameters of the filter blocksize-policy: requests outside of the limits are refused."""
+    limits = {"minimum": minimum, "preferred": preferred, "maximum": maximum}
+    words = (f"blocksize-{name}={limit}" for name, limit in limits.items())
+    return ("blocksize-error-policy=error", *words)
 
 
 class OnTcp(NbdkitTarget):

@@ -18,12 +18,24 @@ from support.seeds import NAME, SEED
 SCATTERED = ("e2e", "model")
 """Folders of tests that compute much: few of them run at a time, and beside others, which wait."""
 
+MESSAGE_MAX = 1500
+"""Characters of a failure's message at the end of the log."""
+
 LOCK = pytest.StashKey[Any]()
 """A file, open for the whole run: shared by tests that run side by side, held by one alone."""
 
 
 def pytest_report_header() -> str:
     return f"{NAME}={SEED}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The end of a long log says what each test has failed with: pytest cuts that to a line."""
+    for report in terminalreporter.stats.get("failed", ()):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash is not None else str(report.longrepr)
+        terminalreporter.write_line(f"{report.nodeid}: {message[:MESSAGE_MAX]}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

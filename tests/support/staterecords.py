@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from nbdmirror.state.bitmap_snapshot import SnapshotHead
 from nbdmirror.state.disk_file import DiskIdentity
 from nbdmirror.state.disk_record import (
     BitmapRecord,
@@ -36,7 +37,7 @@ from nbdmirror.state.json_record import (
     OrNull,
     members,
 )
-from nbdmirror.state.recovery import PivotRecord, SnapshotHead
+from nbdmirror.state.recovery import PivotRecord
 
 FILES: dict[str, type[Any]] = {
     "NAME.json": DiskRecord,
@@ -97,7 +98,7 @@ MIRROR = MirrorRecord("mirror-1", 512, True, False, "", JOB, TARGET)
 POINTS = PointsRecord(
     "points-1", 4096, TARGET, "0" * 32, True, 1.0, 60.0, 5.0, 1 << 26, 0, True, False
 )
-IDENTITY = DiskIdentity("/srv/disk.img", 4096, 5, 9, "b", "f", 7)
+IDENTITY = DiskIdentity("/srv/disk.img", 4096, 5, 9, "b", "f", 7, 3)
 SAMPLES: dict[str, Any] = {
     "NAME.json": DiskRecord(
         "0" * 32,
@@ -109,7 +110,7 @@ SAMPLES: dict[str, Any] = {
     ),
     "NAME.bitmaps": SnapshotHead("0" * 32, 1.5, {"bitmap-1": 3}, 7, 5),
     "NAME.pivoted": PivotRecord("nbd://b/vda", (IDENTITY,), 1.5, 4096),
-    "NAME.last": Result("j", "nbd://b/vda", "completed", True, "", 1.5, 0.25),
+    "NAME.last": Result("j", "nbd://b/vda", "completed", True, "", 1.5, 0.25, "none"),
 }
 """One of each, with something in each field."""
 

@@ -21,6 +21,7 @@ from support.servers import Nbdmirror, QemuNbd
 DATA_BYTES = MiB
 """What a source holds; the rest is a hole."""
 REQUESTS = 40
+SLOW_S = 0.02
 TABLE = (ROOT / "docs" / "targets.md").read_text()
 
 
@@ -53,10 +54,10 @@ def try_target(target: Target, folder: Path, start: Start) -> None:
 
 
 def use_as_source(behind: Server, content: bytearray, folder: Path, start: Start) -> None:
-    """Served, written to, and mirrored from."""
+    """Served, written to, and mirrored from. The guest is slow: so may the server be."""
     front = start(Nbdmirror(folder, behind.uri(), bare=True))
     copy = start(QemuNbd(folder, make_noise(folder / "copy.img", SIZE)))
-    with Guest(front.uri(), content) as guest:
+    with Guest(front.uri(), content, pause_s=SLOW_S) as guest:
         guest.wait_for_requests(REQUESTS)
         front.qmp.start_mirror(copy.uri())
         front.qmp.wait_ready()

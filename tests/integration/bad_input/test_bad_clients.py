@@ -16,6 +16,7 @@ from integration.bad_input.badparts import SIZE
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, assert_identical, make_noise
+from support.late import started
 from support.processes import resources
 from support.qmpclient import Qmp
 from support.serverprocess import Server
@@ -125,11 +126,11 @@ def test_a_client_that_never_reads_events_does_not_stop_a_job(
         identical(guest, target.uri())
         server.qmp.add_target("t", target)
         for _ in range(60):
-            server.qmp.start_mirror("t")
+            started(lambda: server.qmp.start_mirror("t"))
             server.qmp.wait_ready()
             server.qmp.execute("job-cancel", id="j")
             server.qmp.wait_status("null")
-        server.qmp.start_mirror("t")
+        started(lambda: server.qmp.start_mirror("t"))
         server.qmp.wait_ready()
         server.qmp.complete()
         guest.wait_for_requests(30)

@@ -93,7 +93,6 @@ def test_a_target_that_never_answers(server: Nbdmirror, disk: Path) -> None:
         silent.listen()
         host, port = silent.getsockname()
         address = {"type": "inet", "host": host, "port": str(port)}
-        began_s = time.monotonic()
         with Guest(server.uri(), disk) as guest, Qmp(server.qmp_path) as other:
             message = {
                 "execute": "blockdev-add",
@@ -104,12 +103,13 @@ def test_a_target_that_never_answers(server: Nbdmirror, disk: Path) -> None:
                     "open-timeout": 1,
                 },
             }
+            began_s = time.monotonic()
             qmp.socket.sendall(json.dumps(message).encode())
             assert other.execute("query-jobs") == []
-            guest.wait_for_requests(100)
             answer = qmp._read()
             assert time.monotonic() - began_s < 5.0
             assert "desc" in answer["error"]
+            guest.wait_for_requests(100)
             assert other.execute("query-named-block-nodes")[0]["node-name"] == "disk0"
         assert_identical(guest.model, disk)
 

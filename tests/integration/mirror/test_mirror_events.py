@@ -218,7 +218,7 @@ def test_pause_and_resume_before_ready(
     qmp = server.qmp
     with Guest(server.uri(), disk) as guest:
         identical(guest, target.uri())
-        qmp.start_mirror(target.uri(), speed=4 * MiB, buf_size=64 * KiB)
+        qmp.start_mirror(target.uri(), **SLOW)
         wait_until(lambda: qmp.job()["offset"] > 0, "it copies")
         qmp.execute("block-job-pause", device="j")
         wait_until(lambda: qmp.job()["status"] == "paused", "it is paused")

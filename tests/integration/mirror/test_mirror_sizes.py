@@ -124,19 +124,28 @@ def test_the_target_stays_sparse(
     assert allocated_bytes(image) < 2 * MiB
 
 
-@pytest.mark.parametrize("granularity", [512, 4 * KiB, MiB, 64 * MiB])
+@pytest.mark.parametrize(
+    ("granularity", "pause_s", "requests"),
+    [(512, 0.001, 30), (4 * KiB, 0.001, 30), (MiB, 0.03, 30), (64 * MiB, 0.3, 10)],
+)
 def test_any_granularity(
-    identical: Identical, server: Nbdmirror, target: Server, disk: Path, granularity: int
+    identical: Identical,
+    server: Nbdmirror,
+    target: Server,
+    disk: Path,
+    granularity: int,
+    pause_s: float,
+    requests: int,
 ) -> None:
-    # Slow enough that there are moments without dirt, however much a write makes dirty.
-    pause_s = 0.03 if granularity >= MiB else 0.001
+    """The guest pauses so long that there are moments without dirt, however much a write makes
+    dirty."""
     with Guest(server.uri(), disk, connections=2, pause_s=pause_s) as guest:
         identical(guest, target.uri())
         server.qmp.start_mirror(target.uri(), granularity=granularity)
         server.qmp.wait_ready()
-        guest.wait_for_requests(30)
+        guest.wait_for_requests(requests)
         server.qmp.complete()
-        guest.wait_for_requests(30)
+        guest.wait_for_requests(requests)
 
 
 def test_a_small_buffer(

@@ -45,6 +45,7 @@ pytestmark = pytest.mark.usefixtures("identical")
 
 
 @pytest.mark.rule(19)
+@pytest.mark.alone
 def test_force_cancel_with_every_request_in_flight(
     start: Start, identical: Identical, folder: Path, faulty: Faulty
 ) -> None:
@@ -132,7 +133,7 @@ def test_a_pause_does_not_wait_for_a_flush_that_takes_long(
 
 
 @pytest.mark.rule(30)
-@pytest.mark.parametrize("ending", ["complete", "cancel"])
+@pytest.mark.parametrize("ending", ["complete", pytest.param("cancel", marks=pytest.mark.alone)])
 def test_zeroes_over_old_data_are_limited_paused_and_cancelled(
     start: Start, identical: Identical, folder: Path, logged: Logged, ending: str
 ) -> None:

@@ -27,6 +27,7 @@ from support.clients import connected, nbd_errno, requested
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import make_noise
+from support.losing import SeldomFlushing
 from support.paritysides import Faulty
 from support.serverprocess import Server
 from support.servers import NbdkitTarget, Nbdmirror
@@ -109,10 +110,11 @@ def test_a_request_keeps_to_the_mode_that_it_began_in(
 @pytest.mark.guarantee("Write-blocking")
 @both_modes
 def test_a_guests_flush(
-    identical: Identical, server: Nbdmirror, disk: Path, logged: Logged, copy_mode: str
+    start: Start, identical: Identical, disk: Path, logged: Logged, copy_mode: str
 ) -> None:
     """Background: it goes to the source alone. Write-blocking: it has reached the target as well
     when it is answered, and so has a write with FUA."""
+    server = start(SeldomFlushing(disk.parent, f"src={disk}", bare=True))
     qmp = server.qmp
     identical(disk, logged.image)
     begin(server, logged, copy_mode=copy_mode)

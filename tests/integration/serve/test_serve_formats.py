@@ -30,7 +30,7 @@ def test_an_image_of_another_format(start: Start, folder: Path, kind: str, cache
     wait_until(lambda: problem(server), "the status says so")
     text = f"begins as a {kind} image does, and is served as it is"
     assert text in problem(server)
-    assert f"disk vda: {image}: {text}" in server.stderr
+    server.wait_to_say(f"disk vda: {image}: {text}")
     assert image.read_bytes() == before
 
 

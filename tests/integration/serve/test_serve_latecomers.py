@@ -128,9 +128,10 @@ def test_a_target_that_starts_later(folder: Path, disk: Path) -> None:
         with connected(server.uri()) as guest:
             guest.pwrite(b"meanwhile", 0)
             guest.flush()
+        qmp = server.qmp  # hears events from now on
         with target:
-            assert server.qmp.wait_ready("vda")["type"] == "mirror"
-            server.qmp.complete("vda")
+            assert qmp.wait_ready("vda")["type"] == "mirror"
+            qmp.complete("vda")
             assert_identical(disk, target.image)
             server.stop()
         assert server.stderr.count("mirror-to") == 1

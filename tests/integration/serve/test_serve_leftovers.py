@@ -3,9 +3,11 @@ taken over, or taken away, by the next. What belongs to a server that lives is n
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,18 +189,19 @@ def vars_of(server: Everything) -> dict[str, Path]:
     }
 
 
+class Failing(Everything):
+    """Its start fails at its last steps."""
+
+    def environment(self) -> dict[str, str]:
+        failing = (
+            "import nbdmirror.server.server as s\ndef start(self): raise OSError(28, 'No room')\n"
+        )
+        return patched(super().environment(), self.folder, f"{failing}s.Server.start = start\n")
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_start_that_fails_at_its_last_steps(folder: Path, disk: Path, background: bool) -> None:
     """Sockets, pid file and state directory are there by then. Of those only the latter stays."""
-
-    class Failing(Everything):
-        def environment(self) -> dict[str, str]:
-            failing = (
-                "import nbdmirror.server.server as s\n"
-                "def start(self): raise OSError(28, 'No room')\n"
-            )
-            return patched(super().environment(), folder, f"{failing}s.Server.start = start\n")
-
     server = Failing(folder, disk, *(["--daemonize"] if background else []))
     done = subprocess.run(
         server.argv(),
@@ -212,10 +215,63 @@ def test_a_start_that_fails_at_its_last_steps(folder: Path, disk: Path, backgrou
     wait_until(lambda: not server.left(), "all has gone")
 
 
-def test_a_start_that_is_refused_makes_no_state_directory(folder: Path, disk: Path) -> None:
+@pytest.mark.parametrize("step", ["first", "last"])
+def test_the_control_socket_of_a_killed_server_stays_until_another_one_serves(
+    folder: Path, disk: Path, memories: set[str], step: str
+) -> None:
+    """Whoever watches servers is to see that there is none, also while starts fail."""
+    server = Everything(folder, disk).start()
+    memories |= server.memory()
+    server.kill()
+    failing = Failing(folder, disk) if step == "last" else Everything(folder, "/nonexistent/d")
+    failing.qmp_path, failing.socket, failing.state = server.qmp_path, server.socket, server.state
+    options = ("--state-dir", str(server.state), "--pidfile", str(server.pidfile))
+    failing.options = options
+    assert nbdmirror_fails(failing)
+    assert "qmp" in server.left()
+    with socket.socket(socket.AF_UNIX) as client:
+        assert client.connect_ex(str(server.qmp_path)) == errno.ECONNREFUSED
+    with server:
+        memories |= server.memory()
+        server.qmp.execute("query-status")
+    assert server.left() == set()
+
+
+def nbdmirror_fails(server: Everything) -> bool:
+    argv, environment = server.argv(), server.environment()
+    done = subprocess.run(argv, env=environment, timeout=WAIT_S_MAX, check=False)
+    return done.returncode == 1
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_start_that_is_refused_makes_nothing(
+    folder: Path, disk: Path, is_shared: bool, is_there: bool
+) -> None:
+    """Also where other users may create files, and where the pid file was there, as after a
+    kill."""
     server = Everything(folder, disk)
     server.disks.append("nbd+unix:///?socket=/nonexistent/s")
+    if is_shared:
+        folder.chmod(0o1777)
+    if is_there:
+        server.pidfile.write_text("")
     done = nbdmirror(*server.argv()[3:])
     assert done.returncode == 1
-    assert server.left() == set()
+    assert "/nonexistent/s" in done.stderr
+    assert server.left() == ({"pidfile"} if is_there else set())
     assert not server.state.exists()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_start_that_is_refused_by_its_state_leaves_no_pid_file(
+    folder: Path, disk: Path, background: bool
+) -> None:
+    """The state directory is opened last."""
+    folder.chmod(0o1777)
+    server = Everything(folder, disk, *(["--daemonize"] if background else []))
+    server.state.write_text("a file")
+    done = nbdmirror(*server.argv()[3:])
+    assert done.returncode == 1
+    assert "state-dir: " in done.stderr
+    assert server.left() == set()

@@ -100,6 +100,8 @@ def test_it_outlives_the_script_that_started_it(disk: Path, bare: bool) -> None:
         stdin=subprocess.PIPE,
     )
     wait_until(server.is_ready, "it serves", START_S_MAX)
+    # The script writes it while the server starts already.
+    wait_until(lambda: pidfile.exists() and pidfile.read_text().endswith("\n"), "its process")
     pid = int(pidfile.read_text())
     try:
         script.communicate(timeout=WAIT_S_MAX)
@@ -208,8 +210,11 @@ def test_nbdkit_by_itself_leaves_the_terminal_too(disk: Path) -> None:
 def test_a_daemon_serves_when_the_command_returns(daemon: Daemon, disk: Path) -> None:
     """Nothing has to be waited for: neither its number, nor its sockets. And it holds none of the
     descriptors that the command had: who reads its output gets to the end of that."""
+    # Without a syslog there would be a warning. Any file is one here: nobody reads that log.
+    there = f"from nbdmirror import logs\nlogs.SYSLOG_SOCKET = {str(disk)!r}\n"
+    environment = patched(daemon.environment(), daemon.folder, there)
     done = subprocess.run(
-        daemon.argv(), env=daemon.environment(), capture_output=True, timeout=WAIT_S_MAX, check=True
+        daemon.argv(), env=environment, capture_output=True, timeout=WAIT_S_MAX, check=True
     )
     assert (done.stdout, done.stderr) == (b"", b"")
     pid = int(daemon.pidfile.read_text())
@@ -310,20 +315,25 @@ def test_a_log_that_nobody_reads_any_more(folder: Path) -> None:
         assert server.process.wait(STOP_S_MAX) == 0
 
 
+@pytest.mark.parametrize(("named", "shown"), [(".././", ""), ("vm/.././", "below/vm/../")])
 def test_a_daemon_whose_control_socket_was_named_in_another_directory(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
+    disk: Path, monkeypatch: pytest.MonkeyPatch, named: str, shown: str
 ) -> None:
     """nbdkit goes to the root directory; `list` finds the socket that the process has."""
     daemon = Daemon(disk.parent, disk, bare=True)
     socket_ = daemon.qmp_path
     (disk.parent / "below").mkdir()
+    (disk.parent / "current").mkdir()
+    (disk.parent / "below" / "vm").symlink_to(disk.parent / "current")
     monkeypatch.chdir(disk.parent / "below")
-    words = [word.replace(f"qmp={socket_}", f"qmp=.././{socket_.name}") for word in daemon.argv()]
+    name = f"qmp={named}{socket_.name}"
+    words = [word.replace(f"qmp={socket_}", name) for word in daemon.argv()]
     null = subprocess.DEVNULL
     subprocess.run(words, env=daemon.environment(), stdout=null, stderr=null, check=True)
     pid = daemon.wait()
     try:
         monkeypatch.chdir("/")
-        assert f"{socket_}  process {pid}\n  disk0  " in nbdmirror("list").stdout
+        place = f"{disk.parent}/{shown}{socket_.name}"
+        assert f"{place}  process {pid}\n  disk0  " in nbdmirror("list").stdout
     finally:
         daemon.end()

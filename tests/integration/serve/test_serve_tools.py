@@ -25,7 +25,7 @@ from support.images import (
 )
 from support.mounts import ON_DISK, loop_device
 from support.processes import run
-from support.servers import NbdkitTarget, Nbdmirror, QemuNbd
+from support.servers import NbdkitTarget, Nbdmirror, QemuNbd, strict_blocks
 
 
 def test_nbdinfo_tells_what_the_disk_can_do(start: Start, disk: Path) -> None:
@@ -148,8 +148,7 @@ def test_a_qcow2_behind_qemu_nbd(start: Start, folder: Path, connections: int) -
 def test_unaligned_requests_on_a_source_of_large_blocks(
     start: Start, folder: Path, unit: int
 ) -> None:
-    policy = (f"blocksize-minimum={unit}", "blocksize-preferred=4096", "blocksize-maximum=32M")
-    strict = (*policy, "blocksize-error-policy=error")
+    strict = strict_blocks(f"{unit}", "4096", "32M")
     behind = start(NbdkitTarget(folder, "memory", "4M", *strict, filters=("blocksize-policy",)))
     server = start(Nbdmirror(folder, behind.uri()))
     with connected(server.uri()) as handle:

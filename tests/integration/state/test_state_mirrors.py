@@ -142,6 +142,21 @@ def test_a_job_that_has_ended_does_not_go_on(
         assert_identical(disk, target.image) if how != "forced cancel" else None
 
 
+@pytest.mark.parametrize("ending", ["block-job-complete", "block-job-cancel"])
+def test_after_a_mirror_guests_do_not_wait_for_the_state_directory(
+    server: Kept, target: QemuNbd, ending: str
+) -> None:
+    """Their first write to a part of the disk is not written down any more."""
+    qmp = begin(server, target)
+    qmp.wait_ready()
+    qmp.execute(ending, device="j")
+    qmp.wait_completed()
+    before = (server.state / "vda.intents").read_bytes()
+    with connected(server.uri()) as guest:
+        guest.pwrite(bytes(512), 0)
+    assert (server.state / "vda.intents").read_bytes() == before
+
+
 def accept(server: Kept) -> str:
     """Have the next start accept the old side that this one refuses; returns the id."""
     found = re.search(r"--accept-old-side ([0-9a-f]{8})\b", refusal(server))

@@ -15,7 +15,7 @@ import nbd
 import pytest
 from integration.rules.rulesparts import Logged
 from integration.state.stateparts import restart_until_ready
-from support.clients import connected
+from support.clients import connected, connections
 from support.fixtures import Identical, Start
 from support.images import KiB, MiB, make_empty
 from support.kept import Kept
@@ -112,6 +112,7 @@ def test_after_a_kill_only_parts_are_sent_again(
         writer.wait_for(rng.randint(500, 1500))
         server.kill()
         writer.join()
+        wait_until(lambda: not connections(target.socket), "the target has done what it was asked")
         lost += unflushed_bytes(disk, target)
         before = len(target.log.read_text().splitlines())
         restart_until_ready(server)

@@ -12,6 +12,8 @@ from integration.mirror.points.pointsparts import (
     RING_BYTES,
     SIZE,
     FarSide,
+    last_point,
+    left_bytes,
     points_of,
     stop_at_rest,
     wait_for_points,
@@ -104,8 +106,9 @@ def test_an_older_point_is_recovered_after_a_restart(
     change(server, 2)
     end(server)
     restart_until_ready(server)
+    number = last_point(server)
     change(server, 3)
-    wait_for_points(server, 1)
+    wait_until(lambda: last_point(server) > number, "there is a point more")
     server.kill()
     far.stop()
     assert_identical(before, far.recover("--point", "before"))
@@ -134,7 +137,7 @@ def test_the_disk_moves_to_the_image_after_a_restart(
 def test_the_first_copy_continues(
     server: Kept, far: FarSide, disk: Path, identical: Identical, end: End
 ) -> None:
-    begin(server, far, speed=8 * MiB)
+    begin(server, far, speed=MiB)
     wait_until(lambda: server.qmp.job()["offset"] >= 2 * MiB, "a part is copied")
     change(server, 1)
     settle(server)
@@ -199,7 +202,7 @@ def test_the_lag_is_told_while_the_far_side_is_away_after_a_restart(
     if end is not power_cut:  # told only after it was told that the promise is broken
         server.qmp.wait_for_event("X_NBDMIRROR_RPO", kept=True)
     change(server, 3)
-    wait_for_points(server, 1)
+    wait_until(lambda: left_bytes(server) == 0, "a point has everything")
     server.qmp.execute("block-job-cancel", device="j")
     server.qmp.wait_completed()
     far.stop()

@@ -16,7 +16,7 @@ from integration.state.stateparts import GRANULE, SIZE, End, begin, ends, finish
 from integration.state.test_state_bitmaps import add, bitmaps
 from support.clients import connected
 from support.fixtures import Start
-from support.images import MiB, assert_identical, make_empty, make_image
+from support.images import MiB, assert_identical, make_empty, make_image, make_noise
 from support.kept import Kept, power_cut, refusal
 from support.mounts import ON_DISK, loop_device
 from support.servers import Nbdmirror, QemuNbd
@@ -186,6 +186,32 @@ def test_a_block_device_under_another_name(
         assert finish(server) == SIZE
         server.stop()
         assert_identical(Path(device), target.image)
+
+
+@ends
+@pytest.mark.parametrize("becomes", ["a device", "a file"])
+def test_a_path_that_leads_to_another_kind_of_storage(
+    start: Start, folder: Path, target: QemuNbd, end: End, becomes: str
+) -> None:
+    """As after a move to LVM: the content was never compared, and its time tells nothing."""
+    file, path = make_noise(folder / "file.img", SIZE, 7), folder / "vda"
+    os.utime(file, (0, 0))
+    with loop_device(make_image(folder / "device.img", SIZE)) as device:
+        places = [file, Path(device)]
+        if becomes == "a file":
+            places.reverse()
+        path.symlink_to(places[0])
+        server = start(Kept(folder, path))
+        begin(server, target).wait_ready()
+        settle(server)
+        end(server)
+        path.unlink()
+        path.symlink_to(places[1])
+        server.allowed.append("counts as dirty")
+        server.restart()
+        assert finish(server) == SIZE
+        server.stop()
+        assert_identical(places[1], target.image)
 
 
 # A larger target.

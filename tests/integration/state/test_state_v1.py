@@ -120,7 +120,7 @@ def test_the_old_side_of_a_pivot_is_refused(
     scene.begin()
     with connected(server.uri()) as guest:
         assert guest.get_size() == scene.golden.about["size"]
-    scene.check_bitmaps(is_exact=not loses_memory)
+    scene.check_bitmaps(is_exact=False)  # an NBD server may have lost what was not flushed
 
 
 # Granule by granule, and key by key.
@@ -137,7 +137,8 @@ def test_what_is_dirty_is_what_it_was(folder: Path, case: str, loses_memory: boo
     source = target_uri if case.startswith("pivot") else str(disk)
     found = recover(DiskFolder(folder / "state"), "vda", DiskIdentity.of(source, size))
     assert found is not None and not found.problem
-    is_exact = not loses_memory or case == "orderly-end"
+    # After a kill an NBD server may have lost what was not flushed.
+    is_exact = case == "orderly-end" or not (loses_memory or case.startswith("pivot"))
 
     def dirty_in(key: str) -> set[int]:
         bitmap = DirtyBitmap(size, granule)

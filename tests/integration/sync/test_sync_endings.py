@@ -200,6 +200,7 @@ def test_the_same_node_again_after_it_hung(
     identical(disk, target.image)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("policy", ["report", "stop"])
 def test_an_idle_job_whose_target_goes_away(
     server: Nbdmirror, qmp: Qmp, target: QemuNbd, policy: str
@@ -221,6 +222,7 @@ def test_an_idle_job_whose_target_goes_away(
 
 @pytest.mark.rule(37)
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.alone
 def test_quit_with_a_hanging_target(
     start: Start, folder: Path, disk: Path, target: QemuNbd, phase: str
 ) -> None:
@@ -243,6 +245,7 @@ def test_quit_with_a_hanging_target(
 @pytest.mark.guarantee("The server ends when asked")
 @pytest.mark.parametrize("stop", ["SIGTERM", "SIGINT", "quit"])
 @pytest.mark.parametrize("state", ["running", "paused", "ready", "standby", "pending", "concluded"])
+@pytest.mark.alone
 def test_the_server_ends_in_every_state(
     folder: Path, disk: Path, target: QemuNbd, state: str, stop: str
 ) -> None:

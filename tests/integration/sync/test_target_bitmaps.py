@@ -12,7 +12,7 @@ import pytest
 from integration.sync.syncparts import marks, soft_cancel
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import MiB, make_image, make_noise
+from support.images import KiB, MiB, make_image, make_noise
 from support.qmpclient import Qmp
 from support.servers import Nbdmirror, QemuNbd
 from support.waiting import wait_until
@@ -64,7 +64,7 @@ def test_a_copy_of_the_target_can_be_brought_up_to_date(
 def begin(qmp: Qmp, phase: str, copy_mode: str, how: str) -> None:
     """A mirror whose target has a bitmap that records since `phase`."""
     mirror = {"job-id": "j", "device": "src", "target": "tgt", "sync": "full"}
-    slow = {"copy-mode": copy_mode, "speed": 4 * MiB, "buf-size": 128 * 1024}
+    slow = {"copy-mode": copy_mode, "speed": 256 * KiB, "buf-size": 128 * KiB}
     new = {"node": "tgt", "name": "b", "disabled": how == "enable"}
     old: dict[str, object] = {"node": "tgt", "name": "b"}
     first = [("blockdev-mirror", {**mirror, **slow})]

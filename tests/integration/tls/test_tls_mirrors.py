@@ -29,7 +29,7 @@ from support.qmpclient import Qmp
 from support.servers import Nbdmirror
 from support.waiting import wait_until
 
-LIFE_S = 8
+LIFE_S = 14
 """Of a certificate that is to expire during a test: long enough for the mirror to get ready."""
 
 

@@ -20,6 +20,9 @@ from support.waiting import wait_until
 LOOKS = "[...document.querySelectorAll('.map rect')].map((bar) => bar.className.baseVal).join(' ')"
 """The kinds of the parts of a map, from left to right."""
 
+SOON_MS = 4000
+"""The server is asked more often than that, and a page that is told so is live for long."""
+
 pytestmark = [
     pytest.mark.skipif(not found(), reason="there is no Chromium here: see find_missing in run"),
     pytest.mark.xdist_group("browser"),  # of which there is one
@@ -141,7 +144,7 @@ def test_a_job_that_stops_at_an_error(
     opened(browser, start(Web(folder, server.qmp_path)))
     server.qmp.start_mirror(broken.uri(), on_target_error="stop")
     wait_until(lambda: "I/O error (nospace)" in browser.text("main"), "the error is there")
-    assert "Job j: paused" in browser.text("main")
+    wait_until(lambda: "Job j: paused" in browser.text("main"), "it is paused")
     server.qmp.execute("job-cancel", id="j")
     wait_until(lambda: "Last job j: cancelled" in browser.text("main"), "its end is there")
 
@@ -175,6 +178,24 @@ def test_three_servers_and_their_process(folder: Path, start: Start, browser: Br
     wait_until(lambda: browser.text("#connection") == "Live", "it goes on by itself")
     assert browser.value("document.body.className") == ""
     browser.said[:] = [text for text in browser.said if "net::ERR_" not in text]
+
+
+def test_a_server_that_says_nothing_is_noticed(
+    folder: Path, start: Start, browser: Browser, disk: Path
+) -> None:
+    """No error comes of that: the process hangs, or the network is gone without a word."""
+    web = start(Web(folder, start(Nbdmirror(folder, f"vda={disk}")).qmp_path))
+    opened(browser, web)
+    wait_until(lambda: "Served from " + str(disk) in browser.text("main"), "the disk is there")
+    browser.value(f"document.body.dataset.silentMs = {SOON_MS}")
+    freeze(web.pid)
+    try:
+        wait_until(lambda: "nothing is heard" in browser.text("#connection"), "it is noticed")
+        assert browser.value("document.body.className") == "stale"
+    finally:
+        os.kill(web.pid, signal.SIGCONT)
+    wait_until(lambda: browser.text("#connection") == "Live", "it goes on by itself")
+    assert browser.value("document.body.className") == ""
 
 
 def test_on_every_screen(folder: Path, start: Start, browser: Browser) -> None:
@@ -211,12 +232,19 @@ def test_on_every_screen(folder: Path, start: Start, browser: Browser) -> None:
 def test_text_that_is_selected_stays(folder: Path, start: Start, browser: Browser) -> None:
     server = start(Nbdmirror(folder, f"vda={make_image(folder / 'a.img', MiB)}"))
     target = start(QemuNbd(folder, make_noise(folder / "target.img", MiB)))
-    opened(browser, start(Web(folder, server.qmp_path)))
+    web = start(Web(folder, server.qmp_path))
+    opened(browser, web)
     wait_until(lambda: "Served from" in browser.text("main"), "the disk is there")
     browser.value("getSelection().selectAllChildren(document.querySelector('article .path'))")
     server.qmp.start_mirror(target.uri(), device="vda")
     server.qmp.wait_ready()
     wait_until(lambda: "BLOCK_JOB_READY" in browser.text("#events"), "the news is there")
     assert browser.value("getSelection().toString()") == str(folder / "a.img")
+    wait_until(lambda: browser.text("#connection") == "Not live: text is selected", "it is said")
+    assert browser.value("document.body.className") == "stale"
+    wait_until(lambda: "ready" in str(browser.value("held")), "what is held back is of now")
+    freeze(web.pid)  # nothing else comes
     browser.value("getSelection().removeAllRanges()")
     wait_until(lambda: "ready" in browser.text("main"), "what was held back is there")
+    assert (browser.text("#connection"), browser.value("document.body.className")) == ("Live", "")
+    os.kill(web.pid, signal.SIGCONT)

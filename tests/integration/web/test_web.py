@@ -92,10 +92,15 @@ def test_servers_come_and_go(folder: Path, start: Start) -> None:
 
 
 def test_without_sockets_it_has_the_servers_of_the_host(folder: Path, start: Start) -> None:
+    """One that was killed is missed, and one that ended in order is not."""
     server = start(served(folder, "a"))
     web = start(Web(folder))
-    series = f'nbdmirror_server_up{{server="{server.qmp_path}"}} 1.0'
-    wait_until(lambda: series in web.get("/metrics")[1], "it is found by its process")
+    series = f'nbdmirror_server_up{{server="{server.qmp_path}"}}'
+    wait_until(lambda: f"{series} 1.0" in web.get("/metrics")[1], "it is found by its process")
+    server.kill()
+    wait_until(lambda: f"{series} 0.0" in web.get("/metrics")[1], "it is missed")
+    server.start()
+    wait_until(lambda: f"{series} 1.0" in web.get("/metrics")[1], "it is there again")
     server.stop()
     wait_until(lambda: str(server.qmp_path) not in web.get("/metrics")[1], "it is gone")
 

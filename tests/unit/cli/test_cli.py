@@ -15,6 +15,7 @@ from unit.cli.cliparts import WAIT_S_MAX, Main, one_line
 from nbdmirror import unix_sockets as sockets
 from nbdmirror.cli import common, values
 from nbdmirror.cli import session as cli_session
+from nbdmirror.cli.control import _has_moved
 
 COMPLETED = (
     f"job {{}} completed; the pivot held the guest for 3.2 ms; disk disk0 is served from {URI}\n"
@@ -329,6 +330,14 @@ def test_choosing_a_job(fake: Fake, run: Main) -> None:
     assert (status, "several jobs (j, k)" in one_line(err)) == (common.FAILED, True)
     assert "no job x" in one_line(run("resume", "--job", "x")[2])
     assert "no disk x" in one_line(run("resume", "--device", "x")[2])
+
+
+@pytest.mark.parametrize("lost", ["target-connected", "journal-connected"])
+def test_a_job_whose_far_side_is_lost_does_not_continue(lost: str) -> None:
+    """Though nothing is left to copy."""
+    job = {"paused": False, "len": 100, "offset": 100}
+    assert _has_moved(job, job)
+    assert not _has_moved(job | {lost: False}, job)
 
 
 def test_a_wait_for_a_snapshot_says_who_makes_it(fake: Fake, run: Main) -> None:

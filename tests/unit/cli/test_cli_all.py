@@ -81,7 +81,7 @@ def test_one_that_cannot_be_queried_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The others are shown, and the exit status is not 0; that of `list` is."""
-    monkeypatch.setattr(cli_list, "ANSWER_S_MAX", 0.5)
+    monkeypatch.setattr(cli_list, "ANSWER_S_MAX", 2.0)
     well = add("well")
     bad = [add(kind) for kind in kinds]
     status, out, err = run("status", "--all", *(["--json"] if as_json else []))

@@ -42,8 +42,8 @@ def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeQemu]:
 
 @pytest.fixture
 def handover(fake: Fake, qemu: FakeQemu, capsys: pytest.CaptureFixture[str]) -> Handover:
-    def run(*more: str) -> tuple[int, str, str]:
-        words = ["handover", URI, "--qmp", fake.path, "--qemu", qemu.path, "--to", TO, *more]
+    def run(*more: str, qmp: str = fake.path, qemu: str = qemu.path) -> tuple[int, str, str]:
+        words = ["handover", URI, "--qmp", qmp, "--qemu", qemu, "--to", TO, *more]
         status = cli.main(words)
         out, err = capsys.readouterr()
         assert "Traceback" not in err
@@ -244,14 +244,14 @@ def test_another_disk_pivots_at_that_moment(fake: Fake, qemu: FakeQemu, handover
 
 
 def test_the_two_sockets_are_one_nbdmirrors(fake: Fake, handover: Handover) -> None:
-    status, _, line = handover("--qemu", fake.path)
+    status, _, line = handover(qemu=fake.path)
     assert status == common.NO_SERVER
     assert f"{fake.path} is the control socket of nbdmirror, not of QEMU" in line
     assert not changes(fake)
 
 
 def test_the_two_sockets_are_one_qemus(qemu: FakeQemu, handover: Handover) -> None:
-    status, _, line = handover("--qmp", qemu.path)
+    status, _, line = handover(qmp=qemu.path)
     assert status == common.NO_SERVER
     assert f"{qemu.path} is the control socket of QEMU 7.2.0, not of nbdmirror" in line
     assert not changes(qemu)
@@ -259,7 +259,7 @@ def test_the_two_sockets_are_one_qemus(qemu: FakeQemu, handover: Handover) -> No
 
 def test_a_qemu_without_a_guest(fake: Fake, handover: Handover, folder: Path) -> None:
     with StorageDaemon(folder, "driver=null-co,size=4096") as daemon:
-        status, _, line = handover("--qemu", str(daemon.qmp_path))
+        status, _, line = handover(qemu=str(daemon.qmp_path))
     assert (status, "no guest to migrate" in line) == (common.NO_SERVER, True)
     assert not changes(fake)
 

@@ -3,8 +3,11 @@ it connects, in one line."""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import os
 import re
+from collections.abc import Sequence
 
 import pytest
 from unit.cli.cliparts import Main, one_line
@@ -81,14 +84,18 @@ def test_what_would_mean_nothing(run: Main, arguments: tuple[str, ...], words: s
     assert (status, words in one_line(err)) == (common.USAGE, True)
 
 
-def _numeric_options() -> list[tuple[str, str]]:
-    """(command, option) of each option whose value is a number, a size or a rate."""
+def _actions() -> list[tuple[str, argparse.Action]]:
+    """All arguments, each with its command."""
     commands = next(a for a in cli.build_parser()._actions if isinstance(a.choices, dict))
     assert isinstance(commands.choices, dict)
+    return [(name, one) for name, parser in commands.choices.items() for one in parser._actions]
+
+
+def _numeric_options() -> list[tuple[str, str]]:
+    """(command, option) of each option whose value is a number, a size or a rate."""
     return [
         (name, action.option_strings[0])
-        for name, parser in commands.choices.items()
-        for action in parser._actions
+        for name, action in _actions()
         if action.metavar in ("N", "S", "SIZE", "RATE") and action.option_strings
     ]
 
@@ -103,6 +110,33 @@ def test_a_refused_number_says_what_is_allowed(
     assert status == common.USAGE
     assert f"argument {option}: {value!r} is" in one_line(err)
     assert re.search(r"from \d+ to \d+|0 or more|examples: |more than 8 EiB", err)
+
+
+SEVERAL = {
+    ("serve", "--accept-old-side"),
+    ("mirror", "--journal"),
+    *itertools.product(("recover",), ("--image", "--journal")),
+    *itertools.product(("wait", "complete", "cancel"), ("--device", "--job")),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        (name, action.option_strings[-1], action.choices)
+        for name, action in _actions()
+        if action.option_strings and action.nargs is None
+    ],
+)
+def test_an_option_that_is_given_twice(
+    run: Main, command: str, option: str, choices: Sequence[str] | None
+) -> None:
+    """Neither of the two is dropped."""
+    value = {"--to": "tcp:h:1", "--listen": "h:1"}.get(option, choices[0] if choices else "1")
+    status, _, err = run(command, option, value, f"{option}={value}", "--unknown")
+    assert status == common.USAGE
+    is_refused = f"argument {option}: is given twice" in err
+    assert is_refused is ((command, option) not in SEVERAL), err
 
 
 @pytest.mark.parametrize("target", ["t.img", "nbd://h:99999/", "nbd+unix:///?sokcet=/s"])

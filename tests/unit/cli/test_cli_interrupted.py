@@ -4,6 +4,8 @@ in another way. The last line is so, and comes within a bound."""
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import os
 import re
 import signal
@@ -17,10 +19,13 @@ from typing import Any
 
 import pytest
 from support.fakes import URI, Fake
+from support.waiting import wait_until
 from unit.cli.cliparts import WAIT_S_MAX, Main, one_line
+from unit.points.pointparts import FarSide
 
 from nbdmirror.cli import common
 from nbdmirror.cli import session as cli_session
+from nbdmirror.points.appliers_block import EXPORT_BYTES_MIN
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -32,21 +37,26 @@ def stuck(fake: Fake) -> Fake:
     return fake
 
 
-def waiting(fake: Fake, *argv: str, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
-    """A command that waits for the job."""
+def started(*argv: str, qmp: str = "", ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
+    """A command; `ignored`: signals that are ignored at its start."""
 
     def ignore() -> None:
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
 
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "nbdmirror", *argv],
-        env={**os.environ, "NBDMIRROR_QMP": fake.path},
+        env={**os.environ, "NBDMIRROR_QMP": qmp},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=ignore,  # noqa: PLW1509 - nothing else runs in the child
     )
+
+
+def waiting(fake: Fake, *argv: str, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
+    """A command that waits for the job."""
+    process = started(*argv, qmp=fake.path, ignored=ignored)
     assert process.stderr
     assert process.stderr.readline().startswith("j: ready")
     return process
@@ -71,6 +81,32 @@ def test_what_was_ignored_at_the_start_stays_ignored(stuck: Fake) -> None:
     stuck.end("j", "BLOCK_JOB_COMPLETED")
     out, _ = process.communicate(timeout=WAIT_S_MAX)
     assert (process.returncode, "job j completed" in out) == (common.DONE, True)
+
+
+def test_what_an_applier_ignored_at_the_start_stays_ignored(tmp_path: Path, run: Main) -> None:
+    """`nohup nbdmirror apply ... &` outlives its terminal."""
+    far = FarSide(journal_bytes=EXPORT_BYTES_MIN)
+    far.seed()
+    places = {"--image": str(tmp_path / "image"), "--journal": str(tmp_path / "journal")}
+    for device, path in zip((far.image, far.journal), places.values(), strict=True):
+        Path(path).write_bytes(device.data)
+
+    def said() -> dict[str, Any]:
+        return dict(json.loads(run("points", places["--journal"], "--json")[1])["applier"])
+
+    ignored = signal.SIGINT, signal.SIGHUP
+    process = started("apply", *itertools.chain(*places.items()), ignored=ignored)
+    assert process.stderr
+    assert process.stderr.readline().startswith("applying points to")
+    for number in ignored:
+        process.send_signal(number)
+    before = said()["time"]
+    wait_until(lambda: said()["time"] > before, "it says something after the signals")
+    assert said()["phase"] == "resting"
+    process.terminate()
+    process.communicate(timeout=WAIT_S_MAX)
+    assert process.returncode == common.DONE
+    assert said()["phase"] == "ended"
 
 
 @pytest.fixture

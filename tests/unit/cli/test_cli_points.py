@@ -55,6 +55,15 @@ def test_points_are_listed(places: Places, run: Main) -> None:
     places.check_untouched()
 
 
+def test_a_name_that_nbdmirror_would_not_have_written(places: Places, run: Main) -> None:
+    """The journal is a file, which somebody else may have written."""
+    places.far.point((0, 4096), name="n4\n\x1b[2J")
+    places.save()
+    assert run("points", str(places.journal))[1].endswith("  n4\\n\\x1b[2J\n")
+    assert "has no point '9'" in one_line(places.recover(run, "--point", "9")[2])
+    assert "is point 4 (n4\\n\\x1b[2J) of" in places.recover(run)[1]
+
+
 def test_points_as_json(places: Places, run: Main) -> None:
     status, out, err = run("points", "--json", str(places.journal))
     assert (status, err) == (0, "")

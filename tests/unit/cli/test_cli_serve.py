@@ -70,6 +70,20 @@ def test_serve_command(plugin: str) -> None:
     ]
 
 
+def test_a_path_behind_a_link_stays_what_it_is(plugin: str) -> None:
+    """The kernel follows the link first, and this is another file than d.img of this directory."""
+    places = [f"{start}link/../{{}}" for start in ("", "/srv/")]
+    for place in places:
+        said = place.format
+        options = ["--qmp", said("q"), "--socket", said("s"), "--pidfile", said("p")]
+        options += ["--state-dir", said("state"), "--tls-certificates", said("keys")]
+        argv, _ = command(said("d.img"), f"b=nbd+unix:///?socket={said('t')}", *options)
+        start = "" if place.startswith("/") else f"{os.getcwd()}/"
+        for name in ("q", "s", "p", "state", "keys", "d.img", "t"):
+            found = [word for word in argv if word.endswith(f"/{name}")]
+            assert found and all(word.endswith(start + said(name)) for word in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -125,7 +125,6 @@ def test_any_requests_do_what_the_model_does(name: str) -> None:
 
     @settings(
         max_examples=entry.examples_max,
-        deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(data=st.data(), size=st.sampled_from(sizes), seed=st.integers(0, 3))

@@ -6,6 +6,7 @@ No sleeps: whoever waits is woken, and WAIT_S is for a test that fails.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 from model.parts import AnnouncedGuests
@@ -24,6 +25,60 @@ def test_a_request_marks_every_bitmap_when_it_ends() -> None:
     ledger.leave(token, 600, 10)
     assert first.next_run(0, SIZE) == (512, 512)
     assert second.next_run(0, SIZE) == (0, 4096)
+
+
+class Interrupts:
+    """Something that is marked, during which other things happen."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._calls = [call]
+
+    def mark(self, offset: int, length: int) -> None:
+        while self._calls:
+            self._calls.pop()()
+
+
+def test_a_request_marks_what_is_attached_and_filled_while_it_marks() -> None:
+    """A mirror of a named bitmap begins: it takes over marks that this request has yet to make."""
+    ledger, named, mirror = Ledger(), DirtyBitmap(SIZE, GRANULE), DirtyBitmap(SIZE, GRANULE)
+
+    def begin() -> None:
+        ledger.attach(mirror)
+        mirror.merge(named)
+
+    ledger.attach(Interrupts(begin))
+    ledger.attach(named)
+    ledger.leave(ledger.enter(), 600, 10)
+    assert named.next_run(0, SIZE) == mirror.next_run(0, SIZE) == (512, 512)
+    assert not ledger.writes()
+
+
+def test_a_request_marks_nothing_twice() -> None:
+    """A mirror at rest wakes: its alarm is detached, what is marked is copied, and another mirror
+    attaches its bitmap, while the request that has woken it is still in progress."""
+    ledger, alarm, other = Ledger(), DirtyBitmap(SIZE, GRANULE), DirtyBitmap(SIZE, GRANULE)
+    mirror = DirtyBitmap(SIZE, GRANULE)
+
+    def copy_at_once() -> None:
+        ledger.detach(alarm)
+        ledger.attach(other)
+        mirror.clear(512, 512)
+
+    for bitmap in (mirror, alarm, Interrupts(copy_at_once)):
+        ledger.attach(bitmap)
+    ledger.leave(ledger.enter(), 600, 10)
+    assert mirror.is_empty
+    assert other.next_run(0, SIZE) == (512, 512)
+
+
+def test_a_disk_that_has_lost_writes_marks_every_bitmap_everywhere() -> None:
+    """Behind a closed gate as well."""
+    ledger, bitmap = Ledger(), DirtyBitmap(SIZE, GRANULE)
+    ledger.attach(bitmap)
+    ledger.close_gate(lambda: None)
+    ledger.changed(SIZE)
+    assert bitmap.bytes_in(0, SIZE) == SIZE
+    assert ledger.is_idle
 
 
 def test_a_settled_bitmap_and_a_detached_one_are_not_marked() -> None:

@@ -15,6 +15,8 @@ from support.madeservers import JOB, WAITS
 
 from nbdmirror.explanation import _percents, doing, explanation, remarks, shares
 from nbdmirror.mirror.job_states import JobStatus
+from nbdmirror.mirror.ladder import PIVOT_S, Situation, next_step
+from nbdmirror.mirror.options import MirrorOptions
 from nbdmirror.mirror.waits import RECENT_S, Cause
 
 COPYING = JOB | {"status": "running", "ready": False, "written-bytes": 1 << 31, "left-s": 130.0}
@@ -115,6 +117,12 @@ def test_writes_to_what_is_hot_wait() -> None:
     assert "nbdmirror change --may nothing" in said[1]
 
 
+FOLLOWING = {"ready": True, "status": "ready"}
+JOURNAL_LOST = {
+    "target-lost-for-s": 9.0,
+    "journal": "nbd://b/vda-journal",
+    "journal-connected": False,
+}
 BEHIND = COPYING | {
     "falling-behind": True,
     "copy-bytes-per-s": 110 * MiB,
@@ -127,7 +135,12 @@ BEHIND = COPYING | {
     [
         ({}, "the target takes 110 MiB/s: at these rates the mirror does not finish; this"),
         ({}, "change --may throttle, or: nbdmirror copy-mode write-blocking"),
-        ({"ready": True, "status": "ready"}, "the mirror does not catch up"),
+        ({"may": ["write-blocking"]}, "this would end it: nbdmirror change --may throttle,write-b"),
+        ({"may": ["throttle"]}, "this would end it: nbdmirror copy-mode write-blocking"),
+        ({"may": ["throttle", "write-blocking"]}, "does not finish; what --may allows will end"),
+        (FOLLOWING, "the mirror does not catch up; this would end it: nbdmirror copy-mode write"),
+        (FOLLOWING | {"may": ["throttle"]}, "copy-mode write-blocking, or: nbdmirror complete"),
+        (FOLLOWING | {"may": ["write-blocking"]}, "this would end it: nbdmirror copy-mode write-b"),
         ({"waits": waits("source-read")}, "the source gives 110 MiB/s"),
         ({"waits": waits("yielding")}, "a copy that leaves room for guests takes 110 MiB/s"),
         ({"copy-mode": "write-blocking"}, "a faster target, or a throttle of the guest"),
@@ -142,6 +155,29 @@ def test_a_guest_that_is_faster(known: dict[str, Any], words: str) -> None:
     assert len(said) == 2
     assert "the guest changes 180 MiB/s of different data" in said[1]
     assert words in said[1]
+
+
+@pytest.mark.parametrize("may", [[], ["throttle"], ["write-blocking"]])
+@pytest.mark.parametrize("ending", ["none", "complete", "cancel"])
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_what_is_advised_does_something(is_ready: bool, ending: str, may: list[str]) -> None:
+    """A `--may` that the ladder would not act upon is not advised, and neither is one that is there
+    already, or would take away another."""
+    known = {"ready": is_ready, "status": "ready" if is_ready else "running"}
+    job = BEHIND | known | {"ending": ending if is_ready else "none", "may": may}
+    advised = re.findall(r"change --may ([\w,-]+)(?:$|, or)", explanation(job)[-1])
+    assert bool(advised) is ("throttle" not in may and (not is_ready or ending != "none"))
+    for allowed in (one.split(",") for one in advised):
+        assert set(allowed) > set(may)
+        is_ending = job["ending"] != "none"
+        now = Situation(
+            is_ready=is_ready,
+            never=not is_ready,
+            pivot_waits_s=2 * PIVOT_S if is_ready and is_ending else 0.0,
+            is_ending=is_ending,
+            bytes_per_s=110.0 * MiB,
+        )
+        assert next_step(MirrorOptions("j", may=tuple(allowed)), now) is not None
 
 
 @pytest.mark.parametrize("changed", [100 * MiB, 110 * MiB, 120 * MiB])
@@ -165,6 +201,11 @@ def test_a_guest_that_changes_the_same_again(changed: int) -> None:
         ({"status": "waiting"}, "waits for the other jobs of its group"),
         ({"status": "concluded", "auto-dismiss": False}, "nbdmirror dismiss"),
         ({"target-lost-for-s": 9.0}, "the target has been lost for 0:09"),
+        (JOURNAL_LOST, "the journal nbd://b/vda-journal has been lost for 0:09"),
+        (
+            JOURNAL_LOST | {"target-connected": False},
+            "the target and its journal have been lost for 0:09, reconnecting without a limit; che",
+        ),
         ({"target-silent-for-s": 9.0}, "the target has not answered for 0:09"),
         ({"source-silent-for-s": 9.0}, "the source has not answered for 0:09"),
     ],

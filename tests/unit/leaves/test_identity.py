@@ -73,6 +73,24 @@ def test_addresses_are_looked_up_only_where_that_may_take_time() -> None:
     assert same_place("nbd://nosuch.invalid/", address, resolves=True) is UNKNOWN
 
 
+def test_names_are_compared_without_a_look_at_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*_: object, **__: object) -> None:
+        raise AssertionError("a file system may not answer")
+
+    disk, link = make_image(tmp_path / "disk", MiB), tmp_path / "link"
+    link.symlink_to(disk)
+    names = str(disk), str(link)
+    uris = [f"nbd+unix:///x?socket={name}" for name in names]
+    assert same_place(*names) is same_place(*uris) is YES
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.setattr(os, "lstat", look)
+    for one, other in (names, uris):
+        assert same_place(one, one, looks=False) is YES
+        assert same_place(one, other, looks=False) is UNKNOWN
+
+
 def test_a_file_under_several_names(tmp_path: Path) -> None:
     disk, other = make_image(tmp_path / "disk", MiB), make_image(tmp_path / "other", MiB)
     hard, soft = tmp_path / "hard", tmp_path / "soft"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import pty
+import resource
 import socket
 import termios
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,8 +132,8 @@ def test_what_is_lost_is_counted(reader: Reader) -> None:
     for more in range(LINES_MAX + 6):
         handler.handle(record(f"{number + 1 + more} {TEXT}"))
     reader.resume()
-    lines = everything(reader, "lines of this log are lost")
-    assert lines[-1] == "7 lines of this log are lost: nobody read it"
+    lines = everything(reader, "lines of this log are lost: they could not be written\n")
+    assert lines[-1] == "7 lines of this log are lost: they could not be written"
     assert lines[:-1] == [f"{n} {TEXT}" for n in range(number + LINES_MAX)]
 
 
@@ -141,16 +143,79 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_a_reader_that_is_gone(stack: ExitStack, tmp_path: Path) -> None:
+def test_a_reader_that_is_gone(stack: ExitStack) -> None:
+    """Nobody waits for another one, and the end does not either."""
     ours, theirs = os.pipe()
     handler = handled(stack, Stream(theirs))
     os.close(ours)
     os.close(theirs)
-    for _ in range(3):
+    for _ in range(LINES_MAX + 1):
         handler.handle(record("to nobody"))
-    nowhere = handled(stack, Syslog(str(tmp_path / "log")))
-    nowhere.handle(record("to nobody"))
-    assert not handler.is_stuck and not nowhere.is_stuck
+    assert handler.is_stuck
+    handler.stop()
+
+
+def fifo(stack: ExitStack, folder: Path) -> Reader:
+    """Its reader is started again."""
+    os.mkfifo(folder / "fifo")
+    first = os.open(folder / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    theirs = os.open(folder / "fifo", os.O_WRONLY)
+    stack.callback(os.close, theirs)
+    os.close(first)
+    found: list[int] = []
+
+    def resume() -> None:
+        found.append(os.open(folder / "fifo", os.O_RDONLY | os.O_NONBLOCK))
+        stack.callback(os.close, found[0])
+
+    return Reader(handled(stack, Stream(theirs)), lambda: available(found[0]), resume)
+
+
+def full_disk(stack: ExitStack, folder: Path) -> Reader:
+    """The first line fits into it by half."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resume = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+    stack.callback(resume)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    theirs = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    ours = os.open(folder / "log", os.O_RDONLY)
+    stack.callback(os.close, theirs)
+    stack.callback(os.close, ours)
+    return Reader(handled(stack, Stream(theirs)), lambda: available(ours), resume)
+
+
+def late_syslog(stack: ExitStack, folder: Path) -> Reader:
+    """It is not there yet, as in an early boot."""
+    daemon = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    daemon.setblocking(False)
+    resume = partial(daemon.bind, str(folder / "log"))
+    return Reader(
+        handled(stack, Syslog(str(folder / "log"))), lambda: available(daemon.fileno()), resume
+    )
+
+
+@pytest.mark.parametrize("kind", [fifo, full_disk, late_syslog])
+def test_a_place_that_can_be_written_to_later(
+    stack: ExitStack, tmp_path: Path, kind: Callable[[ExitStack, Path], Reader]
+) -> None:
+    reader = kind(stack, tmp_path)
+    for number in range(LINES_MAX + 3):
+        reader.handler.handle(record(f"{number} {TEXT}"))
+    reader.resume()
+    lines = everything(reader, "lines of this log are lost: they could not be written\n")
+    assert lines[:-1] == [f"{n} {TEXT}" for n in range(LINES_MAX)]
+    assert lines[-1] == "3 lines of this log are lost: they could not be written"
+
+
+def test_a_line_that_is_too_long_for_syslog(stack: ExitStack, tmp_path: Path) -> None:
+    """It is lost, and not all that comes after it."""
+    reader = syslog(stack, tmp_path)
+    reader.handler.handle(record("x" * (1 << 20)))
+    reader.handler.handle(record("the next one"))
+    assert everything(reader, "the next one") == [
+        "1 lines of this log are lost: they could not be written",
+        "the next one",
+    ]
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])

@@ -129,7 +129,7 @@ def test_a_directory_that_becomes_a_link_meanwhile(
         unlink(name, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", exchange)
-    sockets.remove_stale_socket(str(place / "s"), "qmp")
+    sockets.check_socket(str(place / "s"), "qmp", remove=True)
     assert victim.exists()
     assert not (tmp_path / "moved" / "s").exists()
 
@@ -153,15 +153,18 @@ def test_only_the_socket_that_we_made_is_removed(tmp_path: Path) -> None:
     sockets.remove_socket(str(path), ours)
 
 
-def test_many_servers_that_find_one_dead_socket(tmp_path: Path) -> None:
+def test_many_servers_that_find_one_dead_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of them gets it, and its new socket is not taken for the dead one by any other."""
+    monkeypatch.setattr(sockets, "LOCK_S_MAX", 60.0)
     path = str(dead_socket(tmp_path / "s"))
     barrier = threading.Barrier(8)
     bound: list[socket.socket] = []
     said: list[str] = []
 
     def start() -> None:
-        barrier.wait(10)
+        barrier.wait(60)
         try:
             bound.append(sockets.bind_unix_socket(path))
         except ConfigError as error:
@@ -172,7 +175,7 @@ def test_many_servers_that_find_one_dead_socket(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
         (winner,) = bound
         assert len(said) == 7 and all("in use" in text for text in said), said
         with socket.socket(socket.AF_UNIX) as client:
@@ -227,7 +230,13 @@ def test_a_pidfile_that_is_there_or_not(place: Path) -> None:
 
 
 def test_in_a_shared_directory_the_pidfile_is_ours_at_once(shared: Path, tmp_path: Path) -> None:
-    assert not claim(shared / "pid")
+    """And it is said whether it was made."""
+    sockets.check_pidfile(str(shared / "pid"), "--pidfile")
+    assert not (shared / "pid").exists()
+    made = sockets.claim_pidfile(str(shared / "pid"), "--pidfile")
+    assert made is not None
+    assert os.path.samestat(made, (shared / "pid").stat())
+    assert sockets.claim_pidfile(str(shared / "pid"), "--pidfile") is None
     assert (shared / "pid").stat().st_uid == os.geteuid()
     assert not claim(tmp_path / "pid")
     assert not (tmp_path / "pid").exists()

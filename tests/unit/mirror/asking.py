@@ -37,12 +37,13 @@ class Asking:
             state += job.plan is None, run is None, run and (run.is_running, run.is_idle)
         if state != self._state:
             self._state = state
-            self._ask()
+            self.ask()
 
-    def _ask(self) -> None:
+    def ask(self) -> dict[str, Any]:
         found = job_status(self._server, self._job)
         JOB_STATUS.check(found)
         assert (found["device"], found["status"]) == (self._job.id, str(self._job.status))
         assert job_parts(found)
         if not self._job.is_over:
             self._job.map(CELLS)
+        return found

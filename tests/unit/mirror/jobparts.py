@@ -55,6 +55,12 @@ class FakeResources:
     def changed(self, state: JobState) -> None:
         pass
 
+    def check_end(self, ending: Ending, done: Done) -> None:
+        if "check_end" in self.holds | self.errors.keys():
+            self._step("check_end", done)
+        else:
+            done(None)
+
     def prepare(self, ending: Ending, done: Done) -> None:
         self._step("prepare", done)
 
@@ -63,8 +69,9 @@ class FakeResources:
         self.world.assert_identical()
         self._step("commit", done)
 
-    def uncommit(self) -> None:
-        self.calls.append("uncommit")
+    def uncommit(self, done: Done) -> None:
+        assert self.world.is_held, "guests write while the record says that the job has ended"
+        self._step("uncommit", done)
 
     def forget(self, done: Done) -> None:
         self._step("forget", done)
@@ -155,7 +162,7 @@ class JobWorld:
             resources=self.resources,
         )
         self.job.create()
-        Asking(self.loop, self.job)
+        self.asking = Asking(self.loop, self.job)
 
     def new_source(self, size: int) -> Source:
         return Source(self.loop, size)

@@ -12,7 +12,7 @@ from nbdmirror.devices.base import BlockDevice
 from nbdmirror.disk.changes import Changes
 from nbdmirror.disk.disk import Disk
 from nbdmirror.event_loop import Loop
-from nbdmirror.mirror.cut import Cut
+from nbdmirror.mirror.cut import CUT_LIMIT_S, Cut
 from nbdmirror.mirror.frozen_view import Chunk
 from nbdmirror.mirror.point_lag import PointLag
 from nbdmirror.mirror.point_source import PointSource, StoreOptions
@@ -60,8 +60,8 @@ class PointScene:
             assert time.monotonic() < end_s, "nothing happens"
             self.loop.run_once(0.01)
 
-    def cut(self) -> bool:
-        """Begin a point. False if guests were not idle in time."""
+    def cut(self, limit_s: float = CUT_LIMIT_S) -> bool:
+        """Begin a point. False if guests were not idle within `limit_s`."""
         self.changes.look()
         self.points.prepare()
         told: list[bool] = []
@@ -71,6 +71,7 @@ class PointScene:
             take=self._take,
             on_taken=lambda held_s: told.append(True),
             on_late=lambda held_s: told.append(False),
+            limit_s=limit_s,
         ).start()
         self.until(lambda: bool(told))
         return told[0]

@@ -116,6 +116,8 @@ class SnapshotsWorld(JobWorld):
 
     def __init__(self, *, acks: Acknowledgements | None = None, **options: Any) -> None:
         self.acks = acks or Acknowledgements()
+        self.stands_still_s = 0.0
+        """For so long, after each look at the wall clock."""
         self.cuts: list[Moment] = []
         self.snapshots: dict[int, bytes] = {}
         self.acked: Moment | None = None
@@ -141,10 +143,15 @@ class SnapshotsWorld(JobWorld):
                 in_place=False,
             ),
             source=self.source,
-            wall_time_ns=lambda: round((EPOCH_S + self.loop.now_s) * 1e9),
+            wall_time_ns=self._look,
             new_group=lambda: 7,
             **parts,
         )
+
+    def _look(self) -> int:
+        now_s = EPOCH_S + self.loop.now_s
+        self.loop.now_s += self.stands_still_s
+        return round(now_s * 1e9)
 
     def awaits(self) -> int:
         """Let time pass until a point waits. Its number."""

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from unit.mirror.jobparts import KIB, JobWorld
+from unit.mirror.jobparts import KIB, MIB, JobWorld
 from unit.mirror.watched import STEP_S, Watched
 
 from nbdmirror.mirror.deadline import Kept
@@ -78,6 +78,35 @@ def test_of_a_ready_job_its_pause_counts() -> None:
     found.world.pass_s(6.0)
     assert found.course.kept is Kept.MAYBE
     found.world.target.requests.answer_all()
+
+
+def test_of_a_ready_job_of_an_unknown_speed_nothing_is_said() -> None:
+    """Its copy was too short."""
+    found = watched(3600.0, max_pause_s=0.1, size=8 * MIB, buffer_bytes=8 * MIB)
+    found.world.pass_s(5.0)
+    assert (found.world.status, found.course.kept) == ("ready", Kept.YES)
+    found.world.target.requests.holds = {"write"}
+    found.write_everywhere()
+    found.world.pass_s(6.0)
+    assert found.course.kept is Kept.UNKNOWN
+    found.world.target.requests.answer_all()
+
+
+def test_of_a_job_that_waits_for_finalize_nothing_is_known() -> None:
+    """It is as near its end as it can be by itself, and may never get there."""
+    found = watched(3600.0, auto_finalize=False)
+    found.world.pass_s(5.0)
+    found.world.job.complete()
+    found.world.pass_s(5.0)
+    assert (found.world.status, found.course.kept) == ("pending", Kept.UNKNOWN)
+    found.world.target.requests.holds = {"flush"}  # which the pivot waits for
+    found.world.job.finalize()
+    found.world.pass_s(0.5)
+    assert (found.world.status, found.course.kept) == ("pending", Kept.YES)
+    found.world.target.requests.answer_all()
+    found.world.pass_s(5.0)
+    assert found.world.job.pivoted
+    found.world.assert_identical()
 
 
 # What happens then.

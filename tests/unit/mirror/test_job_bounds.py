@@ -227,9 +227,10 @@ def test_progress_never_goes_back() -> None:
     assert offset >= SIZE
 
 
-def test_a_target_that_cannot_be_the_disk_ends_the_job() -> None:
+@pytest.mark.parametrize("step", ["check_end", "prepare"])
+def test_a_target_that_cannot_be_the_disk_ends_the_job(step: str) -> None:
     world = JobWorld().ready()
-    world.resources.errors["prepare"] = ConfigError("target: is a part of the disk")
+    world.resources.errors[step] = ConfigError("target: is a part of the disk")
     world.job.complete()
     world.pass_s(1.0)
     assert world.status == "null" and "pivot" not in world.resources.calls

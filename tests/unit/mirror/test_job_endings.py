@@ -218,6 +218,24 @@ def test_no_job_of_a_group_ends_if_one_end_cannot_be_written_down() -> None:
         assert "pivot" in world.resources.calls
 
 
+def test_guests_are_held_until_an_end_that_was_written_down_is_undone() -> None:
+    """If the server is killed before that, the disk is served from the other side."""
+    first, second = a_group("a", "b")
+    second.resources.errors["commit"] = OSError(errno.EIO, "the state directory failed")
+    first.resources.holds = {"uncommit"}
+    for world in (first, second):
+        world.job.complete()
+    first.pass_s(5.0)
+    assert first.is_held and not second.is_held
+    second.resources.errors.clear()
+    first.resources.holds.clear()
+    first.resources.answer()
+    assert not first.is_held
+    first.pass_s(4 * RETRY_S[1])
+    for world in (first, second):
+        assert "pivot" in world.resources.calls
+
+
 def test_the_ends_of_a_group_are_all_written_down_before_any_is_one() -> None:
     first, second = a_group("a", "b")
     first.resources.holds = second.resources.holds = {"commit"}

@@ -227,6 +227,13 @@ MUTANTS = [
         pauses.test_guests_are_not_held_while_what_is_left_does_not_fit,
     ),
     Mutant(
+        "a record that was slow to prepare once counts for ever",
+        quiesce,
+        "OLD_S",
+        1e9,
+        pauses.test_the_record_is_prepared_anew_where_the_pivot_waits,
+    ),
+    Mutant(
         "guests are held until the target has all",
         pivot_pause,
         "LIMIT_S",

@@ -100,11 +100,10 @@ def test_nobody_is_slowed_down_who_did_not_allow_it() -> None:
 
 def test_a_pivot_that_finds_no_moment_gets_one() -> None:
     """READY, and then the guest is faster than what fits into the pause."""
-    watched = Watched(may=ALLOWED, max_pause_s=0.5)
+    watched = Watched(may=ALLOWED, max_pause_s=0.5, buffer_bytes=64 * KIB)
     world = watched.world
     world.pass_s(10.0)
     assert world.status == "ready"
-    world.job.watch.outlook.rate = 64 * KIB / 0.2
     world.job.complete()
     at_s = watched.write_until_changed(10 * PIVOT_S)
     assert at_s is not None and at_s >= PIVOT_S - 1

@@ -15,7 +15,7 @@ from unit.mirror.test_job_mutants import Mutant, broken
 
 from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.throttle import Throttle
-from nbdmirror.mirror.deadline import BECAUSE, Deadline, Done
+from nbdmirror.mirror.deadline import Deadline, Done
 from nbdmirror.mirror.ladder import Situation, Step, next_step
 from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions, OnDeadline
@@ -55,14 +55,13 @@ def as_the_wall_clock_says(self: Deadline) -> float | None:
 
 
 def always_by_force(self: Deadline) -> Done:
-    self._job.cancel(force=True, because=BECAUSE)
     return Done.CANCEL_BY_FORCE
 
 
 def not_without_ready(self: Deadline) -> Done:
     """Complete now or never."""
     if self._job.is_ready:
-        self._job.complete()
+        return Done.COMPLETE
     self._job.options = replace(self._job.options, on_deadline=OnDeadline.REPORT)
     return Done.COMPLETE_WHEN_READY
 
@@ -128,15 +127,15 @@ MUTANTS = [
     Mutant(
         "a ready mirror is cancelled by force at its deadline",
         Deadline,
-        "_cancel",
-        always_by_force,
+        "_cancellation",
+        property(always_by_force),
         deadlines.test_a_ready_job_is_cancelled_softly,
     ),
     Mutant(
         "a late copy is not completed when it is ready",
         Deadline,
-        "_complete",
-        not_without_ready,
+        "_completion",
+        property(not_without_ready),
         deadlines.test_a_copy_is_completed_when_it_is_ready,
     ),
 ]

@@ -269,3 +269,27 @@ def test_nothing_is_told_of_the_first_moments() -> None:
     world = World(steady(0.5), Scene(40.0))
     world.run(2.0 / 40.0)
     assert not world.said
+
+
+def test_of_a_copy_that_has_sent_nothing_for_long_no_speed_is_known() -> None:
+    """It copies zeroes."""
+    world = World(steady(0.0))
+    while world.outlook.rate is None:
+        world.step()
+    at_s, sent = world.now_s, world.sent
+    while world.now_s < at_s + 2 * RATE_S_MAX:
+        world.now_s += STEP_S
+        world.outlook.look(world.now_s, 0, sent, 0)
+    assert world.outlook.rate is None
+    world.outlook.look(world.now_s + STEP_S, 0, sent + GRANULARITY, 0)
+    assert world.outlook.rate is None
+
+
+def test_after_the_limit_was_changed_the_speed_before_is_forgotten() -> None:
+    world = World(steady(0.0))
+    while not world.said:
+        world.step()
+        if (found := world.outlook.predict(world.now_s)) is not None:
+            world.said.append((world.now_s, found))
+    world.outlook.forget_rate()
+    assert (world.outlook.rate, world.outlook.predict(world.now_s)) == (None, None)

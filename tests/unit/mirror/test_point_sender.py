@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from support.seeds import SEED, print_seed
-from unit.disk.ledgerthreads import running
+from unit.disk.ledgerthreads import WAIT_S, running
 from unit.mirror.pointparts import PointScene
 from unit.points.pointparts import SECOND_NS, FarSide
 
@@ -50,7 +50,7 @@ class Replica:
 
     def point(self) -> BaseException | None:
         """Make a point; returns why it is broken, or None."""
-        assert self.scene.cut()
+        assert self.scene.cut(WAIT_S)
         count = len(self.told)
         self.sender.begin(self.scene.points, len(self.told) * SECOND_NS + SECOND_NS)
         self.scene.until(lambda: len(self.told) > count)

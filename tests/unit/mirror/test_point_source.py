@@ -38,10 +38,14 @@ def a_file(folder: Path, size: int = SIZE) -> Iterator[BlockDevice]:
     device.close()
 
 
+def unexpected(error: OSError) -> None:
+    raise AssertionError(error)
+
+
 @contextmanager
 def a_store(kind: str, folder: Path, loop: Loop) -> Iterator[StoreOptions]:
     if kind == "spill":
-        spill = SpillFile(folder, 2 * SIZE, loop.call_soon)
+        spill = SpillFile(folder, 2 * SIZE, loop.call_soon, unexpected)
         yield StoreOptions(64 << 10, spill)
         spill.close()
         assert spill._readers.wait(WAIT_S)

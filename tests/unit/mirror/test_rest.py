@@ -13,6 +13,7 @@ from nbdmirror.mirror.options import CopyMode, Ending, Policy
 from nbdmirror.mirror.poll import POLL_S
 from nbdmirror.mirror.rate_limit import ROUND_S_MAX
 from nbdmirror.mirror.target_watch import HUNG_S, READY_FLUSH_S
+from nbdmirror.server.reconnect import copy_all
 
 LONG_S = 3600.0
 
@@ -72,6 +73,27 @@ def test_what_follows_is_copied_too() -> None:
     world.target.requests.answer_all()
     world.pass_s(ROUND_S_MAX + POLL_S)
     world.assert_identical()
+    assert_rests(world)
+
+
+def test_writes_that_the_source_loses_are_copied() -> None:
+    """The source is the disk. Nobody else tells the mirror: no guest has changed anything."""
+    world = resting()
+    world.source.data[:] = b"\x11" * len(world.source.data)
+    world.disk.lose_writes()
+    world.pass_s(ROUND_S_MAX + 1.0)
+    world.assert_identical()
+    assert_rests(world)
+
+
+def test_writes_that_the_source_loses_are_no_guests_writes() -> None:
+    """All of the disk is copied again, and no guest has changed anything."""
+    world = resting()
+    changed = world.job.tracker.dirty.noted_bytes
+    copy_all(world.job.log, world.job.tracker, world.disk)
+    assert world.job.tracker.dirty.dirty_bytes == world.disk.size
+    assert world.job.tracker.dirty.noted_bytes == changed
+    world.pass_s(ROUND_S_MAX + 1.0)
     assert_rests(world)
 
 

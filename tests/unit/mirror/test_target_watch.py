@@ -175,11 +175,11 @@ def test_a_server_whose_storage_takes_its_time_is_there_meanwhile(
 def test_a_server_that_is_stopped_is_not_there(
     start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "LIFE_S", 0.5)
     (folder / "t.img").write_bytes(bytes(MIB))
     target = start(QemuNbd(folder, folder / "t.img"))
     device = NbdDevice.open(target.uri())
     assert device.is_server_there()
+    monkeypatch.setattr(pool, "LIFE_S", 0.5)
     freeze(target.pid)
     began_s = time.monotonic()
     assert not device.is_server_there()

@@ -15,6 +15,7 @@ from nbdmirror.mirror.ladder import (
     PART,
     PART_MAX,
     PART_MIN,
+    PIVOT_S,
     RESERVE,
     Rung,
     Situation,
@@ -23,6 +24,7 @@ from nbdmirror.mirror.ladder import (
 )
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, OnDeadline
 from nbdmirror.mirror.outlook import NEVER_S
+from nbdmirror.server.course import Course
 
 ONE, BOTH = ("throttle",), ("throttle", "write-blocking")
 LONG_S = 300.0
@@ -177,11 +179,10 @@ def test_a_deadline_is_kept_that_would_be_missed() -> None:
 
 
 def test_a_pivot_with_a_short_pause_gets_its_moment() -> None:
-    found = Watched(may=ONE, max_pause_s=0.5)
+    found = Watched(may=ONE, max_pause_s=0.5, buffer_bytes=64 * KIB)
     world = found.world
     world.pass_s(10.0)
     assert world.status == "ready"
-    world.job.watch.outlook.rate = 64 * KIB / 0.2
     world.job.complete()
     write_until(found, lambda: world.job.pivoted)
     assert (world.job.pause_s or 0) <= 0.5 and world.disk.synchronous is None
@@ -237,4 +238,26 @@ def test_a_guest_that_waits_is_let_go_before_writes_are_held() -> None:
     with patch.object(world.disk.ledger, "close_gate", close_gate):
         write_until(found, lambda: world.job.pivoted)
     assert seen and all(seen)
+    world.assert_identical()
+
+
+def test_no_throttle_begins_while_writes_are_held() -> None:
+    """Requests that are in progress then would wait for it, and the pivot for them, in vain."""
+    found = Watched(may=ONE, size=8 * MIB, buffer_bytes=64 * KIB)
+    world, held = found.world, list[bool]()
+    world.pass_s(40.0)
+    assert world.status == "ready"
+    world.job.complete()
+    take = Course.take
+
+    def taken(self: Course, step: Step) -> None:
+        held.append(world.is_held)
+        take(self, step)
+
+    until_s = world.loop.now_s + PIVOT_S + 15.0
+    with patch.object(Course, "take", taken):
+        write_until(found, lambda: world.loop.now_s >= until_s)
+    assert world.job.quiesce_timeouts > 10 and held and not any(held)
+    world.pass_s(40.0)
+    assert world.job.pivoted
     world.assert_identical()

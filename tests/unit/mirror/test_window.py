@@ -35,7 +35,7 @@ def clock() -> Clock:
 
 def test_points_of_an_earlier_process_leave_the_window_by_their_age(clock: Clock) -> None:
     window = Window(60.0, clock)
-    window.learn({3: 90.0, 4: 50.0, 5: 10.0})
+    window.learn({3: 90.0, 4: 50.0, 5: 10.0}, clock())
     points = Points(5)
     assert window.next(points, 0) == 3, "the newest one that is older than the window"
     points.base = 3
@@ -47,7 +47,7 @@ def test_points_of_an_earlier_process_leave_the_window_by_their_age(clock: Clock
 
 def test_points_after_them_follow(clock: Clock) -> None:
     window = Window(60.0, clock)
-    window.learn({3: 90.0})
+    window.learn({3: 90.0}, clock())
     window.cut(4)
     assert window.next(Points(4), 0) == 3
     clock.now_s += 60.0
@@ -67,5 +67,5 @@ def test_a_wall_clock_that_was_set_back(
 ) -> None:
     """Points stay in their order, and none was cut in the future."""
     window = Window(60.0, clock)
-    window.learn(ages_s)
+    window.learn(ages_s, clock())
     assert {number: window.reaches_s(number) for number in ages_s} == reaches_s

@@ -145,7 +145,11 @@ def test_whoever_places_the_threads_by_hand_is_obeyed(gain: float, after_s: floa
 
 
 def places() -> set[frozenset[int]]:
-    return {frozenset(os.sched_getaffinity(int(one))) for one in os.listdir("/proc/self/task")}
+    found = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            found.add(frozenset(os.sched_getaffinity(int(thread))))
+    return found
 
 
 @contextlib.contextmanager
@@ -173,7 +177,8 @@ def allowed() -> Iterator[frozenset[int]]:
     (before,) = places()
     yield before
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), before)
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), before)
 
 
 def test_every_thread_is_bound_and_released(allowed: frozenset[int]) -> None:

@@ -24,19 +24,28 @@ PIECE = 4096
 
 
 class FlakyDevice(DiskDevice):
-    """May also fail at the flush `fails_at`, which loses what was not flushed."""
+    """May also fail at the flush `fails_at`, which loses what was not flushed; or at the durable
+    write `forgets_at`, which can be read and is not on the storage (`Disk.forget`)."""
 
-    def __init__(self, disk: Disk, random: Random, *, dies_at: int = -1, fails_at: int = -1):
-        super().__init__(disk, dies_at=dies_at)
+    def __init__(self, disk: Disk, random: Random, **trouble: int) -> None:
+        super().__init__(disk, dies_at=trouble.get("dies_at", -1))
         self.random = random
-        self.fails_at = fails_at
-        self.flushes = 0
+        self.fails_at = trouble.get("fails_at", -1)
+        self.forgets_at = trouble.get("forgets_at", -1)
+        self.flushes = self.durable_writes = 0
+
+    def pwrite(self, buf: bytes | bytearray | memoryview, offset: int, fua: bool = False) -> None:
+        self.durable_writes += fua
+        is_forgotten = fua and self.durable_writes == self.forgets_at
+        super().pwrite(buf, offset, fua and not is_forgotten)
+        if is_forgotten:
+            self.disk.forget(self.random.choice)
+            raise OSError(errno.EIO, "the durable write failed")
 
     def flush(self) -> None:
         self.flushes += 1
         if self.flushes == self.fails_at:
-            self.disk.data = self.disk.lose(self.random.choice).data
-            self.disk.unflushed.clear()
+            self.disk.cut_power(self.random.choice)
             raise OSError(errno.EIO, "the flush failed")
         super().flush()
 
@@ -129,6 +138,8 @@ class Machine:
 
     def devices(self, **trouble: int) -> dict[Side, FlakyDevice]:
         side = self.random.choice((Side.IMAGE, Side.JOURNAL))
+        if "forgets_at" in trouble:  # what guests write durably is theirs
+            side = Side.JOURNAL
         return {
             one: FlakyDevice(disk, self.random, **(trouble if one is side else {}))
             for one, disk in ((Side.IMAGE, self.image), (Side.JOURNAL, self.journal))
@@ -142,11 +153,11 @@ class Machine:
             point = ServedPoint(image, journal, wanted=str(self.wanted))
             point.start(now_ns=SECOND_NS)
             for _ in range(self.random.randrange(40)):
-                self._step(point)
-        except DeviceLost:
+                self._step(point, loses="fails_at" in trouble)
+        except (OSError, DeviceLost):  # killed, or not started
             pass
 
-    def _step(self, point: ServedPoint) -> None:
+    def _step(self, point: ServedPoint, *, loses: bool) -> None:
         random, guest = self.random, self.guest
         kind = random.choices(
             ("write", "fua", "zero", "flush", "read", "bring"), (6, 1, 1, 2, 3, 2)
@@ -172,8 +183,8 @@ class Machine:
                 guest.writes(data, offset, fua, lambda: point.pwrite(data, offset, fua))
         except DeviceLost:
             raise
-        except OSError:  # a flush has failed, and lost what it may lose
-            guest.check(self._read(point), power_cut=True)
+        except OSError:  # a flush has failed, and lost what it may lose; or a write to the journal
+            guest.check(self._read(point), power_cut=loses)
 
     def _read(self, point: ServedPoint) -> bytes:
         buf = bytearray(DISK_BYTES)

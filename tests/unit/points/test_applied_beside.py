@@ -4,12 +4,13 @@ these steps, and what may go wrong between them: tests/model/test_applier.py."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 from unit.points.pointparts import FarSide
 
 from nbdmirror.errors import DeviceLost
-from nbdmirror.points import delegation
+from nbdmirror.points import applier, delegation
 from nbdmirror.points.appliers_block import (
     BEAT_S,
     EXPORT_BYTES_MIN,
@@ -19,7 +20,7 @@ from nbdmirror.points.appliers_block import (
     Watch,
     read_block,
 )
-from nbdmirror.points.follower import Follower
+from nbdmirror.points.follower import LOOK_S, Follower
 from nbdmirror.points.format import BLOCK_BYTES, JournalError, State, Superblock
 from nbdmirror.points.reader import DamagedData
 from nbdmirror.points.superblocks import JournalTaken
@@ -28,8 +29,8 @@ from nbdmirror.points.superblocks import JournalTaken
 class Beside(FarSide):
     """With an applier, and a clock for both."""
 
-    def __init__(self) -> None:
-        super().__init__(journal_bytes=EXPORT_BYTES_MIN)
+    def __init__(self, disk_bytes: int = 64 << 10) -> None:
+        super().__init__(disk_bytes, journal_bytes=EXPORT_BYTES_MIN)
         self.now_s = 0.0
         self.watch = Watch()
         self.numbers = itertools.count(1)
@@ -255,3 +256,91 @@ def test_neighbours_are_written_as_one() -> None:
     far.recover()
     assert sorted(written) == [(1, 3), (9, 1)]
     assert bytes(far.image.data) == far.contents[1]
+
+
+class SlowImage:
+    """Each change takes the time of a slow disk. `then` is called after each one."""
+
+    def __init__(self, far: Beside, request_s: float) -> None:
+        self.far, self.request_s = far, request_s
+        self.changes = 0
+        self.then: Callable[[], None] = lambda: None
+        self._write, self._zero = far.image.pwrite, far.image.zero
+        far.image.pwrite = self._pwrite  # type: ignore[assignment, method-assign]
+        far.image.zero = self._zeroes  # type: ignore[method-assign]
+
+    def _pwrite(self, buf: bytes, offset: int, fua: bool = False) -> None:
+        self._ends(lambda: self._write(buf, offset, fua))
+
+    def _zeroes(self, offset: int, length: int, **options: bool) -> None:
+        self._ends(lambda: self._zero(offset, length, **options))
+
+    def _ends(self, change: Callable[[], None]) -> None:
+        self.far.now_s += self.request_s
+        self.changes += 1
+        change()
+        self.then()
+
+
+BLOCKS_MANY = 600
+
+
+def with_many(kind: str) -> Beside:
+    """A point is granted that the image takes in one list of many requests."""
+    far = Beside(2 * BLOCKS_MANY * BLOCK_BYTES)
+    far.grant()
+    assert far.run(far.applier.step())
+    far.look()
+    ranges = [(2 * number * BLOCK_BYTES, BLOCK_BYTES) for number in range(BLOCKS_MANY)]
+    if kind == "zeroes":
+        far.disk[:] = bytes(len(far.disk))
+        far.begin(len(far.disk))
+        far.send(0, len(far.disk))
+        far.commit()
+    else:
+        far.point(*ranges)
+    assert far.look().applying == 2
+    return far
+
+
+@pytest.mark.parametrize("kind", ["data", "zeroes"])
+def test_a_slow_image_does_not_silence_the_applier(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(applier, "ZERO_BYTES", 2 * BLOCK_BYTES)
+    far = with_many(kind)
+    slow = SlowImage(far, 0.02)
+    heard: list[float] = [far.now_s]
+    serial = far.said().serial
+
+    def note() -> None:
+        nonlocal serial
+        if far.said().serial != serial:
+            serial = far.said().serial
+            heard.append(far.now_s)
+
+    slow.then = note
+    assert far.run(far.applier.step())
+    assert slow.changes == BLOCKS_MANY
+    heard.append(far.now_s)
+    assert max(later - one for one, later in itertools.pairwise(heard)) <= BEAT_S + LOOK_S
+    assert bytes(far.image.data) == far.contents[2]
+
+
+@pytest.mark.parametrize("kind", ["data", "zeroes"])
+def test_what_is_withdrawn_amid_many_writes_is_left(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recovery has the journal: it waits until the applier rests, which it does soon."""
+    monkeypatch.setattr(applier, "ZERO_BYTES", 2 * BLOCK_BYTES)
+    far = with_many(kind)
+    slow = SlowImage(far, LOOK_S / 5)
+
+    def withdraw() -> None:
+        if slow.changes == 100:
+            far.run(far.writer.superblocks.update(applier=0))
+
+    slow.then = withdraw
+    assert not far.run(far.applier.step())
+    assert 100 <= slow.changes <= 105
+    assert far.said().phase is Phase.RESTING

@@ -87,7 +87,7 @@ def test_a_torn_block_is_noticed_in_each_region(region: str, fill: int) -> None:
         check_noticed(far)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     changes=st.dictionaries(
         st.tuples(st.sampled_from(sorted(REGIONS.values())), st.integers(0, BLOCK_BYTES - 1)),

@@ -163,7 +163,7 @@ def test_a_source_that_still_writes_is_refused_and_changes_no_image() -> None:
     def it_writes(*_: object) -> None:
         guest.point(guest.fars[1])
 
-    with pytest.raises(JournalTaken, match="journal b: another server writes to this journal"):
+    with pytest.raises(JournalTaken, match="journal b: another process writes to this journal"):
         recover_group(
             [far.sides for far in guest.fars], wanted=None, now_ns=0, on_instant=it_writes
         )

@@ -267,7 +267,7 @@ def test_the_later_of_two_servers_writes() -> None:
     first = far.writer
     far.connect()
     second, far.writer = far.writer, first
-    with pytest.raises(JournalTaken, match="journal: another server writes to this journal"):
+    with pytest.raises(JournalTaken, match="journal: another process writes to this journal"):
         far.point((0, BLOCK_BYTES))
     with pytest.raises(JournalTaken):
         far.begin(BLOCK_BYTES)

@@ -101,7 +101,7 @@ def test_one_that_another_server_has_written_to_is_refused(points: int) -> None:
     for _ in range(points):
         other.point((4 * BLOCK_BYTES, BLOCK_BYTES))
     far.journal.data[:] = other.journal.data
-    refused(far, "another server writes to this journal", JournalTaken)
+    refused(far, "another process writes to this journal", JournalTaken)
     far.connect()  # a new process cannot know
 
 

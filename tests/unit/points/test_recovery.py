@@ -82,7 +82,7 @@ def test_a_recovery_may_be_killed_at_each_change(sequence: int, applied: int) ->
 
 def test_a_killed_recovery_may_go_on_to_a_later_point_and_not_to_an_earlier_one() -> None:
     original = with_points(3)
-    far = dying(original, 5)
+    far = dying(original, 9)
     with pytest.raises(Killed):
         far.recover("2")
     assert far.read().superblock.applying == 2

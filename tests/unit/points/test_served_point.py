@@ -33,7 +33,7 @@ def rounds(seed: int, count: int = ROUNDS) -> None:
     for _ in range(count):
         machine = Machine(random)
         for _ in range(random.randrange(1, 5)):
-            trouble = random.choice(("dies_at", "fails_at"))
+            trouble = random.choice(("dies_at", "fails_at", "forgets_at"))
             machine.serve(**{trouble: random.randrange(1, 60)})
             machine.look(power_cut=random.random() < 0.6)
         if random.random() < 0.5:

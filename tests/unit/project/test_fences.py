@@ -67,8 +67,8 @@ ONLY_IN = {
     "nbd": "nbdclient.*",
     "nbdkit": "plugin/*",
     "asyncio": "qmp.* cli.* nbdkit_host.process web.*",
-    "socket": "nbdclient.* nbdkit_host.* qmp.server cli.* identity nbd_uri unix_sockets log_lines"
-    " web.service",
+    "socket": "nbdclient.* nbdkit_host.* qmp.server cli.* identity nbd_uri resolver unix_sockets"
+    " log_lines web.service",
     "socketserver": "",
     "select": "event_loop nbdclient.* cli.* log_lines",
     "selectors": "event_loop nbdclient.*",
@@ -252,6 +252,29 @@ def test_no_interrupt_is_lost() -> None:
     package = ROOT / "nbdmirror"
     users = [path for path in package.rglob("*.py") if "asyncio.wait_for(" in path.read_text()]
     assert users == []
+
+
+def test_no_path_becomes_another_files() -> None:
+    """These remove `link/..` as text; the kernel follows the link first. `absolute_path` does
+    not."""
+    named = ("abspath", "normpath")
+    users = [name for name in FILES for node in ast.walk(TREES[name]) if word_of(node) in named]
+    assert users == []
+
+
+def test_the_resolver_is_asked_in_one_place() -> None:
+    """Python's library may wait for minutes, and raises a UnicodeError for nbd://a..b/. The second
+    place is for the name of an own address, which nbdkit resolves as well."""
+    named = ("getaddrinfo", "gethostbyname", "create_connection")
+    users = {name for name in FILES for node in ast.walk(TREES[name]) if word_of(node) in named}
+    assert users == {"resolver", "cli.places"}
+
+
+def word_of(node: ast.AST) -> str:
+    """The last part of a name, wherever the name comes from."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def test_allowances_that_nobody_needs_are_gone() -> None:

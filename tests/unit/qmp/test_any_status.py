@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,9 +50,31 @@ A_DISK = members_of(
 )
 
 
+OPTIONAL = sorted(name for name, one in JOB_STATUS.members.items() if one.optional)
+HAVE_PARTS = [name for name in OPTIONAL if isinstance(JOB_STATUS.members[name].type, Struct)]
+
+
 @settings(max_examples=300)
 @given(any_of(JOB_STATUS), A_DISK, st.none() | st.just("no space"))
 def test_a_server(job: dict[str, Any], disk: dict[str, Any], problem: str | None) -> None:
+    told(job, disk, problem)
+
+
+@pytest.mark.parametrize("name", HAVE_PARTS)
+@settings(max_examples=300)
+@given(job=any_of(JOB_STATUS), disk=A_DISK, parts=st.data())
+def test_a_job_that_has_little_else_to_say(
+    name: str, job: dict[str, Any], disk: dict[str, Any], parts: st.DataObject
+) -> None:
+    """Nothing is said in the place of it."""
+    few: dict[str, Any] = {key: one for key, one in job.items() if key not in OPTIONAL}
+    few |= {"status": "ready", "ready": True, "io-status": "ok", "ending": "none", "paused": False}
+    for key in {"waits", name}:
+        few[key] = parts.draw(any_of(JOB_STATUS.members[key].type))
+    told(few, disk, None)
+
+
+def told(job: dict[str, Any], disk: dict[str, Any], problem: str | None) -> None:
     JOB_STATUS.check(job)
     assert all(explanation(job))
     assert shares(job)

@@ -149,7 +149,10 @@ def test_megabytes_of_rubbish_get_one_error(connect: Any, piece: bytes) -> None:
     assert client.errors(b"") == [NOT_OBJECT]
 
 
-def test_a_long_row_of_errors_ends_the_connection(connect: Any) -> None:
+def test_a_long_row_of_errors_ends_the_connection(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "FLUSH_S_MAX", WAIT_S_MAX)
     client = connect()
     client.send(b"}\n" * 5000)
     for _ in range(qmp.ERRORS_IN_A_ROW_MAX):
@@ -176,7 +179,11 @@ def test_parsing_is_linear_and_bounded() -> None:
 # The ends
 
 
-def test_stop_answers_the_command_under_way(server: Server, connect: Any) -> None:
+def test_stop_answers_the_command_under_way(
+    server: Server, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, "COMMAND_GRACE_S", WAIT_S_MAX)
+    monkeypatch.setattr(qmp, "STOP_S_MAX", WAIT_S_MAX)
     client, idle = connect(), connect()
     client.send(b'{"execute":"wait"}')
     assert server.entered.wait(WAIT_S_MAX)
@@ -269,9 +276,7 @@ def test_valid_json_is_read_as_the_json_module_does(values: list[Any], spaces: s
         assert list(qmp_json.JsonStream().feed(text.encode())) == [[value]]
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chunks=st.lists(PIECES.map(b"".join) | st.binary(max_size=3000), min_size=1, max_size=5))
 def test_garbage_harms_no_other_client(server: Server, chunks: list[bytes]) -> None:
     logging.getLogger("nbdmirror.qmp.server").setLevel(logging.CRITICAL)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -120,10 +121,10 @@ def session(start: Start, folder: Path) -> Iterator[tuple[qmpfuzz.Session, qmpfu
     # Each guest has read at its end what it wrote, wherever its disk is now.
 
 
-def rounds(session: qmpfuzz.Session, pools: qmpfuzz.Pools, **options: object) -> Callable[[], None]:
+def rounds(session: qmpfuzz.Session, pools: qmpfuzz.Pools, **options: Any) -> Callable[[], None]:
     """A Hypothesis test: salvos of random commands, each from a clean start."""
 
-    @settings(deadline=None, suppress_health_check=list(HealthCheck), **options)  # type: ignore[arg-type]
+    @settings(suppress_health_check=list(HealthCheck), **options)
     @given(
         st.sampled_from(["none", "running", "ready"]),
         st.lists(qmpfuzz.commands(pools), min_size=SALVO_MIN, max_size=SALVO_MAX),

@@ -47,6 +47,9 @@ class LostTarget:
     def _replace(self, connection: Connection) -> None:
         self.is_lost = False
 
+    def read_by(self, connection: Connection) -> Connection:
+        return connection
+
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:

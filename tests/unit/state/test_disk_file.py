@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nbdmirror.state.bitmap_snapshot import KIND_BITMAPS, BitmapSnapshot
 from nbdmirror.state.disk_file import (
     ALIVE_BYTES,
     DiskIdentity,
@@ -22,12 +23,7 @@ from nbdmirror.state.disk_file import (
     write_seen,
 )
 from nbdmirror.state.disk_record import KIND_DEFINITION, DiskRecord
-from nbdmirror.state.recovery import (
-    KIND_BITMAPS,
-    KIND_PIVOTED,
-    BitmapSnapshot,
-    PivotRecord,
-)
+from nbdmirror.state.recovery import KIND_PIVOTED, PivotRecord, record_id
 from nbdmirror.state.sealed_files import StateError, seal
 
 NOW_S = 1_700_000_000.0
@@ -65,10 +61,52 @@ def test_a_number_of_a_device_says_nothing_if_no_boot_is_known(disk: Path) -> No
     assert one_boot.is_one_file(replace(one_boot, source="/dev/other")) is True
 
 
+def test_a_file_is_no_device(disk: Path) -> None:
+    """Whatever boot that was; and two devices at one path may be one: LVM numbers them anew."""
+    file, device = identity(disk), DiskIdentity(str(disk), 4096, boot="a", number=7)
+    for boot in ("", "a", file.boot):
+        there = replace(device, boot=boot)
+        assert file.is_one_file(there) is False and there.is_one_file(file) is False
+    assert device.is_one_file(replace(device, number=8)) is None
+
+
 def test_the_number_of_a_device_is_another_ones_at_the_next_boot(disk: Path) -> None:
     before = identity(disk)
     other = replace(before, source="/other.img", boot="another", filesystem="ffff")
     assert before.is_one_file(other) is None and not before.is_same(other)
+
+
+def test_the_number_of_a_device_counts_less_than_the_ids_of_file_systems(disk: Path) -> None:
+    """It is another one's at the next boot, which may not be known, and when a file system is
+    mounted where another one was."""
+    for boot in ("", "a"):
+        before = replace(identity(disk), boot=boot)
+        other = replace(before, source="/other.img", filesystem="ffff")
+        assert before.is_one_file(other) is None and not before.is_same(other)
+        assert before.is_one_file(replace(other, filesystem=before.filesystem)) is True
+
+
+def test_without_ids_of_file_systems_the_boot_decides(disk: Path) -> None:
+    """Where a record knows none, an old side that is served is the worse mistake."""
+    before = replace(identity(disk), filesystem="", boot="a")
+    assert before.is_one_file(replace(before, source="/other.img")) is True
+    assert before.is_one_file(replace(before, boot="")) is None
+    assert replace(before, boot="").is_one_file(replace(before, boot="")) is True
+
+
+def test_an_inode_that_is_used_again_is_another_file(disk: Path) -> None:
+    """A deleted file's inode is often that of the next one. Records of older versions tell no time
+    of birth."""
+    before = identity(disk)
+    assert before.birth_ns, "a file system without times of birth: this test says nothing here"
+    os.utime(disk, (NOW_S + 1, NOW_S + 1))
+    disk.write_bytes(b"y" * 4096)
+    assert identity(disk.rename(disk.with_name("moved.img"))).birth_ns == before.birth_ns
+    for now in (before, after_a_reboot(before)):
+        other = replace(now, birth_ns=before.birth_ns + 1, source="/other.img")
+        assert before.is_one_file(other) is False and not before.is_same(other)
+        older = replace(other, birth_ns=0)
+        assert before.is_one_file(older) is True and older.is_one_file(before) is True
 
 
 def test_what_cannot_be_known_is_not_guessed(disk: Path) -> None:
@@ -185,6 +223,9 @@ def test_files_of_an_older_version_are_read() -> None:
     said = {"truth": "nbd://b/vda", "left": [OLD_IDENTITY], "time_s": NOW_S}
     pivoted = PivotRecord.from_bytes(old_file(KIND_PIVOTED, said))
     assert (pivoted.size, pivoted.left) == (0, (definition.identity,))
+    content = pivoted.to_bytes()
+    assert record_id(replace(pivoted, has_ended=True).to_bytes()) == record_id(content)
+    assert b"birth" not in content, "else the same pivot would get another ID"
     head = json.dumps({"disk": "0" * 32, "time": NOW_S, "bitmaps": {}}).encode()
     saved = BitmapSnapshot.from_bytes(seal(KIND_BITMAPS, head + b"\n"), {})
     assert (saved.time_s, saved.mtime_ns) == (NOW_S, 0)

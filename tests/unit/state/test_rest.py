@@ -37,6 +37,8 @@ class StillWriter:
             future.set_result(None)
         return future
 
+    flush = submit
+
     def then(self, future: Future[None], done: Callable[[Any], None]) -> None:
         done(future.exception())
 
@@ -64,8 +66,8 @@ class Slots:
 class Kept:
     """A disk with a mirror, and what is saved of it."""
 
-    def __init__(self) -> None:
-        writer: Any = StillWriter()
+    def __init__(self, still: StillWriter | None = None) -> None:
+        writer: Any = still or StillWriter()
         self.writer = writer
         self.memory = bytearray(JOURNAL_BYTES)
         self.journal = Journal(memoryview(self.memory), memoryview(bytearray(RECENT_BYTES)))

@@ -6,9 +6,11 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from unit.disk.ledgerthreads import WAIT_S, running
@@ -25,10 +27,12 @@ NewSpill = Callable[[int, "Posted"], SpillFile]
 @pytest.fixture
 def spill_file(tmp_path: Path) -> Iterator[NewSpill]:
     """Makes a spill file of a size."""
-    files = []
+    files: list[SpillFile] = []
+    errors: list[OSError] = []
 
     def make(size: int, posted: Posted) -> SpillFile:
-        files.append(SpillFile(tmp_path, size, posted.calls.put))
+        files.append(SpillFile(tmp_path, size, posted.calls.put, errors.append))
+        assert files[-1]._fd >= 0
         assert not os.listdir(tmp_path), "the file has no name"
         return files[-1]
 
@@ -36,6 +40,7 @@ def spill_file(tmp_path: Path) -> Iterator[NewSpill]:
     for file in files:
         file.close()
         assert file._readers.wait(WAIT_S)
+    assert errors == []
 
 
 class Posted:
@@ -171,6 +176,47 @@ def test_a_file_that_was_truncated_is_an_error(spill_file: NewSpill) -> None:
     saved.read_spilled(lambda _, error: errors.append(error))
     posted.turn()
     assert isinstance(errors[0], OSError)
+
+
+def test_a_file_that_cannot_be_created_is_told(tmp_path: Path) -> None:
+    posted, errors = Posted(), list[OSError]()
+    spill = SpillFile(tmp_path / "gone", 1 << 20, posted.calls.put, errors.append)
+    saved = SavedGranules(ENTRY_BYTES + CONTENT_BYTES, spill)
+    put(saved, 0, b"a")
+    with pytest.raises(FileNotFoundError):
+        put(saved, 1, b"b")
+    with pytest.raises(SavedFull):
+        put(saved, 2, b"c")
+    assert take_all(saved, posted) == {0: b"a"}
+    spill.close()
+    assert spill._readers.wait(WAIT_S)
+    assert [error.errno for error in errors] == [errno.ENOENT]
+
+
+def test_only_who_needs_the_file_waits_for_its_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither who makes it, nor who closes it: both are the event loop."""
+    answers, create = threading.Event(), tempfile.TemporaryFile
+
+    def hanging(**options: Any) -> Any:
+        assert answers.wait(WAIT_S)
+        return create(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", hanging)
+    posted, errors = Posted(), list[OSError]()
+    needed, unneeded = (
+        SpillFile(tmp_path, 1 << 20, posted.calls.put, errors.append) for _ in range(2)
+    )
+    unneeded.close()
+    saved = SavedGranules(ENTRY_BYTES + CONTENT_BYTES, needed)
+    put(saved, 0, b"a")
+    with running(lambda: put(saved, 1, b"b")):
+        answers.set()
+    assert take_all(saved, posted) == {0: b"a", 1: b"b"}
+    needed.close()
+    assert needed._readers.wait(WAIT_S) and unneeded._readers.wait(WAIT_S)
+    assert errors == []
 
 
 def test_guests_save_at_once(spill_file: NewSpill) -> None:

@@ -20,6 +20,7 @@ from support.staterecords import FILES, JOB, MIRROR, PLACES, SAMPLES, Steps, pat
 from nbdmirror.mirror.options import CopyMode, MirrorOptions, Policy
 from nbdmirror.nbdclient.handshake import ExportInfo
 from nbdmirror.server.mirror_record import options_of
+from nbdmirror.state.bitmap_snapshot import BitmapSnapshot
 from nbdmirror.state.disk_record import ExportRecord, JobRecord, MirrorRecord
 from nbdmirror.state.json_record import (
     ID,
@@ -32,7 +33,6 @@ from nbdmirror.state.json_record import (
     load,
     members,
 )
-from nbdmirror.state.recovery import BitmapSnapshot
 from nbdmirror.state.sealed_files import UnknownFormat
 
 files = pytest.mark.parametrize("file", FILES)

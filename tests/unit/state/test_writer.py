@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Iterator
@@ -61,7 +62,8 @@ def test_a_write_that_does_not_end(scene: Scene, caplog: pytest.LogCaptureFixtur
     scene.answers.set()
     done.result(WAIT_S)
     wait_until(lambda: scene.writer.problem == "", "it is over")
-    assert "the state directory, or the disk, answers after 0:35" in caplog.text
+    text = "the state directory, or the disk, answers after 0:35"
+    wait_until(lambda: text in caplog.text, "the log says so")
 
 
 def test_an_error_is_a_problem_until_a_write_succeeds(scene: Scene) -> None:
@@ -75,3 +77,43 @@ def test_an_error_is_a_problem_until_a_write_succeeds(scene: Scene) -> None:
     scene.writer.submit(scene.write).result(WAIT_S)
     wait_until(lambda: scene.writer.problem == "", "it is over")
     assert len(scene.told) == 1
+
+
+def test_a_flush_of_the_disk_delays_no_write(scene: Scene) -> None:
+    """Guests are held while a pivot is written down: their disk's flush may take for ever. A flush
+    that does not end is reported as well."""
+    flushed = scene.writer.flush(scene.write)
+    assert scene.asked.wait(WAIT_S)
+    for _ in range(3):
+        scene.writer.submit(lambda: None).result(WAIT_S)
+    scene.now_s += TOLD_S + 1.0
+    scene.writer.submit(lambda: None).result(WAIT_S)
+    assert "0:31: the directory, or the disk, does not answer" in scene.writer.problem
+    scene.writer.look()
+    assert len(scene.told) == 1
+    assert not scene.writer.stop(0.0), "the end of the process waits for both"
+    scene.answers.set()
+    flushed.result(WAIT_S)
+    wait_until(lambda: scene.writer.problem == "", "the flush counts as ended")
+
+
+def test_a_spill_file_that_cannot_be_created_is_no_problem_of_the_state(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("nbdmirror").propagate = True
+    scene.writer.no_spill(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    (reason,) = scene.told
+    assert reason == (
+        f"no spill file: [Errno {errno.EDQUOT}] Disk quota exceeded; "
+        "what guests overwrite is kept in memory alone"
+    )
+    assert str(reason) in caplog.text and "state cannot be saved" not in caplog.text
+    assert scene.writer.problem == ""
+
+
+def test_a_flush_that_fails_is_reported(scene: Scene) -> None:
+    def fails() -> None:
+        raise OSError(5, "Input/output error")
+
+    assert isinstance(scene.writer.flush(fails).exception(WAIT_S), OSError)
+    assert scene.told == ["[Errno 5] Input/output error"]

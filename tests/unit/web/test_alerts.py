@@ -66,6 +66,25 @@ def job_state(running: str, ready: str) -> dict[str, dict[str, str]]:
 ENDED = "1x59 _x420"
 """Of a job: there for an hour, then gone."""
 
+
+def given_up(end_s: int) -> dict[str, dict[str, str]]:
+    """A mirror that has ended in the middle of its copy. Its deadline was at 3600."""
+    found = changed(
+        disk_protected="0x480",
+        disk_last_job_end_timestamp_seconds=f"_x60 {end_s}x419",
+        **dict.fromkeys(("job_target_connected", "job_io_ok", "job_converging"), ENDED),
+    )
+    del found["nbdmirror_job_lag_seconds"]
+    return (
+        found
+        | job_state(ENDED, "0x59 _x420")
+        | {
+            "nbdmirror_job_deadline_timestamp_seconds": {JOB: "3600x59 _x420"},
+            "nbdmirror_disk_last_job_result": {f'{DISK}, result="cancelled"': "_x60 1x419"},
+        }
+    )
+
+
 ORDINARY = {
     "a mirror that follows": READY,
     "a first copy of four hours": changed(
@@ -108,6 +127,7 @@ ORDINARY = {
     },
     "a mirror that was begun again after it had failed": READY
     | {"nbdmirror_disk_last_job_result": {f'{DISK}, result="failed"': "1x480"}},
+    "a mirror that its user has given up long before its deadline": given_up(end_s=1800),
     "a server that was ended in order": {
         name: dict.fromkeys(series, "1x59 _x420") if name != "nbdmirror_build_info" else series
         for name, series in changed(job_lag_seconds="0x59 _x420").items()
@@ -136,6 +156,7 @@ TROUBLE = {
     "NbdmirrorFailed": changed(disk_protected="0x480")
     | {"nbdmirror_job_state": {}}
     | {"nbdmirror_disk_last_job_result": {f'{DISK}, result="failed"': "_x60 1x420"}},
+    "NbdmirrorGivenUp": given_up(end_s=3601),
     "NbdmirrorNotConverging": changed(job_converging="1x60 0x420"),
     "NbdmirrorUnprotected": changed(disk_protected="0x480", job_lag_seconds="_x480")
     | job_state("1x480", "0x480"),
@@ -143,6 +164,13 @@ TROUBLE = {
     "NbdmirrorDiskFileChanged": changed(disk_file_ok="1x60 0x420"),
     "NbdmirrorDiskServerLost": changed(disk_connected="1x60 0x420"),
 }
+
+
+ALSO = {
+    "NbdmirrorTargetLost": changed(disk_protected="1x420 0x60")
+    | {"nbdmirror_job_journal_connected": {JOB: "1x60 0x420"}},
+}
+"""The same by other metrics."""
 
 
 def alerts() -> list[str]:
@@ -190,6 +218,11 @@ def test_what_is_ordinary_raises_none(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("alert", alerts())
 def test_each_trouble_raises_its_own(alert: str, tmp_path: Path) -> None:
     assert told(TROUBLE[alert], alert, tmp_path) == ""
+
+
+@pytest.mark.parametrize("alert", ALSO)
+def test_another_trouble_raises_the_same(alert: str, tmp_path: Path) -> None:
+    assert told(ALSO[alert], alert, tmp_path) == ""
 
 
 def test_an_alert_too_many_or_too_few_would_be_seen(tmp_path: Path) -> None:

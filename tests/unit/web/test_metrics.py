@@ -127,6 +127,7 @@ def test_what_they_say_of_promises_and_points() -> None:
         {"status": "concluded"},
         {"io-status": "nospace"},
         {"target-connected": False},
+        {"target-connected": True, "journal-connected": False},
     ],
 )
 def test_a_disk_is_protected_only_while_its_target_follows(trouble: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def whole(*reports: Report, samples: int = 3) -> Parsed:
         for age in range(samples, 0, -1):
             history.add(Report(report.socket, report.time_s - 2.0 * age, report.status))
         history.note(report.socket, "JOB_STATUS_CHANGE status=ready id=vda")
-    return Parsed(page("host1", servers_html(list(reports), history), history))
+    return Parsed(page("host1", servers_html(list(reports), history), history, 9))
 
 
 def report(*disks: dict[str, Any], socket: str = "/run/a.qmp", **more: Any) -> Report:
@@ -107,6 +107,16 @@ def test_what_it_shows() -> None:
 )
 def test_trouble_is_shown_as_status_shows_it(trouble: dict[str, Any], text: str) -> None:
     assert text in whole(report(disk("vda", JOB | trouble))).text
+
+
+@pytest.mark.parametrize("lost", ["target-connected", "journal-connected"])
+def test_a_far_side_that_is_lost_is_not_shown_as_well(lost: str) -> None:
+    def moods(job: dict[str, Any]) -> list[str | None]:
+        spans = whole(report(disk("vda", job))).all("span")
+        return [found["class"] for found, _ in spans if "state" in str(found.get("class"))]
+
+    assert moods(JOB | POINTS) == ["state good"]
+    assert moods(JOB | POINTS | {lost: False}) == ["state bad"]
 
 
 def test_what_is_asked_for_is_no_trouble() -> None:
@@ -228,7 +238,7 @@ def test_text_of_servers_stays_text() -> None:
         Report(EVIL, 1.7e9, status(evil, ended, package=EVIL, state_error=EVIL)),
         Report(EVIL, 1.7e9, error=EVIL),
     ]
-    found = Parsed(page(EVIL, servers_html(reports, history), history))
+    found = Parsed(page(EVIL, servers_html(reports, history), history, 9))
     assert [attributes for attributes, _ in found.all("script")] == [
         {"src": "page.js", "defer": None}
     ]

@@ -16,6 +16,7 @@ from support.waiting import WAIT_S_MAX, wait_until
 from nbdmirror.errors import Error
 from nbdmirror.web import live, service
 from nbdmirror.web.host import NoAnswer
+from nbdmirror.web.live import SILENCE_S_MAX
 
 
 def test_what_is_where(serving: Serving) -> None:
@@ -235,6 +236,22 @@ def test_a_page_gets_what_happens(serving: Serving) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_page_gets_a_sign_of_life_while_nothing_happens(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while servers are asked again and again, and none answers: nothing changes then."""
+    monkeypatch.setattr(live, "SILENCE_S_MAX", 0.2)
+    assert 1000 * SILENCE_S_MAX * 2 < live.SILENT_MS
+    serving.servers["/a"].says = NoAnswer("no server at /a")
+    with contextlib.closing(Listener(serving)) as page:
+        while "no server at /a" not in page.next("servers"):
+            pass
+        before = serving.servers["/b"].asked
+        while serving.servers["/b"].asked < before + 3:
+            assert page.next("alive") == ""
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_page_that_comes_back_gets_what_is_new(serving: Serving) -> None:
     serving.servers["/a"].unread += ["FIRST", "SECOND"]
     wait_until(lambda: "SECOND" in serving.get("/")[1], "they are on the page")
@@ -292,13 +309,14 @@ def test_a_page_that_does_not_read_is_hung_up_on(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         client.recv(16)
+        with contextlib.closing(Listener(serving)) as too_many:
+            assert too_many.code != 200
 
         def has_place() -> bool:
             server.says = status(disk("x" * 300_000 + str(next(number))))
             with contextlib.closing(Listener(serving)) as another:
                 return another.code == 200
 
-        assert not has_place()
         wait_until(has_place, "its place is free")
     server.says = status()
     assert serving.get("/healthz")[0] == 200

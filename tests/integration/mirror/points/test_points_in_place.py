@@ -11,6 +11,7 @@ import pytest
 from integration.mirror.points.pointsparts import (
     SIZE,
     FarSide,
+    last_point,
     points_of,
     stop_at_rest,
     wait_for_points,
@@ -69,9 +70,13 @@ def test_points_begin_anew(
     """Also if the journal keeps points, which the image must hold first."""
     far.start_mirror(server, device="vda", x_nbdmirror_keep=keep_s, **IN_PLACE)
     server.qmp.wait_ready()
+    before = last_point(server)
     with connected(server.uri()) as guest:
         guest.pwrite(b"a" * 4096, 0)
-    wait_for_points(server, 1) if keep_s else wait_for_rest(server)
+    if keep_s:
+        wait_until(lambda: last_point(server) > before, "there is a point more")
+    else:
+        wait_for_rest(server)
     change_too_much(server)
     told = server.qmp.wait_for_event("X_NBDMIRROR_IN_PLACE")
     assert told["bytes"] >= 8 * MiB and told["since-s"] > 0

@@ -55,6 +55,7 @@ def test_a_far_side_that_is_lost_in_the_first_copy(
         guest.wait_for_requests(30)
 
 
+@pytest.mark.alone
 def test_heavy_writers_do_not_keep_the_pivot_away(
     start: Start, identical: Identical, far: FarSide, disk: Path
 ) -> None:

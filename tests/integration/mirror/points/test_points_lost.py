@@ -56,6 +56,49 @@ def test_a_far_side_that_comes_back(
     assert guest.longest_s < 5.0
 
 
+@pytest.mark.parametrize("which", ["image", "journal", "both"])
+def test_what_is_lost_is_named(
+    identical: Identical, server: Nbdmirror, far: FarSide, disk: Path, which: str
+) -> None:
+    """The server that is to be looked after, and why it cannot be reached."""
+    image, journal = far.image_server, far.journal_server
+    lost = {"image": [image], "journal": [journal], "both": [image, journal]}[which]
+    uri = journal.uri()
+    far.start_mirror(server, x_nbdmirror_reconnect_delay=600)
+    server.qmp.wait_ready()
+    assert (job_of(server)["journal"], job_of(server)["journal-connected"]) == (uri, True)
+    for one in lost:
+        one.kill()
+    names = {
+        "image": "the target has",
+        "journal": f"the journal {uri} has",
+        "both": "the target and its journal have",
+    }
+
+    def is_seen() -> bool:
+        job = job_of(server)
+        there = job["target-connected"], job["journal-connected"]
+        is_there = tuple(one not in lost for one in (image, journal))
+        return there == is_there and "target-lost-reason" in job
+
+    wait_until(is_seen, "it is seen")
+    lines = job_of(server)["explanation"]
+    (text,) = [line for line in lines if " been lost for " in line]
+    assert text.startswith(f"{names[which]} been lost for ")
+    assert "last attempt: " in text
+    for one in lost:
+        one.start()
+
+    def are_back() -> bool:
+        job = job_of(server)
+        there = job["target-connected"] and job["journal-connected"]
+        return there and "target-lost-for-s" not in job
+
+    wait_until(are_back, "they are back")
+    server.qmp.complete()
+    identical(disk, image.uri())
+
+
 def test_a_journal_whose_server_is_ended_while_guests_rest_is_lost(
     start: Start, identical: Identical, folder: Path, disk: Path
 ) -> None:

@@ -139,7 +139,8 @@ def test_without_wait_each_job_has_a_line(two: Together) -> None:
         assert outage.startswith(f"the journal of job {name}: it has room for an outage")
         uri = far.image_server.uri()
         assert line.startswith(f"job {name} mirrors {name} to {uri}: running")
-    late = two.cli("wait", "--ready", *two.devices(), "--timeout", "0.2")
+    # The first copy takes minutes.
+    late = two.cli("wait", "--ready", *two.devices(), "--timeout", "3")
     assert late.returncode == TIMED_OUT
     last = late.stderr.splitlines()[-1]
     assert all(f"job {name}: running" in last for name in NAMES)

@@ -25,7 +25,7 @@ class _Lookup:
     def __init__(self) -> None:
         self.is_answered = threading.Event()
         self.found: list[str] = []
-        self.error: Exception | None = None
+        self.error: OSError | None = None
 
 
 _open: dict[tuple[str, int], _Lookup] = {}
@@ -33,9 +33,9 @@ _lock = threading.Lock()  # guards `_open`
 
 
 def addresses_of(host: str, port: int, timeout_s: float) -> list[str]:
-    """The addresses in the resolver's order, each once. Raises the resolver's OSError or
-    UnicodeError, and Unreachable after `timeout_s`."""
-    with suppress(OSError, UnicodeError):
+    """The addresses in the resolver's order, each once. Raises the resolver's OSError, and
+    Unreachable after `timeout_s`."""
+    with suppress(OSError):
         return _resolve(host, port, socket.AI_NUMERICHOST)
     with _lock:
         lookup = _open.get((host, port))
@@ -51,10 +51,20 @@ def addresses_of(host: str, port: int, timeout_s: float) -> list[str]:
     return lookup.found
 
 
+def connection_to(host: str, port: int, timeout_s: float) -> socket.socket:
+    """A TCP connection to the first address that takes one. The resolver has `timeout_s`, and each
+    address has as long. Raises as `addresses_of`."""
+    *others, last = addresses_of(host, port, timeout_s)
+    for address in others:
+        with suppress(OSError):
+            return socket.create_connection((address, port), timeout_s)
+    return socket.create_connection((last, port), timeout_s)
+
+
 def _ask(lookup: _Lookup, host: str, port: int) -> None:
     try:
         lookup.found = _resolve(host, port, 0)
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         lookup.error = error
     finally:
         with _lock:
@@ -63,7 +73,10 @@ def _ask(lookup: _Lookup, host: str, port: int) -> None:
 
 
 def _resolve(host: str, port: int, flags: int) -> list[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except UnicodeError as error:  # an empty label (a..b), or one of more than 63 bytes
+        raise socket.gaierror(socket.EAI_NONAME, f"'{host}' is no name of a host") from error
     return list(dict.fromkeys(_host(address) for *_, address in found))
 
 
