@@ -98,10 +98,9 @@ def _connect(
     backoff, told = Backoff(*PAUSE_S), ""
     while True:
         try:
-            if left := device.pool.unanswered:
+            if device.pool.unanswered:
                 backoff.reset()
-                text = f"{device.uri}: has not answered {left} requests of the connection before"
-                raise DeviceError(text, errno.EIO)
+            require_answers(device)
             return _reopen(device, difference)
         except (ConfigError, *IO_ERRORS) as error:  # also of the source, which is compared
             if str(error) != told:
@@ -111,6 +110,14 @@ def _connect(
             if left_s <= 0 or not device.is_lost or not is_wanted():
                 raise DeviceError(str(error), errno.EIO) from error
         time.sleep(min(backoff.next_s(), left_s))
+
+
+def require_answers(device: NbdDevice) -> None:
+    """Raises DeviceError while a request of an earlier connection may still be carried out, over
+    what a new connection writes."""
+    if left := device.pool.unanswered:
+        text = f"{device.uri}: has not answered {left} requests of the connection before"
+        raise DeviceError(text, errno.EIO)
 
 
 def _reopen(device: NbdDevice, difference: Callable[[Read], int | None]) -> SharedConnection:

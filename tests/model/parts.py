@@ -19,7 +19,7 @@ from nbdmirror.devices.base import Done, Extent, ExtentsDone, merge_extents
 from nbdmirror.disk.claim import Claim
 from nbdmirror.errors import DeviceError, DeviceLost
 from nbdmirror.event_loop import Timer
-from nbdmirror.server.reconnect import _connect
+from nbdmirror.server.reconnect import require_answers
 
 EXTENT_UNIT_BYTES = 128
 """What the source's allocation is known in, at best."""
@@ -321,10 +321,10 @@ class Guest:
 
 def may_reconnect(unanswered: int) -> bool:
     """What nbdmirror/server/reconnect.py says of a target with so many unanswered requests."""
-    pool = SimpleNamespace(unanswered=unanswered, reopen=object)
-    device: Any = SimpleNamespace(uri="nbd://target", is_lost=True, pool=pool)
+    pool = SimpleNamespace(unanswered=unanswered)
+    device: Any = SimpleNamespace(uri="nbd://target", pool=pool)
     try:
-        _connect(device, lambda connection: None, lambda: 0.0, 0.0, lambda: True)
+        require_answers(device)
     except DeviceError:
         return False
     return True
