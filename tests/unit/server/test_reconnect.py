@@ -100,6 +100,15 @@ def test_a_source_that_cannot_be_read_is_tried_again(loop: Loop, error: BaseExce
     assert not target.is_lost
 
 
+def test_a_target_with_unanswered_requests_is_not_connected_to(loop: Loop) -> None:
+    """Its server may carry them out later, over newer data."""
+    target = LostTarget()
+    target.pool.unanswered = 2
+    failure = attempt(loop, target, [], timeout_s=0)
+    assert "has not answered 2 requests" in str(failure)
+    assert target.is_lost and not target.opened
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=["EIO", "EBADF", "DeviceError"])
 def test_the_error_is_told_when_the_time_is_over(loop: Loop, error: BaseException) -> None:
     target = LostTarget()
