@@ -215,6 +215,7 @@ class MirrorJob(MirrorView):
         self._do(step, self._go_on, "write")
 
     def abort(self, because: str) -> None:
+        self._stopping.cancelled = because
         self.fail(Cancelled(because))
         if self.activity is Activity.ABORTING:
             self._stopping.hurry()
@@ -330,14 +331,16 @@ class MirrorJob(MirrorView):
 
     def _not_written_down(self, error: BaseException | None) -> None:
         """The end, or another one of its group, could not be recorded: continue, and try again."""
+        self.become(Activity.POSTPONED)
         if isinstance(error, ConfigError):  # the target cannot be the disk
             self.fail(error)
-            self.advance_soon()
-            return
-        self.become(Activity.POSTPONED)
-        reason = error or "the state directory failed"
-        self.log.warning("continues, because its end cannot be recorded: %s", reason)
-        self._timers.retry(self._try_again)
+        elif self._stopping.cancelled:
+            self.abort(self._stopping.cancelled)
+        else:
+            reason = error or "the state directory failed"
+            self.log.warning("continues, because its end cannot be recorded: %s", reason)
+            self._timers.retry(self._try_again)
+        self.advance_soon()
 
     def commit(self, done: Done) -> None:
         self.become(Activity.COMMITTING)
@@ -388,8 +391,7 @@ class MirrorJob(MirrorView):
     def _is_at_rest(self) -> bool:
         """Only a guest, or one that calls, changes what there is to do."""
         follows = self.status is JobStatus.READY and self.activity is Activity.COPYING
-        is_idle = follows and not self.may_end and self.mode.is_background
-        return is_idle and self.watch.is_at_rest
+        return follows and not self.may_end and self.mode.is_background and self.watch.is_at_rest
 
     def _look(self) -> None:
         self.tracker.look(self.disk.ledger)

@@ -31,6 +31,9 @@ class Stopping:
         self._timers = timers
         self._give_up = give_up
         self._is_late = False
+        self.cancelled = ""
+        """Why the job was cancelled by force. While an end is being recorded that has no effect,
+        but it has if the end cannot be recorded."""
 
     def is_over(self, *, for_pause: bool = False) -> bool:
         """Whether nothing is in flight: no copy, no flush, and no guest write that may be

@@ -105,5 +105,6 @@ def _transact(
         for change in reversed(done):
             change.undo()
         raise
-    for change in done:
-        change.commit()
+    with server.bitmaps.one_moment():
+        for change in done:
+            change.commit()

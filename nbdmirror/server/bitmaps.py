@@ -11,8 +11,9 @@ had yet to copy. After a pivot the bitmap belongs to the disk.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from nbdmirror.disk.bitmap import GRANULARITY_DEFAULT, DirtyBitmap, bytes_of, check_bits
 from nbdmirror.disk.disk import Disk
@@ -69,6 +70,35 @@ class Place:
     target: str = ""
 
 
+@dataclass(slots=True)
+class _Moment:
+    """What the commits of one transaction do at its end, so that a guest's change between two of
+    them is in one of the bitmaps at least."""
+
+    stopped: dict[NamedBitmap, Disk] = field(default_factory=dict)
+    """These do not record any more; until the end they do."""
+    removed: dict[NamedBitmap, Disk] = field(default_factory=dict)
+    merged: dict[DirtyBitmap, list[DirtyBitmap]] = field(default_factory=dict)
+    """What each source of a merge was merged into."""
+    seen: dict[DirtyBitmap, DirtyBitmap] = field(default_factory=dict)
+    """What each source had then, or has got from another one since: no more is made clean."""
+
+    def merge(self, source: DirtyBitmap, into: DirtyBitmap) -> None:
+        self.merged.pop(into, None)  # it is dirty for another reason from now on
+        if source not in self.seen:
+            self.seen[source] = source.copy()
+        if into in self.seen:
+            self.seen[into].merge(self.seen[source])
+        self.merged.setdefault(source, []).append(into)
+        into.merge(source)
+
+    def clear(self, bitmap: DirtyBitmap) -> None:
+        if (seen := self.seen.pop(bitmap, None)) is not None:
+            bitmap.subtract(seen)
+        else:
+            bitmap.clear_all()
+
+
 class Bitmaps:
     """The bitmaps of all disks. A change that is not possible raises CommandError with QEMU's text,
     and changes nothing."""
@@ -77,6 +107,30 @@ class Bitmaps:
         """`stores`: where the state of each disk is saved."""
         self._stores = stores
         self._of: dict[Disk, dict[str, NamedBitmap]] = {}
+        self._moment: _Moment | None = None
+
+    @contextmanager
+    def one_moment(self) -> Iterator[None]:
+        """All commits within this are those of one transaction. As in QEMU a guest's change comes
+        before all of them or after them; here it may count as both."""
+        moment = self._moment = _Moment()
+        try:
+            yield
+        finally:
+            self._moment = None
+            self._end(moment)
+
+    def _end(self, moment: _Moment) -> None:
+        over = moment.stopped | moment.removed
+        for bitmap, disk in over.items():
+            disk.ledger.detach(bitmap.bitmap)
+        for bitmap in over:
+            for into in moment.merged.get(bitmap.bitmap, ()):
+                into.merge(bitmap.bitmap)
+        for bitmap, disk in moment.stopped.items():
+            self._keep(disk, bitmap)
+        for bitmap, disk in moment.removed.items():
+            self._drop(disk, bitmap)
 
     def take_up(self, disk: Disk, found: RecoveredState) -> None:
         """Continue the persistent bitmaps of an earlier process."""
@@ -154,11 +208,25 @@ class Bitmaps:
         def undo() -> None:
             bitmap.is_busy = False
 
-        return Change(undo, lambda: self._drop(place.disk, bitmap))
+        def commit() -> None:
+            if self._moment is None:
+                self._drop(place.disk, bitmap)
+            else:
+                self._moment.removed[bitmap] = place.disk
+
+        return Change(undo, commit)
 
     def clear(self, place: Place, name: str) -> Change:
         """Make a bitmap clean."""
-        return Change(_nothing, self.find_idle(place, name).bitmap.clear_all)
+        bitmap = self.find_idle(place, name).bitmap
+
+        def commit() -> None:
+            if self._moment is None:
+                bitmap.clear_all()
+            else:
+                self._moment.clear(bitmap)
+
+        return Change(_nothing, commit)
 
     def record(self, place: Place, name: str, recording: bool) -> Change:
         """block-dirty-bitmap-enable and -disable."""
@@ -178,7 +246,10 @@ class Bitmaps:
 
         def commit() -> None:
             for bitmap in found:
-                into.merge(bitmap)
+                if self._moment is None:
+                    into.merge(bitmap)
+                else:
+                    self._moment.merge(bitmap, into)
 
         return Change(_nothing, commit)
 
@@ -213,8 +284,15 @@ class Bitmaps:
             self._stores[disk].keep_bitmap(record, bitmap.bitmap)
 
     def _set_recording(self, disk: Disk, bitmap: NamedBitmap, recording: bool) -> None:
-        if recording != bitmap.is_recording:
-            bitmap.is_recording = recording
-            change = disk.ledger.attach if recording else disk.ledger.detach
-            change(bitmap.bitmap)
-            self._keep(disk, bitmap)
+        if recording == bitmap.is_recording:
+            return
+        bitmap.is_recording = recording
+        if recording:
+            if self._moment is None or self._moment.stopped.pop(bitmap, None) is None:
+                disk.ledger.attach(bitmap.bitmap)
+        elif self._moment is not None:
+            self._moment.stopped[bitmap] = disk
+            return
+        else:
+            disk.ledger.detach(bitmap.bitmap)
+        self._keep(disk, bitmap)

@@ -236,6 +236,25 @@ def test_guests_are_held_until_an_end_that_was_written_down_is_undone() -> None:
         assert "pivot" in world.resources.calls
 
 
+def test_a_forced_cancel_while_an_end_is_undone_is_obeyed_after_that() -> None:
+    """Also of a job of the group that has nothing to undo."""
+    for asked in (0, 1):
+        worlds = first, second = a_group("a", "b")
+        second.resources.errors["commit"] = OSError(errno.EIO, "the state directory failed")
+        first.resources.holds = {"uncommit"}
+        for world in worlds:
+            world.job.complete()
+        first.pass_s(5.0)
+        worlds[asked].job.cancel(force=True)
+        first.pass_s(1.0)
+        assert first.is_held and not first.job.is_over
+        first.resources.answer()
+        first.pass_s(1.0)
+        for world in worlds:
+            assert world.status == "null" and world.told("BLOCK_JOB_CANCELLED")
+            assert not world.is_held and "pivot" not in world.resources.calls
+
+
 def test_the_ends_of_a_group_are_all_written_down_before_any_is_one() -> None:
     first, second = a_group("a", "b")
     first.resources.holds = second.resources.holds = {"commit"}
