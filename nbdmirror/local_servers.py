@@ -98,7 +98,9 @@ def _look(servers: frozenset[int]) -> list[Storage]:
     found: dict[object, Storage] = {}
     for process in _with_copies(servers):
         for storage in _written_by(process):
-            found[storage.layers[0].thing] = storage
+            thing = storage.layers[0].thing
+            if thing not in found or storage.is_read:  # it may be open more than once
+                found[thing] = storage
     return list(found.values())
 
 
