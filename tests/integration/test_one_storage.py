@@ -238,12 +238,12 @@ def test_what_a_process_has_open(tmp_path: Path) -> None:
     """Logs and what is only read count for no export. An image may be open twice, in any way."""
     image = make_empty(tmp_path / "image", SIZE)
     with image.open("r+b"), image.open("rb"), (tmp_path / "log").open("wb"):
-        code = "import sys; print(flush=True); sys.stdin.read()"
+        code = f"j, k = open('{image}', 'ab'), open('{image}', 'rb'); "
+        code += "import sys; print(flush=True); sys.stdin.read()"
         command = [
             "python3",
             "-c",
-            f"i, l = open('{image}', 'r+b'), open('{tmp_path}/log', 'ab'); "
-            f"j, k = open('{image}', 'ab'), open('{image}', 'rb'); {code}",
+            f"i, l = open('{image}', 'r+b'), open('{tmp_path}/log', 'ab'); {code}",
         ]
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null) as process:
