@@ -36,7 +36,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab is cleared away
     if args.curve:
         return _curves(args)
-    stored = results.load(STORED_QUICK if args.quick else STORED) if args.check else []
+    check = STORED_QUICK if args.quick and args.check == STORED else args.check
+    stored = results.load(check) if check else []
     rounds = args.rounds or (3 if args.quick else 5)
     found: list[results.Line] = []
     failed: list[str] = []
@@ -44,6 +45,12 @@ def main() -> int:
         images = "memory" if lab.is_in_memory else f"{lab.folder} (no room in /dev/shm)"
         about = results.about(rounds, images, is_quick=args.quick)
         print(f"{about['machine']}; {about['versions']}; images in {images}", flush=True)
+        if check and (there := results.other_processors(check, about)):
+            print(
+                f"{check} was made on {there}: ratios differ between processors; make a run here"
+                f" with --json FILE, and compare with --check FILE",
+                flush=True,
+            )
         try:
             for row in _chosen(args):
                 _measure(lab, row, rounds, found, failed)
@@ -138,12 +145,21 @@ def _parser() -> argparse.ArgumentParser:
     names = [curve.name for curve in curves.CURVES] + ["all"]
     add("--curve", action="append", metavar="NAME", choices=names, help="how cost grows with that")
     add("--rounds", type=int, metavar="N", help="rounds of each row (5; with --quick 3)")
-    add("--check", action="store_true", help="exit 1 if a ratio fell below the stored one")
+    text = "exit 1 if a ratio fell below that of an earlier run (FILE of --json; default: in docs/)"
+    add("--check", type=_earlier_run, nargs="?", const=STORED, metavar="FILE", help=text)
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     add("--plot", type=Path, metavar="FILE", help="write a plot, as .svg or .png")
     add("--list", action="store_true", help="list the rows")
     return parser
+
+
+def _earlier_run(text: str) -> Path:
+    try:
+        results.load(Path(text))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no file of --json: {error}") from error
+    return Path(text)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,15 @@ def load(path: Path) -> list[Line]:
     return [Line(**{**line, "ratios": tuple(line["ratios"])}) for line in stored]
 
 
+def other_processors(path: Path, about: Mapping[str, Any]) -> str:
+    """The processors of the stored run, if those of this run are others; else ""."""
+    there, here = (
+        str(one.get("machine", "")).partition(",")[0]
+        for one in (json.loads(path.read_text())["about"], about)
+    )
+    return there if there != here else ""
+
+
 def fallen(found: Sequence[Line], stored: Sequence[Line]) -> list[tuple[Line, Line]]:
     """(now, stored) of each line that fell. Those that are not stored, or have no goal, are not
     looked at."""

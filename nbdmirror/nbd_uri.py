@@ -211,6 +211,8 @@ def _authority(text: str, authority: str, transport: str) -> tuple[str, str, int
     if (colon := address.rfind(":")) > bracket and address.count(":", bracket + 1) == 1:
         port = _port(text, address[colon + 1 :], 2**31 - 1 if transport == "vsock" else PORT_MAX)
         address = address[:colon]
+    if authority and not address:  # as of an unset variable; all of it may be left out
+        raise ConfigError(f"{text}: has no host: write localhost, or the host's name")
     if transport == "vsock":
         if address and whole_number(address, 0, 2**32 - 1) is None:
             raise ConfigError(f"{text}: the host of a vsock must be a machine's number (CID)")
@@ -219,7 +221,7 @@ def _authority(text: str, authority: str, transport: str) -> tuple[str, str, int
 
 
 def _host(text: str, host: str) -> str:
-    """The host without brackets. An empty host is this machine, as in libnbd."""
+    """The host without brackets. Without one it is this machine, as in libnbd."""
     form = _HOST.fullmatch(host)
     if form is None:
         raise ConfigError(

@@ -7,6 +7,7 @@ All calls are for any thread. They take one lock, which is a leaf.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -19,6 +20,8 @@ from nbdmirror.disk.fine import FineBitmap
 from nbdmirror.disk.hot import HotGranules
 from nbdmirror.disk.ledger import Ledger
 from nbdmirror.disk.remainder import Remainder, SentParts
+
+FLUSHED_LAST_MAX = 8
 
 
 class Tracker:
@@ -50,6 +53,9 @@ class Tracker:
         self.unflushed = new_bitmap(size, granularity)
         """Ranges that were sent to the target, or are about to be, since the last good flush: a
         target that crashes may lose them (rule 39)."""
+        self.flushed_last: deque[int] = deque(maxlen=FLUSHED_LAST_MAX)
+        """The offset, in bytes, of a granule of each of the last good flushes that covered any: an
+        older copy of the target's storage differs there first."""
         self._repeated: DirtyBitmap | None = None
         """Granules that are dirty only because a flush has failed."""
         self.written_bytes = 0
@@ -257,6 +263,8 @@ class Tracker:
                 self._repeat(covered)
             else:
                 self._backlog.flush_ended(covered)
+                if run := covered.next_run(0, self.granularity):
+                    self.flushed_last.append(run[0])
                 if self._guests_flushes:
                     kept = covered.copy()  # of all of them: none changes it
                     for meanwhile in self._guests_flushes:

@@ -26,7 +26,7 @@ from nbdmirror.mirror.mirror_job import MirrorJob
 from nbdmirror.mirror.options import Ending, MirrorOptions
 from nbdmirror.mirror.resources import JobState
 from nbdmirror.mirror.scan import is_no_hole, is_not_zero, scan
-from nbdmirror.mirror.spot_check import Read, find_mismatch
+from nbdmirror.mirror.spot_check import Mismatch, Read, SpotCheck
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import RECONNECT_TIMEOUT_S
 from nbdmirror.nbdclient.reservations import release
@@ -77,6 +77,7 @@ class JobResources:
     """The disk's source before the pivot."""
     _attempt: object = field(default=None, init=False)
     """The last attempt to reconnect the target."""
+    spot_check: SpotCheck = field(default_factory=SpotCheck, init=False)
 
     def new_copier(self, load: CopierLoad, job: MirrorJob) -> Copier:
         """The job's copier. `load`: shared by all copiers of the server."""
@@ -286,7 +287,7 @@ class JobResources:
 
         check_ring(self.disk, device, self.loop, no_ring)
 
-    def _difference(self) -> Callable[[Read], int | None]:
+    def _difference(self) -> Callable[[Read], Mismatch | None]:
         """The check whether a target is the same as before. Only in a full copy clean means equal,
         and only once all that differs is marked, so others are not checked."""
         job = self.node.job
@@ -294,8 +295,11 @@ class JobResources:
             return lambda read: None
         suspects = self.tracker.may_differ()
 
-        def difference(read: Read) -> int | None:
+        def difference(read: Read) -> Mismatch | None:
             rng = random.Random()
-            return find_mismatch(self.disk, read, self.tracker, suspects, rng)
+            recent = tuple(self.tracker.flushed_last)
+            return self.spot_check.find_mismatch(
+                self.disk, read, self.tracker, suspects, rng, recent
+            )
 
         return difference

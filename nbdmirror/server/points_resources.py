@@ -23,7 +23,7 @@ from nbdmirror.mirror.point_plan import PointPlan
 from nbdmirror.mirror.point_source import StoreOptions
 from nbdmirror.mirror.points_job import PointsJob
 from nbdmirror.mirror.resources import JobState
-from nbdmirror.mirror.spot_check import Read
+from nbdmirror.mirror.spot_check import Mismatch, Read
 from nbdmirror.mirror.watched import WatchedExport
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.durable import DurableExport
@@ -355,18 +355,18 @@ class PointsResources(JobResources):
         self.known_point = point.sequence, point.time_ns
         self.store.note_point(*self.known_point)
 
-    def _difference(self) -> Callable[[Read], int | None]:
+    def _difference(self) -> Callable[[Read], Mismatch | None]:
         """After the first copy the image is what the journal says, and not what the disk is."""
         if self.points is None or not self.has_begun:
             return JobResources._difference(self)
         samples = self.far_side.samples if isinstance(self.far_side, JournalSide) else ()
 
-        def difference(read: Read) -> int | None:
+        def difference(read: Read) -> Mismatch | None:
             for sample in samples:
                 buf = memoryview(bytearray(sample.length))
                 read(buf, sample.offset)
                 if zlib.crc32(buf) != sample.crc:
-                    return sample.offset
+                    return Mismatch(sample.offset)
             return None
 
         return difference

@@ -15,7 +15,7 @@ from nbdmirror.disk.disk import Disk
 from nbdmirror.disk.tracker import Tracker
 from nbdmirror.errors import IO_ERRORS, ConfigError, DeviceError
 from nbdmirror.event_loop import Loop
-from nbdmirror.mirror.spot_check import Read
+from nbdmirror.mirror.spot_check import Mismatch, Read
 from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pair import reserve_disk
 from nbdmirror.nbdclient.shared_connection import SharedConnection
@@ -34,12 +34,12 @@ def reconnect(
     *,
     reconnect_timeout_s: float,
     is_wanted: Callable[[], bool],
-    difference: Callable[[Read], int | None],
+    difference: Callable[[Read], Mismatch | None],
     came_back: Callable[[], None],
     done: Done,
 ) -> None:
     """Try to reconnect for `reconnect_timeout_s`, while `is_wanted()`. `difference` reads the
-    target, on a helper thread, and returns the offset at which its data has changed, or None, or
+    target, on a helper thread, and returns where its data has changed, or None, or
     raises IO_ERRORS; a changed target is not used. `came_back` is called when the device has a new
     connection. Before that, the server must have answered all requests of the old connections, or
     ended these: it might carry them out later, over newer data. The error for `done` is never
@@ -89,7 +89,7 @@ def reconnect_source(device: NbdDevice, loop: Loop, done: Done) -> None:
 
 def _connect(
     device: NbdDevice,
-    difference: Callable[[Read], int | None],
+    difference: Callable[[Read], Mismatch | None],
     clock: Callable[[], float],
     deadline_s: float,
     is_wanted: Callable[[], bool],
@@ -120,21 +120,18 @@ def require_answers(device: NbdDevice) -> None:
         raise DeviceError(text, errno.EIO)
 
 
-def _reopen(device: NbdDevice, difference: Callable[[Read], int | None]) -> SharedConnection:
+def _reopen(device: NbdDevice, difference: Callable[[Read], Mismatch | None]) -> SharedConnection:
     """Raises ConfigError or IO_ERRORS."""
     connection = device.pool.reopen()
     try:
         reserve_disk(device, connection=connection)
-        offset = difference(device.read_by(connection))
+        mismatch = difference(device.read_by(connection))
     except BaseException:
         connection.close()
         raise
-    if offset is not None:
+    if mismatch is not None:
         connection.close()
-        raise ConfigError(
-            f"{device.uri}: came back changed (the data at {offset} differs: it is another "
-            f"disk, or an older copy); it is not written to"
-        )
+        raise ConfigError(f"{device.uri}: came back changed ({mismatch}); it is not written to")
     return connection
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from nbdmirror.devices.base import Done
 from nbdmirror.mirror.acknowledgements import Acknowledgements
 from nbdmirror.mirror.points_job import PointsJob
-from nbdmirror.mirror.spot_check import Read, find_mismatch
+from nbdmirror.mirror.spot_check import Mismatch, Read
 from nbdmirror.server.job_resources import JobResources
 from nbdmirror.server.points_resources import WAIT_S, PointsResources
 from nbdmirror.server.snapshot_side import SnapshotSide
@@ -88,15 +88,15 @@ class SnapshotsResources(PointsResources):
     def _new_side(self) -> SnapshotSide:
         return SnapshotSide(self._image(), self.acks, may_trim=self.options.unmap)
 
-    def _difference(self) -> Callable[[Read], int | None]:
+    def _difference(self) -> Callable[[Read], Mismatch | None]:
         """What neither guests nor a point in progress have changed is the same on both sides."""
         is_copied = self._job is not None and self._job.run is not None
         tracked = self.tracked if is_copied else self.tracker
         suspects = self.tracker.may_differ()
         suspects.merge(self.tracked.may_differ())
 
-        def difference(read: Read) -> int | None:
+        def difference(read: Read) -> Mismatch | None:
             rng = random.Random()
-            return find_mismatch(self.disk, read, tracked, suspects, rng)
+            return self.spot_check.find_mismatch(self.disk, read, tracked, suspects, rng)
 
         return difference

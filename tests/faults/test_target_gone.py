@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, make_image, make_noise
-from support.losing import SIZE, Lossy, end, start_mirror
+from support.losing import GRANULE, SIZE, Lossy, end, start_mirror
 from support.processes import free_port
 from support.proxy import Proxy
 from support.qmpclient import Qmp
@@ -208,6 +209,42 @@ def test_another_disk_of_the_same_size_is_noticed(
     assert target.changed(mark) == [] and target.image.read_bytes() == other
     target.kill()
     target.image.write_bytes(before)
+    target.come_back()
+    end(qmp, CANCEL)
+    identical(disk, target.image)
+
+
+@pytest.mark.rule(40)
+def test_an_older_copy_is_refused_however_often_it_is_tried(
+    server: Nbdmirror, target: Lossy, disk: Path, identical: Identical
+) -> None:
+    """A backup of the target from before a guest's last write, which is one place of many."""
+    qmp = ready(server, target.uri(), reconnect_delay_s=60)
+    older = target.image.read_bytes()
+    with connected(server.uri("src")) as guest:
+        guest.pwrite(b"g" * GRANULE, SIZE // 2)
+    wait_until(lambda: target.image.read_bytes() == disk.read_bytes(), "the write is flushed")
+
+    def unflushed_bytes() -> int:
+        status = qmp.execute("x-nbdmirror-query-status")
+        return int(status["disks"][0]["jobs"][0]["unflushed-bytes"])
+
+    wait_until(lambda: not unflushed_bytes(), "the flush is over")
+    target.kill()
+    right = target.image.read_bytes()
+    target.image.write_bytes(older)
+    mark = target.mark()
+    server.allowed.append("came back changed|connection lost")
+    target.come_back()
+
+    def attempts() -> int:
+        return sum(kind == "read" and not offset for kind, offset, _ in target.requests(mark))
+
+    wait_until(lambda: attempts() >= 4, "four attempts")
+    assert f"the data at {SIZE // 2} differs" in server.stderr
+    target.kill()
+    assert target.changed(mark) == [] and target.image.read_bytes() == older
+    target.image.write_bytes(right)
     target.come_back()
     end(qmp, CANCEL)
     identical(disk, target.image)

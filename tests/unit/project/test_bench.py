@@ -56,6 +56,16 @@ def test_what_is_stored_can_be_compared_with(tmp_path: Path) -> None:
     assert results.load(tmp_path / "bench.json") == [line]
 
 
+def test_a_run_of_other_processors_is_told(tmp_path: Path) -> None:
+    """Ratios differ between processors: rows that fell may be the machine's doing."""
+    stored = tmp_path / "bench.json"
+    about = {"machine": "2 x A, 23 GiB, Linux 6.1"}
+    results.save(stored, [], about)
+    assert not results.other_processors(stored, {"machine": "2 x A, 8 GiB, Linux 6.2"})
+    assert results.other_processors(stored, {"machine": "4 x A, 23 GiB"}) == "2 x A"
+    assert results.other_processors(stored, {"machine": "2 x B, 23 GiB"}) == "2 x A"
+
+
 @pytest.mark.parametrize("is_quick", [False, True])
 def test_stored_results_are_of_all_rows(is_quick: bool) -> None:
     stored = results.load(STORED_QUICK if is_quick else STORED)
@@ -92,7 +102,7 @@ def test_a_curve_as_a_table() -> None:
     assert len(table) == 2 + len(curve.points)
 
 
-def test_it_lists_its_rows_and_refuses_others() -> None:
+def test_it_lists_its_rows_and_refuses_others(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench"]
     listed = subprocess.run(
         [*command, "--list"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -103,3 +113,13 @@ def test_it_lists_its_rows_and_refuses_others() -> None:
     )
     assert refused.returncode == 2
     assert "invalid choice: 'no'" in refused.stderr
+    for text in ("", "{}", '{"lines": [{}]}'):
+        (tmp_path / "x.json").write_text(text)
+        compared = subprocess.run(
+            [*command, "--check", str(tmp_path / "x.json")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert compared.returncode == 2 and "x.json is no file of --json" in compared.stderr
