@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
 from support.images import MiB, make_image, make_noise
-from support.losing import GRANULE, SIZE, Lossy, end, start_mirror
+from support.losing import SIZE, Lossy, end, ready, start_mirror
 from support.processes import free_port
 from support.proxy import Proxy
 from support.qmpclient import Qmp
@@ -66,14 +65,6 @@ def guest(server: Nbdmirror, disk: Path, identical: Identical) -> Iterator[Guest
 def proxy(target: Lossy) -> Iterator[Proxy]:
     with Proxy(target.socket) as proxy:
         yield proxy
-
-
-def ready(server: Nbdmirror, uri: str, *, reconnect_delay_s: int = 20, policy: str = "stop") -> Qmp:
-    qmp = start_mirror(
-        server, uri, reconnect_delay_s=reconnect_delay_s, on_target_error=policy, auto_dismiss=False
-    )
-    qmp.wait_ready()
-    return qmp
 
 
 def force_cancel(qmp: Qmp) -> None:
@@ -182,72 +173,6 @@ def test_a_changed_target_that_is_put_right_is_used_again(
     target.come_back(read_only=0)
     qmp.execute("block-job-resume", device="j")
     copy_is_good(qmp, guest, disk, target, identical)
-
-
-@pytest.mark.rule(40)
-@pytest.mark.guarantee("A target that was lost and came back")
-@pytest.mark.parametrize("change", ["all of it", "its first bytes", "zeroes"])
-def test_another_disk_of_the_same_size_is_noticed(
-    server: Nbdmirror, target: Lossy, disk: Path, identical: Identical, change: str
-) -> None:
-    """What was the same on both sides is not any more: it is not written to, and waited for."""
-    qmp = ready(server, target.uri())
-    target.kill()
-    before = target.image.read_bytes()
-    if change == "all of it":
-        make_noise(target.image, SIZE, SEED + 7)
-    elif change == "zeroes":
-        target.image.write_bytes(bytes(SIZE))
-    else:
-        with target.image.open("r+b") as file:
-            file.write(b"another disk's label")
-    other = target.image.read_bytes()
-    mark = target.mark()
-    server.allowed.append("came back changed|connection lost")
-    target.come_back()
-    wait_until(lambda: "it is another disk" in server.stderr, "it is noticed")
-    assert target.changed(mark) == [] and target.image.read_bytes() == other
-    target.kill()
-    target.image.write_bytes(before)
-    target.come_back()
-    end(qmp, CANCEL)
-    identical(disk, target.image)
-
-
-@pytest.mark.rule(40)
-def test_an_older_copy_is_refused_however_often_it_is_tried(
-    server: Nbdmirror, target: Lossy, disk: Path, identical: Identical
-) -> None:
-    """A backup of the target from before a guest's last write, which is one place of many."""
-    qmp = ready(server, target.uri(), reconnect_delay_s=60)
-    older = target.image.read_bytes()
-    with connected(server.uri("src")) as guest:
-        guest.pwrite(b"g" * GRANULE, SIZE // 2)
-    wait_until(lambda: target.image.read_bytes() == disk.read_bytes(), "the write is flushed")
-
-    def unflushed_bytes() -> int:
-        status = qmp.execute("x-nbdmirror-query-status")
-        return int(status["disks"][0]["jobs"][0]["unflushed-bytes"])
-
-    wait_until(lambda: not unflushed_bytes(), "the flush is over")
-    target.kill()
-    right = target.image.read_bytes()
-    target.image.write_bytes(older)
-    mark = target.mark()
-    server.allowed.append("came back changed|connection lost")
-    target.come_back()
-
-    def attempts() -> int:
-        return sum(kind == "read" and not offset for kind, offset, _ in target.requests(mark))
-
-    wait_until(lambda: attempts() >= 4, "four attempts")
-    assert f"the data at {SIZE // 2} differs" in server.stderr
-    target.kill()
-    assert target.changed(mark) == [] and target.image.read_bytes() == older
-    target.image.write_bytes(right)
-    target.come_back()
-    end(qmp, CANCEL)
-    identical(disk, target.image)
 
 
 # Hung

@@ -111,6 +111,15 @@ def start_mirror(
     return qmp
 
 
+def ready(server: Nbdmirror, uri: str, *, reconnect_delay_s: int = 20, policy: str = "stop") -> Qmp:
+    """A mirror that is READY."""
+    qmp = start_mirror(
+        server, uri, reconnect_delay_s=reconnect_delay_s, on_target_error=policy, auto_dismiss=False
+    )
+    qmp.wait_ready()
+    return qmp
+
+
 def add_target(qmp: Qmp, uri: str, reconnect_delay_s: int) -> None:
     if uri.startswith("nbd+unix"):
         address = {"type": "unix", "path": uri.split("socket=", 1)[1]}
