@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nbdmirror.identity import Same, same_place
-from nbdmirror.layers import layers_of, layers_of_device, share_storage
+from nbdmirror.layers import WHOLE, layers_of, layers_of_device, share_storage
 from nbdmirror.state.json_record import COUNT, TEXT, Key
 from nbdmirror.state.sealed_files import StateError
 from nbdmirror.syscalls import birth_ns
@@ -127,6 +127,13 @@ class DiskIdentity:
         if not self.number or not self.boot or self.boot != boot_id():
             return False
         return bool(share_storage(layers_of_device(self.number), layers))
+
+    def files_below(self) -> tuple[DiskIdentity, ...]:
+        """The files that a block device lies on as a whole. After a reboot they may be served by
+        themselves, or through another device. May wait for storage."""
+        layers = layers_of_device(self.number) if self.number else ()
+        files = (layer.path for layer in layers if layer.range == WHOLE and layer.path)
+        return tuple(DiskIdentity.of(path, self.size) for path in files)
 
 
 def _block_number(source: str) -> int:

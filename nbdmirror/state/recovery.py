@@ -96,7 +96,7 @@ class PivotRecord:
         cls, before: PivotRecord | None, left: DiskIdentity, truth: str, time_s: float
     ) -> Self:
         """The record of a pivot from `left` to `truth`, which may be a former source."""
-        sides = (*(before.left if before else ()), left)
+        sides = (*(before.left if before else ()), left, *left.files_below())
         kept = tuple(side for side in sides if same_place(side.source, truth) is not Same.YES)
         return cls(truth, kept, time_s, left.size)
 

@@ -214,6 +214,29 @@ def test_a_path_that_leads_to_another_kind_of_storage(
         assert_identical(places[1], target.image)
 
 
+# An old side.
+
+
+def test_the_file_below_a_device_that_was_the_disk(
+    start: Start, folder: Path, target: QemuNbd
+) -> None:
+    """After a pivot and a reboot the file has another device, or none: it is the old side."""
+    image = make_image(folder / "disk.img", SIZE)
+    with loop_device(image) as device:
+        server = start(Kept(folder, device))
+        begin(server, target).wait_ready()
+        server.qmp.complete()
+        server.stop()
+    old = "is the old side of the disk vda"
+    server.disks = [f"other={image}"]
+    assert old in refusal(server)
+    with loop_device(make_noise(folder / "another.img", SIZE)), loop_device(image) as device:
+        server.disks = [f"other={device}"]
+        assert old in refusal(server)
+    server.disks = [f"other={folder / 'another.img'}"]
+    server.restart()
+
+
 # A larger target.
 
 
