@@ -214,6 +214,11 @@ class Peer:
         """What the server, if it is a process of this host, has open for writing."""
         return local_servers.written_by(self.holders or {self.process})
 
+    @property
+    def storage(self) -> Storage | None:
+        """What the export is made of, if that is certain."""
+        return local_servers.sole(self.writes(), self.size) if self.size else None
+
     def writes_to(self, layers: list[Layer]) -> bool:
         """Whether the server is a process of this host that writes to storage of these layers."""
         return any(share_storage(layers, storage.layers) for storage in self.writes())
@@ -250,10 +255,7 @@ class Peer:
     def _shares_storage(self, other: Peer) -> bool:
         """Whether both are surely made of one file or device of this host: by two servers, or by
         one under two names or ways."""
-        if not self.size or self.size != other.size:
-            return False
-        mine, its = (local_servers.sole(peer.writes(), self.size) for peer in (self, other))
-        return local_servers.is_one(mine, its)
+        return self.size == other.size and local_servers.is_one(self.storage, other.storage)
 
 
 def _listeners(process: str, host: str, port: int) -> frozenset[int]:

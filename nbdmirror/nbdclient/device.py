@@ -25,7 +25,7 @@ from nbdmirror.devices.base import (
 )
 from nbdmirror.errors import ConfigError, DeviceError, DeviceLost
 from nbdmirror.identity import Same, SocketFile, same_place
-from nbdmirror.layers import layers_of
+from nbdmirror.layers import Layer, layers_of
 from nbdmirror.nbd_uri import parse
 from nbdmirror.nbdclient import tls
 from nbdmirror.nbdclient.block_status import LENGTH_MAX, collector, status_method
@@ -287,10 +287,14 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         return peer is not None and peer.is_this_process
 
     @property
-    def reached(self) -> str:
-        """The URI, with the address that was reached in place of a name."""
+    def place(self) -> tuple[str, list[Layer]]:
+        """The URI, with the address that was reached in place of a name; and the storage that the
+        export is made of, if that is certain, else nothing."""
         peer = self.pool.shared.peer
-        return self.uri if peer is None else peer.reached(self.uri)
+        if peer is None:
+            return self.uri, []
+        storage = peer.storage
+        return peer.reached(self.uri), [] if storage is None else storage.layers
 
     def is_of_file(self, opened: os.stat_result) -> bool:
         """Whether the server is a process of this host that writes to a file or device with this

@@ -92,7 +92,7 @@ def places_of_peer(peer: Peer) -> set[str]:
         return {f"export {peer.label}"}
     ways: set[object] = set(peer.listeners) or {peer.server}
     places = {f"server {way} {peer.export}" for way in ways}
-    storage = local_servers.sole(peer.writes(), peer.size) if peer.size else None
+    storage = peer.storage
     return places | (set(_places_of_layers(storage.layers)) if storage else set())
 
 

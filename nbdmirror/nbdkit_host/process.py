@@ -202,8 +202,8 @@ class PluginProcess:
         state.check_formats(self.disks)
         for name, disk in self.disks.items():
             raw, path = raw_device(disk.source), self._paths[name]
-            reached = raw.reached if isinstance(raw, NbdDevice) else path
-            store = state.open(name, path, disk.size, reached=reached)
+            reached, below = raw.place if isinstance(raw, NbdDevice) else (path, [])
+            store = state.open(name, path, disk.size, reached=reached, below=below)
             source, size = disk.source, store.identity.size
             if store.truth:
                 source = TargetOnly(source, store.truth)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from nbdmirror.errors import ConfigError
 from nbdmirror.identity import Same, same_place
+from nbdmirror.layers import Layer
 from nbdmirror.nbdclient.sides import Side, look
 from nbdmirror.state.disk_file import DiskIdentity
 from nbdmirror.state.disk_record import DiskRecord
@@ -76,15 +77,18 @@ class StateDirectory:
                 text = f"state-dir: {self._folder.path}: {error.strerror}"
                 raise ConfigError(text) from error
 
-    def open(self, name: str, source: str, size: int, *, reached: str = "") -> DiskStore:
+    def open(
+        self, name: str, source: str, size: int, *, reached: str = "", below: Sequence[Layer] = ()
+    ) -> DiskStore:
         """The store of the disk `name`. `source`: its path or URI; `size`: bytes of its device;
-        `reached`: the URI with the address that was reached. Raises ConfigError if the disk must
-        not be served, or if its state cannot be saved."""
+        `reached`: the URI with the address that was reached; `below`: what the export is made of,
+        if that is certain. Raises ConfigError if the disk must not be served, or if its state
+        cannot be saved."""
         identity = DiskIdentity.of(source, size)
         files = names(name)
         where = self._folder.path
         try:
-            self._check_other_disks(name, identity)
+            self._check_other_disks(name, identity, list(below))
             self._doubt_other_names(name, identity)
             pivoted = self._check_side(name, identity, reached or source)
             is_target_only = pivoted is not None and pivoted.is_left(identity)
@@ -129,9 +133,9 @@ class StateDirectory:
             for disk_id in disk_ids(slots):
                 discard_left(disk_id)
 
-    def _check_other_disks(self, name: str, identity: DiskIdentity) -> None:
-        """Raise ConfigError if `identity` is the old side of another disk: it must not be served
-        under another name either."""
+    def _check_other_disks(self, name: str, identity: DiskIdentity, below: list[Layer]) -> None:
+        """Raise ConfigError if `identity`, which is made of `below`, is the old side of another
+        disk: it must not be served under another name either."""
         for path in sorted(self._folder.path.glob(names("*")["pivoted"])):
             other = path.name.removesuffix(names("")["pivoted"])
             content = self._folder.read(path.name)
@@ -147,8 +151,10 @@ class StateDirectory:
                 ) from error
             except StateError:
                 continue  # which disk it was is not known
-            left = pivoted.left
-            if any(old.is_same(identity) or old.shares_storage(identity) for old in left):
+            if any(
+                old.is_same(identity) or old.shares_storage(identity) or old.lies_on(below)
+                for old in pivoted.left
+            ):
                 raise ConfigError(
                     f"{identity.source} is the old side of the disk {other}, which is served from "
                     f"{pivoted.truth} ({path}); serve that, or {accept} and lose what was written "

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nbdmirror.identity import Same, same_place
-from nbdmirror.layers import WHOLE, layers_of, layers_of_device, share_storage
+from nbdmirror.layers import WHOLE, Layer, layers_of, layers_of_device, share_storage
 from nbdmirror.state.json_record import COUNT, TEXT, Key
 from nbdmirror.state.sealed_files import StateError
 from nbdmirror.syscalls import birth_ns
@@ -127,6 +127,15 @@ class DiskIdentity:
         if not self.number or not self.boot or self.boot != boot_id():
             return False
         return bool(share_storage(layers_of_device(self.number), layers))
+
+    def lies_on(self, layers: list[Layer]) -> bool:
+        """Whether the disk is where it was, and surely shares storage with these layers."""
+        if not self.is_one_file(DiskIdentity.of(self.source, 0)):
+            return False
+        try:
+            return bool(share_storage(layers_of(os.stat(self.source), self.source), layers))
+        except OSError:
+            return False
 
     def files_below(self) -> tuple[DiskIdentity, ...]:
         """The files that a block device lies on as a whole. After a reboot they may be served by

@@ -237,6 +237,21 @@ def test_the_file_below_a_device_that_was_the_disk(
     server.restart()
 
 
+def test_an_export_of_the_file_that_was_the_disk(
+    start: Start, folder: Path, target: QemuNbd
+) -> None:
+    image = make_image(folder / "disk.img", SIZE)
+    server = start(Kept(folder, image))
+    begin(server, target).wait_ready()
+    server.qmp.complete()
+    server.stop()
+    server.disks = [f"other={start(QemuNbd(folder, image)).uri()}"]
+    assert "is the old side of the disk vda" in refusal(server)
+    another = start(QemuNbd(folder, make_noise(folder / "another.img", SIZE)))
+    server.disks = [f"other={another.uri()}"]
+    server.restart()
+
+
 # A larger target.
 
 
