@@ -123,7 +123,7 @@ class _Pair:
 
     def read(self, offset: int) -> bytearray | None:
         """The disk's data in the granule at `offset`; None if it may differ from the target's."""
-        length = min(self.granularity, self._disk.size - offset)
+        length = self._length(offset)
         if any(one.is_dirty(offset, length) for one in (self._suspects, self._tracker.dirty)):
             return None
         here = bytearray(min(length, SAMPLE_BYTES_MAX))
@@ -134,8 +134,13 @@ class _Pair:
         """Whether the target has that data, or a guest has just changed the disk's."""
         there = bytearray(len(here))
         self._read_target(memoryview(there), offset)
-        length = min(self.granularity, self._disk.size - offset)
-        return here == there or not _is_clean(self._disk, self._tracker, offset, length)
+        if here == there:
+            return True
+        return not _is_clean(self._disk, self._tracker, offset, self._length(offset))
+
+    def _length(self, offset: int) -> int:
+        """Bytes of the granule at `offset`."""
+        return min(self.granularity, self._disk.size - offset)
 
     def compare(self, offset: int) -> bool | None:
         """Whether the granule at `offset` is equal on both sides; None: may be different."""

@@ -14,7 +14,7 @@ import pytest
 from support.clients import connected, nbd_errno
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import MiB, assert_identical, make_empty, make_image, make_noise
+from support.images import MiB, assert_identical, make_empty, make_noise
 from support.losing import GRANULE, SIZE, Lossy, end, wait_caught_up
 from support.mounts import loop_device, mounted
 from support.qmpclient import Qmp
@@ -26,11 +26,6 @@ COMPLETE, CANCEL = "block-job-complete", "block-job-cancel"
 BLOCK = 4096
 DATA = b"\x5a" * BLOCK
 LOST = r"connection lost|not flushed|lost: |Failed to connect|no answer|WARNING"
-
-
-@pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE, SEED)
 
 
 @pytest.fixture

@@ -6,29 +6,14 @@ from pathlib import Path
 
 import pytest
 from support.clients import connected
-from support.fixtures import Identical, Start
-from support.images import make_image, make_noise
+from support.fixtures import Identical
+from support.images import make_noise
 from support.losing import GRANULE, SIZE, Lossy, end, ready
 from support.seeds import SEED
 from support.servers import Nbdmirror
 from support.waiting import wait_until
 
 CANCEL = "block-job-cancel"
-
-
-@pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE, SEED)
-
-
-@pytest.fixture
-def target(start: Start, folder: Path) -> Lossy:
-    return start(Lossy(folder, make_noise(folder / "target.img", SIZE, SEED + 1)))
-
-
-@pytest.fixture
-def server(start: Start, target: Lossy, disk: Path) -> Nbdmirror:
-    return start(Nbdmirror(disk.parent, f"src={disk}", bare=True))
 
 
 @pytest.mark.rule(40)

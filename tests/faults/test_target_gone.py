@@ -13,7 +13,7 @@ from typing import Self
 import pytest
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import MiB, make_image, make_noise
+from support.images import MiB, make_noise
 from support.losing import SIZE, Lossy, end, ready, start_mirror
 from support.processes import free_port
 from support.proxy import Proxy
@@ -35,21 +35,6 @@ SHORT_S = 1
 """A reconnect-delay that is to run out."""
 FORCE_S_MAX = 3.0
 """Of a forced cancel; it takes 0.3 s."""
-
-
-@pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE, SEED)
-
-
-@pytest.fixture
-def target(start: Start, folder: Path) -> Lossy:
-    return start(Lossy(folder, make_noise(folder / "target.img", SIZE, SEED + 1)))
-
-
-@pytest.fixture
-def server(start: Start, target: Lossy, disk: Path) -> Nbdmirror:
-    return start(Nbdmirror(disk.parent, f"src={disk}", bare=True))
 
 
 @pytest.fixture

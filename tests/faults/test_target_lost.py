@@ -9,7 +9,7 @@ import pytest
 from support.clients import connected
 from support.fixtures import Identical, Start
 from support.guests import Guest
-from support.images import assert_identical, make_image, make_noise
+from support.images import assert_identical, make_noise
 from support.losing import (
     GRANULE,
     SELDOM_FLUSHES,
@@ -53,11 +53,6 @@ class Mutant(SeldomFlushing):
     """nbdmirror with FORGETFUL in it."""
 
     patches = SELDOM_FLUSHES + FORGETFUL
-
-
-@pytest.fixture
-def disk(folder: Path) -> Path:
-    return make_image(folder / "disk.img", SIZE, SEED)
 
 
 @pytest.fixture
