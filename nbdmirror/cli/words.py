@@ -200,7 +200,9 @@ def disk_troubles(disk: dict[str, Any]) -> list[str]:
     """What is wrong with a disk, beside its jobs."""
     found = []
     if disk.get("connected") is False:
-        found.append("its NBD server is lost: requests wait, and fail if it does not return")
+        reason = f" (last attempt: {disk['lost-reason']})" if disk.get("lost-reason") else ""
+        text = f"its NBD server is lost{reason}: requests wait, and fail if it does not return"
+        found.append(text)
     if disk.get("target-only"):
         found.append(f"target only: the disk is served from {disk['target-only']}")
     if disk.get("problem"):

@@ -71,8 +71,6 @@ class NbdDevice(BlockDevice, AsyncSource, AsyncTarget):
         self.pool = ConnectionPool(
             uri, first, announced, on_reconnected=revived, timeout_s=timeout_s
         )
-        self.reconnect_problem = ""
-        """Why the last attempt to reconnect failed, while the connection is lost."""
         self.on_lost_writes: Callable[[], None] | None = None
         """Called, from any thread, when acknowledged changes may be lost."""
         self._numbers = itertools.count(1)

@@ -96,6 +96,7 @@ class ConnectionPool:
         self._on_lost: Callable[[], None] | None = None
         self._changed = threading.Condition()  # guards what follows
         self._is_reconnecting = False
+        self.reconnect_problem = ""  # why the last attempt failed, while lost
         self._lost_at_s = 0.0
         self.reconnect_timeout_s = RECONNECT_TIMEOUT_S
         self.timeout_s = timeout_s
@@ -309,7 +310,7 @@ class ConnectionPool:
                 raise DeviceLost(f"{self._uri}: connection lost")
             if not self._is_reconnecting:
                 self._lost_at_s = time.monotonic()
-                self._is_reconnecting = True
+                self._is_reconnecting, self.reconnect_problem = True, ""
                 self._leaving += self.links.begin_anew(self.generation)
                 start_thread(self._connect_again, "nbdmirror-reconnect")
             self._wait_for_reconnect()
@@ -328,7 +329,7 @@ class ConnectionPool:
     def _connect_again(self) -> None:
         """On a helper thread. An attempt in progress when requests begin to fail is finished: the
         server may be slow and not gone."""
-        backoff, told, connection = Backoff(*RECONNECT_PAUSE_S), "", None
+        backoff, connection = Backoff(*RECONNECT_PAUSE_S), None
         while not self._closing.is_set() and self._on_lost is None:
             self._see_off()  # a server that ends accepts no client before these have left
             try:
@@ -336,8 +337,8 @@ class ConnectionPool:
                 break
             except ConfigError as error:
                 is_late = time.monotonic() >= self._lost_at_s + self.reconnect_timeout_s
-                if is_late and str(error) != told:
-                    told = str(error)
+                if is_late and str(error) != self.reconnect_problem:
+                    self.reconnect_problem = str(error)
                     log.error("%s: lost: %s", self._uri, error)
             self._closing.wait(backoff.next_s())
         if connection is not None:

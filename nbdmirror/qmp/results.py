@@ -289,6 +289,7 @@ DISK_STATUS = struct(
     size=INT,
     read_only=BOOL,
     connected=BOOL,
+    lost_reason=optional(STR),
     lasting=BOOL,
     target_only=optional(STR),
     problem=optional(STR),

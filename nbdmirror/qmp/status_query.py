@@ -81,6 +81,8 @@ def _disk(server: Server, disk: Disk) -> dict[str, Any]:
         "lasting": server.stores[disk].is_lasting,
         "bitmaps": named_bitmaps(server, Place(disk)),
     }
+    if reason := _lost_reason(disk.source):
+        info["lost-reason"] = reason
     info["requests"], info["held"] = _times(disk.ledger.latency)
     if isinstance(disk.source, TargetOnly):
         info["target-only"] = disk.source.truth
@@ -129,6 +131,12 @@ def _is_connected(device: BlockDevice) -> bool:
     """A file is always connected."""
     raw = raw_device(device)
     return not (isinstance(raw, NbdDevice) and raw.is_lost)
+
+
+def _lost_reason(device: BlockDevice) -> str:
+    """Why the last attempt to reconnect failed, if the device is lost."""
+    raw = raw_device(device)
+    return raw.pool.reconnect_problem if isinstance(raw, NbdDevice) and raw.is_lost else ""
 
 
 def job_status(server: Server, job: MirrorJob) -> dict[str, Any]:
@@ -196,8 +204,8 @@ def _add_far_side(info: dict[str, Any], far_side: Sequence[NbdDevice]) -> None:
     for journal in far_side[1:]:
         info["journal"], info["journal-connected"] = journal.description, not journal.is_lost
     for device in far_side:
-        if device.is_lost and device.reconnect_problem:
-            info.setdefault("target-lost-reason", device.reconnect_problem)
+        if reason := _lost_reason(device):
+            info.setdefault("target-lost-reason", reason)
 
 
 def _add_course(info: dict[str, Any], course: Course, now_s: float) -> None:

@@ -44,7 +44,7 @@ def reconnect(
     connection. Before that, the server must have answered all requests of the old connections, or
     ended these: it might carry them out later, over newer data. The error for `done` is never
     DeviceLost."""
-    device.reconnect_problem = ""
+    device.pool.reconnect_problem = ""
     device.pool.give_up()  # give up the other connections too: all are replaced
     deadline_s = loop.clock() + reconnect_timeout_s
 
@@ -69,7 +69,7 @@ def reconnect(
             done(None)
 
     if not start_thread(work, "nbdmirror-reconnect"):
-        device.reconnect_problem = NO_THREAD
+        device.pool.reconnect_problem = NO_THREAD
 
 
 def reconnect_source(device: NbdDevice, loop: Loop, done: Done) -> None:
@@ -104,7 +104,7 @@ def _connect(
             return _reopen(device, difference)
         except (ConfigError, *IO_ERRORS) as error:  # also of the source, which is compared
             if str(error) != told:
-                told = device.reconnect_problem = str(error)
+                told = device.pool.reconnect_problem = str(error)
                 log.warning("%s", told)
             left_s = deadline_s - clock()
             if left_s <= 0 or not device.is_lost or not is_wanted():

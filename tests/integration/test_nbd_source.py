@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import nbd
 import pytest
@@ -13,6 +14,7 @@ from support.clients import connected, nbd_errno
 from support.fixtures import Start
 from support.images import MiB, assert_identical, make_noise
 from support.losing import Lossy
+from support.processes import nbdmirror
 from support.servers import NbdkitTarget, Nbdmirror
 from support.waiting import InThread, wait_until
 
@@ -282,6 +284,39 @@ def test_a_disk_that_has_shrunk_meanwhile_is_not_written_to(
     text = f"came back changed (size was {SIZE}, is {SIZE - MiB})"
     wait_until(lambda: text in server.stderr, "the log says why")
     assert (folder / "grown.img").read_bytes()[:BLOCK] != DATA
+
+
+@pytest.mark.parametrize(
+    ("size", "why"), [(0, "Failed to connect"), (SIZE - MiB, "came back changed")]
+)
+def test_status_says_why_the_disks_server_is_lost_still(
+    start: Start, folder: Path, grown: NbdkitTarget, size: int, why: str
+) -> None:
+    """It may be there, with a disk that is refused: then waiting does not mend that."""
+    server = start(Nbdmirror(folder, grown.uri(), bare=True))
+    server.allowed.append(LOST)
+    with connected(server.uri()) as guest:
+        grown.kill()
+        if size:
+            os.truncate(folder / "grown.img", size)
+            grown.come_back()
+        with pytest.raises(nbd.Error, match="EIO"):
+            guest.pread(BLOCK, 0)
+        wait_until(lambda: why in str(disk_of(server).get("lost-reason")), "the query says why")
+        shown = nbdmirror("status", "--qmp", server.qmp_path).stdout
+        assert "its NBD server is lost (last attempt: " in shown and why in shown
+        os.truncate(folder / "grown.img", SIZE)
+        if size:
+            grown.kill()
+        grown.come_back()
+        wait_until(lambda: nbd_errno(guest.pread, BLOCK, 0) == 0, "the disk is back")
+        assert disk_of(server)["connected"] and "lost-reason" not in disk_of(server)
+
+
+def disk_of(server: Nbdmirror) -> dict[str, Any]:
+    (found,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
+    assert isinstance(found, dict)
+    return found
 
 
 def test_a_request_that_ends_its_server_each_time_fails(target: Lossy, server: Nbdmirror) -> None:

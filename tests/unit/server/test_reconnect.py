@@ -31,7 +31,6 @@ class LostTarget:
     """A target whose server answers again."""
 
     uri = "nbd://target"
-    reconnect_problem = ""
     is_lost = True
 
     def __init__(self) -> None:
