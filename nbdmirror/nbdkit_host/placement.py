@@ -24,11 +24,17 @@ from typing import Protocol
 from nbdmirror.disk.disk import Disk
 from nbdmirror.threads import start_thread
 
-LOOK_S = 0.1
-"""Between two looks at the rate."""
+LOOK_S, REST_LOOK_S = 0.1, 0.5
+"""Between two looks at the rate; in a long rest more, since each look asks all disks."""
+
+REST_LOOKS = 100
+"""So many looks that found a rest make a long one."""
 
 RATE_MIN = 4000
 """Requests a second. With fewer, the scheduler decides: the turns are no burden."""
+
+RATE_REST = RATE_MIN / 10
+"""A lower rate is a rest. The servers' own looks at guests count a few each."""
 
 WINDOW_S = 0.03
 """A trial compares so long, several times by turns."""
@@ -149,8 +155,10 @@ class Placement:
 
     def course(self) -> Generator[float, None, None]:
         """What to do, with the seconds to wait between the steps."""
+        rests = 0
         while True:
-            rate = yield from self._rate(LOOK_S)
+            rate = yield from self._rate(LOOK_S if rests < REST_LOOKS else REST_LOOK_S)
+            rests = rests + 1 if rate < RATE_REST else 0
             if not self._binding.has_choice:
                 return
             if rate < RATE_MIN:

@@ -142,7 +142,7 @@ class Course:
             self._ending_since_s = now_s
         copier, waits = job.copier, job.waits
         answers = copier.answers, copier.copied_bytes, job.tracker.written_bytes, waits.answers
-        if answers != self._answers or not self._waits_for("read") | self._waits_for("write"):
+        if answers != self._answers or not self._waits_for:
             self._answers, self._answered_s = answers, now_s
         for device in self.far_side():
             silence = self._silences.setdefault(device.description, Silence())
@@ -257,15 +257,20 @@ class Course:
             times_s = [silence.time_s(now_s) for silence in self._silences.values()]
             return max((time_s for time_s in times_s if time_s >= LOOK_S), default=0.0)
         silent_s = now_s - self._answered_s
-        return silent_s if silent_s >= LOOK_S and self._waits_for(operation) else 0.0
+        return silent_s if silent_s >= LOOK_S and self._waits_for == operation else 0.0
 
-    def _waits_for(self, operation: str) -> bool:
-        """Whether a request waits. A wait for the target hides a wait for the source."""
+    @property
+    def _waits_for(self) -> str:
+        """What waits for an answer: "read", "write"; "": nothing. A wait for the target hides a
+        wait for the source."""
         copier, waits = self._job.copier, self._job.waits
-        is_synchronous = not copier.in_flight and self._job.tracker.in_flight_bytes > 0
-        is_writing = waits.is_at_target or is_synchronous
-        is_reading = copier.in_flight > 0 or waits.is_at_source
-        return is_writing if operation == "write" else is_reading and not is_writing
+        if waits.is_at_target:
+            return "write"
+        if copier.in_flight:
+            return "read"
+        if self._job.tracker.in_flight_bytes:
+            return "write"  # a synchronous one
+        return "read" if waits.is_at_source else ""
 
     def _sample(self) -> Sample:
         job, tracker = self._job, self._job.tracker

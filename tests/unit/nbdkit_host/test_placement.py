@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nbdmirror.nbdkit_host.placement import LOOK_S, RATE_MIN, Placement, ProcessorBinding
+from nbdmirror.nbdkit_host.placement import (
+    LOOK_S,
+    RATE_MIN,
+    REST_LOOK_S,
+    Placement,
+    ProcessorBinding,
+)
 
 BUSY = 10 * RATE_MIN
 
@@ -27,6 +33,7 @@ class World:
     now_s: float = 0.0
     bound_s: float = 0.0
     binds: int = 0
+    looks: int = 0
     count: float = 0.0
     noise: float = 0.0
     random: random.Random = field(default_factory=random.Random)
@@ -50,6 +57,7 @@ class World:
         began_s, self.bound_s = self.now_s, 0.0
         while self.now_s < began_s + seconds:
             wait_s = next(self._course)
+            self.looks += 1
             self.now_s += wait_s
             rate = self.bound if self.is_bound else self.free
             rate *= 1 + self.random.uniform(-self.noise, self.noise)
@@ -85,6 +93,22 @@ def test_threads_are_released_when_guests_rest() -> None:
     world.free = world.bound = 0
     world.go_on(2 * LOOK_S)
     assert not world.is_bound
+
+
+def test_a_long_rest_is_looked_at_more_rarely_and_ends_soon() -> None:
+    """Each look asks all disks, and there may be hundreds. Looks of others count a few requests."""
+    world = World(free=0, bound=0)
+    world.go_on(60.0)
+    world.free = world.bound = 100.0
+    looks = world.looks
+    world.go_on(60.0)
+    assert world.looks - looks <= 60 / REST_LOOK_S + 1
+    world.free, world.bound = BUSY, 1.5 * BUSY
+    world.go_on(1.0 + REST_LOOK_S)
+    assert world.is_bound
+    looks = world.looks
+    world.go_on(1.0)
+    assert world.looks - looks >= 0.9 / LOOK_S, "the next rest is not a long one yet"
 
 
 @pytest.mark.parametrize(("first", "then"), [(1.5, 0.6), (0.6, 1.5)])
