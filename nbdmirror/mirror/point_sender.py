@@ -20,8 +20,10 @@ from nbdmirror.mirror.point_source import PointSource
 IN_FLIGHT_BYTES = 16 << 20
 """Content that is in memory on its way to the far side."""
 
-CHUNKS_MAX = 64
-"""Chunks that are read in one turn of the loop: those of zeroes take no time to send."""
+CHUNKS_MAX, TURN_S = 64, 0.001
+"""Chunks that are read in one turn of the loop, and seconds after which a turn takes no more of
+them. Guests that were held at the cut wait for the interpreter meanwhile, and others of the loop
+for their turn."""
 
 
 class PointWriter(Protocol):
@@ -55,6 +57,8 @@ class PointSender:
         self._points: PointSource | None = None
         """While a point is in progress."""
         self._is_open = self._is_committing = self._is_pumping = False
+        self._is_due = False
+        """The next turn is posted."""
         self._error: BaseException | None = None
         """Why the point was broken while it was committed."""
 
@@ -80,18 +84,30 @@ class PointSender:
             return
         self._is_pumping = True
         try:
-            self._read(points.view)
+            self._read(points.view, self._loop.clock() + TURN_S)
         finally:
             self._is_pumping = False
         if points.view.is_settled:
             self._is_open, self._is_committing = False, True
             self.writer.commit(self._committed)
 
-    def _read(self, view: FrozenView) -> None:
+    def _read(self, view: FrozenView, until_s: float) -> None:
         for _ in range(CHUNKS_MAX):
             if view.in_flight_bytes >= IN_FLIGHT_BYTES or not view.read_next():
                 return
-        self._loop.call_soon(self.pump)
+            if self._loop.clock() >= until_s:
+                break
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """Once, for all chunks that end in this turn: hundreds may have gone as one request."""
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._is_due = False
+        self.pump()
 
     def chunk(self, chunk: Chunk) -> None:
         """Send a chunk of the point."""
@@ -104,7 +120,7 @@ class PointSender:
                 points.break_off(error)
             elif view is not None and view is points.view:
                 view.settled(chunk)
-                self.pump()
+                self._pump_soon()
 
         self.writer.put(chunk.runs, ended)
 

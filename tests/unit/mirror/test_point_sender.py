@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from support.seeds import SEED, print_seed
@@ -15,7 +16,8 @@ from unit.points.pointparts import SECOND_NS, FarSide
 
 from nbdmirror.devices.base import MemoryDevice
 from nbdmirror.errors import DeviceError
-from nbdmirror.mirror.point_sender import PointSender
+from nbdmirror.mirror.frozen_view import Chunk
+from nbdmirror.mirror.point_sender import TURN_S, PointSender
 from nbdmirror.points.format import RING_START
 from nbdmirror.points.requests import Side
 from nbdmirror.points.writer import JournalFull
@@ -157,3 +159,75 @@ def test_a_point_can_be_given_up(when: str) -> None:
     replica.scene.disk.pwrite(b"c" * 4096, 4096, False)
     assert replica.point() is None
     replica.check()
+
+
+READ_S = TURN_S / 4
+TURN_READS = 5
+"""The clock is looked at after each."""
+
+
+class Turns:
+    """A loop, a view and a writer: each read takes READ_S, each request stays in flight."""
+
+    view_max = 10_000
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.posted: list[Callable[[], None]] = []
+        self.in_flight: list[Callable[[BaseException | None], None]] = []
+        self.reads = self.settled_chunks = 0
+        self.in_flight_bytes, self.is_settled = 0, False
+        covered = SimpleNamespace(dirty_bytes=0)
+        changes = SimpleNamespace(frozen=SimpleNamespace(covered=covered))
+        self.sender = PointSender(self, self, on_committed=list, on_broken=list)  # type: ignore[arg-type]
+        self.sender.begin(SimpleNamespace(view=self, changes=changes), 0)  # type: ignore[arg-type]
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        self.posted.append(call)
+
+    def read_next(self) -> bool:
+        if self.reads >= self.view_max:
+            return False
+        self.now_s += READ_S
+        self.reads += 1
+        self.sender.chunk(Chunk([]))
+        return True
+
+    def settled(self, chunk: Chunk) -> None:
+        self.settled_chunks += 1
+
+    def begin(self, *_: object, **__: object) -> None:
+        pass
+
+    def put(self, runs: object, done: Callable[[BaseException | None], None]) -> None:
+        self.in_flight.append(done)
+
+    def turn(self) -> int:
+        """Returns how many chunks were read."""
+        before, (call,) = self.reads, self.posted
+        self.posted.clear()
+        call()
+        return self.reads - before
+
+
+def test_a_turn_of_the_loop_is_short_however_much_there_is_to_read() -> None:
+    """Guests that were held at the cut wait for it, and so do other disks."""
+    turns = Turns()
+    assert turns.reads <= TURN_READS
+    for _ in range(100):
+        assert 1 <= turns.turn() <= TURN_READS
+
+
+def test_chunks_that_went_as_one_request_end_in_one_short_turn() -> None:
+    turns = Turns()
+    while len(turns.in_flight) < 1000:
+        turns.turn()
+    reads = turns.reads
+    for done in turns.in_flight[:1000]:
+        done(None)
+    assert turns.settled_chunks == 1000
+    assert turns.reads == reads, "nothing is read before others had their turn"
+    assert turns.turn() <= TURN_READS
