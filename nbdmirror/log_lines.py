@@ -19,6 +19,8 @@ from collections import deque
 from contextlib import suppress
 from typing import Protocol
 
+from nbdmirror.threads import start_thread_now
+
 LINES_MAX = 1000
 """Lines that are kept; further ones are counted."""
 
@@ -129,10 +131,8 @@ class LineHandler(logging.Handler):
         return 0.0
 
     def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._write_later, name="nbdmirror-log", daemon=True)
         with suppress(RuntimeError):  # no more threads: the next line tries again
-            thread.start()
-            self._thread = thread
+            self._thread = start_thread_now(self._write_later, "nbdmirror-log")
 
     def _write_later(self) -> None:
         pause, pause_s = threading.Event(), RETRY_S

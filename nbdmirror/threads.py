@@ -1,8 +1,12 @@
-"""Threads that start late rather than never.
+"""Threads that start late rather than never, and none that starts while the process ends.
 
 A process may have no thread left for a while: its user's limit, or its unit's (TasksMax), counts
 the threads of guests too. What waits for a thread then would wait for ever, or fail without need.
 So a thread that cannot be started is started later, by the event loop.
+
+A thread that starts while CPython 3.11 ends itself may use its own state after that was freed, and
+the process ends by SIGSEGV. Daemon threads run on until then, and may start others. So `end` comes
+before that.
 
 For any thread.
 """
@@ -41,17 +45,37 @@ class Starter:
         self._loop: Later | None = None
         self._waiting: deque[tuple[Callable[[], None], str]] = deque()
         self._is_trying = False
+        self._starting = threading.Lock()
+        """Held while a thread starts."""
+        self._has_ended = False
 
     def use(self, loop: Later | None) -> None:
         """Start what could not be started on the thread of `loop`, from now on."""
         self._loop = loop
 
+    def end(self) -> None:
+        """The process ends: no thread starts any more, and none is starting."""
+        with self._starting:
+            self._has_ended = True
+
+    def start_now(self, target: Callable[[], None], name: str) -> threading.Thread:
+        """Run `target` on a new thread, a daemon. Raises RuntimeError if no thread is left, or the
+        process ends."""
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        with self._starting:
+            if self._has_ended:
+                raise RuntimeError("the process ends")
+            thread.start()  # returns when the thread runs
+        return thread
+
     def start(self, target: Callable[[], None], name: str) -> bool:
-        """Run `target` on a new thread, a daemon, now or later. Returns whether it runs now. Raises
-        RuntimeError if no thread is left and there is no loop."""
+        """Run `target` on a new thread, a daemon, now or later; never if the process ends. Returns
+        whether it runs now. Raises RuntimeError if no thread is left and there is no loop."""
         try:
-            _start(target, name)
+            self.start_now(target, name)
         except RuntimeError:
+            if self._has_ended:
+                return False
             if (loop := self._loop) is None:
                 raise
             log.error("%s; trying again", NO_THREAD)
@@ -70,16 +94,14 @@ class Starter:
         self._is_trying = False
         try:
             while self._waiting:
-                _start(*self._waiting[0])
+                self.start_now(*self._waiting[0])
                 self._waiting.popleft()
         except RuntimeError:
             self._try_later(loop)
 
 
-def _start(target: Callable[[], None], name: str) -> None:
-    threading.Thread(target=target, name=name, daemon=True).start()
-
-
 _starter = Starter()
 start_threads_on = _starter.use
 start_thread = _starter.start
+start_thread_now = _starter.start_now
+start_no_more_threads = _starter.end

@@ -56,6 +56,7 @@ try:
     from nbdmirror.nbdkit_host.process import PluginProcess
     from nbdmirror.nbdkit_host.thread_states import ThreadStates, local, start_deleting
     from nbdmirror.server.exports import OldSideExport
+    from nbdmirror.threads import start_no_more_threads
 except SystemExit as refusal:  # one line, not a traceback
     sys.stderr.write(f"{refusal}\n")
     os._exit(1)
@@ -163,6 +164,7 @@ def after_fork() -> None:
 
 def cleanup() -> None:
     process.stop()
+    start_no_more_threads()  # what comes next is the interpreter's end
 
 
 def preconnect(readonly: bool) -> None:

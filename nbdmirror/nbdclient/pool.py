@@ -306,7 +306,7 @@ class ConnectionPool:
         with self._changed:
             if lost not in self._all:
                 return self.shared  # closed as idle, or all were replaced
-            if self._on_lost is not None:
+            if self._on_lost is not None or self._closing.is_set():
                 raise DeviceLost(f"{self._uri}: connection lost")
             if not self._is_reconnecting:
                 self._lost_at_s = time.monotonic()

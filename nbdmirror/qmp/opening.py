@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -16,7 +15,7 @@ from nbdmirror.nbdclient.device import NbdDevice
 from nbdmirror.nbdclient.pool import CONNECT_TIMEOUT_S
 from nbdmirror.qmp.command import ask_loop
 from nbdmirror.server.server import Server
-from nbdmirror.threads import NO_THREAD
+from nbdmirror.threads import NO_THREAD, start_thread_now
 
 Result = TypeVar("Result")
 
@@ -73,7 +72,7 @@ async def in_thread(
             loop.call_soon_threadsafe(report, found, failure)
 
     try:
-        threading.Thread(target=work, name="nbdmirror-open", daemon=True).start()
+        start_thread_now(work, "nbdmirror-open")
     except RuntimeError as error:
         raise CommandError(f"{NO_THREAD}; try later") from error
     try:

@@ -110,6 +110,8 @@ def _connect(
             if left_s <= 0 or not device.is_lost or not is_wanted():
                 raise DeviceError(str(error), errno.EIO) from error
         time.sleep(min(backoff.next_s(), left_s))
+        if not is_wanted():
+            raise DeviceError(told, errno.EIO)
 
 
 def require_answers(device: NbdDevice) -> None:

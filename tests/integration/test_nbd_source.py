@@ -18,6 +18,7 @@ from support.processes import nbdmirror
 from support.servers import NbdkitTarget, Nbdmirror
 from support.waiting import InThread, wait_until
 
+from nbdmirror.errors import DeviceLost
 from nbdmirror.nbdclient.device import NbdDevice
 
 BLOCK = 4096
@@ -311,6 +312,17 @@ def test_status_says_why_the_disks_server_is_lost_still(
         grown.come_back()
         wait_until(lambda: nbd_errno(guest.pread, BLOCK, 0) == 0, "the disk is back")
         assert disk_of(server)["connected"] and "lost-reason" not in disk_of(server)
+
+
+def test_a_disk_that_was_closed_is_not_connected_to_again(
+    grown: NbdkitTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a helper reads it while the process ends."""
+    device = NbdDevice.open(grown.uri())
+    device.close()
+    monkeypatch.setattr("nbdmirror.nbdclient.pool.start_thread", pytest.fail)
+    with pytest.raises(DeviceLost):
+        device.pread(memoryview(bytearray(BLOCK)), 0)
 
 
 def disk_of(server: Nbdmirror) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Queue
 from types import SimpleNamespace
@@ -59,7 +59,12 @@ def loop() -> Iterator[Loop]:
 
 
 def attempt(
-    loop: Loop, target: LostTarget, errors: list[BaseException], *, timeout_s: float
+    loop: Loop,
+    target: LostTarget,
+    errors: list[BaseException],
+    *,
+    timeout_s: float,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> BaseException | None:
     """How the reconnection ends if the comparison fails with `errors`, and then finds no
     difference."""
@@ -75,7 +80,7 @@ def attempt(
         device,
         loop,
         reconnect_timeout_s=timeout_s,
-        is_wanted=lambda: True,
+        is_wanted=is_wanted,
         difference=difference,
         came_back=lambda: None,
         done=ends.put,
@@ -125,3 +130,19 @@ def test_a_target_that_was_away_for_long_is_found_soon(
     errors: list[BaseException] = [OSError(errno.ECONNREFUSED, "Connection refused")] * 20
     assert attempt(loop, target, errors, timeout_s=3600) is None
     assert pauses_s == [0.1, 0.2, 0.4, 0.8] + [1.0] * 16
+
+
+def test_a_target_that_is_not_wanted_any_more_is_left_alone(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job was cancelled between two attempts: its target may be another job's by then."""
+    wanted = [True]
+
+    def sleep(_: float) -> None:
+        wanted.clear()
+
+    monkeypatch.setattr("nbdmirror.server.reconnect.time", SimpleNamespace(sleep=sleep))
+    target = LostTarget()
+    failure = attempt(loop, target, [ERRORS[0]], timeout_s=WAIT_S, is_wanted=lambda: bool(wanted))
+    assert isinstance(failure, DeviceError)
+    assert len(target.opened) == 1, "no second attempt"
