@@ -133,8 +133,8 @@ class Log:
 
     def stop(self) -> None:
         """Write counts of omitted lines, and stop."""
+        self._relay.stop()  # first: nbdkit's last lines may be counted
         self._quiet.stop()
-        self._relay.stop()
         self._handler.stop()
 
     def _emit(self, level: int, text: str) -> None:

@@ -166,6 +166,13 @@ NOT_NBD = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 HUGE_OPTION = b"\0\0\0\1IHAVEOPT\0\0\0\x63\xff\xff\xff\xff"
 
 
+def counted(said: str, text: str) -> int:
+    """How many lines with `text` the log has, or counts."""
+    lines = [one for one in said.splitlines() if text in one]
+    counts = [int(n) for one in lines for n in re.findall(r"\((\d+) more within", one)]
+    return len(lines) - len(counts) + sum(counts)
+
+
 @pytest.mark.parametrize("form", ["plain", "json"])
 @pytest.mark.parametrize(
     ("words", "line"), [(NOT_NBD, "unexpected flags"), (HUGE_OPTION, "data too long")]
@@ -187,7 +194,42 @@ def test_lines_that_nbdkit_writes_by_itself(
     server.stop()
     said = server.stderr
     for text in (line, "are out of range"):
-        lines = [one for one in said.splitlines() if text in one]
-        counts = [int(n) for one in lines for n in re.findall(r"\((\d+) more within", one)]
-        assert len(lines) - len(counts) + sum(counts) == 100
+        assert counted(said, text) == 100
     assert len(said.splitlines()) < 40
+
+
+LATE = """
+import threading
+import nbdmirror.quiet_log as quiet_log
+
+stopping = threading.Event()
+pass_on, stop = quiet_log._pass_on, quiet_log.Relay.stop
+
+def pass_on_late(reader, write):
+    stopping.wait()
+    pass_on(reader, write)
+
+def stop_late(relay):
+    stopping.set()
+    stop(relay)
+
+quiet_log._pass_on, quiet_log.Relay.stop = pass_on_late, stop_late
+"""
+
+
+class Late(Nbdmirror):
+    """What nbdkit writes is read when the server ends, as on a busy machine."""
+
+    patches = LATE
+
+
+def test_lines_that_nbdkit_writes_last_are_counted_too(start: Start, folder: Path) -> None:
+    server = start(Late(folder, make_image(folder / "disk.img", MiB)))
+    server.allowed = ["are out of range"]
+    with connected(server.uri()) as guest:
+        guest.set_strict_mode(0)
+        for number in range(100):
+            with pytest.raises(nbd.Error):
+                guest.pread(512, (1 << 40) + 512 * number)
+    server.stop()
+    assert counted(server.stderr, "are out of range") == 100
