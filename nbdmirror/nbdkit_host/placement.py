@@ -34,7 +34,7 @@ RATE_MIN = 4000
 """Requests a second. With fewer, the scheduler decides: the turns are no burden."""
 
 RATE_REST = RATE_MIN / 10
-"""A lower rate is a rest. The servers' own looks at guests count a few each."""
+"""A lower rate is a rest. The server's own looks at guests count as requests."""
 
 WINDOW_S = 0.03
 """A trial compares so long, several times by turns."""

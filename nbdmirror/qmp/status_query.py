@@ -127,16 +127,20 @@ def _histogram(times: Histogram) -> dict[str, Any]:
     return {"seconds": times.sum_ns / 1e9, "buckets": buckets}
 
 
-def _is_connected(device: BlockDevice) -> bool:
-    """A file is always connected."""
+def _lost(device: BlockDevice) -> NbdDevice | None:
+    """The export, if its connection is lost. A file is always connected."""
     raw = raw_device(device)
-    return not (isinstance(raw, NbdDevice) and raw.is_lost)
+    return raw if isinstance(raw, NbdDevice) and raw.is_lost else None
+
+
+def _is_connected(device: BlockDevice) -> bool:
+    return _lost(device) is None
 
 
 def _lost_reason(device: BlockDevice) -> str:
     """Why the last attempt to reconnect failed, if the device is lost."""
-    raw = raw_device(device)
-    return raw.pool.reconnect_problem if isinstance(raw, NbdDevice) and raw.is_lost else ""
+    lost = _lost(device)
+    return lost.pool.reconnect_problem if lost is not None else ""
 
 
 def job_status(server: Server, job: MirrorJob) -> dict[str, Any]:

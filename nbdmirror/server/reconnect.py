@@ -95,23 +95,23 @@ def _connect(
     is_wanted: Callable[[], bool],
 ) -> SharedConnection:
     """Connect; blocks. Raises DeviceError at `deadline_s`, or when not `is_wanted()` any more."""
-    backoff, told = Backoff(*PAUSE_S), ""
+    backoff, pool = Backoff(*PAUSE_S), device.pool
     while True:
         try:
-            if device.pool.unanswered:
+            if pool.unanswered:
                 backoff.reset()
             require_answers(device)
             return _reopen(device, difference)
         except (ConfigError, *IO_ERRORS) as error:  # also of the source, which is compared
-            if str(error) != told:
-                told = device.pool.reconnect_problem = str(error)
-                log.warning("%s", told)
+            if str(error) != pool.reconnect_problem:
+                pool.reconnect_problem = str(error)
+                log.warning("%s", error)
             left_s = deadline_s - clock()
             if left_s <= 0 or not device.is_lost or not is_wanted():
                 raise DeviceError(str(error), errno.EIO) from error
         time.sleep(min(backoff.next_s(), left_s))
         if not is_wanted():
-            raise DeviceError(told, errno.EIO)
+            raise DeviceError(pool.reconnect_problem, errno.EIO)
 
 
 def require_answers(device: NbdDevice) -> None:

@@ -120,8 +120,7 @@ def test_a_guest_that_waits_is_told(source: Lossy, server: Nbdmirror) -> None:
     read = requested(server.uri("src"), lambda guest: guest.pread(GRANULE, 0))
 
     def problem() -> str:
-        (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
-        return str(disk.get("problem", ""))
+        return str(server.qmp.disk().get("problem", ""))
 
     wait_until(problem, "the status says so")
     assert f"a guest's request has waited for {source.uri()} for 0:0" in problem()

@@ -37,8 +37,7 @@ def begin_to_complete(server: Nbdmirror) -> None:
     server.qmp.execute("job-complete", id="vda")
 
     def is_begun() -> bool:
-        (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
-        return bool(disk["jobs"][0]["ending"] == "complete")
+        return bool(server.qmp.disk()["jobs"][0]["ending"] == "complete")
 
     wait_until(is_begun, "it is being completed")
 

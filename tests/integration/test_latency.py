@@ -13,32 +13,28 @@ from support.waiting import wait_until
 from nbdmirror.disk.latency import BUCKETS
 
 
-def disk_of(server: Nbdmirror) -> dict[str, Any]:
-    return dict(server.qmp.execute("x-nbdmirror-query-status")["disks"][0])
-
-
 def by(name: str, found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {one[name]: one for one in found}
 
 
 def job_of(server: Nbdmirror) -> dict[str, Any]:
-    return dict(disk_of(server)["jobs"][0])
+    return dict(server.qmp.disk()["jobs"][0])
 
 
 def requests(server: Nbdmirror) -> dict[str, dict[str, Any]]:
-    return by("kind", disk_of(server)["requests"])
+    return by("kind", server.qmp.disk()["requests"])
 
 
 def test_requests_and_waits(
     start: Start, identical: Identical, disk: Path, target: QemuNbd
 ) -> None:
     server = start(Nbdmirror(disk.parent, disk))
-    assert disk_of(server)["requests"] == disk_of(server)["held"] == []
+    assert server.qmp.disk()["requests"] == server.qmp.disk()["held"] == []
     with Guest(server.uri(), disk, connections=4) as guest:
         every = {"read", "write", "zero", "trim", "flush"}
         wait_until(lambda: set(requests(server)) == every, "one of each kind is timed")
     before = requests(server)  # none is under way: each is counted in several steps
-    assert disk_of(server)["held"] == [], "there was no mirror"
+    assert server.qmp.disk()["held"] == [], "there was no mirror"
     for one in before.values():
         assert one["buckets"] == one["own-buckets"] and one["seconds"] == one["own-seconds"] > 0
     with Guest(server.uri(), guest.model, seed=2, connections=4) as later:
@@ -57,7 +53,7 @@ def test_requests_and_waits(
         assert "of their time waiting for the mirror" in job["explanation"][-1]
         server.qmp.complete()
         later.wait_for_requests(20)
-    found = disk_of(server)
+    found = server.qmp.disk()
     after, held = by("kind", found["requests"]), by("cause", found["held"])
     assert held["target"]["seconds"] > 0 and set(held) <= {"target", "pivot"}
     for kind, one in after.items():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import nbd
 import pytest
@@ -303,7 +302,7 @@ def test_status_says_why_the_disks_server_is_lost_still(
             grown.come_back()
         with pytest.raises(nbd.Error, match="EIO"):
             guest.pread(BLOCK, 0)
-        wait_until(lambda: why in str(disk_of(server).get("lost-reason")), "the query says why")
+        wait_until(lambda: why in str(server.qmp.disk().get("lost-reason")), "the query says why")
         shown = nbdmirror("status", "--qmp", server.qmp_path).stdout
         assert "its NBD server is lost (last attempt: " in shown and why in shown
         os.truncate(folder / "grown.img", SIZE)
@@ -311,7 +310,7 @@ def test_status_says_why_the_disks_server_is_lost_still(
             grown.kill()
         grown.come_back()
         wait_until(lambda: nbd_errno(guest.pread, BLOCK, 0) == 0, "the disk is back")
-        assert disk_of(server)["connected"] and "lost-reason" not in disk_of(server)
+        assert server.qmp.disk()["connected"] and "lost-reason" not in server.qmp.disk()
 
 
 def test_a_disk_that_was_closed_is_not_connected_to_again(
@@ -323,12 +322,6 @@ def test_a_disk_that_was_closed_is_not_connected_to_again(
     monkeypatch.setattr("nbdmirror.nbdclient.pool.start_thread", pytest.fail)
     with pytest.raises(DeviceLost):
         device.pread(memoryview(bytearray(BLOCK)), 0)
-
-
-def disk_of(server: Nbdmirror) -> dict[str, Any]:
-    (found,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
-    assert isinstance(found, dict)
-    return found
 
 
 def test_a_request_that_ends_its_server_each_time_fails(target: Lossy, server: Nbdmirror) -> None:

@@ -62,7 +62,7 @@ def test_a_guest_writes_at_once_and_the_image_becomes_the_point(
     expected[5:10] = b"later"
     assert read(device) == expected
     device.close()
-    status = server.qmp.execute("x-nbdmirror-query-status")["disks"][0]
+    status = server.qmp.disk()
     assert "point" not in status["source"]
     server.stop()
     assert far.files[0].read_bytes() == expected

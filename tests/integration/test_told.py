@@ -32,13 +32,8 @@ def qmp(server: Nbdmirror) -> Qmp:
     return server.qmp
 
 
-def disk_of(qmp: Qmp) -> dict[str, Any]:
-    (found,) = qmp.execute("x-nbdmirror-query-status")["disks"]
-    return dict(found)
-
-
 def job_of(qmp: Qmp) -> dict[str, Any]:
-    (found,) = disk_of(qmp)["jobs"]
+    (found,) = qmp.disk()["jobs"]
     return dict(found)
 
 
@@ -49,7 +44,7 @@ def begin(qmp: Qmp, target: QemuNbd, **options: Any) -> None:
 
 def ended(qmp: Qmp) -> dict[str, Any]:
     """How the last job ended, when it has."""
-    return dict(wait_until(lambda: disk_of(qmp).get("last-job"), "the job has ended"))
+    return dict(wait_until(lambda: qmp.disk().get("last-job"), "the job has ended"))
 
 
 # How the last job of a disk ended
@@ -59,7 +54,7 @@ def ended(qmp: Qmp) -> dict[str, Any]:
 def test_a_job_that_completed(
     qmp: Qmp, server: Nbdmirror, disk: Path, target: QemuNbd, identical: Identical
 ) -> None:
-    assert "last-job" not in disk_of(qmp)
+    assert "last-job" not in qmp.disk()
     begin(qmp, target)
     qmp.wait_ready("vda")
     qmp.execute("job-complete", id="vda")
@@ -68,7 +63,7 @@ def test_a_job_that_completed(
     pause_ms = told.pop("pause-ms")
     said = {"id": "vda", "target": target.uri(), "result": "completed", "pivoted": True}
     assert told == said | {"sync": "full"}
-    assert disk_of(qmp)["source"] == target.uri()
+    assert qmp.disk()["source"] == target.uri()
     line = f"disk vda is served from {target.uri()}, before from {disk}; writes held {pause_ms:.1f}"
     wait_until(lambda: line in server.stderr, "the log has it")
     identical(disk, target.image)
@@ -240,14 +235,14 @@ def test_how_far_the_target_is_behind(
 
 def test_bitmaps(qmp: Qmp) -> None:
     qmp.execute("block-dirty-bitmap-add", node="vda", name="monday", granularity=65536)
-    (bitmap,) = disk_of(qmp)["bitmaps"]
+    (bitmap,) = qmp.disk()["bitmaps"]
     assert (bitmap["name"], bitmap["count"], bitmap["granularity"]) == ("monday", 0, 65536)
 
 
 def test_a_file_that_is_gone(qmp: Qmp, disk: Path, server: Nbdmirror) -> None:
-    assert "problem" not in disk_of(qmp)
+    assert "problem" not in qmp.disk()
     disk.rename(disk.with_name("moved"))
-    assert wait_until(lambda: disk_of(qmp).get("problem"), "it is noticed")
+    assert wait_until(lambda: qmp.disk().get("problem"), "it is noticed")
     server.allowed = ["disk vda: "]
 
 

@@ -315,8 +315,7 @@ def failed(server: Nbdmirror, device: str, target: str) -> str:
     server.qmp.start_mirror(target, device=device)
     server.qmp.wait_for_event("BLOCK_JOB_COMPLETED", device="j")
     server.qmp.forget()
-    (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
-    return str(disk["last-job"]["reason"])
+    return str(server.qmp.disk()["last-job"]["reason"])
 
 
 def test_nothing_is_kept_of_a_reservation() -> None:

@@ -147,6 +147,11 @@ class Qmp:
         """The job as query-block-jobs has it."""
         return next(j for j in self.execute("query-block-jobs") if j["device"] == job)
 
+    def disk(self) -> dict[str, Any]:
+        """The only disk as x-nbdmirror-query-status has it."""
+        (found,) = self.execute("x-nbdmirror-query-status")["disks"]
+        return dict(found)
+
     def _read(self, deadline_s: float = 0.0, what: str = "an answer") -> Message:
         """One message, which goes into the log."""
         deadline_s = deadline_s or time.monotonic() + self.timeout_s

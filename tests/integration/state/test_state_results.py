@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from integration.state.stateparts import End, begin, ends
@@ -17,24 +16,19 @@ from support.waiting import wait_until
 SLOW = {"speed": 64 << 10, "buf_size": 64 << 10}
 
 
-def disk_of(server: Kept) -> dict[str, Any]:
-    (disk,) = server.qmp.execute("x-nbdmirror-query-status")["disks"]
-    return dict(disk)
-
-
 @pytest.mark.guarantee("How a job ended is known afterwards")
 @ends
 def test_how_the_last_job_ended(server: Kept, target: QemuNbd, end: End) -> None:
     server.qmp.execute("block-dirty-bitmap-add", node="vda", name="b", persistent=True)
     begin(server, target, **SLOW)
     target.kill()
-    told = wait_until(lambda: disk_of(server).get("last-job"), "it has failed")
+    told = wait_until(lambda: server.qmp.disk().get("last-job"), "it has failed")
     assert (told["result"], told["reason"]) == ("failed", f"{target.uri()}: connection lost")
     wait_until((server.state / "vda.last").exists, "that is kept")
     end(server)
     server.restart()
-    assert disk_of(server)["last-job"] == told
-    assert not disk_of(server)["jobs"]
+    assert server.qmp.disk()["last-job"] == told
+    assert not server.qmp.disk()["jobs"]
 
 
 def test_a_mirror_that_goes_on_has_not_ended(
@@ -45,11 +39,11 @@ def test_a_mirror_that_goes_on_has_not_ended(
     assert "continues when the server starts again" in server.stderr
     assert "is unusable" not in server.stderr
     server.restart()
-    assert "last-job" not in disk_of(server)
+    assert "last-job" not in server.qmp.disk()
     server.qmp.execute("block-job-set-speed", device="j", speed=0)
     server.qmp.wait_ready()
     server.qmp.complete()
-    assert disk_of(server)["last-job"]["pivoted"]
+    assert server.qmp.disk()["last-job"]["pivoted"]
     identical(disk, target.image)
 
 
@@ -65,8 +59,8 @@ def test_a_mirror_that_the_next_start_cannot_continue(
     os.truncate(disk, 2 * disk.stat().st_size)
     for _ in range(2):  # the first start that cannot, and each later one
         server.restart()
-        assert not disk_of(server)["jobs"]
-        last = disk_of(server)["last-job"]
+        assert not server.qmp.disk()["jobs"]
+        last = server.qmp.disk()["last-job"]
         assert (last["id"], last["result"]) == ("j", "failed")
         assert last["reason"] == (
             "could not continue after the server's start: "
@@ -81,5 +75,5 @@ def test_a_file_that_is_damaged_is_forgotten(server: Kept, target: QemuNbd) -> N
     server.stop()
     (server.state / "vda.last").write_text("nbdmirror last 1 2 3\n{}")
     server.restart()
-    assert "last-job" not in disk_of(server)
+    assert "last-job" not in server.qmp.disk()
     assert "the result of its last job is not known" in server.stderr
